@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed, write_report
 from optimum_structprune.evaluation.answers import ShortCheck
-from optimum_structprune.record.answers import outcome, telling
+from optimum_structprune.record.answers import outcome, sample_items
 
 
 NAME = "SmolLM2-135M-Instruct"
@@ -132,7 +132,7 @@ def main() -> None:
     measured = speed.measurements[1]
     read, written = (timing.speedup.median for timing in (measured.prefill, measured.decode))
     print(f"\n{pruner.report}\nspeed: reads x {read:.2f}, writes x {written:.2f}\n")
-    print("\n".join(map(shown, telling(pruner.report.answers))))
+    print("\n".join(map(shown, sample_items(pruner.report.answers))))
     print(NEXT.format(output=args.output, dense=dense, page=page))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from .arch.load import Described
+from .arch.load import ModelInfo
 from .arch.meta import dequantized
 from .arch.spec import ArchSpec
 from .config.pruning import StructPruneConfig
@@ -58,7 +58,7 @@ def calibrate(
     output.check()
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, objective="mean", error_feedback=0.0)
-    described = Described.of(model, config.arch_file)
+    described = ModelInfo.of(model, config.arch_file)
     check(config, described, {}, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     model, arch = dequantized(model, inplace=False), described.arch
     with stage("domains", {}):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .arch.load import Described, describe
+from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import VOCAB, ArchSpec, Widths
@@ -149,14 +149,14 @@ def checked_without_weights(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     use: str,
-) -> tuple[Described, Widths]:
+) -> tuple[ModelInfo, Widths]:
     """A model that has no weights, and the widths that `config` gives it, which are checked as with weights."""
     check_config_kind(config)
     PRUNERS.get(config.method)  # refuses a method that is not registered
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
-    described = Described(describe(dense, config.arch_file), dense, dense.device)
+    described = ModelInfo(describe(dense, config.arch_file), dense, dense.device)
     widths = {} if use == CALIBRATE else widths_of(config, described.arch, dense)
     check(config, described, widths, use)
     return described, widths
@@ -187,7 +187,7 @@ def dry_run(
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
     described, widths = checked_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
-    dense, arch, dtype = described.unpacked, described.arch, described.unpacked.dtype
+    dense, arch, dtype = described.plain_model, described.arch, described.plain_model.dtype
     new_config = shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths))
     small = meta_model(new_config, config.arch_file, dtype, trust_remote_code)
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arch.load import Described, describe
+from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
@@ -23,7 +22,7 @@ from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import LIMIT, ROUNDS, UNITS, Run, Step
 from .pruning.units import prune_units_
-from .record.facts import far_off, given_by
+from .record.facts import misses_target, target_summary
 from .record.plan import Plan
 from .record.report import Report
 from .registry import Registry
@@ -31,7 +30,7 @@ from .removals.channels import remove_channels_
 from .removals.experts import remove_experts_
 from .removals.layers import remove_layers_
 from .removals.vocabulary import remove_tokens_
-from .saving.hub import save_pruned
+from .saving.save import save_pruned
 from .search.limit import prune_within_limit_
 from .search.rounds import prune_in_rounds_
 from .search.search import choose_shape
@@ -43,9 +42,16 @@ from .widths.budget import widths_of
 from .widths.schedule import round_widths
 
 
-class Known(NamedTuple):
-    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller,
-    and the `checksums` of the weights that were measured.
+class PruneResult(NamedTuple):
+    """What a pruning gives beside the model, which carries it as `model.prune_result`.
+
+    Attributes:
+        config: The config, which says what general text has been read.
+        plan: The units of the dense model that are kept.
+        report: The numbers of the run.
+        manifest: The text that was used, and what the dense model comes from.
+        tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
+        measured: The checksums of the weights that the report speaks of.
     """
 
     config: StructPruneConfig
@@ -56,8 +62,6 @@ class Known(NamedTuple):
     measured: Mapping[str, Any]
 
 
-# What is known of each model that a pruning returned, as long as that model exists.
-RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
 # The function that takes each kind of step; tokens go before any step, see `removals.vocabulary`.
 REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     LAYER: remove_layers_,
@@ -84,6 +88,7 @@ class StructPruner:
         plan: The units of the dense model that the last run kept.
         manifest: The text that the last run used, and what its dense model comes from.
         tokenizer: The tokenizer of what the last run returned: a new one where the vocabulary has become smaller.
+        result: All of these, as the model that the last run returned carries them.
 
     Raises:
         StructPruneError: If `config` is no `StructPruneConfig`.
@@ -96,6 +101,7 @@ class StructPruner:
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.result: PruneResult | None = None
 
     @own_settings()
     def prune_model(
@@ -122,9 +128,9 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
-        described = Described.of(model, self.config.arch_file)
+        described = ModelInfo.of(model, self.config.arch_file)
         arch = described.arch
-        widths = widths_of(self.config, arch, described.unpacked)
+        widths = widths_of(self.config, arch, described.plain_model)
         check(self.config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
         tokens = Tokens.of(self.config, described, model, tokenizer, widths) if VOCAB in widths else None
         check_room(self.config, described, widths, inplace, inputs)
@@ -140,12 +146,12 @@ class StructPruner:
             run.find_teacher()
             run.layers = shape.layers
             for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
-                self.take_(run, step)
+                self.apply_step_(run, step)
             run.compare()
             run.recover()
             run.finish()
-        if report.asked is not None and far_off(report.asked, report.sparsity):
-            warn(given_by(report.to_dict()).removeprefix("warning: "))
+        if report.asked is not None and misses_target(report.asked, report.sparsity):
+            warn(target_summary(report.to_dict()).removeprefix("warning: "))
         self._remember(run)
         return run.model
 
@@ -158,8 +164,10 @@ class StructPruner:
         self.tokenizer = run.tokenizer
         self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
-        measured = checksums(run.model)
-        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer, measured)
+        self.result = PruneResult(
+            self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
+        )
+        run.model.prune_result = self.result  # type: ignore[assignment]  # typed as Tensor | Module
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
@@ -184,7 +192,7 @@ class StructPruner:
             steps += Step.toward(UNITS if len(course) == 1 else ROUNDS, course)
         return steps
 
-    def take_(self, run: Run, step: Step) -> None:
+    def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
         with evaluating(run.model):
             run.plan = run.plan.then(REMOVERS[step.kind](run, step))
@@ -200,7 +208,7 @@ class StructPruner:
         with Run(model, arch, CalibrationData.of(self.config, domains)) as run:
             run.data = with_batch_size(run.data, arch, model, widths)
             for step in self.steps(arch, model, widths):
-                self.take_(run, step)
+                self.apply_step_(run, step)
         return run.plan
 
     def save(
@@ -226,12 +234,13 @@ class StructPruner:
             StructPruneError: If no pruning returned the model, the tokenizer has other tokens than the one of the run,
                 the folder exists, or what is saved does not come back the same.
         """
-        if model not in RECORDS:
+        result: Any = vars(model).get("prune_result")
+        if result is None:
             raise StructPruneError(
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        config, plan, report, manifest, own, measured = RECORDS[model]
+        config, plan, report, manifest, own, measured = result
         if own is not None:
             kept = [*plan.keep[MODEL, VOCAB]]
             if tokenizer is None or ids_in(tokenizer, own, len(kept)) == kept:
@@ -262,9 +271,6 @@ def prune_model(
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
     pruned = AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
-    if RECORDS[pruned].tokenizer is not None:
-        warn(
-            "The model has a smaller vocabulary, and so another tokenizer: it is `tokenizer` of "
-            "`optimum_structprune.pruner.RECORDS[model]`, and of a pruner, `pruner.tokenizer`."
-        )
+    if vars(pruned)["prune_result"].tokenizer is not None:
+        warn("The model has a smaller vocabulary, and so another tokenizer: `model.prune_result.tokenizer`.")
     return pruned

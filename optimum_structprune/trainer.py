@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.training_args import ParallelMode
 
 from .arch.hooks import before_load, before_next_call
-from .arch.load import Described, describe
+from .arch.load import ModelInfo, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
@@ -169,8 +169,8 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
-        described = Described.of(model, self.config.arch_file)
-        widths = widths_of(self.config, described.arch, described.unpacked)
+        described = ModelInfo.of(model, self.config.arch_file)
+        widths = widths_of(self.config, described.arch, described.plain_model)
         check(self.config, described, widths, TRAINER)
         self._dense = described.arch, widths
         self.plan = Plan.of(model, described.arch)

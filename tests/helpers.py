@@ -142,7 +142,7 @@ def pruned_on(data, model, widths) -> Run:
     with Run(deepcopy(model), describe(model), data) as run:
         run.start()
         for step in StructPruner(data.config).steps(run.arch, run.model, widths):
-            StructPruner(data.config).take_(run, step)
+            StructPruner(data.config).apply_step_(run, step)
         run.compare()
         run.finish()
     return run

@@ -130,14 +130,14 @@ def timed(device: str, work: Callable) -> tuple:
     """What some work gives, the seconds that it takes, and the GB of the GPU's memory that it takes at most."""
     gc.collect()
     if device == "cpu":
-        begun = perf_counter()
-        return work(), perf_counter() - begun, 0.0
+        tokenize_with_prefix = perf_counter()
+        return work(), perf_counter() - tokenize_with_prefix, 0.0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    begun = perf_counter()
+    tokenize_with_prefix = perf_counter()
     result = work()
     torch.cuda.synchronize()
-    return result, perf_counter() - begun, torch.cuda.max_memory_allocated() / 1e9
+    return result, perf_counter() - tokenize_with_prefix, torch.cuda.max_memory_allocated() / 1e9
 
 
 def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:

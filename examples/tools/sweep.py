@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
-from optimum_structprune.arch.load import Described
+from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.arguments import Command, pruning_config
 from optimum_structprune.commands.checks import CONFIGS
 from optimum_structprune.commands.cli import CommandParser, execute
@@ -89,8 +89,8 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     check_arguments(model, tokenizer, None)
-    described = Described.of(model, config.arch_file)
-    check(config, described, widths_of(config, described.arch, described.unpacked))
+    described = ModelInfo.of(model, config.arch_file)
+    check(config, described, widths_of(config, described.arch, described.plain_model))
     any_size = replace(
         CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None)
     )

@@ -45,15 +45,16 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelInfo:
     """The facts that are asked of a model alone, once, before it is used: `arch` is what may shrink in it, and
     `device` computes its first weights.
 
-    `unpacked` is the model itself, or where it is quantized, one of the shapes that it has unpacked, without weights.
+    `plain_model` is the model itself, or where it is quantized, one of the shapes that it has
+    unpacked, without weights.
     """
 
     arch: ArchSpec
-    unpacked: PreTrainedModel
+    plain_model: PreTrainedModel
     device: torch.device
     quantized: bool = False
     offloaded: bool = False
@@ -61,17 +62,17 @@ class Described:
     @property
     def name(self) -> str:
         """The name of the model's class."""
-        return type(self.unpacked).__name__
+        return type(self.plain_model).__name__
 
     @classmethod
-    def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> Described:
+    def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
         """Describe a model, and refuse what cannot be pruned whatever is asked for."""
         check_plain(model)
         quantized = is_quantized(model)
-        unpacked = skeleton(model, model.config) if quantized else model
-        arch = describe(unpacked, arch_file)
-        _check_whole(unpacked, arch)
-        return cls(arch, unpacked, compute_device(model), quantized, is_offloaded(model))
+        plain_model = skeleton(model, model.config) if quantized else model
+        arch = describe(plain_model, arch_file)
+        _check_whole(plain_model, arch)
+        return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))
 
 
 def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:

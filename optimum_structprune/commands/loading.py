@@ -131,14 +131,14 @@ class Loading:
                 model_config, config, self.torch_dtype, self.trust_remote_code, use
             )
         if VOCAB in widths:
-            Tokens.of(config, found, found.unpacked, self.tokenizer(name), widths)
+            Tokens.of(config, found, found.plain_model, self.tokenizer(name), widths)
         if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
             placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
             if placed.offloaded:
                 check_offloaded(config, placed, widths)
             check_room(config, placed, widths, inplace=True)
-        small = shrunk_skeleton(found.unpacked, found.arch, widths, biased_spaces(config, found.arch, widths))
-        return found.unpacked, small.num_parameters() * found.unpacked.dtype.itemsize
+        small = shrunk_skeleton(found.plain_model, found.arch, widths, biased_spaces(config, found.arch, widths))
+        return found.plain_model, small.num_parameters() * found.plain_model.dtype.itemsize
 
 
 def usable_device(name: str | None) -> str:

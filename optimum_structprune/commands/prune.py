@@ -13,11 +13,11 @@ from ..calibrator import calibrate as stored_statistics
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..evaluation.answers import ShortCheck
-from ..pruner import RECORDS, AutoStructPruner, StructPruner
+from ..pruner import AutoStructPruner, StructPruner
 from ..pruning.checks import CALIBRATE
 from ..recovery.checks import check_recovery
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
-from ..system.processes import across_processes, alone, process_index
+from ..system.processes import across_processes, process_index, unshared
 from .arguments import pruning_config
 from .checks import progress_folder, prune_configs
 from .loading import Loading
@@ -44,7 +44,7 @@ def prune(args: Namespace) -> Result:
             note(args, f"the pruned model is saved to {args.output}; now it is trained")
             of_recover = {"model": args.output, "teacher": args.model, "arch_file": config.arch_file}
             training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
-            with alone():
+            with unshared():
                 trained = recover_and_save(training, recovery_for(recovery, args.output, config), smaller, tokenizer)
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
@@ -81,7 +81,9 @@ def _prune_and_save(
         said = {"base_model": args.base_model, "license": args.license}
         pruner.report.details.model |= {name: value for name, value in said.items() if value}
         if args.resume:  # who repeats the run does not go on with this one
-            RECORDS[pruned] = RECORDS[pruned]._replace(config=replace(pruner.used_config, checkpoint_dir=None))
+            assert pruner.result is not None
+            config = replace(pruner.used_config, checkpoint_dir=None)
+            pruned.prune_result = pruner.result._replace(config=config)  # type: ignore[assignment]  # as in pruner.py
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         if args.resume and process_index() == 0:
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step

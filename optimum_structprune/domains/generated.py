@@ -31,9 +31,9 @@ from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.offloading import is_offloaded
-from ..system.processes import alone, of_all, of_first, process_index
+from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import stage
-from .packing import begun
+from .packing import tokenize_with_prefix
 from .templates import Document, chat_text
 
 
@@ -77,9 +77,9 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         prompts = [form.replace("{topic}", topic) for form in forms for topic in kinds[name]["topics"]]
     Random(seed).shuffle(prompts)
     keeps = not chats or kinds[name].get("keep", False)
-    author = _Author(model, tokenizer, prompts, chats, keeps, seed)
+    author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed)
     path = author.cache(name)
-    batches = dict(enumerate(of_first(_read(path))))
+    batches = dict(enumerate(broadcast_object(_read(path))))
     idle = 0
     for number in count():
         if number not in batches:
@@ -111,7 +111,7 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Author:
+class _TextGenerator:
     """A model that writes one kind of text behind prompts, used again and again in their order: questions where it
     `chats`, else openings or words. A document holds its prompt where the author `keeps` it.
     """
@@ -156,12 +156,12 @@ class _Author:
         if self.chats:  # the template has put the prefix
             rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         else:
-            rows = [begun(prompt, self.tokenizer) for prompt in prompts]
+            rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
         room, device = self._room(max(map(len, rows))), self.model.device
         bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
-            listener = _Listener(bar)
+            listener = _LogprobRecorder(bar)
             texts = continued(self.model, self.tokenizer, rows, {**SAMPLING, "max_new_tokens": room}, [listener])
         return [(text, listener.loss(row, len(text))) for row, text in enumerate(texts)]
 
@@ -172,7 +172,7 @@ class _Author:
         return int(min(MAX_TOKENS, positions - prompt))
 
 
-class _Listener:
+class _LogprobRecorder:
     """Hears how likely each token was that the model has written, and shows how far it is. It changes nothing."""
 
     def __init__(self, bar: Any):
@@ -202,11 +202,11 @@ def _varied(ids: Sequence[int]) -> bool:
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT * len(runs)
 
 
-def _written(author: _Author, number: int, path: Path) -> dict[int, list[Document]]:
+def _written(author: _TextGenerator, number: int, path: Path) -> dict[int, list[Document]]:
     """A batch, and those after it: each process writes one of them, and the first process keeps all on the disk."""
-    with alone():
+    with unshared():
         documents = author.write(number + process_index())
-    batches = dict(enumerate(of_all(documents), number))
+    batches = dict(enumerate(gather_objects(documents), number))
     if process_index() == 0:
         _append(path, batches)
     return batches

@@ -23,7 +23,17 @@ from ..forward.metrics import ENOUGH
 from .domain import Domain
 from .generated import can_write, self_documents
 from .manifest import Manifest
-from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Shelf, Tokens, prefix_token, tokenised
+from .packing import (
+    DOCUMENTS_PER_CALL,
+    HELDOUT,
+    PROBE,
+    USED,
+    DocumentPool,
+    SampleFormat,
+    Tokens,
+    prefix_token,
+    tokenised,
+)
 from .resolve import MOST, resolve, texts_of, with_written_text
 from .sources import documents
 
@@ -73,7 +83,7 @@ def load_domains(
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    frame = Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    frame = SampleFormat(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
     if frame.body < 1:
         raise StructPruneError(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
@@ -91,7 +101,7 @@ def load_domains(
             if written_by_model(domain) == written:
                 texts = documents(domain, config.seed, tokenizer, write)
                 at_once = 1 if written else DOCUMENTS_PER_CALL
-                shelves[index] = Shelf(tokenised(texts, tokenizer, domain.answers_only, at_once))
+                shelves[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
         loaded |= packer.load(shelves, vocab_size)
     return [loaded[index] for index in range(len(domains))]
 
@@ -150,12 +160,12 @@ class _Packer:
 
     config: StructPruneConfig
     domains: Sequence[DomainConfig]
-    frame: Frame
+    frame: SampleFormat
     num_heldout: int | None
     uses: dict[str, str] = field(default_factory=dict)
     counts: bool = False
 
-    def load(self, shelves: Mapping[int, Shelf], vocab_size: int | None) -> dict[int, Domain]:
+    def load(self, shelves: Mapping[int, DocumentPool], vocab_size: int | None) -> dict[int, Domain]:
         """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
         before = dict(self.uses)
         texts = self._divided(shelves, self.config.num_samples, self.uses)
@@ -165,7 +175,7 @@ class _Packer:
         return {index: self._packed(index, texts[index], vocab_size) for index in shelves}
 
     def _divided(
-        self, shelves: Mapping[int, Shelf], num_samples: int, uses: dict[str, str]
+        self, shelves: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
         # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes third,
         # so that these are the same text whether something is chosen or not; what there may be much of comes last.
@@ -224,14 +234,14 @@ class _Packer:
             needs[0] = self.frame.body
         return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False) if need)
 
-    def _too_little(self, index: int, shelves: Mapping[int, Shelf], before: Mapping[str, str]) -> str:
+    def _too_little(self, index: int, shelves: Mapping[int, DocumentPool], before: Mapping[str, str]) -> str:
         domain, config, texts = self.domains[index], self.config, shelves[index].read
         if not texts:
             spent = "; a generator gives its text only once" if isinstance(domain.source, Reiterable) else ""
             return f"The domain {domain.name!r} is empty{spent}."
 
         def suffices(few: int) -> bool:
-            again = {number: Shelf(shelf.read) for number, shelf in shelves.items()}
+            again = {number: DocumentPool(shelf.read) for number, shelf in shelves.items()}
             return self._suffices(self._divided(again, few, dict(before))[index], few, index)
 
         advice = "Give it more documents, or choose a smaller seq_length."

@@ -41,7 +41,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SampleFormat:
     """What a sample holds apart from text: the token at its head, and the one between two documents, if any."""
 
     seq_length: int
@@ -95,7 +95,7 @@ class Frame:
         return torch.cat([torch.tensor(head, dtype=samples.dtype).expand(count, 1), samples], dim=1)
 
 
-class Shelf:
+class DocumentPool:
     """The documents of one domain, each for one use; `read` are all that have been looked at."""
 
     def __init__(self, stream: Iterable[Tokens]):
@@ -103,7 +103,7 @@ class Shelf:
         self._aside: set[str] = set()
         self._rest = self._noted(stream)
 
-    def take(self, frame: Frame, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
+    def take(self, frame: SampleFormat, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
         """Documents with `need` tokens or more for one use, as far as there are any; `uses` is by hash, and grows.
         What is set aside is so once, however often the text repeats it.
         """
@@ -140,7 +140,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def begun(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a text behind that at its head."""
     prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids if prefix is None else [prefix, *ids]

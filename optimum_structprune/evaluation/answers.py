@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..domains.packing import begun
+from ..domains.packing import tokenize_with_prefix
 from ..domains.passages import shared_tokens
 from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line, warn
@@ -66,7 +66,7 @@ class Question:
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens that a model answers."""
         if not tokenizer.chat_template:
-            return begun(self.opening, tokenizer)
+            return tokenize_with_prefix(self.opening, tokenizer)
         text = chat_text(tokenizer, self.messages, add_generation_prompt=True, enable_thinking=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

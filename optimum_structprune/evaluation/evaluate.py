@@ -19,7 +19,7 @@ from ..errors import StructPruneError, warn
 from ..forward.generation import positions_of, predicts_next
 from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
-from ..record.answers import SHOWN, outcome, telling
+from ..record.answers import SHOWN, outcome, sample_items
 from ..record.facts import UNKNOWN
 from ..record.text import plus_minus, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
@@ -83,7 +83,7 @@ class Evaluation(Record):
         """A table of domains, one of tasks, some answers, and the warnings."""
         tables = [self._domains()] if self.perplexity else []
         tables += [self._tasks()] if self.tasks else []
-        tables += [self._answer(item) for item in telling(self.answers, self.show)]
+        tables += [self._answer(item) for item in sample_items(self.answers, self.show)]
         return "\n\n".join([*tables, *(f"warning: {warning}" for warning in self.warnings)])
 
     @staticmethod

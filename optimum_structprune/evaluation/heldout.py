@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
 from ..domains.load import check_vocabulary
-from ..domains.packing import Frame, prefix_token, tokenised
+from ..domains.packing import SampleFormat, prefix_token, tokenised
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
@@ -37,7 +37,7 @@ def read_heldout(
             f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "
             "(num_samples)."
         )
-    frame = Frame(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    frame = SampleFormat(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
     if seq_length < 2:
         raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
     most = sys.maxsize if num_samples is None else num_samples

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import Described
+from ..arch.load import ModelInfo
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
@@ -36,7 +36,7 @@ IN_MEMORY = "load the model in memory, or over several devices"
 
 def check(
     config: StructPruneConfig,
-    described: Described,
+    described: ModelInfo,
     widths: Widths,
     use: str = PRUNE,
     *,
@@ -60,17 +60,17 @@ def check(
         _check_spaces(config, arch, widths, use)
     if use in (PRUNE, CALIBRATE):
         if not has_inputs and config.stats is None:
-            check_reads_text(described.unpacked)
+            check_reads_text(described.plain_model)
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
     if use == PRUNE:
         _check_statistics(config, arch, widths)
         _check_folders(config)
-        _check_recovery(config, arch, described.unpacked)
+        _check_recovery(config, arch, described.plain_model)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warn(f"These options have no effect here: {'; '.join(unused)}.")
     if described.offloaded:  # last, as it runs the model on a few tokens
-        check_sequential(described.unpacked, arch)
+        check_sequential(described.plain_model, arch)
 
 
 def check_config_kind(config: Any) -> None:
@@ -189,7 +189,7 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
 
 
-def _check_model(config: StructPruneConfig, described: Described, use: str, has_inputs: bool) -> None:
+def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_inputs: bool) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
     if use == TRAINER and described.quantized:
         raise StructPruneError(
@@ -197,12 +197,12 @@ def _check_model(config: StructPruneConfig, described: Described, use: str, has_
         )
     if use == TRAINER and described.offloaded:
         raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
-    longest = positions_of(described.unpacked)
+    longest = positions_of(described.plain_model)
     if config.stats is None and not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
+def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
     """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
     name, advice = described.name, IN_MEMORY
     if described.quantized:

@@ -29,7 +29,7 @@ from ..method.layers import Batch, InMemory
 from ..record.report import Report
 from ..sources.offloaded import Offloaded
 from ..system.offloading import is_offloaded
-from ..system.processes import every_process_runs, of_all, own_part
+from ..system.processes import every_process_runs, gather_objects, shard
 
 
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
@@ -110,12 +110,12 @@ class Measure:
 
     def _losses(self, model: PreTrainedModel, arch: ArchSpec, by_domain: Rows) -> dict[str, Tensor]:
         """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
-        texts = [own_part(rows) for rows in by_domain.values()]
+        texts = [shard(rows) for rows in by_domain.values()]
         if is_offloaded(model):
             values = layerwise_losses(model, arch, texts)
         else:
             values = [row_losses(model, text) for text in texts]
-        by_process = zip(*of_all(values), strict=True)
+        by_process = zip(*gather_objects(values), strict=True)
         return {
             name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]
             for (name, rows), parts in zip(by_domain.items(), by_process, strict=True)

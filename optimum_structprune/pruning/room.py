@@ -16,7 +16,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.load import Described
+from ..arch.load import ModelInfo
 from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
@@ -216,7 +216,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_room(
     config: StructPruneConfig,
-    described: Described,
+    described: ModelInfo,
     widths: Widths,
     inplace: bool,
     inputs: Mapping[str, Tensor] | None = None,
@@ -229,7 +229,7 @@ def check_room(
         raise StructPruneError(
             f"{described.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
         )
-    device, model, free = described.device, described.unpacked, free_bytes(described.device)
+    device, model, free = described.device, described.plain_model, free_bytes(described.device)
     work = Workload(config, described.arch, model, widths, model.dtype.itemsize, Text.of(config, model, inputs))
     need = work.need("disk" if described.offloaded else None, process_count())
     copy = 0 if inplace or described.offloaded else work.weights

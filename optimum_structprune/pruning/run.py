@@ -23,7 +23,7 @@ from ..errors import InPlaceError, StructPruneError, some_of
 from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
-from ..system.processes import alone
+from ..system.processes import unshared
 from ..vocabulary.choose import large_vocabulary, token_shares, unread
 from ..vocabulary.tokens import Vocabulary
 from .measure import Measure
@@ -87,6 +87,7 @@ class Run:
         report: Report | None = None,
     ):
         self.model, self.dense_model = _to_change(model, inplace)
+        vars(self.model).pop("prune_result", None)  # that of an earlier run, if there was one
         self.data = data
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
@@ -148,7 +149,7 @@ class Run:
         # Training libraries take seconds to import, and most runs do without.
         from ..recovery.recover import Recovery
 
-        with self.report.timed("recovery"), alone():
+        with self.report.timed("recovery"), unshared():
             self.manifest().note(self.model)
             recovery = Recovery(self.config.recovery, self.config)
             recovery.recover_model(self.model, self.tokenizer, self.teacher)

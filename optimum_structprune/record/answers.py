@@ -26,7 +26,7 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def telling(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
+def sample_items(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
     """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
     groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
         pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))

@@ -238,19 +238,23 @@ def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def given(asked: float, removed: float, of_all: float) -> str:
+def given(asked: float, removed: float, of_model: float) -> str:
     """What was asked for and what came of it, as a warning where they are far apart."""
-    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters, which is {of_all:.1%} of all"
-    return f"warning: {text}; a smaller round_to or other targets may come nearer" if far_off(asked, removed) else text
+    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters, which is {of_model:.1%} of all"
+    return (
+        f"warning: {text}; a smaller round_to or other targets may come nearer"
+        if misses_target(asked, removed)
+        else text
+    )
 
 
-def given_by(report: Mapping[str, Any]) -> str:
+def target_summary(report: Mapping[str, Any]) -> str:
     """What `given` says of a run, by its report."""
     counts = report["parameters"]
     return given(report["asked"], report["sparsity"], 1 - counts["after"] / counts["before"])
 
 
-def far_off(asked: float, removed: float) -> bool:
+def misses_target(asked: float, removed: float) -> bool:
     """Whether what was removed is not what was asked for, by more than a tenth of it."""
     return abs(removed - asked) > MOST_OFF * asked
 
@@ -260,7 +264,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report.get("changed"):
         yield f"warning: {CHANGED}"
     if report.get("asked") is not None:
-        yield given_by(report)
+        yield target_summary(report)
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
     for of in report.get("balances") or ():

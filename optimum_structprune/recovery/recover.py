@@ -22,7 +22,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
 from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..saving.hub import RECORD_NAMES, check_reload, save_checked
+from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
@@ -180,7 +180,7 @@ class Recovery:
                 manifest = None  # what cannot be read is carried as it is
 
         from ..saving.card import leave_card  # with the page, only what saves pays for them
-        from ..saving.page import leave_page
+        from ..saving.page import write_page_or_warn
 
         def write(folder: Path) -> None:
             for name, record in carried.items():
@@ -192,7 +192,7 @@ class Recovery:
             replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if REPORT_NAME in carried:
-                leave_page(folder, save_directory)
+                write_page_or_warn(folder, save_directory)
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter
                 leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
             elif self._inputs is not None:

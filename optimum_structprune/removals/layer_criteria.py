@@ -17,7 +17,7 @@ from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..method.layers import Batch, run_model
 from ..registry import Registry
-from ..system.processes import add_up_
+from ..system.processes import all_reduce_
 
 
 BLOCK_INFLUENCE = "block_influence"
@@ -34,8 +34,8 @@ class LayerCriterion(ABC):
             model: The model, in eval mode.
             arch: The description of the model.
             batches: The text of one domain; of several processes that share the samples, what this one runs. A mean
-                over all text takes `system.processes.add_up_`; what differs between processes counts as the first has
-                it.
+                over all text takes `system.processes.all_reduce_`; what differs between processes counts as the first
+                has it.
 
         Returns:
             The scores, shape `(layers,)`, fp64.
@@ -70,7 +70,7 @@ class BlockInfluence(LayerCriterion):
                 count += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
         total = torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost])
         tokens = torch.tensor(float(count), dtype=torch.float64)
-        add_up_([total, tokens])
+        all_reduce_([total, tokens])
         return total / tokens
 
 

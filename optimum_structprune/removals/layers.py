@@ -23,7 +23,7 @@ from ..method.score import best_units, check_scores
 from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
-from ..system.processes import as_first_has_
+from ..system.processes import broadcast_
 from .cut import drop_layers_
 from .layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA, judges_layers
 
@@ -54,7 +54,7 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
     for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
         scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
         check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
-    scores = as_first_has_(run.data.combined(torch.stack(scores_by_domain)))
+    scores = broadcast_(run.data.combined(torch.stack(scores_by_domain)))
     return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
 
 

@@ -19,7 +19,7 @@ from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
 from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
-from ..widths.budget import beside_tokens
+from ..widths.budget import budget_without_vocab
 from .resize import drop_tokens_
 
 
@@ -55,7 +55,7 @@ def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneC
     if config.widths is not None:
         asked = {name: width for name, width in config.widths.items() if name != VOCAB}
         return (replace(config, widths=asked) if asked else config), others
-    rest = beside_tokens(config, run.arch, run.model, number)
+    rest = budget_without_vocab(config, run.arch, run.model, number)
     return (config, {}) if rest is None else (rest, others)
 
 

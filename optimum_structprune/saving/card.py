@@ -23,14 +23,14 @@ from ..arch.nemotron_nas import CODE
 from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
-from ..record.answers import telling
+from ..record.answers import sample_items
 from ..record.facts import CHANGED, cells, facts_of, languages, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import escaped, markdown
 from ..system.disk import CARD, resolved
 from ..written import replace_text, written_files
-from .page import only_warning, quality_tables
+from .page import quality_tables, warn_on_error
 
 
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
@@ -76,7 +76,7 @@ def leave_card(
     folder: Path, output: str | Path, config: PretrainedConfig, dense: str | None, arch_file: str | None
 ) -> None:
     """Write the card of a result that is being saved; one that cannot be made only gives a warning."""
-    with only_warning(output, CARD):
+    with warn_on_error(output, CARD):
         replace_text(folder / CARD, model_card(folder, resolved(output).name, config, dense, arch_file))
 
 
@@ -197,7 +197,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 
 def _answers(records: Records) -> str:
-    items = telling(records.answers)
+    items = sample_items(records.answers)
     names = list(items[0]["answers"]) if items else []
     rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
     short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]

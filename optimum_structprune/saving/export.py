@@ -24,7 +24,7 @@ from ..removals.resize import pad_
 from ..system.disk import Output
 from ..system.memory import model_bytes
 from .card import leave_card
-from .hub import RECORD_NAMES, check_reload, save_checked
+from .save import RECORD_NAMES, check_reload, save_checked
 
 
 EXPORT_NAME = "structprune_export.json"

@@ -16,7 +16,7 @@ from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line, warn
-from ..record.answers import outcome, remark, telling
+from ..record.answers import outcome, remark, sample_items
 from ..record.facts import (
     NAMES,
     UNKNOWN,
@@ -65,7 +65,7 @@ def page(records: Records) -> str:
             gone=_gone_layers(records),
             qualities=list(quality_tables(records)),
             widths=list(_widths(records)),
-            answers=telling(records.answers),
+            answers=sample_items(records.answers),
             answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
             spent=_spent(records),
@@ -112,14 +112,14 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
     return path
 
 
-def leave_page(folder: str | Path, output: str | Path) -> None:
+def write_page_or_warn(folder: str | Path, output: str | Path) -> None:
     """Write the page of a result that is being saved; a page that cannot be made only gives a warning."""
-    with only_warning(output, PAGE_NAME):
+    with warn_on_error(output, PAGE_NAME):
         write_report(folder, output)
 
 
 @contextmanager
-def only_warning(output: str | Path, name: str) -> Iterator[None]:
+def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
     """A file beside a result that cannot be made inside `with` only gives a warning."""
     try:
         yield

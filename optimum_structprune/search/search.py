@@ -23,9 +23,9 @@ from ..pruning.run import Run
 from ..removals.layers import take_out_layers_
 from ..sources.data import CalibrationData
 from ..system.offloading import is_offloaded
-from ..system.processes import of_first
-from ..widths.allocation import alike, candidate_widths, choices, legal_widths, spaces_by_layer
-from ..widths.budget import keeps_to, resources, widths_of
+from ..system.processes import broadcast_object
+from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
+from ..widths.budget import resources, widths_of, within_budget
 from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
 from .masked import MaskedPruning
 from .trials import TRIAL_TOKENS, Probe, Trials
@@ -92,7 +92,7 @@ def searched_shape(run: Run) -> Shape:
         search = Search(run.model, run.arch, run.data)
         trials = search.trials(probe)
         losses = run.data.cache.get(MEASURED_LOSSES) or trials.losses()
-        tried = search.tried(of_first(search.candidates(trials.curves(losses))), probe)
+        tried = search.tried(broadcast_object(search.candidates(trials.curves(losses))), probe)
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
@@ -144,14 +144,14 @@ class Search:
         proposed = []
         if config.allocation != "search_uniform":
             proposed += self._layer_by_layer(curves, needed)
-        alike_now = alike(self.arch, list(self.plain)) and not config.skip_layers
+        alike_now = has_one_width(self.arch, list(self.plain)) and not config.skip_layers
         if config.allocation != "sensitivity" and config.widths is None and alike_now:
             proposed += self._uniform(curves, needed[0])
         # A budget of cache is predicted from means over the layers, which differ where a layer keeps more than others.
         kept = [
             candidate
             for candidate in proposed
-            if candidate.shape.layers or keeps_to(config, self.arch, self.model, candidate.shape.widths)
+            if candidate.shape.layers or within_budget(config, self.arch, self.model, candidate.shape.widths)
         ]
         distinct: dict[str, Candidate] = {}
         for candidate in (*kept, plain):
@@ -234,7 +234,7 @@ def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMo
     return (
         config.allocation == "search_uniform"
         and LAYER in arch.offered
-        and alike(arch, arch.names)
+        and has_one_width(arch, arch.names)
         and config.stats is None
         and config.rounds == 1
         and config.max_perplexity_ratio is None

@@ -16,10 +16,10 @@ from ..domains.domain import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
 from ..pruning.run import Run
-from ..system.processes import of_first
+from ..system.processes import broadcast_object
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
-from ..widths.budget import beside_tokens, token_numbers, widths_of
+from ..widths.budget import budget_without_vocab, token_numbers, widths_of
 from ..widths.shapes import Curves, Shape
 from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
@@ -63,7 +63,7 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
                 break
             losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses)
-            tokens_loss = of_first(data.total_loss(losses))
+            tokens_loss = broadcast_object(data.total_loss(losses))
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             more = (balance.tokens_loss for balance in balances if balance.tokens > number)
             tokens_loss = inf if isnan(tokens_loss) else max([0.0, tokens_loss, *more])
@@ -107,7 +107,7 @@ class _Layers:
     def least_loss(self, number: int) -> float:
         """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
         run = self.run
-        rest = beside_tokens(run.config, run.arch, run.model, number, cut=False)
+        rest = budget_without_vocab(run.config, run.arch, run.model, number, cut=False)
         if rest is None:
             return 0.0
         try:
@@ -119,7 +119,7 @@ class _Layers:
         if not predicted:
             return inf
         # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
-        loss, shape = of_first(min(predicted, key=lambda pair: pair[0]))
+        loss, shape = broadcast_object(min(predicted, key=lambda pair: pair[0]))
         self.shapes[number] = search, shape
         return inf if isnan(loss) else self.factor * loss
 

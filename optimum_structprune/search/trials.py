@@ -24,7 +24,7 @@ from ..method.shrink import Values
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
-from ..system.processes import add_up_, of_all, process_count, process_index
+from ..system.processes import all_reduce_, gather_objects, process_count, process_index
 from ..system.resume import Resume
 from ..widths.shapes import Curves, Key
 from .masked import MaskedPruning
@@ -88,7 +88,7 @@ class Probe:
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
         if model is not None:
-            add_up_([total, count])
+            all_reduce_([total, count])
         return total / count
 
     def losses_without_layer(self, in_front: LayerValues | None = None) -> Tensor | None:
@@ -222,7 +222,7 @@ class Trials:
                             without = self.probe.losses_without_layer(fronts[layer])
                             measured[layer, LAYER] = {} if without is None else {1: without}
                     self.probe.advance()
-            for of_process in of_all(measured):
+            for of_process in gather_objects(measured):
                 losses |= of_process
             if store is not None:
                 rows = [

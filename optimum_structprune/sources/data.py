@@ -28,7 +28,7 @@ from ..method.loop import Method
 from ..method.refit import bias_refit, least_squares, no_refit
 from ..system.fingerprint import fingerprint
 from ..system.offloading import is_offloaded
-from ..system.processes import add_up_, as_first_has_, every_process_runs, own_part, process_count, process_index
+from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
 from .experts import WithExperts
 from .offloaded import Offloaded, must_be_whole
 from .stored import Statistics, Stored
@@ -228,19 +228,19 @@ class AcrossProcesses(OneProcess):
         """See `OneProcess.sum_`."""
         local_count = moments.count
         totals = torch.tensor([local_count, moments.energy is not None], device=moments.mean.device)
-        add_up_([totals])
+        all_reduce_([totals])
         moments.count = int(totals[0])
         if moments.energy is None and totals[1]:
             moments.energy = moments.mean.new_zeros(())  # no token came here, and every process has to take part
         tensors = list(moments.tensors().values())
         for tensor in tensors:
             tensor.mul_(local_count / max(moments.count, 1))
-        add_up_(tensors)
+        all_reduce_(tensors)
         return moments
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """See `OneProcess.agreed`."""
-        return as_first_has_(tensor)
+        return broadcast_(tensor)
 
 
 def ranks() -> OneProcess:
@@ -279,8 +279,8 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
 
 def _own(domain: Domain) -> Domain:
     """A domain with the samples that this process runs."""
-    mask = None if domain.mask is None else own_part(domain.mask)
+    mask = None if domain.mask is None else shard(domain.mask)
     if every_process_runs(domain.samples) and process_index() > 0:
         # The tokens of these samples count once, in the first process.
         mask = torch.zeros_like(domain.samples, dtype=torch.bool)
-    return replace(domain, samples=own_part(domain.samples), mask=mask)
+    return replace(domain, samples=shard(domain.samples), mask=mask)

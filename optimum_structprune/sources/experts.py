@@ -13,7 +13,7 @@ from ..arch.hooks import intercept
 from ..arch.spec import Space
 from ..method.calibrate import Moments
 from ..method.layers import InMemory
-from ..system.processes import add_up_
+from ..system.processes import all_reduce_
 from .whole_model import WholeModel
 
 
@@ -106,7 +106,7 @@ def inner_moments(
     """
     device, expert = next(experts.parameters()).device, space.into[0].part or 0
     chosen = torch.tensor(sum(int((call.chosen == expert).sum()) for call in calls), device=device)
-    add_up_([chosen])
+    all_reduce_([chosen])
     for domain in range(source.num_domains):
         moments = Moments.empty(space.size, gram, device)
         for call in calls:
@@ -134,5 +134,5 @@ def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_do
             output = experts(hidden, index, torch.ones_like(gates)[:, None])
             total[call.domain, expert] += float((output.norm(dim=-1) * gates).double().sum())
             count[call.domain, expert] += len(hidden)
-    add_up_([total, count])
+    all_reduce_([total, count])
     return total / count.clamp(min=1)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from ..errors import StructPruneError, one_line, some_of
 from ..written import add_to_result, foreign_files, list_files, written_files
 from .memory import readable_size
-from .processes import first_decides, is_first_rank, wait_for_all
+from .processes import is_first_rank, rank_zero_first, wait_for_all
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Output:
 
     def check(self, need_bytes: int = 0) -> None:
         """Refuse what must not be replaced, and what could not be written to the end, before work is done for it."""
-        with first_decides(str(self.path)) as first:
+        with rank_zero_first(str(self.path)) as first:
             if first:
                 self._check(need_bytes)
 
@@ -70,7 +70,7 @@ class Output:
     @contextmanager
     def staged(self, need_bytes: int = 0) -> Iterator[Path]:
         """Give a new folder, which the first process moves into place if nothing inside `with` fails."""
-        with first_decides(str(self.path)) as first:
+        with rank_zero_first(str(self.path)) as first:
             if not first:
                 with tempfile.TemporaryDirectory() as scratch:
                     yield self._staging(Path(scratch))

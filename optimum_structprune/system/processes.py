@@ -63,7 +63,7 @@ def check_launch() -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def unshared() -> Iterator[None]:
     """Let every process do all the work inside `with`, for libraries that share work among processes themselves."""
     global _together
     before, _together = _together, False
@@ -88,26 +88,26 @@ def every_process_runs(samples: Sized) -> bool:
     return len(samples) < process_count()
 
 
-def own_part(samples: T) -> T:
+def shard(samples: T) -> T:
     """The samples that this process runs: every N-th, or all of them where they are fewer than the processes."""
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
 
-def add_up_(tensors: Iterable[Tensor]) -> None:
+def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes. The processes wait for each other here."""
     if _together:
         for tensor in tensors:
             _dist().all_reduce(tensor.detach())
 
 
-def as_first_has_(tensor: Tensor) -> Tensor:
+def broadcast_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor with its values in the first process, and return it."""
     if _together:
         _dist().broadcast(tensor.detach(), 0)
     return tensor
 
 
-def of_first(value: V) -> V:
+def broadcast_object(value: V) -> V:
     """Return the value of the first process in every process."""
     values = [value]
     if _together:
@@ -115,7 +115,7 @@ def of_first(value: V) -> V:
     return values[0]
 
 
-def of_all(value: V) -> list[V]:
+def gather_objects(value: V) -> list[V]:
     """Return the values of all processes, in order, in every process."""
     values = [value] * process_count()
     if _together:
@@ -135,7 +135,7 @@ def is_first_rank() -> bool:
 
 
 @contextmanager
-def first_decides(name: str) -> Iterator[bool]:
+def rank_zero_first(name: str) -> Iterator[bool]:
     """Raise an error that the first process meets inside `with` in all others too, which wait for it; it gets True,
     leaves its outcome in the store through which they found each other, and may as well come here alone.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import Described
+from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
@@ -54,7 +54,7 @@ class Tokens:
     def of(
         cls,
         config: StructPruneConfig,
-        described: Described,
+        described: ModelInfo,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         widths: Widths,
@@ -69,7 +69,7 @@ class Tokens:
         tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
         may = tokens.may
         if tokens.number is None:
-            check_fewest_tokens(config, described.arch, described.unpacked, may)
+            check_fewest_tokens(config, described.arch, described.plain_model, may)
         elif tokens.number not in may:
             raise StructPruneError(
                 f"vocab={tokens.number:,} is no number of tokens that this model can keep: {may.start:,} of "

@@ -33,7 +33,7 @@ def target_widths(
     scores: Mapping[tuple[int, str], Tensor] | None = None,
 ) -> Widths:
     """The final width of each space, among legal ones: one number, or one per layer where layers may differ."""
-    same = alike(arch, legal)
+    same = has_one_width(arch, legal)
     if not same and LAYER in legal and len(legal) > 1:
         raise StructPruneError(
             f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
@@ -125,10 +125,10 @@ def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]
     With an allocation of one width this is so where the model's layers differ in width already and `widths` is not
     given.
     """
-    return config.allocation not in ONE_WIDTH or (config.widths is None and not alike(arch, names))
+    return config.allocation not in ONE_WIDTH or (config.widths is None and not has_one_width(arch, names))
 
 
-def alike(arch: ArchSpec, names: Collection[str]) -> bool:
+def has_one_width(arch: ArchSpec, names: Collection[str]) -> bool:
     """Whether all layers have the same width in each of these kinds of space."""
     return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
 

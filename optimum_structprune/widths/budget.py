@@ -237,7 +237,7 @@ def resources(
     return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
 
 
-def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
+def within_budget(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
     """Whether a model of given widths keeps to the budget of a config, if it has one."""
     if config.budget is None:
         return True
@@ -245,7 +245,7 @@ def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
     return budget.cost(widths) <= budget.limit
 
 
-def beside_tokens(
+def budget_without_vocab(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, cut: bool = True
 ) -> StructPruneConfig | None:
     """The config of what the other spaces still have to give up for a budget once only `number` tokens are there; None

@@ -59,7 +59,7 @@ def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
 
 
 def test_bad_input(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(StructPruner, "take_", None)
+    monkeypatch.setattr(StructPruner, "apply_step_", None)
     build("bert-no-head").save_pretrained(tmp_path / "bert")
     XGLMConfig(d_model=8, ffn_dim=8, num_layers=1, attention_heads=2, vocab_size=16).save_pretrained(tmp_path / "xglm")
     (tmp_path / "empty.txt").write_text("")

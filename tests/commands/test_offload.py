@@ -43,7 +43,7 @@ def command(desk, model, out, *flags, widths=("mlp=24",), offload="disk"):
 def refused(capsys, monkeypatch, tmp_path, arguments, *words):
     """The one line that a command ends with, while nothing is pruned or left behind."""
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(StructPruner, "take_", None)
+    monkeypatch.setattr(StructPruner, "apply_step_", None)
     assert main(arguments) == 2
     line = error_line(capsys)
     assert all(word in line for word in words), line

@@ -19,7 +19,7 @@ from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import RecentText, load_domains
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.domains.packing import Frame, tokenised
+from optimum_structprune.domains.packing import SampleFormat, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 from optimum_structprune.domains.templates import Document, chat_document, document_hash
@@ -315,7 +315,7 @@ def test_what_is_no_manifest(tmp_path):
 def test_a_frame_tells_which_documents_its_samples_hold():
     texts = ["w3 w4 w5 w6 w7", "w10 w11 w12 w13 w14 w15 w16", "w20 w21 w22", "w30"]
     for most, used in ((1, 1), (2, 2), (3, 2), (4, 3), (100, 3)):
-        packed = Frame(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), most)
+        packed = SampleFormat(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), most)
         words = {f"w{token}" for token in packed.samples.flatten().tolist() if token > 2}
         assert [document_hash(text) for text in texts if words & set(text.split())] == [*packed.hashes]
         assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)

@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
-from optimum_structprune.record.answers import mcnemar, outcome, remark, telling
+from optimum_structprune.record.answers import mcnemar, outcome, remark, sample_items
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +228,8 @@ def item(dense, pruned, prompt="?", loops=(False, False)):
 
 def test_a_few_answers_show_all_outcomes():
     items = [item(True, True, "kept"), item(True, True), item(True, False, "lost"), item(False, False, "never")]
-    assert [of["prompt"] for of in telling(items)] == ["lost", "kept", "never"]
-    assert len(telling(items, 9)) == 4 and telling([]) == []
+    assert [of["prompt"] for of in sample_items(items)] == ["lost", "kept", "never"]
+    assert len(sample_items(items, 9)) == 4 and sample_items([]) == []
 
 
 def test_one_line_and_a_warning_where_the_difference_is_no_chance():
@@ -312,7 +312,9 @@ def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkey
     command = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0
     assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
-    prompts = [of["prompt"] for of in telling(json.loads((tmp_path / "out" / "report.json").read_text())["answers"])]
+    prompts = [
+        of["prompt"] for of in sample_items(json.loads((tmp_path / "out" / "report.json").read_text())["answers"])
+    ]
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert len(prompts) == 3 and page.count('<div class="answers">') == 3 and "## Answers" in card
     assert sum(prompt.partition("\n")[0][:20] in card for prompt in prompts) == 3

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, calibrate, dry_run, prune_model
-from optimum_structprune.arch.load import Described, describe
+from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.pruning.checks import DRY_RUN, check, without_effect
@@ -230,7 +230,7 @@ def test_options_without_effect_are_named():
 
 
 def test_check_warns_once_of_all_of_them():
-    dense = Described.of(build("llama-tied"))
+    dense = ModelInfo.of(build("llama-tied"))
     settings = blind(round_to=8, min_width=0.2, damping=0.5)
     with pytest.warns(UserWarning) as caught:
         check(settings, dense, settings.widths, DRY_RUN)

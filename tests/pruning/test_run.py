@@ -74,7 +74,7 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
         with Run(model, describe(model), data) as run:
             for step in StructPruner(data.config).steps(run.arch, run.model, {"mlp": 24}):
                 try:
-                    StructPruner(data.config).take_(run, step)
+                    StructPruner(data.config).apply_step_(run, step)
                 finally:
                     masked.append(deepcopy(model))
 

@@ -24,7 +24,7 @@ from optimum_structprune import (
     export_nemotron_nas,
     prune_model,
 )
-from optimum_structprune.saving.hub import save_checked
+from optimum_structprune.saving.save import save_checked
 from optimum_structprune.system.disk import (
     OFFLOAD,
     SAVING,

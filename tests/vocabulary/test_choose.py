@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import GROUPED, config, random_model, real_text_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune.arch.load import Described
+from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import (
@@ -171,10 +171,10 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
     model.get_input_embeddings().weight.data = dense.clone()
     for at, (name, form) in enumerate(fields.items()):
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
-    tokens = Tokens.of(config(widths={"vocab": rows}), Described.of(model), model, reader(), {"vocab": rows})
+    tokens = Tokens.of(config(widths={"vocab": rows}), ModelInfo.of(model), model, reader(), {"vocab": rows})
     left = data.draw(st.sampled_from(tokens.may))
     keep = tokens.keep(removal_order(tokens.vocabulary, torch.rand(400), tokens.always), left)
-    drop_tokens_(model, Described.of(model).arch, keep)
+    drop_tokens_(model, ModelInfo.of(model).arch, keep)
     smaller, weights = tokens.vocabulary.smaller(keep), model.get_input_embeddings().weight
     new = [getattr(model.config, name) for name in ("pad_token_id", "image_token_index")]
     for old, now in zip((a, b), new, strict=True):

@@ -29,7 +29,7 @@ from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device, is_offloaded
-from optimum_structprune.system.processes import add_up_, own_part
+from optimum_structprune.system.processes import all_reduce_, shard
 from optimum_structprune.widths.budget import widths_of
 
 from .gradients import frozen
@@ -279,7 +279,7 @@ def _descend(model: PreTrainedModel, gates: Gates, data: CalibrationData, step: 
             _backward(mine[predicted], theirs[predicted], step)
     count = gates.values.new_tensor(float(tokens))
     slope = torch.zeros_like(gates.values) if gates.values.grad is None else gates.values.grad
-    add_up_([slope, count])
+    all_reduce_([slope, count])
     gates.values.grad = slope / count.clamp(min=1)
 
 
@@ -301,7 +301,7 @@ def _batches(data: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]
     """The samples of a step that this process runs, each with one value per token, true where it is calibrated on."""
     config, domains = data.config, data.domains
     rows = [(domain, row) for domain, one in enumerate(domains) for row in range(len(one.samples))]
-    chosen = own_part(_order(len(rows), step, SETTINGS.samples_per_step(domains[0].samples.shape[1]), config.seed))
+    chosen = shard(_order(len(rows), step, SETTINGS.samples_per_step(domains[0].samples.shape[1]), config.seed))
     by_length: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for domain, row in (rows[index] for index in chosen):
         ids, mask = domains[domain].samples[row], domains[domain].mask

@@ -17,7 +17,7 @@ from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.system.processes import add_up_
+from optimum_structprune.system.processes import all_reduce_
 
 from .watching import of_samples
 
@@ -97,7 +97,7 @@ def _per_token(
             for name, sum_of_batch in found.items():
                 total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
                 total[batch.domain] += sum_of_batch.cpu()
-    add_up_([counts, *(sums[name] for name in sorted(sums))])
+    all_reduce_([counts, *(sums[name] for name in sorted(sums))])
     return {name: total / counts.clamp(min=1)[:, None] for name, total in sums.items()}
 
 

@@ -15,7 +15,7 @@ from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.system.processes import add_up_, process_count
+from optimum_structprune.system.processes import all_reduce_, process_count
 
 from .watching import check_dense, of_samples, run_watched
 
@@ -46,7 +46,7 @@ def removal_orders(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Bat
 
     run_watched(model, axes, mixed, see)
     places = {name: order.places() for name, order in orders.items()}
-    add_up_(places[name] for name in sorted(places))
+    all_reduce_(places[name] for name in sorted(places))
     domains = 1 + max(by_domain)
     return {name: (place / process_count()).cpu().expand(domains, -1) for name, place in places.items()}
 

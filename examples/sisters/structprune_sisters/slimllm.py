@@ -19,7 +19,7 @@ from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.linalg import submatrix
 from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.system.processes import add_up_
+from optimum_structprune.system.processes import all_reduce_
 
 from .watching import check_dense, of_samples, run_watched
 
@@ -48,7 +48,7 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
     for batch in batches:
         counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
     run_watched(model, producers, batches, see)
-    add_up_([counts, *(squares[name] for name in producers)])
+    all_reduce_([counts, *(squares[name] for name in producers)])
     means = {name: sums / counts.clamp(min=1)[:, None] for name, sums in squares.items()}
     found = {
         axis.module: torch.zeros(domains, space.size * axis.per_unit, dtype=torch.float64)

@@ -37,7 +37,7 @@ CHANNELS = re.compile(r'("(?:word_)?embedding_dimension": *)\d+')
 SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
 
-def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Copy what else lies beside the dense model into a result, and name what is not copied."""
     source = Path(name := str(model.name_or_path))
     if not source.is_dir():
@@ -45,7 +45,7 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
             commit = getattr(model.config, "_commit_hash", None)
             source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL))
     files = tokenizer.vocab_files_names.values() if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    beside = [name for name in _beside(source) if files is None or not TOKENIZER.fullmatch(name)]
+    beside = [name for name in _extra_files(source) if files is None or not TOKENIZER.fullmatch(name)]
     new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
     if _sizes(source) != _sizes(folder):
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
@@ -79,7 +79,7 @@ def _sizes(folder: Path) -> set[str]:
     return set()
 
 
-def _beside(source: Path) -> Iterator[str]:
+def _extra_files(source: Path) -> Iterator[str]:
     """The files that may come along, with those of modules around the model; other folders end in a slash."""
     modules: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # only sentence-transformers has any

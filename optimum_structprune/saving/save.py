@@ -33,7 +33,7 @@ from ..system.processes import is_first_rank
 
 if TYPE_CHECKING:
     from peft import PeftModel
-from .carry import carry
+from .extra_files import copy_extra_files
 
 
 # What a pruning leaves beside its model.
@@ -61,7 +61,7 @@ def save_pruned(
     records say so where the weights are not those of the `checksums` that were measured.
     """
     from .card import leave_card  # imported here, as the page is, since only a save needs them
-    from .page import leave_page
+    from .page import write_page_or_warn
 
     used = [model.name_or_path, *used_paths(config)]
     if checksums(model) != measured:
@@ -76,7 +76,7 @@ def save_pruned(
         sizes = {**details.model.get("bytes", {}), "after": size}
         replace(details, model={**details.model, "bytes": sizes}).save(folder / DETAILS_NAME)
         manifest.save(folder / MANIFEST_NAME)
-        leave_page(folder, save_directory)
+        write_page_or_warn(folder, save_directory)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
@@ -107,7 +107,7 @@ def save_checked(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if model.name_or_path and not isinstance(model, PeftModel):
-            carry(model, staging, tokenizer)
+            copy_extra_files(model, staging, tokenizer)
         for name in CONFIGS:
             forget_code(staging / name)
         write(staging)

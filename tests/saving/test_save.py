@@ -11,8 +11,8 @@ from models import build, config, documents, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.saving.carry import carry
-from optimum_structprune.saving.hub import check_reload, forget_code
+from optimum_structprune.saving.extra_files import copy_extra_files
+from optimum_structprune.saving.save import check_reload, forget_code
 from optimum_structprune.written import written_files
 
 
@@ -170,7 +170,7 @@ STAYS = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.jso
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("carry")
+    folder = tmp_path_factory.mktemp("copy_extra_files")
     build("llama-tied").save_pretrained(folder / "dense")
     for name in (*SIDE, *NAMED, *STAYS):
         (folder / "dense" / name).parent.mkdir(exist_ok=True)
@@ -180,7 +180,7 @@ def result(tmp_path_factory):
     pruned = pruner.prune_model(dense, tokenizer())
     records, handler = [], logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("optimum_structprune.saving.carry").addHandler(handler)
+    logging.getLogger("optimum_structprune.saving.extra_files").addHandler(handler)
     pruner.save(pruned, folder / "out", tokenizer())
     return pruner, pruned, folder / "out", records
 
@@ -206,7 +206,7 @@ def test_what_was_carried_is_part_of_the_result(result):
     assert (out.parent / "twice" / "1_Pooling" / "config.json").is_file(), "a result passes on what it was given"
     (out / "credentials.json").write_text("{}")
     (out / "speed.json").write_text("{}")
-    carry(again, out.parent / "carried", tokenizer())
+    copy_extra_files(again, out.parent / "carried", tokenizer())
     assert not {"credentials.json", "speed.json"} & contents(out.parent / "carried").keys()
 
 
@@ -219,7 +219,7 @@ def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
         (tmp_path / "dense" / name).write_text(name)
     dense = SimpleNamespace(name_or_path=tmp_path / "dense")
     for kind, there in (("same", forms), ("smaller", set())):
-        carry(dense, tmp_path / kind, None)
+        copy_extra_files(dense, tmp_path / kind, None)
         names = {path.name for path in (tmp_path / kind).iterdir()}
         assert names & forms == there and "LICENSE" in names
 
@@ -236,7 +236,9 @@ def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
     for hidden in (32, 24):
-        carry(SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden)), out / str(hidden), None)
+        copy_extra_files(
+            SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden)), out / str(hidden), None
+        )
         assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is (hidden == 24)
         for name, text in files.items():
             changed = text.replace("32", str(hidden)) if "Pooling" in name else text
