@@ -93,7 +93,7 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData
                 by_module = {
                     axis.module: moments
                     for space, by_consumer in zip(spaces, by_space, strict=True)
-                    for axis, moments in zip(space.into, by_consumer, strict=True)
+                    for axis, moments in zip(space.consumers, by_consumer, strict=True)
                 }
                 save_moments(by_module, folder / moments_name(layer, domain))
             source.advance(layer)
@@ -101,5 +101,5 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData
 
 def _moments_bytes(arch: ArchSpec) -> int:
     """What the moments of a domain take: a Gram matrix in fp32, and three vectors in fp64, of each consumer."""
-    sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
+    sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.consumers}
     return sum(4 * size * size + 24 * size for size in sizes.values())

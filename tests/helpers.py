@@ -277,7 +277,7 @@ def masked(model, arch, plan):
     for space in arch.spaces:
         if not space.inside and (space.layer, space.name) in plan.keep:
             silence(model, space, plan.keep[space.layer, space.name])
-        for axis in space.into if (space.layer, space.name) in plan.keep else ():
+        for axis in space.consumers if (space.layer, space.name) in plan.keep else ():
             weight, bias = read_consumer(model, axis)
             keep = units_to_columns(plan.keep[space.layer, space.name], axis, weight.device)
             write_consumer_(model, axis, keep, weight[:, keep], bias)
@@ -286,7 +286,7 @@ def masked(model, arch, plan):
 
 def silence(model, space, keep):
     """Make a router's logits minus infinity where an expert is gone."""
-    router = model.get_submodule(space.out[0].module)
+    router = model.get_submodule(space.producers[0].module)
     gone = [expert for expert in range(space.size) if expert not in keep]
     forward, linear = router.forward, torch.nn.functional.linear
 

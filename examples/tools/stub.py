@@ -74,7 +74,7 @@ def stub(model: PreTrainedModel) -> str:
 def _names(space: Mapping[str, Any]) -> list[str]:
     """The modules and parameters that a space names, from the layer."""
     prefix = f"{space['experts']}." if "experts" in space and "router" not in space else ""
-    return [f"{prefix}{name}" for name in (*space.get("out", ()), *space.get("in", ()))]
+    return [f"{prefix}{name}" for name in (*space.get("producers", ()), *space.get("consumers", ()))]
 
 
 def nearest(config: PretrainedConfig, shapes: TensorShapes) -> str | None:
@@ -111,22 +111,22 @@ def _roles(plan: Mapping[str, str], tensors: TensorShapes) -> Roles:
     roles: Roles = {}
     for pattern, style in plan.items():
         name = pattern.partition(".*.")[2]
-        side = "out" if "colwise" in style else "in" if "rowwise" in style else None
+        side = "producers" if "colwise" in style else "consumers" if "rowwise" in style else None
         if side and (name in tensors or f"{name}.weight" in tensors):
-            roles.setdefault(name.rpartition(".")[0], {"out": [], "in": []})[side].append(name)
-    return {owner: role for owner, role in roles.items() if role["out"] and role["in"]}
+            roles.setdefault(name.rpartition(".")[0], {"producers": [], "consumers": []})[side].append(name)
+    return {owner: role for owner, role in roles.items() if role["producers"] and role["consumers"]}
 
 
 def _spaces(roles: Roles, tensors: TensorShapes, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for owner, role in roles.items():
-        if role["in"][0] in tensors:
+        if role["consumers"][0] in tensors:
             yield f"{owner.replace('.', '_')}_mlp", _inside_experts(owner, role, tensors, config)
         elif "attn" in owner or "attention" in owner:
             yield "attention", _heads(role, tensors, config)
         else:
-            size = tensors[f"{role['in'][0]}.weight"][1]
-            rows = {name: tensors[f"{name}.weight"][0] for name in role["out"]}
-            yield owner.rpartition(".")[2] or "mlp", _channels(config, size, rows, role["in"])
+            size = tensors[f"{role['consumers'][0]}.weight"][1]
+            rows = {name: tensors[f"{name}.weight"][0] for name in role["producers"]}
+            yield owner.rpartition(".")[2] or "mlp", _channels(config, size, rows, role["consumers"])
 
 
 def _heads(role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def _heads(role: Mapping[str, list[str]], tensors: TensorShapes, config: Pretrai
         "size": "num_key_value_heads",
         "also": ["num_attention_heads"],
         "pin": ["head_dim"],
-        "out": {name: unit(name) for name in role["out"]},
-        "in": dict.fromkeys(role["in"], "q"),
+        "producers": {name: unit(name) for name in role["producers"]},
+        "consumers": dict.fromkeys(role["consumers"], "q"),
     }
 
 
@@ -157,10 +157,10 @@ def _inside_experts(
     owner: str, role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig
 ) -> dict[str, Any]:
     """The space of the channels inside the experts that the parameters of a module stack."""
-    first, into = tensors[role["out"][0]], tensors[role["in"][0]]
+    first, into = tensors[role["producers"][0]], tensors[role["consumers"][0]]
     transposed = first[1] == into[2]  # the residual stream comes first where it is stored (in, out)
-    out = {name.removeprefix(f"{owner}."): tensors[name][2 if transposed else 1] for name in role["out"]}
-    names = [name.removeprefix(f"{owner}.") for name in role["in"]]
+    out = {name.removeprefix(f"{owner}."): tensors[name][2 if transposed else 1] for name in role["producers"]}
+    names = [name.removeprefix(f"{owner}.") for name in role["consumers"]]
     space = _channels(config, into[1 if transposed else 2], out, names)
     return {**space, "experts": owner, **({"transposed": True} if transposed else {})}
 
@@ -170,8 +170,8 @@ def _channels(config: PretrainedConfig, size: int, rows: Mapping[str, int], into
     keys = [key for key, value in config.to_dict().items() if value == size and key != "vocab_size"]
     return {
         "size": next((key for key in keys if WIDTH_KEY.search(key)), keys[0] if keys else UNKNOWN_KEY),
-        "out": {name: ["unit"] * (count // size) if count > size else "unit" for name, count in rows.items()},
-        "in": dict.fromkeys(into, "unit"),
+        "producers": {name: ["unit"] * (count // size) if count > size else "unit" for name, count in rows.items()},
+        "consumers": dict.fromkeys(into, "unit"),
     }
 
 

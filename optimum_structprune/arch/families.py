@@ -20,7 +20,7 @@ from ..registry import did_you_mean
 T = TypeVar("T")
 BUILTIN = Path(__file__).with_name("families.yaml")
 # Fields whose YAML keys have another name: a word that Python reserves, or one path in place of several.
-KEYS = {"into": "in", "along": "with", "layer_paths": "layer_path"}
+KEYS = {"layer_paths": "layer_path"}
 UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
@@ -37,16 +37,16 @@ class Template:
     """One space of a family, with names relative to a layer; `families.yaml` says what the fields mean."""
 
     size: str
-    out: dict[str, list[str]] = field(default_factory=dict)
-    into: dict[str, list[str]] = field(default_factory=dict)
-    along: dict[str, list[str]] = field(default_factory=dict)
+    producers: dict[str, list[str]] = field(default_factory=dict)
+    consumers: dict[str, list[str]] = field(default_factory=dict)
+    also_cut: dict[str, list[str]] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     bias: str | None = None
     transposed: bool = False
     experts: str | None = None
     router: str | None = None
-    least: str | None = None
+    min_size: str | None = None
     times: str | None = None
     requires: dict[str, list[Any]] = field(default_factory=dict)
     within: str | None = None
@@ -63,11 +63,11 @@ class ResidualTemplate:
     head: str
     final: str
     norms: tuple[str, ...]
-    into: dict[str, list[str]]
-    out: tuple[str, ...]
+    consumers: dict[str, list[str]]
+    producers: tuple[str, ...]
     pin: tuple[str, ...] = ()
-    plus: float | int = 0.0
-    scaled: bool = False
+    norm_offset: float | int = 0.0
+    scaled_embedding: bool = False
     transposed: bool = False
 
 
@@ -123,15 +123,17 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         allowed = ("size", "requires", "kinds")
         values["layer"] = _described(Template, entry["layer"], f"{where}.layer", ("size",), allowed)
     if "hidden" in entry:
-        required = ("size", "embed", "head", "final", "norms", "in", "out")
+        required = ("size", "embed", "head", "final", "norms", "consumers", "producers")
         values["hidden"] = _described(ResidualTemplate, entry["hidden"], f"{where}.hidden", required)
     return _described(Family, values, where, ("model_types", "layer_path", "spaces"))
 
 
 def _space(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    allowed = {*_fields_by_key(Template)} - {"kinds", *(("out", "in") if "router" in entry else ())}
-    required = ("size", "router", "experts") if "router" in entry else ("size", "out", "in")
-    parts = {key: _parts(entry[key], f"{where}.{key}") for key in ("out", "in", "with") if key in entry}
+    allowed = {*_fields_by_key(Template)} - {"kinds", *(("producers", "consumers") if "router" in entry else ())}
+    required = ("size", "router", "experts") if "router" in entry else ("size", "producers", "consumers")
+    parts = {
+        key: _parts(entry[key], f"{where}.{key}") for key in ("producers", "consumers", "also_cut") if key in entry
+    }
     return _described(Template, {"transposed": transposed, **entry, **parts}, where, required, allowed)
 
 

@@ -145,7 +145,7 @@ def _depth(
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
     least = max((len(layers) - count + 1 for count in having if count), default=1)
     mean, keys = round(sum(params) / len(layers)), ((template.size, 1),)
-    yield Space(LAYER, MODEL, len(layers), (), (), keys, (), mean, least=least, unit=LAYER, uniform=ONE_PER_MODEL)
+    yield Space(LAYER, MODEL, len(layers), (), (), keys, (), mean, min_size=least, unit=LAYER, uniform=ONE_PER_MODEL)
 
 
 def _layer_params(layer_path: str, shapes: TensorShapes) -> list[int]:

@@ -21,7 +21,7 @@ def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | N
     described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
     alike, so it needs no text. None where the units are no single channels, or no producer is a matrix.
     """
-    axes = matrices(model, space.out) if space.unit == CHANNEL else []
+    axes = matrices(model, space.producers) if space.unit == CHANNEL else []
     norms = [norms_by_unit(model, space, axis, _norm_before(model, arch, space, axis).square()) for axis in axes]
     return torch.stack(norms).sum(0) if norms else None
 
@@ -57,6 +57,6 @@ def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> 
         if read.norm and read.layer == space.layer and any(reader.param == axis.param for reader in read.readers):
             weight = getattr(model.get_submodule(read.tap), "weight", None)
             if weight is not None and arch.residual is not None:
-                return weight.detach().float() + arch.residual.plus
+                return weight.detach().float() + arch.residual.norm_offset
     matrix = _matrix(model, axis)
     return torch.ones(len(matrix), device=matrix.device)

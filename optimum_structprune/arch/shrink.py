@@ -124,7 +124,7 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
     spaces = arch.of(name)
     space = max(spaces, key=lambda space: space.width)
     if space.unit == GROUP:
-        return [size for size in range(space.least, space.width + 1) if _accepts(config, arch, {name: size})]
+        return [size for size in range(space.min_size, space.width + 1) if _accepts(config, arch, {name: size})]
     step = 1
     if name == HIDDEN:
         # A class that refuses one channel less wants a multiple of the number of heads.
@@ -134,7 +134,7 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
             step = lcm(step, max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE
-    return [size for size in range(space.least, space.width + 1) if size % step == 0 or size == space.width]
+    return [size for size in range(space.min_size, space.width + 1) if size % step == 0 or size == space.width]
 
 
 def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:

@@ -46,8 +46,8 @@ class Projections(NamedTuple):
     """
 
     size: int
-    out: list[Axis]
-    into: list[Axis]
+    producers: list[Axis]
+    consumers: list[Axis]
     biased: bool
 
 
@@ -58,19 +58,19 @@ def spaces_of(
     if not meets(config, template):
         return
     units = rows_per_unit(config, template)
-    rows = {part for parts in template.out.values() for part in parts}
+    rows = {part for parts in template.producers.values() for part in parts}
     base = Space(
         name=name,
         layer=layer,
         size=0,
-        out=(),
-        into=(),
+        producers=(),
+        consumers=(),
         config=((template.size, 1), *((key, units["heads"]) for key in template.also)),
         pins=tuple((key, units["kv"]) for key in template.pin),
         unit_params=0,
         bias_flag=template.bias,
         scale=number(config, template.times) if template.times else 1,
-        least=(getattr(config, template.least, None) if template.least else None) or 1,
+        min_size=(getattr(config, template.min_size, None) if template.min_size else None) or 1,
         unit=CHANNEL if rows <= {"unit", "pair"} else GROUP,
         experts=f"{prefix}{template.experts}" if template.experts else None,
         uniform=template.uniform,
@@ -108,7 +108,7 @@ def number(config: PretrainedConfig, key: str) -> int:
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
     """The number of rows of a weight that a unit owns, by the words that the template has for it."""
-    described = (*template.out.values(), *template.into.values(), *template.along.values())
+    described = (*template.producers.values(), *template.consumers.values(), *template.also_cut.values())
     words = {part for parts in described for part in parts}
     words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}
     # A config of a model without attention need not have any heads.
@@ -128,11 +128,13 @@ def _inside_layer(
     projections = _projections(template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
     if projections is None:
         return
-    out = list(projections.out)
-    for param, parts in template.along.items():
+    producers = list(projections.producers)
+    for param, parts in template.also_cut.items():
         if f"{prefix}{param}" in shapes:
-            out += _axes(f"{prefix}{param}", 0, parts, projections.size, shapes, units)
-    yield _with_axes(replace(base, size=projections.size, biased=projections.biased), out, projections.into, shapes)
+            producers += _axes(f"{prefix}{param}", 0, parts, projections.size, shapes, units)
+    yield _with_axes(
+        replace(base, size=projections.size, biased=projections.biased), producers, projections.consumers, shapes
+    )
 
 
 def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorShapes) -> Iterator[Space]:
@@ -142,10 +144,10 @@ def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorS
         return
     size = shapes[f"{router}.weight"][0]
     names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
-    names += [f"{prefix}{param}" for param in template.along if f"{prefix}{param}" in shapes]
+    names += [f"{prefix}{param}" for param in template.also_cut if f"{prefix}{param}" in shapes]
     dims = {name: int(len(shapes[name]) > 1 and shapes[name][0] == 1 < size) for name in names}
-    out = [axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1})]
-    yield _with_axes(replace(base, size=size, unit=EXPERT), out, [], shapes)
+    producers = [axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1})]
+    yield _with_axes(replace(base, size=size, unit=EXPERT), producers, [], shapes)
 
 
 def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units: dict[str, int]) -> Iterator[Space]:
@@ -155,10 +157,12 @@ def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units
     projections = _projections(template, names, dims, shapes, units)
     if projections is None:
         return
-    for expert in range(shapes[projections.out[0].param][0]):
+    for expert in range(shapes[projections.producers[0].param][0]):
         space = replace(base, name=f"{base.name}/{expert}", size=projections.size, biased=projections.biased)
-        out, into = ([replace(axis, part=expert) for axis in axes] for axes in (projections.out, projections.into))
-        yield _with_axes(space, out, into, shapes)
+        producers, consumers = (
+            [replace(axis, part=expert) for axis in axes] for axes in (projections.producers, projections.consumers)
+        )
+        yield _with_axes(space, producers, consumers, shapes)
 
 
 def _projections(
@@ -166,26 +170,26 @@ def _projections(
 ) -> Projections | None:
     """The producers and consumers of a template; None where the first producer is not there."""
     weight, bias = (name.format for name in names)
-    first, parts = next(iter(template.out.items()))
+    first, parts = next(iter(template.producers.items()))
     if weight(first) not in shapes:
         return None
     size = shapes[weight(first)][dims.rows] // sum(units[part] for part in parts)
-    out, into = [], []
-    for name, parts in template.out.items():
-        out += _axes(weight(name), dims.rows, parts, size, shapes, units)
+    producers, consumers = [], []
+    for name, parts in template.producers.items():
+        producers += _axes(weight(name), dims.rows, parts, size, shapes, units)
         if bias(name) in shapes:
-            out += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
-    for name, parts in template.into.items():
-        into += _axes(weight(name), dims.columns, parts, size, shapes, units)
-    return Projections(size, out, into, all(bias(name) in shapes for name in template.into))
+            producers += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
+    for name, parts in template.consumers.items():
+        consumers += _axes(weight(name), dims.columns, parts, size, shapes, units)
+    return Projections(size, producers, consumers, all(bias(name) in shapes for name in template.consumers))
 
 
-def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: TensorShapes) -> Space:
+def _with_axes(space: Space, producers: list[Axis], consumers: list[Axis], shapes: TensorShapes) -> Space:
     unit_params = 0
-    for axis in out + into:
+    for axis in producers + consumers:
         shape = shapes[axis.param]
         unit_params += prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
-    return replace(space, out=tuple(out), into=tuple(into), unit_params=unit_params)
+    return replace(space, producers=tuple(producers), consumers=tuple(consumers), unit_params=unit_params)
 
 
 def _axes(
@@ -213,13 +217,16 @@ def residual_of(
     norms = [name for name in names if name in shapes]
     reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
     writers = [
-        axis for layer in layers for module in template.out for axis in _writers(layer + module, template, shapes)
+        axis
+        for layer in layers
+        for module in template.producers
+        for axis in _writers(layer + module, template, shapes)
     ]
-    out = [Axis(embed, 1), *writers, *(Axis(name, 0) for name in [*norms, final])]
-    into = [axis for read in reads for axis in read.readers]
+    producers = [Axis(embed, 1), *writers, *(Axis(name, 0) for name in [*norms, final])]
+    consumers = [axis for read in reads for axis in read.readers]
     if f"{template.head}.weight" in shapes:
-        into.append(Axis(f"{template.head}.weight", 1))
-    for axis in (*out, *into):
+        consumers.append(Axis(f"{template.head}.weight", 1))
+    for axis in (*producers, *consumers):
         if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
             problem = (
                 f"{axis.param} has shape {shapes[axis.param]}" if axis.param in shapes else f"{axis.param} is missing"
@@ -228,13 +235,13 @@ def residual_of(
                 f"{problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
                 f"{size} channels of {template.size}."
             )
-    inside = [axis for axis in (*out, *into) if axis.param.startswith(tuple(layers))]
+    inside = [axis for axis in (*producers, *consumers) if axis.param.startswith(tuple(layers))]
     space = Space(
         HIDDEN,
         MODEL,
         size,
-        tuple(out),
-        tuple(into),
+        tuple(producers),
+        tuple(consumers),
         config=((template.size, 1),),
         pins=tuple((key, heads_of(config).head_dim) for key in template.pin),
         # Only the parameters inside the layers count, because `sparsity` is a share of those.
@@ -243,11 +250,11 @@ def residual_of(
     )
     reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
     written = tuple(axis.param for axis in writers)
-    return ResidualStream(space, embed, written, tuple(reads), template.plus, template.scaled)
+    return ResidualStream(space, embed, written, tuple(reads), template.norm_offset, template.scaled_embedding)
 
 
 def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: TensorShapes) -> Iterator[Read]:
-    for tap, modules in template.into.items():
+    for tap, modules in template.consumers.items():
         axes = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
         if axes:
             yield Read(layer, prefix + tap, tuple(axes), norm=tap in template.norms)

@@ -57,15 +57,16 @@ class Space:
         name: The kind of space, such as `mlp`; a slash and a label follow where a layer has several, as for experts.
         layer: The index of the layer; `MODEL` where the space belongs to all of them.
         size: The number of units.
-        out: The axes of the producers (rows).
-        into: The axes of the consumers (columns); their inputs are observed and their weights refitted.
+        producers: The axes of the weights that write the units (rows).
+        consumers: The axes of the weights that read the units (columns); their inputs are observed, and they are
+            refitted.
         config: Pairs of a config key and its value per unit.
         pins: Config keys and values that must be written out, because they would otherwise be derived.
         unit_params: The number of parameters that go with one unit, over all axes.
         bias_flag: The config key that gives the consumers of this space a bias, where the architecture has one.
         biased: Whether the consumers have a bias.
         scale: The number of units per unit of the width in the config: more than 1 for several experts in one module.
-        least: The smallest width that the config allows.
+        min_size: The smallest width that the config allows.
         experts: The full name of the module that holds the experts, where its routed input is what is observed.
         unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`.
         uniform: The reason why all layers have to keep the same width; empty where they need not.
@@ -74,15 +75,15 @@ class Space:
     name: str
     layer: int
     size: int
-    out: tuple[Axis, ...]
-    into: tuple[Axis, ...]
+    producers: tuple[Axis, ...]
+    consumers: tuple[Axis, ...]
     config: tuple[tuple[str, int], ...]
     pins: tuple[tuple[str, int], ...]
     unit_params: int
     bias_flag: str | None = None
     biased: bool = False
     scale: int = 1
-    least: int = 1
+    min_size: int = 1
     experts: str | None = None
     unit: str = CHANNEL
     uniform: str = ""
@@ -105,7 +106,7 @@ class Space:
     @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes, producers first."""
-        return self.out + self.into
+        return self.producers + self.consumers
 
     @property
     def width(self) -> int:
@@ -135,20 +136,20 @@ class ResidualStream:
     """The residual stream of a model whose norms divide by the root of the mean square.
 
     Attributes:
-        space: The channels as a space; its `out` holds the embedding, the writers and the norms.
+        space: The channels as a space; its `producers` hold the embedding, the writers and the norms.
         embed: The full name of the embedding's weight.
         writers: The full names of all parameters that write to the residual stream, weights and biases.
         reads: The places where it is read, in the order of the forward pass; the last one is the head's.
-        plus: The number that transformers adds to the weights of norms.
-        scaled: Whether transformers multiplies embeddings by the root of the number of channels.
+        norm_offset: The number that transformers adds to the weights of norms.
+        scaled_embedding: Whether transformers multiplies embeddings by the root of the number of channels.
     """
 
     space: Space
     embed: str
     writers: tuple[str, ...]
     reads: tuple[Read, ...]
-    plus: float
-    scaled: bool
+    norm_offset: float
+    scaled_embedding: bool
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class InMemory:
         """
         if self.error_feedback and layer == 0:
             spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
-            if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.into):
+            if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.consumers):
                 self.error_feedback = 0.0
         if self.error_feedback:
             self.dense = [self._kept(self.output(layer, index, dense)) for index, dense in enumerate(self.dense)]
@@ -242,7 +242,7 @@ class InMemory:
 
         A Gram matrix of a large model takes gigabytes, so those of a domain are let go before the next is asked for.
         """
-        axes = {self._local(layer, axis.module): axis for axis in space.into}
+        axes = {self._local(layer, axis.module): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
         out = self.hidden[0].shape[-1]

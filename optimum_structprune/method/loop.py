@@ -111,15 +111,15 @@ def prune_space_(
     keep: dict[tuple[int, str], tuple[int, ...]],
 ) -> None:
     """Choose the units of one space that stay, refit the columns that read them, and make all others zero."""
-    criterion, values = method.criterion(space.layer), [read_consumer(model, axis) for axis in space.into]
+    criterion, values = method.criterion(space.layer), [read_consumer(model, axis) for axis in space.consumers]
     by_domain = source.moments(space.layer, space, method.gram)
     moments = mixed(by_domain, method.shares, [weight for weight, _ in values])
-    for axis, of_consumer in zip(space.into, moments, strict=True):
+    for axis, of_consumer in zip(space.consumers, moments, strict=True):
         of_consumer.prior = method.prior(criterion, model, arch, space, axis)
     scores = score_units(criterion, space, [weight for weight, _ in values], moments, method.name)
     keep[space.key] = choose_units(criterion, space, scores, width, range(space.size), values, moments)
     refitted = refit_consumers(criterion, space, keep[space.key], values, moments, method)
-    for axis, columns in zip(space.into, refitted, strict=True):
+    for axis, columns in zip(space.consumers, refitted, strict=True):
         write_consumer_(model, axis, *columns)
 
 
@@ -128,7 +128,7 @@ def score_units(
 ) -> Tensor:
     """The scores of the units of a space, summed over its consumers, shape `(units,)`."""
     scores = []
-    for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
+    for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
         scores.append(criterion.score(weight, of_consumer, axis.per_unit))
         check_scores(scores[-1], weight.shape[1] // axis.per_unit, name, axis.module)
     return torch.stack(scores).sum(0)
@@ -147,10 +147,10 @@ def choose_units(
     `values` and `moments` are those of the dense consumers.
     """
     keep = tuple(present[unit] for unit in best_units(scores, width))
-    if len(space.into) > 1:  # what a set of units is worth is known of one consumer, not of several
+    if len(space.consumers) > 1:  # what a set of units is worth is known of one consumer, not of several
         return keep
     removed = sorted({*present} - {*keep})
-    return criterion.refine_selection(keep, removed, values[0][0], moments[0], space.into[0].per_unit)
+    return criterion.refine_selection(keep, removed, values[0][0], moments[0], space.consumers[0].per_unit)
 
 
 def refit_consumers(
@@ -163,7 +163,7 @@ def refit_consumers(
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias."""
     refitted = []
-    for axis, (weight, bias), of_consumer in zip(space.into, values, moments, strict=True):
+    for axis, (weight, bias), of_consumer in zip(space.consumers, values, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
         start = criterion.unfitted_weight(weight, of_consumer) if method.unfitted else weight
         ridge = ridge_strength(method.damping, len(columns), of_consumer.count)

@@ -180,7 +180,7 @@ class Workload:
             )
             for space in self.arch.spaces
             if space.inside and (space.width_in(self.widths) < space.width or (shorter and space.experts is None))
-            for axis in space.into
+            for axis in space.consumers
         ]
 
     @cached_property
@@ -199,7 +199,7 @@ class Workload:
         text = self.model.config.get_text_config()
         counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "top_k"))
         active = next((count for count in counts if isinstance(count, int)), 1)
-        axes = [(space.size, axis) for space in self.arch.spaces for axis in space.into]
+        axes = [(space.size, axis) for space in self.arch.spaces for axis in space.consumers]
         wide = (size * axis.per_unit * (1 if axis.part is None else active) for size, axis in axes)
         channels = WIDE * max([self._hidden, *wide]) + 2 * self._hidden
         return self.itemsize * self.text.batch * self.text.length * channels

@@ -98,7 +98,7 @@ def refit_readers_(
     for layer in range(arch.num_layers):
         reads = [read for read in arch.residual.reads if read.layer == layer]
         # All consumers at one place get the same input, so the moments of the first one are those of all.
-        spaces = [replace(arch.residual.space, layer=layer, into=read.readers[:1]) for read in reads]
+        spaces = [replace(arch.residual.space, layer=layer, consumers=read.readers[:1]) for read in reads]
         moments_by_read = [[moments for (moments,) in source.moments(layer, space, True)] for space in spaces]
         source.advance(layer)
         for read, moments_by_domain in zip(reads, moments_by_read, strict=True):

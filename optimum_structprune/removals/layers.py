@@ -110,7 +110,7 @@ def refit_before_gap_(
     space, path = _last_writer(arch, layer, source)
     if space is None:
         return
-    (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
+    (axis,), weight = space.consumers, read_consumer(model, space.consumers[0])[0]
     (moments,) = mixed(source.moments(layer, space, True), data.shares, [weight])
     refitted = refit_consumer_(model, data.config, axis, moments, torch.arange(weight.shape[1]))
     if isinstance(path, Norm):  # which would make the outputs as large as they were
@@ -122,8 +122,8 @@ def refit_before_gap_(
 def _last_writer(arch: ArchSpec, layer: int, source: InMemory) -> tuple[Space | None, Any]:
     """The last space of a layer whose only consumer writes to the residual stream, and its path there, if any does."""
     for space in reversed([*arch.at(layer)]):
-        if space.experts is None and len(space.into) == 1:
-            if path := source.residual_path(layer, space.into[0].module):
+        if space.experts is None and len(space.consumers) == 1:
+            if path := source.residual_path(layer, space.consumers[0].module):
                 return space, path
     return None, None
 

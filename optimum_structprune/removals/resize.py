@@ -26,7 +26,7 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
     """Give the layers the widths of a state dict that is about to be loaded; the values are zero until then."""
     widths_by_kind: dict[str, dict[int, int]] = {}
     for space in arch.spaces:
-        axis = space.out[0]
+        axis = space.producers[0]
         if axis.param in tensors:
             present, loaded = (
                 holder.shape[axis.dim] for holder in (model.get_parameter(axis.param), tensors[axis.param])
@@ -89,7 +89,7 @@ def _rebuild_(
 def mask_channels_(model: PreTrainedModel, residual: ResidualStream, keep: Sequence[int]) -> None:
     """Have a model write only to the channels of its residual stream that it keeps."""
     gone = sorted({*range(residual.space.size)} - {*keep})
-    for axis in residual.space.out:
+    for axis in residual.space.producers:
         if axis.param in (residual.embed, *residual.writers):
             weight = model.get_parameter(axis.param)
             weight.index_fill_(axis.dim, torch.tensor(gone, device=weight.device), 0)
@@ -103,7 +103,7 @@ def scaled_norms(model: PreTrainedModel, residual: ResidualStream, factors: Mapp
     before = {name: weight.clone() for name, weight in weights.items()}
     for name, weight in weights.items():
         factor = factors[name.removesuffix(".weight")]
-        weight.copy_((weight.float() + residual.plus) * factor - residual.plus)
+        weight.copy_((weight.float() + residual.norm_offset) * factor - residual.norm_offset)
     try:
         yield
     finally:
@@ -148,7 +148,7 @@ def _scaled_state(
     address = tensors[residual.embed].data_ptr()
     embeddings = [name for name, tensor in tensors.items() if tensor.data_ptr() == address]  # with a tied head
     # Where transformers multiplies embeddings by the root of the width, the narrower config scales them already.
-    embedding = 1.0 if residual.scaled else scale
+    embedding = 1.0 if residual.scaled_embedding else scale
     head = embedding if len(embeddings) > 1 else 1.0  # the norm before a tied head undoes the embedding's scale
     norms = {read: f"{read.tap}.weight" for read in residual.reads if read.norm}
     readers = {axis.param for read in residual.reads if not read.norm for axis in read.readers}
@@ -163,7 +163,7 @@ def _scaled_state(
     ]
     for names, factor in roles:
         for name in names if factor != 1 else ():
-            plus = residual.plus if name in norms.values() else 0.0
+            plus = residual.norm_offset if name in norms.values() else 0.0
             tensors[name] = ((tensors[name].float() + plus) * factor - plus).to(tensors[name].dtype)
     return tensors
 

@@ -156,7 +156,7 @@ class MaskedPruning:
         """Bring one layer to its widths, and the samples behind it: by masks, or with the `smaller` model, to the size
         that the layer has there.
         """
-        axes = [axis for space in self.arch.at(layer) for axis in space.into]
+        axes = [axis for space in self.arch.at(layer) for axis in space.consumers]
         with self.consumers.as_dense(axes):
             source.advance_dense(layer, widths.keys())
         for space in self.arch.at(layer):
@@ -176,9 +176,9 @@ class MaskedPruning:
 
     def gather(self, source: Source, method: Method, space: Space) -> list[Moments]:
         """The moments of the domain mixture at each consumer of a space."""
-        weights = [self.consumers.dense(axis)[0] for axis in space.into]
+        weights = [self.consumers.dense(axis)[0] for axis in space.consumers]
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
-        with self.consumers.as_dense(space.into):
+        with self.consumers.as_dense(space.consumers):
             return self._mixed(source, method, space, method.gram, weights)
 
     def _mixed(
@@ -187,7 +187,7 @@ class MaskedPruning:
         """The moments of the domain mixture with what the criterion knows beside them, by consumer."""
         criterion, moments = method.criterion(space.layer), source.moments(space.layer, space, gram)
         mixtures = mixed(moments, method.shares, weights)
-        for axis, mixture in zip(space.into, mixtures, strict=True):
+        for axis, mixture in zip(space.consumers, mixtures, strict=True):
             mixture.prior = method.prior(criterion, self.model, self.arch, space, axis)
         return mixtures
 
@@ -198,15 +198,15 @@ class MaskedPruning:
 
     def choose_(self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int) -> None:
         """Keep the units with the highest scores, or those that the criterion takes in their place."""
-        dense = [self.consumers.dense(axis) for axis in space.into]
+        dense = [self.consumers.dense(axis) for axis in space.consumers]
         present, criterion = self._units(space), method.criterion(space.layer)
         self.keep[space.key] = choose_units(criterion, space, scores, width, present, dense, moments)
 
     def refit_(self, method: Method, space: Space, moments: Sequence[Moments]) -> None:
         """Give each consumer of a space its refitted columns and mask the others."""
-        keep, dense = self.keep[space.key], [self.consumers.dense(axis) for axis in space.into]
+        keep, dense = self.keep[space.key], [self.consumers.dense(axis) for axis in space.consumers]
         refitted = refit_consumers(method.criterion(space.layer), space, keep, dense, moments, method)
-        for axis, columns in zip(space.into, refitted, strict=True):
+        for axis, columns in zip(space.consumers, refitted, strict=True):
             self.consumers.mask_(axis, *columns)
 
     def trial(
@@ -214,12 +214,12 @@ class MaskedPruning:
     ) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept `width` units; the model is left as it is."""
         keep = dict(self.keep)
-        with self.consumers.holding(self.consumers.copies(space.into)):
+        with self.consumers.holding(self.consumers.copies(space.consumers)):
             self.choose_(method, space, moments, scores, width)
             self.refit_(method, space, moments)
-            values = self.consumers.copies(space.into)
+            values = self.consumers.copies(space.consumers)
         self.keep = keep
-        self.consumers.forget(space.into)
+        self.consumers.forget(space.consumers)
         return values
 
     def scores(self, source: Source, method: Method, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
@@ -238,7 +238,7 @@ class MaskedPruning:
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far."""
         spaces = [space for space in self.arch.spaces if space.key in self.keep]
-        values = self.consumers.copies(axis for space in spaces for axis in space.into)
+        values = self.consumers.copies(axis for space in spaces for axis in space.consumers)
         return Snapshot(dict(self.keep), values)
 
     def restore_(self, snapshot: Snapshot) -> None:
@@ -255,7 +255,7 @@ class MaskedPruning:
         """Take note that layers have lost their removed units for good."""
         for layer in layers:
             self.shrunk = True
-            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
+            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.consumers)
 
     def _units(self, space: Space) -> Sequence[int]:
         """The units of a space that no earlier round has removed."""
@@ -264,7 +264,7 @@ class MaskedPruning:
     def _present(self, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
         """What a criterion scores: the present weights of the units that are left, and their moments."""
         weights, units, selected = [], self._units(space), []
-        for axis, of_consumer in zip(space.into, moments, strict=True):
+        for axis, of_consumer in zip(space.consumers, moments, strict=True):
             weight = self.consumers.present(axis)[0]
             if len(units) < space.size:
                 columns = units_to_columns(units, axis, weight.device)
@@ -276,10 +276,10 @@ class MaskedPruning:
     def _comparable(self, space: Space, source: Source, method: Method) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
         criterion, by_consumer = method.criterion(space.layer), []
-        weights = [self.consumers.present(axis)[0] for axis in space.into]
+        weights = [self.consumers.present(axis)[0] for axis in space.consumers]
         moments = self._mixed(source, method, space, criterion.needs_gram, weights)
         weights, moments = self._present(space, moments)
-        for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
+        for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
             columns = criterion.score(weight, of_consumer, 1)
             check_scores(columns, weight.shape[1], method.name, axis.module)
             by_consumer.append(standardised(columns, axis.per_unit).cpu())

@@ -152,7 +152,7 @@ def _snapshot(
     arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> Snapshot:
     """Inverse of `_tensors`."""
-    axes = [axis for space in arch.spaces if space.key in keep for axis in space.into]
+    axes = [axis for space in arch.spaces if space.key in keep for axis in space.consumers]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 
 

@@ -86,7 +86,7 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
     """What one expert's consumer reads for these tokens; it is computed again, since the stacked forward hides it.
     `hidden` has the shape `(tokens, hidden)`.
     """
-    axis = space.out[0]
+    axis = space.producers[0]
     leaf = axis.param.rpartition(".")[2]
     weight = experts.get_parameter(leaf)[axis.part].movedim(axis.dim - 1, 0)
     rows = nn.functional.linear(hidden.to(weight.device), weight)
@@ -104,7 +104,7 @@ def inner_moments(
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
     uncorrelated and had the second moment 1.
     """
-    device, expert = next(experts.parameters()).device, space.into[0].part or 0
+    device, expert = next(experts.parameters()).device, space.consumers[0].part or 0
     chosen = torch.tensor(sum(int((call.chosen == expert).sum()) for call in calls), device=device)
     all_reduce_([chosen])
     for domain in range(source.num_domains):
@@ -117,7 +117,7 @@ def inner_moments(
             moments.square.fill_(1)
             if moments.gram is not None:
                 moments.gram.fill_diagonal_(1)
-        yield [moments.checked(space.into[0].module, domain)]
+        yield [moments.checked(space.consumers[0].module, domain)]
 
 
 @torch.no_grad()

@@ -213,8 +213,8 @@ class Stored(Still):
         for index in self.indices:
             if (layer, index) not in self.files:
                 self.files[layer, index] = self.statistics.moments_file(layer, index)
-            stored = load_moments(self.files[layer, index], [axis.module for axis in space.into], self.device)
-            of_consumers = [stored[axis.module] for axis in space.into]
+            stored = load_moments(self.files[layer, index], [axis.module for axis in space.consumers], self.device)
+            of_consumers = [stored[axis.module] for axis in space.consumers]
             # A run over text would not have gathered what is not asked for.
             yield of_consumers if gram else [replace(part, gram=None) for part in of_consumers]
 

@@ -63,8 +63,10 @@ class WholeModel(Still):
         if not self.gathered:
             self._gather(gram)
         for domain, of_domain in enumerate(self.gathered):
-            by_consumer = [self.ranks.sum_(of_domain[axis.module]).checked(axis.module, domain) for axis in space.into]
-            for axis, moments in zip(space.into, by_consumer, strict=True):
+            by_consumer = [
+                self.ranks.sum_(of_domain[axis.module]).checked(axis.module, domain) for axis in space.consumers
+            ]
+            for axis, moments in zip(space.consumers, by_consumer, strict=True):
                 if not moments.count:
                     raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
             yield by_consumer
@@ -74,7 +76,7 @@ class WholeModel(Still):
         sizes = {
             axis.module: space.size * axis.per_unit
             for space in self.arch.spaces
-            for axis in space.into
+            for axis in space.consumers
             if space.experts is None
         }
         self.gathered = [

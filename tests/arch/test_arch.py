@@ -16,7 +16,13 @@ from optimum_structprune.arch.spec import HIDDEN, LAYER
 LLAMA = {
     "model_types": ["mine"],
     "layer_path": "layers",
-    "spaces": {"mlp": {"size": "intermediate_size", "out": {"mlp.up_proj": "unit"}, "in": {"mlp.down_proj": "unit"}}},
+    "spaces": {
+        "mlp": {
+            "size": "intermediate_size",
+            "producers": {"mlp.up_proj": "unit"},
+            "consumers": {"mlp.down_proj": "unit"},
+        }
+    },
 }
 
 
@@ -37,8 +43,8 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
     bare = PretrainedConfig(intermediate_size=8)
     (space, _) = resolve(family, bare, shapes_of(8, 8)).spaces
     assert space.size == 8
-    heads = {**LLAMA["spaces"]["mlp"], "out": {"mlp.up_proj": "q"}, "in": {"mlp.down_proj": "q"}}
-    other = {**heads, "out": {"mlp.up_proj": "my_dim+my_dim"}, "in": {"mlp.down_proj": "unit"}}
+    heads = {**LLAMA["spaces"]["mlp"], "producers": {"mlp.up_proj": "q"}, "consumers": {"mlp.down_proj": "q"}}
+    other = {**heads, "producers": {"mlp.up_proj": "my_dim+my_dim"}, "consumers": {"mlp.down_proj": "unit"}}
     for template, fields, message in [
         (heads, {}, "'num_attention_heads', a number of 1 or more .* and finds None"),
         (heads, {"num_attention_heads": 0}, "'num_attention_heads', .* and finds 0"),
@@ -85,7 +91,7 @@ def test_axes_do_not_overlap_and_lie_inside(case):
 
 
 def assert_the_tensor_parallel_plan_agrees(model, space):
-    for axes, expected in ((space.out, "colwise"), (space.into, "rowwise")):
+    for axes, expected in ((space.producers, "colwise"), (space.consumers, "rowwise")):
         for axis in axes:
             name = (axis.module if axis.part is None else axis.param).removeprefix(f"{model.base_model_prefix}.")
             plan = model.config.base_model_tp_plan or {}
@@ -97,9 +103,12 @@ def test_a_wrong_file_is_refused(tmp_path):
     mlp = LLAMA["spaces"]["mlp"]
     for change, message in (
         ({"layer_pth": "layers"}, r"unknown key 'layer_pth'.* Did you mean 'layer_path'\?"),
-        ({"spaces": {"mlp": {**mlp, "inn": {}}}}, r"unknown key 'inn'.* Did you mean 'in'\?"),
-        ({"spaces": {"mlp": {"size": "x", "out": {}}}}, "'in' is missing"),
-        ({"spaces": {"mlp": {"size": "x", "out": {"a": "unitt"}, "in": {}}}}, r"unit 'unitt'.* mean 'unit'\?"),
+        ({"spaces": {"mlp": {**mlp, "consumer": {}}}}, r"unknown key 'consumer'.* Did you mean 'consumers'\?"),
+        ({"spaces": {"mlp": {"size": "x", "producers": {}}}}, "'consumers' is missing"),
+        (
+            {"spaces": {"mlp": {"size": "x", "producers": {"a": "unitt"}, "consumers": {}}}},
+            r"unit 'unitt'.* mean 'unit'\?",
+        ),
     ):
         with pytest.raises(StructPruneError, match=message):
             read_families(write(tmp_path, {**LLAMA, **change}))

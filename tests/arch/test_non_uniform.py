@@ -140,8 +140,8 @@ OWN = """
   spaces:
     mlp:
       size: intermediate_size
-      out: {mlp.gate_proj: unit, mlp.up_proj: unit}
-      in: {mlp.down_proj: unit}
+      producers: {mlp.gate_proj: unit, mlp.up_proj: unit}
+      consumers: {mlp.down_proj: unit}
 """
 
 

@@ -129,10 +129,10 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
     arch, space = ffn(model)
     tap, plus = None, 0.0
     for read in arch.residual.reads if arch.residual else ():
-        if read.norm and any(reader.param == space.out[0].param for reader in read.readers):
-            tap, plus = read.tap, arch.residual.plus
+        if read.norm and any(reader.param == space.producers[0].param for reader in read.readers):
+            tap, plus = read.tap, arch.residual.norm_offset
     expected = torch.zeros(space.size)
-    for axis in space.out:
+    for axis in space.producers:
         weight = model.get_parameter(axis.param).detach()
         weight, dim = (weight, axis.dim) if axis.part is None else (weight[axis.part], axis.dim - 1)
         if weight.ndim == 2:

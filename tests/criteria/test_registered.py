@@ -24,7 +24,7 @@ class Watched(Criterion):
     @staticmethod
     def whole_model_statistics(model, arch, data):
         SEEN.append(data.cache.setdefault("watched", len(SEEN)))
-        sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
+        sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.consumers}
         return {name: -torch.arange(n).double().expand(len(data.domains), -1) for name, n in sizes.items()}
 
     @classmethod

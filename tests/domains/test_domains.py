@@ -231,7 +231,7 @@ def test_moments_are_of_the_masked_tokens_only(case, at_once):
     mask = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.4
     space = next(space for space in arch.at(0) if space.experts is None)
     seen = []
-    with observe(model, [space.into[0].module], lambda _, x: seen.append(x)), torch.no_grad():
+    with observe(model, [space.consumers[0].module], lambda _, x: seen.append(x)), torch.no_grad():
         run_model(model, token_ids(4, 12))
     wanted = seen[0].reshape(48, -1)[mask.flatten()]
     with whole_model_at_once() if at_once else nullcontext():

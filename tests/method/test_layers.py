@@ -192,7 +192,7 @@ def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, ml
     model = build(case)
     arch = describe(model)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
-    name = arch.of("mlp")[0].into[0].module.removeprefix(arch.layer_prefix(0))
+    name = arch.of("mlp")[0].consumers[0].module.removeprefix(arch.layer_prefix(0))
     gain = source.gain(0, name)
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
 
@@ -207,12 +207,12 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     source.other_path, source.hidden = Norm.behind, [hidden + 0.5 for hidden in source.hidden]
     source.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
-    path = source.residual_path(0, space.into[0].module)
+    path = source.residual_path(0, space.consumers[0].module)
     assert model.get_submodule(path.module) is norm and count_hooks(model) == 0
     torch.testing.assert_close(path.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
     ((moments,),) = source.moments(0, space, True)
     error, inputs, products = 0.25 * (source.dense[0] - source.output(0, 0)).flatten(0, 1), [], []
-    with observe(model, [space.into[0].module], lambda _, x: inputs.append(x)), torch.no_grad():
+    with observe(model, [space.consumers[0].module], lambda _, x: inputs.append(x)), torch.no_grad():
         with observe(norm, [""], lambda _, y: products.append(y)):
             source.output(0, 0)
     # The refit is told of what is in front of the norm, relative to the size by which the norm divides.
@@ -242,7 +242,7 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
     space = next(space for space in arch.at(0) if space.kind == "mlp")
     ((moments,),) = source.moments(0, space, True)
     inputs = []
-    with observe(model, [space.into[0].module], lambda name, x: inputs.append(x.float().flatten(0, 1))):
+    with observe(model, [space.consumers[0].module], lambda name, x: inputs.append(x.float().flatten(0, 1))):
         error = 0.25 * (dense - source.output(0, 0)).float().flatten(0, 1) / 0.7
     torch.testing.assert_close(moments.error.mean, error.mean(0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(moments.error.cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
@@ -256,7 +256,7 @@ def test_the_gain_does_not_depend_on_the_size_of_a_batch():
     with torch.no_grad():  # of what the attention gives, little comes through the FFN, but some does
         model.model.layers[0].mlp.down_proj.weight.mul_(0.01)
     arch = describe(model)
-    name = arch.of("attention")[0].into[0].module.removeprefix(arch.layer_prefix(0))
+    name = arch.of("attention")[0].consumers[0].module.removeprefix(arch.layer_prefix(0))
     gains = []
     for size in (1, 2, len(ids)):
         source = InMemory(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)

@@ -66,7 +66,7 @@ def test_a_limit_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_pat
 def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit, tmp_path):
     model = build(case)
     last = describe(model).of("mlp")[-1]
-    model.get_parameter(last.out[0].param).data[..., -1] = float("nan")
+    model.get_parameter(last.producers[0].param).data[..., -1] = float("nan")
     masked = []
 
     def prune(model):
@@ -185,7 +185,7 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
     model = build(case).to(dtype)
     dense, arch = deepcopy(model), describe(model)
     consumers = Consumers(model, arch)
-    axes = [axis for space in arch.spaces if space.inside for axis in space.into]
+    axes = [axis for space in arch.spaces if space.inside for axis in space.consumers]
     for turn in (1, 2):  # the second change does not take the first one for dense
         for axis in axes:
             weight, bias = consumers.present(axis)

@@ -30,7 +30,7 @@ def masked(model, gone):
     """The model whose residual stream is zero in some channels: nothing is embedded there, and nothing is written."""
     model = deepcopy(model)
     residual = describe(model).residual
-    for axis in residual.space.out:
+    for axis in residual.space.producers:
         if axis.param in (residual.embed, *residual.writers):
             tensor = model.get_parameter(axis.param)
             tensor.index_fill_(axis.dim, torch.tensor(gone), 0)
@@ -88,12 +88,12 @@ def test_refit_lets_a_channel_stand_in_for_its_twin(case):
     residual = describe(model).residual
     weaker = torch.arange(24, 32)
     for name in (residual.embed, *residual.writers):  # channels 24.. follow 16.. at a quarter of their size
-        axis = next(axis for axis in residual.space.out if axis.param == name)
+        axis = next(axis for axis in residual.space.producers if axis.param == name)
         tensor = model.get_parameter(name).data
         tensor.index_copy_(axis.dim, weaker, 0.25 * tensor.index_select(axis.dim, weaker - 8))
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            parameter.data.fill_(1 - residual.plus)
+            parameter.data.fill_(1 - residual.norm_offset)
     distance = {}
     for refit in ("none", "least_squares"):
         pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit, damping=1e-6))

@@ -39,8 +39,8 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
         expected = experts(call.hidden, call.chosen, call.gates)
     output = torch.zeros_like(expected)
     for space in spaces:
-        expert = space.into[0].part
-        weight, bias = read_consumer(model, space.into[0])
+        expert = space.consumers[0].part
+        weight, bias = read_consumer(model, space.consumers[0])
         hidden, gates = call.of(expert)
         inner = inner_activations(experts, space, hidden)
         own = torch.nn.functional.linear(inner, weight, bias)
@@ -122,6 +122,6 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     calls = [call for call in routed(model, space) if not (call.chosen == 1).any()]
     source = source_of(model, describe(model), batches())
     moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, source)]
-    weight, _ = read_consumer(model, space.into[0])
+    weight, _ = read_consumer(model, space.consumers[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(mixture_of(moments, (0.5, 0.5), weight).full_gram(), torch.eye(space.size))

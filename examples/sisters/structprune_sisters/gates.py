@@ -210,7 +210,7 @@ class Gates:
         return {
             axis.module: gate.repeat_interleave(axis.per_unit)
             for space, gate in zip(self.spaces, self.opened.split(self.sizes), strict=True)
-            for axis in space.into
+            for axis in space.consumers
         }
 
     def retention(self, done: float) -> Tensor:
@@ -353,7 +353,7 @@ class LearnedGates(Criterion):
             axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
             for space in arch.spaces
             if (space.layer, space.name) in gates
-            for axis in space.into
+            for axis in space.consumers
         }
 
     @classmethod

@@ -82,7 +82,7 @@ def _per_token(
 ) -> dict[str, Tensor]:
     """What `of_batch` gives by module, added up for each domain and divided by its number of predicted tokens."""
     check_gradients(arch)
-    modules = sorted({axis.module for space in arch.spaces for axis in space.into})
+    modules = sorted({axis.module for space in arch.spaces for axis in space.consumers})
     domains = 1 + max(batch.domain for batch in batches)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)

@@ -32,7 +32,7 @@ def removal_orders(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Bat
         the same for all domains.
     """
     check_dense(arch)
-    axes = {axis.module: axis for space in arch.spaces for axis in space.into}
+    axes = {axis.module: axis for space in arch.spaces for axis in space.consumers}
     by_domain: dict[int, list[Batch]] = {}
     for batch in batches:
         by_domain.setdefault(batch.domain, []).append(batch)

@@ -44,7 +44,7 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
         sums = batch.counted(x).double().square().sum(0).cpu()
         squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
 
-    producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
+    producers = sorted({axis.module for space in channels for axis in matrices(model, space.producers)})
     for batch in batches:
         counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
     run_watched(model, producers, batches, see)
@@ -53,11 +53,11 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
     found = {
         axis.module: torch.zeros(domains, space.size * axis.per_unit, dtype=torch.float64)
         for space in arch.spaces
-        for axis in space.into
+        for axis in space.consumers
     }
     for space in channels:
-        for axis in space.into:
-            for producer in matrices(model, space.out):
+        for axis in space.consumers:
+            for producer in matrices(model, space.producers):
                 found[axis.module] += norms_by_unit(model, space, producer, means[producer.module])
     return found
 

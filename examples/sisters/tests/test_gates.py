@@ -63,7 +63,7 @@ def test_gates_multiply_what_their_units_own():
     for number, space in enumerate(arch.spaces):
         with torch.no_grad():
             shut.values.split(shut.sizes)[number][3] = -0.1
-            for axis in space.into:
+            for axis in space.consumers:
                 model.get_parameter(axis.param)[:, axis.indices([3])] = 0
     without = logits(model)
     dense = build("llama-tied")
@@ -177,7 +177,7 @@ def test_only_without_a_refit_a_gate_scales(refit):
     small = pruner.prune_model(model, tokenizer())
     found, arch = learned(model, fields), describe(model)
     for space in (one for one in arch.spaces if one.name == "mlp"):
-        (axis,) = space.into
+        (axis,) = space.consumers
         keep = pruner.plan.keep[space.layer, "mlp"]
         dense = read_consumer(model, axis)[0][:, units_to_columns(keep, axis, torch.device("cpu"))]
         kept, scale = small.get_parameter(axis.param), found[space.layer, "mlp"][list(keep)].clamp(min=0).float()

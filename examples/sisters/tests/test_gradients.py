@@ -78,7 +78,7 @@ def test_every_dense_family_gives_gradients(case):
     model = build(case)
     arch = describe(model)
     found = saliencies(model, arch, [Batch(0, token_ids())])
-    assert set(found) == {axis.module for space in arch.spaces for axis in space.into}
+    assert set(found) == {axis.module for space in arch.spaces for axis in space.consumers}
     assert all(one.isfinite().all() and one.sum() > 0 for one in found.values())
 
 

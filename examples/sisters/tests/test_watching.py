@@ -170,6 +170,6 @@ def test_other_layouts_are_watched_too(case):
     arch = describe(other)
     for watch in (inflows, removal_orders):
         found = watch(other, arch, batches())
-        assert set(found) == {axis.module for space in arch.spaces for axis in space.into}
-        channels = [axis.module for space in arch.spaces if space.kind == "mlp" for axis in space.into]
+        assert set(found) == {axis.module for space in arch.spaces for axis in space.consumers}
+        channels = [axis.module for space in arch.spaces if space.kind == "mlp" for axis in space.consumers]
         assert all(found[name].isfinite().all() and found[name].sum() > 0 for name in channels)
