@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +22,13 @@ from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import LIMIT, ROUNDS, UNITS, Run, Step
-from .pruning.units import prune_units_
 from .record.facts import misses_target, target_summary
 from .record.plan import Plan
 from .record.report import Report
 from .registry import Registry
-from .removals.channels import remove_channels_
-from .removals.experts import remove_experts_
-from .removals.layers import remove_layers_
-from .removals.vocabulary import remove_tokens_
 from .saving.save import save_pruned
-from .search.limit import prune_within_limit_
-from .search.rounds import prune_in_rounds_
-from .search.search import choose_shape
-from .search.tokens_or_layers import best_number
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
-from .vocabulary.choose import Tokens
 from .widths.budget import widths_of
 from .widths.schedule import round_widths
 
@@ -62,14 +53,14 @@ class PruneResult(NamedTuple):
     measured: Mapping[str, Any]
 
 
-# The function that takes each kind of step; tokens go before any step, see `removals.vocabulary`.
-REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
-    LAYER: remove_layers_,
-    EXPERT: remove_experts_,
-    HIDDEN: remove_channels_,
-    UNITS: prune_units_,
-    ROUNDS: prune_in_rounds_,
-    LIMIT: prune_within_limit_,
+# The function that takes each kind of step, with its module, which is imported when there is such a step.
+REMOVERS = {
+    LAYER: "removals.layers:remove_layers_",
+    EXPERT: "removals.experts:remove_experts_",
+    HIDDEN: "removals.channels:remove_channels_",
+    UNITS: "pruning.units:prune_units_",
+    ROUNDS: "search.rounds:prune_in_rounds_",
+    LIMIT: "search.limit:prune_within_limit_",
 }
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
@@ -132,7 +123,11 @@ class StructPruner:
         arch = described.arch
         widths = widths_of(self.config, arch, described.plain_model)
         check(self.config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-        tokens = Tokens.of(self.config, described, model, tokenizer, widths) if VOCAB in widths else None
+        tokens = None
+        if VOCAB in widths:
+            from .vocabulary.choose import Tokens  # rooms that most runs do without are imported where one enters
+
+            tokens = Tokens.of(self.config, described, model, tokenizer, widths)
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
@@ -141,11 +136,17 @@ class StructPruner:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(apart=tokens is not None)
             if tokens is not None:
+                from .removals.vocabulary import remove_tokens_
+                from .search.tokens_or_layers import best_number
+
                 widths = remove_tokens_(run, tokens, widths, best_number)
-            shape = choose_shape(run, widths)
+            if widths and self.config.allocation != "uniform":
+                from .search.search import choose_shape
+
+                shape = choose_shape(run, widths)
+                run.layers, widths = shape.layers, shape.after_removal()
             run.find_teacher()
-            run.layers = shape.layers
-            for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
+            for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.apply_step_(run, step)
             run.compare()
             run.recover()
@@ -182,20 +183,22 @@ class StructPruner:
         for kind in WHOLE_MODEL:
             if kind in widths:
                 target = {kind: widths[kind]}
-                course = round_widths(self.config, arch, target) if kind == LAYER else [target]
-                steps += Step.toward(kind, course)
+                schedule = round_widths(self.config, arch, target) if kind == LAYER else [target]
+                steps += Step.toward(kind, schedule)
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside and self.config.max_perplexity_ratio is not None:
             steps += Step.toward(LIMIT, [inside])
         elif inside:
-            course = round_widths(self.config, arch, inside)
-            steps += Step.toward(UNITS if len(course) == 1 else ROUNDS, course)
+            schedule = round_widths(self.config, arch, inside)
+            steps += Step.toward(UNITS if len(schedule) == 1 else ROUNDS, schedule)
         return steps
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
         with evaluating(run.model):
-            run.plan = run.plan.then(REMOVERS[step.kind](run, step))
+            module, name = REMOVERS[step.kind].split(":")
+            remove_ = getattr(import_module(f".{module}", __package__), name)
+            run.plan = run.plan.then(remove_(run, step))
         if not run.is_masked:
             run.arch = run.described()
 

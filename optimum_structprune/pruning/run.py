@@ -24,8 +24,6 @@ from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
 from ..system.processes import unshared
-from ..vocabulary.choose import large_vocabulary, token_shares, unread
-from ..vocabulary.tokens import Vocabulary
 from .measure import Measure
 
 
@@ -182,6 +180,9 @@ class Run:
 
     def _note_unread(self) -> None:
         """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
+        from ..vocabulary.choose import large_vocabulary, token_shares, unread
+        from ..vocabulary.tokens import Vocabulary
+
         space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
         if self.counted or self.tokenizer is None or space is None or self.data.statistics is not None:
             return

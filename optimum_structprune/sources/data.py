@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -29,17 +29,19 @@ from ..method.refit import bias_refit, least_squares, no_refit
 from ..system.fingerprint import fingerprint
 from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
-from .experts import WithExperts
-from .offloaded import Offloaded, must_be_whole
-from .stored import Statistics, Stored
-from .whole_model import WholeModel
 
 
 for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares", least_squares)):
     REFITS.register(_name)(_refit)
 
-# What gives activations, layer by layer: `InMemory` names the methods that all of them have.
-Source = InMemory | WholeModel | WithExperts | Stored
+if TYPE_CHECKING:
+    from .experts import WithExperts
+    from .stored import Statistics, Stored
+    from .whole_model import WholeModel
+
+# What gives activations, layer by layer: `InMemory` names the methods that all of them have. The others are imported
+# where a run has such a source.
+Source = Union["InMemory", "WholeModel", "WithExperts", "Stored"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class CalibrationData:
         if config.stats is not None or any(map(written_by_model, texts_of(config))):
             model = dequantized(model, inplace=False)
         if config.stats is not None:
+            from .stored import Statistics
+
             statistics = Statistics.load(config.stats)
             statistics.check(model, tokenizer)
             return cls.of(config, statistics.chosen(config), statistics)
@@ -150,6 +154,8 @@ class CalibrationData:
         number in all stays the same.
         """
         if self.statistics is not None:
+            from .stored import Stored
+
             return Stored(self.statistics, self.domains, model)
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
@@ -252,11 +258,18 @@ def layers_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
 ) -> InMemory | WholeModel:
     """The layers of a model one by one where it allows that, and the whole model otherwise; see `InMemory`."""
-    try:
-        return (Offloaded if is_offloaded(model) else InMemory)(model, arch, batches, feedback, fixed, ranks())
-    except NotSequentialError as error:
-        if is_offloaded(model):
+    if is_offloaded(model):
+        from .offloaded import Offloaded, must_be_whole
+
+        try:
+            return Offloaded(model, arch, batches, feedback, fixed, ranks())
+        except NotSequentialError as error:
             raise must_be_whole(arch, error) from error
+    try:
+        return InMemory(model, arch, batches, feedback, fixed, ranks())
+    except NotSequentialError:
+        from .whole_model import WholeModel
+
         return WholeModel(model, arch, batches, ranks())
 
 
@@ -265,7 +278,11 @@ def source_of(
 ) -> InMemory | WholeModel | WithExperts:
     """The source of the activations of a model, those of single experts too where it has any."""
     source = layers_of(model, arch, batches, feedback, fixed)
-    return WithExperts(source) if any(space.experts for space in (*arch.spaces, *arch.model_spaces)) else source
+    if not any(space.experts for space in (*arch.spaces, *arch.model_spaces)):
+        return source
+    from .experts import WithExperts
+
+    return WithExperts(source)
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
