@@ -137,10 +137,11 @@ class StructPruner:
             run.start(apart=tokens is not None)
             if tokens is not None:
                 widths = remove_tokens_(run, tokens, widths, best_number)
-            shape = choose_shape(run, widths)
+            if widths and run.config.allocation != "uniform":
+                shape = choose_shape(run, widths)
+                run.layers, widths = shape.layers, shape.after_removal()
             run.find_teacher()
-            run.layers = shape.layers
-            for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
+            for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.take_(run, step)
             run.compare()
             run.recover()
@@ -155,8 +156,7 @@ class StructPruner:
         # Once tokens are gone, the run's config says only what is left to do.
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
-        self.plan, self.report, self.manifest = run.plan, run.report, run.manifest()
-        self.tokenizer = run.tokenizer
+        self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
         measured = checksums(run.model)

@@ -48,11 +48,9 @@ class Candidate:
 
 
 def choose_shape(run: Run, widths: Widths) -> Shape:
-    """The shape that a run brings its model to: the widths of its config, or where that says so, others of the same
-    total from scores of all units or from measured losses.
+    """The shape that a run brings its model to where its config gives no widths by layer: of the same total, from
+    scores of all units or from measured losses.
     """
-    if not widths or run.config.allocation == "uniform":
-        return Shape(widths)
     if run.config.searches:
         return searched_shape(run)
     rank = ALLOCATIONS.get(run.config.allocation)

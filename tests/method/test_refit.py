@@ -105,7 +105,7 @@ def test_the_squared_errors_are_those_of_the_outputs(with_bias, with_error, refi
     weight, bias, x = problem(5)
     bias = bias if with_bias else None
     asked = torch.randn(len(x), len(weight)) if with_error else torch.zeros(len(x), len(weight))
-    moments = Moments.empty(x.shape[1], gram=True, out=len(weight) if with_error else None)
+    moments = Moments.empty(x.shape[1], gram=True, out=len(weight) if with_error else 0)
     for some, of_some in zip(x.split(70), asked.split(70), strict=True):
         moments.update(some, of_some if with_error else None)
     keep = torch.tensor([0, 2, 3, 5, 7, 8, 11])
