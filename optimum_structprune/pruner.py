@@ -110,8 +110,7 @@ class StructPruner:
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 model is unpacked first, where transformers can.
-            tokenizer: The tokenizer of the model, or the image processor of one that reads images; it reads the
-                calibration domains.
+            tokenizer: The tokenizer of the model, which reads the calibration domains.
             inplace: Whether `model` itself is changed and returned, layer by layer, which saves the memory of a copy.
                 Otherwise `model` is left as it is and a new one is returned.
             inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or samples of

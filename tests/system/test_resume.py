@@ -136,8 +136,6 @@ def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, 
                 pass
         resumed, pruner = pruned(case, folder, **RUNS[case])
         assert pruner.plan == expected.plan and same_weights(resumed, whole)
-        noted, whole_noted = (one.report.details.errors for one in (pruner, expected))
-        assert noted == whole_noted != {}
 
 
 def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
