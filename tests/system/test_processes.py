@@ -6,14 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import assert_same_errors, on_two_ranks, save_desk
+from helpers import on_two_ranks, save_desk
 from models import build, config, documents, real_text_model, three_layers, tokenizer
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains import generated
-from optimum_structprune.record.details import Details
 
 
 pytestmark = pytest.mark.slow
@@ -201,7 +200,6 @@ def test_two_processes_find_what_one_finds(case, together):
         theirs = load_file(part / "weights")
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
-        assert_same_errors(Details.load(part / "details"), pruner.report.details)
         report = json.loads((part / "report").read_text())
         for name, values in pruner.report.perplexity.items():
             assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
