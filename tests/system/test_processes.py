@@ -51,10 +51,10 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from optimum_structprune import StructPruneError, prune_model, recover
 from optimum_structprune.commands.cli import main
-from optimum_structprune.pruning import trials
 from optimum_structprune.recovery import checks, trainer
 from optimum_structprune.recovery import recover as module
 from optimum_structprune.recovery.resume import weights_hash
+from optimum_structprune.search import trials
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_count, process_index
 from system.test_processes import RUNS, command, pruned
