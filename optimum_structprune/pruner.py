@@ -140,7 +140,7 @@ class StructPruner:
                 from .search.tokens_or_layers import best_number
 
                 widths = remove_tokens_(run, tokens, widths, best_number)
-            if widths and self.config.allocation != "uniform":
+            if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
                 shape = choose_shape(run, widths)
@@ -161,8 +161,7 @@ class StructPruner:
         # Once tokens are gone, the run's config says only what is left to do.
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
-        self.plan, self.report, self.manifest = run.plan, run.report, run.manifest()
-        self.tokenizer = run.tokenizer
+        self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
         self.result = PruneResult(

@@ -35,7 +35,6 @@ from optimum_structprune.method.layers import InMemory, NotSequentialError, run_
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.record.details import Details
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.removals.cut import shrink_
 from optimum_structprune.sources.data import CalibrationData, batches_of
@@ -158,15 +157,6 @@ def mix(moments, weights) -> Moments:
     """The weighted average of several moments: the mixture of domains that have the same output energy."""
     alike = [replace(part, energy=torch.ones(())) for part in moments]
     return replace(mixture_of(alike, weights, torch.zeros(1, len(alike[0].mean))), energy=None)
-
-
-def assert_same_errors(ours: Details, theirs: Details) -> None:
-    """Two runs have noted the same errors, within rounding."""
-    assert ours.errors.keys() == theirs.errors.keys()
-    for kind, errors in theirs.errors.items():
-        assert ours.errors[kind].keys() == errors.keys()
-        for layer, error in errors.items():
-            assert ours.errors[kind][layer] == pytest.approx(error, rel=1e-3, abs=1e-5)
 
 
 def config_of(model):

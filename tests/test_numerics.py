@@ -69,7 +69,7 @@ def test_the_refit_is_the_least_squares_solution(size, kept, with_bias, error_fe
     bias = torch.randn(16, generator=generator) if with_bias else None
     error = torch.randn(TOKENS, 16, generator=generator) + x[:, :16] if error_feedback else None
     keep = torch.randperm(size, generator=generator)[:kept].sort().values
-    moments = Moments.empty(size, gram=True, out=16 if error_feedback else None)
+    moments = Moments.empty(size, gram=True, out=16 if error_feedback else 0)
     for part in range(0, TOKENS, 512):
         moments.update(x[part : part + 512], None if error is None else error[part : part + 512])
     found, shifted = least_squares(weight, bias, moments, keep, DAMPING)

@@ -29,7 +29,7 @@ def test_odd_tensors_and_models(tmp_path):
     for samples, message in (
         (token_ids(8, 8).int(), "as torch.int32; pass them as int64"),
         (token_ids(8, 8).float(), "as torch.float32; pass them as int64"),
-        (torch.zeros(8, 0, dtype=torch.long), "empty"),
+        (torch.zeros(8, 0, dtype=torch.long), "samples of 0 tokens, which predict nothing"),
         (token_ids(8, 1), "2 is the least"),
     ):
         with pytest.raises(StructPruneError, match=message):

@@ -160,7 +160,9 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     reset_high_water_mark()
     start = clock()
     run = Run(model, arch, CalibrationData.of(settings, domains))
-    chosen = choose_shape(run, widths_of(settings, arch, model)).after_removal()
+    chosen = widths_of(settings, arch, model)
+    if settings.allocation != "uniform":
+        chosen = choose_shape(run, chosen).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

@@ -114,8 +114,10 @@ def register_criterion(name: str, **attributes: Any) -> Callable[[Any], Any]:
         StructPruneError: If the name is empty, or already stands for another criterion.
     """
 
+    register = CRITERIA.register(name)  # which refuses names that are none, before there is a criterion
+
     def enter(criterion: Any) -> Any:
-        CRITERIA.register(name)(criterion if isinstance(criterion, type) else _class_of(criterion, attributes))
+        register(criterion if isinstance(criterion, type) else _class_of(criterion, attributes))
         return criterion
 
     return enter

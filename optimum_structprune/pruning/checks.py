@@ -148,7 +148,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         raise StructPruneError(f"inputs[{name!r}] holds token ids as {samples.dtype}; pass them as int64: ids.long().")
     if samples.shape[1] < 2:
         raise StructPruneError(
-            f"inputs[{name!r}] has samples of one token, which leaves nothing to predict; 2 is the least."
+            f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, which predict nothing; 2 is the least."
         )
     if samples.shape[1] > (longest := positions_of(model)):
         raise StructPruneError(

@@ -48,8 +48,8 @@ class Candidate:
 
 
 def choose_shape(run: Run, widths: Widths) -> Shape:
-    """The shape that a run brings its model to: of the total that `widths` have, by scores of all units or by measured
-    losses.
+    """The shape that a run brings its model to where its config gives no widths by layer: of the same total, from
+    scores of all units or from measured losses.
     """
     if run.config.searches:
         return searched_shape(run)

@@ -137,7 +137,9 @@ def run_on(settings, domains):
     """The finished run of a tiny model, with the widths chosen on the same data."""
     model, data = build("llama-tied"), data_of(settings, domains)
     arch = describe(model)
-    widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model)).widths
+    widths = widths_of(settings, arch, model)
+    if settings.allocation != "uniform":
+        widths = choose_shape(Run(model, arch, data), widths).widths
     return pruned_on(data, model, widths)
 
 

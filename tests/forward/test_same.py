@@ -1,4 +1,4 @@
-"""A cut that does not compute what the masked model did stops the run; `tests/surgery` proves that right ones do."""
+"""A cut that does not compute what the masked model did stops the run; other files prove that right ones do."""
 
 import pytest
 import torch
@@ -6,14 +6,15 @@ from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, prune_model
 from optimum_structprune.forward.same import check_same
-from optimum_structprune.removals import cut, layers, resize, vocabulary
+from optimum_structprune.method import shrink
+from optimum_structprune.removals import layers, resize, vocabulary
 
 
 def mixed_up(slice_tensors):
     """What is cut, in the opposite order."""
 
-    def sliced(tensors, spaces, plan):
-        smaller = slice_tensors(tensors, spaces, plan)
+    def sliced(tensors, spaces, keep):
+        smaller = slice_tensors(tensors, spaces, keep)
         return {name: of if of.shape == tensors[name].shape else of.flip(0) for name, of in smaller.items()}
 
     return sliced
@@ -28,7 +29,7 @@ def of_others(remove):
     return removed
 
 
-TIED, MIXED = "llama-tied", (cut, "slice_tensors", mixed_up)
+TIED, MIXED = "llama-tied", (shrink, "slice_tensors", mixed_up)
 # The kind of space, the model, what is done wrong, and more of the config.
 WRONG = {
     "mlp": (TIED, MIXED, {"widths": {"mlp": 24}}),
@@ -48,7 +49,8 @@ def test_a_wrong_cut_is_found(kind, monkeypatch):
     case, (module, name, spoil), fields = WRONG[kind]
     monkeypatch.setattr(module, name, spoil(getattr(module, name)))
     model, reader = real_text_model() if case == "real text" else (build(case), tokenizer())
-    with pytest.raises(InPlaceError, match=r"(Layer 0|The model) gives other outputs .* differ by .* explains 0.01"):
+    what = "Layer 0|The model|The model with layer 0 cut"
+    with pytest.raises(InPlaceError, match=rf"\(({what}) gives other outputs .* differ by .* explains 0.01"):
         prune_model(model, config(**fields), reader, inplace=True)
 
 

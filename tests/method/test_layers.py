@@ -137,7 +137,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
     source, smaller = data.source(model, arch, data.feedback), shrunk_skeleton(model, arch, widths)
-    prune_layers_(model, arch, source, method_of(data.config, data.shares), widths, smaller)
+    prune_layers_(model, arch, source, method_of(data.config, data.shares), widths, smaller, {})
     entering = []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():

@@ -20,13 +20,13 @@ from optimum_structprune.widths.budget import biased_spaces
 
 
 def pruned_by_hand(model, settings, **how):
-    """What the loop alone has pruned of a model, which is changed, on the samples of a config."""
-    data, arch, widths = data_of(settings), describe(model), settings.widths
+    """Prune a model with the loop alone, on the samples of a config, and return the kept units."""
+    data, arch, widths, keep = data_of(settings), describe(model), settings.widths, {}
     smaller = shrunk_skeleton(model, arch, widths, biased_spaces(settings, arch, widths))
     source = InMemory(model, arch, data.own_batches, data.feedback)
-    pruned = prune_layers_(model, arch, source, method_of(settings, data.shares), widths, smaller, **how)
+    prune_layers_(model, arch, source, method_of(settings, data.shares), widths, smaller, keep, **how)
     adopt_config_(model, smaller)
-    return pruned
+    return keep
 
 
 @pytest.mark.parametrize(("case", "fields"), [
@@ -41,8 +41,7 @@ def test_it_gives_what_a_pruner_gives_to_the_bit(case, fields):
     settings, model = config(**fields), build(case)
     pruner = StructPruner(settings)
     expected = pruner.prune_model(build(case), tokenizer())
-    pruned = pruned_by_hand(model, settings)
-    assert pruned.keep == pruner.plan.keep
+    assert pruned_by_hand(model, settings) == pruner.plan.keep
     assert same_weights(model, expected) and torch.equal(logits(model), logits(expected))
     assert model.config.to_dict() == expected.config.to_dict() and count_hooks(model) == 0
 
@@ -50,12 +49,11 @@ def test_it_gives_what_a_pruner_gives_to_the_bit(case, fields):
 def test_each_layer_is_told_of_in_order_as_soon_as_it_is_small():
     model, told = build("llama-tied"), []
 
-    def on_layer(layer, pruned):
-        sizes = [module.mlp.down_proj.in_features for module in layer_list(model, describe(model))]
-        told.append((layer, sizes, sorted(pruned.keep)))
+    def on_layer(layer):
+        told.append((layer, [module.mlp.down_proj.in_features for module in layer_list(model, describe(model))]))
 
     pruned_by_hand(model, config(), on_layer=on_layer)
-    assert told == [(0, [24, 40], [(0, "mlp")]), (1, [24, 24], [(0, "mlp"), (1, "mlp")])]
+    assert told == [(0, [24, 40]), (1, [24, 24])]
 
 
 def test_no_layer_runs_with_a_graph():
@@ -84,9 +82,8 @@ def test_a_plain_function_is_a_criterion(registered):
 
     settings = config(criterion="own", refit="none", widths={"mlp": 24, "attention": 2}, damping=0.5)
     model = build("llama-untied")
-    pruned = pruned_by_hand(model, settings)
     kept = {"mlp": tuple(range(16, 40)), "attention": (2, 3)}
-    assert pruned.keep == {(layer, name): kept[name] for layer in (0, 1) for name in kept}
+    assert pruned_by_hand(model, settings) == {(layer, name): kept[name] for layer in (0, 1) for name in kept}
     assert same_weights(model, prune_model(build("llama-untied"), settings, tokenizer()))
     assert ((32, 40), (40, 40), 0.5) in calls and len(calls) == 2 * 4
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers import assert_same_errors, failing, logits
+from helpers import failing, logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,6 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
     ours, small = pruned(model, **FIELDS[case])
     assert is_offloaded(small) and all(tensor.is_meta for tensor in layer_list(small, describe(small))[0].parameters())
     assert ours.plan.to_dict() == theirs.plan.to_dict()
-    assert_same_errors(ours.report.details, theirs.report.details)
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
