@@ -32,6 +32,7 @@ from optimum_structprune.system.disk import (
     check_apart,
     check_folder,
     remove_checkpoints,
+    unchanging,
     used_paths,
 )
 from optimum_structprune.written import LIST_NAME
@@ -95,8 +96,14 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
     link.symlink_to(out)
     (tmp_path / "model").mkdir()
     (out / "linked").symlink_to(tmp_path / "model")  # which counts where it lies
+    dense = tmp_path / "dense"
+    for name, place in (("one", out / "model.safetensors"), ("deep/one", text), ("all", out), ("elsewhere", tmp_path)):
+        (dense / name).mkdir(parents=True)
+        (dense / name / "linked").symlink_to(place)
+        (dense / name / "a loop").symlink_to(dense / name / "a loop")
     monkeypatch.chdir(tmp_path)
     cases = {
+        "holds files of": [dense, dense / "one", dense / "deep", dense / "all"],
         "is": [out, link, "home/out", "home/../home/out", os.path.join(out, "")],
         "holds": [inside, text, link / "in", out / "linked"],
         "lies in": [tmp_path / "home", "home", link.parent],
@@ -106,6 +113,21 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
             for target in (out, link, "home/../home/out"):
                 with pytest.raises(StructPruneError, match=f"out {relation} .*which this run reads.*would be lost"):
                     Output(target, True, [None, "", "owner/name", name]).check()
+    Output(result(tmp_path / "other"), True, [dense, dense / "elsewhere"]).check()
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: os.replace(shutil.copy(weights, weights.with_name("copy")), weights),
+    lambda weights: weights.write_bytes(bytes(reversed(weights.read_bytes()))),
+    lambda weights: shutil.copy(weights, weights.with_name("more.safetensors")),
+    Path.unlink,
+])  # fmt: skip
+def test_a_model_that_is_replaced_while_it_is_read_is_refused(tmp_path, change):
+    out = result(tmp_path / "out")
+    with unchanging(out), unchanging("owner/name"):
+        (out / "report.html").write_text("")  # says nothing of the model
+    with pytest.raises(StructPruneError, match="out was written to while this run read it"), unchanging(out):
+        change(out / "model.safetensors")
 
 
 def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_path):
