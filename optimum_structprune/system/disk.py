@@ -35,7 +35,7 @@ KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file", "keep_toke
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
-WRITING = ("inline_container.cc", "PytorchStreamWriter", "(os error ")
+WRITING = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
 NO_LOCKS = (ENOLCK, ENOSYS, ENOTSUP)  # the errors of file systems that have none
 PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock back
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,12 +72,18 @@ def give_back_free_memory() -> None:
 
 
 class _SameFiles(dict[str, Any]):
-    """Where offloaded weights lie on the disk, by name; it refuses a file that has changed since it was made."""
+    """Where offloaded weights lie on the disk, by name; it refuses a file that lacks them, or changes later on."""
 
     def __init__(self, index: Mapping[str, Any]):
         super().__init__(index)
         files = {entry.get("safetensors_file") for entry in index.values()} - {None}
-        self._files = {file: identity(file) or None for file in files}
+        self._files = {file: identity(file) for file in files}
+        held = {None: {*index}, **{file: _names_in(file) for file in files}}
+        entries = ((entry.get("safetensors_file"), entry.get("weight_name", name)) for name, entry in index.items())
+        if missing := [f"{name} in {file}" for file, name in entries if name not in held[file]]:
+            raise StructPruneError(
+                f"{len(missing)} weights cannot be read from where the model was loaded: {some_of(missing)}."
+            )
 
     def __getitem__(self, name: str) -> Any:
         entry = super().__getitem__(name)
@@ -87,6 +93,15 @@ class _SameFiles(dict[str, Any]):
         return entry
 
 
+def _names_in(file: str) -> set[str]:
+    """The names of the weights in a safetensors file; empty if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError):
+        return set()
+
+
 def check_reachable(model: nn.Module) -> None:
     """Refuse a model without weights, such as one on the meta device, and from then on offloaded weights whose file
     changes.
@@ -94,8 +109,6 @@ def check_reachable(model: nn.Module) -> None:
     for weights in _held_by(model):
         if isinstance(weights, OffloadedWeightsLoader) and not isinstance(weights.index, _SameFiles):
             weights.index = _SameFiles(weights.index)
-            for name in weights.index:
-                weights.index[name]  # refused if its file is gone
     held = {
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
@@ -159,6 +172,8 @@ def _held(weights: Any, name: str) -> Tensor:
     try:
         return weights[name]
     except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, StructPruneError):
+            raise
         while isinstance(weights, PrefixedDataset):
             weights, name = weights.dataset, f"{weights.prefix}{name}"
         entry = getattr(weights, "index", {}).get(name, {})

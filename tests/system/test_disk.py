@@ -31,6 +31,7 @@ from optimum_structprune.system.disk import (
     Output,
     check_apart,
     check_folder,
+    is_write_error,
     remove_checkpoints,
     unchanging,
     used_paths,
@@ -332,6 +333,12 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
         with full_disk(1_000), refused, Output(out, True).staged() as folder:
             write(folder)
         assert names(tmp_path) == ["out"] and {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_errors_of_torch_that_say_no_file_are_told_by_their_words():
+    """torch writes the state of an optimizer by a stream of C++."""
+    assert is_write_error(RuntimeError("basic_ios::clear: iostream error"))
+    assert not is_write_error(RuntimeError("shape mismatch"))
 
 
 def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):
