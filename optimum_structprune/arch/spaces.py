@@ -92,6 +92,8 @@ def heads_of(config: PretrainedConfig) -> Heads:
     """The attention heads of a config, with what transformers derives where the config does not say it."""
     heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
+    if groups > heads:
+        raise StructPruneError(f"num_key_value_heads={groups} is more than num_attention_heads={heads}.")
     return Heads(heads, groups, getattr(config, "head_dim", None) or number(config, "hidden_size") // heads)
 
 
@@ -181,6 +183,8 @@ def _projections(
 
 
 def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: TensorShapes) -> Space:
+    if not space.size:
+        raise StructPruneError(f"Layer {space.layer} has no {space.name}: {out[0].param} is {shapes[out[0].param]}.")
     unit_params = 0
     for axis in out + into:
         shape = shapes[axis.param]
