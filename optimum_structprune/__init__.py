@@ -1,8 +1,9 @@
 """Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads.
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
-those before it: `system`, `config`, `arch`, `forward`, `widths`, `domains`, `vocabulary`, `calibration`,
-`criteria`, `surgery`, `record`, `saving`, `recovery`, `pruning`, `evaluation`, `commands`.
+those before it: `system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`,
+`record`, `sources`, `removals`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Begin to
+read with `method`.
 """
 
 from __future__ import annotations

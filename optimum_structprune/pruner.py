@@ -58,7 +58,7 @@ class Known(NamedTuple):
 
 # What is known of each model that a pruning returned, as long as that model exists.
 RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
-# The function that takes each kind of step; tokens go before any step, see `pruning.fewer_tokens`.
+# The function that takes each kind of step; tokens go before any step, see `removals.vocabulary`.
 REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     LAYER: remove_layers_,
     EXPERT: remove_experts_,
@@ -91,8 +91,7 @@ class StructPruner:
 
     def __init__(self, config: StructPruneConfig):
         check_config_kind(config)
-        self.config = config
-        self.used_config = config
+        self.config = self.used_config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
@@ -111,8 +110,7 @@ class StructPruner:
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 model is unpacked first, where transformers can.
-            tokenizer: The tokenizer of the model, or the image processor of one that reads images; it reads the
-                calibration domains.
+            tokenizer: The tokenizer of the model, which reads the calibration domains.
             inplace: Whether `model` itself is changed and returned, layer by layer, which saves the memory of a copy.
                 Otherwise `model` is left as it is and a new one is returned.
             inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or samples of

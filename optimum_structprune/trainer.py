@@ -17,12 +17,10 @@ from .arch.load import Described, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
-from .domains.images import image_domains
 from .domains.load import RecentText, load_domains
 from .errors import StructPruneError, warn
-from .forward.generation import reads_images
 from .pruner import AutoStructPruner
-from .pruning.checks import TRAINER, check, check_config_kind, check_reader, check_trainer
+from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer, check_trainer
 from .record.plan import Plan
 from .removals.cut import check_state, slice_state_
 from .removals.resize import resize_
@@ -100,11 +98,7 @@ class StructPruneCallback(TrainerCallback):
         # What is trained a second time goes on from its dense widths.
         if self._dense is None or (state.global_step == 0 and not self._is_pruned(model)):
             self.begin(model)
-        if self.calibration == "batches" and model.main_input_name != "input_ids":
-            raise StructPruneError(
-                f"calibration='batches' reads the token ids of the training, and {type(model).__name__} reads "
-                f"{model.main_input_name}; use calibration='domains', or prune it first."
-            )
+        check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
             self.plan = self._resumed(state)
         assert self._dense is not None and self.plan is not None
@@ -115,12 +109,9 @@ class StructPruneCallback(TrainerCallback):
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            check_reader(reader := kwargs["processing_class"], model)
-            if reads_images(model):
-                self._domains = image_domains(self.config, reader)
-            else:
-                vocab_size = model.config.get_text_config().vocab_size
-                self._domains = load_domains(self.config, reader, vocab_size, model=model)
+            check_tokenizer(tokenizer := kwargs["processing_class"], model)
+            vocab_size = model.config.get_text_config().vocab_size
+            self._domains = load_domains(self.config, tokenizer, vocab_size, model=model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""

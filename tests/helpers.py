@@ -1,4 +1,4 @@
-"""What tests of several folders share: comparisons, masks, and passes that fall back."""
+"""What tests of several folders share: comparisons, masks, and the whole model as a source."""
 
 from __future__ import annotations
 
@@ -26,22 +26,19 @@ from transformers import Cache, PreTrainedTokenizerFast
 from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.method.calibrate import Mixer, Moments
-from optimum_structprune.sources.whole_model import WholeModel
-from optimum_structprune.sources.data import batches_of
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import outputs_of
-from optimum_structprune.method.layers import run_model
+from optimum_structprune.method.calibrate import Moments, mixed
+from optimum_structprune.method.layers import InMemory, NotSequentialError, run_model
+from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.details import Details
-from optimum_structprune.method.shrink import read_consumer, units_to_columns, write_consumer_
-from optimum_structprune.arch.modules import adopt_config_
-from optimum_structprune.removals.cut import shrink_
-from optimum_structprune.method.shrink import shrink_layer_
 from optimum_structprune.record.plan import Plan
+from optimum_structprune.removals.cut import shrink_
+from optimum_structprune.sources.data import CalibrationData, batches_of
 
 
 @torch.no_grad()
@@ -119,35 +116,48 @@ def same_weights(left, right) -> bool:
     )
 
 
-def whole_passes(model, arch, batches, error_feedback=0.0, fixed=False) -> WholeModel:
-    """In the place of `passes_over`: the fallback, whatever the model allows."""
-    return WholeModel(model, arch, batches)
+@contextmanager
+def whole_model_at_once():
+    """No layer runs by itself inside `with`, whatever the model allows: activations come from the whole model."""
+
+    def refuse(*args, **kwargs):
+        raise NotSequentialError("this test runs the whole model at once")
+
+    with patch.object(InMemory, "__init__", refuse):
+        yield
 
 
-def evidence_of(settings, domains=None, run_passes=None) -> CalibrationData:
-    """What a run on the CPU knows of `domains`, by default those of a config in tokens of the tests' own tokenizer."""
-    domains = load_domains(settings, tokenizer()) if domains is None else domains
-    evidence = CalibrationData.of(settings, domains)
-    return evidence if run_passes is None else replace(evidence, run_passes=run_passes)
+def data_of(settings, domains=None) -> CalibrationData:
+    """The calibration data in `domains`, by default those of a config in tokens of the tests' own tokenizer."""
+    return CalibrationData.of(settings, load_domains(settings, tokenizer()) if domains is None else domains)
 
 
-def pruned_on(evidence, model, widths) -> Run:
-    """The finished run that brings a copy of a model to `widths` on given evidence."""
-    with Run(deepcopy(model), describe(model), evidence) as run:
+def weighed(*shares) -> CalibrationData:
+    """Calibration data without samples, in domains of these weights."""
+    return CalibrationData(config(), [], shares, 1)
+
+
+def pruned_on(data, model, widths) -> Run:
+    """The finished run that brings a copy of a model to `widths` on given data."""
+    with Run(deepcopy(model), describe(model), data) as run:
         run.start()
-        for step in StructPruner(evidence.config).steps(run.arch, run.model, widths):
-            StructPruner(evidence.config).take_(run, step)
+        for step in StructPruner(data.config).steps(run.arch, run.model, widths):
+            StructPruner(data.config).take_(run, step)
         run.compare()
         run.finish()
     return run
 
 
+def mixture_of(moments, shares, weight) -> Moments:
+    """The moments of the mixture at a consumer; those of the domains stay as they are."""
+    (mixture,) = mixed(([deepcopy(part)] for part in moments), shares, [weight])
+    return mixture
+
+
 def mix(moments, weights) -> Moments:
-    """The weighted average of several moments."""
-    mean = Mixer()
-    for part, weight in zip(moments, weights, strict=True):
-        mean.add(part, weight)
-    return mean.moments()
+    """The weighted average of several moments: the mixture of domains that have the same output energy."""
+    alike = [replace(part, energy=torch.ones(())) for part in moments]
+    return replace(mixture_of(alike, weights, torch.zeros(1, len(alike[0].mean))), energy=None)
 
 
 def assert_same_errors(ours: Details, theirs: Details) -> None:
@@ -250,7 +260,7 @@ def shrunk(model, arch, plan):
     new_config = shrunk_config(model.config, arch, sizes)
     smaller = skeleton(small, new_config)
     for layer in range(arch.num_layers):
-        shrink_layer_(small, arch, layer, plan, smaller)
+        shrink_layer_(small, arch, layer, plan.keep, smaller)
     adopt_config_(small, smaller)
     return small
 

@@ -127,7 +127,7 @@ SMALL = {
     ),
     "benchmark_gpu": (
         "--device cpu --tiny --folder .",
-        ["float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "(ideal "],
+        ["float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "of that rate", ": x "],
     ),
     "benchmark_speed": ("model --widths 24 16 --prompts 8 --new-tokens 2 --repeats 1", ["mlp=24", "mlp=16"]),
     "benchmark_vocabulary": (

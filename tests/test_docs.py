@@ -17,10 +17,9 @@ from shutil import copytree
 
 import pytest
 import yaml
-from models import GROUPED, build, real_text_model
+from models import GROUPED, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
-from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import optimum_structprune
 from optimum_structprune import StructPruneConfig
@@ -95,11 +94,6 @@ def inputs(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(part))
     items = ({"query": "Question: One and one?", "choices": ["two", "three"], "gold": i % 2} for i in range(4))
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
-    for saved in (build("vit"), ViTImageProcessor(size={"height": 8, "width": 8})):
-        saved.save_pretrained(folder / "google" / "vit-base-patch16-224")
-    (folder / "photos").mkdir()
-    for number in range(80):
-        Image.new("RGB", (10, 12), (number, 90, 160)).save(folder / "photos" / f"{number}.png")
     assert UNKNOWN not in builtin_families(), "take another type that is not described"
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):
@@ -121,13 +115,17 @@ def ran(run, words: list[str]) -> str:
     return shown.getvalue()
 
 
+def ran_script(words: list[str]) -> str:
+    """What a Python script of the repository prints, by its path and its arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / words[0]).parent)
+        return ran(lambda: run_path(str(ROOT / words[0]), run_name="__main__") and None, words)
+
+
 @cache
 def help_of(script: str, *command: str) -> str:
     """What a Python script of the repository, and the command of it that is named, says with --help."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend((ROOT / script).parent)
-        run = lambda: run_path(str(ROOT / script), run_name="__main__") and None  # noqa: E731
-        return ran(run, [script, *command, "--help"])
+    return ran_script([script, *command, "--help"])
 
 
 def unknown_flags(words: list[str]) -> list[str]:
@@ -143,15 +141,15 @@ def run_line(line: str, flags: dict[str, str]) -> str:
     """What a line of a bash snippet prints, with `flags` of each command after its own; what is too large is only
     checked.
     """
+    shown = ""
     line, _, file = line.partition(" > ")
     words = shlex.split(line, comments=True)
     if words[:1] == ["make"]:
         assert words[1] in targets(), f"{words[1]} is no target of the Makefile"
     elif words and words[0] in OWN:
         shown = ran(OWN[words[0]], [*words, *shlex.split(flags.get(words[1], ""))])
-        if file:
-            Path(file).write_text(shown)
-        return "" if file else shown
+    elif words[:1] == ["python"] and words[1].startswith("examples/tools/"):
+        shown = ran_script(words[1:])
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr}"
@@ -159,7 +157,9 @@ def run_line(line: str, flags: dict[str, str]) -> str:
         assert not unknown_flags(words), line
     elif words:
         raise AssertionError(f"nothing checks {line!r}")
-    return ""
+    if file:
+        Path(file).write_text(shown)
+    return "" if file else shown
 
 
 @pytest.mark.parametrize("page", [as_test(page) for page in PAGES if snippets(page, "python|bash")])

@@ -1,16 +1,30 @@
 """Every family: a dry run says what pruning gives, what is saved loads plainly, and the text half alone shrinks."""
 
+import re
+
 import pytest
 import torch
-from helpers import assert_as_said, batches, config_of, count_hooks, outputs, random_plan, same_weights, shrunk
+from helpers import (
+    assert_as_said,
+    batches,
+    config_of,
+    count_hooks,
+    error_line,
+    outputs,
+    random_plan,
+    same_weights,
+    shrunk,
+)
 from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, build, config, described, token_ids, tokenizer
+from transformers import AutoModelForImageClassification
 
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP
-from optimum_structprune.method.layers import InMemory
-from optimum_structprune.method.layers import NotSequentialError
+from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.forward.metrics import model_outputs, output_error
+from optimum_structprune.method.layers import InMemory, NotSequentialError
 from optimum_structprune.widths.allocation import choices, legal_widths
 from optimum_structprune.widths.budget import widths_of
 
@@ -54,17 +68,33 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
 MULTIMODAL = [case for case in OTHERS if describe(build(case)).layer_path.startswith("model.language_model.")]
 
 
-def test_pixels_are_given_as_inputs(tmp_path):
-    model = build("vit")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pixels_are_given_as_inputs(dtype, tmp_path):
+    model = build("vit").to(dtype)
     pruner = StructPruner(config(widths={"mlp": 12, "attention": 2}))
     small = pruner.prune_model(model, inputs={"pixels": torch.randn(8, 3, 8, 8)})
     assert small.config.intermediate_size == 12 and small.config.num_attention_heads == 2
     assert 0 < pruner.report.output_error["pixels"] < 1
     pruner.save(small, tmp_path / "out")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert again.config.intermediate_size == 12 and torch.equal(outputs(again), outputs(small))
+    entry = Manifest.load(tmp_path / "out").domains[0]
+    assert (entry.calibration_tokens, entry.heldout_tokens) == (6, 2)
+    assert "Perplexity" not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(StructPruneError, match=r"inputs\['few'\] has 2 samples, of which 2 are held out; 3 is the"):
         prune_model(model, config(), inputs={"few": torch.randn(2, 3, 8, 8)})
     with pytest.raises(StructPruneError, match="at least one domain"):
         prune_model(model, config(), inputs={})
+
+
+def test_a_model_of_images_is_told_to_take_inputs(tmp_path, capsys):
+    model, message = build("vit"), "ViTForImageClassification reads pixel_values, and domains are text.*inputs="
+    for reader in (None, tokenizer()):
+        with pytest.raises(StructPruneError, match=message):
+            prune_model(model, config(), reader)
+    model.save_pretrained(tmp_path / "vit")
+    assert main(["prune", str(tmp_path / "vit"), str(tmp_path / "out"), "--width", "mlp=16", "--device", "cpu"]) == 2
+    assert re.search(message, error_line(capsys)) and not (tmp_path / "out").exists()
 
 
 def test_heads_of_a_vision_model_are_not_rounded():

@@ -112,9 +112,9 @@ def launch(desk, output: str, processes: int, batch_size: int) -> subprocess.Com
 
 
 def test_every_example_says_how_to_call_it():
-    for path in EXAMPLES.glob("*.py"):
-        text = path.read_text()
-        assert f"    python examples/{path.name}" in text or "make " in text, path.name
+    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("tools/*.py")):
+        text, name = path.read_text(), path.relative_to(EXAMPLES)
+        assert f"    python examples/{name}" in text or "make " in text, name
     bare = subprocess.run(["bash", str(EXAMPLES / "distributed.sh")], capture_output=True, text=True)
     assert bare.returncode == 2 and bare.stderr.startswith("usage: bash examples/distributed.sh MODEL OUTPUT")
 

@@ -23,11 +23,11 @@ from models import build, config
 
 from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.families import read_families
-from optimum_structprune.sources.stored import STATISTICS, Statistics
 from optimum_structprune.config.fields import parse_yaml, read_yaml
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
+from optimum_structprune.sources.stored import STATISTICS, Statistics
 
 
 CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)

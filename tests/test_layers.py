@@ -14,8 +14,8 @@ PACKAGE = Path(optimum_structprune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
 ORDER = (
-    "system config arch forward widths domains vocabulary calibration criteria surgery record saving recovery pruning "
-    "evaluation commands"
+    "system config arch method forward widths domains vocabulary criteria record sources removals saving recovery "
+    "pruning search evaluation commands"
 )
 
 
@@ -78,6 +78,15 @@ def test_imports_go_down():
                 )
 
 
+def test_the_method_is_short_and_stands_on_the_architecture_alone():
+    """So it can be read, and used, without anything else of the package."""
+    files = sorted((PACKAGE / "method").glob("*.py"))
+    assert len(files) <= 8 and sum(len(path.read_text().splitlines()) for path in files) <= 1350
+    for path in files:
+        others = {other[0] for other in imports(path, typing=True) if other}
+        assert others <= {"method", "arch", "errors"}, f"{path.stem} imports {others}"
+
+
 def test_there_are_no_circles():
     graph = {parts(path): {module for module in imports(path) if module != parts(path)} for path in FILES}
     done, path = set(), []
@@ -110,10 +119,13 @@ def test_the_root_is_short_and_every_folder_says_what_it_holds():
 
 # What no file may have, what stands for its reason, and the files that may: they begin with one of these names.
 RULES = {
-    r"register_\w*hook": ("hooks are registered in forward/hooks.py only", ("forward.hooks",)),
+    r"register_\w*hook": ("hooks are registered in arch/hooks.py only", ("arch.hooks",)),
     r"(gate|up|down|[qkvo])_proj": ("names of projections", ("arch.",)),
     r"[\"'](llama|qwen\w*|gemma\w*|mistral|gpt2|opt)[\"']": ("names of families", ("arch.",)),
-    r"nn\.Parameter\(": ("parameters are created in surgery/ only", ("surgery.",)),
+    r"nn\.Parameter\(": (
+        "parameters are created where modules are replaced and layers shrink",
+        ("arch.modules", "method.shrink", "removals."),
+    ),
     r"torch\.load\(|pickle|torch\.save\(|yaml\.(full_|unsafe_)load\(": ("files hold data, not code", ()),
     r"(?<![\w.])(eval|exec|compile)\(": ("text is never run as code", ()),
     r"TODO|FIXME|XXX|except:": ("finished code", ()),
@@ -138,9 +150,10 @@ def lines(node: ast.AST) -> int:
 
 # Longer than 40 lines (functions) or 150 (classes), each with its reason.
 LONG = {
+    "method.layers.InMemory": "all that runs one layer at a time stands together: what every source is measured by",
+    "search.masked.MaskedPruning": "all that is done to a masked layer stands together",
     "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",
     "config.pruning._check_together": "one refusal for each pair of options that exclude each other",
-    "pruning.sweep.Sweep": "all that is done to a layer stands together, and was hard to follow over three files",
 }
 
 

@@ -7,12 +7,11 @@ import torch
 from helpers import mix
 from models import config
 
-from optimum_structprune.method.linalg import solve_damped, with_damped_factor
-from optimum_structprune.method.calibrate import output_energy
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.search.masked import standardised
+from optimum_structprune.method.calibrate import Moments, output_energy
+from optimum_structprune.method.linalg import solve_damped, with_damped_factor
 from optimum_structprune.method.refit import least_squares
+from optimum_structprune.search.masked import standardised
 
 
 FFN = 1536

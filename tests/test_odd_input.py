@@ -12,10 +12,10 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.config.domains import check_names
 from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.criteria import CRITERIA, Criterion, register_criterion
-from optimum_structprune.removals.layer_criteria import LAYER_CRITERIA, LayerCriterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import perplexity
+from optimum_structprune.removals.layer_criteria import LAYER_CRITERIA, LayerCriterion
 from optimum_structprune.saving.gguf_file import export_gguf
 
 

@@ -359,9 +359,7 @@ def test_bad_input(tmp_path):
         StructPruneCallback(config(), calibration="batch")
     run = Trainer(build("vit"), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=ROWS)
     attach_pruner(run, config(widths={"mlp": 24}))
-    with pytest.raises(
-        StructPruneError, match="ViTForImageClassification reads pixel_values; use calibration='domains'"
-    ):
+    with pytest.raises(StructPruneError, match="ViTForImageClassification reads pixel_values.*inputs="):
         run.train()
     shards = ("fsdp", "full_shard", "FSDP"), ("deepspeed", "zero3.json", "DeepSpeed")
     for name, value, what in (*shards, ("torch_compile", True, "torch.compile")):

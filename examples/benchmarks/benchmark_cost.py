@@ -33,9 +33,9 @@ from optimum_structprune.domains import generated
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.resolve import WRITTEN
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import choose_shape
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
 

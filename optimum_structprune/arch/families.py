@@ -90,7 +90,7 @@ class Family:
 def read_families(path: str | Path) -> list[Family]:
     """The families of a YAML file of the form of `families.yaml`."""
     try:
-        entries = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        entries = parse_yaml(Path(path).read_text(encoding="utf-8"), aliases=path == BUILTIN)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
@@ -179,7 +179,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     if model_type not in families:
         raise StructPruneError(
             f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, families)} "
-            "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
+            "examples/tools/stub.py of the repository prints a description to check and to pass as --arch."
         )
     return families[model_type]
 

@@ -100,25 +100,9 @@ def progress_folder(output: str) -> Path:
     return path.with_name(f".{path.name}.progress")
 
 
-def sweep_configs(args: Namespace) -> dict[float, StructPruneConfig]:
-    """How to prune to each size, from the largest model to the smallest."""
-    configs = {}
-    for sparsity in sorted(set(args.sizes)):
-        config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
-        if config.checkpoint_dir is not None:
-            raise StructPruneError(
-                f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
-            )
-        if config.searches and config.losses_dir is None and config.stats is None:
-            config = replace(config, losses_dir=str(Path(args.output) / "losses"))
-        configs[sparsity] = config
-    return configs
-
-
 # How the flags of each command become configs.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
-    "sweep": lambda args: sweep_configs(args).values(),
     # How much a calibration would remove plays no part, but a config has to say it.
     "calibrate": lambda args: [pruning_config(args, sparsity=0.5)],
     "plan": lambda args: [pruning_config(args)],

@@ -121,25 +121,6 @@ COMMANDS = (
         config="StructPruneConfig",
     ),
     Command(
-        "sweep",
-        "sweep.sweep",
-        "Prune a model to several sizes, and give the curve of quality against size. A sweep that was interrupted "
-        "goes on where it was.",
-        {
-            "model": "Model id or folder.",
-            "output": "Folder for the curve, and for one pruned model per size.",
-            "--sparsity": named(
-                "X",
-                "The shares of the layers' parameters to remove, each between 0 and 1.",
-                **{"dest": "sizes", "nargs": "+", "type": float, "required": True},
-            ),
-            "--no-save": switch("Keep the curve only, not the pruned models."),
-            **LOADING,
-        },
-        config="StructPruneConfig",
-        without=("sparsity", "widths", "budget", "checkpoint_dir"),
-    ),
-    Command(
         "calibrate",
         "prune.calibrate",
         "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
@@ -253,7 +234,6 @@ COMMANDS = (
         "Show a model's family, spaces, units, legal widths and parameter shares.",
         {
             "model": "Model id or folder.",
-            "--stub": switch("Print a description of an unknown architecture, to be checked, for --arch."),
             **ARCH,
             **TRUST,
         },

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,8 +28,7 @@ from ..arch.spec import VOCAB
 from ..config.pruning import StructPruneConfig
 from ..dryrun import checked_without_weights
 from ..errors import StructPruneError, one_line, some_of
-from ..forward.generation import reads_images
-from ..pruning.checks import PRUNE, check_offloaded
+from ..pruning.checks import PRUNE, check_offloaded, check_reads_text
 from ..pruning.room import check_room
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
@@ -108,22 +106,12 @@ class Loading:
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """A model's tokenizer, or the image processor of a model that reads images."""
+        """A model's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raises a bare one
-            if reads_images(self.without_weights(name)):  # says more where the config is at fault
-                return self._processor(name)
+            check_reads_text(self.without_weights(name))  # says more where the config is at fault
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
-
-    def _processor(self, name: str) -> Any:
-        """The image processor of a model that reads no text."""
-        try:
-            return AutoImageProcessor.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
-            raise StructPruneError(
-                f"{name!r} reads images, and its image processor cannot be loaded: {_line(error)}"
-            ) from error
 
     def config(self, name: str) -> PretrainedConfig:
         """A model's config."""

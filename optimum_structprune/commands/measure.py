@@ -18,7 +18,7 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Evaluation, check_evaluation
-from ..evaluation.speed import check_clock, check_speed, measure_speed, work_of
+from ..evaluation.speed import cache_per_token, check_clock, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
 from ..record.facts import Facts, as_csv, as_text
 from ..record.records import EVALUATION_NAME, SPEED_NAME, Records
@@ -63,7 +63,7 @@ def report(args: Namespace) -> Result:
     if args.speed:
         loading = Loading.of(args)
         models = {"dense": loading.model(args.dense), "pruned": loading.model(args.output)}
-        speed = measure_speed(models, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file)
+        speed = measure_speed(models, batch_sizes=BATCH_SIZES, prompts=PROMPTS)
         speed.save(Path(args.output, SPEED_NAME))
         lines, values = [*lines, str(speed)], {**values, "speed": speed.to_dict()}
     page = write_report(args.output, dense=args.dense or "")
@@ -103,7 +103,7 @@ def compare(args: Namespace) -> Result:
     models = {name: _facts(path, args, loading, first) for name, path in paths.items()}
     if args.speed:
         loaded = {name: loading.model(path) for name, path in paths.items()}
-        speed = measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file)
+        speed = measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS)
         for measured in speed.measurements:
             facts = models[measured.model]
             facts.read, facts.write = measured.prefill.tokens_per_second, measured.decode.tokens_per_second
@@ -134,7 +134,7 @@ def _facts(path: str, args: Namespace, loading: Loading, first: PreTrainedTokeni
     model, tokenizer = loading.model_and_tokenizer(path)
     facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
     if cache_name(model) is not None:
-        facts.cache_per_token = work_of(model).cache_per_token
+        facts.cache_per_token = cache_per_token(model)
     with suppress(StructPruneError):  # a model that is not described has no widths that are known
         arch = describe(model, args.arch_file)
         facts.layers = arch.num_layers
@@ -168,7 +168,6 @@ def benchmark(args: Namespace) -> Result:
         repeats=args.repeats,
         threads=args.threads,
         clock=args.clock,
-        arch_file=args.arch_file,
     )
     return Result(str(speed), speed.to_dict())
 

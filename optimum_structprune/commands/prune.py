@@ -13,7 +13,6 @@ from ..calibrator import calibrate as stored_statistics
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..evaluation.answers import ShortCheck
-from ..forward.generation import reads_images
 from ..pruner import RECORDS, AutoStructPruner, StructPruner
 from ..pruning.checks import CALIBRATE
 from ..recovery.checks import check_recovery
@@ -71,7 +70,7 @@ def _prune_and_save(
     with output.beside(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         # None where no text is read, or where a pass takes much longer than elsewhere.
-        tokens = 0 if config.stats or args.offload or reads_images(model) else config.num_samples * config.seq_length
+        tokens = 0 if config.stats or args.offload else config.num_samples * config.seq_length
         check = ShortCheck(tokenizer, tokens)
         check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)

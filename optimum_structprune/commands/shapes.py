@@ -9,7 +9,6 @@ from itertools import pairwise
 from ..arch.load import describe
 from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
-from ..arch.stub import stub
 from ..dryrun import dry_run
 from ..errors import StructPruneError
 from ..record.facts import given
@@ -21,9 +20,6 @@ from .output import Result
 def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     model = Loading.of(args).without_weights(args.model)
-    if args.stub:
-        description = stub(model)
-        return Result(description, {"stub": description})
     arch = describe(model, args.arch_file)
     total = model.num_parameters()
     lines = [

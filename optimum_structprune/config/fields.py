@@ -186,10 +186,6 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     return data
 
 
-# More values than this, with aliases written out, are taken for an attack on the memory.
-MOST_NODES = 100_000
-
-
 class PlainLoader(yaml.SafeLoader):
     """Loads plain values only, with the numbers of YAML 1.2, see `NUMBERS`; a date is text."""
 
@@ -198,9 +194,25 @@ class PlainLoader(yaml.SafeLoader):
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """See `Composer.compose_mapping_node`; a key that stands twice is refused."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = Counter(key.value if key.value == "<<" else self.construct_object(key) for key in keys)
+        for name, count in names.items():
+            if count > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
+                )
+        return node
+
 
 class PlainDumper(yaml.SafeDumper):
     """Writes what `PlainLoader` reads as the same values: text that looks like a number of any YAML is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """See `Representer.ignore_aliases`; `parse_yaml` refuses them."""
+        return True
 
 
 # The numbers of the core schema of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
@@ -222,37 +234,16 @@ def to_yaml(value: Any) -> str:
     return str(yaml.dump(value, Dumper=PlainDumper, sort_keys=False))
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML document."""
+def parse_yaml(text: str, aliases: bool = False) -> Any:
+    """The value of a YAML document; aliases, with which a short text can stand for endless values, are refused unless
+    they are allowed.
+    """
     try:
-        loader = PlainLoader(text)  # a safe loader
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _size(node, {}, loader) > MOST_NODES:
-            raise yaml.YAMLError(f"it stands for more than {MOST_NODES:,} values once its aliases are written out")
-        return loader.construct_document(node)
+        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, PlainLoader)):
+            raise yaml.YAMLError("it has an alias (*name); write the value out")
+        return yaml.load(text, PlainLoader)  # a safe loader
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         # What PyYAML makes of a tag that does not fit its value, such as a date of no calendar.
         raise yaml.YAMLError(f"a value is not what its tag says ({error})") from error
-
-
-def _size(node: yaml.Node, sizes: dict[int, int], loader: PlainLoader) -> int:
-    """The number of values that a node stands for; no mapping in it may have a key twice."""
-    if id(node) not in sizes:
-        children: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            names = Counter(key.value if key.value == "<<" else loader.construct_object(key) for key in keys)
-            for name, count in names.items():
-                if count > 1:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
-                    )
-            children = [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            children = node.value
-        sizes[id(node)] = 1 + sum(_size(child, sizes, loader) for child in children)
-    return sizes[id(node)]

@@ -38,8 +38,8 @@ AMOUNTS = ("sparsity", "widths", "budget")
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
-# What makes up for removed units, see `surgery.refit.least_squares`, and what ranks all units of the dense model, see
-# `pruning.search.dense_scores`; `uniform` and those that measure rank none.
+# What makes up for removed units, see `method.refit.least_squares`, and what ranks all units of the dense model, see
+# `search.search.dense_scores`; `uniform` and those that measure rank none.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "bias", "least_squares"))
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)

@@ -120,7 +120,7 @@ class Manifest(Record):
         return cls(
             seed=config.seed,
             seq_length=config.seq_length,
-            tokenizer=getattr(tokenizer, "name_or_path", ""),  # an image processor has no name
+            tokenizer=getattr(tokenizer, "name_or_path", ""),
             versions={
                 "optimum-structprune": __version__,
                 "python": platform.python_version(),

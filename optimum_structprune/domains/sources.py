@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,27 +25,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 HUB_BUFFER = 10_000
-IMAGE_BUFFER = 1000  # images are larger than texts
 LOCAL_BUFFER = 100_000
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A domain, the seed of its order, the tokenizer that renders its conversations, and whether it has images."""
+    """A domain, the seed of its order, and the tokenizer that renders its conversations."""
 
     domain: DomainConfig
     seed: int | None
     tokenizer: PreTrainedTokenizerBase | None = None
-    images: bool = False
-
-    @property
-    def buffer(self) -> int:
-        """How many rows of a stream are shuffled at once."""
-        return IMAGE_BUFFER if self.images else HUB_BUFFER
 
 
 def documents(
@@ -58,18 +50,13 @@ def documents(
     return (_whole(text, domain) for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
 
 
-def images(domain: DomainConfig, seed: int | None) -> Iterator[Any]:
-    """The images of a domain in an order that the seed chooses: files, rows of a data set, or objects in memory."""
-    return _texts(_Reader(domain, seed, images=True), None)
-
-
 def check_source(domain: DomainConfig) -> None:
-    """Refuse a source by which no text and no image is found, before anything is read."""
+    """Refuse a source by which no text is found, before anything is read."""
     source = domain.source
     if isinstance(source, str) and source.startswith(BUILTIN):
         kinds(source.removeprefix(BUILTIN))
     elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
-        _files(domain, (*READERS, *IMAGES))
+        _files(domain)
 
 
 def _whole(text: str, domain: DomainConfig) -> str:
@@ -100,11 +87,6 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
             f"The domain {domain.name!r} was read from a {source.removeprefix(IN_MEMORY)} in memory, which a saved "
             f"config does not hold; set its source again."
         )
-    if reader.images and source.startswith((BUILTIN, SELF)):
-        raise StructPruneError(
-            f"The domain {domain.name!r} is text, {source}, and this model reads images: name a folder or a data set "
-            "of them in domains, or with --domain NAME=FOLDER."
-        )
     if source.startswith(BUILTIN):
         return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
     if source.startswith(SELF):
@@ -113,10 +95,7 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
         return write(source.removeprefix(SELF), seed or 0)
     if _saved(domain):
         return _from_dataset(_load_saved(domain), reader)
-    if files := _files(domain, IMAGES if reader.images else READERS):
-        if reader.images:
-            opened = (_guarded(domain, str(file), _read_image, file) for file in _reordered(files, seed))
-            return chain.from_iterable(opened)
+    if files := _files(domain):
         return _shuffled(_from_files(files, reader), seed)
     what = f"{source!r} is no local file or folder, and as a dataset of the Hub it"
     return _rows(_guarded(domain, what, _hub_rows, reader), reader)
@@ -128,8 +107,8 @@ def _from_memory(reader: _Reader) -> Iterator[str]:
     if datasets is not None and isinstance(source, datasets.Dataset):
         return _from_dataset(source, reader)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
-        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=reader.buffer), reader)
-    return _shuffled(_items(source, reader), seed, IMAGE_BUFFER if reader.images else LOCAL_BUFFER)
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
+    return _shuffled(_items(source, reader), seed)
 
 
 def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
@@ -159,12 +138,12 @@ def _load_saved(domain: DomainConfig) -> Dataset:
     return loaded[domain.split]
 
 
-def _files(domain: DomainConfig, kinds: Collection[str] = tuple(READERS)) -> list[Path]:
+def _files(domain: DomainConfig) -> list[Path]:
     path = Path(os.path.expanduser(domain.source))
     if os.path.isfile(path):
-        if path.suffix.lower() not in kinds:
+        if path.suffix.lower() not in READERS:
             raise StructPruneError(
-                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, kinds)}"
+                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
             )
         return [path]
     if os.path.exists(path) and not os.path.isdir(path):
@@ -177,15 +156,15 @@ def _files(domain: DomainConfig, kinds: Collection[str] = tuple(READERS)) -> lis
         what = f"the folder {path}"
     elif "*" in domain.source:
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
-    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in kinds:
+    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = [f" Did you mean {str(path.with_name(name))!r}?" for name in get_close_matches(path.name, names, n=1)]
         raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{''.join(close)}")
     else:
         return []
-    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in kinds)
+    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in READERS)
     if not files:
-        raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(kinds)}.")
+        raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(READERS)}.")
     return files
 
 
@@ -206,14 +185,6 @@ def _read_text(path: Path) -> Iterator[str]:
     return sections(path.read_text(encoding="utf-8"))
 
 
-def _read_image(path: Path) -> Iterator[Any]:
-    from PIL import Image  # which only images need
-
-    with Image.open(path) as image:
-        image.load()
-        yield image
-
-
 def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     from datasets import load_dataset
 
@@ -226,7 +197,7 @@ def _hub_rows(reader: _Reader) -> Iterable[Row]:
     domain = reader.domain
     revision = {} if domain.revision is None else {"revision": domain.revision}
     rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True, **revision)
-    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=reader.buffer)
+    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
@@ -239,31 +210,16 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}") from error
 
 
-def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[Any]:
-    if reader.images:
-        return _items(rows, reader)
+def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[str]:
     return (rendered(row, reader.domain, reader.tokenizer) for row in rows)
 
 
-def _items(items: Iterable[Any], reader: _Reader) -> Iterator[Any]:
+def _items(items: Iterable[Any], reader: _Reader) -> Iterator[str]:
     for i, item in enumerate(items):
-        if reader.images:
-            yield _image(item, reader.domain, i)
-        elif reader.domain.template is not None and isinstance(item, Mapping):
+        if reader.domain.template is not None and isinstance(item, Mapping):
             yield rendered(item, reader.domain, reader.tokenizer)
         else:
             yield string(item, reader.domain, f"item {i}")
-
-
-def _image(item: Any, domain: DomainConfig, number: int) -> Any:
-    """An image itself, or the one in a row."""
-    from transformers.image_utils import is_valid_image
-
-    values = item.values() if isinstance(item, Mapping) else [item]
-    if (image := next(filter(is_valid_image, values), None)) is None:
-        what = f"the columns {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
-        raise StructPruneError(f"The domain {domain.name!r}: item {number} is no image and has none, got {what}.")
-    return image
 
 
 def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
@@ -273,13 +229,13 @@ def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
     return order
 
 
-def _shuffled(texts: Iterable[str], seed: int | None, most: int = LOCAL_BUFFER) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # What fits into the buffer is shuffled as a whole. Beyond that a text moves less far, and memory stays bounded.
     stream = iter(texts)
     if seed is not None:
-        rng, buffer = Random(seed), list(islice(stream, most))
+        rng, buffer = Random(seed), list(islice(stream, LOCAL_BUFFER))
         for text in stream:
-            place = rng.randrange(most)
+            place = rng.randrange(LOCAL_BUFFER)
             yield buffer[place]
             buffer[place] = text
         rng.shuffle(buffer)

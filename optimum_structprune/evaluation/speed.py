@@ -1,13 +1,12 @@
-"""How fast models are: prompts read and tokens written per second, in turns, beside what their sizes promise."""
+"""How fast models are: prompts read and tokens written per second, in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median, quantiles
 from time import process_time
 from typing import Any
@@ -18,18 +17,14 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
-from ..arch.load import describe
 from ..errors import StructPruneError
 from ..forward.generation import (
     bytes_of,
+    cache_bytes,
     cache_name,
-    growing_layers,
     positions_of,
     predicts_next,
-    prompt_flops,
-    read_parameters,
     read_prompt,
-    why_not_counted,
     write_tokens,
 )
 from ..forward.metrics import evaluating, input_device
@@ -39,7 +34,6 @@ from ..record.text import table
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
-SPEEDUP = ("speed-up", "quartiles", "ideal")  # the heads of three columns
 AT_LEAST = 0.1  # seconds that a repeat spends on reading prompts
 COUNTED = "weights and cache of keys and values, counted; activations are not in it"
 PEAK = "the model's weights and the most that CUDA's allocator held beside them in one run"
@@ -63,14 +57,12 @@ class Spread:
 @dataclass(frozen=True)
 class Timing:
     """The seconds of each repeat of one kind of work, the tokens of all sequences per second by their median, and how
-    many times as fast as the first model this one is, measured in pairs and by operations (to read) or bytes (to
-    write); None where these are not known.
+    many times as fast as the first model this one is, measured in pairs.
     """
 
     seconds: tuple[float, ...]
     tokens_per_second: float
     speedup: Spread
-    ideal: float | None
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,10 @@ class ModelSize:
     cache_per_token: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, work: Work) -> ModelSize:
+    def of(cls, model: PreTrainedModel) -> ModelSize:
         """The sizes of a model."""
         dtype, weights = str(model.dtype).removeprefix("torch."), bytes_of(model.parameters())
-        return cls(model.num_parameters(), dtype, weights, work.cache_per_token)
+        return cls(model.num_parameters(), dtype, weights, cache_per_token(model))
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,6 @@ class Speed(Record):
         clock: What the seconds are: `wall` is time that passes, `cpu` is time of the processor, over all threads.
         device: The device of the first model.
         memory_is: What `Measurement.memory` stands for.
-        notes: What the numbers do not say.
     """
 
     models: dict[str, ModelSize]
@@ -127,7 +118,6 @@ class Speed(Record):
     clock: str
     device: str
     memory_is: str
-    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table of sizes, one of prompts read, one of tokens written, and what the columns mean."""
@@ -136,9 +126,7 @@ class Speed(Record):
         lines = [
             f"{self.device}, {threads}, {self.repeats} repeats in turns, {self.clock} time.",
             f"speed-up: the time of {first} over the model's, median and quartiles of the pairs.",
-            "ideal: the same by operations (read), and by bytes of weights and cache (write).",
             f"memory: {self.memory_is}.",
-            *self.notes,
         ]
         return "\n\n".join([self._sizes(), self._times("prefill"), self._times("decode"), "\n".join(lines)])
 
@@ -152,10 +140,10 @@ class Speed(Record):
         """The table of the reading of prompts (`prefill`) or of the writing of tokens (`decode`)."""
         reads, first = stage == "prefill", next(iter(self.models))
         title, unit = ("read a prompt", "first token") if reads else (f"write {self.new_tokens} tokens", "per token")
-        rows = [[title, "batch", "prompt", "tokens/s", unit, *SPEEDUP, *([] if reads else ["memory"])]]
+        rows = [[title, "batch", "prompt", "tokens/s", unit, "speed-up", "quartiles", *([] if reads else ["memory"])]]
         for measured in self.measurements:
             timing: Timing = getattr(measured, stage)
-            spread, ideal = timing.speedup, "?" if timing.ideal is None else f"x {timing.ideal:.3f}"
+            spread = timing.speedup
             step = median(timing.seconds) * 1e3 / (1 if reads else self.new_tokens)
             row = [
                 measured.model,
@@ -164,8 +152,8 @@ class Speed(Record):
                 f"{timing.tokens_per_second:,.1f}",
             ]
             row.append(f"{step:,.1f} ms" if reads else f"{step:,.2f} ms")
-            speedup = [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}", ideal]
-            row += ["", "", ""] if measured.model == first else speedup
+            speedup = [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}"]
+            row += ["", ""] if measured.model == first else speedup
             rows.append(row if reads else [*row, f"{measured.memory / 2**20:,.0f} MiB"])
         return table(rows)
 
@@ -179,7 +167,6 @@ def measure_speed(
     repeats: int = 9,
     threads: int | None = None,
     clock: str = "wall",
-    arch_file: str | Path | None = None,
     seed: int = 0,
 ) -> Speed:
     """Measure how fast causal language models read prompts and write tokens, against the first of them.
@@ -199,7 +186,6 @@ def measure_speed(
         threads: The number of threads; None takes what torch is set to.
         clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
             other jobs on the machine disturb less.
-        arch_file: Descriptions of your own, see `families.yaml`.
         seed: The seed of the prompts.
 
     Returns:
@@ -220,21 +206,16 @@ def measure_speed(
     first = next(iter(models))
     measurements: list[Measurement] = []
     with evaluating(*models.values()):
-        works = {name: work_of(model) for name, model in models.items()}
-        reasons = {name: why_not_ideal(model, arch_file) for name, model in models.items()}
-        ideal = not any(reasons.values())
+        sizes = {name: ModelSize.of(model) for name, model in models.items()}
         for batch_size, prompt in product(batch_sizes, prompts):
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
-            runs = {name: _Runs(model, ids, new_tokens, how, works[name]) for name, model in models.items()}
-            for name, run in runs.items() if ideal else ():
-                flops = prompt_flops(models[name], describe(models[name], arch_file), prompt)
-                run.work["prefill"] = batch_size * flops
+            runs = {name: _Runs(model, ids, new_tokens, how) for name, model in models.items()}
             for _, run in product(range(repeats), runs.values()):
                 run.repeat()
-            measurements += [run.measured(name, runs[first], ideal) for name, run in runs.items()]
+            measurements += [run.measured(name, runs[first]) for name, run in runs.items()]
     device = input_device(models[first])
     return Speed(
-        models={name: ModelSize.of(model, works[name]) for name, model in models.items()},
+        models=sizes,
         measurements=measurements,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -242,7 +223,6 @@ def measure_speed(
         clock=clock,
         device=str(device),
         memory_is=PEAK if device.type == "cuda" else COUNTED,
-        notes=[f"There is no ideal speed-up for {name}: {reason}." for name, reason in reasons.items() if reason],
     )
 
 
@@ -294,63 +274,19 @@ def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int
         )
 
 
-@dataclass(frozen=True)
-class CachedLayer:
-    """What one layer keeps of a token: the bytes of keys and values, and how many tokens it looks back."""
-
-    bytes: int
-    window: int | None
-
-    def seen(self, first: int, last: int) -> int:
-        """The number of tokens that the tokens number `first` to `last` look at in all, each itself included."""
-        return sum(position if self.window is None else min(position, self.window) for position in range(first, last))
-
-
-@dataclass(frozen=True)
-class Work:
-    """The bytes of parameters that a model reads for each token, and what each of its layers caches."""
-
-    read: int
-    layers: tuple[CachedLayer, ...]
-
-    @property
-    def cache_per_token(self) -> int:
-        """The bytes of keys and values per token, over all layers."""
-        return sum(layer.bytes for layer in self.layers)
-
-    def cache(self, tokens: int) -> int:
-        """The bytes of keys and values of a sequence of so many tokens."""
-        return sum(layer.bytes * min(tokens, layer.window or tokens) for layer in self.layers)
-
-    def decode_bytes(self, batch_size: int, prompt: int, count: int) -> int:
-        """The bytes read to write `count` tokens after prompts: all parameters once per step, and the cache."""
-        seen = sum(layer.bytes * layer.seen(prompt + 1, prompt + count + 1) for layer in self.layers)
-        return count * self.read + batch_size * seen
-
-
-def work_of(model: PreTrainedModel) -> Work:
-    """Count the work of a causal language model from its parameters, and from the cache of one token."""
+def cache_per_token(model: PreTrainedModel) -> int:
+    """The bytes of keys and values that a causal language model keeps per token, read off the cache of one token."""
     _, cache = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
-    kept = [(bytes_of([of.keys, of.values]), getattr(of, "sliding_window", None)) for of in growing_layers(cache)]
-    return Work(bytes_of(read_parameters(model)), tuple(CachedLayer(*layer) for layer in kept))
-
-
-def why_not_ideal(model: PreTrainedModel, arch_file: str | Path | None = None) -> str | None:
-    """The reason why the parameters of a model do not say what a token costs; None where they do."""
-    try:
-        arch = describe(model, arch_file)
-    except StructPruneError:
-        return f"a {model.config.model_type} model is not described, so it may have parts that few tokens use"
-    return why_not_counted(model, arch) or None
+    return cache_bytes(cache)
 
 
 class _Runs:
     """The runs of one model over prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any], work: Work):
+    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any]):
         self.ids, self.new_tokens = ids.to(input_device(model)), new_tokens
         read, write = partial(read_prompt, model, self.ids), partial(write_tokens, model, count=new_tokens)
-        self.memory = self._memory(model, lambda: write(*read()), work)
+        self.memory = self._memory(model, read, write)
         token, cache = read()
         names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
         # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
@@ -359,33 +295,33 @@ class _Runs:
         self.writing = Timer("write(token, caches.pop())", setup=copies, globals=names, **how)
         self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
         self.tokens = {"prefill": self.ids.numel(), "decode": len(self.ids) * new_tokens}
-        batch_size, prompt = self.ids.shape
-        self.work = {"decode": work.decode_bytes(batch_size, prompt, new_tokens)}
 
     def repeat(self) -> None:
         """Time each kind of work once; a short prompt is read several times, and the median of these counts."""
         self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=AT_LEAST).median)
         self.seconds["decode"].append(self.writing.timeit(1).median)
 
-    def timing(self, stage: str, first: _Runs, ideal: bool) -> Timing:
+    def timing(self, stage: str, first: _Runs) -> Timing:
         """One kind of work, beside that of the first model."""
         seconds, theirs = self.seconds[stage], first.seconds[stage]
         pairs = [there / here for there, here in zip(theirs, seconds, strict=True)]
-        ratio = first.work[stage] / self.work[stage] if ideal else None
-        return Timing(tuple(seconds), self.tokens[stage] / median(seconds), Spread.of(pairs), ratio)
+        return Timing(tuple(seconds), self.tokens[stage] / median(seconds), Spread.of(pairs))
 
-    def measured(self, name: str, first: _Runs, ideal: bool) -> Measurement:
+    def measured(self, name: str, first: _Runs) -> Measurement:
         """What the repeats have shown."""
-        reading, writing = (self.timing(stage, first, ideal) for stage in self.seconds)
+        reading, writing = (self.timing(stage, first) for stage in self.seconds)
         batch_size, prompt = self.ids.shape
         return Measurement(name, batch_size, prompt, reading, writing, self.memory)
 
-    def _memory(self, model: PreTrainedModel, run: Callable[[], Any], work: Work) -> int:
+    def _memory(self, model: PreTrainedModel, read: Callable[..., Any], write: Callable[..., Any]) -> int:
         weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
+        token, cache = read()
+        write(token, cache)
         if self.ids.device.type != "cuda":
-            return weights + len(self.ids) * work.cache(self.ids.shape[1] + self.new_tokens)
-        run()  # the libraries behind CUDA take memory when they are first used, and keep it
+            return weights + cache_bytes(cache)
+        # The libraries behind CUDA have taken the memory that they keep.
+        del token, cache
         torch.cuda.reset_peak_memory_stats(self.ids.device)
         before = torch.cuda.memory_allocated(self.ids.device)
-        run()
+        write(*read())
         return weights + torch.cuda.max_memory_allocated(self.ids.device) - before

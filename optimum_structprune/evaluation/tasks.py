@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from ..registry import did_you_mean
 METRICS = ("acc", "acc_norm")
 AT_ONCE = 8  # sequences in a pass at least: choices are short
 FEWSHOT_SEED = 1234  # that of lm_eval's own command
-MAX_TOKENS = 256  # in what lm_eval has a model write, where the task does not say
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm_eval may ask of a model
 Scores = dict[str, dict[str, float]]
 
@@ -83,8 +81,8 @@ class Tasks:
 
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
-        writes = {name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
-        chats = bool(tokenizer.chat_template) and len(writes) == len(self.loaded["tasks"])
+        kinds = {task.OUTPUT_TYPE for task in self.loaded["tasks"].values()}
+        chats = bool(tokenizer.chat_template) and kinds == {"generate_until"}
         if chats:
             chat_text(tokenizer, [{"role": "user", "content": "0"}], add_generation_prompt=True)  # which may refuse
         settings = {"eos_token_id": end_tokens(model, tokenizer) or None}
@@ -105,8 +103,6 @@ class Tasks:
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
             for name, values in {**results["results"], **results.get("groups", {})}.items()
         }
-        for name in writes & results["samples"].keys():
-            scores[name] |= _lengths(results["samples"][name], tokenizer)
         items = {}
         for name, samples in results["samples"].items():
             items[name] = _by_item(samples)
@@ -173,14 +169,6 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items()
         if "," in key and isinstance(value, (int, float))
     }
-
-
-def _lengths(samples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """The median length of what was written, in tokens, and the share that was cut off by the limit of the task."""
-    texts = [(sample["resps"][0][0], sample["arguments"][0][1].get("max_gen_toks", MAX_TOKENS)) for sample in samples]
-    lengths = [(len(tokenizer(text, add_special_tokens=False)["input_ids"]), most) for text, most in texts]
-    cut = sum(length >= most for length, most in lengths) / len(lengths)
-    return {"tokens": float(median(length for length, _ in lengths)), "cut": cut}
 
 
 def _log_probabilities(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -131,12 +131,6 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
     return 2 * matrices + queries_per_key(model) * (cached_values(model, arch) or 0) * (tokens + 1)
 
 
-def prompt_flops(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
-    """The floating-point operations to read a prompt: of its logits the last alone, where a model can do so."""
-    head = model.get_output_embeddings().get_parameter("weight").numel() if last_logits_only(model) else 0
-    return flops_per_token(model, arch, tokens) * tokens - 2 * head * (tokens - 1)
-
-
 def queries_per_key(model: PreTrainedModel) -> int:
     """The number of query heads to a KV head, by transformers' own name for it, which pruning of KV groups keeps."""
     groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
@@ -199,6 +193,11 @@ def checked_flops(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """The bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """The bytes of keys and values in a cache."""
+    return bytes_of(tensor for layer in growing_layers(cache) for tensor in (layer.keys, layer.values))
 
 
 def read_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

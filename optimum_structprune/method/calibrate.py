@@ -21,19 +21,17 @@ ROWS = 256
 @dataclass
 class ErrorMoments:
     """Of the error e that error feedback asks a consumer with the input x to make up for: the mean E[e], shape
-    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32, and the energy E‖e‖², `()`, in fp64.
+    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32.
     """
 
     mean: Tensor
     cross: Tensor
-    energy: Tensor
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
         """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
         error, x = (tensor.to(self.cross.device) for tensor in (error, x))
         self.mean.lerp_(error.float().mean(0), share)
-        self.energy.lerp_(error.float().square().sum(-1).double().mean(), share)
         add_product_(self.cross, error, x, share)
 
 
@@ -66,8 +64,7 @@ class Moments:
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
         """Moments of no tokens; of the error too where there are `out` outputs."""
         mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
-        of_error = (torch.zeros(out, device=device), torch.zeros(out, size, device=device), mean.new_zeros(()))
-        error = ErrorMoments(*of_error) if out else None
+        error = ErrorMoments(torch.zeros(out, device=device), torch.zeros(out, size, device=device)) if out else None
         return cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None, error=error)
 
     @torch.no_grad()
@@ -189,8 +186,8 @@ class Mixer:
         """The moments of the mixture, to be called once, after the last `add`."""
         means = {name: tensor.div_(self._total) for name, tensor in self._sums.items()}
         self._sums = {}
-        names = ("mean", "cross", "energy") if "error.mean" in means else ()
-        error = ErrorMoments(*(means.pop(f"error.{name}") for name in names)) if names else None
+        seen = "error.mean" in means
+        error = ErrorMoments(means.pop("error.mean"), means.pop("error.cross")) if seen else None
         return Moments(self._count, means.pop("mean"), means.pop("square"), error=error, **means)
 
 

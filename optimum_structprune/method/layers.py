@@ -315,6 +315,7 @@ class InMemory:
         self.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
 
     @contextmanager
+    @torch.no_grad()
     def same_outputs(self, layer: int) -> Iterator[None]:
         """Refuse what changes, inside `with`, the outputs of a layer for a few tokens."""
         hidden, calls = self.few

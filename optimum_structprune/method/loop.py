@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
@@ -27,9 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Axis, Space, Widths
-from .calibrate import Moments, mixed, output_energy
+from .calibrate import Moments, mixed
 from .linalg import ridge_strength
-from .refit import squared_errors
 from .score import best_units, check_scores
 from .shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
 
@@ -63,20 +61,6 @@ class Method:
         return self.statistics.get(axis.module, criterion.prior(model, arch, space))
 
 
-@dataclass
-class Pruned:
-    """What has been pruned so far, by layer and name of the space.
-
-    Attributes:
-        keep: The kept units, ascending.
-        errors: The squared error of what the consumers give, without a refit and with one, relative to the output
-            itself; empty where it is no number.
-    """
-
-    keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
-    errors: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
-
-
 def prune_layers_(
     model: PreTrainedModel,
     arch: ArchSpec,
@@ -84,10 +68,10 @@ def prune_layers_(
     method: Method,
     widths: Widths,
     smaller: PreTrainedModel,
-    done: Pruned | None = None,
+    keep: dict[tuple[int, str], tuple[int, ...]],
     layers: Sequence[int] | None = None,
-    on_layer: Callable[[int, Pruned], None] = lambda layer, pruned: None,
-) -> Pruned:
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> None:
     """Bring every layer of a model to its widths; each is fitted to what it reads behind the smaller layers before it.
 
     Args:
@@ -97,30 +81,34 @@ def prune_layers_(
         method: How units are scored and refitted.
         widths: The final width of each kind of space; kinds that are not named keep theirs.
         smaller: The smaller model, without weights, whose layers replace those of the model.
-        done: What was pruned in layers in front.
+        keep: The kept units, ascending, by layer and name of the space: those of `layers` are added to what it holds.
         layers: The layers to prune; None stands for all.
-        on_layer: Is called with the index of a layer that is finished, and with all that is pruned so far.
+        on_layer: Is called with the index of a layer that is finished.
 
     Raises:
         StructPruneError: If activations are NaN or infinite, a criterion gives something else than scores, or a
             smaller layer gives other outputs than the masked one.
     """
-    pruned = done or Pruned()
     for layer in range(arch.num_layers) if layers is None else layers:
         with source.at(layer, changes=True):
             source.advance_dense(layer, widths.keys())
             for space in arch.at(layer):
                 if (width := space.width_in(widths) * space.scale) < space.size:
-                    prune_space_(model, arch, source, method, space, width, pruned)
+                    prune_space_(model, arch, source, method, space, width, keep)
             with source.same_outputs(layer):
-                shrink_layer_(model, arch, layer, pruned.keep, smaller)
+                shrink_layer_(model, arch, layer, keep, smaller)
             source.advance(layer)
-            on_layer(layer, pruned)
-    return pruned
+            on_layer(layer)
 
 
 def prune_space_(
-    model: PreTrainedModel, arch: ArchSpec, source: Any, method: Method, space: Space, width: int, pruned: Pruned
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    source: Any,
+    method: Method,
+    space: Space,
+    width: int,
+    keep: dict[tuple[int, str], tuple[int, ...]],
 ) -> None:
     """Choose the units of one space that stay, refit the columns that read them, and make all others zero."""
     criterion, values = method.criterion(space.layer), [read_consumer(model, axis) for axis in space.into]
@@ -129,11 +117,8 @@ def prune_space_(
     for axis, of_consumer in zip(space.into, moments, strict=True):
         of_consumer.prior = method.prior(criterion, model, arch, space, axis)
     scores = score_units(criterion, space, [weight for weight, _ in values], moments, method.name)
-    keep = choose_units(criterion, space, scores, width, range(space.size), values, moments)
-    refitted, error = refit_consumers(criterion, space, keep, values, moments, method)
-    pruned.keep[space.key] = keep
-    if error is not None:
-        pruned.errors[space.key] = error
+    keep[space.key] = choose_units(criterion, space, scores, width, range(space.size), values, moments)
+    refitted = refit_consumers(criterion, space, keep[space.key], values, moments, method)
     for axis, columns in zip(space.into, refitted, strict=True):
         write_consumer_(model, axis, *columns)
 
@@ -175,23 +160,12 @@ def refit_consumers(
     values: Sequence[Values],
     moments: Sequence[Moments],
     method: Method,
-    measured: bool = True,
-) -> tuple[list[tuple[Tensor, Tensor, Tensor | None]], tuple[float, ...] | None]:
-    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias; and
-    where that is `measured`, the relative squared errors without a refit and with one.
-    """
-    refitted, errors = [], []
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias."""
+    refitted = []
     for axis, (weight, bias), of_consumer in zip(space.into, values, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
         start = criterion.unfitted_weight(weight, of_consumer) if method.unfitted else weight
         ridge = ridge_strength(method.damping, len(columns), of_consumer.count)
-        new = method.refit(start, bias, of_consumer, columns, ridge)
-        refitted.append((columns, *new))
-        if measured and of_consumer.gram is not None:
-            squared = squared_errors(weight, bias, of_consumer, columns, *new)
-            errors.append((*squared, output_energy(weight, of_consumer)))
-    if len(errors) < len(space.into):
-        return refitted, None
-    without, with_refit, energy = (sum(each) for each in zip(*errors, strict=True))
-    finite = energy > 0 and all(map(isfinite, (without, with_refit, energy)))
-    return refitted, (without / energy, with_refit / energy) if finite else ()
+        refitted.append((columns, *method.refit(start, bias, of_consumer, columns, ridge)))
+    return refitted

@@ -78,42 +78,6 @@ def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> T
     return missing
 
 
-@torch.no_grad()
-def squared_errors(
-    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, refitted: Tensor, new_bias: Tensor | None
-) -> tuple[float, float]:
-    """The squared error that a consumer leaves without a refit and with one, from the Gram matrix of its input.
-
-    It is `E‖W x + b + e − W' x_S − b'‖²`, which `least_squares` minimises but for its ridge; without a refit W' is W_S
-    and b' is b. See `least_squares` for the symbols. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep`
-    `(kept,)`, `refitted` `(out, kept)`, `new_bias` `(out,)`.
-    """
-    removed = _others(keep, weight.shape[1])
-    before = _energy(weight[:, removed], moments, removed)
-    lost = weight.index_copy(1, keep, weight[:, keep] - refitted)
-    after = _energy(lost, moments, torch.arange(weight.shape[1], device=weight.device))
-    if new_bias is not None:
-        shift = new_bias if bias is None else new_bias - bias
-        after += float(shift.square().sum() - 2 * shift @ (lost @ moments.mean.to(lost)))
-        if moments.error is not None:
-            after -= 2 * float(shift @ moments.error.mean.to(lost))
-    return max(before, 0.0), max(after, 0.0)
-
-
-def _energy(lost: Tensor, moments: Moments, columns: Tensor) -> float:
-    """`E‖D x_C + e‖²` for the lost weights D, shape `(out, |C|)`, of the columns C."""
-    gram, error = moments.full_gram(), moments.error
-    parts = [
-        ((lost @ submatrix(gram, columns, panel).to(lost)) * lost_panel).sum(dtype=torch.float64)
-        for panel, lost_panel in zip(columns.split(ROWS), lost.split(ROWS, 1), strict=True)
-    ]
-    energy = float(torch.stack(parts).sum())
-    if error is None:
-        return energy
-    crossed = (lost * error.cross[:, columns].to(lost)).sum(dtype=torch.float64)
-    return energy + 2 * float(crossed) + float(error.energy)
-
-
 def _others(keep: Tensor, size: int) -> Tensor:
     others = torch.ones(size, dtype=torch.bool, device=keep.device)
     others[keep] = False

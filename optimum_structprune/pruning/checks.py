@@ -59,6 +59,8 @@ def check(
         _check_criterion(config, arch, widths, use)
         _check_spaces(config, arch, widths, use)
     if use in (PRUNE, CALIBRATE):
+        if not has_inputs and config.stats is None:
+            check_reads_text(described.unpacked)
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
     if use == PRUNE:
         _check_statistics(config, arch, widths)
@@ -88,16 +90,12 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
         )
-    if not (tokenizer is None or callable(tokenizer)):
-        raise StructPruneError(
-            f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
-        )
+    check_tokenizer(tokenizer, model)
     if inplace and any(parameter.is_inference() for parameter in model.parameters()):
         raise StructPruneError(
             "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or leave out "
             "inplace=True."
         )
-    check_reader(tokenizer, model)
     if inputs is None:
         return
     if not isinstance(inputs, Mapping):
@@ -110,12 +108,22 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
         _check_samples(name, samples, model)
 
 
-def check_reader(reader: Any, model: nn.Module) -> None:
-    """Refuse an image processor for a model that reads text, or the other way round, and another model's tokenizer."""
-    if reader is not None and isinstance(reader, PreTrainedTokenizerBase) == reads_images(model):
-        what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
-        raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(reader).__name__}.")
-    check_tokens(model, reader)
+def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
+    """Refuse what is no tokenizer, such as an image processor, and another model's tokenizer."""
+    if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+        raise StructPruneError(
+            f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
+        )
+    check_tokens(model, tokenizer)
+
+
+def check_reads_text(model: PreTrainedModel) -> None:
+    """Refuse a model that the text of domains cannot calibrate."""
+    if model.main_input_name != "input_ids":
+        raise StructPruneError(
+            f"{type(model).__name__} reads {model.main_input_name}, and domains are text; prune it from Python with "
+            "samples of what it reads: StructPruner(config).prune_model(model, inputs={'name': samples})."
+        )
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
@@ -221,10 +229,7 @@ def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool
     if has_inputs and config.stats is not None:
         raise StructPruneError(f"inputs are calibration data, and stats={config.stats!r} stands in for them.")
     if not (has_tokenizer or has_inputs or config.stats is not None):
-        raise StructPruneError(
-            "The domains are text or images, and reading them takes a tokenizer or an image processor; pass the "
-            "model's own."
-        )
+        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:

@@ -32,6 +32,9 @@ from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, of_all, own_part
 
 
+# A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
+PROBE_TOKENS = 2048
+STRIDE = 4
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
 Rows = Mapping[str, list[Tensor]]
 

@@ -23,17 +23,16 @@ from ..criteria import CRITERIA
 from ..domains.load import given_domains
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
-from ..forward.generation import reads_images
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating
 from ..method.layers import run_model
 from ..method.refit import ROWS
 from ..method.score import COLUMNS
 from ..record.text import table
-from ..search.trials import PROBE_TOKENS, STRIDE
 from ..sources.data import CalibrationData
 from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
+from .measure import PROBE_TOKENS, STRIDE
 
 
 FP32, FP64 = 4, 8  # bytes
@@ -88,12 +87,11 @@ class Text(NamedTuple):
         """The samples that a config asks for, or those that are given; none where stored moments stand in for them."""
         if config.stats is not None:
             return cls(0, config.seq_length, 0, 0)
-        # What is no text has as many tokens as the model makes of it, which shapes do not say.
-        domains, count = len(texts_of(config)), config.num_samples
-        length = 1 if reads_images(model) else config.seq_length
+        domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
         if inputs is not None:
             given = given_domains(inputs, float(config.holdout), config.chooses)
             domains, count = len(given), sum(len(domain.samples) for domain in given)
+            # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values())
         return cls(count * length, length, min(config.samples_at_once, ceil(count / domains)), domains)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.meta import dequantized, is_quantized
-from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
@@ -74,7 +74,6 @@ class Run:
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
         counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
-        errors: What the removal inside the layers cost their outputs, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -101,7 +100,6 @@ class Run:
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
-        self.errors: dict[tuple[int, str], tuple[float, ...]] = {}
         self.changed = False
 
     @property
@@ -126,6 +124,10 @@ class Run:
             domains, tokenizer = self.data.domains, self.dense_tokenizer
             self.measure = Measure(self.model, domains, self.arch, tokenizer, apart)
         self.report.start(self.model, self.arch)
+
+    def measure_anew(self) -> None:
+        """Measure the model as it is now in the place of the dense one."""
+        self.measure = Measure(self.model, self.data.domains, self.arch)
 
     def find_teacher(self) -> None:
         """Keep what recovery learns from before units go: the dense model where it is the same, else a copy."""
@@ -171,8 +173,6 @@ class Run:
                 "above it.",
                 *(limit, some_of(above)),
             )
-        layers = self.plan.keep.get((MODEL, LAYER), range(self.dense_arch.num_layers))
-        self.report.details.take({key: error for key, error in self.errors.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
         if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -9,10 +10,9 @@ from transformers.utils.logging import tqdm
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_, layer_list
-from ..arch.spec import LAYER, MODEL, Widths
-from ..method.loop import Pruned, prune_layers_
+from ..arch.spec import Widths
+from ..method.loop import prune_layers_
 from ..method.shrink import fill_layer_
-from ..record.details import errors_of_list, errors_to_list
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
 from ..system.offloading import give_back_free_memory
@@ -29,34 +29,27 @@ def prune_units_(run: Run, step: Step) -> Plan:
     """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
     model, arch, data = run.model, run.arch, run.data
     smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.target))
-    pruned, checkpoint = Pruned(), LayerCheckpoint.of(run, step)
+    keep: dict[tuple[int, str], tuple[int, ...]] = {}
+    checkpoint = LayerCheckpoint.of(run, step)
     try:
         with run.report.timed("round 1"):
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
             source = data.source(model, arch, data.feedback)
-            done = 0 if checkpoint is None else checkpoint.take_over_(run, source, pruned, smaller)
+            done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
             layers = tqdm(
                 range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"
             )
 
-            def finished(layer: int, pruned: Pruned) -> None:
+            def finished(layer: int) -> None:
                 give_back_free_memory()
                 if checkpoint is not None:
-                    checkpoint.save(run, layer, pruned, source)
+                    checkpoint.save(run, layer, keep, source)
 
-            prune_layers_(model, arch, source, method, step.widths, smaller, pruned, layers, finished)
+            prune_layers_(model, arch, source, method, step.widths, smaller, keep, layers, finished)
     finally:
-        run.changed = run.changed or bool(pruned.keep)
+        run.changed = run.changed or bool(keep)
     adopt_config_(model, smaller)
-    note_errors(run, pruned)
-    return Plan(arch.model_type, dict(pruned.keep))
-
-
-def note_errors(run: Run, pruned: Pruned) -> None:
-    """Hand a run the errors that were noted, under the numbers that the layers have in the dense model."""
-    layers = run.plan.keep.get((MODEL, LAYER))
-    for (layer, name), error in pruned.errors.items():
-        run.errors[layer if layers is None else layers[layer], name] = error
+    return Plan(arch.model_type, keep)
 
 
 def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> str:
@@ -81,14 +74,15 @@ class LayerCheckpoint:
         run.report.details.resumed = checkpoint.resume.check() is not None
         return checkpoint
 
-    def take_over_(self, run: Run, source: Source, pruned: Pruned, smaller: PreTrainedModel) -> int:
-        """Take over the layers that an earlier run has finished, and return their number."""
+    def take_over_(
+        self, run: Run, source: Source, keep: dict[tuple[int, str], tuple[int, ...]], smaller: PreTrainedModel
+    ) -> int:
+        """Take over the layers that an earlier run has finished with their kept units, and return their number."""
         saved = self.resume.load()
         if saved is None:
             return 0
         with self.resume.readable():
-            pruned.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
-            pruned.errors = errors_of_list(saved.values["errors"])
+            keep |= Plan.from_dict(saved.values["plan"]).keep
             reached = dict(saved.values["passes"])
         for layer in range(saved.number):
             with source.at(layer, changes=True):
@@ -96,10 +90,9 @@ class LayerCheckpoint:
         source.resume_(saved.local, reached)
         return saved.number
 
-    def save(self, run: Run, layer: int, pruned: Pruned, source: Source) -> None:
+    def save(self, run: Run, layer: int, keep: Mapping[tuple[int, str], tuple[int, ...]], source: Source) -> None:
         """Put on disk what a layer has become, and what the source has reached behind it, if it says so."""
         if (state := source.state()) is not None:
             tensors, reached = state
-            plan = Plan(run.arch.model_type, dict(pruned.keep))
-            values = {"plan": plan.to_dict(), "passes": reached, "errors": errors_to_list(pruned.errors)}
+            values = {"plan": Plan(run.arch.model_type, dict(keep)).to_dict(), "passes": reached}
             self.resume.save(layer + 1, values, layer_list(run.model, run.arch)[layer].state_dict(), tensors)

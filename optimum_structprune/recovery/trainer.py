@@ -297,9 +297,8 @@ def load_teacher(
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
     elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
-        raise StructPruneError(
-            f"teacher takes a causal language model, or its id or folder, got {type(teacher).__name__}."
-        )
+        kind = type(teacher).__name__
+        raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
     if teacher is model or teacher is not given and _same(teacher, model):
         raise StructPruneError(
             "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "

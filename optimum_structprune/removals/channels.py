@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,14 @@ from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
 from ..method.score import best_units
 from ..method.shrink import check_same, read_consumer
-from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of, ranks
 from .layers import refit_consumer_
 from .resize import mask_channels_, narrow_, scaled_norms
+
+
+if TYPE_CHECKING:
+    from ..pruning.run import Run, Step
 
 
 def remove_channels_(run: Run, step: Step) -> Plan:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers.utils.logging import tqdm
 
 from ..arch.shrink import shrunk_config
 from ..method.score import best_units
 from ..method.shrink import shrink_layer_
-from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.experts import WithExperts
 from .cut import rebuilding_
+
+
+if TYPE_CHECKING:
+    from ..pruning.run import Run, Step
 
 
 def remove_experts_(run: Run, step: Step) -> Plan:

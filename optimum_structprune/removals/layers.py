@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal
 from ..method.linalg import ridge_strength
 from ..method.score import best_units, check_scores
 from ..method.shrink import check_same, read_consumer, write_consumer_
-from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
 from ..system.processes import as_first_has_
 from .cut import drop_layers_
 from .layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA, judges_layers
+
+
+if TYPE_CHECKING:
+    from ..pruning.run import Run, Step
 
 
 # A channel whose factor has less than this share of the mean square comes through a norm too little to be fitted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,14 +15,16 @@ from ..domains.manifest import COUNTED, Entry
 from ..domains.readers import note_reader
 from ..forward.same import few_inputs, outputs_for
 from ..method.shrink import check_same
-from ..pruning.measure import Measure
-from ..pruning.run import Run
 from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
 from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
 from .resize import drop_tokens_
+
+
+if TYPE_CHECKING:
+    from ..pruning.run import Run
 
 
 def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callable[..., int]) -> Widths:
@@ -83,4 +86,4 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))
     run.counted = [Entry.of(domain, COUNTED) for domain in data.domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
-        run.measure = Measure(run.model, run.data.domains, run.arch)
+        run.measure_anew()

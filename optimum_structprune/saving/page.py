@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -49,16 +49,6 @@ class Table:
     bars: Sequence[float] = ()
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Columns over the layers by series, shares of the height `top`, each in front of the one before; and numbers."""
-
-    caption: str
-    series: Mapping[str, Sequence[float]]
-    top: str
-    table: Table
-
-
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
     output, dense = records.output, records.dense or "DENSE"
@@ -74,8 +64,7 @@ def page(records: Records) -> str:
             sizes=_sizes(records),
             gone=_gone_layers(records),
             qualities=list(quality_tables(records)),
-            widths=list(_width_charts(records)),
-            charts=list(_error_charts(records)),
+            widths=list(_widths(records)),
             answers=telling(records.answers),
             answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
@@ -244,33 +233,17 @@ def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str,
     }
 
 
-def _width_charts(records: Records) -> Iterator[Chart]:
-    """How much each layer keeps, by kind of space, where the layers differ."""
+def _widths(records: Records) -> Iterator[Table]:
+    """How much each layer keeps, by kind of space, where the layers differ; bars are as long as what is gone."""
     for kind, by_layer in sorted(records.report["widths"].items()):
-        if len({*by_layer.values()}) == 1:
-            continue
-        full, name = records.report["dense_widths"][kind], NAMES.get(kind, kind)
-        rows = [[layer, f"{width:,}", _change(width / full)] for layer, width in by_layer.items()]
-        series = {"removed": [1.0] * len(rows), "kept": [width / full for width in by_layer.values()]}
-        table = Table(f"{name} by layer", ["layer", "kept", "change"], rows)
-        yield Chart(f"{name} of each layer", series, f"{full:,}", table)
-
-
-def _error_charts(records: Records) -> Iterator[Chart]:
-    """The errors that pruning left in each layer, by kind of space, where they were measured."""
-    for kind, by_layer in sorted(records.details.errors.items()):
-        errors = {layer: error for layer, error in by_layer.items() if any(error)}
-        if not errors:
-            continue
-        top, name = max(max(error) for error in errors.values()), NAMES.get(kind, kind)
-        heads = ("removed only", "and the rest refitted")
-        rows = [
-            [str(layer), f"{gone:.4f}", f"{refitted:.4f}", _change(refitted / gone, 0) if gone else UNKNOWN]
-            for layer, (gone, refitted) in errors.items()
-        ]
-        series = {head: [error[place] / top for error in errors.values()] for place, head in enumerate(heads)}
-        table = Table(f"{name}, error by layer", ["layer", *heads, "change"], rows)
-        yield Chart(f"{name}: error of each layer's output", series, f"{top:.4f} of the output", table)
+        if len({*by_layer.values()}) > 1:
+            shares = [width / records.report["dense_widths"][kind] for width in by_layer.values()]
+            rows = [
+                [layer, f"{width:,}", _change(share)]
+                for (layer, width), share in zip(by_layer.items(), shares, strict=True)
+            ]
+            gone = [1 - share for share in shares]
+            yield Table(f"{NAMES.get(kind, kind)} of each layer", ["layer", "kept", "change"], rows, gone)
 
 
 def _spent(records: Records) -> Table | None:
@@ -308,8 +281,8 @@ def _manifest(records: Records) -> Table | None:
     return Table("Text", head, rows) if rows else None
 
 
-def _change(ratio: float, digits: int = 1) -> str:
-    return f"{ratio - 1:+.{digits}%}".replace("-", "−")
+def _change(ratio: float) -> str:
+    return f"{ratio - 1:+.1%}".replace("-", "−")
 
 
 def _millions(number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..method.calibrate import Moments, mixed
-from ..method.loop import Method, Pruned, choose_units, refit_consumers, score_units
+from ..method.loop import Method, choose_units, refit_consumers, score_units
 from ..method.score import check_scores
 from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from ..record.plan import Plan
@@ -24,13 +24,10 @@ from ..sources.offloaded import layer_in_memory
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What masks have reached: the kept units and the errors, by layer and space, and the values of the consumers of
-    these spaces.
-    """
+    """What masks have reached: the kept units, by layer and space, and the values of their consumers."""
 
     keep: Mapping[tuple[int, str], tuple[int, ...]]
     consumers: Mapping[Axis, Values]
-    errors: Mapping[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
 
 
 class Consumers:
@@ -126,21 +123,21 @@ class MaskedPruning:
     unit already makes up for units removed before.
 
     Attributes:
-        pruned: The kept units so far and what their choice cost.
+        keep: The kept units so far, by layer and name of the space.
         shrunk: Whether a layer has lost its removed units for good.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
         self.model, self.arch, self.config = model, arch, config
         self.refit = refit or config.refit
-        self.pruned = Pruned()
+        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
         self.consumers = Consumers(model, arch)
         self.shrunk = False
 
     @property
     def plan(self) -> Plan:
         """The kept units, as a value."""
-        return Plan(self.arch.model_type, dict(self.pruned.keep))
+        return Plan(self.arch.model_type, dict(self.keep))
 
     def method(self, data: CalibrationData) -> Method:
         """How units are scored and refitted, by this data."""
@@ -168,12 +165,12 @@ class MaskedPruning:
                 moments = self.gather(source, method, space)
                 scores = self.score(method, space, moments)
                 self.choose_(method, space, moments, scores, width)
-                self.refit_(method, space, moments, measured=True)
+                self.refit_(method, space, moments)
                 del moments  # before those of the next space: a Gram matrix takes gigabytes
         if smaller is not None:
             self.shrunk = True
             with source.same_outputs(layer):
-                shrink_layer_(self.model, self.arch, layer, self.pruned.keep, smaller)
+                shrink_layer_(self.model, self.arch, layer, self.keep, smaller)
             self.consumers.forget(axes)
         source.advance(layer)
 
@@ -182,41 +179,46 @@ class MaskedPruning:
         weights = [self.consumers.dense(axis)[0] for axis in space.into]
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
-            return mixed(source.moments(space.layer, space, method.gram), method.shares, weights)
+            return self._mixed(source, method, space, method.gram, weights)
+
+    def _mixed(
+        self, source: Source, method: Method, space: Space, gram: bool, weights: Sequence[Tensor]
+    ) -> list[Moments]:
+        """The moments of the domain mixture with what the criterion knows beside them, by consumer."""
+        criterion, moments = method.criterion(space.layer), source.moments(space.layer, space, gram)
+        mixtures = mixed(moments, method.shares, weights)
+        for axis, mixture in zip(space.into, mixtures, strict=True):
+            mixture.prior = method.prior(criterion, self.model, self.arch, space, axis)
+        return mixtures
 
     def score(self, method: Method, space: Space, moments: Sequence[Moments]) -> Tensor:
         """The scores of the units that are left, by the present weights, shape `(units,)`."""
-        criterion = method.criterion(space.layer)
-        weights, present = self._present(method, criterion, space, moments)
-        return score_units(criterion, space, weights, present, method.name)
+        weights, present = self._present(space, moments)
+        return score_units(method.criterion(space.layer), space, weights, present, method.name)
 
     def choose_(self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int) -> None:
         """Keep the units with the highest scores, or those that the criterion takes in their place."""
         dense = [self.consumers.dense(axis) for axis in space.into]
         present, criterion = self._units(space), method.criterion(space.layer)
-        self.pruned.keep[space.key] = choose_units(criterion, space, scores, width, present, dense, moments)
+        self.keep[space.key] = choose_units(criterion, space, scores, width, present, dense, moments)
 
-    def refit_(self, method: Method, space: Space, moments: Sequence[Moments], measured: bool = False) -> None:
-        """Give each consumer of a space its refitted columns and mask the others; if it is `measured`, record how much
-        of its output is lost.
-        """
-        keep, dense = self.pruned.keep[space.key], [self.consumers.dense(axis) for axis in space.into]
-        refitted, error = refit_consumers(method.criterion(space.layer), space, keep, dense, moments, method, measured)
+    def refit_(self, method: Method, space: Space, moments: Sequence[Moments]) -> None:
+        """Give each consumer of a space its refitted columns and mask the others."""
+        keep, dense = self.keep[space.key], [self.consumers.dense(axis) for axis in space.into]
+        refitted = refit_consumers(method.criterion(space.layer), space, keep, dense, moments, method)
         for axis, columns in zip(space.into, refitted, strict=True):
             self.consumers.mask_(axis, *columns)
-        if error is not None:
-            self.pruned.errors[space.key] = error
 
     def trial(
         self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int
     ) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept `width` units; the model is left as it is."""
-        keep = dict(self.pruned.keep)
+        keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
             self.choose_(method, space, moments, scores, width)
             self.refit_(method, space, moments)
             values = self.consumers.copies(space.into)
-        self.pruned.keep = keep
+        self.keep = keep
         self.consumers.forget(space.into)
         return values
 
@@ -235,13 +237,13 @@ class MaskedPruning:
 
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far."""
-        spaces = [space for space in self.arch.spaces if space.key in self.pruned.keep]
+        spaces = [space for space in self.arch.spaces if space.key in self.keep]
         values = self.consumers.copies(axis for space in spaces for axis in space.into)
-        return Snapshot(dict(self.pruned.keep), values, dict(self.pruned.errors))
+        return Snapshot(dict(self.keep), values)
 
     def restore_(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
-        self.pruned = Pruned(dict(snapshot.keep), dict(snapshot.errors))
+        self.keep = dict(snapshot.keep)
         self.consumers.restore_(snapshot.consumers)
 
     def undo_(self) -> None:
@@ -257,16 +259,13 @@ class MaskedPruning:
 
     def _units(self, space: Space) -> Sequence[int]:
         """The units of a space that no earlier round has removed."""
-        return self.pruned.keep.get(space.key, range(space.size))
+        return self.keep.get(space.key, range(space.size))
 
-    def _present(
-        self, method: Method, criterion: object, space: Space, moments: Sequence[Moments]
-    ) -> tuple[list[Tensor], list[Moments]]:
+    def _present(self, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
         """What a criterion scores: the present weights of the units that are left, and their moments."""
         weights, units, selected = [], self._units(space), []
         for axis, of_consumer in zip(space.into, moments, strict=True):
             weight = self.consumers.present(axis)[0]
-            of_consumer = replace(of_consumer, prior=method.prior(criterion, self.model, self.arch, space, axis))
             if len(units) < space.size:
                 columns = units_to_columns(units, axis, weight.device)
                 weight, of_consumer = weight[:, columns], of_consumer.select(columns)
@@ -277,10 +276,9 @@ class MaskedPruning:
     def _comparable(self, space: Space, source: Source, method: Method) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
         criterion, by_consumer = method.criterion(space.layer), []
-        gram = criterion.needs_gram
         weights = [self.consumers.present(axis)[0] for axis in space.into]
-        moments = mixed(source.moments(space.layer, space, gram), method.shares, weights)
-        weights, moments = self._present(method, criterion, space, moments)
+        moments = self._mixed(source, method, space, criterion.needs_gram, weights)
+        weights, moments = self._present(space, moments)
         for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
             columns = criterion.score(weight, of_consumer, 1)
             check_scores(columns, weight.shape[1], method.name, axis.module)

@@ -16,8 +16,7 @@ from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
 from ..forward.same import same_outputs
 from ..pruning.run import Run, Step
-from ..pruning.units import LayerCheckpoint, note_errors, run_key
-from ..record.details import errors_of_list, errors_to_list
+from ..pruning.units import LayerCheckpoint, run_key
 from ..record.plan import Plan
 from ..removals.cut import shrink_
 from ..system.resume import Resume, Saved
@@ -73,7 +72,7 @@ class Rounds:
                 method, source = pruning.method(run.data), run.data.source(run.model, self.arch, run.data.feedback)
                 store = None if smaller is None else self.finished_layers
                 if store is not None and smaller is not None:
-                    done = store.take_over_(run, source, pruning.pruned, smaller)
+                    done = store.take_over_(run, source, pruning.keep, smaller)
                     pruning.forget_(range(done))
                 # The bar counts the layers of all rounds, for the time that is left.
                 bar = {"initial": (number - 1) * count + done, "total": total * count, "unit": "layer"}
@@ -81,16 +80,13 @@ class Rounds:
                     with source.at(layer, changes=True):
                         pruning.prune_layer_(layer, source, method, widths, smaller)
                         if store is not None:
-                            store.save(run, layer, pruning.pruned, source)
+                            store.save(run, layer, pruning.keep, source)
         finally:
             run.changed = run.changed or pruning.shrunk
-        if smaller is not None:
-            note_errors(run, pruning.pruned)
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.pruning.shrunk = True
-        note_errors(self.run, self.pruning.pruned)
         with same_outputs("The model", self.run.model):
             shrink_(self.run.model, self.arch, self.pruning.plan, widths, self.biased)
         return self.pruning.plan
@@ -125,7 +121,6 @@ class Rounds:
             values = {
                 "shares": self.run.data.shares,
                 "plan": self.pruning.plan.to_dict(),
-                "errors": errors_to_list(snapshot.errors),
                 "measured": self.run.report.rounds,
             }
             self.finished_rounds.save(self.done, values, _tensors(snapshot))
@@ -135,12 +130,11 @@ class Rounds:
         with store.readable():
             keep = Plan.from_dict(saved.values["plan"]).keep
             snapshot = _snapshot(self.arch, keep, saved.tensors)
-            errors = errors_of_list(saved.values["errors"])
             measured = [_measured(entry) for entry in saved.values["measured"]]
             shares = tuple(map(float, saved.values["shares"]))
         self.run.report.details.resumed, self.run.report.rounds = True, measured
         self.run.data = replace(self.run.data, shares=shares)
-        self.pruning.restore_(replace(snapshot, errors=errors))
+        self.pruning.restore_(snapshot)
         self.done = saved.number
 
 
@@ -157,7 +151,7 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
 def _snapshot(
     arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> Snapshot:
-    """Inverse of `_tensors`, without the errors."""
+    """Inverse of `_tensors`."""
     axes = [axis for space in arch.spaces if space.key in keep for axis in space.into]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 

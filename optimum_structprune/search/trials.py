@@ -21,7 +21,7 @@ from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.layers import Batch, InMemory, run_model
 from ..method.loop import Method
 from ..method.shrink import Values
-from ..pruning.measure import skipping_layers
+from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import add_up_, of_all, process_count, process_index
@@ -32,9 +32,6 @@ from .masked import MaskedPruning
 
 # The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
-# A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
-PROBE_TOKENS = 2048
-STRIDE = 4
 # What is pruned on trial in more than one layer is so on so many calibration tokens at most.
 TRIAL_TOKENS = 8192
 # Smaller losses, in nats per token, are noise.

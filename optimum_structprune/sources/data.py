@@ -19,11 +19,9 @@ from ..config.domains import written_by_model
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.domain import Domain
-from ..domains.images import image_domains
 from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.resolve import reweighted, texts_of
-from ..forward.generation import reads_images
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
 from ..method.loop import Method
@@ -85,8 +83,6 @@ class CalibrationData:
             return cls.of(config, statistics.chosen(config), statistics)
         if inputs is not None:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
-        if reads_images(model):
-            return cls.of(config, image_domains(config, tokenizer, Manifest.seen_by(model)))
         return cls.of(*calibration_domains(config, model, tokenizer, counts))
 
     def read_again(

@@ -48,11 +48,8 @@ def computing(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for; or of the
-    settings of an image processor.
-    """
-    meanings = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.to_dict()
-    return sha256(json.dumps(sorted(meanings.items()), default=str).encode()).hexdigest()
+    """The SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
+    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -4,15 +4,13 @@ import fnmatch
 
 import pytest
 import yaml
-from models import CASES, MOE, OTHERS, build
-from transformers import AutoConfig, PretrainedConfig
+from models import CASES, OTHERS, build
+from transformers import PretrainedConfig
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.families import builtin_families, family_of, read_families
 from optimum_structprune.arch.load import describe, resolve
-from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.spec import HIDDEN, LAYER
-from optimum_structprune.arch.stub import stub
 
 
 LLAMA = {
@@ -116,40 +114,3 @@ def test_a_wrong_file_is_refused(tmp_path):
             read_families(path)
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")
-
-
-# What a stub finds in mixtures of experts, and in models without a tensor-parallel plan.
-UNKNOWN = {
-    "afmoe": {"mlp_experts_mlp"},
-    "hy_v3": {"attention", "mlp_experts_mlp"},
-    "solar_open": {"mlp_experts_mlp"},
-    "mellum": {"attention", "mlp_experts_mlp"},
-    "mamba2": set(),
-    "biogpt": set(),
-    "diffllama": {"attention", "mlp"},
-}
-
-
-@pytest.mark.parametrize("model_type", UNKNOWN)
-def test_a_stub_says_what_it_finds(model_type, tmp_path):
-    assert model_type not in builtin_families(), "take another type that is not described"
-    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "expand": 2} if model_type == "mamba2" else {}
-    model = meta_model(AutoConfig.for_model(model_type, **{**MOE, "n_routed_experts": 4, **sizes}))
-    text = stub(model)
-    (tmp_path / "stub.yaml").write_text(text)
-    family = read_families(tmp_path / "stub.yaml")[0]
-    assert family.model_types == (model_type,) and family.layer_paths[0].rpartition(".")[2] in ("layers", "layer")
-    assert UNKNOWN[model_type] <= set(family.spaces) and "nearest family" in text
-    planned = any("layers" in pattern for pattern in model.config.base_model_tp_plan or {})
-    assert planned != ("no tensor-parallel plan" in text)
-    assert ("mlp" in family.spaces) <= ("No space has mlp.up_proj" not in text)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral"])
-def test_a_stub_of_a_described_model_says_what_its_description_says(model_type, tmp_path):
-    model = meta_model(AutoConfig.for_model(model_type, **{**MOE, "num_local_experts": 4}))
-    (tmp_path / "stub.yaml").write_text(stub(model))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    arch = resolve(read_families(tmp_path / "stub.yaml")[0], model.config, shapes, "model.")
-    spaces = {space.axes for space in arch.spaces}
-    assert spaces == {space.axes for space in describe(model).spaces if space.inside}

@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    DiffLlamaConfig,
     XGLMConfig,
 )
 
@@ -50,23 +49,6 @@ def test_by_either_name(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         optimum_main()
     assert end.value.code == 2 and "exists and is not empty" in error_line(capsys)
-
-
-def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
-    config = DiffLlamaConfig(**GROUPED)
-    model = AutoModelForCausalLM.from_config(config)
-    save_with_tokenizer(model, tmp_path / "model")
-    assert main(["inspect", str(tmp_path / "model")]) == 2
-    assert "'diffllama' is not described" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "model"), "--stub"]) == 0
-    text = capsys.readouterr().out
-    assert "check every line" in text and "nearest family by names and shapes is llama" in text
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(text)
-    assert main(["inspect", str(tmp_path / "model"), "--arch", str(mine)]) == 0
-    assert "diffllama, 2 layers" in capsys.readouterr().out
-    assert main(command(folder, "--arch", str(mine), "--width", "mlp=24", at=tmp_path)) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
 def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):

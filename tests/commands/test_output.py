@@ -39,7 +39,6 @@ def commands(folder):
         "inspect": ["inspect", model],
         "plan": ["plan", model, "--width", "mlp=24"],
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
-        "sweep": ["sweep", model, str(folder / "sizes"), "--sparsity", "0.2", "--round-to", "1", *short, *cpu],
         "compare": ["compare", model, str(folder / "pruned"), *cpu],
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+from optimum_structprune.arch.families import read_families
 from optimum_structprune.config.fields import by_layer, parse_yaml, to_yaml
 from optimum_structprune.record.plan import Plan
 
@@ -159,6 +160,8 @@ def test_a_layer_that_yaml_writes_in_two_ways_is_one():
             parse_yaml(text)
 
 
+# Ten lines that stand for ten thousand million values.
+BOMB = "a0: &a0 []\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11))
 TWICE, CODE = "rounds: 1\nsparsity: 0.2\nrounds: 3\n", "!!python/object/apply:os.system ['true']"
 
 
@@ -168,6 +171,11 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(StructPruneError, match="run.yaml"):
             StructPruneConfig.from_yaml(path)
+    for content in (BOMB, "widths: &it [*it]"):
+        path.write_text(content)
+        for read in (StructPruneConfig.from_yaml, read_families):
+            with pytest.raises(StructPruneError, match=r"it has an alias \(\*name\); write the value out"):
+                read(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.arch.producers import producer_norms
+from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.domains.resolve import MOST, reweighted
+from optimum_structprune.method.calibrate import Moments
 
 
 @pytest.fixture
@@ -54,15 +54,15 @@ def test_a_channel_with_larger_producers_scores_higher(case):
     """And the scores stay in the units of a loss, so that they compare over layers."""
     weight, x, moments = case
     losses = score("obs", case)
-    even = score("obs_drive", (weight, x, replace(moments, producer_norms=torch.ones(6))))
+    even = score("obs_drive", (weight, x, replace(moments, prior=torch.ones(6))))
     torch.testing.assert_close(even, (losses.sqrt() + losses.sqrt().mean()).square() / 4)
     norms = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
-    larger = score("obs_drive", (weight, x, replace(moments, producer_norms=norms)))
+    larger = score("obs_drive", (weight, x, replace(moments, prior=norms)))
     assert int((larger / even).argmax()) == 2
-    scaled = score("obs_drive", (weight, x, replace(moments, producer_norms=100 * norms)))
+    scaled = score("obs_drive", (weight, x, replace(moments, prior=100 * norms)))
     torch.testing.assert_close(scaled, larger)
     # Groups of columns, and units without producer norms, are scored as by `obs`.
-    pairs = score("obs_drive", (weight, x, replace(moments, producer_norms=norms)), 2)
+    pairs = score("obs_drive", (weight, x, replace(moments, prior=norms)), 2)
     torch.testing.assert_close(pairs, score("obs", case, 2))
     torch.testing.assert_close(score("obs_drive", case), losses)
 

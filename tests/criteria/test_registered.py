@@ -22,10 +22,10 @@ class Watched(Criterion):
     """The first units are worth most; the run remembers that it was watched."""
 
     @staticmethod
-    def watches(model, arch, evidence):
-        SEEN.append(evidence.memory.setdefault("watched", len(SEEN)))
+    def whole_model_statistics(model, arch, data):
+        SEEN.append(data.cache.setdefault("watched", len(SEEN)))
         sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
-        return {name: -torch.arange(n).double().expand(len(evidence.domains), -1) for name, n in sizes.items()}
+        return {name: -torch.arange(n).double().expand(len(data.domains), -1) for name, n in sizes.items()}
 
     @classmethod
     def check(cls, config, arch, use):
@@ -33,10 +33,10 @@ class Watched(Criterion):
             raise StructPruneError("watched is for decoders")
 
     def score(self, weight, moments, columns_per_unit):
-        return per_unit(moments.saliency.to(weight), columns_per_unit)
+        return per_unit(moments.prior.to(weight), columns_per_unit)
 
 
-def by_layer(model, arch, evidence, names):
+def by_layer(model, arch, data, names):
     """The first layer is worth more than any other."""
     return {
         (space.layer, space.name): torch.arange(space.size) / space.size + (space.layer == 0)
@@ -70,7 +70,34 @@ def test_all_three_are_used():
     assert widths == {0: 40, 1: 8} and pruner.plan.keep[1, "mlp"] == tuple(range(8))
     weight = model.model.layers[1].mlp.down_proj.weight[:, :8]
     torch.testing.assert_close(small.model.layers[1].mlp.down_proj.weight, weight / 2)
-    assert SEEN == [0, 0], "once before each round, with the memory of the run"
+    assert SEEN == [0, 0], "once before each round, with the cache of the run"
+
+
+class Reversed(Watched):
+    """Everything that a criterion is asked goes by the prior, whose last components are worth most."""
+
+    def score(self, weight, moments, columns_per_unit):
+        return per_unit(-moments.prior.to(weight), columns_per_unit)
+
+    def refine_selection(self, keep, removed, weight, moments, columns_per_unit):
+        order = moments.prior.argsort().tolist()
+        return tuple(sorted(sorted({*keep, *removed}, key=order.index)[: len(keep)]))
+
+    def unfitted_weight(self, weight, moments):
+        return weight * moments.prior.to(weight)
+
+
+@pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])
+def test_scores_choices_and_weights_go_by_the_same_prior(more):
+    CRITERIA.register("reversed")(Reversed)
+    model = build("llama-tied")
+    pruner = StructPruner(config(criterion="reversed", refit="none", **more))
+    small = pruner.prune_model(model, tokenizer())
+    for layer in (0, 1):
+        kept = pruner.plan.keep[layer, "mlp"]
+        assert kept == tuple(range(40 - len(kept), 40))
+        weight = model.model.layers[layer].mlp.down_proj.weight[:, kept] * -torch.tensor(kept)
+        torch.testing.assert_close(small.model.layers[layer].mlp.down_proj.weight, weight)
 
 
 def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):

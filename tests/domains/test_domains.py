@@ -1,6 +1,7 @@
-"""Presets, templates, evidence from answers only, and the manifest of what was calibrated on."""
+"""Presets, templates, calibration on answers only, and the manifest of what was calibrated on."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -8,14 +9,12 @@ import datasets
 import pytest
 import torch
 import yaml
-from helpers import write_texts
+from helpers import whole_model_at_once, write_texts
 from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
-from optimum_structprune.method.layers import InMemory
-from optimum_structprune.sources.whole_model import WholeModel
-from optimum_structprune.sources.data import batches_of
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import RecentText, load_domains
@@ -24,8 +23,8 @@ from optimum_structprune.domains.packing import Frame, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 from optimum_structprune.domains.templates import Document, chat_document, document_hash
-from optimum_structprune.arch.hooks import observe
 from optimum_structprune.method.layers import run_model
+from optimum_structprune.sources.data import batches_of, source_of
 
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -192,7 +191,7 @@ def test_a_conversation_takes_a_tokenizer_and_a_willing_template():
         chat_document(MESSAGES, replace(domain, answers_only=True), chatty(REWRITING))
 
 
-# --- evidence from answers only
+# --- calibration on answers only
 
 
 def question_rows(count: int = 40) -> list[dict[str, str]]:
@@ -224,9 +223,9 @@ def masked_domain(mask: torch.Tensor | None) -> list[Domain]:
     return [Domain("a", 1.0, samples, samples[:2], mask)]
 
 
-@pytest.mark.parametrize("passes", [InMemory, WholeModel])
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("case", ["llama-tied", "opt", "mixtral"])
-def test_moments_are_of_the_masked_tokens_only(case, passes):
+def test_moments_are_of_the_masked_tokens_only(case, at_once):
     model = build(case)
     arch = describe(model)
     mask = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -235,14 +234,15 @@ def test_moments_are_of_the_masked_tokens_only(case, passes):
     with observe(model, [space.into[0].module], lambda _, x: seen.append(x)), torch.no_grad():
         run_model(model, token_ids(4, 12))
     wanted = seen[0].reshape(48, -1)[mask.flatten()]
-    run = passes(model, arch, batches_of(masked_domain(mask), 3))
-    ((found,),) = run.gather(0, space, gram=True)
+    with whole_model_at_once() if at_once else nullcontext():
+        source = source_of(model, arch, batches_of(masked_domain(mask), 3))
+    ((found,),) = source.moments(0, space, gram=True)
     assert found.count == int(mask.sum())
     assert torch.allclose(found.gram, wanted.T @ wanted / len(wanted), atol=1e-5)
     assert torch.allclose(found.mean.float(), wanted.mean(0), atol=1e-5)
     inner = [space for space in arch.at(0) if space.experts is not None and space.inside]
     # Two of the experts see each token.
-    counts = [next(run.gather(0, space, gram=False))[0].count for space in inner]
+    counts = [next(source.moments(0, space, gram=False))[0].count for space in inner]
     assert sum(counts) == 2 * int(mask.sum()) * bool(inner)
 
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import evidence_of, pruned_on, recovery_config, same_weights
+from helpers import data_of, pruned_on, recovery_config, same_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, config, documents, tokenizer
@@ -17,10 +17,10 @@ from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import choose_shape
 from optimum_structprune.recovery.text import training_text
+from optimum_structprune.search.search import choose_shape
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -97,8 +97,8 @@ def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_l
     counts: list[list[int]] = []
     batches = CalibrationData.own_batches.fget
 
-    def noted(evidence: CalibrationData):
-        ran = batches(evidence)
+    def noted(data: CalibrationData):
+        ran = batches(data)
         counts.append([sum(len(batch.ids) for batch in ran if batch.domain == domain) for domain in range(2)])
         return ran
 
@@ -134,11 +134,11 @@ CHOOSING = [
 
 
 def run_on(settings, domains):
-    """The finished run of a tiny model, with the widths chosen on the same evidence."""
-    model, evidence = build("llama-tied"), evidence_of(settings, domains)
+    """The finished run of a tiny model, with the widths chosen on the same data."""
+    model, data = build("llama-tied"), data_of(settings, domains)
     arch = describe(model)
-    widths = choose_shape(Run(model, arch, evidence), widths_of(settings, arch, model)).widths
-    return pruned_on(evidence, model, widths)
+    widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model)).widths
+    return pruned_on(data, model, widths)
 
 
 def other(samples):

@@ -1,19 +1,16 @@
-"""Speed: the work of a model against its definition, cached writing against plain passes, and what is refused."""
+"""Speed: sizes against their definition, cached writing against plain passes, and what is refused."""
 
 import json
-from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
 from helpers import modes, without_refit
-from models import GROUPED, build, token_ids
-from transformers import AutoConfig, AutoModelForCausalLM
+from models import build, token_ids
 
 from optimum_structprune import Plan, Speed, StructPruneError, measure_speed
-from optimum_structprune.arch.load import describe
-from optimum_structprune.evaluation.speed import CachedLayer, Spread, why_not_ideal, work_of
-from optimum_structprune.forward.generation import prompt_flops, read_prompt, write_tokens
+from optimum_structprune.evaluation.speed import Spread, cache_per_token
+from optimum_structprune.forward.generation import bytes_of, cache_bytes, read_parameters, read_prompt, write_tokens
 
 
 SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
@@ -44,37 +41,17 @@ def test_writing_with_the_cache_gives_the_likeliest_tokens(case):
     assert torch.equal(last, ids[:, -1:])
 
 
-def test_work_is_counted_from_the_parameters():
-    hidden, ffn, vocabulary, layers, prompt = 32, 40, 96, 2, 8
+@torch.no_grad()
+def test_bytes_are_counted_from_parameters_and_cache():
+    hidden, ffn, vocabulary, layers = 32, 40, 96, 2
     queries, keys = 8 * 4, 4 * 4
     model = build("llama-tied")
-    work = work_of(model)
     matrices = layers * (hidden * (2 * queries + 2 * keys) + 3 * hidden * ffn)
-    assert work.read == 4 * (matrices + hidden * vocabulary + (2 * layers + 1) * hidden)
-    pairs = sum(range(1, prompt + 1))  # of a token with itself and each before it
-    attention = layers * pairs * 2 * queries  # a product with the keys and one with the values
-    assert prompt_flops(model, describe(model), prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
-    assert work.cache_per_token == layers * 2 * keys * 4 and work.cache(10) == 10 * work.cache_per_token
-    assert work.decode_bytes(3, prompt, 2) == 2 * work.read + 3 * (9 + 10) * work.cache_per_token
-    # A window bounds what a token looks at.
-    windowed, free = CachedLayer(4, 3), CachedLayer(4, None)
-    assert windowed.seen(1, 6) == 1 + 2 + 3 + 3 + 3 and free.seen(1, 6) == 15
-    work = replace(work, layers=(windowed, free))
-    assert work.cache(5) == 4 * (3 + 5)
-    assert {layer.window for layer in work_of(build("gemma3_text")).layers} == {4, None}
-
-
-def test_where_parameters_do_not_say_the_work_there_is_no_ideal():
-    assert why_not_ideal(build("llama-tied")) is None
-    assert "experts" in why_not_ideal(build("mixtral"))
-    unknown = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
-    assert "not described" in why_not_ideal(unknown)
-    packed = build("llama-tied")
-    packed.config.quantization_config = {"quant_method": "gptq"}
-    assert "quantized" in why_not_ideal(packed)
-    found = measure_speed({"dense": build("llama-tied"), "routed": build("mixtral")}, **SHORT)
-    assert all(one.prefill.ideal is None and one.decode.ideal is None for one in found.measurements)
-    assert "no ideal speed-up for routed" in str(found) and " ?" in str(found)
+    assert bytes_of(read_parameters(model)) == 4 * (matrices + hidden * vocabulary + (2 * layers + 1) * hidden)
+    assert cache_per_token(model) == layers * 2 * keys * 4
+    assert cache_bytes(read_prompt(model, token_ids(3, 10))[1]) == 3 * 10 * cache_per_token(model)
+    windowed = build("gemma3_text")  # a window bounds what one of its two layers keeps
+    assert cache_bytes(read_prompt(windowed, token_ids(1, 10))[1]) < 10 * cache_per_token(windowed)
 
 
 def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pairs(speed):
@@ -88,20 +65,10 @@ def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pair
     for dense, pruned in (speed.measurements[:2], speed.measurements[2:]):
         for stage in ("prefill", "decode"):
             first, other = getattr(dense, stage), getattr(pruned, stage)
-            assert first.speedup == Spread(1, 1, 1) and first.ideal == 1 < other.ideal
+            assert first.speedup == Spread(1, 1, 1)
             assert other.speedup == Spread.of([a / b for a, b in zip(first.seconds, other.seconds, strict=True)])
     assert Spread.of([2.0]) == Spread(2, 2, 2)
     assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4), "the median and the quartiles"
-
-
-def test_the_ideal_is_a_ratio_of_work(speed):
-    dense = build("llama-tied")
-    models = dense, half(dense)
-    *_, one = speed.measurements
-    flops = [prompt_flops(model, describe(model), 8) for model in models]
-    read = [work_of(model).decode_bytes(2, 8, 3) for model in models]
-    assert one.prefill.ideal == pytest.approx(flops[0] / flops[1])
-    assert one.decode.ideal == pytest.approx(read[0] / read[1])
 
 
 def test_sizes_and_memory_are_counted(speed, tmp_path):

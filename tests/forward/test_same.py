@@ -6,8 +6,7 @@ from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, prune_model
 from optimum_structprune.forward.same import check_same
-from optimum_structprune.removals import layers, vocabulary
-from optimum_structprune.removals import cut, resize
+from optimum_structprune.removals import cut, layers, resize, vocabulary
 
 
 def mixed_up(slice_tensors):

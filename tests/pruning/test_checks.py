@@ -8,7 +8,7 @@ import pytest
 from helpers import recovery_config, same_weights
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, calibrate, dry_run, prune_model
 from optimum_structprune.arch.load import Described, describe
@@ -295,6 +295,7 @@ WRONG = [
     ({"model": "some/model"}, "model takes a model of transformers, got str"),
     ({"model": AutoModelForCausalLM}, "model takes a model of transformers, got type"),
     ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
+    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
     ({"inputs": IDS}, "inputs takes a mapping .*, got Tensor"),

@@ -14,8 +14,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import room
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.room import ERROR, Text, Workload, largest_estimated, with_batch_size
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -111,8 +111,8 @@ def text():
     return [DomainConfig(name="a", source=documents(200))]
 
 
-def evidence_on(device, text, monkeypatch):
-    """Evidence that says `auto`, of a model whose compute device is said to be another one."""
+def data_on(device, text, monkeypatch):
+    """Calibration data that says `auto`, of a model whose compute device is said to be another one."""
     model, settings = build("llama-tied"), config(domains=text, num_samples=40, batch_size="auto")
     monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
     return CalibrationData.of(settings, load_domains(settings, tokenizer())), describe(model), model
@@ -129,7 +129,7 @@ def test_a_run_keeps_to_it_and_gives_the_same_model(text, tmp_path):
 
 
 def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
-    evidence, arch, model = evidence_on("cuda", text, monkeypatch)
+    data, arch, model = data_on("cuda", text, monkeypatch)
     sizes = []
 
     def run(base, samples):
@@ -140,13 +140,13 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
     monkeypatch.setattr(room, "MOST", 8)
     monkeypatch.setattr(room, "free_bytes", lambda device: None)
     monkeypatch.setattr(room, "run_model", run)
-    found = with_batch_size(evidence, arch, model, {"mlp": 24}).batch_size
+    found = with_batch_size(data, arch, model, {"mlp": 24}).batch_size
     assert sizes[0] == room.MOST and found == sizes[-1] <= 5
     monkeypatch.setattr(
         room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
     with pytest.raises(StructPruneError, match="one sample of 24 tokens is too much"):
-        with_batch_size(evidence, arch, model, {"mlp": 24})
+        with_batch_size(data, arch, model, {"mlp": 24})
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])

@@ -5,23 +5,22 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, failing, logits, same_weights
+from helpers import count_hooks, data_of, failing, logits, same_weights
 from models import build, config, documents, tokenizer
 from quantized import Packed, Reversible, quantized
 from torch import nn
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
+from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.method import loop
 from optimum_structprune.method.layers import InMemory
-from optimum_structprune.criteria import Wanda
-from optimum_structprune.sources.offloaded import Placement
-from optimum_structprune.pruning import sweep
-from optimum_structprune.removals import layers
+from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.removals import cut
+from optimum_structprune.removals import channels, cut, experts, layers
+from optimum_structprune.search import masked as masked_pruning
 from optimum_structprune.search.masked import Consumers
-from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.system import resume
 
 
@@ -71,11 +70,11 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
     masked = []
 
     def prune(model):
-        evidence = evidence_of(config(refit=refit, rounds=2))
-        with Run(model, describe(model), evidence) as run:
-            for step in StructPruner(evidence.config).steps(run.arch, run.model, {"mlp": 24}):
+        data = data_of(config(refit=refit, rounds=2))
+        with Run(model, describe(model), data) as run:
+            for step in StructPruner(data.config).steps(run.arch, run.model, {"mlp": 24}):
                 try:
-                    StructPruner(evidence.config).take_(run, step)
+                    StructPruner(data.config).take_(run, step)
                 finally:
                     masked.append(deepcopy(model))
 
@@ -84,13 +83,14 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
 
 
 def test_a_criterion_that_fails_in_a_later_layer_and_a_checkpoint_that_cannot_be_written(monkeypatch, tmp_path):
-    calls, score = [], Wanda.score
+    calls, wanda = [], CRITERIA.get("wanda")
+    score = wanda.score
 
     def scores(self, *args):
         calls.append(args)
         return score(self, *args) * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(Wanda, "score", scores)
+    monkeypatch.setattr(wanda, "score", scores)
     prune = in_place(criterion="wanda", rounds=2, refit="bias")
     assert_refused(prune, build("llama-tied"), "'wanda' has to give 40 finite scores.*NaN", tmp_path)
     monkeypatch.setattr(resume, "save_file", Mock(side_effect=OSError("no space left on device")))
@@ -102,7 +102,7 @@ def test_a_criterion_that_fails_in_a_later_layer_and_a_checkpoint_that_cannot_be
 def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
     model = build("llama-tied")
     before = deepcopy(model)
-    monkeypatch.setattr(InMemory, "gather", failing(InMemory.gather, 2, kind("stop")))
+    monkeypatch.setattr(InMemory, "moments", failing(InMemory.moments, 2, kind("stop")))
     with pytest.raises(kind, match="stop"):
         in_place(rounds=2, refit="bias")(model)
     assert same_weights(model, before)
@@ -111,12 +111,13 @@ def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
 
 # The module whose function fails, the function, at which call, and the config.
 SHRUNK = {
-    "rounds": (sweep, "shrink_layer_", 1, {"rounds": 2}),
-    "last layer": (sweep, "shrink_layer_", 2, {"refit": "none"}),
+    "one consumer": (loop, "write_consumer_", 1, {}),
+    "last layer": (loop, "shrink_layer_", 2, {"refit": "none"}),
+    "rounds": (masked_pruning, "shrink_layer_", 1, {"rounds": 2}),
     "limit": (cut, "shrink_layer_", 1, {"max_perplexity_ratio": 50.0}),
-    "experts": (layers, "shrink_layer_", 1, {"widths": {"expert": 3}}),
+    "experts": (experts, "shrink_layer_", 1, {"widths": {"expert": 3}}),
     "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
-    "channels": (layers, "narrow_", 1, {"widths": {"hidden": 24}}),
+    "channels": (channels, "narrow_", 1, {"widths": {"hidden": 24}}),
 }
 
 
@@ -183,7 +184,7 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
     """Whichever way round a weight is stored, of one expert or of all, with a bias of its own or one that is added."""
     model = build(case).to(dtype)
     dense, arch = deepcopy(model), describe(model)
-    consumers = Consumers(model, Placement(model, arch))
+    consumers = Consumers(model, arch)
     axes = [axis for space in arch.spaces if space.inside for axis in space.into]
     for turn in (1, 2):  # the second change does not take the first one for dense
         for axis in axes:

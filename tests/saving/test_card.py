@@ -97,7 +97,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     unknown = ModelCard(model_card(out, "out", slim, "gone"))
     assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
     told = {"name": "owner/model", "base_model": "maker/model", "license": "mpl-2.0"}
-    (out / "pruning_details.json").write_text(json.dumps({"model": told, "errors": {}}))
+    (out / "pruning_details.json").write_text(json.dumps({"model": told}))
     named = ModelCard(model_card(out, "out", slim))
     assert (named.data.base_model, named.data.license) == ("maker/model", "mpl-2.0")
     (out / "pruning_details.json").unlink()

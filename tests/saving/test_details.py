@@ -1,4 +1,4 @@
-"""What a run notes of its errors: few numbers that say the truth about many."""
+"""What a run notes, and the lines about it."""
 
 import json
 from dataclasses import asdict
@@ -11,16 +11,10 @@ from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.record.details import Details, errors_of_list, errors_to_list
+from optimum_structprune.record.details import Details
 from optimum_structprune.record.facts import remarks
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
-
-
-def test_the_experts_of_a_layer_become_one_entry():
-    details = Details()
-    details.take({(5, "mlp/0"): (), (5, "mlp/1"): (0.5, 0.5), (0, "mlp/0"): (0.5, 0.25), (0, "mlp/1"): (0.25, 0.25)})
-    assert details.errors == {"mlp": {0: (0.375, 0.25)}}
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +25,17 @@ def details():
 
 
 def test_a_run_notes_what_it_saw_and_reads_it_back(details, tmp_path):
-    assert details.errors and details.memory
+    assert details.memory
     assert details.model["bytes"]["after"] < details.model["bytes"]["before"]
-    for errors in details.errors.values():
-        for without, with_refit in errors.values():
-            assert 0 <= with_refit <= without * (1 + 1e-4)
     details.save(tmp_path / "details.json")
     assert Details.load(tmp_path / "details.json") == details
-    for errors in details.errors.values():
-        named = {(layer, "mlp"): error for layer, error in errors.items()}
-        assert errors_of_list(json.loads(json.dumps(errors_to_list(named)))) == named
 
 
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
     path = tmp_path / "details.json"
-    names, other = ("model", "errors", "memory", "resumed"), (None, 3, "x")
+    names, other = ("model", "memory", "resumed"), (None, 3, "x")
     fields = [{**plain(asdict(details)), name: value} for name in names for value in other]
-    fields.append({"format_version": 1, "errors": {"mlp": 3}})
+    fields.append({"format_version": 1, "memory": {"prune": 3}})
     for text, message in (
         ("{", "cannot be read"),
         ('{"format_version": 2}', "format_version 2 is not known here"),

@@ -62,9 +62,9 @@ from system.test_processes import RUNS, command, pruned
 
 folder, rank, measure, tried = Path(sys.argv[1]), int(os.environ["RANK"]), trials.trial_losses, []
 
-def counted(sweep, refits, probe):
+def counted(pruning, refits, probe):
     tried.append(probe.layer)
-    return measure(sweep, refits, probe)
+    return measure(pruning, refits, probe)
 
 # One of several processes saves a folder, and the others get the same outcome.
 saver, small = pruned("llama-tied")

@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from helpers import Killed, dying, evidence_of, same_weights
+from helpers import Killed, data_of, dying, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner
@@ -136,8 +136,6 @@ def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, 
                 pass
         resumed, pruner = pruned(case, folder, **RUNS[case])
         assert pruner.plan == expected.plan and same_weights(resumed, whole)
-        noted, whole_noted = (one.report.details.errors for one in (pruner, expected))
-        assert noted == whole_noted != {}
 
 
 def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
@@ -162,17 +160,17 @@ def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
 
 
 def test_the_key_names_all_that_makes_a_run():
-    model, evidence = build("llama-tied"), evidence_of(config(rounds=2))
+    model, data = build("llama-tied"), data_of(config(rounds=2))
 
-    def key(settings=evidence.config, of=model, domains=evidence.domains, target=24):
-        return run_key(replace(evidence, config=settings, domains=domains), of, {"mlp": target})
+    def key(settings=data.config, of=model, domains=data.domains, target=24):
+        return run_key(replace(data, config=settings, domains=domains), of, {"mlp": target})
 
     same = key()
     assert key(config(rounds=2, batch_size=1, checkpoint_dir="elsewhere")) == same
     others = [
         key(config(rounds=3)),
         key(of=build("llama-tied", seed=1)),
-        key(domains=evidence.domains[:1]),
+        key(domains=data.domains[:1]),
         key(target=20),
     ]
     assert len({same, *others}) == 5

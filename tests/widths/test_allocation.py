@@ -14,8 +14,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.dryrun import dry_run
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.search.search import dense_scores
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.allocation import multiple_of, ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
@@ -164,8 +164,8 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    evidence = CalibrationData.of(fields, [Domain("a", 1.0, samples, samples[:0])])
-    scores = dense_scores(model, arch, evidence, arch.names)
+    data = CalibrationData.of(fields, [Domain("a", 1.0, samples, samples[:0])])
+    scores = dense_scores(model, arch, data, arch.names)
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

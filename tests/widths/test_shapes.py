@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.widths.shapes import Curves, Option, Resource, Shape, cheapest, searched_widths, thinned, uniform_shapes
+from optimum_structprune.widths.shapes import (
+    Curves,
+    Option,
+    Resource,
+    Shape,
+    cheapest,
+    searched_widths,
+    thinned,
+    uniform_shapes,
+)
 
 
 LAYERS, SIZE, GROUPS = 4, 60, 4

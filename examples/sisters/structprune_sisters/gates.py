@@ -22,10 +22,10 @@ from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
 from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device, is_offloaded
@@ -95,24 +95,24 @@ class Budget:
     kept: float
 
 
-def gates_of(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[tuple[int, str], Tensor]:
+def gates_of(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> dict[tuple[int, str], Tensor]:
     """The gates of the dense model, by layer and space; all rounds of a run go by those that were learned first."""
-    if DDP not in evidence.memory:
-        check_learnable(evidence.config, arch)
+    if DDP not in data.cache:
+        check_learnable(data.config, arch)
         if is_offloaded(model):
             raise StructPruneError(
                 f"Gates are learned by passes through all layers of {type(model).__name__} at once, which is "
                 "offloaded; choose criterion='obs' or 'wanda', and another allocation than 'learned'."
             )
-        if evidence.statistics is not None:
+        if data.statistics is not None:
             raise StructPruneError(
-                f"Gates are trained on text, but stats={evidence.config.stats!r} holds moments of the dense model; "
+                f"Gates are trained on text, but stats={data.config.stats!r} holds moments of the dense model; "
                 "leave out one of the two."
             )
         with evaluating(model), frozen(model):
-            budgets = budgets_of(evidence.config, arch, model)
-            evidence.memory[DDP] = learned_gates(model, evidence, budgets)
-    return evidence.memory[DDP]
+            budgets = budgets_of(data.config, arch, model)
+            data.cache[DDP] = learned_gates(model, data, budgets)
+    return data.cache[DDP]
 
 
 def check_learnable(config: StructPruneConfig, arch: ArchSpec) -> None:
@@ -154,7 +154,7 @@ def _together(spaces: Sequence[Space], widths: Mapping) -> Budget:
 
 
 def learned_gates(
-    model: PreTrainedModel, evidence: CalibrationData, budgets: Sequence[Budget]
+    model: PreTrainedModel, data: CalibrationData, budgets: Sequence[Budget]
 ) -> dict[tuple[int, str], Tensor]:
     """The gate of every unit after training: the lower, the sooner a unit goes.
 
@@ -169,7 +169,7 @@ def learned_gates(
     optimizer = _optimizer(gates)
     for step in tqdm(range(SETTINGS.steps), desc="learning gates", unit="step"):
         optimizer.zero_grad()
-        _descend(model, gates, evidence, step)
+        _descend(model, gates, data, step)
         gates.penalty((step + 1) / SETTINGS.steps).backward()
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * SETTINGS.learning_rate * _rate(step, SETTINGS.steps)
@@ -265,10 +265,10 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(WARM_UP * steps, 1)) * (1 + cos(pi * step / steps)) / 2
 
 
-def _descend(model: PreTrainedModel, gates: Gates, evidence: CalibrationData, step: int) -> None:
+def _descend(model: PreTrainedModel, gates: Gates, data: CalibrationData, step: int) -> None:
     """Give the gates the gradient of KL(dense‖gated), in the mean over the predicted tokens of a step."""
     tokens = 0
-    for ids, mask in _batches(evidence, step):
+    for ids, mask in _batches(data, step):
         with torch.no_grad():
             theirs = run_model(model, ids).logits[:, :-1]
         with torch.enable_grad(), multiplying(model, gates.factors()):
@@ -297,9 +297,9 @@ def _backward(mine: Tensor, theirs: Tensor, step: int) -> None:
     mine.backward(torch.cat(slopes))
 
 
-def _batches(evidence: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of a step that this process runs, each with one value per token, true where it is calibrated on."""
-    config, domains = evidence.config, evidence.domains
+    config, domains = data.config, data.domains
     rows = [(domain, row) for domain, one in enumerate(domains) for row in range(len(one.samples))]
     chosen = own_part(_order(len(rows), step, SETTINGS.samples_per_step(domains[0].samples.shape[1]), config.seed))
     by_length: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -346,9 +346,9 @@ class LearnedGates(Criterion):
     """
 
     @staticmethod
-    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[str, Tensor]:
+    def whole_model_statistics(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> dict[str, Tensor]:
         """The gate of every column of the consumers, by module, the same for all domains, shape `(domains, n)`."""
-        gates, domains = gates_of(model, arch, evidence), len(evidence.domains)
+        gates, domains = gates_of(model, arch, data), len(data.domains)
         return {
             axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
             for space in arch.spaces
@@ -378,18 +378,18 @@ class LearnedGates(Criterion):
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        assert moments.saliency is not None
-        return per_unit(moments.saliency.to(weight), columns_per_unit) / columns_per_unit
+        assert moments.prior is not None
+        return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit
 
-    def unfitted(self, weight: Tensor, moments: Moments) -> Tensor:
-        """See `Criterion.unfitted`."""
-        assert moments.saliency is not None
-        return weight * moments.saliency.to(weight).clamp(min=0)
+    def unfitted_weight(self, weight: Tensor, moments: Moments) -> Tensor:
+        """See `Criterion.unfitted_weight`."""
+        assert moments.prior is not None
+        return weight * moments.prior.to(weight).clamp(min=0)
 
 
 @ALLOCATIONS.register(LEARNED)
 def learned_scores(
-    model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData, names: Collection[str]
+    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]
 ) -> dict[tuple[int, str], Tensor]:
     """The gates of one budget over all layers."""
-    return dict(gates_of(model, arch, evidence))
+    return dict(gates_of(model, arch, data))

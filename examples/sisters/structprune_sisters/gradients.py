@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.spec import ArchSpec
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.arch.hooks import observe
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import add_up_
 
@@ -148,7 +148,7 @@ def check_gradients(arch: ArchSpec) -> None:
 
 
 class OfGradients(Criterion):
-    """The score is `moments.saliency`, summed over the columns of a unit."""
+    """The score is `moments.prior`, summed over the columns of a unit."""
 
     @classmethod
     def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
@@ -157,8 +157,8 @@ class OfGradients(Criterion):
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        assert moments.saliency is not None
-        return per_unit(moments.saliency.to(weight), columns_per_unit)
+        assert moments.prior is not None
+        return per_unit(moments.prior.to(weight), columns_per_unit)
 
 
 @register_criterion("taylor")
@@ -168,7 +168,7 @@ class Taylor(OfGradients):
     It is eq. 8 of Molchanov et al. (2019), and eq. 5 of LLM-Pruner (Ma et al. 2023) on activations.
     """
 
-    watches = staticmethod(of_samples(saliencies))
+    whole_model_statistics = staticmethod(of_samples(saliencies))
 
 
 @register_criterion("pip")
@@ -180,4 +180,4 @@ class PerturbedViews(OfGradients):
     were in no source at hand, so this is our interpretation; see `contrasts`.
     """
 
-    watches = staticmethod(of_samples(contrasts))
+    whole_model_statistics = staticmethod(of_samples(contrasts))

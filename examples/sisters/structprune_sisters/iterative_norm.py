@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import ArchSpec, Axis
-from optimum_structprune.calibration.accumulator import unmasked
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import add_up_, process_count
 
@@ -43,7 +42,7 @@ def removal_orders(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Bat
 
     def see(batch: Batch, name: str, x: Tensor) -> None:
         for row, sample in enumerate(x.reshape(len(batch.ids), -1, x.shape[-1])):
-            orders[name].remove_(unmasked(sample, None if batch.mask is None else batch.mask[row]))
+            orders[name].remove_(sample if batch.mask is None else sample[batch.mask[row].to(sample.device)])
 
     run_watched(model, axes, mixed, see)
     places = {name: order.places() for name, order in orders.items()}
@@ -111,7 +110,7 @@ class IterativeNorm(Criterion):
     formula is ours.
     """
 
-    watches = staticmethod(of_samples(removal_orders))
+    whole_model_statistics = staticmethod(of_samples(removal_orders))
 
     @classmethod
     def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
@@ -120,5 +119,5 @@ class IterativeNorm(Criterion):
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        assert moments.saliency is not None
-        return per_unit(moments.saliency.to(weight), columns_per_unit) / columns_per_unit
+        assert moments.prior is not None
+        return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit

@@ -9,16 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_structprune import register_criterion
+from optimum_structprune.arch.producers import matrices, norms_by_unit
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec
-from optimum_structprune.calibration.accumulator import unmasked
-from optimum_structprune.method.linalg import submatrix
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import Criterion
-from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
-from optimum_structprune.arch.producers import matrices, norms_by_unit
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
+from optimum_structprune.method.linalg import submatrix
+from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.processes import add_up_
 
@@ -42,7 +41,7 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
     counts = torch.zeros(domains, dtype=torch.float64)
 
     def see(batch: Batch, name: str, x: Tensor) -> None:
-        sums = unmasked(x, batch.mask).double().square().sum(0).cpu()
+        sums = batch.counted(x).double().square().sum(0).cpu()
         squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
 
     producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
@@ -78,7 +77,7 @@ class SlimLLM(Criterion):
     """
 
     needs_gram = True
-    watches = staticmethod(of_samples(inflows))
+    whole_model_statistics = staticmethod(of_samples(inflows))
 
     @classmethod
     def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
@@ -91,22 +90,22 @@ class SlimLLM(Criterion):
             shares, between = _of_units(weight, moments, columns_per_unit)
             own, total = between.diagonal(dim1=1, dim2=2), shares.sum(1, keepdim=True)
             return -_similarity(total - shares, total - 2 * shares + own, total).abs().sum(0)
-        assert moments.saliency is not None
+        assert moments.prior is not None
         mean = weight @ moments.mean.to(weight)
         covariance = (weight @ moments.full_gram().to(weight) @ weight.T).addr_(mean, mean, alpha=-1)
         values, directions = torch.linalg.eigh(covariance.double())
         importance = torch.sigmoid(values.abs() / values.abs().mean().clamp(min=torch.finfo(values.dtype).tiny))
         columns = ((directions.T @ weight.double()).abs() * importance[:, None]).norm(dim=0)
-        return (columns * moments.square.to(columns).sqrt() + moments.saliency.to(columns)).to(weight)
+        return (columns * moments.square.to(columns).sqrt() + moments.prior.to(columns)).to(weight)
 
-    def exchanged(
-        self, keep: tuple[int, ...], others: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
+    def refine_selection(
+        self, keep: tuple[int, ...], removed: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
     ) -> tuple[int, ...]:
-        """See `Criterion.exchanged`."""
-        if columns_per_unit == 1 or not others:
+        """See `Criterion.refine_selection`."""
+        if columns_per_unit == 1 or not removed:
             return keep
         shares, between = _of_units(weight, moments, columns_per_unit)
-        total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(others)
+        total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(removed)
         best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
         # Every exchange brings the output nearer, so none comes back.
         while True:
@@ -150,22 +149,22 @@ def _similarity(products: Tensor, squares: Tensor, total: Tensor) -> Tensor:
 
 @ALLOCATIONS.register("cosine")
 def cosine_scores(
-    model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData, names: Collection[str]
+    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]
 ) -> dict[tuple[int, str], Tensor]:
     """Scores by which every layer gives up units in proportion to softmax(`SHARPNESS` · cos(input, output)).
 
     These are the layer ratios of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), which has the same ones for heads
     and channels, and leaves out the layers that change the residual stream most; here all layers take part.
     """
-    if evidence.statistics is not None:
+    if data.statistics is not None:
         raise StructPruneError(
-            f"allocation='cosine' runs the model on text, but stats={evidence.config.stats!r} holds moments of the "
+            f"allocation='cosine' runs the model on text, but stats={data.config.stats!r} holds moments of the "
             "dense model; leave out one of the two."
         )
-    judge, batches = LAYER_CRITERIA.get(BLOCK_INFLUENCE)(), evidence.own_batches
-    by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(evidence.domains))]
+    judge, batches = LAYER_CRITERIA.get(BLOCK_INFLUENCE)(), data.own_batches
+    by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(data.domains))]
     lost = [judge.score(model, arch, of_domain) for of_domain in by_domain]
-    shares = torch.tensor(evidence.shares, dtype=torch.float64)
+    shares = torch.tensor(data.shares, dtype=torch.float64)
     ratios = torch.softmax(-SHARPNESS * (shares @ torch.stack(lost)), 0)
     # Where a threshold cuts off a multiple of its ratio from every layer, the widths are in these proportions.
     return {

@@ -10,21 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.arch.spec import ArchSpec
 from optimum_structprune.arch.hooks import observe
-from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.layers import run_model
+from optimum_structprune.arch.spec import ArchSpec
+from optimum_structprune.method.layers import Batch, run_model
 from optimum_structprune.sources.data import CalibrationData
 
 
 def of_samples(watch: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """A function of a model, its description and batches as `Criterion.watches` takes it."""
+    """A function of a model, its description and batches as `Criterion.whole_model_statistics` takes it."""
 
     @wraps(watch)
-    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[str, Tensor]:
-        return watch(model, arch, evidence.own_batches)
+    def statistics(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> dict[str, Tensor]:
+        return watch(model, arch, data.own_batches)
 
-    return watches
+    return statistics
 
 
 def check_dense(arch: ArchSpec) -> None:

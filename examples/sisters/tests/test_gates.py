@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, logits, modes, on_two_ranks, same_weights
+from helpers import count_hooks, data_of, logits, modes, on_two_ranks, same_weights
 from models import CASES, RIGID, build, config, token_ids, tokenizer
 from safetensors.torch import load_file
 from structprune_sisters import gates
@@ -34,10 +34,10 @@ def settings(**fields):
     return config(**{"criterion": "ddp", **fields})
 
 
-def learned(model, fields, evidence=None):
+def learned(model, fields, data=None):
     """The gates by layer and space."""
-    evidence = evidence_of(fields) if evidence is None else replace(evidence, memory={})
-    return dict(gates_of(model, describe(model), evidence))
+    data = data_of(fields) if data is None else replace(data, cache={})
+    return dict(gates_of(model, describe(model), data))
 
 
 def pruned(model, **fields):
@@ -140,13 +140,13 @@ def test_nothing_of_the_model_changes(fails, monkeypatch):
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     before, grads = build("llama-tied"), {name: one.requires_grad for name, one in model.named_parameters()}
     mode, state = modes(model), torch.get_rng_state()
-    evidence = evidence_of(settings())
+    data = data_of(settings())
     if fails:
         monkeypatch.setattr(gates, "divergence", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            learned(model, None, evidence)
+            learned(model, None, data)
     else:
-        learned(model, None, evidence)
+        learned(model, None, data)
     assert same_weights(model, before) and modes(model) == mode and count_hooks(model) == 0
     assert {name: one.requires_grad for name, one in model.named_parameters()} == grads
     assert all(one.grad is None for one in model.parameters())
@@ -155,18 +155,18 @@ def test_nothing_of_the_model_changes(fails, monkeypatch):
 
 def test_the_seed_decides():
     model, fields = build("llama-tied"), settings()
-    evidence = evidence_of(fields)
-    first, again = (learned(model, fields, evidence) for _ in range(2))
-    other = learned(model, None, replace(evidence, config=replace(fields, seed=1)))
+    data = data_of(fields)
+    first, again = (learned(model, fields, data) for _ in range(2))
+    other = learned(model, None, replace(data, config=replace(fields, seed=1)))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 def test_tokens_that_are_not_calibrated_on_say_nothing():
     model, fields = build("llama-tied"), settings()
-    evidence = evidence_of(fields)
-    blank = [replace(one, mask=torch.zeros_like(one.samples, dtype=torch.bool)) for one in evidence.domains]
-    for values in learned(model, fields, replace(evidence, domains=blank)).values():
+    data = data_of(fields)
+    blank = [replace(one, mask=torch.zeros_like(one.samples, dtype=torch.bool)) for one in data.domains]
+    for values in learned(model, fields, replace(data, domains=blank)).values():
         assert len(values.unique()) == 1
 
 
@@ -205,10 +205,10 @@ def test_gates_are_learned_on_every_dense_family(case, monkeypatch):
     wanted = {name: {s.layer: s.width // 2 for s in arch.of(name)} for name in names if arch.of(name)[0].width > 1}
     fields = settings(seq_length=12, widths={"mlp": 24})
     budgets = [Budget((space,), 0.5) for space in arch.spaces if space.kind in wanted]
-    evidence = evidence_of(fields)
-    domain = replace(evidence.domains[0], samples=token_ids(4, 12))
+    data = data_of(fields)
+    domain = replace(data.domains[0], samples=token_ids(4, 12))
     with gates.evaluating(model), gates.frozen(model):
-        found = gates.learned_gates(model, replace(evidence, domains=[domain]), budgets)
+        found = gates.learned_gates(model, replace(data, domains=[domain]), budgets)
     for key, values in found.items():
         assert values.isfinite().all() and len(values.unique()) > 1, f"no gradient has come to {key}"
 

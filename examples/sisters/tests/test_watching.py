@@ -10,8 +10,8 @@ from structprune_sisters.slimllm import inflows
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 
 
@@ -50,13 +50,13 @@ def pearson(left, right):
 
 def test_slimllm_scores_channels_in_the_principal_directions_of_the_output():
     weight, x, moments = case(6, 1)
-    moments.saliency = torch.rand(6, dtype=torch.float64)
+    moments.prior = torch.rand(6, dtype=torch.float64)
     found = CRITERIA.get("slimllm")(config()).score(weight, moments, 1)
     values, directions = torch.linalg.eigh(torch.cov((x @ weight.T).T, correction=0))
     importance = torch.sigmoid(values.abs() / values.abs().mean())
     for j in range(6):
         expected = ((weight[:, j] @ directions).abs() * importance).norm() * x[:, j].square().mean().sqrt()
-        assert float(found[j]) == pytest.approx(float(expected + moments.saliency[j]), rel=1e-3)
+        assert float(found[j]) == pytest.approx(float(expected + moments.prior[j]), rel=1e-3)
 
 
 def test_slimllm_scores_groups_by_the_similarity_of_what_is_left():
@@ -80,7 +80,7 @@ def test_slimllm_exchanges_groups_until_no_exchange_helps(seed):
         left, total = left - left.mean(0), total - total.mean(0)
         return float(((left * total).sum(0) / left.norm(dim=0) / total.norm(dim=0)).sum())
 
-    found = CRITERIA.get("slimllm")(config()).exchanged(keep, others, weight, moments, 2)
+    found = CRITERIA.get("slimllm")(config()).refine_selection(keep, others, weight, moments, 2)
     assert len(found) == 3 and similarity(found) >= similarity(keep) - 1e-4
     for out in found:
         for new in set(range(6)) - set(found):

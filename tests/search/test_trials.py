@@ -1,11 +1,12 @@
 """Widths by measured loss: what is measured, that the model comes back, and that it helps."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, failing, free_spaces, whole_passes
+from helpers import count_hooks, data_of, failing, free_spaces, whole_model_at_once
 from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 
@@ -13,15 +14,15 @@ from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.spec import LAYER
-from optimum_structprune.sources.data import batches_of
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import Search, choose_shape
-from optimum_structprune.search.masked import MaskedPruning
-from optimum_structprune.search.trials import Probe, STRIDE, refits_of, trial_losses, unit_losses
-from optimum_structprune.removals.layers import take_out_layers_
 from optimum_structprune.method.shrink import read_consumer
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.removals.layers import take_out_layers_
+from optimum_structprune.search.masked import MaskedPruning
+from optimum_structprune.search.search import Search, choose_shape
+from optimum_structprune.search.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
+from optimum_structprune.sources.data import batches_of
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -32,10 +33,10 @@ def domains():
     ]
 
 
-def tried(sweep, space, passes, mixture, width):
+def tried(pruning, method, space, source, width):
     """The values of the consumers of a space that is cut to a width on trial."""
-    gathered = sweep.gather(passes, space, mixture)
-    return sweep.trial(space, gathered, sweep.score(space, gathered), width)
+    moments = pruning.gather(source, method, space)
+    return pruning.trial(method, space, moments, pruning.score(method, space, moments), width)
 
 
 def snapshot(model):
@@ -49,10 +50,10 @@ def assert_untouched(model, before):
     assert not any("forward" in vars(layer) for layer in layer_list(model, describe(model)))
 
 
-def curves_on(model, evidence):
+def curves_on(model, data):
     """The measured losses of the FFN alone."""
     arch = describe(model)
-    trials = Search(model, arch, evidence).trials(Probe.of(model, arch, evidence))
+    trials = Search(model, arch, data).trials(Probe.of(model, arch, data))
     trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
     return trials.curves(trials.losses())
 
@@ -74,37 +75,37 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     arch, before = describe(model), snapshot(model)
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
     dense = [model(batch.ids).logits for batch in batches]
-    evidence = evidence_of(config(error_feedback=0.0), domains())
-    sweep = MaskedPruning(model, arch, evidence.config)
-    passes, probe = evidence.passes(model, arch), Probe(model, arch, batches)
+    data = data_of(config(error_feedback=0.0), domains())
+    pruning = MaskedPruning(model, arch, data.config)
+    method, source, probe = pruning.method(data), data.source(model, arch), Probe(model, arch, batches)
     for layer in range(arch.num_layers):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
         for space in [space for space in arch.at(layer) if space.kind in free_spaces(arch)]:
             width = space.size // (2 * space.scale) * space.scale
-            consumers = tried(sweep, space, passes, evidence.mixture, width)
+            values = tried(pruning, method, space, source, width)
             assert_untouched(model, before)
-            with sweep.consumers.holding(consumers):
+            with pruning.consumers.holding(values):
                 torch.testing.assert_close(probe.losses(), divergences(model, dense, batches), atol=1e-6, rtol=1e-3)
-        passes.advance(layer)
+        source.advance(layer)
         probe.advance()
     assert_untouched(model, before)
 
 
-def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
+def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     model = build("llama-tied")
     arch, before = describe(model), snapshot(model)
-    evidence = evidence_of(config(error_feedback=0.0), domains())
-    sweep, mixture = MaskedPruning(model, arch, evidence.config), evidence.mixture
-    passes, space = evidence.passes(model, arch), arch.of("mlp")[0]
+    data = data_of(config(error_feedback=0.0), domains())
+    pruning = MaskedPruning(model, arch, data.config)
+    method, source, space = pruning.method(data), data.source(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(sweep, refits_of(sweep, [space], passes, mixture), probe)
+    losses = trial_losses(pruning, refits_of(pruning, [space], source, method), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
-    consumers = tried(sweep, space, passes, mixture, 20)
+    values = tried(pruning, method, space, source, 20)
     assert_untouched(model, before)
-    assert sweep.keep == {}
-    sweep.run_(evidence.passes(model, arch), mixture, {"mlp": 20})
-    ((axis, (weight, _)),) = consumers.items()
+    assert pruning.plan.keep == {}
+    pruning.run_(data.source(model, arch), method, {"mlp": 20})
+    ((axis, (weight, _)),) = values.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20
 
 
@@ -126,8 +127,8 @@ def test_units_together_cost_what_was_measured():
 def test_units_that_no_trial_has_removed_go_last(case):
     """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
-    arch, evidence = describe(model), evidence_of(config(allocation="sensitivity"), domains())
-    curves = curves_on(model, evidence)
+    arch, data = describe(model), data_of(config(allocation="sensitivity"), domains())
+    curves = curves_on(model, data)
     assert set(curves.units) == {(space.layer, "mlp") for space in arch.of("mlp")} and curves.layers == {}
     width = arch.of("mlp")[0].width
     removed = round(0.75 * width)  # by the last trial
@@ -141,15 +142,13 @@ def test_a_layer_is_missed_as_much_as_it_will_be(case):
     """With the layer in front of it refitted, as it is where the layer is taken out."""
     model = build(case)
     arch, before = describe(model), snapshot(model)
-    evidence = evidence_of(config(allocation="search_uniform", sparsity=0.3, error_feedback=1.0), domains())
-    probe = Probe.of(model, arch, evidence)
-    losses = Search(model, arch, evidence).trials(probe).losses()
+    data = data_of(config(allocation="search_uniform", sparsity=0.3, error_feedback=1.0), domains())
+    probe = Probe.of(model, arch, data)
+    losses = Search(model, arch, data).trials(probe).losses()
     assert_untouched(model, before)
     for layer in range(arch.num_layers):
         small = deepcopy(model)
-        take_out_layers_(
-            small, describe(small), evidence, [other for other in range(arch.num_layers) if other != layer]
-        )
+        take_out_layers_(small, describe(small), data, [other for other in range(arch.num_layers) if other != layer])
         torch.testing.assert_close(losses[layer, LAYER][1], probe.losses(small), atol=1e-6, rtol=1e-3)
 
 
@@ -173,16 +172,16 @@ def test_a_layer_that_does_little_gives_up_more():
     assert found["mlp"][1] < found["mlp"][0] and sum(found["mlp"].values()) == 2 * 24
     # With and without passes over the whole model for everything that runs.
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
-    for run_passes in (whole_passes, None):
-        evidence = evidence_of(settings, run_passes=run_passes)
-        assert choose_shape(Run(model, arch, evidence), widths_of(settings, arch, model)).widths == found
+    for source in (whole_model_at_once(), nullcontext()):
+        with source:
+            assert choose_shape(Run(model, arch, data_of(settings)), widths_of(settings, arch, model)).widths == found
 
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
     model = build("llama-tied")
 
     def total(**fields):
-        curves = curves_on(model, evidence_of(config(allocation="sensitivity", **fields), domains()))
+        curves = curves_on(model, data_of(config(allocation="sensitivity", **fields), domains()))
         return sum(curve[-1] for curve in curves.units.values())
 
     # The same mixture is pruned on, so both judge the same trials.

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, same_weights
+from helpers import count_hooks, data_of, same_weights
 from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
@@ -63,7 +63,7 @@ def test_a_layer_that_is_next_to_one_width_stays_there_halfway(model):
     asked = config(widths={"mlp": 20}, allocation="sensitivity", round_to=8)
     dear, middle, cheap = [100.0] * 40, [1.0] * 24 + [100.0] * 16, [0.1] * 32 + [100.0] * 8
     curves = {(layer, "mlp"): [sum(each[:n]) for n in range(41)] for layer, each in enumerate([dear, middle, cheap])}
-    shapes = search.Search(model, describe(model), evidence_of(asked)).candidates(Curves(curves, {}))
+    shapes = search.Search(model, describe(model), data_of(asked)).candidates(Curves(curves, {}))
     widths = {candidate.name: candidate.shape.widths["mlp"] for candidate in shapes}
     assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 24, 1: 16, 2: 16}
 
@@ -111,11 +111,11 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
 def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
     measure, calls = trials.trial_losses, []
 
-    def failing(sweep, refits, probe):
+    def failing(pruning, refits, probe):
         calls.append(probe.layer)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measure(sweep, refits, probe)
+        return measure(pruning, refits, probe)
 
     fields = {"sparsity": 0.2, "round_to": 4, "allocation": "search"}
     monkeypatch.setattr(trials, "trial_losses", failing)

@@ -1,19 +1,16 @@
 """The mixture of the domains: each is divided by its energy, and one that says nothing has no say."""
 
-from copy import deepcopy
 from itertools import product
 
 import pytest
 import torch
-from helpers import mix
+from helpers import mix, mixture_of, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import config
 
-from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.method.calibrate import output_energy
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.method.calibrate import Moments, output_energy
 
 
 matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
@@ -24,13 +21,13 @@ matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)
 @settings(max_examples=40)
 @given(contributions=matrices, scale=st.floats(1e-3, 1e3))
 def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
-    alone = CalibrationData((1.0,)).combined(contributions[:1])
+    alone = weighed(1.0).combined(contributions[:1])
     same = contributions[:1].expand(3, -1) * torch.tensor([[1.0], [scale], [1.0]])
-    torch.testing.assert_close(CalibrationData((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weighed(0.2, 0.3, 0.5).combined(same), alone, rtol=1e-3, atol=1e-5)
 
 
-def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
-    return criterion.score(weight, mixture.pool(weight, map(deepcopy, moments)), columns_per_unit)
+def scores_of(shares, criterion, weight, moments, columns_per_unit=1):
+    return criterion.score(weight, mixture_of(moments, shares, weight), columns_per_unit)
 
 
 @pytest.fixture
@@ -47,18 +44,18 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name):
     criterion = CRITERIA.get(name)(config(criterion=name))
     shares = zip((0.3, 0.7), moments, strict=True)
     expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
-    mixture = CalibrationData((0.3, 0.7))
-    torch.testing.assert_close(mixture.pool(weight, moments).gram, expected.gram)
-    torch.testing.assert_close(scores_of(mixture, criterion, weight, moments, 2), criterion.score(weight, expected, 2))
+    torch.testing.assert_close(mixture_of(moments, (0.3, 0.7), weight).gram, expected.gram)
+    found = scores_of((0.3, 0.7), criterion, weight, moments, 2)
+    torch.testing.assert_close(found, criterion.score(weight, expected, 2))
 
 
 def test_a_domain_that_never_came_here_has_no_say(parts):
     weight, moments = parts
     wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
-    two = scores_of(CalibrationData(tuple(shares)), wanda, weight, moments)
+    two = scores_of(shares, wanda, weight, moments)
     silent = Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))
     for place, part in product(range(3), silent):
         of_three, shares_of_three = [*moments], [0.7 * share for share in shares]
         of_three.insert(place, part)
         shares_of_three.insert(place, 0.3)
-        torch.testing.assert_close(scores_of(CalibrationData(tuple(shares_of_three)), wanda, weight, of_three), two)
+        torch.testing.assert_close(scores_of(shares_of_three, wanda, weight, of_three), two)

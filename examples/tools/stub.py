@@ -1,22 +1,28 @@
-"""A first description of an unknown architecture, for a person to check."""
+"""Print a first description of an unknown architecture, for a person to check.
+
+    python examples/tools/stub.py MODEL [--trust-remote-code] > mine.yaml
+
+Once it is checked, each command of `structprune` takes the file with `--arch mine.yaml`.
+"""
 
 from __future__ import annotations
 
 import re
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-import yaml
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..config.fields import parse_yaml
-from ..errors import StructPruneError
-from .families import BUILTIN, builtin_families
-from .load import resolve
-from .shrink import text_config
-from .spaces import TensorShapes, heads_of
+from optimum_structprune.arch.families import BUILTIN, builtin_families
+from optimum_structprune.arch.load import resolve
+from optimum_structprune.arch.meta import meta_model
+from optimum_structprune.arch.shrink import text_config
+from optimum_structprune.arch.spaces import TensorShapes, heads_of
+from optimum_structprune.config.fields import parse_yaml, to_yaml
+from optimum_structprune.errors import StructPruneError
 
 
 Roles = dict[str, dict[str, list[str]]]
@@ -46,7 +52,8 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    entries = [entry for entry in parse_yaml(BUILTIN.read_text(encoding="utf-8")) if near in entry["model_types"]]
+    described = parse_yaml(BUILTIN.read_text(encoding="utf-8"), aliases=True)
+    entries = [entry for entry in described if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
@@ -61,7 +68,7 @@ def stub(model: PreTrainedModel) -> str:
         if len(shape) > 1 and name.removesuffix(".weight") not in taken
     ]
     entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
-    return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
+    return "\n".join([*head, to_yaml(entry).rstrip()])
 
 
 def _names(space: Mapping[str, Any]) -> list[str]:
@@ -166,3 +173,16 @@ def _channels(config: PretrainedConfig, size: int, rows: Mapping[str, int], into
         "out": {name: ["unit"] * (count // size) if count > size else "unit" for name, count in rows.items()},
         "in": dict.fromkeys(into, "unit"),
     }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="model id or folder")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    args = parser.parse_args(argv)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    print(stub(meta_model(config, trust_remote_code=args.trust_remote_code)))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import evidence_of, pruned_on, save_desk, whole_passes
+from helpers import data_of, pruned_on, save_desk, whole_model_at_once
 from models import build, config, documents, token_ids, tokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, calibrate, perplexity, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.sources.stored import Stored
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
@@ -21,6 +20,7 @@ from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import choose_shape
+from optimum_structprune.sources.stored import Stored
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -71,12 +71,13 @@ def test_it_is_pruning_on_the_dense_models_statistics(stats, ran, widths, how):
     for domain in 2 * load_domains(uneven(), tokenizer()):
         perplexity(small, domain.heldout)
     assert calls == ran, "nothing runs but what measures perplexity before and after"
-    evidence = evidence_of(uneven(widths=widths, **how), run_passes=whole_passes)
-    expected = pruned_on(evidence, build("llama-tied"), widths)
+    data = data_of(uneven(widths=widths, **how))
+    with whole_model_at_once():
+        expected = pruned_on(data, build("llama-tied"), widths)
     assert found.plan == expected.plan
     assert_same_model(small, expected.model)
     assert found.report.calibration_tokens == expected.report.calibration_tokens
-    assert found.manifest.domains == evidence.manifest(tokenizer()).domains
+    assert found.manifest.domains == data.manifest(tokenizer()).domains
     assert found.report.perplexity["few"] == pytest.approx(expected.report.perplexity["few"], rel=1e-4)
 
 
@@ -93,15 +94,15 @@ def test_rounds_refit_from_the_dense_weights(stats):
 def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
     fields = {"rounds": 3, "widths": {"mlp": 9}, "checkpoint_dir": str(tmp_path / "rounds")}
     expected, model = pruned(stats, **{**fields, "checkpoint_dir": None})
-    gather, calls = Stored.gather, []
+    moments, calls = Stored.moments, []
 
     def killed(self, layer, space, gram):
         calls.append(layer)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return gather(self, layer, space, gram)
+        return moments(self, layer, space, gram)
 
-    monkeypatch.setattr(Stored, "gather", killed)
+    monkeypatch.setattr(Stored, "moments", killed)
     with pytest.raises(KeyboardInterrupt):
         pruned(stats, **fields)
     found, again = pruned(stats, **fields)
@@ -112,10 +113,12 @@ def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monk
 def test_one_ranking_of_all_units(stats):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
-    model, evidence = build("llama-tied"), evidence_of(uneven(**fields), run_passes=whole_passes)
+    model, data = build("llama-tied"), data_of(uneven(**fields))
     arch = describe(model)
-    widths = choose_shape(Run(model, arch, evidence), widths_of(evidence.config, arch, model)).widths
-    assert len({*widths["mlp"].values()}) == 2 and found.plan == pruned_on(evidence, model, widths).plan
+    with whole_model_at_once():
+        widths = choose_shape(Run(model, arch, data), widths_of(data.config, arch, model)).widths
+        expected = pruned_on(data, model, widths)
+    assert len({*widths["mlp"].values()}) == 2 and found.plan == expected.plan
 
 
 def test_domains_are_chosen_and_weighed_anew(stats):

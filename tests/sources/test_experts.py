@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from helpers import batches, logits, shrunk
+from helpers import batches, logits, mixture_of, shrunk, weighed
 from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.sources.experts import listen
-from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
-from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.method.layers import run_model
 from optimum_structprune.method.shrink import read_consumer
+from optimum_structprune.sources.data import source_of
+from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
 
 
 MIXTURES = [case for case in ("mixtral", *STRUCTURES) if describe(build(case)).of("expert")]
@@ -24,8 +22,10 @@ def inside_experts(arch):
 
 
 def routed(model, space):
-    text = batches()
-    return listen(model.get_submodule(space.experts), text, lambda index: run_model(model, text[index].ids))
+    source = source_of(model, describe(model), batches())
+    for layer in range(space.layer):
+        source.advance(layer)
+    return source.route(space.layer, model.get_submodule(space.experts))
 
 
 @pytest.mark.parametrize("case", [case for case in MIXTURES if inside_experts(describe(build(case)))])
@@ -36,7 +36,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
     experts = model.get_submodule(spaces[0].experts)
     call = routed(model, spaces[0])[0]
     with torch.no_grad():
-        expected = experts(call.hidden, call.index, call.gates)
+        expected = experts(call.hidden, call.chosen, call.gates)
     output = torch.zeros_like(expected)
     for space in spaces:
         expert = space.into[0].part
@@ -44,7 +44,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
         hidden, gates = call.of(expert)
         inner = inner_activations(experts, space, hidden)
         own = torch.nn.functional.linear(inner, weight, bias)
-        output.index_add_(0, torch.where(call.index == expert)[0], own * gates[:, None])
+        output.index_add_(0, torch.where(call.chosen == expert)[0], own * gates[:, None])
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -60,14 +60,14 @@ def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
             values = []
             for call in calls:
                 if call.domain == domain:
-                    for token, chosen in (call.index == expert).nonzero().tolist():
+                    for token, slot in (call.chosen == expert).nonzero().tolist():
                         one = call.hidden[token][None]
                         output = experts(one, torch.tensor([[expert]]), torch.ones(1, 1))
-                        values.append(float(call.gates[token, chosen] * output.norm()))
+                        values.append(float(call.gates[token, slot] * output.norm()))
             assert float(found[domain, expert]) == pytest.approx(sum(values) / len(values), rel=1e-4)
     both = torch.tensor([[10.0, 30.0], [3.0, 1.0]]).double()
-    assert CalibrationData((0.5, 0.5)).combined(both).tolist() == [1.0, 1.0]
-    assert CalibrationData((0.9, 0.1)).combined(both).argmax() == 1
+    assert weighed(0.5, 0.5).combined(both).tolist() == [1.0, 1.0]
+    assert weighed(0.9, 0.1).combined(both).argmax() == 1
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -119,8 +119,9 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     model = build("mixtral")
     space = describe(model).of("mlp")[1]
     experts = model.get_submodule(space.experts)
-    calls = [call for call in routed(model, space) if not (call.index == 1).any()]
-    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, 2)]
+    calls = [call for call in routed(model, space) if not (call.chosen == 1).any()]
+    source = source_of(model, describe(model), batches())
+    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, source)]
     weight, _ = read_consumer(model, space.into[0])
     assert [part.count for part in moments] == [0, 0]
-    assert torch.equal(CalibrationData((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))
+    assert torch.equal(mixture_of(moments, (0.5, 0.5), weight).full_gram(), torch.eye(space.size))

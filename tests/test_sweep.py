@@ -1,15 +1,15 @@
-"""`structprune sweep`: the curve, what lies beside it, and that it goes on."""
+"""`examples/tools/sweep.py`: the curve, what lies beside it, and that it goes on."""
 
 import csv
 import json
 
 import pytest
+import sweep
 from helpers import error_line, save_desk, save_with_tokenizer, write_texts
 from models import build, documents
+from sweep import main
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune.commands import sweep
-from optimum_structprune.commands.cli import main
 from optimum_structprune.pruner import StructPruner
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 def line(folder, out, *sizes, more=()):
     how = ["--num-samples", "6", "--seq-length", "24", "--round-to", "1", "--device", "cpu", "--quiet", "--json"]
     domain = ["--domain", f"a={folder / 'a.jsonl'}"]
-    return ["sweep", str(folder / "model"), str(folder / out), "--sparsity", *sizes, *domain, *how, *more]
+    return [str(folder / "model"), str(folder / out), "--sparsity", *sizes, *domain, *how, *more]
 
 
 def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
@@ -96,6 +96,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, mon
         (["0.1", "1.5"], [], "has to lie between 0 and 1"),
         (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
         (["0.1"], ["--allocation", "sideways"], "allocation"),
+        (["0.1"], ["--skip-layer", "99"], "skip_layers names layer 99"),
         (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
     ):
         assert main(line(folder, "refused", *sizes, more=more)) == 2

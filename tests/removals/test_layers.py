@@ -11,18 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.hooks import hidden_states_of
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
-from optimum_structprune.sources.data import batches_of
-from optimum_structprune.removals.layer_criteria import BlockInfluence
 from optimum_structprune.domains.load import given_domains
-from optimum_structprune.arch.hooks import hidden_states_of
 from optimum_structprune.method.layers import Batch, InMemory
-from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.removals.layers import take_out_layers_
 from optimum_structprune.removals.cut import drop_layers_
+from optimum_structprune.removals.layer_criteria import BlockInfluence
+from optimum_structprune.removals.layers import take_out_layers_
+from optimum_structprune.sources.data import CalibrationData, batches_of
 
 
 # The structures, and those whose configs say something else of single layers.
@@ -174,7 +173,7 @@ def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
 
     def lost(keep, **fields):
         small = deepcopy(model)
-        take_out_layers_(small, describe(small), CalibrationData.of(config(**fields), domains, model.device), keep)
+        take_out_layers_(small, describe(small), CalibrationData.of(config(**fields), domains), keep)
         return small, float((stream(small) - stream(model)).square().mean())
 
     plain = lost((0, 1, 2), refit="none")[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, count_hooks, evidence_of, pruned_on, same_weights
+from helpers import Killed, count_hooks, data_of, pruned_on, same_weights
 from models import build, config, tokenizer
 from safetensors.torch import save_file
 from trained import STORIES, needs_shared, stories_config, stories_model
@@ -16,9 +16,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.domains.load import load_domains, split_samples
 from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.search import rounds
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.pruning.measure import Measure
 
 
 def two_domains(**fields):
@@ -37,17 +37,17 @@ def kill(monkeypatch):
     """`kill(n)`: the process dies in the n-th round from now on, between two layers."""
 
     def arm(count):
-        original = CalibrationData.passes
+        original = CalibrationData.source
 
-        def dying(self, model, arch, fixed=False):
+        def dying(self, model, arch, feedback=0.0, fixed=False):
             nonlocal count
-            passes = original(self, model, arch, fixed)
+            source = original(self, model, arch, feedback, fixed)
             count -= not fixed
             if count == 0 and not fixed:
-                passes.advance = die
-            return passes
+                source.advance = die
+            return source
 
-        monkeypatch.setattr(CalibrationData, "passes", dying)
+        monkeypatch.setattr(CalibrationData, "source", dying)
 
     def die(layer):
         raise Killed
@@ -70,14 +70,14 @@ def titles(monkeypatch):
 
 @needs_shared
 def test_shares_move_to_the_domain_that_loses_more_and_their_samples_are_run(monkeypatch):
-    used, passes = [], CalibrationData.passes
+    used, source = [], CalibrationData.source
 
-    def watched(self, model, arch):
-        made = passes(self, model, arch)
+    def watched(self, model, arch, feedback):
+        made = source(self, model, arch, feedback)
         used.append([sum(len(b.ids) for b in made.batches if b.domain == number) for number in (0, 1)])
         return made
 
-    monkeypatch.setattr(CalibrationData, "passes", watched)
+    monkeypatch.setattr(CalibrationData, "source", watched)
     model, reader = stories_model()
     _, pruner = pruned(model, reader, two_domains(rounds=3, objective="worst", num_samples=12))
     rounds = pruner.report.rounds
@@ -223,8 +223,8 @@ def test_the_narrowest_that_holds_is_reached_in_few_tries(narrowest, rounds, mon
         return {"a": 1.0 if tried[-1] >= narrowest else 9.0}
 
     monkeypatch.setattr(Measure, "ratios", ratios)
-    evidence = evidence_of(config(max_perplexity_ratio=1.2, rounds=rounds, round_to=1))
-    run = pruned_on(evidence, build("llama-tied"), {"mlp": 24})
+    data = data_of(config(max_perplexity_ratio=1.2, rounds=rounds, round_to=1))
+    run = pruned_on(data, build("llama-tied"), {"mlp": 24})
     assert run.model.config.intermediate_size == narrowest == min(width for width in tried if width >= narrowest)
     assert len(set(tried)) == len(tried) <= rounds + 4, "nothing is tried twice"
     assert [entry["holds"] for entry in run.report.rounds] == [width >= narrowest for width in tried]
@@ -232,9 +232,9 @@ def test_the_narrowest_that_holds_is_reached_in_few_tries(narrowest, rounds, mon
 
 def test_only_multiples_and_legal_widths_lie_on_the_way(monkeypatch):
     monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: {"a": 9.0})
-    evidence = evidence_of(config(max_perplexity_ratio=1.2, round_to=8, rounds=2))
+    data = data_of(config(max_perplexity_ratio=1.2, round_to=8, rounds=2))
     with pytest.raises(StructPruneError, match="max_perplexity_ratio=1.2 is not held.*'mlp': 32, 'attention': 4"):
-        pruned_on(evidence, build("llama-tied"), {"mlp": 16, "attention": 1})
+        pruned_on(data, build("llama-tied"), {"mlp": 16, "attention": 1})
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_a_perplexity_that_is_no_number_never_holds(first, monkeypatch):
     """Whatever the order of the domains: a maximum would pass over a NaN in some of them."""
     ratios = iter([first])
     monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: next(ratios, {"a": 1.1, "b": 1.1}))
-    evidence = evidence_of(config(max_perplexity_ratio=1.2, round_to=1))
-    run = pruned_on(evidence, build("llama-tied"), {"mlp": 24})
+    data = data_of(config(max_perplexity_ratio=1.2, round_to=1))
+    run = pruned_on(data, build("llama-tied"), {"mlp": 24})
     rounds = run.report.rounds
     assert [entry["holds"] for entry in rounds] == [False, *[True] * (len(rounds) - 1)] and len(rounds) > 2
     assert rounds[0]["widths"] == {"mlp": 24} and rounds[0]["perplexity_ratio"] == pytest.approx(first, nan_ok=True)

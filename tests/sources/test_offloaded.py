@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
-from optimum_structprune.sources.offloaded import Placement
-from optimum_structprune.search.masked import MaskedPruning
+from optimum_structprune.sources.offloaded import Offloaded, layer_in_memory
 from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
@@ -125,13 +124,13 @@ def test_however_accelerate_spreads_a_model_it_is_pruned_as_in_memory(case, way,
 def test_no_layer_but_the_one_in_use_is_in_memory(tmp_path):
     model = offloaded("llama-untied", "disk", tmp_path)
     arch = describe(model)
-    layers, at = layer_list(model, arch), Placement(model, arch)
+    layers = layer_list(model, arch)
     for layer in range(arch.num_layers):
-        with at.at(layer):
+        with layer_in_memory(model, arch, layer):
             assert not any(tensor.is_meta for tensor in layers[layer].parameters())
             others = [each for each in layers if each is not layers[layer]]
             assert all(tensor.is_meta for each in others for tensor in each.parameters())
-    with pytest.raises(KeyboardInterrupt), at.at(0):
+    with pytest.raises(KeyboardInterrupt), layer_in_memory(model, arch, 0):
         raise KeyboardInterrupt
     assert all(tensor.is_meta for layer in layers for tensor in layer.parameters())
 
@@ -140,15 +139,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     model = offloaded("llama-untied", "disk", tmp_path)
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
-    at = Placement(model, describe(model))
     with pytest.raises(StructPruneError, match=r"\.safetensors, which holds .*model\.layers\.0.*cannot be read"):
-        with at.at(0):
+        with layer_in_memory(model, describe(model), 0):
             pass
 
 
 def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
     model = offloaded("llama-untied", "disk", tmp_path)
-    monkeypatch.setattr(MaskedPruning, "gather", failing(MaskedPruning.gather, 2, KeyboardInterrupt()))
+    monkeypatch.setattr(Offloaded, "moments", failing(Offloaded.moments, 2, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         pruned(model, widths={"mlp": 24})
     with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
-from optimum_structprune.sources.data import batches_of
 from optimum_structprune.domains.load import given_domains
-from optimum_structprune.removals.layers import channel_energies
+from optimum_structprune.removals.channels import channel_energies
 from optimum_structprune.removals.resize import narrow_
+from optimum_structprune.sources.data import batches_of
 
 
 WIDTH = 24

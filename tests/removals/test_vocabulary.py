@@ -27,8 +27,8 @@ from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
-from optimum_structprune.search.search import Search
 from optimum_structprune.recovery.trainer import load_teacher
+from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
 
 

@@ -11,10 +11,9 @@ from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config
 
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.modules import adopt_config_, layer_list
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.method.shrink import shrink_layer_, slice_tensors
 
 
@@ -57,8 +56,8 @@ def test_a_forgotten_tensor_is_named():
     arch, fields = describe(model), shrunk_config(model.config, describe(model), {"mlp": 24})
     plan, smaller = Plan(arch.model_type, {(0, "mlp"): tuple(range(24))}), skeleton(model, fields)
     with pytest.raises(StructPruneError, match="mlp"):
-        shrink_layer_(deepcopy(model), arch, 1, plan, smaller)
-    shrink_layer_(model, arch, 0, plan, smaller)
+        shrink_layer_(deepcopy(model), arch, 1, plan.keep, smaller)
+    shrink_layer_(model, arch, 0, plan.keep, smaller)
     with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.*the description of 'llama' is incomplete"):
         adopt_config_(model, smaller)
 
@@ -69,7 +68,7 @@ def test_tensors_that_stack_matrices_lose_experts_and_their_channels_at_once():
     name = "model.layers.0.mlp.experts.down_proj"
     plan = Plan("mixtral", {(0, "expert"): (1, 3), (0, "mlp/1"): (0, 5), (0, "mlp/3"): (2, 4)})
     tensors = {name: model.state_dict()[name], "model.norm.weight": model.state_dict()["model.norm.weight"]}
-    sliced = slice_tensors(tensors, list(arch.at(0)), plan)
+    sliced = slice_tensors(tensors, list(arch.at(0)), plan.keep)
     expected = torch.stack([tensors[name][1][:, [0, 5]], tensors[name][3][:, [2, 4]]])
     assert torch.equal(sliced[name], expected) and sliced["model.norm.weight"] is tensors["model.norm.weight"]
 

@@ -1,34 +1,43 @@
-"""`structprune sweep`: one model at several sizes, and the curve of quality against size."""
+"""Prune a model to several sizes, and write the curve of quality against size.
+
+    python examples/tools/sweep.py MODEL OUTPUT --sparsity 0.1 0.3 [--no-save] [flags of `structprune prune`]
+
+A sweep that was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
-from ..arch.load import Described
-from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
-from ..pruner import AutoStructPruner
-from ..pruning.checks import check, check_arguments
-from ..pruning.units import run_key
-from ..record.facts import Facts, as_csv, as_text, facts_of
-from ..sources.data import CalibrationData
-from ..system.disk import Output
-from ..system.processes import across_processes, process_index
-from ..system.resume import Resume
-from ..widths.budget import widths_of
-from ..written import replace_text
-from .checks import sweep_configs
-from .loading import Loading
-from .output import Result, note
+from optimum_structprune.arch.load import Described
+from optimum_structprune.commands.arguments import Command, pruning_config
+from optimum_structprune.commands.checks import CONFIGS
+from optimum_structprune.commands.cli import CommandParser, execute
+from optimum_structprune.commands.flags import LOADING, named, switch
+from optimum_structprune.commands.loading import Loading
+from optimum_structprune.commands.output import Result, note
+from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune.errors import StructPruneError
+from optimum_structprune.pruner import AutoStructPruner
+from optimum_structprune.pruning.checks import check, check_arguments
+from optimum_structprune.pruning.units import run_key
+from optimum_structprune.record.facts import Facts, as_csv, as_text, facts_of
+from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.system.disk import Output
+from optimum_structprune.system.processes import across_processes, process_index
+from optimum_structprune.system.resume import Resume
+from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.written import replace_text
 
 
 def sweep(args: Namespace) -> Result:
     """Check all sizes, then prune to one after the other; each is on disk before the next begins."""
-    configs, output = sweep_configs(args), Path(args.output)
+    configs, output = _configs(args), Path(args.output)
     with across_processes(), Output(args.output).locked():
         _check(args, configs)
         finished = _store(args, configs[min(configs)])
@@ -51,6 +60,21 @@ def sweep(args: Namespace) -> Result:
     lines = [as_text(models, compared=False), *_coinciding(models), f"saved to {args.output}"]
     values = {"models": {name: asdict(facts) for name, facts in models.items()}, "output": args.output}
     return Result("\n".join(lines), values)
+
+
+def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
+    """How to prune to each size, from the largest model to the smallest."""
+    configs = {}
+    for sparsity in sorted(set(args.sizes)):
+        config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
+        if config.checkpoint_dir is not None:
+            raise StructPruneError(
+                f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
+            )
+        if config.searches and config.losses_dir is None and config.stats is None:
+            config = replace(config, losses_dir=str(Path(args.output) / "losses"))
+        configs[sparsity] = config
+    return configs
 
 
 def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
@@ -95,3 +119,35 @@ def _coinciding(models: Mapping[str, Facts]) -> Iterator[str]:
     for (name, facts), (other, others) in pairwise(models.items()):
         if (facts.widths, facts.layers) == (others.widths, others.layers):
             yield f"sparsity {name} and {other} come to the same widths, which are multiples (round_to)."
+
+
+COMMAND = Command(
+    "sweep",
+    "",
+    "Prune a model to several sizes, and give the curve of quality against size.",
+    {
+        "model": "Model id or folder.",
+        "output": "Folder for the curve, and for one pruned model per size.",
+        "--sparsity": named(
+            "X",
+            "The shares of the layers' parameters to remove, each between 0 and 1.",
+            **{"dest": "sizes", "nargs": "+", "type": float, "required": True},
+        ),
+        "--no-save": switch("Keep the curve only, not the pruned models."),
+        **LOADING,
+    },
+    config="StructPruneConfig",
+    without=("sparsity", "widths", "budget", "checkpoint_dir"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser("sweep.py", description=COMMAND.help)
+    parser.declare = COMMAND.declare
+    CONFIGS[COMMAND.name] = lambda args: _configs(args).values()
+    parser.set_defaults(run=sweep)
+    return execute(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from helpers import batches, count_hooks, evidence_of, logits, pruned_on
+from helpers import batches, count_hooks, data_of, logits, pruned_on, whole_model_at_once
 from models import NOT_SEQUENTIAL, STRUCTURES, build, config, token_ids, tokenizer
 from torch import nn
 from trained import loss_ratio, needs_shared, stories_model
 
 from optimum_structprune import StructPruneError, prune_model
+from optimum_structprune.arch.hooks import cached_outputs, hidden_states_of, intercept, observe, replaying
 from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
-from optimum_structprune.arch.meta import skeleton
-from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.calibration.cached import CachedOutputs
-from optimum_structprune.method.layers import InMemory
+from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, run_model
+from optimum_structprune.method.loop import prune_layers_
+from optimum_structprune.removals.layers import Norm
+from optimum_structprune.sources import data as calibration_data
+from optimum_structprune.sources.data import layers_of, method_of, source_of
 from optimum_structprune.sources.whole_model import WholeModel
-from optimum_structprune.sources.data import source_of
-from optimum_structprune.arch.hooks import hidden_states_of, intercept, observe
-from optimum_structprune.method.layers import Batch, NotSequentialError, capture
-from optimum_structprune.method.layers import run_model
-from optimum_structprune.search.masked import MaskedPruning
 
 
 SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]
@@ -31,13 +29,16 @@ SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]
 def test_layer_by_layer_equals_whole_model(case, fixed):
     model = build(case)
     arch = describe(model)
-    layers, whole = InMemory(model, arch, batches(), fixed=fixed), WholeModel(model, arch, batches())
+    layers = source_of(model, arch, batches(), fixed=fixed)
+    with whole_model_at_once():
+        whole = source_of(model, arch, batches())
+    assert isinstance(layers_of(model, arch, batches()), InMemory)
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
                 torch.testing.assert_close(layers.contributions(layer, space), whole.contributions(layer, space))
                 continue
-            for left, right in zip(layers.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
+            for left, right in zip(layers.moments(layer, space, True), whole.moments(layer, space, True), strict=True):
                 for mine, theirs in zip(left, right, strict=True):
                     assert mine.count == theirs.count and (mine.count > 0 or space.experts)
                     torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
@@ -50,11 +51,11 @@ def test_layer_by_layer_equals_whole_model(case, fixed):
 def test_a_fixed_layer_runs_for_its_spaces_alone(fixed, passes_of_a_layer):
     model, ran = build("llama-tied"), []
     arch = describe(model)
-    passes = InMemory(model, arch, batches(), fixed=fixed)
+    source = InMemory(model, arch, batches(), fixed=fixed)
     with intercept([layer_list(model, arch)[0]], lambda *_: ran.append(1)):
         for space in arch.at(0):
-            list(passes.gather(0, space, True))
-        passes.advance(0)
+            list(source.moments(0, space, True))
+        source.advance(0)
     assert len(ran) == passes_of_a_layer * len(batches()) and len([*arch.at(0)]) == 2
 
 
@@ -65,10 +66,10 @@ def test_nan_activations_name_the_consumer_and_leave_no_hook():
     assert count_hooks(model) == 0
     model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
     arch = describe(model)
-    passes = InMemory(model, arch, batches())
-    passes.advance(0)
+    source = InMemory(model, arch, batches())
+    source.advance(0)
     with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
-        list(passes.gather(1, arch.of("mlp")[1], False))
+        list(source.moments(1, arch.of("mlp")[1], False))
     assert count_hooks(model) == 0
 
 
@@ -93,19 +94,19 @@ def test_a_family_whose_layers_get_more_than_hidden_states_falls_back(case):
     arch = describe(model)
     with pytest.raises(NotSequentialError, match="called with more than hidden states"):
         InMemory(model, arch, batches())
-    passes = source_of(model, arch, batches())
-    assert isinstance(passes, WholeModel) and count_hooks(model) == 0
+    assert isinstance(layers_of(model, arch, batches()), WholeModel) and count_hooks(model) == 0
+    source = source_of(model, arch, batches())
     for space in arch.spaces:
         if space.inside:
             counts = [
-                sum(moments.count for moments in by_domain) for by_domain in passes.gather(space.layer, space, True)
+                sum(moments.count for moments in by_domain) for by_domain in source.moments(space.layer, space, True)
             ]
             assert min(counts) > 0
     assert count_hooks(model) == 0
 
 
-def test_a_model_that_works_between_its_layers_is_pruned():
-    """In every step the passes are those over the whole model, and they run with the model as it is then."""
+def test_a_model_that_works_between_its_layers_is_pruned(monkeypatch):
+    """In every step the source is the whole model, as it is then."""
     model, made = between(), []
     with pytest.raises(NotSequentialError, match="between layers 0 and 1"):
         capture(model, describe(model), batches()[0].ids, whole=True)
@@ -115,11 +116,12 @@ def test_a_model_that_works_between_its_layers_is_pruned():
         made.append(source_of(*args))
         return made[-1]
 
-    small = pruned_on(evidence_of(config(rounds=2), run_passes=recorded), model, {"mlp": 24}).model
-    assert [type(passes) for passes in made] == 2 * [WholeModel]
+    monkeypatch.setattr(calibration_data, "source_of", recorded)
+    small = pruned_on(data_of(config(rounds=2)), model, {"mlp": 24}).model
+    assert [type(source) for source in made] == 2 * [WholeModel]
     assert small.config.intermediate_size == 24 and count_hooks(small) == 0
     refitted, plain = (
-        (logits(pruned_on(evidence_of(config(refit=refit)), model, {"mlp": 24}).model) - logits(model)).norm()
+        (logits(pruned_on(data_of(config(refit=refit)), model, {"mlp": 24}).model) - logits(model)).norm()
         for refit in ("least_squares", "none")
     )
     assert refitted < plain
@@ -131,17 +133,17 @@ def test_a_model_that_works_between_its_layers_is_pruned():
     [*((case, "mlp") for case in STRUCTURES), *((case, "attention") for case in ("llama-bias", "phi3", "gemma2"))],
 )
 def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
-    model, evidence = build(case), evidence_of(config())
+    model, data = build(case), data_of(config())
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
-    sweep, passes = MaskedPruning(model, arch, evidence.config), evidence.passes(model, arch)
-    sweep.run_(passes, evidence.mixture, widths, skeleton(model, shrunk_config(model.config, arch, widths)))
+    source, smaller = data.source(model, arch, data.feedback), shrunk_skeleton(model, arch, widths)
+    prune_layers_(model, arch, source, method_of(data.config, data.shares), widths, smaller)
     entering = []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():
-        for batch in passes.batches:
+        for batch in source.batches:
             run_model(model, batch.ids)
-    for hidden, expected in zip(passes.hidden, entering, strict=True):
+    for hidden, expected in zip(source.hidden, entering, strict=True):
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -170,17 +172,16 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(("pruned", "again"), [("second", 0), ("first", 1)])
 @torch.no_grad()
 def test_parts_before_the_first_pruned_one_do_not_run(pruned, again):
-    layer, x, unchanged = Layer(), torch.randn(2, 3, 8), CachedOutputs(None)
-    with unchanged.recording(layer, [f"{pruned}.weight"], lambda: 0):
+    layer, x, cached = Layer(), torch.randn(2, 3, 8), {}
+    with cached_outputs(layer, ["first", "second"], {pruned}, cached.__setitem__, None):
         layer(x)
     layer.get_submodule(pruned).weight.mul_(2)
     expected = layer(x)
-    for count in (again, 1):
+    for count, outputs in ((again, cached), (1, {})):
         layer.first.ran = layer.second.ran = 0
-        with unchanged.replayed(layer, 0, x.device):
+        with replaying([layer.get_submodule(name) for name in outputs], list(outputs.values())):
             torch.testing.assert_close(layer(x), expected)
         assert (layer.first.ran, layer.second.ran) == (count, 1)
-        unchanged.forget()
 
 
 @pytest.mark.parametrize(
@@ -190,9 +191,9 @@ def test_parts_before_the_first_pruned_one_do_not_run(pruned, again):
 def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, mlp):
     model = build(case)
     arch = describe(model)
-    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
+    source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
     name = arch.of("mlp")[0].into[0].module.removeprefix(arch.layer_prefix(0))
-    gain = passes.gain(0, name)
+    gain = source.gain(0, name)
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
 
 
@@ -202,48 +203,50 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     arch = describe(model)
     norm = layer_list(model, arch)[0].post_feedforward_layernorm
     nn.init.normal_(norm.weight, 1.0, 0.3)
-    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
-    passes.through_norms, passes.hidden = True, [hidden + 0.5 for hidden in passes.hidden]
-    passes.advance_dense(0, ["mlp"])
+    source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
+    source.other_path, source.hidden = Norm.behind, [hidden + 0.5 for hidden in source.hidden]
+    source.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
-    way = passes.way(0, space.into[0].module.removeprefix(arch.layer_prefix(0)))
-    assert model.get_submodule(way.module) is norm and count_hooks(model) == 0
-    torch.testing.assert_close(way.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
-    ((moments,),) = passes.gather(0, space, True)
-    error, inputs, products = 0.25 * (passes.dense_hidden[0] - passes.output(0, 0)).flatten(0, 1), [], []
+    path = source.residual_path(0, space.into[0].module)
+    assert model.get_submodule(path.module) is norm and count_hooks(model) == 0
+    torch.testing.assert_close(path.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
+    ((moments,),) = source.moments(0, space, True)
+    error, inputs, products = 0.25 * (source.dense[0] - source.output(0, 0)).flatten(0, 1), [], []
     with observe(model, [space.into[0].module], lambda _, x: inputs.append(x)), torch.no_grad():
         with observe(norm, [""], lambda _, y: products.append(y)):
-            passes.output(0, 0)
+            source.output(0, 0)
     # The refit is told of what is in front of the norm, relative to the size by which the norm divides.
     x, size = inputs[0].flatten(0, 1), products[0].flatten(0, 1).square().mean(-1, keepdim=True).sqrt()
-    expected = way.before(error).T @ (x / size) / len(x)
+    fitted, before, _ = path.to_fit(x, error, products[0].flatten(0, 1))
+    torch.testing.assert_close(fitted, x / size)
+    expected = before.T @ fitted / len(x)
     torch.testing.assert_close(moments.error.cross, expected.detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "share"), [("llama-tied", 0.5), ("gemma2", 0.0), ("mixtral", 0.0)])
 def test_it_is_off_where_nothing_can_make_up_for_an_error(case, share):
     model = build(case)
-    passes = InMemory(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
-    passes.advance_dense(0, ["mlp"])
-    assert passes.error_feedback == share and (passes.dense_hidden[0] is passes.hidden[0]) == (share == 0)
+    source = InMemory(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
+    source.advance_dense(0, ["mlp"])
+    assert source.error_feedback == share and (source.dense[0] is source.hidden[0]) == (share == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_hold_the_error_of_the_residual_stream(dtype):
     model = build("granite").to(dtype)
     arch = describe(model)
-    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
-    dense = passes.output(0, 0)
-    passes.hidden = [hidden + 0.5 for hidden in passes.hidden]
-    passes.advance_dense(0, ["mlp"])
+    source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
+    dense = source.output(0, 0)
+    source.hidden = [hidden + 0.5 for hidden in source.hidden]
+    source.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
-    ((moments,),) = passes.gather(0, space, True)
+    ((moments,),) = source.moments(0, space, True)
     inputs = []
     with observe(model, [space.into[0].module], lambda name, x: inputs.append(x.float().flatten(0, 1))):
-        error = 0.25 * (dense - passes.output(0, 0)).float().flatten(0, 1) / 0.7
+        error = 0.25 * (dense - source.output(0, 0)).float().flatten(0, 1) / 0.7
     torch.testing.assert_close(moments.error.mean, error.mean(0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(moments.error.cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
-    ((plain,),) = InMemory(model, arch, [Batch(0, token_ids())]).gather(0, space, True)
+    ((plain,),) = InMemory(model, arch, [Batch(0, token_ids())]).moments(0, space, True)
     assert plain.error is None
 
 
@@ -256,8 +259,8 @@ def test_the_gain_does_not_depend_on_the_size_of_a_batch():
     name = arch.of("attention")[0].into[0].module.removeprefix(arch.layer_prefix(0))
     gains = []
     for size in (1, 2, len(ids)):
-        passes = InMemory(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
-        gains.append(passes.gain(0, name))
+        source = InMemory(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
+        gains.append(source.gain(0, name))
     assert gains[0] is not None and gains[0] != 1
     assert gains == [pytest.approx(gains[0], rel=1e-6)] * 3
 

@@ -1,0 +1,137 @@
+"""The loop called by hand: what it gives, what it tells, and what an error leaves behind."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import count_hooks, data_of, logits, same_weights
+from models import build, config, tokenizer
+
+from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model, register_criterion
+from optimum_structprune.arch.hooks import intercept
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import shrunk_skeleton
+from optimum_structprune.arch.modules import adopt_config_, layer_list
+from optimum_structprune.criteria import CRITERIA, per_unit
+from optimum_structprune.method.layers import InMemory
+from optimum_structprune.method.loop import prune_layers_
+from optimum_structprune.sources.data import method_of
+from optimum_structprune.widths.budget import biased_spaces
+
+
+def pruned_by_hand(model, settings, **how):
+    """What the loop alone has pruned of a model, which is changed, on the samples of a config."""
+    data, arch, widths = data_of(settings), describe(model), settings.widths
+    smaller = shrunk_skeleton(model, arch, widths, biased_spaces(settings, arch, widths))
+    source = InMemory(model, arch, data.own_batches, data.feedback)
+    pruned = prune_layers_(model, arch, source, method_of(settings, data.shares), widths, smaller, **how)
+    adopt_config_(model, smaller)
+    return pruned
+
+
+@pytest.mark.parametrize(("case", "fields"), [
+    ("llama-tied", {}),
+    ("llama-tied", {"criterion": "random", "refit": "none"}),
+    ("llama-bias", {"criterion": "flap", "refit": "bias"}),
+    ("gpt2-tied", {"criterion": "obs_drive"}),
+    ("gemma2", {"widths": {"mlp": 24, "attention": 1}, "error_feedback": 1.0}),
+    ("qwen2", {"widths": {"attention": 1}, "criterion": "obs"}),
+])  # fmt: skip
+def test_it_gives_what_a_pruner_gives_to_the_bit(case, fields):
+    settings, model = config(**fields), build(case)
+    pruner = StructPruner(settings)
+    expected = pruner.prune_model(build(case), tokenizer())
+    pruned = pruned_by_hand(model, settings)
+    assert pruned.keep == pruner.plan.keep
+    assert same_weights(model, expected) and torch.equal(logits(model), logits(expected))
+    assert model.config.to_dict() == expected.config.to_dict() and count_hooks(model) == 0
+
+
+def test_each_layer_is_told_of_in_order_as_soon_as_it_is_small():
+    model, told = build("llama-tied"), []
+
+    def on_layer(layer, pruned):
+        sizes = [module.mlp.down_proj.in_features for module in layer_list(model, describe(model))]
+        told.append((layer, sizes, sorted(pruned.keep)))
+
+    pruned_by_hand(model, config(), on_layer=on_layer)
+    assert told == [(0, [24, 40], [(0, "mlp")]), (1, [24, 24], [(0, "mlp"), (1, "mlp")])]
+
+
+def test_no_layer_runs_with_a_graph():
+    """Which would hold the activations of a layer in memory."""
+    model, ran = build("llama-tied"), []
+    # Smaller layers take over the hooks.
+    with intercept(layer_list(model, describe(model)), lambda *_: ran.append(torch.is_grad_enabled())):
+        pruned_by_hand(model, config())
+    assert ran and not any(ran)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A function that registers a score function for this test alone, as the criterion `own`."""
+    monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
+    return register_criterion("own", needs_gram=True)
+
+
+def test_a_plain_function_is_a_criterion(registered):
+    calls = []
+
+    @registered
+    def last_units(weight, moments, columns_per_unit, options):
+        calls.append((tuple(weight.shape), moments.gram.shape, options.damping))
+        return per_unit(torch.arange(weight.shape[1]), columns_per_unit)
+
+    settings = config(criterion="own", refit="none", widths={"mlp": 24, "attention": 2}, damping=0.5)
+    model = build("llama-untied")
+    pruned = pruned_by_hand(model, settings)
+    kept = {"mlp": tuple(range(16, 40)), "attention": (2, 3)}
+    assert pruned.keep == {(layer, name): kept[name] for layer in (0, 1) for name in kept}
+    assert same_weights(model, prune_model(build("llama-untied"), settings, tokenizer()))
+    assert ((32, 40), (40, 40), 0.5) in calls and len(calls) == 2 * 4
+
+
+@pytest.fixture
+def failing_at(registered):
+    """A function that makes the scores of a layer NaN."""
+
+    def arm(number):
+        calls = []
+
+        @registered
+        def scores(weight, moments, columns_per_unit, options):
+            calls.append(number)
+            found = per_unit(weight.square().sum(0), columns_per_unit)
+            return found * float("nan") if len(calls) == number + 1 else found
+
+    return arm
+
+
+@pytest.mark.parametrize("prune", [
+    lambda model, settings: pruned_by_hand(model, settings),
+    lambda model, settings: prune_model(model, settings, tokenizer(), inplace=True),
+])  # fmt: skip
+def test_an_error_before_the_first_write_leaves_the_model_as_it_was(prune, failing_at, tmp_path):
+    failing_at(0)
+    model = build("llama-tied")
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match="'own' has to give 40 finite scores.*layers.0.*NaN") as refused:
+        prune(model, config(criterion="own"))
+    assert not isinstance(refused.value, InPlaceError)
+    assert same_weights(model, before) and model.config.to_dict() == before.config.to_dict()
+    assert count_hooks(model) == 0
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_error_after_a_write_says_that_the_model_has_begun_to_change(inplace, failing_at, tmp_path):
+    failing_at(1)
+    model = build("llama-tied")
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match="finite scores.*layers.1") as stopped:
+        prune_model(model, config(criterion="own"), tokenizer(), inplace=inplace)
+    assert isinstance(stopped.value, InPlaceError) is inplace
+    assert same_weights(model, before) is not inplace and count_hooks(model) == 0
+    if inplace:
+        with pytest.raises(InPlaceError, match="load it again"):
+            model.save_pretrained(tmp_path)
