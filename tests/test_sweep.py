@@ -73,12 +73,21 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
     written()
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
     curve = (tmp_path / "out" / "curve.csv").read_text()
+    (tmp_path / "out" / "curve.csv").unlink()  # it was killed before it wrote it
+    assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
     for changed, flags in (({}, ["--damping", "0.5"]), ({"seed": 1}, []), ({"text": 1}, [])):
         written(**changed)
         capsys.readouterr()
         assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2
         assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
         assert (tmp_path / "out" / "curve.csv").read_text() == curve
+    written()
+    state = tmp_path / "out" / "size.json"
+    for damaged in (5, {"odd": 1}):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "values": {"0.1": damaged}}))
+        capsys.readouterr()
+        assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 2
+        assert "size.json is not a readable checkpoint" in error_line(capsys)
 
 
 def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch):

@@ -80,7 +80,7 @@ def draw_curves(axes: Axes, page: str) -> None:
         axes.plot([*points], [*points.values()], style, color=colour, label=label, gid=f"curve {label}")
         axes.annotate(f"{points[50]:.2f}", (50, points[50]), (5, -3), textcoords="offset points", color=colour)
     axes.set(yscale="log", xlim=(-2, 57), ylim=(0.9, 13), xlabel="% removed of the FFN channels (of all parameters)")
-    axes.set_xticks([*OF_ALL], [f"{share} ({of_all})" for share, gather_objects in OF_ALL.items()])
+    axes.set_xticks([*OF_ALL], [f"{share} ({of_all})" for share, of_all in OF_ALL.items()])
     axes.set_yticks([1, 2, 4, 8], ["1 ×", "2 ×", "4 ×", "8 ×"])
     axes.minorticks_off()
     axes.grid(axis="y")

@@ -44,16 +44,17 @@ def sweep(args: Namespace) -> Result:
         saved = finished.load()
         if saved is None:
             finished.save(0, {})  # so that a sweep which is killed at once goes on too
-        models = {} if saved is None else {name: Facts(**facts) for name, facts in saved.values.items()}
+        with finished.readable():
+            models = {} if saved is None else {name: Facts(**facts) for name, facts in saved.values.items()}
         for sparsity, config in configs.items():
             name, folder = str(sparsity), output / f"sparsity-{sparsity}"
             if name in models and (args.no_save or folder.is_dir()):
                 note(args, f"sparsity {name} is there already")
-                continue
-            note(args, f"sparsity {name}")
-            models["dense"], models[name] = _pruned(args, config, None if args.no_save else folder)
-            models = {size: models[size] for size in ("dense", *sorted(models.keys() - {"dense"}, key=float))}
-            finished.save(len(models) - 1, {size: asdict(facts) for size, facts in models.items()})
+            else:
+                note(args, f"sparsity {name}")
+                models["dense"], models[name] = _pruned(args, config, None if args.no_save else folder)
+                models = {size: models[size] for size in ("dense", *sorted(models.keys() - {"dense"}, key=float))}
+                finished.save(len(models) - 1, {size: asdict(facts) for size, facts in models.items()})
             if process_index() == 0:
                 replace_text(output / "curve.csv", as_csv(models))
     lines = [as_text(models, compared=False), *_coinciding(models), f"saved to {args.output}"]

@@ -92,6 +92,8 @@ def heads_of(config: PretrainedConfig) -> Heads:
     """The attention heads of a config, with what transformers derives where the config does not say it."""
     heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
+    if groups > heads:
+        raise StructPruneError(f"num_key_value_heads={groups} is more than num_attention_heads={heads}.")
     return Heads(heads, groups, getattr(config, "head_dim", None) or number(config, "hidden_size") // heads)
 
 
@@ -185,6 +187,9 @@ def _projections(
 
 
 def _with_axes(space: Space, producers: list[Axis], consumers: list[Axis], shapes: TensorShapes) -> Space:
+    if not space.size:
+        name = producers[0].param
+        raise StructPruneError(f"Layer {space.layer} has no {space.name}: {name} is {shapes[name]}.")
     unit_params = 0
     for axis in producers + consumers:
         shape = shapes[axis.param]

@@ -31,6 +31,8 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.checks import PRUNE, check_offloaded, check_reads_text
 from ..pruning.room import check_room
 from ..sources.offloaded import layer_device_map
+from ..system.disk import unchanging
+from ..system.offloading import check_reachable
 from ..vocabulary.choose import Tokens
 from ..widths.budget import biased_spaces
 
@@ -73,8 +75,9 @@ class Loading:
         self, name: str, scratch: Path | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A model and its tokenizer; layers that no file holds as they are go to the `scratch` folder."""
-        tokenizer = self.tokenizer(name)
-        return self.model(name, scratch), tokenizer
+        with unchanging(name):
+            tokenizer = self.tokenizer(name)
+            return self.model(name, scratch), tokenizer
 
     def model(self, name: str, scratch: Path | None = None) -> PreTrainedModel:
         """A model without its tokenizer."""
@@ -99,6 +102,7 @@ class Loading:
         except Exception as error:  # whatever a damaged file or an odd config makes of the code that reads it
             raise _cannot_load(name, error) from error
         _check_weights(name, loaded)
+        check_reachable(model)
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:

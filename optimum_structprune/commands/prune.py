@@ -45,7 +45,7 @@ def prune(args: Namespace) -> Result:
             of_recover = {"model": args.output, "teacher": args.model, "arch_file": config.arch_file}
             training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
             with unshared():
-                trained = recover_and_save(training, recovery_for(recovery, args.output, config), smaller, tokenizer)
+                trained = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
         return pushed(args, result)

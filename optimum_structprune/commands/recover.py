@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..recovery.checks import check_recovery
-from ..system.disk import Output, check_apart, used_paths
+from ..system.disk import Output, check_apart, unchanging, used_paths
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
@@ -22,10 +22,13 @@ def recover(args: Namespace) -> Result:
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
     needed = None if config.merge else args.model
     used = [needed, args.teacher, args.arch_file, *used_paths(config, pruning)]
-    Output(args.output, args.overwrite, used).check(weights_bytes(args.model) if config.merge else 0)
+    output = Output(args.output, args.overwrite, used)
+    output.check(weights_bytes(args.model) if config.merge else 0)
     check_apart(args.output, config)
-    recovery = recovery_for(config, args.output, pruning)
-    loading = Loading.of(args)
-    check_recovery(config, recovery.pruning, loading.without_weights(args.model))
-    model, tokenizer = loading.model_and_tokenizer(args.model)
-    return pushed(args, recover_and_save(args, recovery, model, tokenizer))
+    with output.locked():
+        with unchanging(folder):
+            recovery = recovery_for(config, args, pruning)
+            loading = Loading.of(args)
+            check_recovery(config, recovery.pruning, loading.without_weights(args.model))
+            model, tokenizer = loading.model_and_tokenizer(args.model)
+        return pushed(args, recover_and_save(args, recovery, model, tokenizer))

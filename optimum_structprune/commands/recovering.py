@@ -44,11 +44,10 @@ def pushed(args: Namespace, result: Result) -> Result:
     return replace(result, text=f"{result.text}\npushed to {url}", values={**result.values, "pushed": url})
 
 
-def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
-    """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts."""
-    return Recovery(
-        replace(config, training={"output_dir": _beside(output, "checkpoints"), **config.training}), pruning
-    )
+def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneConfig | None) -> Recovery:
+    """The training that the arguments of `recover` ask for; its checkpoints lie beside the output while it lasts."""
+    training = {"output_dir": _beside(args.output, "checkpoints"), **config.training}
+    return Recovery(replace(config, training=training), pruning, pruned=args.model)
 
 
 def recover_and_save(
@@ -57,7 +56,7 @@ def recover_and_save(
     """What came of a training with the arguments of `recover`, once it is saved; a model that it made worse is saved
     beside the output, with the exit code `WORSE`, unless `--accept-worse` is given.
     """
-    aside = _beside(args.output, "worse")
+    aside, earlier = _beside(args.output, "worse"), _earlier_answers(args.model)
     if not args.accept_worse:
         Output(aside, overwrite=True).check()  # before it is trained in vain
     try:
@@ -74,10 +73,10 @@ def recover_and_save(
     check = ShortCheck(tokenizer, report.tokens)
     trained: Any = recovered.get_base_model() if isinstance(recovered, PeftModel) else recovered
     check.ask("recovered", trained)
-    report.answers = check.items(_earlier_answers(args.model))
+    report.answers = check.items(earlier)
     worse = report.worse and not args.accept_worse
     target = aside if worse else args.output
-    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse, pruned=args.model)
+    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
         _say_worse(aside, args.output)

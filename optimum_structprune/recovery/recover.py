@@ -51,6 +51,9 @@ class Recovery:
         pruning: How the model was pruned. It gives the domains, the sample length and the seed that `config` leaves
             open, and says which documents were held out.
         callbacks: Further callbacks for the Trainer.
+        pruned: The folder of the pruned model, whose pruning config, plan, report and manifest `save` copies where it
+            has them, as they are when the recovery is made; an adapter names it as what it belongs to. By default an
+            adapter names what the model was loaded from, if it had not changed since.
 
     Raises:
         StructPruneError: If `config` is no `RecoveryConfig`.
@@ -61,6 +64,7 @@ class Recovery:
         config: RecoveryConfig,
         pruning: StructPruneConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        pruned: str | Path | None = None,
     ):
         if not isinstance(config, RecoveryConfig):
             raise StructPruneError(f"A recovery takes a RecoveryConfig, got {type(config).__name__}.")
@@ -69,6 +73,9 @@ class Recovery:
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.domains: list[Domain] = []
         self._manifest: Manifest | None = None
+        self._pruned = pruned
+        names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
+        self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
         self._base = ""
         self.report: RecoveryOutcome | None = None
         self._inputs: TrainingInputs | None = None
@@ -149,7 +156,6 @@ class Recovery:
         save_directory: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
-        pruned: str | Path | None = None,
     ) -> None:
         """Save what `recover_model` returned, with the config and the report of the run.
 
@@ -158,9 +164,6 @@ class Recovery:
             save_directory: The folder to write to; it appears only after the result has been read back.
             tokenizer: The tokenizer that is saved beside the model.
             overwrite: Whether a folder that exists is replaced, see `check_target`.
-            pruned: The folder of the pruned model, whose pruning config, plan, report and manifest are copied where it
-                has them, and which an adapter names as what it belongs to; by default that names what the model was
-                loaded from, if it had not changed since.
 
         Raises:
             StructPruneError: If the folder exists, nothing was trained, the tokenizer has other tokens than the one
@@ -169,29 +172,25 @@ class Recovery:
         report = self.report
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
-        carried = {
-            name: Path(pruned, name).read_bytes() for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()
-        }
-        manifest = self._manifest
-        if manifest and MANIFEST_NAME in carried and not manifest.of_use(CALIBRATED):
-            try:
-                manifest = Manifest.load(str(pruned)).with_entries(manifest.domains)
-            except StructPruneError:
-                manifest = None  # what cannot be read is carried as it is
-
         from ..saving.card import leave_card  # with the page, only what saves pays for them
         from ..saving.page import write_page_or_warn
 
         def write(folder: Path) -> None:
-            for name, record in carried.items():
+            for name, record in self._records.items():
                 (folder / name).write_bytes(record)
+            manifest = self._manifest
+            if manifest and MANIFEST_NAME in self._records and not manifest.of_use(CALIBRATED):
+                try:
+                    manifest = Manifest.load(folder).with_entries(manifest.domains)
+                except StructPruneError:
+                    manifest = None  # what cannot be read is carried as it is
             if manifest is not None:
                 manifest.save(folder / MANIFEST_NAME)
             # Where its checkpoints lay is of no use to who trains it again.
             training = {name: value for name, value in self.config.training.items() if name != "output_dir"}
             replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
-            if REPORT_NAME in carried:
+            if REPORT_NAME in self._records:
                 write_page_or_warn(folder, save_directory)
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter
                 leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
@@ -200,7 +199,7 @@ class Recovery:
 
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         # An adapter is of no use without the model under it.
-        base = str(pruned or self._base)
+        base = str(self._pruned or self._base)
         with based_on(model, base) if isinstance(model, PeftModel) else nullcontext():
             used = [base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)

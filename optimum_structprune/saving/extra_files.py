@@ -51,7 +51,11 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
     result = written_files(source)
-    if others := [name for name in new if name.endswith((".py", "/")) or (result and name not in result)]:
+    if others := [
+        name
+        for name in new
+        if name.endswith(".py") or not (source / name).is_file() or (result and name not in result)
+    ]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
     if carried := [name for name in new if name not in others]:
         for name in carried:
@@ -64,9 +68,9 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None
     """Write into the configs of modules how many channels the model has now, and name the weights that do not fit."""
     narrower = False
     for path in (folder / name for name in names if name.endswith(".json")):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
         fitted = CHANNELS.sub(rf"\g<1>{model.config.get_text_config().hidden_size}", text)
-        path.write_text(fitted, encoding="utf-8")
+        path.write_text(fitted, encoding="utf-8", errors="surrogateescape")
         narrower |= fitted != text
     if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))

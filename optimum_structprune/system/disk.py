@@ -35,7 +35,7 @@ KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file", "keep_toke
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
-WRITING = ("inline_container.cc", "PytorchStreamWriter", "(os error ")
+WRITING = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
 NO_LOCKS = (ENOLCK, ENOSYS, ENOTSUP)  # the errors of file systems that have none
 PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock back
 
@@ -43,7 +43,7 @@ PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock 
 class Output:
     """A folder that a run makes; a link is followed to its target. What it holds is replaced only with `overwrite`, if
     nothing else than this package wrote it, and if it is not, does not hold and does not lie in one of `used`, which
-    the run reads. Of several processes, the first one decides for all.
+    the run reads, links inside these included. Of several processes, the first one decides for all.
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False, used: Iterable[str | Path | None] = ()):
@@ -261,6 +261,28 @@ def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
         raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
 
 
+def identity(path: str | Path) -> tuple[int, ...]:
+    """What tells a file from another one in its place, and from itself once it is written to; empty if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def unchanging(name: str | Path) -> Iterator[None]:
+    """Refuse what was read inside `with` if the weights in the folder of this name were replaced meanwhile."""
+
+    def found() -> dict[Path, tuple[int, ...]]:
+        return {path: identity(path) for path in Path(name).glob("*.safetensors")}
+
+    before = found()
+    yield
+    if found() != before:
+        raise StructPruneError(f"{name} was written to while this run read it; run it again.")
+
+
 def is_write_error(error: BaseException) -> bool:
     """Whether an error says that a file could not be written; torch and tokenizers raise bare ones, told by words."""
     if isinstance(error, (OSError, SafetensorError)):
@@ -314,7 +336,9 @@ def _owner(lock: Path) -> str:
 
 
 def _relation(folder: Path, name: str | Path) -> str:
-    """How a folder lies to something that is read: it `is`, `holds` or `lies in` it; empty if it does neither."""
+    """How a folder lies to something that is read: it `is`, `holds` or `lies in` it, or `holds files of` it, to which
+    links lead; empty if it does none of these.
+    """
     try:
         read = Path(os.path.abspath(os.path.expanduser(name)))
         if not read.exists():
@@ -327,6 +351,9 @@ def _relation(folder: Path, name: str | Path) -> str:
                 return "holds"
             if path in folder.parents and path != Path(path.anchor):
                 return "lies in"
+        links = (Path(os.path.realpath(path)) for path in read.rglob("*") if path.is_symlink())
+        if any(folder in (place, *place.parents) for place in links):
+            return "holds files of"
     except (OSError, ValueError, RuntimeError):  # a text that is no path
         pass
     return ""

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import StructPruneError, one_line, some_of
+from .disk import identity
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -70,8 +71,44 @@ def give_back_free_memory() -> None:
         trim(0)
 
 
+class _SameFiles(dict[str, Any]):
+    """Where offloaded weights lie on the disk, by name; it refuses a file that lacks them, or changes later on."""
+
+    def __init__(self, index: Mapping[str, Any]):
+        super().__init__(index)
+        files = {entry.get("safetensors_file") for entry in index.values()} - {None}
+        self._files = {file: identity(file) for file in files}
+        held = {None: {*index}, **{file: _names_in(file) for file in files}}
+        entries = ((entry.get("safetensors_file"), entry.get("weight_name", name)) for name, entry in index.items())
+        if missing := [f"{name} in {file}" for file, name in entries if name not in held[file]]:
+            raise StructPruneError(
+                f"{len(missing)} weights cannot be read from where the model was loaded: {some_of(missing)}."
+            )
+
+    def __getitem__(self, name: str) -> Any:
+        entry = super().__getitem__(name)
+        file = entry.get("safetensors_file")
+        if file in self._files and identity(file) != self._files[file]:
+            raise StructPruneError(f"{file}, which holds {name}, was replaced or removed; load the model again.")
+        return entry
+
+
+def _names_in(file: str) -> set[str]:
+    """The names of the weights in a safetensors file; empty if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError):
+        return set()
+
+
 def check_reachable(model: nn.Module) -> None:
-    """Refuse a model without weights, such as one on the meta device."""
+    """Refuse a model without weights, such as one on the meta device, and from then on offloaded weights whose file
+    changes.
+    """
+    for weights in _held_by(model):
+        if isinstance(weights, OffloadedWeightsLoader) and not isinstance(weights.index, _SameFiles):
+            weights.index = _SameFiles(weights.index)
     held = {
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
@@ -111,6 +148,16 @@ def _offloading(layer: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     return [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
 
 
+def _held_by(model: nn.Module) -> Iterator[Any]:
+    """What holds the offloaded weights of each module."""
+    for module in model.modules():
+        for hook in _hooks_of(module):
+            weights: Any = hook.weights_map
+            while isinstance(weights, PrefixedDataset):
+                weights = weights.dataset
+            yield weights
+
+
 def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
     """What a hook offloads of its module, by name."""
     return dict(
@@ -125,6 +172,8 @@ def _held(weights: Any, name: str) -> Tensor:
     try:
         return weights[name]
     except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, StructPruneError):
+            raise
         while isinstance(weights, PrefixedDataset):
             weights, name = weights.dataset, f"{weights.prefix}{name}"
         entry = getattr(weights, "index", {}).get(name, {})
@@ -194,12 +243,5 @@ def _next_file(model: Any) -> Path:
 
 def _scratch(model: nn.Module) -> str | None:
     """The folder that accelerate offloads to, if it exists."""
-    for module in model.modules():
-        for hook in _hooks_of(module):
-            weights: Any = hook.weights_map
-            while isinstance(weights, PrefixedDataset):
-                weights = weights.dataset
-            folder = getattr(weights, "save_folder", None)
-            if folder is not None and Path(folder).is_dir():
-                return str(folder)
-    return None
+    folders = (getattr(weights, "save_folder", None) for weights in _held_by(model))
+    return next((str(folder) for folder in folders if folder is not None and Path(folder).is_dir()), None)

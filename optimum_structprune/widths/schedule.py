@@ -76,6 +76,6 @@ def removal_steps(
 
 def _step_number(name: str, at: int | float, max_steps: int) -> int:
     number = isinstance(at, (int, float)) and not isinstance(at, bool)
-    if not number or at < 0 or (isinstance(at, float) and at > 1 and not at.is_integer()):
+    if not number or not at >= 0 or (isinstance(at, float) and at > 1 and not at.is_integer()):
         raise StructPruneError(f"{name} is a step, or a share of all steps from 0.0 to 1.0, got {at!r}.")
     return round(max_steps * at) if isinstance(at, float) and at <= 1 else int(at)

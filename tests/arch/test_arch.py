@@ -49,6 +49,7 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
         (heads, {}, "'num_attention_heads', a number of 1 or more .* and finds None"),
         (heads, {"num_attention_heads": 0}, "'num_attention_heads', .* and finds 0"),
         (heads, {"num_attention_heads": 2}, "'hidden_size', .* and finds None"),
+        (heads, {"num_attention_heads": 2, "num_key_value_heads": 4}, "num_key_value_heads=4 is more than .*=2"),
         (other, {}, "'my_dim', .* and finds None"),
         (other, {"my_dim": "x"}, "'my_dim', .* and finds 'x'"),
         ({**LLAMA["spaces"]["mlp"], "times": "factor"}, {}, "'factor', .* and finds None"),
@@ -59,6 +60,9 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
     (family,) = read_families(write(tmp_path, {**LLAMA, "layer_path": "layers.0"}))
     with pytest.raises(StructPruneError, match="layers at 'layers.0'; nothing is there"):
         resolve(family, bare, shapes_of(8, 8))
+    (family,) = read_families(write(tmp_path, LLAMA))
+    with pytest.raises(StructPruneError, match=r"Layer 1 has no mlp: layers.1.mlp.up_proj.weight is \(0, 4\)"):
+        resolve(family, bare, shapes_of(8, 0))
 
 
 def test_every_family_has_a_case_and_says_which_spaces_it_lacks_and_whether_layers_may_differ():

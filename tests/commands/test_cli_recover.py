@@ -1,14 +1,17 @@
 """`structprune recover` and `structprune prune --recover`."""
 
 import json
+import shutil
 
 import pytest
+from filelock import FileLock, Timeout
 from helpers import error_line, save_desk
 from models import build, config, tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import Recovery, StructPruner
 from optimum_structprune.commands.cli import main
+from optimum_structprune.recovery.trainer import DistillTrainer
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,43 @@ def test_recover(folder, capsys):
     names = {path.name for path in (folder / "out").iterdir()}
     assert {"structprune_config.json", "pruning_plan.json", "recovery_report.json", "recovery_config.json"} <= names
     assert not (folder / "out.checkpoints").exists()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (DistillTrainer, "train")])
+def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, capsys, monkeypatch, owner, name):
+    """Another model takes its place while it is loaded, or trained."""
+    pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
+    before, original = files(pruned), getattr(owner, name)
+
+    def replacing(*args, **kwargs):
+        found = original(*args, **kwargs)
+        pruner = StructPruner(config(widths={"mlp": 16}))
+        pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), pruned, tokenizer(), overwrite=True)
+        return found
+
+    monkeypatch.setattr(owner, name, replacing)
+    line = command(folder, output=tmp_path / "out")
+    code = main([str(pruned) if word == str(folder / "pruned") else word for word in line])
+    if owner is AutoTokenizer:
+        assert code == 2 and "pruned was written to while this run read it" in error_line(capsys)
+        return
+    assert code == 0 and files(pruned)["pruning_plan.json"] != before["pruning_plan.json"]
+    records = ("structprune_config.json", "pruning_plan.json", "report.json")
+    assert all(files(tmp_path / "out")[name] == before[name] for name in records)
+
+
+def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(folder, capsys, monkeypatch):
+    def train(*args, **kwargs):
+        with pytest.raises(Timeout), FileLock(folder / ".held.lock", timeout=0):
+            raise AssertionError
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recovery, "recover_model", train)
+    assert main(command(folder, output="held")) == 130
+    capsys.readouterr()
+    with FileLock(folder / ".held.lock"):
+        assert main(command(folder, output="held")) == 2
+    assert "Another run writes to" in error_line(capsys)
 
 
 def test_interrupted_and_resumed(folder, capsys, monkeypatch):

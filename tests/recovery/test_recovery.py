@@ -160,9 +160,11 @@ def test_records_of_the_pruning_are_carried_over_whatever_is_in_them(pruned, tmp
     records = {"report.json": b"\xff\xfe", "pruning_plan.json": b"", "calibration_manifest.json": b"{\r\n}"}
     for name, data in records.items():
         (tmp_path / "pruned" / name).write_bytes(data)
-    recovery = Recovery(recovery_config(tokens=96))
+    recovery = Recovery(recovery_config(tokens=96), pruned=tmp_path / "pruned")
     model = recovery.recover_model(pruned, tokenizer())
-    recovery.save(model, tmp_path / "out", pruned=tmp_path / "pruned")
+    for name in records:  # another model takes its place
+        (tmp_path / "pruned" / name).write_bytes(b"{}")
+    recovery.save(model, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in records} == records
 
 

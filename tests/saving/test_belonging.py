@@ -74,8 +74,8 @@ def test_an_adapter_names_the_pruned_folder_or_nothing(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     asked = recovery_config(merge=False, lora={"target_modules": ["q_proj", "v_proj"], "r": 2})
     for name, model, pruned in (("given", small, tmp_path / "small"), ("loaded", loaded, None), ("none", small, None)):
-        recovery = Recovery(asked, pruner.config)
-        recovery.save(adapted := recovery.recover_model(deepcopy(model), tokenizer()), tmp_path / name, pruned=pruned)
+        recovery = Recovery(asked, pruner.config, pruned=pruned)
+        recovery.save(adapted := recovery.recover_model(deepcopy(model), tokenizer()), tmp_path / name)
         base = json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert base == ("" if name == "none" else str(tmp_path / "small"))
         assert str(tmp_path / "dense") not in (tmp_path / name / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,19 @@ def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
         copy_extra_files(dense, tmp_path / kind, None)
         names = {path.name for path in (tmp_path / kind).iterdir()}
         assert names & forms == there and "LICENSE" in names
+
+
+def test_what_cannot_be_copied_is_named_and_other_bytes_stay_as_they_are(tmp_path, caplog):
+    source, out = tmp_path / "dense", tmp_path / "out"
+    (source / "1_Pooling").mkdir(parents=True)
+    (source / "modules.json").write_text(SIDE["modules.json"])
+    (source / "LICENSE").symlink_to("nowhere")
+    os.mkfifo(source / "pipe.txt")
+    (source / "1_Pooling" / "config.json").write_bytes(b"\xff\xfe\x00")
+    copy_extra_files(SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=32)), out, None)
+    assert f"Not copied from {source}: LICENSE, pipe.txt." in caplog.text
+    copied = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert copied == {"modules.json": SIDE["modules.json"].encode(), "1_Pooling/config.json": b"\xff\xfe\x00"}
 
 
 def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):

@@ -31,7 +31,9 @@ from optimum_structprune.system.disk import (
     Output,
     check_apart,
     check_folder,
+    is_write_error,
     remove_checkpoints,
+    unchanging,
     used_paths,
 )
 from optimum_structprune.written import LIST_NAME
@@ -95,8 +97,14 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
     link.symlink_to(out)
     (tmp_path / "model").mkdir()
     (out / "linked").symlink_to(tmp_path / "model")  # which counts where it lies
+    dense = tmp_path / "dense"
+    for name, place in (("one", out / "model.safetensors"), ("deep/one", text), ("all", out), ("elsewhere", tmp_path)):
+        (dense / name).mkdir(parents=True)
+        (dense / name / "linked").symlink_to(place)
+        (dense / name / "a loop").symlink_to(dense / name / "a loop")
     monkeypatch.chdir(tmp_path)
     cases = {
+        "holds files of": [dense, dense / "one", dense / "deep", dense / "all"],
         "is": [out, link, "home/out", "home/../home/out", os.path.join(out, "")],
         "holds": [inside, text, link / "in", out / "linked"],
         "lies in": [tmp_path / "home", "home", link.parent],
@@ -106,6 +114,21 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
             for target in (out, link, "home/../home/out"):
                 with pytest.raises(StructPruneError, match=f"out {relation} .*which this run reads.*would be lost"):
                     Output(target, True, [None, "", "owner/name", name]).check()
+    Output(result(tmp_path / "other"), True, [dense, dense / "elsewhere"]).check()
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: os.replace(shutil.copy(weights, weights.with_name("copy")), weights),
+    lambda weights: weights.write_bytes(bytes(reversed(weights.read_bytes()))),
+    lambda weights: shutil.copy(weights, weights.with_name("more.safetensors")),
+    Path.unlink,
+])  # fmt: skip
+def test_a_model_that_is_replaced_while_it_is_read_is_refused(tmp_path, change):
+    out = result(tmp_path / "out")
+    with unchanging(out), unchanging("owner/name"):
+        (out / "report.html").write_text("")  # says nothing of the model
+    with pytest.raises(StructPruneError, match="out was written to while this run read it"), unchanging(out):
+        change(out / "model.safetensors")
 
 
 def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_path):
@@ -310,6 +333,12 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
         with full_disk(1_000), refused, Output(out, True).staged() as folder:
             write(folder)
         assert names(tmp_path) == ["out"] and {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_errors_of_torch_that_say_no_file_are_told_by_their_words():
+    """torch writes the state of an optimizer by a stream of C++."""
+    assert is_write_error(RuntimeError("basic_ios::clear: iostream error"))
+    assert not is_write_error(RuntimeError("shape mismatch"))
 
 
 def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):

@@ -201,6 +201,7 @@ def test_steps_of_removal():
         ((0.5, 0.2, None), "end=0.2 is step 2, before start=0.5, step 5"),
         ((-3, None, None), "start is a step, or a share of all steps from 0.0 to 1.0, got -3"),
         ((1.5, None, None), "got 1.5"),
+        ((float("nan"), None, None), "got nan"),
         (("0.5", None, None), "got '0.5'"),
         ((2, 8, 0), "every is a number of steps, 1 or more, got 0"),
         ((2, 11, 3), "go after step 11, but training has 10 steps"),
