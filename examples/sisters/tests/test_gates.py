@@ -285,7 +285,10 @@ def test_settings_are_read_from_a_text():
 def test_names_of_the_plug_in_are_known_and_others_refused():
     assert StructPruneConfig(sparsity=0.2, allocation="learned", refit="slope").allocation == "learned"
     for field, name, nearest in (("allocation", "lerned", "learned"), ("refit", "slop", "slope")):
-        with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
+        with pytest.raises(
+            StructPruneError,
+            match=f"'{field}' has to name a registered {field}, got '{name}'. Did you mean '{nearest}'",
+        ):
             StructPruneConfig(sparsity=0.2, **{field: name})
 
 
