@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .domains.domain import Domain
 from .domains.manifest import Manifest
+from .domains.packing import Domain
 from .domains.readers import ids_in
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings

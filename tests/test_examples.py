@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import PLAIN, real_text_model
+from helpers import same_weights
+from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from optimum_structprune import StructPruner
 from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.load import given_domains
+from optimum_structprune.sources.data import batches_of
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -143,3 +147,14 @@ def test_sft_trl(desk):
     pytest.importorskip("trl", reason="trl is not installed")
     main("sft_trl")([str(desk / "model"), str(desk / "sft"), "--steps", "10"])
     assert width(desk / "sft") < 1536
+
+
+def test_pruning_by_hand_gives_the_same_bits():
+    by_hand, settings = import_module("prune_by_hand"), config(domains=None, widths={"mlp": 24})
+    inputs = {name: token_ids(8, 24, seed) for seed, name in enumerate("ab")}
+    pruner, model = StructPruner(settings), build("llama-tied")
+    expected = pruner.prune_model(build("llama-tied"), tokenizer(), inputs=inputs)
+    domains = given_domains(inputs, float(settings.holdout))
+    batches = batches_of(domains, settings.samples_at_once)
+    by_hand.prune_by_hand_(model, batches, tuple(domain.weight for domain in domains), 24)
+    assert same_weights(model, expected)

@@ -30,8 +30,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains import generated
-from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.packing import Domain
 from optimum_structprune.domains.resolve import WRITTEN
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import choose_shape

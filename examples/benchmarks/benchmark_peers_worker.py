@@ -78,7 +78,7 @@ def backward(model: nn.Module, samples: Tensor) -> None:
 def structprune(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
     """Prune by this package, which calibrates on all samples here and, like the other tools, sets none aside."""
     from optimum_structprune import StructPruneConfig, StructPruner
-    from optimum_structprune.domains.domain import Domain
+    from optimum_structprune.domains.packing import Domain
 
     count, length = sum(len(samples) for samples in texts.values()), next(iter(texts.values())).shape[1]
     widths = {"mlp": job["width"]}

@@ -44,6 +44,9 @@ REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none",
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
 )
+# The criteria that score whole layers, and nothing inside them.
+BLOCK_INFLUENCE = "block_influence"
+LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
 CACHE = "cache_bytes_per_token"
 BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
@@ -193,6 +196,11 @@ class StructPruneConfig(Serialisable):
     def scored_by(self) -> str:
         """The criterion, named or not."""
         return self.criterion or ("obs_drive" if self.fits else "wanda")
+
+    @property
+    def judges_layers(self) -> bool:
+        """Whether the criterion scores whole layers, and nothing inside them."""
+        return self.scored_by in LAYER_CRITERIA.names()
 
     @property
     def fits(self) -> bool:

@@ -20,7 +20,6 @@ from ..config.domains import DomainConfig, Reiterable, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
-from .domain import Domain
 from .generated import can_write, self_documents
 from .manifest import Manifest
 from .packing import (
@@ -29,6 +28,7 @@ from .packing import (
     PROBE,
     USED,
     DocumentPool,
+    Domain,
     SampleFormat,
     Tokens,
     prefix_token,

@@ -24,8 +24,7 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
 from ..plain_json import Record
 from ..system.fingerprint import tensor_hash
-from .domain import Domain
-from .packing import HELDOUT, PROBE, USED
+from .packing import HELDOUT, PROBE, USED, Domain
 
 
 MANIFEST_NAME = "calibration_manifest.json"

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import BLOCK_INFLUENCE, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.generation import positions_of, reads_images
 from ..forward.same import few_inputs
-from ..removals.layer_criteria import BLOCK_INFLUENCE, judges_layers
 from ..sources.offloaded import check_sequential
 from ..sources.stored import Statistics
 from ..system.disk import check_folder
@@ -234,7 +233,7 @@ def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
     """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
-    if not judges_layers(config):
+    if not config.judges_layers:
         CRITERIA.get(config.scored_by).check(config, arch, use)
     elif others := [name for name in widths if name not in (LAYER, VOCAB)]:
         raise StructPruneError(

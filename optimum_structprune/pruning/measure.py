@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.hooks import replaying
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..domains.domain import Domain
+from ..domains.packing import Domain
 from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.metrics import (

@@ -29,9 +29,9 @@ from ..method.refit import ROWS
 from ..method.score import COLUMNS
 from ..record.text import table
 from ..sources.data import CalibrationData
-from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
+from ..system.stages import readable_size
 from .measure import PROBE_TOKENS, STRIDE
 
 

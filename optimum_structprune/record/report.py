@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import Record
-from ..system.memory import model_bytes, peak_memory
-from ..system.stages import stage
+from ..system.stages import model_bytes, peak_memory, stage
 from .answers import Items, remark
 from .details import Details
 from .facts import as_text, facts_of, perplexity_facts, remarks

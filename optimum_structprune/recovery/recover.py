@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.domain import Domain
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
+from ..domains.packing import Domain
 from ..domains.readers import check_tokens, note_reader
 from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses

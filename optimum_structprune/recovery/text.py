@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.domain import Domain
 from ..domains.load import load_domains, num_heldout, split_samples
 from ..domains.manifest import Manifest
+from ..domains.packing import Domain
 from ..domains.resolve import WRITTEN, resolve, texts_of
 from ..errors import StructPruneError
 

@@ -14,13 +14,9 @@ from transformers import PreTrainedModel
 from ..arch.hooks import first_of, hidden_states_of, intercept
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..method.layers import Batch, run_model
-from ..registry import Registry
 from ..system.processes import all_reduce_
-
-
-BLOCK_INFLUENCE = "block_influence"
 
 
 class LayerCriterion(ABC):
@@ -40,9 +36,6 @@ class LayerCriterion(ABC):
         Returns:
             The scores, shape `(layers,)`, fp64.
         """
-
-
-LAYER_CRITERIA: Registry[type[LayerCriterion]] = Registry("layer criterion", "optimum_structprune.layer_criteria")
 
 
 @LAYER_CRITERIA.register(BLOCK_INFLUENCE)
@@ -72,8 +65,3 @@ class BlockInfluence(LayerCriterion):
         tokens = torch.tensor(float(count), dtype=torch.float64)
         all_reduce_([total, tokens])
         return total / tokens
-
-
-def judges_layers(config: StructPruneConfig) -> bool:
-    """Whether the criterion of a config scores whole layers, and nothing inside them."""
-    return config.scored_by in LAYER_CRITERIA.names()

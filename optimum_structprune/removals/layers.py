@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..arch.hooks import adding, observe
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
-from ..config.pruning import REFITS, StructPruneConfig
+from ..config.pruning import BLOCK_INFLUENCE, LAYER_CRITERIA, REFITS, StructPruneConfig
 from ..forward.same import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal
@@ -24,8 +24,8 @@ from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
 from ..system.processes import broadcast_
+from . import layer_criteria as layer_criteria  # registers the built-in one
 from .cut import drop_layers_
-from .layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA, judges_layers
 
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 
 def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
-    name, scores_by_domain = run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE, []
+    name, scores_by_domain = run.config.scored_by if run.config.judges_layers else BLOCK_INFLUENCE, []
     criterion = LAYER_CRITERIA.get(name)()
     for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
         scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))

@@ -22,7 +22,7 @@ from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
 from ..removals.resize import pad_
 from ..system.disk import Output
-from ..system.memory import model_bytes
+from ..system.stages import model_bytes
 from .card import leave_card
 from .save import RECORD_NAMES, check_reload, save_checked
 

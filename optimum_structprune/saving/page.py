@@ -32,7 +32,7 @@ from ..record.facts import (
 )
 from ..record.records import Records, short_name
 from ..record.text import plus_minus, readable_time
-from ..system.memory import readable_size
+from ..system.stages import readable_size
 from ..written import check_unchanged, replace_text
 
 

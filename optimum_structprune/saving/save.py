@@ -26,9 +26,9 @@ from ..record.plan import PLAN_NAME, Plan
 from ..record.report import REPORT_NAME, Report
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
-from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
+from ..system.stages import model_bytes
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import VOCAB
-from ..domains.domain import Domain
+from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
 from ..pruning.run import Run

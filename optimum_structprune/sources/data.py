@@ -18,9 +18,9 @@ from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import CRITERIA
-from ..domains.domain import Domain
 from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
+from ..domains.packing import Domain
 from ..domains.resolve import reweighted, texts_of
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess

@@ -19,8 +19,8 @@ from ..arch.spec import Space
 from ..config.domains import IN_MEMORY
 from ..config.fields import Number, not_negative, read_json
 from ..config.pruning import StructPruneConfig
-from ..domains.domain import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..domains.packing import Domain
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, one_line
 from ..method.calibrate import Moments

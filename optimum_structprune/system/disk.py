@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line, some_of
 from ..written import add_to_result, foreign_files, list_files, written_files
-from .memory import readable_size
 from .processes import is_first_rank, rank_zero_first, wait_for_all
+from .stages import readable_size
 
 
 logger = logging.getLogger(__name__)

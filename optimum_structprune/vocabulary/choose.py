@@ -18,7 +18,7 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
-from ..domains.domain import Domain
+from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from ..widths.budget import check_fewest_tokens

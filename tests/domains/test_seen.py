@@ -13,10 +13,9 @@ from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
-from optimum_structprune.domains.packing import PATIENCE
+from optimum_structprune.domains.packing import PATIENCE, Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import training_text
 from optimum_structprune.search.search import choose_shape

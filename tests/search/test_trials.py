@@ -14,7 +14,7 @@ from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.spec import LAYER
-from optimum_structprune.domains.domain import Domain
+from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.pruning.run import Run

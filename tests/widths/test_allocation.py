@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
-from optimum_structprune.domains.domain import Domain
+from optimum_structprune.domains.packing import Domain
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.search.search import dense_scores
 from optimum_structprune.sources.data import CalibrationData
