@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,7 +31,7 @@ from ..pruning.checks import PRUNE, check_offloaded, check_reads_text
 from ..pruning.room import check_room
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
-from ..system.offloading import check_reachable
+from ..system.offloading import check_reachable, names_in
 from ..vocabulary.choose import Tokens
 from ..widths.budget import biased_spaces
 
@@ -232,12 +231,7 @@ def _damaged_files(name: str) -> Iterator[Path]:
             json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             yield path
-    for path in _weight_files(name):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (OSError, SafetensorError):
-            yield path
+    yield from (path for path in _weight_files(name) if not names_in(path))
 
 
 def _line(error: Exception) -> str:

@@ -172,6 +172,7 @@ class Recovery:
         report = self.report
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
+
         from ..saving.card import leave_card  # with the page, only what saves pays for them
         from ..saving.page import write_page_or_warn
 

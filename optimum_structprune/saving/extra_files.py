@@ -51,17 +51,14 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
     result = written_files(source)
-    if others := [
-        name
-        for name in new
-        if name.endswith(".py") or not (source / name).is_file() or (result and name not in result)
-    ]:
+    carried = [name for name in new if (source / name).is_file() and not name.endswith(".py")]
+    carried = [name for name in carried if name in result or not result]
+    if others := [name for name in new if name not in carried]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
-    if carried := [name for name in new if name not in others]:
-        for name in carried:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-        _fit_modules(model, folder, [name for name in carried if "/" in name])
+    for name in carried:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    _fit_modules(model, folder, [name for name in carried if "/" in name])
 
 
 def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None:

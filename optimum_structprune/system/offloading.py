@@ -76,14 +76,11 @@ class _SameFiles(dict[str, Any]):
 
     def __init__(self, index: Mapping[str, Any]):
         super().__init__(index)
-        files = {entry.get("safetensors_file") for entry in index.values()} - {None}
-        self._files = {file: identity(file) for file in files}
-        held = {None: {*index}, **{file: _names_in(file) for file in files}}
-        entries = ((entry.get("safetensors_file"), entry.get("weight_name", name)) for name, entry in index.items())
+        entries = [(file, of["weight_name"]) for of in index.values() if (file := of.get("safetensors_file"))]
+        self._files = {file: identity(file) for file, _ in entries}
+        held = {file: names_in(file) for file in self._files}
         if missing := [f"{name} in {file}" for file, name in entries if name not in held[file]]:
-            raise StructPruneError(
-                f"{len(missing)} weights cannot be read from where the model was loaded: {some_of(missing)}."
-            )
+            raise StructPruneError(f"{len(missing)} weights are not in the files of the model: {some_of(missing)}.")
 
     def __getitem__(self, name: str) -> Any:
         entry = super().__getitem__(name)
@@ -93,7 +90,7 @@ class _SameFiles(dict[str, Any]):
         return entry
 
 
-def _names_in(file: str) -> set[str]:
+def names_in(file: str | Path) -> set[str]:
     """The names of the weights in a safetensors file; empty if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -171,9 +168,9 @@ def _held(weights: Any, name: str) -> Tensor:
     """What a hook holds of its module."""
     try:
         return weights[name]
+    except StructPruneError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
-        if isinstance(error, StructPruneError):
-            raise
         while isinstance(weights, PrefixedDataset):
             weights, name = weights.dataset, f"{weights.prefix}{name}"
         entry = getattr(weights, "index", {}).get(name, {})
