@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed, write_report
 from optimum_structprune.evaluation.answers import ShortCheck
-from optimum_structprune.record.answers import outcome, sample_items
+from optimum_structprune.record.answers import outcome
+from optimum_structprune.record.text import sample_items
 
 
 NAME = "SmolLM2-135M-Instruct"

@@ -1,6 +1,6 @@
 """The default pruning by hand: what `StructPruner.prune_model` does to the FFN of a model, as calls of `method`.
 
-Copy it to try another score, another order or another refit. `python examples/prune_by_hand.py MODEL TEXT WIDTH` prunes
+Copy it to try another score, order or refit. `python examples/prune_by_hand.py MODEL TEXT WIDTH` prunes
 a model by a text with a document in each line. A test holds it against `prune_model`, bit for bit.
 """
 

@@ -17,9 +17,8 @@ from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .meta import check_plain, is_quantized, skeleton
 from .modules import layer_list
 from .shrink import text_config
-from .spaces import TensorShapes, meets, residual_of, spaces_of
+from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
-from .token_space import vocabulary_of
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from copy import deepcopy
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -167,3 +169,18 @@ def _unpacked(model: PreTrainedModel) -> bool:
         and parameters == {name: (tensor.shape, True) for name, tensor in dense.named_parameters()}
         and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
     )
+
+
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Whether a model predicts the next token of a text."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model reads images alone."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def positions_of(model: PreTrainedModel) -> float:
+    """The most tokens that a model reads; infinity where nothing says it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or inf

@@ -7,11 +7,13 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import ResidualTemplate, Template
-from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, Axis, Read, ResidualStream, Space
+from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space
+from .token_space import SIZE, SIZE_PER_LAYER
 
 
 TensorShapes = Mapping[str, tuple[int, ...]]
@@ -280,3 +282,33 @@ def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorSha
         yield Axis(f"{module}.weight", 2 + dim)
     elif module in shapes:
         yield Axis(module, (-dim if template.transposed else 3 + dim))
+
+
+def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
+    """The vocabulary of a model whose text `config` describes; None where it has no rows that tokens could lose."""
+    size, embedding, head = getattr(config, SIZE, None), model.get_input_embeddings(), model.get_output_embeddings()
+    tensors = model.state_dict(keep_vars=True)
+    rows = {id(module.weight) for module in (embedding, head) if isinstance(getattr(module, "weight", None), Tensor)}
+    axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
+    if size is None or not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
+        return None
+    axes += _biases(head, model, tensors, size) if head is not None else []
+    per_layer = getattr(config, SIZE_PER_LAYER, None)
+    axes += [
+        Axis(f"{name}.weight", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == per_layer and id(module.weight) not in rows
+    ]
+    owned = {
+        id(tensor): tensor.numel() // size for axis in axes if isinstance(tensor := tensors[axis.param], nn.Parameter)
+    }
+    keys = ((SIZE, 1),)
+    return Space(VOCAB, MODEL, size, tuple(axes), (), keys, (), sum(owned.values()), unit=TOKEN, uniform=ONE_PER_MODEL)
+
+
+def _biases(head: nn.Module, model: nn.Module, tensors: dict[str, Tensor], size: int) -> Iterator[Axis]:
+    """What is added to the logits: one number per token, in the head or beside it."""
+    path = next(name for name, module in model.named_modules() if module is head)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[0] in (path, path.rpartition(".")[0]) and tensor.shape[-1] == tensor.numel() == size:
+            yield Axis(name, tensor.ndim - 1)

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..arch.meta import is_quantized
+from ..arch.meta import is_quantized, positions_of, predicts_next
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..forward.generation import continued, end_tokens, positions_of, predicts_next
+from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import chain, islice
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from .templates import Document, document_hash
+from .templates import Document
 
 
 DOCUMENTS_PER_CALL = 32
@@ -203,3 +204,8 @@ class Domain:
         if self.spare is not None and mask is not None and self.spare.mask is not None:
             mask = torch.cat([mask, self.spare.mask])
         return replace(self, samples=self.pool[:count], mask=None if mask is None else mask[:count])
+
+
+def document_hash(text: str) -> str:
+    """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

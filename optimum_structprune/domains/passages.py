@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of
 from ..errors import StructPruneError
-from ..forward.generation import positions_of
 from .load import check_vocabulary
 from .packing import prefix_token
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from hashlib import sha256
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +56,6 @@ class Document(str):
             yield str(self[start:end]), True
             done = end
         yield str(self[done:]), False
-
-
-def document_hash(text: str) -> str:
-    """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:

@@ -17,11 +17,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..arch.meta import positions_of, predicts_next
 from ..domains.packing import tokenize_with_prefix
 from ..domains.passages import shared_tokens
 from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line, warn
-from ..forward.generation import continued, positions_of, predicts_next
+from ..forward.generation import continued
 from ..forward.metrics import divergence, evaluating, standard_error
 from ..method.layers import run_model
 from ..record.answers import Items

@@ -10,18 +10,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of, predicts_next
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
-from ..forward.generation import positions_of, predicts_next
 from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
-from ..record.answers import SHOWN, outcome, sample_items
+from ..record.answers import outcome
 from ..record.facts import UNKNOWN
-from ..record.text import plus_minus, table
+from ..record.text import SHOWN, plus_minus, sample_items, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
 from .heldout import Heldout, Judged, judge, read_heldout
 from .paired import Paired, paired

@@ -17,16 +17,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
+from ..arch.meta import positions_of, predicts_next
 from ..errors import StructPruneError
-from ..forward.generation import (
-    bytes_of,
-    cache_bytes,
-    cache_name,
-    positions_of,
-    predicts_next,
-    read_prompt,
-    write_tokens,
-)
+from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
 from ..plain_json import Record
 from ..record.text import table

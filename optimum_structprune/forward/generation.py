@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from math import inf
 from typing import Any
 
 import torch
@@ -24,21 +23,6 @@ CACHE_NAMES = ("cache", "past_key_values")
 def cache_name(model: PreTrainedModel) -> str | None:
     """The argument in which a model takes a cache of keys and values; None for a model that takes none."""
     return next((name for name in CACHE_NAMES if name in signature(model.forward).parameters), None)
-
-
-def predicts_next(model: PreTrainedModel) -> bool:
-    """Whether a model predicts the next token of a text."""
-    return model.can_generate() and not model.config.is_encoder_decoder
-
-
-def reads_images(model: nn.Module) -> bool:
-    """Whether a model reads images alone."""
-    return getattr(model, "main_input_name", "") == "pixel_values"
-
-
-def positions_of(model: PreTrainedModel) -> float:
-    """The most tokens that a model reads; infinity where nothing says it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or inf
 
 
 def last_logits_only(model: PreTrainedModel) -> bool:

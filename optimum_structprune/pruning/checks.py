@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
+from ..arch.meta import positions_of, reads_images
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from ..config.pruning import BLOCK_INFLUENCE, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
-from ..forward.generation import positions_of, reads_images
-from ..forward.same import few_inputs
+from ..forward.metrics import few_inputs
 from ..sources.offloaded import check_sequential
 from ..sources.stored import Statistics
 from ..system.disk import check_folder

@@ -5,13 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from math import comb
 from typing import Any
 
 
 Items = Sequence[Mapping[str, Any]]
-SHOWN = 3
 # A difference that chance alone gives less often than this is one.
 LEVEL = 0.05
 HELPS = "train the model (--recover), remove tokens in place of channels (--target vocab), or remove less"
@@ -24,18 +22,6 @@ def mcnemar(better: int, worse: int) -> float:
     apart = better + worse
     tail = sum(comb(apart, wins) for wins in range(min(better, worse) + 1)) / 2**apart
     return min(1.0, 2 * tail)
-
-
-def sample_items(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
-    """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
-    groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
-        pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))
-    }
-    for item in items:
-        rights = [answer["right"] for answer in item["answers"].values()]
-        groups[rights[0], rights[-1]].append(item)
-    in_turn = [item for turn in zip_longest(*groups.values()) for item in turn if item is not None]
-    return in_turn[:count]
 
 
 def outcome(answer: Mapping[str, Any]) -> str:

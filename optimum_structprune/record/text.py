@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from math import ceil, inf, isfinite, isnan
 from statistics import fmean
 from typing import Any
 
 
+SHOWN = 3  # answers in a card or a page
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARK = 32
 # What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
@@ -62,3 +63,15 @@ def readable_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def sample_items(items: Sequence[Mapping[str, Any]], count: int = SHOWN) -> list[Mapping[str, Any]]:
+    """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
+    groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
+        pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))
+    }
+    for item in items:
+        rights = [answer["right"] for answer in item["answers"].values()]
+        groups[rights[0], rights[-1]].append(item)
+    in_turn = [item for turn in zip_longest(*groups.values()) for item in turn if item is not None]
+    return in_turn[:count]

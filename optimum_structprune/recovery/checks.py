@@ -7,12 +7,12 @@ import tempfile
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..arch.meta import positions_of, predicts_next
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
-from ..forward.generation import positions_of, predicts_next
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..system.processes import check_launch

@@ -31,12 +31,12 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from ..arch.load import describe
+from ..arch.meta import predicts_next
 from ..arch.token_space import named_ids
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..domains.readers import ids_in, reader_of
 from ..errors import StructPruneError, one_line, warn
-from ..forward.generation import predicts_next
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
 from ..removals.resize import drop_tokens_

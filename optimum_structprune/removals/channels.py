@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import observe
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
-from ..forward.same import outputs_for
+from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
 from ..method.score import best_units

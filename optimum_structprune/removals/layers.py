@@ -15,7 +15,7 @@ from ..arch.hooks import adding, observe
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
 from ..config.pruning import BLOCK_INFLUENCE, LAYER_CRITERIA, REFITS, StructPruneConfig
-from ..forward.same import few_inputs, outputs_for
+from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal
 from ..method.linalg import ridge_strength

@@ -13,7 +13,7 @@ from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import COUNTED, Entry
 from ..domains.readers import note_reader
-from ..forward.same import few_inputs, outputs_for
+from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares

@@ -16,7 +16,7 @@ from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line, warn
-from ..record.answers import outcome, remark, sample_items
+from ..record.answers import outcome, remark
 from ..record.facts import (
     NAMES,
     UNKNOWN,
@@ -31,7 +31,7 @@ from ..record.facts import (
     size_rows,
 )
 from ..record.records import Records, short_name
-from ..record.text import plus_minus, readable_time
+from ..record.text import plus_minus, readable_time, sample_items
 from ..system.stages import readable_size
 from ..written import check_unchanged, replace_text
 

@@ -18,7 +18,7 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
-from ..forward.same import few_inputs, outputs_for
+from ..forward.metrics import few_inputs, outputs_for
 from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
 from ..record.facts import CHANGED

@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
-from ..forward.same import same_outputs
+from ..forward.metrics import same_outputs
 from ..pruning.run import Run, Step
 from ..pruning.units import LayerCheckpoint, run_key
 from ..record.plan import Plan

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..arch.hooks import observe_products
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..forward.same import same_outputs
+from ..forward.metrics import same_outputs
 from ..method.calibrate import Moments
 from ..method.layers import Batch, OneProcess, run_model
 

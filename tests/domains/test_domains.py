@@ -18,10 +18,10 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.load import RecentText, load_domains
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.domains.packing import Domain, SampleFormat, tokenised
+from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
-from optimum_structprune.domains.templates import Document, chat_document, document_hash
+from optimum_structprune.domains.templates import Document, chat_document
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import batches_of, source_of
 

@@ -14,7 +14,8 @@ from optimum_structprune import StructPruneError, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
-from optimum_structprune.record.answers import mcnemar, outcome, remark, sample_items
+from optimum_structprune.record.answers import mcnemar, outcome, remark
+from optimum_structprune.record.text import sample_items
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, prune_model
-from optimum_structprune.forward.same import check_same
 from optimum_structprune.method import shrink
+from optimum_structprune.method.shrink import check_same
 from optimum_structprune.removals import layers, resize, vocabulary
 
 
