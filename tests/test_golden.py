@@ -1,6 +1,7 @@
 """What a pruning gives, to the bit, and how much of the package a default one runs through."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from optimum_structprune import StructPruneConfig, StructPruner
 
 pytestmark = pytest.mark.slow
 KNOWN = json.loads(golden.FILE.read_text())
-# A default pruning that is saved runs through so many files and named functions at most; these numbers only fall.
-MOST_FILES, MOST_FUNCTIONS = 73, 579
+# A default pruning that is saved runs through so many files and named functions at most, and importing the pruner loads
+# so many modules of the package; these numbers only fall.
+MOST_FILES, MOST_FUNCTIONS = 67, 574
+MOST_MODULES = 78
 
 
 def test_plans_and_weights_are_known_to_the_bit():
@@ -75,3 +78,11 @@ def test_a_default_pruning_runs_through_few_files(tmp_path):
     seen = executed(lambda: pruner.save(pruner.prune_model(model, reader), tmp_path / "small", tokenizer=reader))
     files = {file for file, _ in seen}
     assert len(files) <= MOST_FILES and len(seen) <= MOST_FUNCTIONS, (len(files), len(seen))
+
+
+def test_what_prunes_imports_few_modules():
+    count = (
+        "import sys, optimum_structprune.pruner; print(sum(m.startswith('optimum_structprune') for m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) <= MOST_MODULES

@@ -120,7 +120,7 @@ def test_argparse_refuses_what_it_cannot_read(capsys):
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(families, "_USER_FAMILIES", {})
     out = {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}
-    spaces = {"mlp": {"size": "intermediate_size", "out": out, "in": {"mlp.down_proj": "unit"}}}
+    spaces = {"mlp": {"size": "intermediate_size", "producers": out, "consumers": {"mlp.down_proj": "unit"}}}
     layers = {"layer_path": "layers", "layer_class": {"cwm": "CwmDecoderLayer"}}
     (tmp_path / "own.yaml").write_text(json.dumps([{"model_types": ["cwm"], **layers, "spaces": spaces}]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))

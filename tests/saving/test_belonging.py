@@ -53,8 +53,10 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
                     plan.check(other)
             with pytest.raises(StructPruneError, match="for a dense model with mlp 40, and this model has 24"):
                 plan.check(other_small)
+    pruner.save(deepcopy(small), tmp_path / "copy", tokenizer())  # a copy carries the result too
+    assert Plan.load(tmp_path / "copy" / PLAN_NAME) == Plan.load(folder / PLAN_NAME)
     with pytest.raises(StructPruneError, match="not what prune_model returned"):
-        pruner.save(deepcopy(small), tmp_path / "copy")
+        pruner.save(model, tmp_path / "dense")
     # The plan of a second pruning is for the once pruned model, and both together for the dense one.
     second = StructPruner(config(widths={"mlp": 12}))
     second.prune_model(small, tokenizer())

@@ -52,7 +52,7 @@ def differing():
 
 
 @pytest.fixture(scope="module")
-def has_one_width():
+def alike():
     """A uniform model with biases and an output head of its own."""
     fields = {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
