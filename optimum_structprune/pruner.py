@@ -134,7 +134,7 @@ class StructPruner:
             data = CalibrationData.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
-            run.start(apart=tokens is not None)
+            run.start(vocabulary_changes=tokens is not None)
             if tokens is not None:
                 from .removals.vocabulary import remove_tokens_
                 from .search.tokens_or_layers import best_number
@@ -151,7 +151,7 @@ class StructPruner:
             run.compare()
             run.recover()
             run.finish()
-        if report.asked is not None and misses_target(report.asked, report.sparsity):
+        if report.target is not None and misses_target(report.target, report.sparsity):
             warn(target_summary(report.to_dict()).removeprefix("warning: "))
         self._remember(run)
         return run.model

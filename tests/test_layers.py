@@ -187,3 +187,20 @@ def test_every_public_name_resolves():
         assert callable(getattr(optimum_structprune, name)), name
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = optimum_structprune.nothing_such
+
+
+# Participles and adverbs that say nothing of what they stand for.
+RIDDLES = {*"alone apart aside asked beside given others rest said telling told way ways".split()}
+
+
+def test_names_say_what_they_stand_for():
+    riddles = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.FunctionDef):
+                names = [node.name, *(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))]
+            elif isinstance(node, ast.ClassDef):
+                names = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
+            riddles += [f"{'.'.join(parts(path))}:{node.lineno} {name}" for name in names if name in RIDDLES]
+    assert not riddles

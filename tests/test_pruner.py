@@ -138,7 +138,7 @@ def test_what_was_asked_and_what_was_removed_are_said(recwarn):
     with pytest.warns(UserWarning, match=said) as warned:
         far.prune_model(build("llama-untied"), tokenizer())
     assert {warning.filename for warning in warned} == {__file__}, "at the line that has called the package"
-    assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["asked"] == 0.1
+    assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["target"] == 0.1
 
 
 def test_pruners_resolve_by_method(monkeypatch):

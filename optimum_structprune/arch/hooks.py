@@ -51,15 +51,15 @@ def observe_products(
 
 
 @contextmanager
-def adding(module: nn.Module, noise: Tensor, alone: bool = False) -> Iterator[None]:
-    """Make a module add `noise` to every output that has the same number of elements, whatever its shape; or give the
-    noise `alone`.
+def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[None]:
+    """Make a module add `noise` to every output that has the same number of elements, whatever its shape; or
+    `replace` it by the noise.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if output.numel() != noise.numel():
             return None
-        return noise.reshape(output.shape).to(output) + (0 if alone else output)
+        return noise.reshape(output.shape).to(output) + (0 if replace else output)
 
     with module.register_forward_hook(hook):
         yield

@@ -262,10 +262,10 @@ def _given(args: Namespace, config_class: type) -> dict[str, Any]:
     }
 
 
-def _laid_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the given ones in their place; a mapping replaces only the keys that it has."""
+def _laid_over(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with new ones in their place; a mapping replaces only the keys that it has."""
     merged = dict(values)
-    for name, value in given.items():
+    for name, value in new.items():
         below = merged.get(name)
         merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged

@@ -67,7 +67,7 @@ def _prune_and_save(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The smaller model, saved, and its tokenizer."""
     config = pruner.config
-    with output.beside(OFFLOAD) as scratch:
+    with output.sibling(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         # None where no text is read, or where a pass takes much longer than elsewhere.
         tokens = 0 if config.stats or args.offload else config.num_samples * config.seq_length
@@ -105,7 +105,7 @@ def calibrate(args: Namespace) -> Result:
     config = pruning_config(args, sparsity=0.5)  # how much is removed plays no part, but a config has to say it
     loading = Loading.of(args, arch_file=config.arch_file)
     output = Output(args.output, args.overwrite, [args.model, *used_paths(config)])
-    with across_processes(), output.locked(), output.beside(OFFLOAD) as scratch:
+    with across_processes(), output.locked(), output.sibling(OFFLOAD) as scratch:
         output.check()
         loading.check(args.model, config, CALIBRATE)
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)

@@ -37,7 +37,7 @@ def check_push_arguments(args: Namespace) -> None:
 
 
 def pushed(args: Namespace, result: Result) -> Result:
-    """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside."""
+    """A result with the address that it was pushed to; unchanged where nothing is to be pushed."""
     if args.push_to_hub is None or result.code or not is_first_rank():
         return result
     url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
@@ -56,9 +56,9 @@ def recover_and_save(
     """What came of a training with the arguments of `recover`, once it is saved; a model that it made worse is saved
     beside the output, with the exit code `WORSE`, unless `--accept-worse` is given.
     """
-    aside, earlier = _beside(args.output, "worse"), _earlier_answers(args.model)
+    worse_folder, earlier = _beside(args.output, "worse"), _earlier_answers(args.model)
     if not args.accept_worse:
-        Output(aside, overwrite=True).check()  # before it is trained in vain
+        Output(worse_folder, overwrite=True).check()  # before it is trained in vain
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
@@ -75,11 +75,11 @@ def recover_and_save(
     check.ask("recovered", trained)
     report.answers = check.items(earlier)
     worse = report.worse and not args.accept_worse
-    target = aside if worse else args.output
+    target = worse_folder if worse else args.output
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
-        _say_worse(aside, args.output)
+        _say_worse(worse_folder, args.output)
         return Result(text, values, WORSE)
     if recovery.config.training["output_dir"] == (checkpoints := _beside(args.output, "checkpoints")):
         remove_checkpoints(checkpoints)
@@ -105,11 +105,11 @@ def _say_how_to_go_on(args: Namespace) -> None:
     sys.stderr.write(f"structprune: interrupted; go on with `{join([*words, '--resume'])}` and the same settings.\n")
 
 
-def _say_worse(aside: str, output: str) -> None:
+def _say_worse(worse_folder: str, output: str) -> None:
     if is_first_rank():
         sys.stderr.write(
-            f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
-            "other settings, or take it with --accept-worse.\n"
+            f"structprune: the trained model is worse, so it is in {worse_folder}, and {output} is as it was; train "
+            "it with other settings, or take it with --accept-worse.\n"
         )
 
 

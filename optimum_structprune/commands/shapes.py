@@ -11,7 +11,7 @@ from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.facts import given
+from ..record.facts import target_and_result
 from .arguments import pruning_config
 from .loading import Loading
 from .output import Result
@@ -72,6 +72,6 @@ def plan(args: Namespace) -> Result:
     gone = f"{outcome.sparsity:.1%} of the layers' parameters go"
     if config.sparsity is not None:
         counts = outcome.parameters
-        gone = given(config.sparsity, outcome.sparsity, 1 - counts.after / counts.before)
+        gone = target_and_result(config.sparsity, outcome.sparsity, 1 - counts.after / counts.before)
     head = f"{args.model}: {outcome.model_type}, {gone}"
     return Result(f"{head}\n{outcome}", outcome.to_dict())

@@ -58,13 +58,13 @@ def judge(
 ) -> dict[str, Judged]:
     """Texts of the dense tokenizer by domain, as the models read them."""
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
-    apart = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
-    return {text.domain.name: Judged(text.samples, models, readers, apart) for text in texts}
+    tokens_differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
+    return {text.domain.name: Judged(text.samples, models, readers, tokens_differ) for text in texts}
 
 
 class Judged:
     """Samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. Where the tokenizers
-    differ (`apart`), each reads their text with its own.
+    differ (`tokens_differ`), each reads their text with its own.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Judged:
         samples: Tensor,
         models: Mapping[str, PreTrainedModel],
         readers: Mapping[str, PreTrainedTokenizerBase],
-        apart: bool,
+        tokens_differ: bool,
     ):
-        self.samples, self.models, self.apart = samples, models, apart
+        self.samples, self.models, self.tokens_differ = samples, models, tokens_differ
         self.pair = [which for which in ("model", "dense") if which in models]
         self.passages = Passages([*samples], readers["dense"])
-        if not apart:
+        if not tokens_differ:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
         else:
             self.rows = {which: self.passages.rows(readers[which], model) for which, model in models.items()}
@@ -89,7 +89,7 @@ class Judged:
         divergence and the agreement, as far as the vocabularies allow.
         """
         models = [self.models[which] for which in self.pair]
-        if self.apart:
+        if self.tokens_differ:
             predicted = self.samples.shape[1] - 1
             losses = {which: row_losses(self.models[which], rows) / predicted for which, rows in self.rows.items()}
             return losses, closeness(models, *self.shared) if self.shared else None

@@ -44,7 +44,7 @@ class Measure:
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
     held-out samples. Perplexity is per token of the dense model's `tokenizer`. Where another will read the text
-    (`apart`, see `read_by`), the dense model is measured on the same text.
+    (`vocabulary_changes`, see `read_by`), the dense model is measured on the same text.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Measure:
         domains: Sequence[Domain],
         arch: ArchSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        apart: bool = False,
+        vocabulary_changes: bool = False,
     ):
         self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
         self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
@@ -62,7 +62,7 @@ class Measure:
         if tokenizer is not None and arch.causal:
             for texts, of in zip(self.texts, (self.heldout, self.probes), strict=True):
                 texts |= {name: Passages(rows, tokenizer) for name, rows in of.items()}
-            if apart:
+            if vocabulary_changes:
                 self.read_by(tokenizer, model)
         self.dense_figures = self._of_all(model, arch)
         chosen_by = self.probes if arch.causal else {}

@@ -115,13 +115,13 @@ class Run:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
-    def start(self, apart: bool = False) -> None:
-        """Measure the dense model, `apart` where tokens are to go (see `Measure`), and begin the records."""
+    def start(self, vocabulary_changes: bool = False) -> None:
+        """Measure the dense model, and begin the records; `vocabulary_changes` where tokens are to go."""
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
             domains, tokenizer = self.data.domains, self.dense_tokenizer
-            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart)
+            self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes)
         self.report.start(self.model, self.arch)
 
     def measure_anew(self) -> None:
@@ -175,7 +175,7 @@ class Run:
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
         if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so
-            self.report.asked = self.config.sparsity
+            self.report.target = self.config.sparsity
         self._note_unread()
 
     def _note_unread(self) -> None:

@@ -238,12 +238,12 @@ def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def given(asked: float, removed: float, of_model: float) -> str:
+def target_and_result(target: float, removed: float, of_model: float) -> str:
     """What was asked for and what came of it, as a warning where they are far apart."""
-    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters, which is {of_model:.1%} of all"
+    text = f"asked {target:.1%}, removed {removed:.1%} of the layers' parameters, which is {of_model:.1%} of all"
     return (
         f"warning: {text}; a smaller round_to or other targets may come nearer"
-        if misses_target(asked, removed)
+        if misses_target(target, removed)
         else text
     )
 
@@ -251,19 +251,19 @@ def given(asked: float, removed: float, of_model: float) -> str:
 def target_summary(report: Mapping[str, Any]) -> str:
     """What `given` says of a run, by its report."""
     counts = report["parameters"]
-    return given(report["asked"], report["sparsity"], 1 - counts["after"] / counts["before"])
+    return target_and_result(report["target"], report["sparsity"], 1 - counts["after"] / counts["before"])
 
 
-def misses_target(asked: float, removed: float) -> bool:
+def misses_target(target: float, removed: float) -> bool:
     """Whether what was removed is not what was asked for, by more than a tenth of it."""
-    return abs(removed - asked) > MOST_OFF * asked
+    return abs(removed - target) > MOST_OFF * target
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """What a report says beside its table: what was compared and tried, what a limit has stopped."""
     if report.get("changed"):
         yield f"warning: {CHANGED}"
-    if report.get("asked") is not None:
+    if report.get("target") is not None:
         yield target_summary(report)
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"

@@ -101,7 +101,7 @@ class Records:
         return next(filter(None, of_each), [])
 
     @property
-    def apart(self) -> bool:
+    def heldout_is_disjoint(self) -> bool:
         """Whether no document that was held out has had another use, as far as the manifest knows documents."""
         held, *used = (
             {document for entry in self.manifest.get("domains", ()) for document in entry.get(name, ())}

@@ -66,7 +66,7 @@ class Report(Record):
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
-    asked: float | None = None
+    target: float | None = None
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

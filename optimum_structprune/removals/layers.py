@@ -174,7 +174,7 @@ class Norm(NamedTuple):
                 behind.append(norm)
 
         for given in (noise, -noise):
-            with adding(module.get_submodule(name), given, alone=True), observe(module, may, see):
+            with adding(module.get_submodule(name), given, replace=True), observe(module, may, see):
                 outputs.append(source.output(layer, 0)[:1].float())
         change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
         weight = source.ranks.agreed((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))

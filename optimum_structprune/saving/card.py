@@ -49,7 +49,7 @@ class Dense:
     licence: Mapping[str, Any]
     language: Any = None
 
-    def said(self, model: Mapping[str, Any]) -> Dense:
+    def with_overrides(self, model: Mapping[str, Any]) -> Dense:
         """The same with the id and the licence that the user has named."""
         base, licence = model.get("base_model"), model.get("license")
         named = self if base is None else replace(self, name=base, base_model=base)
@@ -84,7 +84,7 @@ def model_card(
 ) -> str:
     """The model card of a result. Its sentences are in the template, which escapes all that it is handed as text."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
-    origin = Dense.of(records.dense or dense or "").said(records.details.model)
+    origin = Dense.of(records.dense or dense or "").with_overrides(records.details.model)
     kind = model_class(config, arch_file).__name__
     training = records.training or records.config.get("recovery") or {}
     causal, qualities = kind == "AutoModelForCausalLM", quality_tables(records) if records.report else ()
@@ -115,7 +115,7 @@ def model_card(
         answers=_answers(records),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
-        apart=records.apart,
+        heldout_is_disjoint=records.heldout_is_disjoint,
         training=records.recovery,
         learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
         version=__version__,

@@ -78,7 +78,7 @@ class Output:
             with self._locked():
                 self._check(need_bytes)
                 try:
-                    with self.beside(SAVING) as folder:
+                    with self.sibling(SAVING) as folder:
                         yield self._staging(folder)
                         self._swap(folder)
                 except Exception as error:
@@ -89,7 +89,7 @@ class Output:
                     ) from error
 
     @contextmanager
-    def beside(self, purpose: str) -> Iterator[Path]:
+    def sibling(self, purpose: str) -> Iterator[Path]:
         """A working folder beside the output, inside `locked`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.{purpose}.", dir=self.path.parent))

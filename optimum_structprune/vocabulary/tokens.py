@@ -54,7 +54,7 @@ class Spelling:
         """The byte tokens of a character, where the tokenizer has them."""
         return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace")) if self.bytes else ()
 
-    def alone(self, token: int) -> bool:
+    def is_irreplaceable(self, token: int) -> bool:
         """Whether nothing else can spell a token."""
         if self.bytes:
             return token in self.bytes
@@ -121,9 +121,9 @@ class ScoredSpelling(Spelling):
         self.longest = max(map(len, ids))
         self.lowest = min(range(len(self.scores)), key=self.scores.__getitem__)
 
-    def alone(self, token: int) -> bool:
+    def is_irreplaceable(self, token: int) -> bool:
         """Whether nothing else can spell a token, or what no token spells costs by its score."""
-        return token == self.lowest or super().alone(token)
+        return token == self.lowest or super().is_irreplaceable(token)
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
         """The best cut without the token, if that is not better than the token, which is then never read."""
@@ -206,7 +206,7 @@ class Vocabulary:
         for token in self._names.keys() - self._added:
             # Bytes in place of the mark of a space would be decoded to the mark.
             fixed = token == self._unknown or self._names[token] == SPACE or self.surface(token).strip() in DIGITS
-            if fixed or self._spelling.alone(token):
+            if fixed or self._spelling.is_irreplaceable(token):
                 always.add(token)
         for text in chats(self._tokenizer):
             always.update(self._tokenizer(text, verbose=False).input_ids)

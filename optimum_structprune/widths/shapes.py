@@ -186,10 +186,10 @@ def uniform_shapes(
 
 
 def _predicted(
-    rest: Mapping[str, int], finest: str, curves: Curves, resource: Resource, skipped: int, width: int
+    coarse_widths: Mapping[str, int], finest: str, curves: Curves, resource: Resource, skipped: int, width: int
 ) -> Predicted:
     """The predicted loss of a uniform shape without some layers, what it saves, and the layers that stay."""
-    widths = {**rest, finest: width}
+    widths = {**coarse_widths, finest: width}
     loss, saved = dict.fromkeys(curves.layers, 0.0), dict.fromkeys(curves.layers, 0.0)
     for (layer, name), curve in curves.units.items():
         removed = max(len(curve) - 1 - widths[name], 0)

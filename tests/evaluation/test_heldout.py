@@ -92,7 +92,7 @@ def test_a_run_is_measured_per_token_of_the_dense_tokenizer():
     other, renumbered = with_tokens(model, tokenizer(), ORDER)
     domains, arch = load_domains(config(max_perplexity_ratio=2.0, rounds=2), tokenizer()), describe(model)
     assert domains[0].probe is not None
-    measure, report = Measure(model, domains, arch, tokenizer(), apart=True), Report("llama", "obs")
+    measure, report = Measure(model, domains, arch, tokenizer(), vocabulary_changes=True), Report("llama", "obs")
     measure.read_by(renumbered, other)
     assert measure.ratios(other, arch) == pytest.approx({"a": 1, "b": 1}, rel=1e-6)
     measure.after(other, arch, report)

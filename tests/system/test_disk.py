@@ -212,7 +212,7 @@ import sys, time
 from optimum_structprune.system.disk import OFFLOAD, Output
 
 output = Output(sys.argv[1])
-with output.locked(), output.beside(OFFLOAD) as folder:
+with output.locked(), output.sibling(OFFLOAD) as folder:
     (folder / "weights").write_text("")
     print("held", flush=True)
     time.sleep(300)
@@ -259,13 +259,13 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, other):
 
 def test_one_run_saves_inside_its_own_lock_and_leaves_its_working_folders(tmp_path):
     output = Output(tmp_path / "out")
-    with output.locked(), output.beside(OFFLOAD) as scratch:
+    with output.locked(), output.sibling(OFFLOAD) as scratch:
         with Output(tmp_path / "out").staged() as folder:
             (folder / "model").write_text("mine")
         assert names(tmp_path) == sorted([".out.lock", scratch.name, "out"])
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model", LIST_NAME]
     output = Output(tmp_path / "new" / "deep" / "out")
-    with pytest.raises(RuntimeError, match="mine"), output.locked(), output.beside(OFFLOAD):
+    with pytest.raises(RuntimeError, match="mine"), output.locked(), output.sibling(OFFLOAD):
         assert len(names(output.path.parent)) == 2
         raise RuntimeError("mine")
     with pytest.raises(RuntimeError, match="mine"), output.staged():
@@ -348,7 +348,7 @@ def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, ca
     left = tmp_path / ".out.saving.abcd_123"  # another run may be at work in it
     left.mkdir()
     output = Output(tmp_path / "out")
-    with output.locked(), output.beside(SAVING) as folder:
+    with output.locked(), output.sibling(SAVING) as folder:
         assert "cannot be locked" in caplog.text
         assert {left.name, folder.name} <= {*names(tmp_path)}
     assert names(tmp_path) == [left.name]
