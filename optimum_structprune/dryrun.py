@@ -22,9 +22,9 @@ from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
+from .pruning.run import large_vocabulary
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
-from .vocabulary.choose import large_vocabulary
 from .widths.budget import biased_spaces, widths_of
 from .widths.kernels import lost_kernels
 

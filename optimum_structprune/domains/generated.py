@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..arch.meta import is_quantized, positions_of, predicts_next
+from ..arch.meta import positions_of, predicts_next
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
@@ -30,7 +30,6 @@ from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
-from ..system.offloading import is_offloaded
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import stage
 from .packing import tokenize_with_prefix
@@ -92,12 +91,6 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
                 "themselves or are unlikely; use other text for this model."
             )
         yield from documents
-
-
-def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
-    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and predicts_next(model)
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import is_quantized, predicts_next
 from ..config.domains import DomainConfig, Reiterable, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
-from .generated import can_write, self_documents
+from ..system.offloading import is_offloaded
+from .generated import self_documents
 from .manifest import Manifest
 from .packing import (
     DOCUMENTS_PER_CALL,
@@ -304,3 +306,9 @@ class RecentText:
             f"calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has shown "
             f"{len(self)} so far; start later, lower seq_length, or use calibration='domains'."
         )
+
+
+def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
+    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
+    return in_memory and predicts_next(model)

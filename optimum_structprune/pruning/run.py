@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.meta import dequantized, is_quantized
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
@@ -28,6 +28,8 @@ from .measure import Measure
 
 
 logger = logging.getLogger(__name__)
+# A vocabulary is large where its rows are more than this share of a model.
+LARGE_VOCABULARY = 0.2
 # The kinds of step inside the layers: all at once, in rounds, and in rounds within a limit. Those before are named as
 # the spaces.
 UNITS = "units"
@@ -180,12 +182,12 @@ class Run:
 
     def _note_unread(self) -> None:
         """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
-        from ..vocabulary.choose import large_vocabulary, token_shares, unread
-        from ..vocabulary.tokens import Vocabulary
-
         space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
         if self.counted or self.tokenizer is None or space is None or self.data.statistics is not None:
             return
+        from ..vocabulary.choose import token_shares, unread
+        from ..vocabulary.tokens import Vocabulary
+
         with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
             vocabulary = Vocabulary.of(self.tokenizer)
             tokens = unread(vocabulary, token_shares(self.data.domains, vocabulary.size))
@@ -224,3 +226,10 @@ def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
         raise InPlaceError(reason)
 
     model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
+    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
+    return next(
+        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
+    )

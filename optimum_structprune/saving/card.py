@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
-from ..arch.nemotron_nas import CODE
 from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
@@ -32,6 +31,8 @@ from ..written import replace_text, written_files
 from .page import quality_tables, warn_on_error
 
 
+# The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
+NEMOTRON_NAS_CODE = "configuration_nemotron_nas.py"
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
 MOST_SHOWN = 200  # characters of a question or an answer
 # The line of the snippet that names the model.
@@ -101,7 +102,7 @@ def model_card(
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         chats=(folder / "chat_template.jinja").is_file(),
         heterogeneous=config.get_text_config().is_heterogeneous,
-        nemotron_nas=(folder / CODE.name).is_file(),
+        nemotron_nas=(folder / NEMOTRON_NAS_CODE).is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
         architecture=gguf_architecture(config),
         by_layer=gguf_architecture(config) in BY_LAYER.values(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
-from ..arch.spec import VOCAB, ArchSpec, Space, Widths
+from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
@@ -32,8 +32,6 @@ GUESSED = 3.0
 ALIKE = 1000
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
-# A vocabulary is large where its rows are more than this share of a model.
-MUCH = 0.2
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
 
@@ -210,11 +208,6 @@ def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) 
     guess = number**-1 if predicted is None else evidence**0.6 * number**-0.5
     guess = guess * _by_script(vocabulary, evidence) ** 0.5
     return shares.double() + GUESSED * guess / guess.sum()
-
-
-def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
-    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > MUCH * parameters), None)
 
 
 def unread(vocabulary: Vocabulary, shares: Tensor) -> int:

@@ -9,7 +9,7 @@ from models import build, config, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.domains import generated
-from optimum_structprune.domains.generated import can_write, texts_of, with_written_text
+from optimum_structprune.domains.load import can_write, texts_of, with_written_text
 
 
 TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
