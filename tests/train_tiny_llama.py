@@ -1,4 +1,4 @@
-"""Makes the trained model in `tiny_llama`: `python tests/train_tiny.py FOLDER`, some minutes on one core.
+"""Makes the trained model in `tiny_llama`: `python tests/train_tiny_llama.py FOLDER`, some minutes on one core.
 
 It reads the package's own texts (`optimum_structprune/domains/texts` and the word problems), so the weights have the
 licence of the project. Another processor or version of torch gives other bits, which is why the weights are kept.
