@@ -13,7 +13,7 @@ demo: .venv/.demo ## prune a real SmolLM2-135M end to end and show the result
 # puts what takes long first.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-SMOKE := tests/config tests/method/test_shrink.py tests/saving/test_hub.py
+SMOKE := tests/config tests/method/test_shrink.py tests/saving/test_save.py
 
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
 	$(PYTEST) -q -x -m "not (slow or nightly)" $(SMOKE)

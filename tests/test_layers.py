@@ -204,3 +204,34 @@ def test_names_say_what_they_stand_for():
                 names = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
             riddles += [f"{'.'.join(parts(path))}:{node.lineno} {name}" for name in names if name in RIDDLES]
     assert not riddles
+
+
+def test_files_that_text_names_exist():
+    """In docs, comments and the Makefile, by their last folder and name at least; `LOG.md` tells of other days."""
+    root = PACKAGE.parent
+    folders = (root / name for name in (PACKAGE.name, "tests", "examples", "docs", ".ci", ".github"))
+    files = [*root.glob("[A-Z]*"), *(path for folder in folders for path in folder.rglob("*"))]
+    known = [f"/{path.relative_to(root)}" for path in files]
+    for path in files:
+        if (
+            path.suffix in (".py", ".md", ".yaml", ".yml", ".sh") and path.name != "LOG.md"
+        ) or path.stem == "Makefile":
+            for name in re.findall(r"(?<![\w/.{}$\"'*-])((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|md|sh))\b", path.read_text()):
+                exists = (path.parent / name).exists() or any(file.endswith(f"/{name}") for file in known)
+                assert exists or name.startswith("modelopt/"), f"{path.relative_to(root)} names {name}"
+
+
+def test_names_that_docstrings_send_one_to_exist():
+    """What `see` is followed by, where it is a function or a value of ours, by its module or alone."""
+    modules = {part for path in PACKAGE.rglob("*") for part in path.name.split(".")}
+    names = set(modules)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    for path in FILES:
+        for name in re.findall(r"\bsee\s+(?:#\s+)?`([a-z_]+(?:\.[a-z_]+)*)`", path.read_text()):
+            *above, last = name.split(".")
+            assert last in names and modules.issuperset(above), f"{'.'.join(parts(path))}: see {name}"

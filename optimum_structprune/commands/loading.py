@@ -54,7 +54,7 @@ class Loading:
 
     @classmethod
     def of(cls, args: Namespace, **others: Any) -> Loading:
-        """What the flags of `add_loading_arguments` say, and values of a config."""
+        """What the flags of a command say, and values of a config."""
         given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
         return cls(**{**given, **others})
 

@@ -115,7 +115,7 @@ class StructPruneConfig(Serialisable):
         seq_length: The number of tokens in a sample.
         batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
         damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix. It is
-            twice as strong where there are 20 tokens per column, and so on; see `calibration.linalg.ridge_strength`.
+            twice as strong where there are 20 tokens per column, and so on; see `method.linalg.ridge_strength`.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
         holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.

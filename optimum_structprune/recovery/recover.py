@@ -163,7 +163,7 @@ class Recovery:
             model: The recovered model, or the adapter on the pruned one.
             save_directory: The folder to write to; it appears only after the result has been read back.
             tokenizer: The tokenizer that is saved beside the model.
-            overwrite: Whether a folder that exists is replaced, see `check_target`.
+            overwrite: Whether a folder that exists is replaced.
 
         Raises:
             StructPruneError: If the folder exists, nothing was trained, the tokenizer has other tokens than the one

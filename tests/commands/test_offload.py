@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys
 
 @pytest.mark.parametrize(("case", "flags"), [("llama-bias", ("--dtype", "bfloat16")), ("phi3", ("--skip-layer", "0"))])
 def test_it_gives_what_pruning_in_memory_gives(desk, tmp_path, case, flags):
-    """More models and settings: `pruning/test_offloading.py`."""
+    """More models and settings: `sources/test_offloaded.py`."""
     build(case).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     tokenizer().save_pretrained(tmp_path / "model")
     for out, offload in (("memory", None), ("disk", "disk")):
