@@ -8,7 +8,7 @@ import torch
 from models import build, config, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.domains import generated
+from optimum_structprune.domains import generated, load
 from optimum_structprune.domains.load import can_write, texts_of, with_written_text
 
 
@@ -83,7 +83,7 @@ def test_who_cannot_write_reads_no_more(writer, monkeypatch):
     model, reader = writer
     assert can_write(model, reader) and not can_write(model, None)
     assert not can_write(build("bert"), reader) and not can_write(build("t5"), reader)
-    monkeypatch.setattr(generated, "is_offloaded", lambda model: True)
+    monkeypatch.setattr(load, "is_offloaded", lambda model: True)
     assert not can_write(model, reader)
 
 
