@@ -7,6 +7,7 @@ from pathlib import Path
 
 import golden
 import pytest
+import torch
 from helpers import on_two_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,12 +17,18 @@ from optimum_structprune import StructPruneConfig, StructPruner
 
 pytestmark = pytest.mark.slow
 KNOWN = json.loads(golden.FILE.read_text())
+# Another torch may sum in another order, and a processor of another kind has other instructions.
+known_bits = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13.") or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason=f"the bits are known of torch 2.13 on x86 with AVX2, not of torch {torch.__version__} here",
+)
 # A default pruning that is saved runs through so many files and named functions at most, and an import of the pruner
 # loads so many modules of the package; these numbers only fall.
 MOST_FILES, MOST_FUNCTIONS = 63, 563
 MOST_MODULES = 78
 
 
+@known_bits
 def test_plans_and_weights_are_known_to_the_bit():
     assert golden.portable([]) == {name: KNOWN[name] for name in golden.RUNS}
 
@@ -43,6 +50,7 @@ dist.destroy_process_group()
 """
 
 
+@known_bits
 def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     for variable, value in golden.PORTABLE.items():
         monkeypatch.setenv(variable, value)
