@@ -21,7 +21,7 @@ from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
-from .pruning.room import Need, memory_need
+from .pruning.room import Need, Text, Workload
 from .pruning.run import large_vocabulary
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
@@ -199,6 +199,7 @@ def dry_run(
         values = cached_values(model, arch)
         return None if values is None else values * dtype.itemsize
 
+    work = Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config, dense))
     counts_operations = cost and not why_not_counted(dense, arch)
     return DryRun(
         model_type=arch.model_type,
@@ -210,7 +211,7 @@ def dry_run(
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
-        need=memory_need(config, arch, dense, widths, offload=offload) if cost else None,
+        need=work.need(offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),

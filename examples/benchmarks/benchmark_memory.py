@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning.room import memory_need
+from optimum_structprune.pruning.room import Text, Workload
 
 
 def run(args: Namespace) -> None:
@@ -29,7 +29,8 @@ def run(args: Namespace) -> None:
     model = model.eval().to(getattr(torch, args.dtype))
     config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
     inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    found = memory_need(config, describe(model), model, dict(config.widths or {}), inputs)
+    widths, text = dict(config.widths or {}), Text.of(config, inputs)
+    found = Workload(config, describe(model), model, widths, model.dtype.itemsize, text).need()
     before = resident("VmRSS")
     reset_high_water_mark()
     StructPruner(config).prune_model(model, inputs=inputs, inplace=True)

@@ -1,5 +1,6 @@
 """What a pruning needs at its peak is what it then takes, and grows with what it is made of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import room
-from optimum_structprune.pruning.room import ERROR, memory_need, with_batch_size
+from optimum_structprune.pruning.room import ERROR, Text, Workload, largest_estimated, with_batch_size
 from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.widths.budget import widths_of
 
 
 STATUS = Path("/proc/self/status")
@@ -25,9 +27,9 @@ def llama(wide=3072):
     return LlamaConfig(vocab_size=64, intermediate_size=wide, **sizes)
 
 
-def need_of(config, model_config, inputs=None, **places):
+def work_of(config, model_config, inputs=None, itemsize=4):
     model = meta_model(model_config)
-    return memory_need(config, describe(model), model, config.widths, inputs, **places)
+    return Workload(config, describe(model), model, config.widths, itemsize, Text.of(config, model, inputs))
 
 
 def half(wide=3072, **fields):
@@ -45,7 +47,7 @@ def test_the_peak_is_what_a_run_takes():
     model = LlamaForCausalLM(llama(wide)).eval()
     inputs = {name: torch.randint(64, (6, 64)) for name in "ab"}
     prune_model(LlamaForCausalLM(llama(64)), half(64), inputs=inputs)  # brings in what every run imports
-    expected = need_of(half(wide), model.config, inputs)
+    expected = work_of(half(wide), model.config, inputs).need()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     prune_model(model, half(wide), inputs=inputs, inplace=True)
@@ -57,17 +59,31 @@ def test_the_peak_is_what_a_run_takes():
 def test_layers_that_are_offloaded_do_not_count():
     dense = llama()
     dense.num_hidden_layers = 8
-    inside, disk, cpu = (need_of(half(), dense, offload=place) for place in (None, "disk", "cpu"))
-    assert disk.weights < inside.weights / 3 and disk.hidden == 0 < inside.hidden
-    assert inside.host == 0 < disk.host < cpu.host
+    work = work_of(half(), dense)
+    inside, host = work.need(), [work.need(place).host for place in ("disk", "cpu")]
+    away = work.need("disk")
+    assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
+    assert 0 < host[0] < host[1] and inside.host == 0
 
 
-def test_rounds_feedback_and_fewer_processes_take_more():
-    base = need_of(half(), llama())
+def test_without_gram_matrices_the_need_is_linear_in_the_width():
+    def working(wide, **fields):
+        return work_of(half(wide, **fields), llama(wide)).need().working
+
+    small, large, larger = (working(wide, criterion="wanda", refit="none") for wide in (4096, 8192, 16384))
+    assert larger - large == pytest.approx(2 * (large - small), rel=0.01)
+    assert working(16384) - working(8192) > 3 * (working(8192) - working(4096))
+
+
+def test_more_domains_batches_rounds_and_feedback_take_more():
+    def found(itemsize=4, **fields):
+        return work_of(half(**fields), llama(), itemsize=itemsize).need()
+
+    base = found()
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
-    assert need_of(half(error_feedback=0), llama()).hidden * 3 == base.hidden * 2
-    assert need_of(half(rounds=2), llama()).weights > base.weights
-    assert need_of(half(), llama(), processes=2).hidden * 2 == base.hidden
+    assert found(error_feedback=0).hidden * 3 == base.hidden * 2
+    assert found(rounds=2).weights > base.weights and found(itemsize=2).weights * 2 == base.weights
+    assert work_of(half(), llama()).need(processes=2).hidden * 2 == base.hidden
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -121,11 +137,11 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
         if len(samples) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(room, "MAX_BATCH", 8)
+    monkeypatch.setattr(room, "MOST", 8)
     monkeypatch.setattr(room, "free_bytes", lambda device: None)
     monkeypatch.setattr(room, "run_model", run)
     found = with_batch_size(data, arch, model, {"mlp": 24}).batch_size
-    assert sizes[0] == room.MAX_BATCH and found == sizes[-1] <= 5
+    assert sizes[0] == room.MOST and found == sizes[-1] <= 5
     monkeypatch.setattr(
         room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
@@ -134,17 +150,16 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch):
-    def above(size):
-        settings = config(domains=text, num_samples=40, batch_size=size)
-        return memory_need(settings, arch, model, {"mlp": 24}).above * (1 + ERROR)
+def test_the_estimate_fits_and_twice_as_much_would_not(share, text):
+    model, settings = build("llama-tied"), config(domains=text, num_samples=64, seq_length=512, batch_size="auto")
+    arch = describe(model)
+    work = Workload(settings, arch, model, widths_of(settings, arch, model), 4, Text.of(settings, model))
 
-    monkeypatch.setattr(room, "MAX_BATCH_ON_CPU", 16)
-    data, arch, model = data_on("cpu", text, monkeypatch)
+    def above(size):
+        return replace(work, text=work.text._replace(batch=size)).need().above * (1 + ERROR)
+
     free = int(above(1) + share * (above(16) - above(1)))
-    for found, least, most in ((free, 1, 16), (None, 16, 16), (0, 1, 1)):
-        monkeypatch.setattr(room, "free_bytes", lambda device: found)  # noqa: B023
-        size = with_batch_size(data, arch, model, {"mlp": 24}).batch_size
-        assert least <= size <= most
-        if found:
-            assert above(size) <= free and (size == 16 or above(2 * size) > free)
+    size = largest_estimated(work, 64, free, False)
+    assert above(size) <= free < above(2 * size) or size == 64
+    assert largest_estimated(work, 64, None, False) == 64
+    assert largest_estimated(work, 64, 0, False) == 1
