@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
     model = model.eval().to(getattr(torch, args.dtype))
     config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
     inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    widths, text = dict(config.widths or {}), Text.of(config, inputs)
+    widths, text = dict(config.widths or {}), Text.of(config, model, inputs)
     found = Workload(config, describe(model), model, widths, model.dtype.itemsize, text).need()
     before = resident("VmRSS")
     reset_high_water_mark()

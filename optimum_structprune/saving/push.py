@@ -48,6 +48,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             or the repository is public and should be private.
     """
     files = _result_files(folder)
+    if CARD in files and not _is_text(files[CARD]):
+        raise StructPruneError(f"{files[CARD]} is no UTF-8 text, which the Hub takes as a card; save it as such.")
     later = f'push_to_hub("{folder}", "{repo_id}") in Python pushes it later'
     with _refusals(repo_id, f"The result is complete in {folder}; {later}."):
         api = _api(repo_id, token)
@@ -68,6 +70,14 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message="Upload a pruned model")
     return str(url)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check_push(repo_id: str) -> None:

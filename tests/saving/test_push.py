@@ -13,7 +13,7 @@ from threading import Thread
 import huggingface_hub.constants as constants
 import pytest
 from helpers import contents, put_into, save_desk, user_files, write_texts
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -180,13 +180,26 @@ def test_what_is_not_of_the_result_stays_at_home(run, hub, tmp_path):
     assert files["README.md"] == b"my own words" and hub.repos["ann/copy"]["commits"] == 2
 
 
+def is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example({"README.md": b"\x80"})
 @given(user_files())
 def test_a_push_uploads_what_was_written_with_the_result_and_nothing_else(run, hub, files):
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(run[1], Path(place, "copy"))
         put_into(copy, files)
         hub.repos.clear()
+        if not is_text(files.get("README.md", b"")):
+            with pytest.raises(StructPruneError, match="README.md is no UTF-8 text"):
+                push_to_hub(copy, "ann/copy")
+            return
         push_to_hub(copy, "ann/copy")
     uploaded, written = hub.repos["ann/copy"]["files"], contents(run[1])
     assert uploaded.keys() == written.keys()
