@@ -215,7 +215,7 @@ def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPrun
     """The `StructPruneConfig` of the file, if any, with the flags laid over it."""
     from ..config.pruning import AMOUNTS, StructPruneConfig
 
-    given = _given(args, StructPruneConfig)
+    given = _values_of_flags(args, StructPruneConfig)
     if getattr(args, "recover", False):
         given.setdefault("recovery", {})
     values = _file(args)
@@ -231,7 +231,7 @@ def recovery_config(args: Namespace) -> RecoveryConfig:
     """The `RecoveryConfig` of the file, if any, with the flags laid over it."""
     from ..config.recovery import RecoveryConfig
 
-    return RecoveryConfig.from_dict(_laid_over(_file(args), _given(args, RecoveryConfig)))
+    return RecoveryConfig.from_dict(_laid_over(_file(args), _values_of_flags(args, RecoveryConfig)))
 
 
 def by_flag(error: StructPruneError, args: Namespace) -> str:
@@ -253,7 +253,7 @@ def _file(args: Namespace) -> dict[str, Any]:
     return dict(read_yaml(args.config)) if args.config else {}
 
 
-def _given(args: Namespace, config_class: type) -> dict[str, Any]:
+def _values_of_flags(args: Namespace, config_class: type) -> dict[str, Any]:
     """The fields for which a flag was given; repeated pairs are a mapping."""
     given = {field.name: getattr(args, field.name) for field in fields(config_class) if hasattr(args, field.name)}
     return {

@@ -53,10 +53,10 @@ class Loading:
     offload: str | None = None
 
     @classmethod
-    def of(cls, args: Namespace, **others: Any) -> Loading:
+    def of(cls, args: Namespace, **values: Any) -> Loading:
         """What the flags of a command say, and values of a config."""
         given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-        return cls(**{**given, **others})
+        return cls(**{**given, **values})
 
     def __post_init__(self) -> None:
         self.device = usable_device(self.device)

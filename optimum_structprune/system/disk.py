@@ -274,12 +274,12 @@ def identity(path: str | Path) -> tuple[int, ...]:
 def unchanging(name: str | Path) -> Iterator[None]:
     """Refuse what was read inside `with` if the weights in the folder of this name were replaced meanwhile."""
 
-    def found() -> dict[Path, tuple[int, ...]]:
+    def identities() -> dict[Path, tuple[int, ...]]:
         return {path: identity(path) for path in Path(name).glob("*.safetensors")}
 
-    before = found()
+    before = identities()
     yield
-    if found() != before:
+    if identities() != before:
         raise StructPruneError(f"{name} was written to while this run read it; run it again.")
 
 
