@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from accelerate.utils import convert_to_fp32, recursively_apply
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -68,16 +70,29 @@ def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[
 @contextmanager
 def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Make layers return the given outputs, one each, without running."""
+    with _replaced(layers, [lambda *args, output=output, **kwargs: output for output in outputs]):
+        yield
+
+
+@contextmanager
+def skipping(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Make layers return the hidden states that they are called with, without running."""
+    with _replaced(layers, [lambda *args, **kwargs: hidden_states_of(args, kwargs)] * len(layers)):
+        yield
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     # A hook cannot keep a layer from running, so `forward` is replaced. Accelerate may have put its own there.
     before = [vars(layer).get("forward") for layer in layers]
-    for layer, output in zip(layers, outputs, strict=True):
-        vars(layer)["forward"] = lambda *args, output=output, **kwargs: output
+    for layer, forward in zip(layers, forwards, strict=True):
+        vars(layer)["forward"] = forward
     try:
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
+        for layer, former in zip(layers, before, strict=True):
             del vars(layer)["forward"]
-            vars(layer).update({} if forward is None else {"forward": forward})
+            vars(layer).update({} if former is None else {"forward": former})
 
 
 @contextmanager
@@ -102,6 +117,57 @@ def cached_outputs(
 
     with intercept([layer, *map(layer.get_submodule, names)], before, after):
         yield
+
+
+def is_emulated(weight: Tensor) -> bool:
+    """Whether the CPU has no instructions for products of the dtype of a weight, which then take several times as long
+    as in fp32. Only oneDNN knows; without it the answer is no.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # On x86 with AVX-512, oneDNN takes bf16 whether or not it has to emulate it.
+    x86, bf16 = torch.cpu._is_avx2_supported(), getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+    return weight.dtype == torch.bfloat16 and not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and (bf16 or not x86))
+
+
+@contextmanager
+def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have the weights of each of `modules` in fp32 while it runs, where their own dtype is emulated. One of them is
+    in memory twice at a time; its outputs have its own dtype.
+    """
+    stored: list[tuple[Tensor, Tensor]] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for tensor in filter(is_emulated, (*module.parameters(), *module.buffers())):
+            stored.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+        return convert_to_fp32((args, kwargs)) if stored else None
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not stored:
+            return None
+        dtype = stored[0][1].dtype
+        restore()
+        return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_fp32)
+
+    def restore() -> None:
+        while stored:
+            tensor, tensor.data = stored.pop()
+
+    with ExitStack() as stack:
+        stack.callback(restore)
+        for module in modules:
+            if any(map(is_emulated, module.parameters())):
+                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                # In front of the other hooks, so that they see what the next module gets.
+                stack.enter_context(module.register_forward_hook(leave, prepend=True))
+        yield
+
+
+def _is_fp32(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 @contextmanager

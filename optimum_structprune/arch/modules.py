@@ -26,6 +26,15 @@ def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
     return [layer for path, _ in arch.stacks for layer in _layers_at(model, path)]
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that most of the work of a model is done in, one after the other: its layers, and its head."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = [layer for name in outer for layer in model.get_submodule(name).children()]
+    return layers if head is None else [*layers, head]
+
+
 def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
     """Replace the layers of a model that has a single list of layers; the new list may be shorter."""
     modules = _layers_at(model, arch.layer_path)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.hooks import in_fast_dtype
+from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from .metrics import input_device
@@ -60,7 +62,8 @@ def continued(
     padding = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with generating(model, **settings, pad_token_id=padding, eos_token_id=ends or None):
+    settings = {**settings, "pad_token_id": padding, "eos_token_id": ends or None}
+    with generating(model, **settings), in_fast_dtype(blocks(model)):
         generate: Any = model.generate
         output = generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(listeners))
     texts = output[:, longest:].tolist()

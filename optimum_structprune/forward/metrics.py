@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
@@ -257,7 +258,12 @@ def _next_token_logits(model: Any, ids: Tensor, plain: bool) -> Iterator[Tensor]
         return
     head = model.get_output_embeddings()
     for hidden in run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE):
-        yield head(hidden.to(head.weight.device))
+        yield _head_logits(head, hidden)
+
+
+def _head_logits(head: Any, hidden: Tensor) -> Tensor:
+    with in_fast_dtype([head]):
+        return head(hidden.to(head.weight.device))
 
 
 def _plain(model: Any, ids: Tensor) -> bool:
@@ -272,7 +278,7 @@ def _plain(model: Any, ids: Tensor) -> bool:
     hidden = run_model(base, ids)[0]
     if hidden.shape[-1] != head.weight.shape[-1]:
         return False
-    return torch.equal(head(hidden.to(head.weight.device)), run_model(model, ids).logits)
+    return torch.equal(_head_logits(head, hidden), run_model(model, ids).logits)
 
 
 def _closeness(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,13 @@ from ..arch.hooks import (
     cached_outputs,
     first_of,
     hidden_states_of,
+    in_fast_dtype,
     intercept,
     observe_products,
     replaying,
+    skipping,
 )
-from ..arch.modules import layer_list
+from ..arch.modules import blocks, layer_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from .calibrate import Moments
@@ -114,17 +116,24 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     # Accelerate takes inputs on the CPU where it has put weights on the meta device.
     ids = ids.to("cpu" if device.type == "meta" else device, model.dtype if ids.is_floating_point() else None)
     if config.is_encoder_decoder:
-        return model(ids, decoder_input_ids=ids, use_cache=False, **options)
-    return model(ids, **({"use_cache": False} if hasattr(config.get_text_config(), "use_cache") else {}), **options)
+        options |= {"decoder_input_ids": ids, "use_cache": False}
+    elif hasattr(config.get_text_config(), "use_cache"):
+        options |= {"use_cache": False}
+    with in_fast_dtype(blocks(model)):
+        return model(ids, **options)
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
-    """The hidden states that enter the first layer, and how the model calls its layers, all of them if `whole`.
+def capture(
+    model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool, plain: bool = False
+) -> tuple[Tensor, list[Call], bool]:
+    """The hidden states that enter the first layer, how the model calls its layers, all of them if `whole`, and
+    whether layers return hidden states alone. Where that is known to be so, as `plain` says, they do not run.
 
     The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
     seq_length)`, the hidden states `(batch, seq_length, channels)`; there is one call per layer that was recorded.
     """
+    layers, alone = layer_list(model, arch), True
     first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
@@ -142,14 +151,16 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
             raise StopForward
 
     def after(index: int, output: Any) -> None:
+        nonlocal alone
+        alone = alone and isinstance(output, Tensor)
         outputs[:] = [first_of(output)]
 
-    with intercept(layer_list(model, arch), before, after):
+    with skipping(layers if plain else []), intercept(layers, before, after):
         try:
             run_model(model, ids)
         except StopForward:
             pass
-    return first[0], calls
+    return first[0], calls, alone
 
 
 class InMemory:
@@ -197,14 +208,14 @@ class InMemory:
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
         self.cache: dict[str, dict[int, Any]] = {}
+        *self.few, plain = capture(model, arch, batches[0].ids[:1, :FEW], True)
         for batch in batches:
             size = len(batch.ids)
-            hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
+            hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, plain)
             recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
             self.hidden.append(self._kept(hidden))
-        self.few = capture(model, arch, batches[0].ids[:1, :FEW], True)
         self.dense = list(self.hidden)
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
@@ -222,7 +233,8 @@ class InMemory:
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
-        output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+        with in_fast_dtype([module]):
+            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
         self.extras[layer] = output[1:] if isinstance(output, tuple) else None
         return first_of(output)
 
@@ -245,6 +257,8 @@ class InMemory:
         axes = {self._local(layer, axis.module): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
+        parts = self._parts_to_cache(layer)
+        self.cache = {name: self.cache[name] for name in self.cache if name in parts and name not in self.changed}
         out = self.hidden[0].shape[-1]
         for domain in range(self.num_domains):
             moments = {
@@ -253,7 +267,8 @@ class InMemory:
             }
             for index, batch in enumerate(self.batches):
                 if batch.domain == domain:
-                    self._observe(layer, index, moments, paths)
+                    with self._caching(layer, index, parts):
+                        self._observe(layer, index, moments, paths)
             for name, axis in axes.items():
                 if not self.ranks.sum_(moments[name]).count:
                     raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
@@ -272,7 +287,7 @@ class InMemory:
             else:
                 waiting.append((name, x, product))
 
-        with observe_products(self.module(layer), moments, see), self._caching(layer, index):
+        with observe_products(self.module(layer), moments, see):
             output = self.output(layer, index)
         if self.fixed:
             self.outputs[index] = self._kept(output)
@@ -364,22 +379,26 @@ class InMemory:
         """The module of a layer, looked up anew each time, since a layer is replaced when it shrinks."""
         return layer_list(self.model, self.arch)[layer]
 
-    def _caching(self, layer: int, index: int) -> AbstractContextManager[None]:
-        """Keep what the parts of a layer give for one batch in front of the pruned parts."""
+    def _parts_to_cache(self, layer: int) -> list[str]:
+        """The parts of a layer that are large or change, whose outputs are kept where they run in front of all that
+        change; none where outputs are not to be kept.
+        """
         module = self.module(layer)
-        parts, total = dict(module.named_children()), sum(each.numel() for each in module.parameters())
-        self.cache = {name: outputs for name, outputs in self.cache.items() if name not in self.changed}
+        parts = dict(module.named_children())
         # A hook cannot see when the layer uses a parameter of no part.
         if self.fixed or not self.changed <= set(parts):
-            self.cache = {}
-            return nullcontext()
+            return []
         sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
-        large = [name for name in parts if name in self.changed or sizes[name] >= CACHED_SHARE * total]
+        least = CACHED_SHARE * sum(each.numel() for each in module.parameters())
+        return [name for name in parts if name in self.changed or sizes[name] >= least]
+
+    def _caching(self, layer: int, index: int, parts: Sequence[str]) -> AbstractContextManager[None]:
+        """Keep what the parts of a layer give for one batch in front of the pruned parts."""
 
         def keep(name: str, output: Any) -> None:
             self.cache.setdefault(name, {})[index] = output
 
-        return cached_outputs(module, large, self.changed, keep, self.keep_on)
+        return cached_outputs(self.module(layer), parts, self.changed, keep, self.keep_on) if parts else nullcontext()
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden if self.keep_on is None else hidden.to(self.keep_on)
