@@ -153,8 +153,9 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
         return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_fp32)
 
     def restore() -> None:
-        while stored:
-            tensor, tensor.data = stored.pop()
+        for tensor, data in stored:
+            tensor.data = data
+        stored.clear()
 
     with ExitStack() as stack:
         stack.callback(restore)

@@ -208,7 +208,8 @@ class InMemory:
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
         self.cache: dict[str, dict[int, Any]] = {}
-        *self.few, plain = capture(model, arch, batches[0].ids[:1, :FEW], True)
+        hidden, calls, plain = capture(model, arch, batches[0].ids[:1, :FEW], True)
+        self.few = hidden, calls
         for batch in batches:
             size = len(batch.ids)
             hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, plain)
