@@ -36,7 +36,9 @@ TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.m
 # Pages whose outputs are those of today: the same lines and words, whatever the numbers.
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # Notes that depend on the size of the model.
-BY_SIZE = re.compile("tokens have # of|has no GPTQ|has no llama|errs|loops|were calibrated on")
+BY_SIZE = re.compile(
+    "verdict: |^# smaller; |answers to # short|tokens have # of|has no GPTQ|has no llama|errs|loops|were calibrated on"
+)
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",

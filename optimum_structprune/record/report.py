@@ -16,6 +16,7 @@ from .answers import Items, remark
 from .details import Details
 from .facts import as_text, facts_of, perplexity_facts, remarks
 from .plan import Plan
+from .verdict import verdict
 
 
 REPORT_NAME = "report.json"
@@ -118,7 +119,8 @@ class Report(Record):
         return {**values, "sparsity": self.sparsity}
 
     def __str__(self) -> str:
-        """Widths, parameters and perplexity per domain, as a table, and what else there is to say."""
+        """Widths, parameters and perplexity per domain, as a table, what else there is to say, and a verdict."""
         values = self.to_dict()
         lines = [as_text(facts_of(values)), *remarks(values), *([remark(self.answers)] if self.answers else [])]
-        return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
+        recovery = [] if self.recovery is None else ["", str(self.recovery)]
+        return "\n".join([*lines, *recovery, *verdict(values)])

@@ -1,0 +1,67 @@
+"""A verdict follows the known good and bad results, and nothing that gets worse makes it better."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_structprune.record.verdict import LAST, RULES, verdict
+
+
+ADVICE = [*(rule.advice for rule in RULES), LAST]
+
+
+def answer(right: bool, loops: bool = False) -> dict:
+    return {"text": "", "right": right, "loops": loops, "stopped": True}
+
+
+def report(ratios, kept=16, dense=16, loops=0, asked=16) -> dict:
+    """The report of a run after which so many of the dense model's right answers are still right."""
+    items = [
+        {"answers": {"dense": answer(n < dense), "pruned": answer(n < kept, loops=asked - n <= loops)}}
+        for n in range(asked)
+    ]
+    return {
+        "parameters": {"before": 100, "after": 90},
+        "perplexity": {f"kind {n}": {"before": 10.0, "after": 10.0 * ratio} for n, ratio in enumerate(ratios)},
+        "answers": items,
+    }
+
+
+def level(of) -> int:
+    line = verdict(of)[-1]
+    return next(n for n, advice in enumerate(ADVICE) if line.startswith(f"verdict: {advice}"))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept", "loops", "expected"),
+    [
+        ((1.000, 1.001), 16, 0, 0),  # Gemma-3-270M, a quarter smaller as tokens
+        ((1.075, 1.09), 15, 0, 1),  # SmolLM2, a tenth as tokens
+        ((1.269, 1.252, 1.041, 1.562), 10, 1, 2),  # SmolLM2, 12 % as FFN channels: the README's run
+        ((1.407,), 8, 1, 2),  # 21 % as FFN channels
+        ((1.748,), 6, 4, 3),  # 30 % as FFN channels
+        ((float("inf"),), 16, 0, 3),
+    ],
+)
+def test_known_results_get_the_advice_that_they_deserve(ratios, kept, loops, expected):
+    assert level(report(ratios, kept, loops=loops)) == expected
+
+
+@given(
+    st.lists(st.floats(0.9, 3), min_size=1, max_size=4),
+    st.integers(0, 16),
+    st.integers(0, 16),
+    st.floats(1, 2),
+    st.integers(0, 4),
+)
+def test_nothing_that_gets_worse_makes_a_verdict_better(ratios, kept, loops, factor, more):
+    before = level(report(ratios, kept, loops=loops))
+    assert level(report([ratio * factor for ratio in ratios], kept, loops=loops)) >= before
+    assert level(report(ratios, max(kept - more, 0), loops=loops)) >= before
+    assert level(report(ratios, kept, loops=min(loops + more, 16))) >= before
+
+
+def test_without_answers_it_does_not_say_that_all_is_well():
+    unasked = {**report([1.0]), "answers": []}
+    assert level(unasked) == 1 and "answers were not asked" in verdict(unasked)[-1]
+    assert verdict({**unasked, "perplexity": {}}) == []
