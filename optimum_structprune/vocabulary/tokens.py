@@ -264,7 +264,7 @@ class Vocabulary:
             ids = smaller(text, verbose=False).input_ids
             if all(token in new for token in dense) and [new[token] for token in dense] != ids:
                 raise StructPruneError(
-                    f"All tokens of a text stay, and the smaller tokenizer reads others: {text!r:.200}"
+                    f"All tokens of a text stay, and the smaller tokenizer gives other tokens for it: {text!r:.200}"
                 )
             if smaller.decode(ids) != self._tokenizer.decode(dense):
                 raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
