@@ -121,6 +121,10 @@ def _declare_fields(group: Callable[[str], Any], config_class: type, without: Co
         # argparse fills in %(…)s, so a per cent sign of the text is doubled. Of two names the help has the short one.
         for flag, shown in {name: SUPPRESS, ALIASES.get(field.name, name): text.replace("%", "%%")}.items():
             group(field.name).add_argument(flag, dest=field.name, help=shown, default=SUPPRESS, **how)
+        if field.name == "domains":
+            text = "Your own text: files, each of which is a domain of its name. The short form of --domain."
+            how = {"action": "extend", "nargs": "+", "type": text_file, "metavar": "FILE"}
+            group("domains").add_argument("--text", dest="domains", help=text, default=SUPPRESS, **how)
 
 
 def first_sentences(config_class: type) -> dict[str, str]:
@@ -209,6 +213,12 @@ def domain(text: str) -> dict[str, Any]:
         return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
     except ValueError:
         return {"name": name, "source": source}
+
+
+def text_file(path: str) -> dict[str, Any]:
+    """The fields of a domain that is a file, a glob or a folder, with its name."""
+    name = re.sub(r"\W+", "-", os.path.basename(path.rstrip("/")).partition(".")[0]).strip("-")
+    return {"name": name or "text", "source": path}
 
 
 def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPruneConfig:

@@ -105,7 +105,7 @@ def test_help_begins_with_what_most_people_need():
     flags = {
         title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(parts[1::2], parts[2::2], strict=True)
     }
-    assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 10 and "--width" in flags["most used"]
+    assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 11 and "--width" in flags["most used"]
     assert {"--damping", "--holdout"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
     either = (parsed("prune", "m", "o", name, "mlp=3").widths for name in ("--widths", "--width"))
     assert len({str(widths) for widths in either}) == 1
@@ -179,3 +179,12 @@ def test_a_source_whose_name_holds_an_at_sign(tmp_path):
     (tmp_path / "dir@3").mkdir()
     assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir@3"}
     assert domain(f"a={tmp_path}/dir@3@2") == {"name": "a", "source": f"{tmp_path}/dir@3", "weight": 2.0}
+
+
+def test_text_is_the_short_form_of_domains_named_after_their_files():
+    args = parsed(
+        "prune", "m", "o", "--text", "notes.jsonl", "in/my letters.txt", "--domain", "a=b.txt", "--text", "c/"
+    )
+    expected = [("notes", "notes.jsonl"), ("my-letters", "in/my letters.txt"), ("a", "b.txt"), ("c", "c/")]
+    assert [(of.name, of.source) for of in pruning_config(args, sparsity=0.2).domains] == expected
+    assert pruning_config(parsed("prune", "m", "o", "--text", "*.txt"), 0.2).domains[0].name == "text"
