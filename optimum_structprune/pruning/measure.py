@@ -17,6 +17,7 @@ from ..domains.packing import Domain
 from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.metrics import (
+    FEWEST,
     evaluating,
     model_outputs,
     output_error,
@@ -35,6 +36,8 @@ from ..system.processes import every_process_runs, gather_objects, shard
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 2048
 STRIDE = 4
+# Held-out samples are cut to no fewer tokens than this: with less in front of them, tokens are hard to predict.
+SHORTEST = 64
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
 Rows = Mapping[str, list[Tensor]]
 
@@ -43,8 +46,9 @@ class Measure:
     """Perplexity by domain, or for models that do not predict the next token, the error of the last hidden states.
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
-    held-out samples. Perplexity is per token of the dense model's `tokenizer`. Where another will read the text
-    (`vocabulary_changes`, see `read_by`), the dense model is measured on the same text.
+    held-out samples: on about `most` tokens of all domains together where no choice is made, else on all. Perplexity is
+    per token of the dense model's `tokenizer`. Where another will read the text (`vocabulary_changes`, see `read_by`),
+    the dense model is measured on the same text.
     """
 
     def __init__(
@@ -54,9 +58,13 @@ class Measure:
         arch: ArchSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vocabulary_changes: bool = False,
+        most: int | None = None,
     ):
         self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
         self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
+        if most is not None and arch.causal:
+            self.heldout = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
+            self.probes = {}
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: list[dict[str, Passages]] = [{}, {}]
         if tokenizer is not None and arch.causal:
@@ -120,6 +128,16 @@ class Measure:
             name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]
             for (name, rows), parts in zip(by_domain.items(), by_process, strict=True)
         }
+
+
+def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
+    """About so many tokens of samples of shape `(samples, seq_length)`, cut into so many rows that a standard error can
+    be told; as a sample does, each begins with the prefix. The beginnings of all samples come first.
+    """
+    length = min(max(tokens // FEWEST, SHORTEST), samples.shape[1])
+    parts = samples[:, 1:].split(max(length - 1, 1), 1)
+    rows = [torch.cat([samples[:, :1], part], 1) for part in parts if part.shape[1] == length - 1]
+    return [*torch.cat(rows)[: max(tokens // length, FEWEST)]]
 
 
 @torch.no_grad()

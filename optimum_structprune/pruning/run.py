@@ -20,6 +20,7 @@ from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
 from ..errors import InPlaceError, StructPruneError, some_of
+from ..forward.metrics import ENOUGH
 from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
@@ -123,7 +124,9 @@ class Run:
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
             domains, tokenizer = self.data.domains, self.dense_tokenizer
-            self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes)
+            tokens = sum(domain.samples.numel() for domain in domains)
+            most = None if self.config.measures_rounds else min(ENOUGH, round(self.config.holdout * tokens))
+            self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
         self.report.start(self.model, self.arch)
 
     def measure_anew(self) -> None:

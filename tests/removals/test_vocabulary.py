@@ -27,6 +27,7 @@ from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
+from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.trainer import load_teacher
 from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
@@ -277,7 +278,8 @@ def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_
 def test_both_models_are_measured_on_the_same_text_per_dense_token():
     model = text_model()
     pruner, small = pruned(model, widths={"vocab": 320, "mlp": 24})
-    heldout = load_domains(pruner.config, reader())[0].heldout
+    domain = load_domains(pruner.config, reader())[0]
+    heldout = torch.stack(short_rows(domain.heldout, domain.samples.numel() // 8))
     text = Passages([*heldout], reader())
     rows = text.rows(pruner.tokenizer, small)
     assert sum(map(len, rows)) > heldout.numel()
