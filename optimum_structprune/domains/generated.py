@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import count
-from math import log
+from itertools import pairwise
+from math import ceil, inf, log
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -37,22 +37,15 @@ from .templates import Document, chat_text
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
-# The documents in the first batch, since few may do. Each batch has twice as many, up to the most: many at a time cost
-# less each.
-BATCH, MOST = 16, 64
+# The documents of a batch: 8 take as long as 16, and more at a time cost less each. The last batch has what is
+# missing, up to half as many again.
+FEWEST, MOST = 16, 64
 # The number of tokens in a document: at most, and at least if it is to be kept. Short ones take few steps.
 MAX_TOKENS, MIN_TOKENS = 64, 32
-# What a token is that is never drawn, `min_p` says: one that is so much less likely than the likeliest. Unlike `top_p`
-# it does not sort the vocabulary for each token.
-SAMPLING = {
-    "do_sample": True,
-    "temperature": 1.0,
-    "min_p": 0.02,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-    "use_cache": True,
-}
+# The share of `MAX_TOKENS` that a document is expected to have before any is written.
+EXPECTED = 0.9
+# A token is never drawn that is so much less likely than the likeliest.
+MIN_P = 0.02
 # A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
 RUN, MIN_DISTINCT = 4, 0.5
 # So is one whose perplexity lies above or below the median of its batch by more than this factor.
@@ -61,8 +54,12 @@ MAX_RATIO = 4.0
 PATIENCE = 120
 
 
-def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> Iterator[str]:
-    """Documents that a model writes, without end, the same for a seed; batches are kept on the disk for next time."""
+def self_documents(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int, tokens: int
+) -> Iterator[str]:
+    """Documents that a model writes, without end, the same for a seed and a number of `tokens` that are needed; batches
+    are kept on the disk for next time.
+    """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
@@ -78,19 +75,23 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     keeps = not chats or kinds[name].get("keep", False)
     author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed)
     path = author.cache(name)
-    batches = dict(enumerate(broadcast_object(_read(path))))
-    idle = 0
-    for number in count():
-        if number not in batches:
-            batches |= _written(author, number, path)
-        documents = batches.pop(number)
-        idle = 0 if documents else idle + len(_numbers(number))
-        if idle >= PATIENCE:
-            raise StructPruneError(
-                f"{SELF}{name}: of {idle} documents that the model wrote, all are too short, repeat "
-                "themselves or are unlikely; use other text for this model."
-            )
-        yield from documents
+    known = broadcast_object(_read(path))
+    written = have = idle = 0  # documents, tokens of those that are kept, documents since the last of them
+    while True:
+        mean = have / written if have else EXPECTED * MAX_TOKENS
+        batches = _batches(written, ceil((tokens - have) / mean))
+        for index, batch in enumerate(batches):
+            if batch not in known:
+                known |= _written(author, batches[index:], path)
+            documents = known.pop(batch)
+            written, have = batch[-1] + 1, have + sum(len(tokenizer(of)["input_ids"]) for of in documents)
+            idle = 0 if documents else idle + len(batch)
+            if idle >= PATIENCE:
+                raise StructPruneError(
+                    f"{SELF}{name}: of {idle} documents that the model wrote, all are too short, repeat "
+                    "themselves or are unlikely; use other text for this model."
+                )
+            yield from documents
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -118,17 +119,17 @@ class _TextGenerator:
 
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
-        settings = [BATCH, MOST, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
+        settings = [MAX_TOKENS, MIN_TOKENS, MIN_P, RUN, MIN_DISTINCT, MAX_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        key = [fingerprint(self.model), *reader, *settings, self.prompts[:BATCH], self.seed]
+        key = [fingerprint(self.model), *reader, *settings, self.prompts[:MOST], self.seed]
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return Path(constants.HF_HOME, "structprune", f"{name}-{digest[:24]}.jsonl").expanduser()
 
-    def write(self, number: int) -> list[Document]:
-        """The documents of batch `number` that pass the filters."""
-        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in _numbers(number)]
+    def write(self, batch: range) -> list[Document]:
+        """The documents of these numbers that pass the filters."""
+        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in batch]
         with evaluating(self.model), stage("writing"):
-            written = zip(prompts, self._continued(prompts, number), strict=True)
+            written = zip(prompts, self._continued(prompts, batch[0]), strict=True)
         of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
         middle = median([loss for *_, loss in of_use] or [0.0])
         documents = []
@@ -154,9 +155,10 @@ class _TextGenerator:
         bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
-            listener = _LogprobRecorder(bar)
-            texts = continued(self.model, self.tokenizer, rows, {**SAMPLING, "max_new_tokens": room}, [listener])
-        return [(text, listener.loss(row, len(text))) for row, text in enumerate(texts)]
+            sampler, settings = _Sampler(bar), {"max_new_tokens": room, "use_cache": True}
+            texts = continued(self.model, self.tokenizer, rows, settings, [sampler])
+        losses = torch.cat(sampler.losses, 1)
+        return [(text, float(losses[row, : len(text)].mean())) for row, text in enumerate(texts)]
 
     def _room(self, prompt: int) -> int:
         positions = positions_of(self.model)
@@ -165,29 +167,44 @@ class _TextGenerator:
         return int(min(MAX_TOKENS, positions - prompt))
 
 
-class _LogprobRecorder:
-    """Hears how likely each token was that the model has written, and shows how far it is. It changes nothing."""
+class _Sampler:
+    """Draws the tokens of several rows, of which greedy search then has no other choice, and shows how far it is;
+    `losses` has their losses in nats, shape `(rows, 1)` for each token in turn.
+    """
 
     def __init__(self, bar: Any):
         self.bar = bar
-        self.expected: list[Tensor] = []
         self.losses: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.losses += [-self.expected.pop().gather(1, input_ids[:, -1:])] if self.expected else []
-        self.expected.append(scores.log_softmax(1))
+        token = drawn(scores)
+        self.losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
         self.bar.update()
-        return scores
-
-    def loss(self, row: int, tokens: int) -> float:
-        """The mean loss per token of so many tokens of a document; what came last is not heard."""
-        return float(torch.cat(self.losses, 1)[row, :tokens].mean()) if self.losses else 0.0
+        return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
 
-def _numbers(batch: int) -> range:
-    """The numbers of the documents of a batch, among all that are written."""
-    sizes = [min(BATCH << before, MOST) for before in range(batch + 1)]
-    return range(sum(sizes[:-1]), sum(sizes))
+def drawn(scores: Tensor) -> Tensor:
+    """A token for each row of logits, shape `(rows, 1)`, by its probability among those that `MIN_P` leaves: where one
+    uniform number falls on their cumulative sum, which costs less than `multinomial` over the vocabulary.
+    """
+    highest = scores.max(1, keepdim=True).values
+    row, token = (~(scores < highest + log(MIN_P))).nonzero(as_tuple=True)  # what is NaN is left to later checks
+    sums = (scores[row, token] - highest[row, 0]).exp().double().cumsum(0)
+    last = row.bincount(minlength=len(scores)).cumsum(0) - 1
+    ends = sums[last]
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    at = torch.lerp(starts, ends, torch.rand_like(ends))
+    return token[torch.searchsorted(sums, at, right=True).minimum(last)].unsqueeze(1)
+
+
+def _batches(first: int, count: int) -> list[range]:
+    """The numbers of the documents of each batch, where so many are written, the next being the `first`."""
+    ends = [first]
+    while count > 0 or len(ends) == 1:
+        size = MOST if count > 1.5 * MOST else max(count, FEWEST)
+        ends.append(ends[-1] + size)
+        count -= size
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 def _varied(ids: Sequence[int]) -> bool:
@@ -195,35 +212,38 @@ def _varied(ids: Sequence[int]) -> bool:
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT * len(runs)
 
 
-def _written(author: _TextGenerator, number: int, path: Path) -> dict[int, list[Document]]:
-    """A batch, and those after it: each process writes one of them, and the first process keeps all on the disk."""
+def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[Document]]:
+    """The first of some batches, and those after it: each process writes one of them, and the first process keeps all
+    on the disk.
+    """
+    own = batches[process_index() : process_index() + 1]
     with unshared():
-        documents = author.write(number + process_index())
-    batches = dict(enumerate(gather_objects(documents), number))
+        documents = [author.write(batch) for batch in own]
+    written = {batch: of for batch, (of,) in zip(batches, filter(None, gather_objects(documents)), strict=False)}
     if process_index() == 0:
-        _append(path, batches)
-    return batches
+        _append(path, written)
+    return written
 
 
-def _read(path: Path) -> list[list[Document]]:
-    """The batches in a cache file, up to the first that is missing or was only written in part."""
-    batches: list[list[Document]] = []
+def _read(path: Path) -> dict[range, list[Document]]:
+    """The batches in a cache file by the numbers of their documents; what was only written in part is passed over."""
+    batches = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             batch = json.loads(line)
-            if batch["batch"] == len(batches):
-                batches.append([Document.joined(map(tuple, parts)) for parts in batch["documents"]])
+            batches[range(*batch["numbers"])] = [Document.joined(map(tuple, parts)) for parts in batch["documents"]]
         except (ValueError, KeyError, TypeError):
             continue
     return batches
 
 
-def _append(path: Path, batches: dict[int, list[Document]]) -> None:
+def _append(path: Path, batches: dict[range, list[Document]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            for number, documents in batches.items():
-                line = json.dumps({"batch": number, "documents": [list(document.parts()) for document in documents]})
+            for batch, documents in batches.items():
+                parts = [list(document.parts()) for document in documents]
+                line = json.dumps({"numbers": [batch.start, batch.stop], "documents": parts})
                 # A run that was killed may have left half a line, so that each batch begins a new one.
                 file.write(f"\n{line}\n")
     except OSError as error:

@@ -101,7 +101,8 @@ def load_domains(
         shelves = {}
         for index, domain in enumerate(domains):
             if written_by_model(domain) == written:
-                texts = documents(domain, config.seed, tokenizer, write)
+                write_all = partial(write, tokens=packer.tokens(index)) if write else None
+                texts = documents(domain, config.seed, tokenizer, write_all)
                 at_once = 1 if written else DOCUMENTS_PER_CALL
                 shelves[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
         loaded |= packer.load(shelves, vocab_size)
@@ -215,6 +216,10 @@ class _Packer:
             probe_documents=probes[0].hashes if probes else (),
         )
 
+    def tokens(self, index: int) -> int:
+        """The number of tokens that calibrate a domain, that are held out, and that choices are made on."""
+        return sum(self._needs(self.config.num_samples, index)[:3])
+
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """Five numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
         far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
@@ -251,7 +256,7 @@ class _Packer:
         # The text suffices for the first so many of these numbers of samples.
         if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
             advice = f"num_samples={numbers[enough - 1]} would do."
-        tokens, need = sum(len(text.ids) for text in texts), sum(self._needs(config.num_samples, index)[:3])
+        tokens, need = sum(len(text.ids) for text in texts), self.tokens(index)
         kinds = len({text.hash for text in texts})
         differ = f", of which {kinds} differ" if kinds < len(texts) else ""
         return (

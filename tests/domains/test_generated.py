@@ -28,13 +28,14 @@ def writer():
 def cache(tmp_path, monkeypatch):
     """The folder of what models write, which is short here."""
     monkeypatch.setattr(generated.constants, "HF_HOME", str(tmp_path))
-    for name, number in {"BATCH": 4, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+    for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     return tmp_path / "structprune"
 
 
 def first(writer, count: int, name: str = "math", seed: int = 0):
-    return list(itertools.islice(self_documents(*writer, name, seed), count))
+    tokens = round(count * generated.EXPECTED * generated.MAX_TOKENS)
+    return list(itertools.islice(self_documents(*writer, name, seed, tokens), count))
 
 
 def test_every_kind_goes_on_from_an_opening(writer):
@@ -71,17 +72,32 @@ def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, 
 
 
 def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, monkeypatch):
-    whole = first(writer, 20)
+    whole = first(writer, 30)
     shutil.rmtree(cache)
-    short = first(writer, 5)
-    calls = []
+    short = first(writer, 13)
+    sizes = []
     generate = type(writer[0]).generate
-    monkeypatch.setattr(type(writer[0]), "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    assert first(writer, 5) == short == whole[:5]
-    assert calls == []
-    longer = first(writer, 20)
-    assert longer == whole and calls
+    monkeypatch.setattr(
+        type(writer[0]), "generate", lambda *args, **how: sizes.append(len(args[1])) or generate(*args, **how)
+    )
+    # Whatever has been kept, the same is written for as many; all but the last batch is the same for more.
+    assert first(writer, 13) == short and sizes == []
+    longer = first(writer, 30)
+    assert longer == whole and longer[:5] == short[:5] and sizes[0] == 8 and sum(sizes) < 30
     assert [text.answers for text in longer] == [text.answers for text in whole]
+
+
+def test_tokens_are_drawn_by_their_probability_among_the_likely():
+    shares = torch.tensor([0.5, 0.3, 0.19, 0.009, 0.001]).repeat(4000, 1)
+    shares[1::2] = shares[1::2].flip(1)
+    torch.manual_seed(0)
+    tokens = generated.drawn(shares.log() + 7)
+    assert tokens.shape == (4000, 1)
+    for rows, expected in ((tokens[::2], shares[0]), (tokens[1::2], shares[1])):
+        counts = rows.flatten().bincount(minlength=5) / len(rows)
+        likely = expected >= generated.MIN_P * expected.max()
+        assert (counts[~likely] == 0).all()
+        torch.testing.assert_close(counts[likely], expected[likely] / expected[likely].sum(), atol=0.03, rtol=0)
 
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -129,7 +145,7 @@ def test_another_model_or_setting_has_a_file_of_its_own(writer, cache, monkeypat
     with torch.no_grad():
         other.get_input_embeddings().weight[3, 3] += 0.01
     first((other, reader), 1)
-    monkeypatch.setattr(generated, "SAMPLING", {**generated.SAMPLING, "temperature": 0.9})
+    monkeypatch.setattr(generated, "MIN_P", 0.1)
     first(writer, 1)
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[7]))  # what ends a text
     first(writer, 1)
@@ -158,22 +174,20 @@ def test_a_chat_model_is_asked():
 
 def writing(model, rows: list[list[int]], monkeypatch) -> None:
     """Make a model write these tokens after its prompts, over and over where there are more of those."""
-    longest = max(map(len, rows))
-    ended = torch.tensor([row + [model.config.eos_token_id] * (longest - len(row)) for row in rows])
+    number = itertools.count()
 
-    def generate(ids, logits_processor, **settings):
-        for column in ended.T:
-            logits_processor(ids, model(ids).logits[:, -1].float())
-            ids = torch.cat([ids, column.repeat(len(ids) // len(ended)).unsqueeze(1)], dim=1)
-        return ids
+    def drawn(scores):
+        at = next(number) % generated.MAX_TOKENS
+        column = [(row + [model.config.eos_token_id] * generated.MAX_TOKENS)[at] for row in rows]
+        return torch.tensor((column * len(scores))[: len(scores)]).unsqueeze(1)
 
-    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(generated, "drawn", drawn)
 
 
 @pytest.mark.parametrize("ids", [[5, 6] * 8, [*range(5, 11)]], ids=["repeats itself", "short"])
 def test_documents_of_no_use_are_dropped(writer, ids, monkeypatch):
-    writing(writer[0], [ids] * generated.BATCH, monkeypatch)
-    with pytest.raises(StructPruneError, match="self:math: of 124 documents that the model wrote, all are too short"):
+    writing(writer[0], [ids], monkeypatch)
+    with pytest.raises(StructPruneError, match="self:math: of 120 documents that the model wrote, all are too short"):
         first(writer, 1)
 
 
@@ -242,5 +256,6 @@ def test_no_more_is_written_than_is_needed(writer, cache):
     (domain, _) = load_domains(own(), reader, model=model)
     (path,) = cache.iterdir()
     needed = {*domain.documents, *domain.heldout_documents}
-    batches = [json.loads(line)["documents"] for line in path.read_text().splitlines() if line]
-    assert sum(map(len, batches[:-1])) < len(needed) <= sum(map(len, batches))
+    batches = [json.loads(line) for line in path.read_text().splitlines() if line]
+    written = batches[-1]["numbers"][1]
+    assert len(needed) <= sum(len(batch["documents"]) for batch in batches) <= written <= len(needed) + generated.FEWEST
