@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
-from ..arch.hooks import in_fast_dtype
+from ..arch.hooks import in_fast_dtype, is_emulated
 from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
@@ -103,18 +104,21 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], among: Tensor | None = None) -> Tensor:
+def row_losses(
+    model: PreTrainedModel | PeftModel,
+    rows: Iterable[Tensor],
+    among: Tensor | None = None,
+    known: dict[tuple[int, ...], Tensor] | None = None,
+) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
     The first token of a row is context only. `among` holds the ids that may be predicted, ascending; None for all.
+    `known` keeps the hidden states of rows, which need not run again where a row comes again.
     """
     batches = [row[None] for row in rows]
     parts = []
     with evaluating(model):
-        for targets, logits in _predictions([model], [batches]):
-            if among is not None:
-                ids = among.to(logits.device)
-                targets, logits = torch.searchsorted(ids, targets), logits[:, ids]
-            parts.append(_losses(logits, targets))
+        for targets, logits in _predictions([model], [batches], among, known):
+            parts.append(_losses(logits, targets if among is None else torch.searchsorted(among.to(targets), targets)))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([ids[:, 1:].numel() for ids in batches])
     return torch.stack([of_row.sum() for of_row in by_row])
@@ -148,7 +152,7 @@ def standard_error(values: Tensor) -> float:
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
-    pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids, plain=False), strict=True)
+    pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids), strict=True)
     return _total([_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs])
 
 
@@ -238,27 +242,59 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
                 module.training = by_module.get(module, modes.get(name, modes[""]))
 
 
-def _predictions(models: Sequence[Any], batches: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+def _predictions(
+    models: Sequence[Any],
+    batches: Sequence[Sequence[Tensor]],
+    among: Tensor | None = None,
+    known: dict[tuple[int, ...], Tensor] | None = None,
+) -> Iterator[list[Tensor]]:
     """Targets of the first model, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few
     tokens at a time. `batches` holds what each model reads, shape `(batch, seq_length)`.
     """
-    heads = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
-    plain = [_plain(model, ids.to(input_device(model))) for model, ids in zip(models, heads, strict=True)]
+    first = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
+    heads = [_head(model, ids.to(input_device(model)), among) for model, ids in zip(models, first, strict=True)]
     for batch in zip(*batches, strict=True):
         targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
-        logits = [_next_token_logits(*each) for each in zip(models, batch, plain, strict=True)]
+        logits = [_next_token_logits(*each, among, known) for each in zip(models, batch, heads, strict=True)]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
 
-def _next_token_logits(model: Any, ids: Tensor, plain: bool) -> Iterator[Tensor]:
+def _next_token_logits(
+    model: Any,
+    ids: Tensor,
+    head: Callable[[Tensor], Tensor] | None = None,
+    among: Tensor | None = None,
+    known: dict[tuple[int, ...], Tensor] | None = None,
+) -> Iterator[Tensor]:
     """The logits for all tokens of a batch but the first of each row, for few tokens at a time."""
-    if not plain:
-        yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
+    if head is None:
+        for logits in run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE):
+            yield logits if among is None else logits[:, among.to(logits.device)]
         return
+    row = (*ids.flatten().tolist(),)
+    hidden = None if known is None else known.get(row)
+    if hidden is None:
+        hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
+    if known is not None:
+        known[row] = hidden
+    yield from map(head, hidden.split(TOKENS_AT_ONCE))
+
+
+def _head(model: Any, ids: Tensor, among: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """What makes the logits, of some tokens where these are named, of the base model's output; None where the model
+    does more to them than its head, see `_plain`.
+    """
     head = model.get_output_embeddings()
-    for hidden in run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE):
-        yield _head_logits(head, hidden)
+    if not _plain(model, ids) or (among is not None and type(head) is not nn.Linear):
+        return None
+    if among is None:
+        return partial(_head_logits, head)
+    rows, dtype = among.to(head.weight.device), head.weight.dtype
+    weight, bias = head.weight[rows], None if head.bias is None else head.bias[rows]
+    if is_emulated(weight):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return lambda hidden: linear(hidden.to(weight), weight, bias).to(dtype)
 
 
 def _head_logits(head: Any, hidden: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ import numpy
 import pytest
 import torch
 from helpers import count_hooks, counted_by_torch, modes, recovery_config, same_weights
-from models import build, config, tokenizer
+from models import build, config, token_ids, tokenizer
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate, evaluate
 from optimum_structprune.arch.load import describe
 from optimum_structprune.forward.generation import flops_per_token
-from optimum_structprune.forward.metrics import divergence
+from optimum_structprune.forward.metrics import divergence, row_losses
 
 
 def mixed(case="llama-tied"):
@@ -88,6 +88,24 @@ def test_no_divergence_from_itself_and_no_gradient_into_the_teacher():
     certain[..., 0] = 100.0
     (divergence(mine, taught) + divergence(mine, certain)).backward()
     assert taught.grad is None and torch.isfinite(mine.grad).all()
+
+
+@pytest.mark.parametrize(("case", "capped"), [("llama-tied", False), ("phi", False), ("gemma2", True)])
+@torch.no_grad()
+def test_among_some_tokens_only_their_logits_count_and_no_row_runs_twice(case, capped):
+    model, rows, runs = build(case), [*token_ids(2, 12, 1)], []
+    model.base_model.register_forward_hook(lambda module, args, output: runs.append(output[0].shape[1]))
+    known = {}
+    for rest in (20, 9):  # phi's head has a bias, and gemma2 caps what its head gives
+        some = torch.cat([torch.randperm(40)[:rest], torch.cat(rows)])
+        among = some.unique()
+        losses = row_losses(model, rows, among, known)
+        for row, loss in zip(rows, losses, strict=True):
+            logits = model(row[None]).logits[0, :-1, among].double()
+            expected = logits.logsumexp(1) - logits.gather(1, torch.searchsorted(among, row[1:])[:, None])[:, 0]
+            assert float(loss) == pytest.approx(float(expected.sum()), rel=1e-6)
+        del runs[-len(rows) :]
+    assert runs.count(12) == (4 if capped else 2)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "opt", "phi", "qwen3", "gemma2"])
