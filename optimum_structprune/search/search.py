@@ -28,7 +28,7 @@ from ..widths.allocation import candidate_widths, choices, has_one_width, legal_
 from ..widths.budget import resources, widths_of, within_budget
 from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
 from .masked import MaskedPruning
-from .trials import TRIAL_TOKENS, Probe, Trials
+from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
 
 
 # So many uniform shapes are pruned on trial.
@@ -79,18 +79,19 @@ def dense_scores(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, 
 def searched_shape(run: Run) -> Shape:
     """The shape that loses least of those that remove as much as a config says.
 
-    Every layer in turn gives up a quarter and three quarters of each space, with the refit of the config, and for
-    `search_uniform` itself as a whole, while all others are dense. The loss is KL(dense‖model) on held-out text. The
+    Every layer in turn gives up three quarters of each space, with the refit of the config, and for `search_uniform`
+    itself as a whole, while all others are dense; with a quarter gone, the loss is less by as much as the error of the
+    layer's outputs. The loss is KL(dense‖model) on held-out text. The
     shapes of least total loss and the one without measured losses are then pruned on trial, all layers together, and
     the best is taken.
     """
     report = run.report
     with evaluating(run.model), report.timed("search"):
-        probe = Probe.of(run.model, run.arch, run.data)
         search = Search(run.model, run.arch, run.data)
-        trials = search.trials(probe)
+        trials = search.trials()
         losses = run.data.cache.get(MEASURED_LOSSES) or trials.losses()
-        tried = search.tried(broadcast_object(search.candidates(trials.curves(losses))), probe)
+        candidates = broadcast_object(search.candidates(trials.curves(losses)))
+        tried = search.tried(candidates, Probe.of(run.model, run.arch, run.data))
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
@@ -117,7 +118,7 @@ class Search:
         uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
         self.plain = widths_of(uniform, arch, model)
 
-    def trials(self, probe: Probe) -> Trials:
+    def trials(self) -> Trials:
         """The trials that the choice takes."""
         # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
         refit = "none" if self.config.refit == "bias" else self.config.refit
@@ -130,7 +131,7 @@ class Search:
         return Trials(
             MaskedPruning(self.model, self.arch, self.config, refit),
             self.data,
-            probe,
+            Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
             spaces,
             offers_layers(self.config, self.arch, self.model),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from math import inf, isnan
 
@@ -29,6 +30,8 @@ from .trials import Probe, Trials
 NUMBERS, FINER = 6, 2
 # What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
 MOST_GROWTH = 4.0
+# The hidden states of rows of tokens, shape `(tokens, channels)`.
+Hidden = dict[tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     model, data, report, layers = run.model, run.data, run.report, _Layers(run)
     legal, numbers = _numbers(run, may)
     with evaluating(model), report.timed("search"):
-        dense_losses = [row_losses(model, [*domain.trial]).sum() for domain in data.domains]
+        known: Hidden = {}
+        dense_losses = [row_losses(model, [*domain.trial], known=known).sum() for domain in data.domains]
         balances: list[Balance] = []
         for _ in range(NUMBERS + FINER):
             if not numbers:
@@ -62,7 +66,7 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
             number = numbers.pop() if numbers else _between(balances, legal)
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
                 break
-            losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses)
+            losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses, known)
             tokens_loss = broadcast_object(data.total_loss(losses))
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             more = (balance.tokens_loss for balance in balances if balance.tokens > number)
@@ -104,6 +108,11 @@ class _Layers:
         self.shapes: dict[int, tuple[Search, Shape]] = {}
         self.factor = 1.0
 
+    @cached_property
+    def probe(self) -> Probe:
+        """The text on which the loss of all layers together is measured."""
+        return Probe.of(self.run.model, self.run.arch, self.run.data)
+
     def least_loss(self, number: int) -> float:
         """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
         run = self.run
@@ -138,13 +147,12 @@ class _Layers:
                     balances[at] = replace(of, layers_loss=growth * of.layers_loss)
 
     def _loss_together(self, number: int) -> float:
-        assert self.trials is not None
         search, shape = self.shapes[number]
-        return search.loss(shape, self.trials.probe)
+        return search.loss(shape, self.probe)
 
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:
-            self.trials = search.trials(Probe.of(self.run.model, self.run.arch, self.run.data))
+            self.trials = search.trials()
             self.run.data.cache[MEASURED_LOSSES] = self.trials.losses()
         return self.trials.curves(self.run.data.cache[MEASURED_LOSSES])
 
@@ -172,16 +180,19 @@ def token_losses(
     domains: Sequence[Domain],
     keep: Sequence[int],
     dense_losses: Sequence[Tensor],
+    known: Hidden | None = None,
 ) -> Tensor:
     """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
     `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense_losses` are its
-    total losses on these texts.
+    total losses on these texts, and `known` keeps its hidden states by row.
     """
     kept, among = set(keep), torch.tensor(keep)
+    if len(kept) == len(model.get_input_embeddings().get_parameter("weight")):
+        return torch.zeros(len(domains), dtype=torch.float64)
     losses = []
     for domain, before in zip(domains, dense_losses, strict=True):
         rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
-        losses.append((row_losses(model, rows, among).sum() - before) / domain.trial[:, 1:].numel())
+        losses.append((row_losses(model, rows, among, known).sum() - before) / domain.trial[:, 1:].numel())
     return torch.stack(losses)
 
 

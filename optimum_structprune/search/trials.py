@@ -18,10 +18,11 @@ from ..arch.modules import layer_list
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
+from ..method.calibrate import Moments, output_energy
 from ..method.layers import Batch, InMemory, run_model
 from ..method.loop import Method
 from ..method.shrink import Values
-from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
+from ..pruning.measure import PROBE_TOKENS, SHORTEST, STRIDE, skipping_layers
 from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
@@ -30,18 +31,22 @@ from ..widths.shapes import Curves, Key
 from .masked import MaskedPruning
 
 
-# The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
+# The shares of a space that are removed in the trials. The last is measured, and the loss of the other follows from the
+# errors of the outputs. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
 # What is pruned on trial in more than one layer is so on so many calibration tokens at most.
-TRIAL_TOKENS = 8192
+TRIAL_TOKENS = 2048
+# A trial runs so many held-out tokens. What is pruned on trial in all layers runs on `PROBE_TOKENS`.
+LAYER_TOKENS = PROBE_TOKENS // 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
 # The tensors of one layer by name.
 LayerValues = Mapping[str, Tensor]
-# Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
-Refits = Callable[[], Mapping[int, Mapping[Axis, Values]]]
+# Gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the number of
+# units removed.
+Refits = Callable[[], Mapping[int, tuple[Mapping[Axis, Values], float]]]
 
 
 class Probe:
@@ -63,13 +68,16 @@ class Probe:
         self.dense_logits = [self._logits(index) for index in range(len(batches))]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> Probe:
-        """The probe of the text that a run makes its choices on: as many samples of every domain."""
-        domains = data.domains
-        count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
-        samples = [replace(domain, samples=domain.trial[:count], mask=None) for domain in domains]
-        batches = batches_of(samples, data.batch_size)
-        return cls(model, arch, batches)
+    def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
+        """The probe of about so many tokens of the text that a run makes its choices on: as many of every domain, from
+        the beginnings of many samples.
+        """
+        per_domain = ceil(tokens / len(data.domains))
+        samples = []
+        for domain in data.domains:
+            count = min(max(per_domain // SHORTEST, 1), len(domain.trial))
+            samples.append(replace(domain, samples=domain.trial[:count, : ceil(per_domain / count)], mask=None))
+        return cls(model, arch, batches_of(samples, data.batch_size))
 
     def advance(self) -> None:
         """Go on to the next layer."""
@@ -188,7 +196,7 @@ class Trials:
         if folder is None:
             return None
         refit = (self.pruning.refit, config.damping, config.error_feedback)
-        way = (config.scored_by, refit, config.seed, SHARES, PROBE_TOKENS, STRIDE, TRIAL_TOKENS)
+        way = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
         key = self.data.key(self.pruning.model, way, self.data.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
@@ -273,39 +281,53 @@ def _is_own(layer: int) -> bool:
 def refits_of(
     pruning: MaskedPruning, spaces: Sequence[Space], source: Source, method: Method, own: bool = True
 ) -> Refits:
-    """What gives the values of the consumers of one kind of space in one layer, by the number of units removed.
+    """What gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the
+    number of units removed.
 
     For one space it holds the moments, and scores and refits when it is called; for experts, whose moments together
     may be too much for the memory, it holds the values, which are made where this process tries the layer.
     """
 
-    def refits(space: Space, gathered: Any) -> dict[int, dict[Axis, Values]]:
+    def refits(space: Space, gathered: Sequence[Moments]) -> dict[int, tuple[dict[Axis, Values], float]]:
         width, scores = space.width, pruning.score(method, space, gathered)
         removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-        return {
-            units: pruning.trial(method, space, gathered, scores, (width - units) * space.scale) for units in removed
-        }
+        dense, made = [pruning.consumers.dense(axis)[0] for axis in space.consumers], {}
+        for units in removed:
+            values = pruning.trial(method, space, gathered, scores, (width - units) * space.scale)
+            changes = [before - values[axis][0].float() for axis, before in zip(space.consumers, dense, strict=True)]
+            made[units] = values, sum(map(lost_energy, changes, gathered))
+        return made
 
     if len(spaces) == 1:
         gathered = pruning.gather(source, method, spaces[0])
         return lambda: refits(spaces[0], gathered)
-    values: dict[int, dict[Axis, Values]] = {}
+    by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
     for space in spaces:
         gathered = pruning.gather(source, method, space)
-        for units, of_expert in (refits(space, gathered) if own else {}).items():
-            values.setdefault(units, {}).update(of_expert)
-    return lambda: values
+        for units, (values, error) in (refits(space, gathered) if own else {}).items():
+            others, total = by_units.get(units, ({}, 0.0))
+            by_units[units] = {**others, **values}, total + error
+    return lambda: by_units
+
+
+def lost_energy(change: Tensor, moments: Moments) -> float:
+    """The energy of what a change of a consumer's weight, shape `(out, n)`, takes from its outputs, over all tokens."""
+    return output_energy(change, replace(moments, energy=None)) * moments.count
 
 
 def trial_losses(pruning: MaskedPruning, refits: Refits, probe: Probe) -> dict[int, Tensor]:
     """The losses by domain, shape `(domains,)`, with some units removed from one kind of space in one layer, by their
-    number.
+    number: measured where most go, and with fewer gone in proportion to the energy that the outputs lose, since for
+    small changes the divergence is a square of them.
     """
-    losses = {}
-    for units, values in refits().items():
-        with pruning.consumers.holding(values):
-            losses[units] = probe.losses()
-    return losses
+    made = refits()
+    most = max(made, default=0)
+    if not most:
+        return {}
+    values, largest = made[most]
+    with pruning.consumers.holding(values):
+        measured = probe.losses()
+    return {units: measured * (error / largest if largest else 1.0) for units, (_, error) in made.items()}
 
 
 def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:

@@ -53,7 +53,7 @@ def assert_untouched(model, before):
 def curves_on(model, data):
     """The measured losses of the FFN alone."""
     arch = describe(model)
-    trials = Search(model, arch, data).trials(Probe.of(model, arch, data))
+    trials = Search(model, arch, data).trials()
     trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
     return trials.curves(trials.losses())
 
@@ -143,8 +143,8 @@ def test_a_layer_is_missed_as_much_as_it_will_be(case):
     model = build(case)
     arch, before = describe(model), snapshot(model)
     data = data_of(config(allocation="search_uniform", sparsity=0.3, error_feedback=1.0), domains())
-    probe = Probe.of(model, arch, data)
-    losses = Search(model, arch, data).trials(probe).losses()
+    trials = Search(model, arch, data).trials()
+    probe, losses = Probe(model, arch, trials.probe.batches), trials.losses()
     assert_untouched(model, before)
     for layer in range(arch.num_layers):
         small = deepcopy(model)
