@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from .arch.load import ModelInfo
 from .arch.meta import dequantized
@@ -23,7 +22,7 @@ from .sources.data import CalibrationData
 from .sources.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name, save_moments
 from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
-from .system.stages import stage
+from .system.stages import progress, stage
 
 
 @own_settings()
@@ -85,7 +84,7 @@ def calibrate(
 def _write_moments(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, folder: Path) -> None:
     """One file for each layer and domain."""
     source = data.source(model, arch, fixed=True)
-    for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
+    for layer in progress(range(arch.num_layers), desc="calibration", unit="layer"):
         spaces = list(arch.at(layer))
         with source.at(layer):
             streams = [source.moments(layer, space, gram=True) for space in spaces]

@@ -20,7 +20,6 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from ..arch.meta import positions_of, predicts_next
 from ..config.domains import ANY, SELF
@@ -31,7 +30,7 @@ from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
-from ..system.stages import stage
+from ..system.stages import progress, stage
 from .packing import tokenize_with_prefix
 from .templates import Document, chat_text
 
@@ -57,8 +56,8 @@ PATIENCE = 120
 def self_documents(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int, tokens: int
 ) -> Iterator[str]:
-    """Documents that a model writes, without end, the same for a seed and a number of `tokens` that are needed; batches
-    are kept on the disk for next time.
+    """Documents that a model writes, without end, the same for a seed and a number of `tokens` that are needed;
+    batches are kept on the disk for next time.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
@@ -152,7 +151,7 @@ class _TextGenerator:
         else:
             rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
         room, device = self._room(max(map(len, rows))), self.model.device
-        bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
+        bar = progress(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
             sampler, settings = _Sampler(bar), {"max_new_tokens": room, "use_cache": True}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from ..arch.meta import positions_of, predicts_next
 from ..domains.packing import tokenize_with_prefix
@@ -26,7 +25,7 @@ from ..forward.generation import continued
 from ..forward.metrics import divergence, evaluating, standard_error
 from ..method.layers import run_model
 from ..record.answers import Items
-from ..system.stages import stage
+from ..system.stages import progress, stage
 from .paired import Paired, paired
 
 
@@ -125,7 +124,7 @@ def ask(
     going, ended, end = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set(), time.monotonic() + seconds
     rooms = [min(PIECE, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE)]
     with evaluating(model), stage("answers"):
-        for room in tqdm(rooms, desc="answering"):
+        for room in progress(rooms, desc="answering"):
             for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
                 limit = {} if seconds == inf else {"max_time": max(end - time.monotonic(), 0.0)}
                 rows = [[*prompts[n], *answers[n]] for n in batch]

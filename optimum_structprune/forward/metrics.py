@@ -20,6 +20,7 @@ from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
 from ..method.shrink import check_same
+from ..system.stages import progress
 
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ def _predictions(
     """
     first = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
     heads = [_head(model, ids.to(input_device(model)), among) for model, ids in zip(models, first, strict=True)]
-    for batch in zip(*batches, strict=True):
+    every = [*zip(*batches, strict=True)]
+    for batch in progress(every, desc="predictions", unit="batch", leave=False, delay=1):
         targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
         logits = [_next_token_logits(*each, among, known) for each in zip(models, batch, heads, strict=True)]
         for target, *some in zip(targets, *logits, strict=True):

@@ -46,9 +46,9 @@ class Measure:
     """Perplexity by domain, or for models that do not predict the next token, the error of the last hidden states.
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
-    held-out samples: on about `most` tokens of all domains together where no choice is made, else on all. Perplexity is
-    per token of the dense model's `tokenizer`. Where another will read the text (`vocabulary_changes`, see `read_by`),
-    the dense model is measured on the same text.
+    held-out samples: on about `most` tokens of all domains together, which a run says where no choice is made.
+    Perplexity is per token of the dense model's `tokenizer`. Where another will read the text (`vocabulary_changes`,
+    see `read_by`), the dense model is measured on the same text.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Measure:
 
 
 def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
-    """About so many tokens of samples of shape `(samples, seq_length)`, cut into so many rows that a standard error can
-    be told; as a sample does, each begins with the prefix. The beginnings of all samples come first.
+    """About so many tokens of samples, shape `(samples, seq_length)`, in rows that are enough for a standard error. As
+    a sample does, each begins with the prefix; the beginnings of all samples come first.
     """
     length = min(max(tokens // FEWEST, SHORTEST), samples.shape[1])
     parts = samples[:, 1:].split(max(length - 1, 1), 1)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_, layer_list
@@ -17,6 +16,7 @@ from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
 from ..system.offloading import give_back_free_memory
 from ..system.resume import Resume
+from ..system.stages import progress
 from ..widths.budget import biased_spaces
 from .run import Run, Step
 
@@ -36,7 +36,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
             source = data.source(model, arch, data.feedback)
             done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
-            layers = tqdm(
+            layers = progress(
                 range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"
             )
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers.utils.logging import tqdm
-
 from ..arch.shrink import shrunk_config
 from ..method.score import best_units
 from ..method.shrink import shrink_layer_
 from ..record.plan import Plan
 from ..sources.experts import WithExperts
+from ..system.stages import progress
 from .cut import rebuilding_
 
 
@@ -29,7 +28,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
         source = run.data.source(model, arch)
         assert isinstance(source, WithExperts)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
-            for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
+            for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
                 with source.at(layer, changes=True):
                     for space in arch.at(layer):
                         if space.kind in step.widths:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
@@ -20,6 +19,7 @@ from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_colum
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
 from ..sources.offloaded import layer_in_memory
+from ..system.stages import progress
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class MaskedPruning:
 
     def run_(self, source: Source, method: Method, widths: Widths) -> None:
         """Bring all layers to their widths, one after the other; see `prune_layer_`."""
-        for layer in tqdm(range(self.arch.num_layers), desc="trial", unit="layer"):
+        for layer in progress(range(self.arch.num_layers), desc="trial", unit="layer"):
             with source.at(layer, changes=True):
                 self.prune_layer_(layer, source, method, widths)
 
@@ -227,7 +227,7 @@ class MaskedPruning:
         shape `(units,)`; nothing is changed.
         """
         scores = {}
-        for layer in tqdm(range(self.arch.num_layers), desc="ranking", unit="layer"):
+        for layer in progress(range(self.arch.num_layers), desc="ranking", unit="layer"):
             with source.at(layer):
                 for space in self.arch.at(layer):
                     if space.kind in names:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_
@@ -20,6 +19,7 @@ from ..pruning.units import LayerCheckpoint, run_key
 from ..record.plan import Plan
 from ..removals.cut import shrink_
 from ..system.resume import Resume, Saved
+from ..system.stages import progress
 from ..widths.budget import biased_spaces
 from .masked import MaskedPruning, Snapshot
 
@@ -76,7 +76,7 @@ class Rounds:
                     pruning.forget_(range(done))
                 # The bar counts the layers of all rounds, for the time that is left.
                 bar = {"initial": (number - 1) * count + done, "total": total * count, "unit": "layer"}
-                for layer in tqdm(range(done, count), desc=f"round {number}/{total}", **bar):
+                for layer in progress(range(done, count), desc=f"round {number}/{total}", **bar):
                     with source.at(layer, changes=True):
                         pruning.prune_layer_(layer, source, method, widths, smaller)
                         if store is not None:

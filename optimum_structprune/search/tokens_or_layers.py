@@ -18,6 +18,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
 from ..pruning.run import Run
 from ..system.processes import broadcast_object
+from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
 from ..widths.budget import budget_without_vocab, token_numbers, widths_of
@@ -60,7 +61,7 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
         known: Hidden = {}
         dense_losses = [row_losses(model, [*domain.trial], known=known).sum() for domain in data.domains]
         balances: list[Balance] = []
-        for _ in range(NUMBERS + FINER):
+        for _ in progress(range(NUMBERS + FINER), desc="numbers of tokens", unit="number"):
             if not numbers:
                 layers.correct_(balances)
             number = numbers.pop() if numbers else _between(balances, legal)

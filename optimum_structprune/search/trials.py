@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..arch.modules import layer_list
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
@@ -27,12 +26,13 @@ from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
 from ..system.resume import Resume
+from ..system.stages import progress
 from ..widths.shapes import Curves, Key
 from .masked import MaskedPruning
 
 
-# The shares of a space that are removed in the trials. The last is measured, and the loss of the other follows from the
-# errors of the outputs. A third trial, at a half, changes the predicted loss by 2 %.
+# The shares of a space that are removed in the trials. The last is measured, and the loss of the other follows from
+# the errors of the outputs. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
 # What is pruned on trial in more than one layer is so on so many calibration tokens at most.
 TRIAL_TOKENS = 2048
@@ -209,7 +209,7 @@ class Trials:
         method, num_layers = pruning.method(self.data), pruning.arch.num_layers
         source = self.data.source(pruning.model, pruning.arch, fixed=True)
         every_front = layers_in_front(pruning.model, pruning.arch, self.data)
-        for first in tqdm(range(0, num_layers, process_count()), desc="measuring losses"):
+        for first in progress(range(0, num_layers, process_count()), desc="measuring losses"):
             layers = range(first, min(first + process_count(), num_layers))
             refits: dict[Key, Refits] = {}
             fronts = {layer: next(every_front) for layer in layers if self.layers}
@@ -311,7 +311,7 @@ def refits_of(
 
 
 def lost_energy(change: Tensor, moments: Moments) -> float:
-    """The energy of what a change of a consumer's weight, shape `(out, n)`, takes from its outputs, over all tokens."""
+    """The energy of what a change of a consumer's weight, shape `(out, n)`, does to its outputs, over all tokens."""
     return output_energy(change, replace(moments, energy=None)) * moments.count
 
 

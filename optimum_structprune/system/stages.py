@@ -1,14 +1,14 @@
-"""What a run costs: its stages, which are announced and timed, and the memory that it and its model take."""
+"""What a run costs: its stages, which are announced and timed, how far they are, and the memory that it takes."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -21,8 +21,10 @@ except ImportError:  # Windows has no such module
 
 
 UNITS = ("bytes", "kB", "MB", "GB")
-# Says each stage when it begins, for whoever has no progress bar to look at.
+# Says each stage when it begins, and without a terminal how far it is.
 logger = logging.getLogger(__name__)
+# Where no bar can be drawn, a line says how far the work is after so many seconds without one; the last was then.
+SILENCE, _said = 10.0, [perf_counter()]
 # The seconds by stage that the stages around this place add to.
 _around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None)
 
@@ -33,7 +35,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     outer = _around.get()
     times = seconds if seconds is not None else {} if outer is None else outer
     if name not in times:
-        logger.info("%s …", name)
+        say(f"{name} …")
     inside, start = _around.set(times), perf_counter()
     before = sum(times.values())
     try:
@@ -42,6 +44,60 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         _around.reset(inside)
         within = sum(times.values()) - before
         times[name] = times.get(name, 0.0) + perf_counter() - start - within
+
+
+def say(line: str) -> None:
+    """Give a line to the logger of this module where its level shows it; else, where transformers shows progress bars,
+    write it to the standard error.
+    """
+    _said[0] = perf_counter()
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    elif _bars() is not None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)  # beside a bar that is being drawn
+
+
+def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:
+    """The progress bar of transformers, or where there is neither a terminal nor a notebook, lines; see `tqdm`."""
+    bars = _bars()
+    if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
+        return bars.tqdm(iterable, **how)
+    return _Lines(iterable, **how)
+
+
+def _bars() -> Any:
+    """The module of transformers that draws bars; None where it has not been imported, or draws none."""
+    bars: Any = sys.modules.get("transformers.utils.logging")
+    return bars if bars is not None and bars.is_progress_bar_enabled() else None
+
+
+class _Lines:
+    """What stands for a bar: it writes a line after each `SILENCE`."""
+
+    def __init__(
+        self, iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **how: Any
+    ):
+        self.iterable, self.desc, self.unit, self.done = iterable, desc, unit, initial
+        self.total = len(iterable) if total is None else total
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in self.iterable:
+            yield each
+            self.update()
+
+    def update(self) -> None:
+        """Count one more step."""
+        self.done += 1
+        if perf_counter() - _said[0] >= SILENCE and self.done < self.total:
+            say(f"{self.desc}: {self.done} of {self.total} {self.unit}s")
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def peak_memory() -> dict[str, int]:

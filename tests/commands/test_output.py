@@ -114,7 +114,7 @@ def parsed(run, quiet=False, json_=False):
     return Namespace(run=run, quiet=quiet, json=json_, command=command)
 
 
-def test_without_a_terminal_each_stage_is_a_line_when_it_begins(monkeypatch, capsys):
+def test_each_stage_is_a_line_when_it_begins(monkeypatch, capsys):
     def run(args):
         seconds: dict[str, float] = {}
         for name in ("reading", "cutting", "reading"):
@@ -123,7 +123,7 @@ def test_without_a_terminal_each_stage_is_a_line_when_it_begins(monkeypatch, cap
         return Result("", {"a": 1})
 
     lines = ["reading …", "cutting …"]
-    for screen, quiet, shown in ((io.StringIO(), False, lines), (io.StringIO(), True, []), (Terminal(), False, [])):
+    for screen, quiet, shown in ((io.StringIO(), False, lines), (io.StringIO(), True, []), (Terminal(), False, lines)):
         monkeypatch.setattr(sys, "stderr", screen)
         assert execute(parsed(run, quiet, json_=True)) == 0
         assert screen.getvalue().splitlines() == shown

@@ -58,13 +58,13 @@ def kill(monkeypatch):
 @pytest.fixture
 def titles(monkeypatch):
     """The titles of all rounds that run, and how many layers of how many have gone by then."""
-    bar, shown = rounds.tqdm, []
+    bar, shown = rounds.progress, []
 
     def noted(*args, **how):
         shown.append((how["desc"], how.get("initial"), how.get("total")))
         return bar(*args, **how)
 
-    monkeypatch.setattr(rounds, "tqdm", noted)
+    monkeypatch.setattr(rounds, "progress", noted)
     return shown
 
 
