@@ -125,6 +125,10 @@ SMALL = {
         "--num-samples 6 12 --layers 2 --domains 1 3 --general-share 0",
         ["| 6 | 384 | 2 | 1", "| 12 | 768 | 2 | 3", "seconds = layers x "],
     ),
+    "benchmark_stages": (
+        f"{TINY} --runs uniform sensitivity --num-samples 4 --seq-length 32",
+        ["| uniform | ", "| sensitivity | ", "round 1 ", "search ", "perplexity "],
+    ),
     "benchmark_gpu": (
         "--device cpu --tiny --folder .",
         ["float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "of that rate", ": x "],
