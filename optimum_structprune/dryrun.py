@@ -30,7 +30,7 @@ from .widths.kernels import lost_kernels
 
 
 # How much longer a token takes to write than to read.
-WRITING = 1.5
+WRITING = 1.8
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",

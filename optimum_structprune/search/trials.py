@@ -21,7 +21,7 @@ from ..method.calibrate import Moments, output_energy
 from ..method.layers import Batch, InMemory, run_model
 from ..method.loop import Method
 from ..method.shrink import Values
-from ..pruning.measure import PROBE_TOKENS, SHORTEST, STRIDE, skipping_layers
+from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
@@ -38,6 +38,8 @@ SHARES = (0.25, 0.75)
 TRIAL_TOKENS = 2048
 # A trial runs so many held-out tokens. What is pruned on trial in all layers runs on `PROBE_TOKENS`.
 LAYER_TOKENS = PROBE_TOKENS // 4
+# A probe has as many samples as leave each so many tokens; the first ones, with little in front of them, say less.
+ROW_TOKENS = 128
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
@@ -69,13 +71,13 @@ class Probe:
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
-        """The probe of about so many tokens of the text that a run makes its choices on: as many of every domain, from
-        the beginnings of many samples.
+        """The probe of about so many tokens of the text that a run makes its choices on: as many of every domain, the
+        beginnings of its samples.
         """
         per_domain = ceil(tokens / len(data.domains))
         samples = []
         for domain in data.domains:
-            count = min(max(per_domain // SHORTEST, 1), len(domain.trial))
+            count = min(max(per_domain // ROW_TOKENS, 1), len(domain.trial))
             samples.append(replace(domain, samples=domain.trial[:count, : ceil(per_domain / count)], mask=None))
         return cls(model, arch, batches_of(samples, data.batch_size))
 
