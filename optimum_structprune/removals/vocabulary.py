@@ -19,7 +19,7 @@ from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
 from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
-from ..widths.budget import budget_without_vocab
+from ..widths.budget import budget_without_vocab, widths_of
 from .resize import drop_tokens_
 
 
@@ -56,6 +56,10 @@ def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneC
         asked = {name: width for name, width in config.widths.items() if name != VOCAB}
         return (replace(config, widths=asked) if asked else config), others
     rest = budget_without_vocab(config, run.arch, run.model, number)
+    if rest is not None and config.allocation == "uniform" and others:
+        present = budget_without_vocab(config, run.arch, run.model, number, cut=False)
+        assert present is not None
+        others = widths_of(present, run.arch, run.model)
     return (config, {}) if rest is None else (rest, others)
 
 

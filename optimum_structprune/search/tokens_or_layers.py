@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import inf, isnan
+from math import inf, isnan, log
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import VOCAB
+from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
@@ -21,7 +22,7 @@ from ..system.processes import broadcast_object
 from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
-from ..widths.budget import budget_without_vocab, token_numbers, widths_of
+from ..widths.budget import budget_of, budget_without_vocab, removed_parameters, token_numbers, widths_of
 from ..widths.shapes import Curves, Shape
 from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
@@ -31,6 +32,9 @@ from .trials import Probe, Trials
 NUMBERS, FINER = 6, 2
 # What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
 MOST_GROWTH = 4.0
+# At one width the loss is a power of the share that goes, between these; a loss of fewer nats is noise.
+LEAST_POWER, MOST_POWER = 1.0, 2.0
+LEAST_LOSS = 1e-4
 # The hidden states of rows of tokens, shape `(tokens, channels)`.
 Hidden = dict[tuple[int, ...], Tensor]
 
@@ -52,10 +56,12 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
 
     The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
-    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once. What layers lose
-    one at a time adds up to less than they lose together, so a short pruning corrects it where the total is least.
+    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once, or at one width
+    for all layers from two short prunings. A short pruning corrects what is predicted where the total is least: what
+    layers lose one at a time adds up to less than they lose together.
     """
-    model, data, report, layers = run.model, run.data, run.report, _Layers(run)
+    model, data, report = run.model, run.data, run.report
+    layers = _AtOneWidth(run) if run.config.allocation == "uniform" else _Layers(run)
     legal, numbers = _numbers(run, may)
     with evaluating(model), report.timed("search"):
         known: Hidden = {}
@@ -122,16 +128,20 @@ class _Layers:
             return 0.0
         try:
             search = Search(run.model, run.arch, replace(run.data, config=rest))
-            candidates = search.candidates(self._curves(search))
+            predicted = self.predicted(search)
         except StructPruneError:
             return inf
-        predicted = [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
         if not predicted:
             return inf
         # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
         loss, shape = broadcast_object(min(predicted, key=lambda pair: pair[0]))
         self.shapes[number] = search, shape
         return inf if isnan(loss) else self.factor * loss
+
+    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
+        """The shapes that keep to a budget, each with what single layers predict that it loses."""
+        candidates = search.candidates(self._curves(search))
+        return [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
 
     def correct_(self, balances: list[Balance]) -> None:
         """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
@@ -156,6 +166,37 @@ class _Layers:
             self.trials = search.trials()
             self.run.data.cache[MEASURED_LOSSES] = self.trials.losses()
         return self.trials.curves(self.run.data.cache[MEASURED_LOSSES])
+
+
+class _AtOneWidth(_Layers):
+    """The same where each space keeps one width in all layers: the loss is a power of the share of the layers that
+    goes, which two short prunings give.
+    """
+
+    power: float | None = None
+
+    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
+        """See `_Layers.predicted`."""
+        if self.power is None:
+            half = Search(search.model, search.arch, replace(search.data, config=_half_of(search)))
+            both = [(_share(of), max(of.loss(Shape(of.plain), self.probe), LEAST_LOSS)) for of in (search, half)]
+            (share, loss), (less, of_less) = both
+            steep = share > less > 0 and inf not in (loss, of_less)
+            power = log(loss / of_less) / log(share / less) if steep else LEAST_POWER
+            self.power = min(max(power, LEAST_POWER), MOST_POWER)
+            self.factor = loss / share**self.power
+        return [(_share(search) ** self.power, Shape(search.plain))]
+
+
+def _half_of(search: Search) -> StructPruneConfig:
+    """The config that asks half as much of the layers."""
+    budget = budget_of(search.config, search.arch, search.model, list(search.plain))
+    return replace(search.config, budget={budget.name: (budget.limit + budget.dense) // 2})
+
+
+def _share(search: Search) -> float:
+    """The share of the parameters of the layers that goes at one width."""
+    return removed_parameters(search.arch, search.plain) / sum(search.arch.layer_params)
 
 
 def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:

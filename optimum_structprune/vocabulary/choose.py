@@ -60,7 +60,7 @@ class Tokens:
         """The tokens of a dense model; a number that it cannot keep, or a budget that takes fewer, is refused."""
         assert tokenizer is not None  # `check` has refused that
         vocabulary, space = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0]
-        competes = config.searches and config.widths is None and len(widths) > 1
+        competes = config.widths is None and len(widths) > 1
         ids = range(max(space.size, vocabulary.size))
         always = {*ids[space.size :], *_always(config, model, tokenizer, vocabulary)}
         always = with_needs(always, vocabulary.needs) & {*ids}

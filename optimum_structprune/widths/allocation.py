@@ -163,12 +163,13 @@ def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
 
 
 def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    if VOCAB in names and (config.budget is None or len(names) > 1 and not config.searches):
+    compete = config.searches or config.allocation == "uniform"
+    if VOCAB in names and (config.budget is None or len(names) > 1 and not compete):
         example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}"
         raise StructPruneError(
             f"targets={list(names)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share of those "
             f"says how much of it goes; give {example} or another number, beside the widths of other spaces, or "
-            f"target {VOCAB!r} with a budget, alone or with allocation='search'."
+            f"target {VOCAB!r} with a budget, alone or with an allocation that measures losses or is uniform."
         )
     names = [name for name in names if name != VOCAB]
     of_model = [space.name for space in arch.model_spaces if space.name in names]

@@ -73,7 +73,7 @@ def _within_budget(
 
     # A bisection over the number of parameters to remove, until the bounds are closer than what goes with a unit. The
     # widths for a number lie on either side of it, so the largest that fit are not always those for the smallest one.
-    too_little, enough = 0.0, float(_removed(arch, smallest))
+    too_little, enough = 0.0, float(removed_parameters(arch, smallest))
     cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
     trial = enough * (dense - limit) / (dense - cost(smallest))
     while enough - too_little > cheapest / 2:
@@ -199,7 +199,7 @@ def _cost_of(
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
         dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
-        return lambda widths: size * (dense - _removed(arch, widths))
+        return lambda widths: size * (dense - removed_parameters(arch, widths))
     count: Callable[[PreTrainedModel], float] = {
         CACHE: lambda smaller: itemsize * checked_cache(smaller, arch),
         "flops_per_token": lambda smaller: checked_flops(smaller, arch, config.seq_length),
@@ -269,8 +269,8 @@ def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Ma
     return Resource(need, of_space, {})
 
 
-def _removed(arch: ArchSpec, widths: Widths) -> int:
-    """The number of parameters that the layers lose."""
+def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
+    """The number of parameters that the layers lose at given widths."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
 

@@ -212,7 +212,10 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
-    ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' with a budget, alone"),
+    (
+        {"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp"), "allocation": "global"},
+        "target 'vocab' with a budget, alone or with an allocation that measures losses",
+    ),
     (
         {"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
         "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
@@ -292,10 +295,12 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
 JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_uniform", "round_to": 8}
 
 
-@pytest.mark.parametrize("share", [0.97, 0.75])
-def test_tokens_and_layers_compete_for_one_budget(share):
+@pytest.mark.parametrize(
+    ("share", "allocation"), [(0.97, "search_uniform"), (0.75, "search_uniform"), (0.97, "uniform"), (0.75, "uniform")]
+)
+def test_tokens_and_layers_compete_for_one_budget(share, allocation):
     model, budget = text_model(), {"parameters": share}
-    pruner, small = pruned(model, **JOINT, budget=budget)
+    pruner, small = pruned(model, **{**JOINT, "allocation": allocation}, budget=budget)
     (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
     losses = [balance["tokens_loss"] + balance["layers_loss"] for balance in pruner.report.balances]
     assert chosen["tokens_loss"] + chosen["layers_loss"] == min(losses)
