@@ -59,7 +59,7 @@ def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneC
     if rest is not None and config.allocation == "uniform" and others:
         present = budget_without_vocab(config, run.arch, run.model, number, cut=False)
         assert present is not None
-        others = widths_of(present, run.arch, run.model)
+        others = dict(widths_of(present, run.arch, run.model))
     return (config, {}) if rest is None else (rest, others)
 
 
