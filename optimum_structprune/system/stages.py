@@ -60,7 +60,9 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:
-    """The progress bar of transformers, or where there is neither a terminal nor a notebook, lines; see `tqdm`."""
+    """The progress bar of transformers, or where there is neither a terminal nor a notebook, lines. It takes
+    what tqdm takes.
+    """
     bars = _bars()
     if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
         return bars.tqdm(iterable, **how)
