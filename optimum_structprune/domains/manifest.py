@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import os
-import platform
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -101,7 +100,7 @@ class Manifest(Record):
         seed: The seed of the order of the documents, and of text that the model wrote.
         seq_length: The number of tokens in a sample.
         tokenizer: The name of the tokenizer.
-        versions: The versions of Python and of the libraries that decide what text comes out.
+        versions: The versions of the libraries that decide what text comes out.
         domains: One entry for each domain.
     """
 
@@ -120,11 +119,7 @@ class Manifest(Record):
             seed=config.seed,
             seq_length=config.seq_length,
             tokenizer=getattr(tokenizer, "name_or_path", ""),
-            versions={
-                "optimum-structprune": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in LIBRARIES},
-            },
+            versions={"optimum-structprune": __version__, **{name: version(name) for name in LIBRARIES}},
             domains=[Entry.of(domain) for domain in domains],
         )
 

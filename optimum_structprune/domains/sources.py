@@ -72,9 +72,9 @@ def _whole(text: str, domain: DomainConfig) -> str:
 
 
 def endless(domain: DomainConfig) -> bool:
-    """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
+    """Whether reading a domain to its end may take forever: what a model writes, and what streams from the Hub."""
     source = domain.source
-    return isinstance(source, str) and (source.startswith(BUILTIN) or not (_saved(domain) or _files(domain)))
+    return isinstance(source, str) and not (source.startswith(BUILTIN) or _saved(domain) or _files(domain))
 
 
 def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:

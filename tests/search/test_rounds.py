@@ -22,7 +22,7 @@ from optimum_structprune.sources.data import CalibrationData
 
 
 def two_domains(**fields):
-    code = DomainConfig(name="code", source="builtin:code")
+    code = DomainConfig(name="code", source="builtin:programs")
     short = {"num_samples": 8, "seq_length": 96, **fields}
     return stories_config(domains=[DomainConfig(name="stories", source=str(STORIES)), code], **short)
 

@@ -1,18 +1,32 @@
-"""Text made by rule: word problems with worked answers, tables and logs."""
+"""Render the built-in texts that are not written by hand into files of the package.
+
+    python examples/tools/render_texts.py [math records code prose]
+
+Problems and records are made by rule, the same under every Python. Code and prose come out of the library of the
+Python that runs this, without files that carry a licence of their own; the release that the package has is named in
+`optimum_structprune/domains/texts/README.md`.
+"""
 
 from __future__ import annotations
 
 import ast
+import gzip
 import operator
+import os
 import re
+import sys
+import sysconfig
+import tokenize
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from random import Random
 
+from optimum_structprune.domains.builtin import BETWEEN, TEXTS, sections
+
 
 TEMPLATES = Path(__file__).with_name("word_problems.txt")
-NUM_PROBLEMS = 10_000
+NUM_PROBLEMS, NUM_RECORDS = 4_000, 1_500
 LAYOUTS = (
     "{question}\n{lines}\n#### {answer}",
     "{question}\n\n{lines}\n\nThe answer is {answer}.",
@@ -97,7 +111,6 @@ def _shown(value: Fraction | str) -> str:
     return value if isinstance(value, str) else str(value) if value.denominator == 1 else f"{float(value):.2f}"
 
 
-NUM_RECORDS = 10_000
 NAMES = "Adler Baker Chen Diaz Fischer Garcia Haddad Ito Kovac Moreau Nguyen Okoye Patel Rossi Silva Walsh".split()
 CITIES = "Bergen Cairo Dakar Denver Geneva Hanoi Lagos Lima Lyon Osaka Perth Quito Riga Turin Vilnius".split()
 WARES = "bolts brackets cables filters gaskets hinges lamps motors panels pumps switches valves washers".split()
@@ -205,3 +218,97 @@ def _date(rng: Random, form: str) -> str:
     months = "January February March April May June July August September October November December".split()
     month = rng.randint(1, 12)
     return form.format(d=rng.randint(1, 28), m=month, month=months[month - 1])
+
+
+SKIP = frozenset("test tests idlelib lib2to3 site-packages dist-packages encodings pydoc_data __phello__".split())
+NOTICE = re.compile(r"(?i)copyright|licen[sc]e|\(c\) |all rights reserved")
+# A file of code gives a piece of it from a place that is drawn: files begin with imports, and a small sample of
+# beginnings would hold little else.
+LONGEST_CODE = 24_000
+SHORTEST = 200
+
+
+def code(rng: Random) -> Iterator[str]:
+    """A piece of every other file of the library."""
+    for path in library()[::2]:
+        start, text = rng.random(), read(path).strip("\n")
+        if NOTICE.search(text):
+            continue
+        parts = list(sections(text))
+        piece = text[text.index(parts[int(start * len(parts))]) :]
+        if len(piece) > LONGEST_CODE:
+            piece = piece[: piece.rindex("\n", 0, LONGEST_CODE)]
+        if len(piece) >= SHORTEST:
+            yield piece.strip("\n")
+
+
+def prose(rng: Random) -> Iterator[str]:
+    """The English of the pages of `help()`, and of the docstrings and comments of the files that `code` passes over."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    texts = [[text] for _, text in sorted(topics.items())]
+    texts += [comments(source) for source in map(read, library()[1::2]) if not NOTICE.search(source)]
+    for text in texts:
+        if len(kept := english(text, seen)) >= SHORTEST:
+            yield kept
+
+
+def library() -> list[Path]:
+    """The files of the library in a fixed order."""
+    files: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - SKIP
+        files += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
+    return sorted(files)
+
+
+def read(path: Path) -> str:
+    """The text of a source."""
+    with tokenize.open(path) as file:
+        return file.read()
+
+
+def comments(source: str) -> list[str]:
+    """The docstrings of a source, and its comments of three lines or more."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    blocks = [re.sub(r"(?m)^[ \t]*#+ ?", "", match[0]) for match in re.finditer(r"(?m)(^[ \t]*#.*\n){3,}", source)]
+    return [*filter(None, docstrings), *blocks]
+
+
+def english(texts: list[str], seen: set[str]) -> str:
+    """The paragraphs of texts that are English and not seen before."""
+    # Lines are unwrapped because running text elsewhere has no breaks at column 79; a paragraph counts as English if
+    # it is nearly all words, which drops signatures, tables and examples.
+    kept = []
+    for paragraph in (" ".join(raw.split()) for text in texts for raw in re.split(r"\n\s*\n", text)):
+        words = sum(letter.isalpha() or letter == " " for letter in paragraph)
+        whole = len(paragraph) >= 80 and words >= 0.9 * len(paragraph) and paragraph[-1] in ".:!?)"
+        if whole and paragraph not in seen:
+            seen.add(paragraph)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+KINDS: dict[str, Callable[[Random], Iterator[str]]] = {
+    "math": word_problems,
+    "records": records,
+    "code": code,
+    "prose": prose,
+}
+
+
+def main(kinds: list[str]) -> None:
+    """Write the files of some kinds of text, or of all."""
+    for kind in kinds or KINDS:
+        documents = list(dict.fromkeys(KINDS[kind](Random(0))))
+        assert not any(BETWEEN in f"\n{text}\n" for text in documents)
+        path = TEXTS / f"{kind}.txt.gz"
+        # Neither time nor name, so that the same text gives the same file.
+        path.write_bytes(gzip.compress(f"{BETWEEN.join(documents)}\n".encode(), mtime=0))
+        print(f"{path}: {len(documents)} documents, {sum(map(len, documents)):,} characters, {path.stat().st_size:,} B")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
