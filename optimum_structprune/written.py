@@ -5,11 +5,12 @@ folder, and nothing that has changed, is taken for a part of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from .errors import StructPruneError
+from .errors import StructPruneError, one_line, warn
 
 
 LIST_NAME = "written_files.json"
@@ -93,3 +94,12 @@ def check_unchanged(*paths: Path) -> None:
             raise StructPruneError(
                 f"{path} is not as structprune wrote it, so it is not replaced; move it elsewhere, or remove it."
             )
+
+
+@contextmanager
+def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
+    """A file beside a result that cannot be made inside `with` only gives a warning."""
+    try:
+        yield
+    except Exception as error:  # hours of work are not given up for a page about them
+        warn(f"{output} gets no {name}: {one_line(error)}")

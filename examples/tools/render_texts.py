@@ -243,7 +243,7 @@ def code(rng: Random) -> Iterator[str]:
 
 
 def prose(rng: Random) -> Iterator[str]:
-    """The English of the pages of `help()`, and of the docstrings and comments of the files that `code` passes over."""
+    """The English of the pages of `help()`, and of docstrings and comments of the files that `code` passes over."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -307,7 +307,9 @@ def main(kinds: list[str]) -> None:
         path = TEXTS / f"{kind}.txt.gz"
         # Neither time nor name, so that the same text gives the same file.
         path.write_bytes(gzip.compress(f"{BETWEEN.join(documents)}\n".encode(), mtime=0))
-        print(f"{path}: {len(documents)} documents, {sum(map(len, documents)):,} characters, {path.stat().st_size:,} B")
+        print(
+            f"{path}: {len(documents)} documents, {sum(map(len, documents)):,} characters, {path.stat().st_size:,} B"
+        )
 
 
 if __name__ == "__main__":

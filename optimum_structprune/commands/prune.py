@@ -16,6 +16,7 @@ from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
 from ..pruning.checks import CALIBRATE
 from ..recovery.checks import check_recovery
+from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .arguments import pruning_config
@@ -85,6 +86,7 @@ def _prune_and_save(
             config = replace(pruner.used_config, checkpoint_dir=None)
             pruned.prune_result = pruner.result._replace(config=config)  # type: ignore[assignment]  # as in pruner.py
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+        write_page_or_warn(args.output)
         if args.resume and process_index() == 0:
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
                 progress_folder(args.output).rename(scratch / "progress")

@@ -23,6 +23,7 @@ from ..record.answers import Items
 from ..record.report import REPORT_NAME
 from ..recovery.recover import Recovery
 from ..recovery.trainer import WorseModelWarning
+from ..saving.page import write_page_or_warn
 from ..saving.push import check_push, push_to_hub
 from ..system.disk import Output, remove_checkpoints, resolved
 from ..system.processes import is_first_rank
@@ -77,6 +78,7 @@ def recover_and_save(
     worse = report.worse and not args.accept_worse
     target = worse_folder if worse else args.output
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse)
+    write_page_or_warn(target)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
         _say_worse(worse_folder, args.output)

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from statistics import fmean, geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..forward.metrics import ENOUGH, FEWEST
 from .text import plus_minus, spark_line, table, worst_ratio
+
+
+if TYPE_CHECKING:
+    from .records import Records
 
 
 UNKNOWN = "–"
@@ -341,3 +345,73 @@ def removed(report: Mapping[str, Any]) -> Iterator[str]:
             count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
         where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
         yield f"{count}{where}".replace("%", " %")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text cells under a head; `bars` are shares from 0 to 1, drawn at the end of each row."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bars: Sequence[float] = ()
+
+
+def quality_of_run(records: Records) -> dict[str, Facts]:
+    """What a pruning has measured, of the dense and of the pruned model."""
+    facts = facts_of(records.report)
+    return {"dense": facts["before"], "pruned": facts["after"]}
+
+
+def perplexity_of_training(records: Records) -> dict[str, Facts]:
+    """What a training has measured, by model."""
+    return perplexity_facts(records.recovery)
+
+
+def quality_tables(records: Records) -> Iterator[Table]:
+    """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
+    what = "Outputs on the kinds of input" if records.report.get("output_error") else "Perplexity on the kinds of text"
+    models = {
+        f"{what} that it was calibrated on": quality_of_run(records),
+        "Perplexity on the kinds of text that it was trained on": perplexity_of_training(records),
+    }
+    last = "recovered" if records.recovery else "pruned"
+    perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")
+    for title, names in _by_kinship(list(perplexities), shared).items():
+        of_kind = {name: perplexities[name] for name in names}
+        tokens = records.evaluation.get("tokens", {})
+        measured = perplexity_facts({**records.evaluation, "perplexity": of_kind, "perplexity_tokens": tokens})
+        models[title] = {last if name == "model" else name: facts for name, facts in measured.items()}
+    tasks = records.evaluation.get("tasks", {})
+    models["Tasks"] = {
+        label: Facts(tasks={task: scores.get(name, {}) for task, scores in tasks.items()})
+        for label, name in (("dense", "dense"), (last, "model"))
+        if any(name in scores for scores in tasks.values())
+    }
+    for caption, facts_by_model in models.items():
+        if rows := quality_rows([*facts_by_model.values()]):
+            yield _quality_table(caption, list(facts_by_model), rows)
+
+
+def _quality_table(caption: str, models: Sequence[str], rows: Sequence[Row]) -> Table:
+    """What was lost first, where it can be said, and what it was measured on last; bars are as long as the losses."""
+    columns = {
+        "": [row.label.removeprefix("perplexity ").strip() for row in rows],
+        "loss": [row.compared() for row in rows],
+        **dict(zip(models, zip(*(row.cells() for row in rows), strict=True), strict=True)),
+        "tokens": [f"{row.tokens:,}" if row.tokens else "" for row in rows],
+    }
+    columns = {head: column for head, column in columns.items() if any(column)}
+    lost = [max((row.ratio or 1.0) - 1, 0.0) for row in rows]
+    bars = [loss / max(lost) for loss in lost] if any(lost) else []
+    return Table(caption, [*columns], [*zip(*columns.values(), strict=True)], bars)
+
+
+def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str, list[str]]:
+    """The domains of an evaluation by what they have to do with the calibration, under the heading of each kind."""
+    if shared is None:
+        return {"Perplexity on other text, which may have been calibrated on": list(names)}
+    return {
+        "Perplexity on other text": [name for name in names if name not in shared],
+        "Perplexity on text that was calibrated or trained on": [name for name in names if name in shared],
+    }

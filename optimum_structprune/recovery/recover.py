@@ -21,7 +21,7 @@ from ..domains.readers import check_tokens, note_reader
 from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
 from ..plain_json import replace_json
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
@@ -173,8 +173,7 @@ class Recovery:
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
 
-        from ..saving.card import leave_card  # with the page, only what saves pays for them
-        from ..saving.page import write_page_or_warn
+        from ..saving.card import leave_card  # only what saves pays for it
 
         def write(folder: Path) -> None:
             for name, record in self._records.items():
@@ -191,8 +190,6 @@ class Recovery:
             training = {name: value for name, value in self.config.training.items() if name != "output_dir"}
             replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
-            if REPORT_NAME in self._records:
-                write_page_or_warn(folder, save_directory)
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter
                 leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
             elif self._inputs is not None:

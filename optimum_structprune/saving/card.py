@@ -22,13 +22,12 @@ from ..arch.meta import model_class
 from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
-from ..record.facts import CHANGED, cells, facts_of, languages, removed, size_rows
+from ..record.facts import CHANGED, cells, facts_of, languages, quality_tables, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import escaped, markdown, sample_items
 from ..system.disk import CARD, resolved
-from ..written import replace_text, written_files
-from .page import quality_tables, warn_on_error
+from ..written import replace_text, warn_on_error, written_files
 
 
 # The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.

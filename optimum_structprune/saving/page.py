@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from shlex import join
@@ -15,38 +13,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..domains.manifest import CALIBRATED
-from ..errors import StructPruneError, one_line, warn
+from ..errors import StructPruneError
 from ..record.answers import outcome, remark
 from ..record.facts import (
     NAMES,
     UNKNOWN,
-    Facts,
-    Row,
+    Table,
     cells,
-    facts_of,
-    perplexity_facts,
+    perplexity_of_training,
+    quality_of_run,
     quality_rows,
+    quality_tables,
     remarks,
     removed,
     size_rows,
 )
 from ..record.records import Records, short_name
+from ..record.report import REPORT_NAME
 from ..record.text import plus_minus, readable_time, sample_items
+from ..system.processes import is_first_rank
 from ..system.stages import readable_size
-from ..written import check_unchanged, replace_text
+from ..written import check_unchanged, replace_text, warn_on_error
 
 
 PAGE_NAME = "report.html"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text cells under a head; `bars` are shares from 0 to 1, drawn at the end of each row."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    bars: Sequence[float] = ()
 
 
 def page(records: Records) -> str:
@@ -112,19 +102,11 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
     return path
 
 
-def write_page_or_warn(folder: str | Path, output: str | Path) -> None:
-    """Write the page of a result that is being saved; a page that cannot be made only gives a warning."""
-    with warn_on_error(output, PAGE_NAME):
-        write_report(folder, output)
-
-
-@contextmanager
-def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
-    """A file beside a result that cannot be made inside `with` only gives a warning."""
-    try:
-        yield
-    except Exception as error:  # hours of work are not given up for a page about them
-        warn(f"{output} gets no {name}: {one_line(error)}")
+def write_page_or_warn(output: str | Path) -> None:
+    """Write the page of a result that was saved; one that cannot be made only gives a warning."""
+    if is_first_rank() and Path(output, REPORT_NAME).is_file():
+        with warn_on_error(output, PAGE_NAME):
+            write_report(output)
 
 
 def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
@@ -139,7 +121,10 @@ def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
         yield "Faster", f"× {speed['prefill']:.2f}", note
     if broken := _broken(records):
         yield "Perplexity", "infinite", f"on {', '.join(broken)}"
-    for label, models in (("Perplexity", _run(records)), ("Perplexity, recovered", _training(records))):
+    for label, models in (
+        ("Perplexity", quality_of_run(records)),
+        ("Perplexity, recovered", perplexity_of_training(records)),
+    ):
         rows = [row for row in quality_rows([*models.values()]) if row.label.startswith("perplexity") and row.ratio]
         if "dense" in models and rows:
             worst = max(rows, key=lambda row: row.ratio or 0.0)
@@ -155,15 +140,6 @@ def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
         yield "Output error", f"{errors[worst_name] or 0:.4f}", f"of the hidden states' variance, worst {worst_name}"
 
 
-def _run(records: Records) -> dict[str, Facts]:
-    facts = facts_of(records.report)
-    return {"dense": facts["before"], "pruned": facts["after"]}
-
-
-def _training(records: Records) -> dict[str, Facts]:
-    return perplexity_facts(records.recovery)
-
-
 def _broken(records: Records) -> list[str]:
     """The domains with a perplexity that is no finite number, which JSON has as null."""
     measured = [*(records.report.get("perplexity") or {}).items(), *(records.recovery.get("perplexity") or {}).items()]
@@ -171,7 +147,7 @@ def _broken(records: Records) -> list[str]:
 
 
 def _sizes(records: Records) -> Table:
-    models = _run(records)
+    models = quality_of_run(records)
     for facts, when in zip(models.values(), ("before", "after"), strict=True):
         facts.weights = records.details.model.get("bytes", {}).get(when)
     head, *lines = cells(list(models), size_rows([*models.values()]))
@@ -182,55 +158,6 @@ def _gone_layers(records: Records) -> list[int]:
     kept = {} if records.plan is None else records.plan.keep
     layers = range(records.report["dense_widths"].get(LAYER, 0))
     return [layer for layer in layers if layer not in kept.get((MODEL, LAYER), layers)]
-
-
-def quality_tables(records: Records) -> Iterator[Table]:
-    """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
-    what = "Outputs on the kinds of input" if records.report.get("output_error") else "Perplexity on the kinds of text"
-    models = {
-        f"{what} that it was calibrated on": _run(records),
-        "Perplexity on the kinds of text that it was trained on": _training(records),
-    }
-    last = "recovered" if records.recovery else "pruned"
-    perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")
-    for title, names in _by_kinship(list(perplexities), shared).items():
-        of_kind = {name: perplexities[name] for name in names}
-        tokens = records.evaluation.get("tokens", {})
-        measured = perplexity_facts({**records.evaluation, "perplexity": of_kind, "perplexity_tokens": tokens})
-        models[title] = {last if name == "model" else name: facts for name, facts in measured.items()}
-    tasks = records.evaluation.get("tasks", {})
-    models["Tasks"] = {
-        label: Facts(tasks={task: scores.get(name, {}) for task, scores in tasks.items()})
-        for label, name in (("dense", "dense"), (last, "model"))
-        if any(name in scores for scores in tasks.values())
-    }
-    for caption, facts_by_model in models.items():
-        if rows := quality_rows([*facts_by_model.values()]):
-            yield _quality_table(caption, list(facts_by_model), rows)
-
-
-def _quality_table(caption: str, models: Sequence[str], rows: Sequence[Row]) -> Table:
-    """What was lost first, where it can be said, and what it was measured on last; bars are as long as the losses."""
-    columns = {
-        "": [row.label.removeprefix("perplexity ").strip() for row in rows],
-        "loss": [row.compared() for row in rows],
-        **dict(zip(models, zip(*(row.cells() for row in rows), strict=True), strict=True)),
-        "tokens": [f"{row.tokens:,}" if row.tokens else "" for row in rows],
-    }
-    columns = {head: column for head, column in columns.items() if any(column)}
-    lost = [max((row.ratio or 1.0) - 1, 0.0) for row in rows]
-    bars = [loss / max(lost) for loss in lost] if any(lost) else []
-    return Table(caption, [*columns], [*zip(*columns.values(), strict=True)], bars)
-
-
-def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str, list[str]]:
-    """The domains of an evaluation by what they have to do with the calibration, under the heading of each kind."""
-    if shared is None:
-        return {"Perplexity on other text, which may have been calibrated on": list(names)}
-    return {
-        "Perplexity on other text": [name for name in names if name not in shared],
-        "Perplexity on text that was calibrated or trained on": [name for name in names if name in shared],
-    }
 
 
 def _widths(records: Records) -> Iterator[Table]:

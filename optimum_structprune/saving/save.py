@@ -57,11 +57,10 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, page and tokenizer; folders that the run has read are never replaced. The
+    """Save a pruned model with its records, card and tokenizer; folders that the run has read are never replaced. The
     records say so where the weights are not those of the `checksums` that were measured.
     """
-    from .card import leave_card  # imported here, as the page is, since only a save needs them
-    from .page import write_page_or_warn
+    from .card import leave_card  # imported here, since only a save needs it
 
     used = [model.name_or_path, *used_paths(config)]
     if checksums(model) != measured:
@@ -76,7 +75,6 @@ def save_pruned(
         sizes = {**details.model.get("bytes", {}), "after": size}
         replace(details, model={**details.model, "bytes": sizes}).save(folder / DETAILS_NAME)
         manifest.save(folder / MANIFEST_NAME)
-        write_page_or_warn(folder, save_directory)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub, write_report
 from optimum_structprune.commands.cli import main
 from optimum_structprune.saving import push as pushing
 from optimum_structprune.written import LIST_NAME, replace_text
@@ -275,6 +275,7 @@ def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, tmp_path, mo
     pruner.save(pruner.prune_model(dense, tokenizer()), "out", tokenizer())
     manifest = json.loads((tmp_path / "home/out/calibration_manifest.json").read_text())
     assert [entry["origin"]["source"] for entry in manifest["domains"]] == ["near.jsonl", far], "as they were given"
+    write_report("out")
     push_to_hub("out", "ann/out")
     files = hub.repos["ann/out"]["files"]
     assert {"report.html", "README.md", "structprune_config.json"} <= set(files)

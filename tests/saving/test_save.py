@@ -11,7 +11,7 @@ from helpers import contents
 from models import build, config, documents, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
-from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner, write_report
 from optimum_structprune.saving.extra_files import copy_extra_files
 from optimum_structprune.saving.save import check_reload, forget_code
 from optimum_structprune.written import written_files
@@ -59,6 +59,7 @@ def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_pa
     if change is not None:
         change(model)
     pruner.save(model, out, tokenizer())
+    write_report(out)
     sizes = json.loads((out / "pruning_details.json").read_text())["model"]["bytes"]
     assert sizes["after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     report = json.loads((out / "report.json").read_text())
