@@ -22,15 +22,12 @@ from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import LIMIT, ROUNDS, UNITS, Run, Step
-from .record.facts import misses_target, target_summary
 from .record.plan import Plan
 from .record.report import Report
 from .registry import Registry
-from .saving.save import save_pruned
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
 from .widths.budget import widths_of
-from .widths.schedule import round_widths
 
 
 class PruneResult(NamedTuple):
@@ -58,7 +55,7 @@ REMOVERS = {
     LAYER: "removals.layers:remove_layers_",
     EXPERT: "removals.experts:remove_experts_",
     HIDDEN: "removals.channels:remove_channels_",
-    UNITS: "pruning.units:prune_units_",
+    UNITS: "pruning.run:prune_units_",
     ROUNDS: "search.rounds:prune_in_rounds_",
     LIMIT: "search.limit:prune_within_limit_",
 }
@@ -145,14 +142,16 @@ class StructPruner:
 
                 shape = choose_shape(run, widths)
                 run.layers, widths = shape.layers, shape.after_removal()
-            run.find_teacher()
+            if run.config.recovery is not None:
+                run.find_teacher()
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.apply_step_(run, step)
             run.compare()
-            run.recover()
+            if run.config.recovery is not None:
+                run.recover()
             run.finish()
-        if report.target is not None and misses_target(report.target, report.sparsity):
-            warn(target_summary(report.to_dict()).removeprefix("warning: "))
+        if missed := report.missed_target():
+            warn(missed)
         self._remember(run)
         return run.model
 
@@ -182,15 +181,22 @@ class StructPruner:
         for kind in WHOLE_MODEL:
             if kind in widths:
                 target = {kind: widths[kind]}
-                schedule = round_widths(self.config, arch, target) if kind == LAYER else [target]
-                steps += Step.toward(kind, schedule)
+                steps += Step.toward(kind, self._schedule(arch, target) if kind == LAYER else [target])
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside and self.config.max_perplexity_ratio is not None:
             steps += Step.toward(LIMIT, [inside])
         elif inside:
-            schedule = round_widths(self.config, arch, inside)
+            schedule = self._schedule(arch, inside)
             steps += Step.toward(UNITS if len(schedule) == 1 else ROUNDS, schedule)
         return steps
+
+    def _schedule(self, arch: ArchSpec, widths: Widths) -> Sequence[Widths]:
+        """The widths after each round."""
+        if self.config.rounds == 1:
+            return [widths]
+        from .widths.schedule import round_widths
+
+        return round_widths(self.config, arch, widths)
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
@@ -236,6 +242,8 @@ class StructPruner:
             StructPruneError: If no pruning returned the model, the tokenizer has other tokens than the one of the run,
                 the folder exists, or what is saved does not come back the same.
         """
+        from .saving.save import save_pruned
+
         result: Any = vars(model).get("prune_result")
         if result is None:
             raise StructPruneError(

@@ -5,6 +5,7 @@ folder, and nothing that has changed, is taken for a part of it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -103,3 +104,12 @@ def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # hours of work are not given up for a page about them
         warn(f"{output} gets no {name}: {one_line(error)}")
+
+
+def identity(path: str | Path) -> tuple[int, ...]:
+    """What tells a file from another one in its place, and from itself once it is written to; empty if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

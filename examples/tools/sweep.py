@@ -24,8 +24,8 @@ from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import AutoStructPruner
+from optimum_structprune.pruning.checkpoint import run_key
 from optimum_structprune.pruning.checks import check, check_arguments
-from optimum_structprune.pruning.units import run_key
 from optimum_structprune.record.facts import Facts, as_csv, as_text, facts_of
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.disk import Output

@@ -22,7 +22,6 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
 from ..system.offloading import is_offloaded
-from .generated import self_documents
 from .manifest import Manifest
 from .packing import (
     DOCUMENTS_PER_CALL,
@@ -33,10 +32,11 @@ from .packing import (
     Domain,
     SampleFormat,
     Tokens,
+    check_vocabulary,
     prefix_token,
     tokenised,
 )
-from .resolve import MOST, resolve, texts_of, with_written_text
+from .resolve import MOST, resolve, split_samples, texts_of, with_written_text
 from .sources import documents
 
 
@@ -95,7 +95,11 @@ def load_domains(
     if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
     packer = _Packer(config, domains, frame, heldout_samples, uses, counts)
-    write = partial(self_documents, model, writer or tokenizer) if model is not None else None
+    write = None
+    if model is not None and any(map(written_by_model, domains)):
+        from .generated import self_documents
+
+        write = partial(self_documents, model, writer or tokenizer)
     loaded: dict[int, Domain] = {}
     for written in (False, True):  # a model takes long to write, so what can fail before comes first
         shelves = {}
@@ -124,37 +128,9 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
     return domains
 
 
-def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
-    """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each."""
-    if num_samples < len(weights):
-        raise StructPruneError(
-            f"num_samples={num_samples} does not give each of the {len(weights)} domains a sample; "
-            f"{len(weights)} is the least."
-        )
-    total = sum(weights)
-    quotas = [num_samples * weight / total for weight in weights]
-    counts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - quotas[i])
-    for i in by_remainder[: num_samples - sum(counts)]:
-        counts[i] += 1
-    while 0 in counts:
-        donors = (i for i, count in enumerate(counts) if count > 1)
-        counts[max(donors, key=lambda i: counts[i] - quotas[i])] -= 1
-        counts[counts.index(0)] = 1
-    return counts
-
-
 def num_heldout(num_samples: int, holdout: float) -> int:
     """The number of held-out samples beside `num_samples` for calibration: their share `holdout`, and 2 at least."""
     return max(2, round(holdout * num_samples))
-
-
-def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Refuse token ids that a model does not have."""
-    if vocab_size is not None and largest >= vocab_size:
-        raise StructPruneError(
-            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
-        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
+from ..errors import StructPruneError
 from .templates import Document
 
 
@@ -209,3 +210,11 @@ class Domain:
 def document_hash(text: str) -> str:
     """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_vocabulary(largest: int, vocab_size: int | None) -> None:
+    """Refuse token ids that a model does not have."""
+    if vocab_size is not None and largest >= vocab_size:
+        raise StructPruneError(
+            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
+        )

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
 from ..errors import StructPruneError
-from .load import check_vocabulary
-from .packing import prefix_token
+from .packing import check_vocabulary, prefix_token
 
 
 class Passages:

@@ -146,3 +146,23 @@ def within(values: Sequence[float], weights: Sequence[float], most: float) -> tu
         middle = (low + high) / 2
         low, high = (middle, high) if sum(clipped(middle)) < 1 else (low, middle)
     return tuple(clipped(high))
+
+
+def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
+    """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each."""
+    if num_samples < len(weights):
+        raise StructPruneError(
+            f"num_samples={num_samples} does not give each of the {len(weights)} domains a sample; "
+            f"{len(weights)} is the least."
+        )
+    total = sum(weights)
+    quotas = [num_samples * weight / total for weight in weights]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - quotas[i])
+    for i in by_remainder[: num_samples - sum(counts)]:
+        counts[i] += 1
+    while 0 in counts:
+        donors = (i for i, count in enumerate(counts) if count > 1)
+        counts[max(donors, key=lambda i: counts[i] - quotas[i])] -= 1
+        counts[counts.index(0)] = 1
+    return counts

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from ..domains.load import check_vocabulary
-from ..domains.packing import SampleFormat, prefix_token, tokenised
+from ..domains.packing import SampleFormat, check_vocabulary, prefix_token, tokenised
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError

@@ -22,9 +22,6 @@ from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
-from ..sources.offloaded import check_sequential
-from ..sources.stored import Statistics
-from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
 
 
@@ -61,14 +58,18 @@ def check(
         if not has_inputs and config.stats is None:
             check_reads_text(described.plain_model)
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
-    if use == PRUNE:
+    if use == PRUNE and config.stats is not None:
         _check_statistics(config, arch, widths)
+    if use == PRUNE and (config.checkpoint_dir or config.losses_dir):
         _check_folders(config)
+    if use == PRUNE and config.recovery is not None:
         _check_recovery(config, arch, described.plain_model)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warn(f"These options have no effect here: {'; '.join(unused)}.")
     if described.offloaded:  # last, as it runs the model on a few tokens
+        from ..sources.offloaded import check_sequential
+
         check_sequential(described.plain_model, arch)
 
 
@@ -295,8 +296,9 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
     """Refuse `stats` that are no folder of stored moments, or that say nothing of what shrinks."""
-    if config.stats is None:
-        return
+    from ..sources.stored import Statistics
+
+    assert config.stats is not None
     for name in widths:
         if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
             raise StructPruneError(
@@ -328,6 +330,8 @@ def _check_not_watching(config: StructPruneConfig) -> None:
 
 def _check_folders(config: StructPruneConfig) -> None:
     """Refuse to put what a run remembers beside a model, or where nothing can be written."""
+    from ..system.disk import check_folder
+
     for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
         check_folder(folder)
         if Path(folder, "config.json").is_file():
@@ -338,8 +342,7 @@ def _check_folders(config: StructPruneConfig) -> None:
 
 def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> None:
     """Refuse a recovery that the model or the config does not allow."""
-    if config.recovery is None:
-        return
+    assert config.recovery is not None
     # Training libraries take seconds to import, and most runs do without.
     from ..recovery.checks import check_recovery
 

@@ -28,7 +28,6 @@ from ..forward.metrics import (
 )
 from ..method.layers import Batch, InMemory
 from ..record.report import Report
-from ..sources.offloaded import Offloaded
 from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, gather_objects, shard
 
@@ -145,6 +144,8 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
     """The losses of the samples of each of several texts, shape `(seq_length,)`; see `row_losses`. Every layer is
     brought in once for all of them.
     """
+    from ..sources.offloaded import Offloaded
+
     batches = [Batch(number, row[None]) for number, text in enumerate(texts) for row in text]
     with evaluating(model):
         source = Offloaded(model, arch, batches)

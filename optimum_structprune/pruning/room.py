@@ -20,14 +20,12 @@ from ..arch.load import ModelInfo
 from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
-from ..domains.load import given_domains
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating
 from ..method.layers import run_model
 from ..method.refit import ROWS
 from ..method.score import COLUMNS
-from ..record.text import table
 from ..sources.data import CalibrationData
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
@@ -69,6 +67,8 @@ class Need:
 
     def __str__(self) -> str:
         """The sizes as a table."""
+        from ..record.text import table
+
         sizes = {"on the device": self.weights + self.above, "  weights": self.weights}
         sizes |= {"  hidden states": self.hidden, f"  {self.stage}": self.working, "in CPU memory": self.host}
         return table([(label, readable_size(size)) for label, size in sizes.items()])
@@ -89,6 +89,8 @@ class Text(NamedTuple):
             return cls(0, config.seq_length, 0, 0)
         domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
         if inputs is not None:
+            from ..domains.load import given_domains
+
             given = given_domains(inputs, float(config.holdout), config.chooses)
             domains, count = len(given), sum(len(domain.samples) for domain in given)
             # What is no text has as many tokens as the model makes of it, which shapes do not say.

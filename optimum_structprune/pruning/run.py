@@ -1,4 +1,4 @@
-"""One pruning under way: the model that shrinks, what it is compared with, and the record of both."""
+"""One pruning under way: the model that shrinks, its records, and the step that prunes the units inside the layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
-from ..arch.meta import dequantized, is_quantized
+from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
+from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
 from ..errors import InPlaceError, StructPruneError, some_of
 from ..forward.metrics import ENOUGH
+from ..method.loop import prune_layers_
 from ..record.plan import Plan
 from ..record.report import Report
-from ..sources.data import CalibrationData
+from ..sources.data import CalibrationData, method_of
+from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
+from ..system.stages import progress
+from ..widths.budget import biased_spaces
 from .measure import Measure
 
 
@@ -135,7 +140,8 @@ class Run:
 
     def find_teacher(self) -> None:
         """Keep what recovery learns from before units go: the dense model where it is the same, else a copy."""
-        if self.config.recovery is not None and self.config.recovery.distils:
+        assert self.config.recovery is not None
+        if self.config.recovery.distils:
             dense = None if self.changed else self.dense_model
             self.teacher = deepcopy(self.model) if dense is None else dense
 
@@ -146,9 +152,8 @@ class Run:
                 self.measure.after(self.model, self.arch, self.report)
 
     def recover(self) -> None:
-        """Train the model, if the config says so."""
-        if self.config.recovery is None:
-            return
+        """Train the model as the config says."""
+        assert self.config.recovery is not None
         # Training libraries take seconds to import, and most runs do without.
         from ..recovery.recover import Recovery
 
@@ -236,3 +241,34 @@ def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
     return next(
         (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
     )
+
+
+def prune_units_(run: Run, step: Step) -> Plan:
+    """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
+    model, arch, data = run.model, run.arch, run.data
+    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.target))
+    keep: dict[tuple[int, str], tuple[int, ...]] = {}
+    checkpoint = None
+    if run.config.checkpoint_dir is not None:
+        from .checkpoint import LayerCheckpoint
+
+        checkpoint = LayerCheckpoint.of(run, step)
+    try:
+        with run.report.timed("round 1"):
+            method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
+            source = data.source(model, arch, data.feedback)
+            done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
+            layers = progress(
+                range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"
+            )
+
+            def finished(layer: int) -> None:
+                give_back_free_memory()
+                if checkpoint is not None:
+                    checkpoint.save(run, layer, keep, source)
+
+            prune_layers_(model, arch, source, method, step.widths, smaller, keep, layers, finished)
+    finally:
+        run.changed = run.changed or bool(keep)
+    adopt_config_(model, smaller)
+    return Plan(arch.model_type, keep)

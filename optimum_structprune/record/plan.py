@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.load import describe
@@ -20,11 +19,6 @@ from ..system.fingerprint import fingerprint
 
 
 PLAN_NAME = "pruning_plan.json"
-
-
-def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
-    """The units with the highest scores, ascending. `scores` has the shape `(units,)`."""
-    return tuple(scores.topk(width).indices.sort().values.tolist())
 
 
 @dataclass(frozen=True)

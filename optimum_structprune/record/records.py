@@ -17,9 +17,8 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
 from .answers import Items
-from .details import DETAILS_NAME, Details
 from .plan import PLAN_NAME, Plan
-from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
+from .report import DETAILS_NAME, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, Details
 
 
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
@@ -110,7 +109,7 @@ class Records:
         return not held & set().union(*used)
 
     @classmethod
-    def read(cls, folder: str | Path, output: str | Path | None = None, dense: str = "") -> Records:
+    def read(cls, folder: str | Path, dense: str = "") -> Records:
         """The records in a folder."""
         folder = Path(folder)
         if not (folder / REPORT_NAME).is_file():
@@ -125,7 +124,7 @@ class Records:
         report = read(REPORT_NAME)
         details = Details.load(folder / DETAILS_NAME) if (folder / DETAILS_NAME).is_file() else Details()
         return cls(
-            output=str(output or folder),
+            output=str(folder),
             report=report,
             details=details,
             config=read(CONFIG_NAME),
@@ -148,14 +147,12 @@ def short_name(source: str) -> str:
     return path.resolve().name if source and local else source
 
 
-def _is_place(name: str, value: Any) -> bool:
-    return bool(value) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value)))
-
-
 def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that differ from the defaults of a config and of those inside it, with names in place of paths."""
     shown = changed(config, values)
-    shown |= {name: short_name(str(shown[name])) for name in PLACES if _is_place(name, shown.get(name))}
+    for name in PLACES:
+        if (value := shown.get(name)) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value))):
+            shown[name] = short_name(str(value))
     if domains := shown.get("domains"):
         shown["domains"] = [{**changed(DomainConfig, of), "source": short_name(of["source"])} for of in domains]
     if recovery := shown.get("recovery"):

@@ -1,25 +1,30 @@
 """The numbers of a run and of a training."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..config.fields import read_json
+from ..errors import StructPruneError, one_line
 from ..plain_json import Record
 from ..system.stages import model_bytes, peak_memory, stage
-from .answers import Items, remark
-from .details import Details
-from .facts import as_text, facts_of, perplexity_facts, remarks
 from .plan import Plan
-from .verdict import verdict
+
+
+if TYPE_CHECKING:
+    from .answers import Items
 
 
 REPORT_NAME = "report.json"
+DETAILS_NAME = "pruning_details.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
 
@@ -35,10 +40,13 @@ class RecoveryReport:
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
     stopped: str = ""
-    answers: Items = field(default_factory=list)
+    answers: "Items" = field(default_factory=list)
 
     def __str__(self) -> str:
         """Perplexity per domain and in the mean, as a table, and the cost."""
+        from .answers import remark  # what makes text is imported where text is asked for
+        from .facts import as_text, perplexity_facts
+
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
         return "\n".join(
             [
@@ -48,6 +56,28 @@ class RecoveryReport:
                 *filter(None, [self.stopped]),
             ]
         )
+
+
+@strict
+@dataclass
+class Details(Record):
+    """What a run saw while it pruned: the `name` and `dtype` of the dense model and the `bytes` of the weights
+    "before" and "after", the most bytes that this process had held when a stage ended, by kind of memory, and whether
+    the run went on where another was stopped, so that its times are those of the rest.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    resumed: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Details":
+        """Read what `save` wrote."""
+        data = read_json(path)
+        try:
+            return cls(**data)
+        except (TypeError, StrictDataclassError) as error:
+            raise StructPruneError(f"{path} is not the record of a pruning: {one_line(error)}") from error
 
 
 @dataclass
@@ -73,7 +103,7 @@ class Report(Record):
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
-    answers: Items = field(default_factory=list)
+    answers: "Items" = field(default_factory=list)
     balances: list[dict[str, Any]] = field(default_factory=list)
     words: dict[str, dict[str, float]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
@@ -112,6 +142,13 @@ class Report(Record):
         """The share of the layers' parameters that was removed."""
         return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
 
+    def missed_target(self) -> str:
+        """What was asked for and what was removed, where they are far apart; else nothing."""
+        from .facts import misses_target, target_summary
+
+        missed = self.target is not None and misses_target(self.target, self.sparsity)
+        return target_summary(self.to_dict()).removeprefix("warning: ") if missed else ""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         values = asdict(replace(self, details=Details()))
@@ -120,6 +157,10 @@ class Report(Record):
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table, what else there is to say, and a verdict."""
+        from .answers import remark
+        from .facts import as_text, facts_of, remarks
+        from .verdict import verdict
+
         values = self.to_dict()
         lines = [as_text(facts_of(values)), *remarks(values), *([remark(self.answers)] if self.answers else [])]
         recovery = [] if self.recovery is None else ["", str(self.recovery)]

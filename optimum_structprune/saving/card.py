@@ -173,11 +173,10 @@ def _datasets(folder: Path, records: Records) -> list[str]:
     domains = [entry["origin"] for entry in records.manifest.get("domains", ()) if not entry.get("place_sha256")]
     if (path := folder / RECOVERY_CONFIG_NAME).is_file():
         domains += read_json(path).get("domains") or []
-    return sorted({source for origin in domains if _on_hub(source := str(origin.get("source", "")))})
-
-
-def _on_hub(source: str) -> bool:
-    return _is_id(source) and not os.path.exists(source) and Path(source).suffix not in TEXT_FILES
+    sources = {str(origin.get("source", "")) for origin in domains}
+    return sorted(
+        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in TEXT_FILES
+    )
 
 
 def _is_id(name: Any) -> bool:

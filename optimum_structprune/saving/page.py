@@ -81,12 +81,11 @@ def _template() -> Template:
     return environment.get_template("page.html.jinja")
 
 
-def write_report(folder: str | Path, output: str | Path | None = None, dense: str = "") -> Path:
+def write_report(folder: str | Path, dense: str = "") -> Path:
     """Write the page of a result into its folder, in one step.
 
     Args:
         folder: The folder of a pruned model.
-        output: The name that is shown for it; by default its own.
         dense: The name of the dense model; by default what the run has noted.
 
     Returns:
@@ -98,7 +97,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
     """
     path = Path(folder, PAGE_NAME)
     check_unchanged(path)
-    replace_text(path, page(Records.read(folder, output, dense)))
+    replace_text(path, page(Records.read(folder, dense)))
     return path
 
 
@@ -166,7 +165,7 @@ def _widths(records: Records) -> Iterator[Table]:
         if len({*by_layer.values()}) > 1:
             shares = [width / records.report["dense_widths"][kind] for width in by_layer.values()]
             rows = [
-                [layer, f"{width:,}", _change(share)]
+                [layer, f"{width:,}", f"{share - 1:+.1%}".replace("-", "−")]
                 for (layer, width), share in zip(by_layer.items(), shares, strict=True)
             ]
             gone = [1 - share for share in shares]
@@ -206,10 +205,6 @@ def _manifest(records: Records) -> Table | None:
     ]
     head = ["text", "use", "weight", "tokens", "tokens set aside", "documents", "SHA-256"]
     return Table("Text", head, rows) if rows else None
-
-
-def _change(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}".replace("-", "−")
 
 
 def _millions(number: int) -> str:

@@ -14,8 +14,8 @@ from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
 from ..forward.metrics import same_outputs
+from ..pruning.checkpoint import LayerCheckpoint, run_key
 from ..pruning.run import Run, Step
-from ..pruning.units import LayerCheckpoint, run_key
 from ..record.plan import Plan
 from ..removals.cut import shrink_
 from ..system.resume import Resume, Saved

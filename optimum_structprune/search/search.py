@@ -25,8 +25,8 @@ from ..sources.data import CalibrationData
 from ..system.offloading import is_offloaded
 from ..system.processes import broadcast_object
 from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
-from ..widths.budget import resources, widths_of, within_budget
-from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
+from ..widths.budget import widths_of, within_budget
+from ..widths.shapes import Curves, Key, Resource, Shape, resources, searched_widths, uniform_shapes
 from .masked import MaskedPruning
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
 

@@ -18,10 +18,9 @@ from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import CRITERIA
-from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
-from ..domains.resolve import reweighted, texts_of
+from ..domains.resolve import reweighted, split_samples, texts_of
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
 from ..method.loop import Method
@@ -85,6 +84,8 @@ class CalibrationData:
             statistics = Statistics.load(config.stats)
             statistics.check(model, tokenizer)
             return cls.of(config, statistics.chosen(config), statistics)
+        from ..domains.load import calibration_domains, given_domains
+
         if inputs is not None:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
         return cls.of(*calibration_domains(config, model, tokenizer, counts))
@@ -99,8 +100,9 @@ class CalibrationData:
         """The evidence of the same text in tokens of the `reader`, without what is held out here; the model writes
         with the `tokenizer` that has read it first, and has `seen` the text of earlier runs.
         """
-        seen = self.manifest(tokenizer).after(seen)
-        vocab_size = model.config.get_text_config().vocab_size
+        from ..domains.load import load_domains
+
+        seen, vocab_size = self.manifest(tokenizer).after(seen), model.config.get_text_config().vocab_size
         return replace(self, domains=load_domains(self.config, reader, vocab_size, None, model, seen, tokenizer))
 
     @classmethod
@@ -172,9 +174,8 @@ class CalibrationData:
 
     def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
         """The evidence of the next round, in which a domain that has lost more counts more."""
-        asked = [domain.weight for domain in self.domains]
         losses = [log(ratio) for ratio in ratios.values()]
-        return replace(self, shares=reweighted(self.shares, asked, losses))
+        return replace(self, shares=reweighted(self.shares, [domain.weight for domain in self.domains], losses))
 
     def entries(self) -> Sequence[Entry]:
         """What identifies the text."""

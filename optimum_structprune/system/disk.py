@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line, some_of
-from ..written import add_to_result, foreign_files, list_files, written_files
+from ..written import add_to_result, foreign_files, identity, list_files, written_files
 from .processes import is_first_rank, rank_zero_first, wait_for_all
 from .stages import readable_size
 
@@ -259,15 +259,6 @@ def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
         return place, shutil.disk_usage(place).free
     except OSError as error:
         raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
-
-
-def identity(path: str | Path) -> tuple[int, ...]:
-    """What tells a file from another one in its place, and from itself once it is written to; empty if it is gone."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager

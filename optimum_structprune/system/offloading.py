@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import StructPruneError, one_line, some_of
-from .disk import identity
+from ..written import identity
 
 
 def is_offloaded(model: nn.Module) -> bool:

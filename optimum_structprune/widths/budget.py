@@ -15,9 +15,7 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.generation import checked_cache, checked_flops
-from .allocation import check_may_differ, choices, legal_widths, smallest_widths, spaces_by_layer, target_widths
-from .shapes import Key, Resource
+from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
 
 
 def widths_of(
@@ -25,14 +23,13 @@ def widths_of(
     arch: ArchSpec,
     model: PreTrainedModel,
     scores: Mapping[tuple[int, str], Tensor] | None = None,
-    itemsize: int | None = None,
 ) -> Widths:
     """The final widths, in whichever way a config says how much is removed; see `target_widths`."""
     legal = legal_widths(config, arch, model.config)
     if config.budget is None:
         widths = _given_widths(config, arch, legal, scores)
     else:
-        widths = _within_budget(config, arch, model, legal, scores, itemsize)
+        widths = _within_budget(config, arch, model, legal, scores)
     biased = biased_spaces(config, arch, widths)
     shrunk_config(model.config, arch, widths, biased)  # which may refuse together what it accepts one by one
     return widths
@@ -44,12 +41,11 @@ def _within_budget(
     model: PreTrainedModel,
     legal: Mapping[str, Sequence[int]],
     scores: Mapping[tuple[int, str], Tensor] | None,
-    itemsize: int | None,
 ) -> Widths:
     """The largest widths that keep to a budget: one unit more would exceed it, where `round_to` is 1 (with other
     allocations than `uniform`, to within the cheapest step of one layer).
     """
-    budget = budget_of(config, arch, model, legal, itemsize)
+    budget = budget_of(config, arch, model, legal)
     cost, dense, limit = budget.cost, budget.dense, budget.limit
     if budget.name == CACHE:
         saves = [kind for kind in legal if cost(smallest_widths(config, arch, {kind: legal[kind]})) < dense]
@@ -134,11 +130,10 @@ def budget_of(
     arch: ArchSpec,
     model: PreTrainedModel,
     names: Collection[str],
-    itemsize: int | None = None,
 ) -> Budget:
     """The budget of a config whose spaces `names` may shrink; a number below 1 is a share of what is there."""
     ((name, limit),) = (config.budget or {}).items()
-    cost_of = _cost_of(config, arch, model, names, itemsize or model.dtype.itemsize)
+    cost_of = _cost_of(config, arch, model, names)
     costs: dict[str, float] = {}
 
     def cost(widths: Widths) -> float:  # a search asks for few widths many times, each at the price of a skeleton
@@ -189,52 +184,24 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
 
 
 def _cost_of(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
-        size, biased = itemsize if name == "bytes" else 1, biased_spaces(config, arch, names)
+        size, biased = model.dtype.itemsize if name == "bytes" else 1, biased_spaces(config, arch, names)
         if any(space.layer == MODEL for kind in names if kind != VOCAB for space in arch.of(kind)):
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
         dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
         return lambda widths: size * (dense - removed_parameters(arch, widths))
+    from ..forward.generation import checked_cache, checked_flops
+
     count: Callable[[PreTrainedModel], float] = {
-        CACHE: lambda smaller: itemsize * checked_cache(smaller, arch),
+        CACHE: lambda smaller: model.dtype.itemsize * checked_cache(smaller, arch),
         "flops_per_token": lambda smaller: checked_flops(smaller, arch, config.seq_length),
     }[name]
     return lambda widths: count(shrunk_skeleton(model, arch, widths))
-
-
-def resources(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], layers: bool = False
-) -> list[Resource]:
-    """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
-    otherwise.
-    """
-    params = {
-        (layer, name): float(sum(space.unit_params * space.scale for space in spaces))
-        for name in names
-        for layer, spaces in spaces_by_layer(arch, name).items()
-    }
-    whole = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
-    if config.widths is not None:
-        return [_mean_width(config, arch, name, params) for name in names]
-    if config.budget is None:
-        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
-    legal = legal_widths(config, arch, model.config)
-    name, limit, dense, cost = budget_of(config, arch, model, names)
-    need = cost({kind: arch.widths(kind) for kind in names}) - limit
-    if name in ("parameters", "bytes"):
-        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params, whole)]
-    units = {}
-    for kind in names:
-        least = min(legal[kind])
-        removed = sum(size - min(least, size) for size in arch.widths(kind).values())
-        units[kind] = (dense - cost({kind: least})) / max(removed, 1)
-    layer_cost = float(dense - cost({LAYER: arch.num_layers - 1})) if layers else 0.0
-    return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
 
 
 def within_budget(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
@@ -257,16 +224,6 @@ def budget_without_vocab(
     if smaller <= limit or not others:
         return None
     return replace(config, targets=others, budget={name: limit if cut else limit + dense - smaller})
-
-
-def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
-    """The parameters that go where a space has so many units in the mean over the layers."""
-    width = (config.widths or {})[name]
-    assert isinstance(width, int)  # the config refuses numbers for single layers here
-    of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
-    sizes = arch.widths(name)
-    need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())
-    return Resource(need, of_space, {})
 
 
 def removed_parameters(arch: ArchSpec, widths: Widths) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import TypeVar
 
-from ..arch.spec import LAYER, Width, Widths
+from transformers import PreTrainedModel
+
+from ..arch.spec import LAYER, ArchSpec, Width, Widths
+from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from .allocation import legal_widths, spaces_by_layer
+from .budget import budget_of
 
 
 Key = tuple[int, str]  # a layer and a kind of space
@@ -200,3 +205,43 @@ def _predicted(
         loss[layer], saved[layer] = curves.layers[layer], resource.layer.get(layer, 0.0)
     stay = tuple(layer for layer in sorted(loss) if layer not in gone)
     return sum(loss.values()), sum(saved.values()), stay
+
+
+def resources(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], layers: bool = False
+) -> list[Resource]:
+    """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
+    otherwise.
+    """
+    params = {
+        (layer, name): float(sum(space.unit_params * space.scale for space in spaces))
+        for name in names
+        for layer, spaces in spaces_by_layer(arch, name).items()
+    }
+    whole = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
+    if config.widths is not None:
+        return [_mean_width(config, arch, name, params) for name in names]
+    if config.budget is None:
+        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
+    legal = legal_widths(config, arch, model.config)
+    name, limit, dense, cost = budget_of(config, arch, model, names)
+    need = cost({kind: arch.widths(kind) for kind in names}) - limit
+    if name in ("parameters", "bytes"):
+        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params, whole)]
+    units = {}
+    for kind in names:
+        least = min(legal[kind])
+        removed = sum(size - min(least, size) for size in arch.widths(kind).values())
+        units[kind] = (dense - cost({kind: least})) / max(removed, 1)
+    layer_cost = float(dense - cost({LAYER: arch.num_layers - 1})) if layers else 0.0
+    return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
+
+
+def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
+    """The parameters that go where a space has so many units in the mean over the layers."""
+    width = (config.widths or {})[name]
+    assert isinstance(width, int)  # the config refuses numbers for single layers here
+    of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
+    sizes = arch.widths(name)
+    need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())
+    return Resource(need, of_space, {})

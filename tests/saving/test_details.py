@@ -11,9 +11,8 @@ from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.record.details import Details
 from optimum_structprune.record.facts import remarks
-from optimum_structprune.record.report import Report
+from optimum_structprune.record.report import Details, Report
 from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
 

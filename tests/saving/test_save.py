@@ -12,8 +12,7 @@ from models import build, config, documents, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner, write_report
-from optimum_structprune.saving.extra_files import copy_extra_files
-from optimum_structprune.saving.save import check_reload, forget_code
+from optimum_structprune.saving.save import check_reload, copy_extra_files, forget_code
 from optimum_structprune.written import written_files
 
 
@@ -182,7 +181,7 @@ def result(tmp_path_factory):
     pruned = pruner.prune_model(dense, tokenizer())
     records, handler = [], logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("optimum_structprune.saving.extra_files").addHandler(handler)
+    logging.getLogger("optimum_structprune.saving.save").addHandler(handler)
     pruner.save(pruned, folder / "out", tokenizer())
     return pruner, pruned, folder / "out", records
 

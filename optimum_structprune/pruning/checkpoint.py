@@ -1,55 +1,27 @@
-"""The step that prunes the units inside the layers, and what it keeps on disk to go on from after a kill."""
+"""What the pruning of the units inside the layers keeps on disk to go on from after a kill."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from ..arch.meta import shrunk_skeleton
-from ..arch.modules import adopt_config_, layer_list
+from ..arch.modules import layer_list
 from ..arch.spec import Widths
-from ..method.loop import prune_layers_
 from ..method.shrink import fill_layer_
 from ..record.plan import Plan
-from ..sources.data import CalibrationData, Source, method_of
-from ..system.offloading import give_back_free_memory
+from ..sources.data import CalibrationData, Source
 from ..system.resume import Resume
-from ..system.stages import progress
-from ..widths.budget import biased_spaces
-from .run import Run, Step
+
+
+if TYPE_CHECKING:
+    from .run import Run, Step
 
 
 # Fields that may differ between a run that was stopped and the one that goes on; the text is compared by its hashes.
 IGNORED_ON_RESUME = ("checkpoint_dir", "losses_dir", "batch_size", "domains")
-
-
-def prune_units_(run: Run, step: Step) -> Plan:
-    """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
-    model, arch, data = run.model, run.arch, run.data
-    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.target))
-    keep: dict[tuple[int, str], tuple[int, ...]] = {}
-    checkpoint = LayerCheckpoint.of(run, step)
-    try:
-        with run.report.timed("round 1"):
-            method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
-            source = data.source(model, arch, data.feedback)
-            done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
-            layers = progress(
-                range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"
-            )
-
-            def finished(layer: int) -> None:
-                give_back_free_memory()
-                if checkpoint is not None:
-                    checkpoint.save(run, layer, keep, source)
-
-            prune_layers_(model, arch, source, method, step.widths, smaller, keep, layers, finished)
-    finally:
-        run.changed = run.changed or bool(keep)
-    adopt_config_(model, smaller)
-    return Plan(arch.model_type, keep)
 
 
 def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> str:
