@@ -47,6 +47,10 @@ ALLOCATIONS: Registry[Any] = Registry(
 # The criteria that score whole layers, and nothing inside them.
 BLOCK_INFLUENCE = "block_influence"
 LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
+# The criteria that score whole experts, and nothing inside them.
+EXPERT_CRITERIA: Registry[Any] = Registry(
+    "expert criterion", "optimum_structprune.expert_criteria", ("reap", "reap_normalised", "reap_sum")
+)
 CACHE = "cache_bytes_per_token"
 BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
@@ -201,6 +205,16 @@ class StructPruneConfig(Serialisable):
     def judges_layers(self) -> bool:
         """Whether the criterion scores whole layers, and nothing inside them."""
         return self.scored_by in LAYER_CRITERIA.names()
+
+    @property
+    def judges_experts(self) -> bool:
+        """Whether the criterion scores whole experts, and nothing else."""
+        return self.scored_by in EXPERT_CRITERIA.names()
+
+    @property
+    def experts_scored_by(self) -> str:
+        """The criterion of whole experts, named or not."""
+        return self.scored_by if self.judges_experts else "reap_sum"
 
     @property
     def fits(self) -> bool:
