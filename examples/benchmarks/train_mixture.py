@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--normalise", action="store_true", help="let the gates of the chosen experts sum to 1")
-    parser.add_argument("--dense", action="store_true", help="train a dense model of the size that a token goes through")
+    parser.add_argument("--dense", action="store_true", help="train a model without experts instead")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="training tokens")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--seq-length", type=int, default=256)

@@ -47,10 +47,9 @@ ALLOCATIONS: Registry[Any] = Registry(
 # The criteria that score whole layers, and nothing inside them.
 BLOCK_INFLUENCE = "block_influence"
 LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
-# The criteria that score whole experts, and nothing inside them.
-EXPERT_CRITERIA: Registry[Any] = Registry(
-    "expert criterion", "optimum_structprune.expert_criteria", ("reap", "reap_normalised", "reap_sum")
-)
+# The criteria that score whole experts, and nothing else; the first is the default.
+EXPERT_SCORES = ("reap_sum", "reap", "reap_normalised")
+EXPERT_CRITERIA: Registry[Any] = Registry("expert criterion", "optimum_structprune.expert_criteria", EXPERT_SCORES)
 CACHE = "cache_bytes_per_token"
 BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
@@ -214,7 +213,7 @@ class StructPruneConfig(Serialisable):
     @property
     def experts_scored_by(self) -> str:
         """The criterion of whole experts, named or not."""
-        return self.scored_by if self.judges_experts else "reap_sum"
+        return self.scored_by if self.judges_experts else EXPERT_SCORES[0]
 
     @property
     def fits(self) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from ..config.pruning import BLOCK_INFLUENCE, StructPruneConfig
+from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
@@ -238,7 +238,7 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
             raise StructPruneError(
                 f"criterion={config.criterion!r} judges whole experts, and nothing else; prune {EXPERT!r} in a run of "
                 f"its own, or choose a criterion for {others[0]!r}: {EXPERT!r} is judged by "
-                f"{config.experts_scored_by!r} then."
+                f"{EXPERT_SCORES[0]!r} then."
             )
     elif not config.judges_layers:
         CRITERIA.get(config.scored_by).check(config, arch, use)

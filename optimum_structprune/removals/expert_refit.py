@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +65,10 @@ def refit_blocks_(
 class ExpertRefit:
     """Fits the experts of a layer that stay, and its shared experts, to what the layer gave with all experts.
 
-    What is asked for is what the experts gave of the present inputs and, where their output comes straight into that of
-    the layer, the share of the error of the residual stream so far that error feedback makes up for. The new routing
-    counts, so a change in the size of the gates is made up for as well.
+    The target is what the experts gave of the present inputs and, where their output comes straight into that of the
+    layer, the share of the error of the residual stream so far that error feedback makes up for. What is fitted is
+    multiplied by the gates of the new routing, so a change in the size of the gates is made up for as well. A shared
+    expert takes part where its output comes straight into that of the layer.
 
     Args:
         source: The source of the activations.
@@ -76,85 +77,77 @@ class ExpertRefit:
     """
 
     def __init__(self, source: WithExperts, space: Space, data: CalibrationData):
-        self.source, self.space, self.data = source, space, data
-        inner: Any = source.source
-        self.path = inner.residual_path(space.layer, space.experts) if isinstance(inner, InMemory) else None
-        self.asked: list[Tensor] = []
+        self.source, self.data, self.layer, self.name = source, data, space.layer, str(space.experts)
+        self.gain = self._gain(self.name)
+        self.targets: list[Tensor] = []
         self.energy = torch.zeros(source.num_domains, 2, dtype=torch.float64)
 
-    def see_dense(self, number: int, given: Tensor, output: Any) -> None:
-        """Note what the experts of a batch give, shape `(tokens, hidden)`, while all of them are there."""
-        batch, inner = self.source.batches[number], self.source.source
-        asked = given.float()
-        energy = asked.square().sum(dtype=torch.float64)
-        self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(asked))]).cpu()
-        if isinstance(self.path, Gain) and isinstance(inner, InMemory) and inner.error_feedback:
-            dense = inner.dense[number].to(output.device)
-            error = batch.counted(inner.error_feedback * (dense.float() - output.float()))
-            asked = asked + error / self.path.factor
-        self.asked.append(asked)
+    def _gain(self, module: str) -> float | None:
+        """What a module's output is multiplied by on its way into the layer's; None where it takes another path."""
+        layers = self.source.source
+        path = layers.residual_path(self.layer, module) if isinstance(layers, InMemory) else None
+        return path.factor if isinstance(path, Gain) else None
 
-    def roots(self) -> list[float]:
-        """The root of the weight of a token of each domain: the mean is 1, and a domain counts by its share of the
-        mixture, relative to its output energy.
+    def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
+        """Note what the experts make of a batch, shape `(tokens, hidden)`, while all of them are there."""
+        batch, layers, target = self.source.batches[number], self.source.source, routed.float()
+        energy = target.square().sum(dtype=torch.float64)
+        self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(target))]).cpu()
+        if self.gain is not None and isinstance(layers, InMemory) and layers.error_feedback:
+            dense = layers.dense[number].to(output.device)
+            error = batch.counted(layers.error_feedback * (dense.float() - output.float()))
+            target = target + error / self.gain
+        self.targets.append(target)
+
+    def scales(self) -> list[float]:
+        """The root of the weight that a token of each batch has: the mean over tokens is 1, and a domain counts by its
+        share of the mixture, relative to its output energy.
         """
         all_reduce_([self.energy])
         energy, count = self.energy.unbind(1)
-        known = energy > 0
-        weights = torch.where(known, torch.tensor(self.data.shares).double() * count / energy.where(known, 1), 0.0)
+        weights = torch.tensor(self.data.shares).double() * count / energy.where(energy > 0, torch.inf)
         weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-        return (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
+        roots = (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
+        return [roots[batch.domain] for batch in self.source.batches]
 
     def fit_(self, kept: int, damping: float) -> None:
         """Refit the layer, which has only the `kept` experts now."""
-        model, layer = self.source.model, self.space.layer
-        experts, roots = model.get_submodule(str(self.space.experts)), self.roots()
-        scale = [roots[batch.domain] for batch in self.source.batches]
+        experts, scales, shared = self.source.model.get_submodule(self.name), self.scales(), self._shared()
         residual: list[Tensor] = []
+        seen: dict[str, list[Tensor]] = {axis.module: [] for _, axis, _ in shared}
 
-        def see(number: int, given: Tensor, output: Any) -> None:
-            residual.append((self.asked[number] - given.float()) * scale[number])
+        def see(number: int, routed: Tensor, output: Any) -> None:
+            residual.append((self.targets[number] - routed.float()) * scales[number])
 
-        with self._observed_shared(scale) as blocks:
-            calls = self.source.route(layer, experts, see)
+        def see_shared(module: str, x: Tensor) -> None:
+            seen[module].append(self.source.batches[len(seen[module])].counted(x.detach()))
 
-        def reader(space: Space, expert: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-            def inputs(number: int) -> tuple[Tensor, Tensor]:
-                tokens, hidden, gates = calls[number].of(expert)
-                inner = inner_activations(experts, space, hidden).float()
-                return tokens, inner * (gates.float() * scale[number])[:, None]
+        with observe(self.source.model, seen, see_shared):
+            calls = self.source.route(self.layer, experts, see)
+        self.targets = []
 
-            return inputs
+        def of_expert(expert: int, space: Space, number: int) -> tuple[Tensor, Tensor]:
+            tokens, hidden, gates = calls[number].of(expert)
+            return tokens, inner_activations(experts, space, hidden).float() * (gates * scales[number])[:, None]
 
-        inside = [space for space in self.source.arch.at(layer) if space.inside and space.experts is not None]
+        def of_shared(module: str, gain: float, number: int) -> tuple[Tensor, Tensor]:
+            x = seen[module][number].float() * (gain * scales[number])
+            return torch.arange(len(x), device=x.device), x
+
+        blocks = [Block(space, axis, partial(of_shared, axis.module, gain)) for space, axis, gain in shared]
+        inside = [space for space in self.source.arch.at(self.layer) if space.inside and space.experts is not None]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
-            blocks.append(Block(space, space.consumers[0], reader(space, expert)))
-        refit_blocks_(model, blocks, residual, damping, self.source.ranks)
-        self.asked = []
+            blocks.append(Block(space, space.consumers[0], partial(of_expert, expert, space)))
+        refit_blocks_(self.source.model, blocks, residual, damping, self.source.ranks)
 
-    @contextmanager
-    def _observed_shared(self, scale: Sequence[float]) -> Iterator[list[Block]]:
-        """The blocks of the shared experts, which read what is observed inside `with`: the consumers in the module of
-        the experts whose output comes into the layer's by a gain, as the experts' own does.
+    def _shared(self) -> list[tuple[Space, Axis, float]]:
+        """The consumers of the shared experts, which are in the same module as the experts, and their gains as
+        multiples of that of the experts.
         """
-        prefix, seen = f"{str(self.space.experts).rpartition('.')[0]}.", dict[str, list[Tensor]]()
-        blocks: list[Block] = []
-        for space in self.source.arch.at(self.space.layer) if isinstance(self.path, Gain) else ():
-            axis = space.consumers[0] if space.inside and space.experts is None else None
-            if axis is None or len(space.consumers) > 1 or not axis.module.startswith(prefix):
-                continue
-            path = self.source.residual_path(space.layer, axis.module)
-            if isinstance(path, Gain):
-                factor, read = path.factor / self.path.factor, seen.setdefault(axis.module, [])
-                blocks.append(Block(space, axis, lambda number, r=read, f=factor: _all(r[number] * (f * scale[number]))))
-        number = 0
-
-        def see(module: str, x: Tensor) -> None:
-            seen[module].append(self.source.batches[len(seen[module])].counted(x.detach()).float())
-
-        with observe(self.source.model, seen, see):
-            yield blocks
-
-
-def _all(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.arange(len(x), device=x.device), x
+        prefix = f"{self.name.rpartition('.')[0]}."
+        found: list[tuple[Space, Axis, float]] = []
+        for space in self.source.arch.at(self.layer) if self.gain is not None else ():
+            if space.inside and space.experts is None and space.consumers[0].module.startswith(prefix):
+                gain = self._gain(space.consumers[0].module)
+                found += [] if gain is None else [(space, space.consumers[0], gain / (self.gain or 1.0))]
+        return found

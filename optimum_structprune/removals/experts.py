@@ -35,14 +35,14 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                 with source.at(layer, changes=True):
                     source.advance_dense(layer, step.widths)
                     spaces = [space for space in arch.at(layer) if space.kind in step.widths]
-                    refits = [ExpertRefit(source, space, run.data) for space in spaces if run.config.fits]
+                    refits = {space.key: ExpertRefit(source, space, run.data) for space in spaces if run.config.fits}
                     for space in spaces:
-                        see = refits[0].see_dense if refits else None
+                        see = refits[space.key].see_dense if refits else None
                         scores = run.data.combined(source.contributions(layer, space, criterion, see))
                         keep[space.key] = best_units(scores, space.width_in(step.widths))
                     run.changed = True
                     shrink_layer_(model, arch, layer, keep, smaller)
-                    for refit in refits:
-                        refit.fit_(refit.space.width_in(step.widths), float(run.config.damping))
+                    for key, refit in refits.items():
+                        refit.fit_(len(keep[key]), float(run.config.damping))
                     source.advance(layer)
     return Plan(arch.model_type, keep)

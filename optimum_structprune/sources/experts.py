@@ -19,6 +19,10 @@ from ..system.processes import all_reduce_
 from .whole_model import WholeModel
 
 
+# A function of the number of a batch, what the experts give, shape `(tokens, hidden)`, and the output of the layer.
+See = Callable[[int, Tensor, Any], None]
+
+
 class Routed(NamedTuple):
     """One call of an experts module in a domain: the tokens that enter, shape `(tokens, hidden)`, and the experts that
     each of them chose with their weights, shape `(tokens, top_k)`.
@@ -59,7 +63,11 @@ class WithExperts:
         yield from inner_moments(experts, space, self.routed[1], gram, self.source)
 
     def contributions(
-        self, layer: int, space: Space, criterion: ExpertCriterion, see: Callable[[int, Tensor, Any], None] | None = None
+        self,
+        layer: int,
+        space: Space,
+        criterion: ExpertCriterion,
+        see: Callable[[int, Tensor, Any], None] | None = None,
     ) -> Tensor:
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`; see `route`."""
         experts = self.source.model.get_submodule(str(space.experts))
@@ -72,11 +80,9 @@ class WithExperts:
         self.source.advance(layer)
 
     @torch.no_grad()
-    def route(
-        self, layer: int, experts: nn.Module, see: Callable[[int, Tensor, Any], None] | None = None
-    ) -> tuple[Routed, ...]:
-        """What an experts module is called with while each batch runs; `see` is called with the number of the batch,
-        what the module gives, shape `(tokens, hidden)`, and what the layer gives if it runs by itself, else None.
+    def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
+        """What an experts module is called with while each batch runs; `see` gets None for the output of a layer that
+        does not run by itself.
         """
         calls: list[Routed] = []
         given: list[Tensor] = []
