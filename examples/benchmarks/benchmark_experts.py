@@ -73,7 +73,9 @@ def run(args: Namespace) -> None:
         StructPruner(config).prune_to_(small, load_domains(config, tokenizer), config.widths)
         if recovery is not None:
             small = Recovery(recovery, config).recover_model(small, tokenizer, model)
-        results["cells"][key] = {name: compare(small, model, ids).divergence for name, ids in texts.items()}
+        results["cells"][key] = {
+            name: compare(small, model, ids, args.batch_size).divergence for name, ids in texts.items()
+        }
         write_json(args.out, results)
         print(key, {name: round(value, 4) for name, value in results["cells"][key].items()}, flush=True)
     table(args, results["cells"])

@@ -13,7 +13,6 @@ from ..arch.hooks import observe
 from ..arch.spec import Axis, Space
 from ..method.calibrate import Moments
 from ..method.layers import Gain, InMemory, OneProcess
-from ..method.linalg import ridge_strength
 from ..method.refit import least_squares
 from ..method.shrink import read_consumer, units_to_columns, write_consumer_
 from ..sources.data import CalibrationData
@@ -21,6 +20,9 @@ from ..sources.experts import WithExperts, inner_activations
 from ..system.processes import all_reduce_
 
 
+# How much the weights that an expert began with count in its refit, in tokens for each channel of its width. With a
+# fixed share of the Gram matrix in its place, an expert that few tokens choose becomes worse than it was.
+PRIOR = 2
 # With two passes over the experts the result is close to solving for all of them at once; the third gains little more.
 SWEEPS = 3
 
@@ -37,13 +39,18 @@ class Block(NamedTuple):
 
 @torch.no_grad()
 def refit_blocks_(
-    model: Any, blocks: Sequence[Block], residual: Sequence[Tensor], damping: float, ranks: OneProcess
+    model: Any,
+    blocks: Sequence[Block],
+    residual: Sequence[Tensor],
+    ranks: OneProcess,
+    prior: float = PRIOR,
 ) -> None:
     """Refit the weights of several consumers so that the sum of their outputs makes up for a residual.
 
     Each in turn is fitted to what the present weights of the others leave, which is block coordinate descent: in
-    memory are the inputs and the Gram matrix of one consumer. The ridge pulls toward the weights that it began with.
-    `residual` holds one tensor per call, shape `(tokens, out)`, in fp32, from which is taken what the change gives.
+    memory are the inputs and the Gram matrix of one consumer. The ridge pulls toward the weights that it began with,
+    which count as much as `prior` tokens for each column. `residual` holds one tensor per call, shape `(tokens, out)`,
+    in fp32, from which is taken what the change gives.
     """
     before = [read_consumer(model, block.axis, dtype=None)[0] for block in blocks]
     for block, old in list(zip(blocks, before, strict=True)) * SWEEPS:
@@ -55,7 +62,7 @@ def refit_blocks_(
             moments.update(x, left[tokens] + x @ (present - start).T)
         if not ranks.sum_(moments).count:
             continue
-        ridge = ridge_strength(damping, len(columns), moments.count)
+        ridge = prior * len(columns) / moments.count
         write_consumer_(model, block.axis, columns, least_squares(start, None, moments, columns, ridge)[0], bias)
         change = read_consumer(model, block.axis)[0] - present
         for left, (tokens, x) in zip(residual, read, strict=True):
@@ -110,7 +117,7 @@ class ExpertRefit:
         roots = (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
         return [roots[batch.domain] for batch in self.source.batches]
 
-    def fit_(self, kept: int, damping: float) -> None:
+    def fit_(self, kept: int) -> None:
         """Refit the layer, which has only the `kept` experts now."""
         experts, scales, shared = self.source.model.get_submodule(self.name), self.scales(), self._shared()
         residual: list[Tensor] = []
@@ -138,7 +145,7 @@ class ExpertRefit:
         inside = [space for space in self.source.arch.at(self.layer) if space.inside and space.experts is not None]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
             blocks.append(Block(space, space.consumers[0], partial(of_expert, expert, space)))
-        refit_blocks_(self.source.model, blocks, residual, damping, self.source.ranks)
+        refit_blocks_(self.source.model, blocks, residual, self.source.ranks)
 
     def _shared(self) -> list[tuple[Space, Axis, float]]:
         """The consumers of the shared experts, which are in the same module as the experts, and their gains as

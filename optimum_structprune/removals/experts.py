@@ -43,6 +43,6 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                     run.changed = True
                     shrink_layer_(model, arch, layer, keep, smaller)
                     for key, refit in refits.items():
-                        refit.fit_(len(keep[key]), float(run.config.damping))
+                        refit.fit_(len(keep[key]))
                     source.advance(layer)
     return Plan(arch.model_type, keep)

@@ -91,7 +91,7 @@ def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
     expected = torch.linalg.lstsq(torch.cat(joint), torch.cat(target)).solution.T
     present = torch.cat([model.first.weight, model.second.weight], 1).detach()
     residual = [t - x @ present.T for t, x in zip(target, joint, strict=True)]
-    refit_blocks_(model, blocks_of(inputs), residual, 0.0, OneProcess())
+    refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0)
     found = torch.cat([model.first.weight, model.second.weight], 1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     for left, t, x in zip(residual, target, joint, strict=True):
@@ -101,7 +101,7 @@ def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
 def test_where_nothing_is_left_to_make_up_for_no_bit_changes():
     model = Sum()
     before = deepcopy(model)
-    refit_blocks_(model, blocks_of(random_inputs()), [torch.zeros(400, 4)] * 2, 0.08, OneProcess())
+    refit_blocks_(model, blocks_of(random_inputs()), [torch.zeros(400, 4)] * 2, OneProcess())
     assert same_weights(model, before)
 
 
@@ -117,7 +117,7 @@ def test_the_refit_of_a_layer_that_keeps_all_experts_is_the_identity(case):
             if space.name == "expert":
                 refit = ExpertRefit(source, space, data)
                 source.route(layer, model.get_submodule(space.experts), refit.see_dense)
-                refit.fit_(space.size, 0.08)
+                refit.fit_(space.size)
         source.advance(layer)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before.state_dict()[name], atol=1e-5, rtol=0)
