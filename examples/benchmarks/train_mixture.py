@@ -51,9 +51,9 @@ class Balanced(Trainer):
         return (loss, output) if return_outputs else loss
 
 
-def new_model(args: Namespace, vocabulary: int, end: int) -> PreTrainedModel:
-    """An untrained model."""
-    common = {**SHAPE, "vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+def new_model(args: Namespace, vocabulary: int) -> PreTrainedModel:
+    """An untrained model; the token that ends a document is the first one."""
+    common = {**SHAPE, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if args.dense:
         config = AutoConfig.for_model("olmo2", **common, intermediate_size=CHOSEN * WIDTH)
     else:
@@ -85,7 +85,6 @@ def run(args: Namespace) -> None:
     folder = Path(args.data)
     texts = texts_of(folder / "calibration")
     tokenizer = trained_tokenizer(texts, args.vocabulary)
-    model = new_model(args, len(tokenizer), tokenizer.eos_token_id)
     arguments = TrainingArguments(
         f"{args.out}.training",
         max_steps=max(1, args.tokens // (args.batch_size * args.seq_length)),
@@ -103,8 +102,11 @@ def run(args: Namespace) -> None:
         seed=args.seed,
         disable_tqdm=True,
     )
-    print(f"{model.num_parameters():,} parameters", flush=True)
     done = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    # A checkpoint holds the experts one by one. A Trainer that resumes leaves them as they were made, and only
+    # `from_pretrained` stacks them.
+    model = AutoModelForCausalLM.from_pretrained(done) if done else new_model(args, len(tokenizer))
+    print(f"{model.num_parameters():,} parameters", flush=True)
     rows = rows_of(texts, tokenizer, args.seq_length)
     Balanced(model, arguments, train_dataset=rows).train(resume_from_checkpoint=done)
     model.save_pretrained(args.out)
