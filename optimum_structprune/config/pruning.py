@@ -210,14 +210,9 @@ class StructPruneConfig(Serialisable):
         return self.scored_by in LAYER_CRITERIA.names()
 
     @property
-    def judges_experts(self) -> bool:
-        """Whether the criterion scores whole experts, and nothing else."""
-        return self.scored_by in EXPERT_CRITERIA.names()
-
-    @property
     def experts_scored_by(self) -> str:
         """The criterion of whole experts, named or not."""
-        return self.scored_by if self.judges_experts else EXPERT_SCORES[0]
+        return self.scored_by if self.scored_by in EXPERT_CRITERIA.names() else EXPERT_SCORES[0]
 
     @property
     def fits(self) -> bool:
