@@ -12,8 +12,10 @@ from shlex import split
 from xml.etree import ElementTree
 
 import pytest
-from models import real_text_model
+from helpers import same_weights
+from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError
 
@@ -73,6 +75,19 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     main("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
     other_texts, other_marks = drawn(pictures[1].read_text())
     assert other_texts != texts and other_marks != marks
+
+
+@needs_shared
+@pytest.mark.nightly
+def test_training_of_a_mixture_goes_on_with_the_weights_that_it_had(tmp_path):
+    """A checkpoint holds single experts, and the model stacks them."""
+    words = [str(DATA), str(tmp_path / "out"), *"--vocabulary 400 --seq-length 64 --batch-size 2".split()]
+    words += ["--eval-documents", "1", "--learning-rate", "0"]
+    models = []
+    for tokens, seed in (("128", "0"), ("256", "1")):  # so that what is made anew has other weights
+        main("train_mixture")([*words, "--tokens", tokens, "--seed", seed])
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert same_weights(*models)
 
 
 @needs_shared
@@ -152,6 +167,15 @@ SMALL = {
         f"{TINY} {DATA} peers.json --domains stories --samples 4 --eval-samples 1 --rows dense '*, defaults'",
         [],
     ),
+    "benchmark_experts": (
+        f"model {DATA} out.json --kept 12 --seeds 0 --rows reap 'reap + refit' --domains code math --samples 4 "
+        "--seq-length 64 --eval-samples 1",
+        ["| reap + refit | 0.", "unseen kinds worse than with plain REAP: "],
+    ),
+    "train_mixture": (
+        f"{DATA} trained --tokens 2560 --vocabulary 400 --seq-length 64 --batch-size 4 --eval-documents 1",
+        ["cross entropy on documents set aside: ", "layer 3: load of an expert "],
+    ),
     "train_tiny": (f"{DATA} trained --tokens 5120 --vocabulary 400 --seq-length 64 --batch-size 4", []),
 }
 
@@ -167,6 +191,11 @@ def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
     Path("quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
     if name in ("benchmark_speed", "benchmark_vocabulary"):
         for saved in real_text_model():
+            saved.save_pretrained("model")
+    if name == "benchmark_experts":
+        reader = real_text_model()[1]
+        routed = {**GROUPED, "vocab_size": len(reader), "num_experts": 16, "max_position_embeddings": 1024}
+        for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), reader):
             saved.save_pretrained("model")
     arguments, words = SMALL[name]
     assert not main(name)(split(arguments))

@@ -91,6 +91,9 @@ def inputs(tmp_path_factory):
         saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     (folder / "Qwen").mkdir()
     (folder / "Qwen" / "Qwen2.5-7B-Instruct").symlink_to("../HuggingFaceTB/SmolLM2-135M-Instruct")
+    routed = {**GROUPED, "vocab_size": len(tokenizer), "num_experts": 64, "max_position_embeddings": 1024}
+    for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), tokenizer):
+        saved.save_pretrained(folder / "allenai" / "OLMoE-1B-7B-0924")
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))

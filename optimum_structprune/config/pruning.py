@@ -47,6 +47,9 @@ ALLOCATIONS: Registry[Any] = Registry(
 # The criteria that score whole layers, and nothing inside them.
 BLOCK_INFLUENCE = "block_influence"
 LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
+# The criteria that score whole experts, and nothing else; the first is the default.
+EXPERT_SCORES = ("reap_sum", "reap", "reap_normalised")
+EXPERT_CRITERIA: Registry[Any] = Registry("expert criterion", "optimum_structprune.expert_criteria", EXPERT_SCORES)
 CACHE = "cache_bytes_per_token"
 BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
@@ -76,7 +79,8 @@ class StructPruneConfig(Serialisable):
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
-            refit, and for `wanda` otherwise.
+            refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap_sum` is the
+            default, and whole layers too.
         refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
@@ -92,6 +96,8 @@ class StructPruneConfig(Serialisable):
         tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
             Numbers of KV groups that `sparsity` or `budget` chooses are multiples of it, and so are widths with
             `round_to="auto"`; in models that are large enough, these are multiples of 128 times as much.
+        expert_parallel: How many devices will share the experts of the result, as with vLLM's option of that name.
+            Numbers of experts that `sparsity` or `budget` chooses are multiples of it.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
@@ -145,6 +151,7 @@ class StructPruneConfig(Serialisable):
     min_width: Number = validated_field(share, default=0.1)
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     tensor_parallel: int = validated_field(positive, default=1)
+    expert_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None
@@ -201,6 +208,11 @@ class StructPruneConfig(Serialisable):
     def judges_layers(self) -> bool:
         """Whether the criterion scores whole layers, and nothing inside them."""
         return self.scored_by in LAYER_CRITERIA.names()
+
+    @property
+    def experts_scored_by(self) -> str:
+        """The criterion of whole experts, named or not."""
+        return self.scored_by if self.scored_by in EXPERT_CRITERIA.names() else EXPERT_SCORES[0]
 
     @property
     def fits(self) -> bool:

@@ -25,7 +25,7 @@ from ..arch.hooks import (
     skipping,
 )
 from ..arch.modules import blocks, layer_list
-from ..arch.spec import ArchSpec, Space
+from ..arch.spec import EXPERT, ArchSpec, Space
 from ..errors import StructPruneError
 from .calibrate import Moments
 from .shrink import check_same
@@ -241,9 +241,9 @@ class InMemory:
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
         """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
-        consumer of these kinds of space writes straight to the residual stream.
+        consumer of these kinds of space writes straight to the residual stream, and no whole experts go.
         """
-        if self.error_feedback and layer == 0:
+        if self.error_feedback and layer == 0 and EXPERT not in kinds:
             spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
             if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.consumers):
                 self.error_feedback = 0.0

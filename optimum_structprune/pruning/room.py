@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.load import ModelInfo
-from ..arch.spec import LAYER, ArchSpec, Widths
+from ..arch.spec import EXPERT, LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.resolve import texts_of
@@ -152,6 +152,8 @@ class Workload:
             spaces = [(space, space.width - space.width_in(self.widths)) for space in self.arch.at(layer)]
             removed = sum(units * space.scale * space.unit_params for space, units in spaces)
             yield self.itemsize * max(parameters - removed, 0), "removal"
+        if EXPERT in self.widths and self.config.fits:
+            yield self._refit_of_experts() + batch, "refit of experts"
         criterion = CRITERIA.get(name) if name in CRITERIA.names() else None
         reads_gram = self.config.refit_reads_gram or criterion is not None and criterion.needs_gram
         for size, kept, out, expert in self._matrices:
@@ -167,6 +169,15 @@ class Workload:
             factor = gram + columns if criterion is not None and criterion.damped else 0
             fitted = FP32 * kept * (kept + 4 * out + min(ROWS, size)) - weight if self.config.fits else 0
             yield moments + 2 * weight + max(factor, fitted), "scoring and refit"
+
+    def _refit_of_experts(self) -> int:
+        """The bytes of what enters the experts of a layer and what they are to give, of all tokens, of what one expert
+        reads, and of its Gram matrix with a factor.
+        """
+        size = max(space.size for space in self.arch.spaces if space.inside and space.experts is not None)
+        weights = self.itemsize * max(self.arch.layer_params) // 3  # those that the ridge pulls toward
+        through = self._hidden * (self.itemsize + 2 * FP32) + size * FP32
+        return self.text.tokens * through + weights + FP32 * (3 * size**2 + 4 * size * self._hidden)
 
     @cached_property
     def _matrices(self) -> list[Matrix]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 
 from ..arch.hooks import intercept
 from ..arch.spec import Space
+from ..config.pruning import EXPERT_CRITERIA
 from ..method.calibrate import Moments
 from ..method.layers import InMemory
 from ..system.processes import all_reduce_
 from .whole_model import WholeModel
+
+
+# A function of the number of a batch, what the experts give, shape `(tokens, hidden)`, and the output of the layer.
+See = Callable[[int, Tensor, Any], None]
 
 
 class Routed(NamedTuple):
@@ -27,10 +33,10 @@ class Routed(NamedTuple):
     chosen: Tensor
     gates: Tensor
 
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that chose an expert, and its weight for each."""
+    def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that chose an expert by their number, what of them enters it, and its weight for each."""
         tokens, slot = torch.where(self.chosen == expert)
-        return self.hidden[tokens], self.gates[tokens, slot]
+        return tokens, self.hidden[tokens], self.gates[tokens, slot]
 
 
 class WithExperts:
@@ -56,28 +62,41 @@ class WithExperts:
             self.routed = layer, self.route(layer, experts)
         yield from inner_moments(experts, space, self.routed[1], gram, self.source)
 
-    def contributions(self, layer: int, space: Space) -> Tensor:
-        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+    def contributions(
+        self,
+        layer: int,
+        space: Space,
+        criterion: ExpertCriterion,
+        see: Callable[[int, Tensor, Any], None] | None = None,
+    ) -> Tensor:
+        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`; see `route`."""
         experts = self.source.model.get_submodule(str(space.experts))
-        return contributions(experts, space.size, self.route(layer, experts), self.source.num_domains)
+        calls = self.route(layer, experts, see)
+        return contributions(experts, space.size, calls, self.source.num_domains, criterion)
 
     def advance(self, layer: int) -> None:
         """See `InMemory.advance`."""
         self.routed = -1, ()
         self.source.advance(layer)
 
-    def route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
-        """What an experts module is called with while each batch runs."""
+    @torch.no_grad()
+    def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
+        """What an experts module is called with while each batch runs; `see` gets None for the output of a layer that
+        does not run by itself.
+        """
         calls: list[Routed] = []
+        given: list[Tensor] = []
         batch = self.source.batches[0]
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
             calls.append(Routed(batch.domain, *tokens))
 
-        with intercept([experts], before):
-            for index, batch in enumerate(self.source.batches):  # noqa: B007  # `before` reads it
-                self.source.output(layer, index)
+        with intercept([experts], before, None if see is None else lambda _, output: given.append(output)):
+            for index, batch in enumerate(self.source.batches):
+                output = self.source.output(layer, index)
+                if see is not None:
+                    see(index, batch.counted(given.pop()), output)
         return tuple(calls)
 
 
@@ -110,7 +129,7 @@ def inner_moments(
     for domain in range(source.num_domains):
         moments = Moments.empty(space.size, gram, device)
         for call in calls:
-            if call.domain == domain and len(hidden := call.of(expert)[0]):
+            if call.domain == domain and len(hidden := call.of(expert)[1]):
                 moments.update(inner_activations(experts, space, hidden))
         source.ranks.sum_(moments)
         if not chosen:
@@ -120,19 +139,44 @@ def inner_moments(
         yield [moments.checked(space.consumers[0].module, domain)]
 
 
-@torch.no_grad()
-def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int) -> Tensor:
-    """Mean of gate × ‖output‖ over the tokens that chose an expert (REAP, Lasby et al. 2025, eq. 8), shape
-    `(domains, experts)`; 0 for an expert that none chose.
+@dataclass(frozen=True)
+class ExpertCriterion:
+    """A score of whole experts: a sum over the tokens that chose an expert, or its mean where it is `per_token`.
+
+    Attributes:
+        value: A function of the norms of what the expert gives for these tokens, of its weights for them, and of the
+            sums of the weights of all experts that each token chose, shape `(tokens,)` each, which gives one number
+            per token.
+        per_token: Whether the sum is divided by the number of these tokens.
     """
+
+    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    per_token: bool
+
+
+# REAP is eq. 8 of Lasby et al. 2025 (arXiv 2510.13999). Its authors have since divided the gates of a token by their
+# sum. Without the mean, what counts is what an expert adds in all, however many tokens share it.
+EXPERT_CRITERIA.register("reap")(ExpertCriterion(lambda norms, gates, sums: norms * gates, per_token=True))
+EXPERT_CRITERIA.register("reap_normalised")(
+    ExpertCriterion(lambda norms, gates, sums: norms * gates / sums, per_token=True)
+)
+EXPERT_CRITERIA.register("reap_sum")(ExpertCriterion(lambda norms, gates, sums: norms * gates, per_token=False))
+
+
+@torch.no_grad()
+def contributions(
+    experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int, criterion: ExpertCriterion
+) -> Tensor:
+    """How much each of `size` experts contributes, shape `(domains, experts)`; 0 for an expert that no token chose."""
     total = torch.zeros(num_domains, size, dtype=torch.float64)
     count = torch.zeros_like(total)
     for call, expert in product(calls, range(size)):
-        hidden, gates = call.of(expert)
+        tokens, hidden, gates = call.of(expert)
         if len(hidden):
             index = torch.full((len(hidden), 1), expert, device=hidden.device)
-            output = experts(hidden, index, torch.ones_like(gates)[:, None])
-            total[call.domain, expert] += float((output.norm(dim=-1) * gates).double().sum())
+            norms = experts(hidden, index, torch.ones_like(gates)[:, None]).norm(dim=-1)
+            values = criterion.value(norms, gates, call.gates[tokens].sum(1))
+            total[call.domain, expert] += float(values.double().sum())
             count[call.domain, expert] += len(hidden)
     all_reduce_([total, count])
-    return total / count.clamp(min=1)
+    return total / count.clamp(min=1) if criterion.per_token else total

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
-from ..arch.spec import CHANNEL, GROUP, LAYER, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
+from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -313,13 +313,13 @@ def _layer_width(
 
 def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     """What the widths of a space are multiples of where they are chosen: `round_to` for channels and tokens,
-    `tensor_parallel` for KV groups, and 1 for what is neither.
+    `tensor_parallel` for KV groups, `expert_parallel` for experts, and 1 for layers.
 
     Half of what `auto` gives is at most `MOST_OFF` of the layers' parameters, so that widths come that near to a goal.
     """
     spaces, parts = arch.of(name), config.tensor_parallel
     if spaces[0].unit not in (CHANNEL, TOKEN):
-        return parts if spaces[0].unit == GROUP else 1
+        return {GROUP: parts, EXPERT: config.expert_parallel}.get(spaces[0].unit, 1)
     if config.round_to != AUTO:
         return int(config.round_to)
     if name == VOCAB:

@@ -7,6 +7,7 @@ from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
+from optimum_structprune.config.pruning import EXPERT_CRITERIA
 from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.sources.data import source_of
 from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
@@ -41,20 +42,21 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
     for space in spaces:
         expert = space.consumers[0].part
         weight, bias = read_consumer(model, space.consumers[0])
-        hidden, gates = call.of(expert)
+        tokens, hidden, gates = call.of(expert)
         inner = inner_activations(experts, space, hidden)
         own = torch.nn.functional.linear(inner, weight, bias)
-        output.index_add_(0, torch.where(call.chosen == expert)[0], own * gates[:, None])
+        output.index_add_(0, tokens, own * gates[:, None])
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
-    model = build("mixtral")
+@pytest.mark.parametrize("name", ["reap", "reap_normalised", "reap_sum"])
+def test_an_experts_contribution_is_made_of_gates_and_norms(name):
+    model = build("olmoe")  # whose gates do not sum to 1
     space = describe(model).of("expert")[0]
     experts = model.get_submodule(space.experts)
     calls = routed(model, space)
-    found = contributions(experts, space.size, calls, 2)
+    found = contributions(experts, space.size, calls, 2, EXPERT_CRITERIA.get(name))
     for domain in range(2):
         for expert in range(space.size):
             values = []
@@ -63,8 +65,13 @@ def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
                     for token, slot in (call.chosen == expert).nonzero().tolist():
                         one = call.hidden[token][None]
                         output = experts(one, torch.tensor([[expert]]), torch.ones(1, 1))
-                        values.append(float(call.gates[token, slot] * output.norm()))
-            assert float(found[domain, expert]) == pytest.approx(sum(values) / len(values), rel=1e-4)
+                        gate = call.gates[token, slot] / (call.gates[token].sum() if "normalised" in name else 1)
+                        values.append(float(gate * output.norm()))
+            expected = sum(values) if name == "reap_sum" else sum(values) / len(values)
+            assert float(found[domain, expert]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_domains_are_combined_relative_to_their_means():
     both = torch.tensor([[10.0, 30.0], [3.0, 1.0]]).double()
     assert weighed(0.5, 0.5).combined(both).tolist() == [1.0, 1.0]
     assert weighed(0.9, 0.1).combined(both).argmax() == 1

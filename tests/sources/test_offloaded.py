@@ -49,6 +49,7 @@ RUNS = {
     "gemma2": {"sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "gpt2-tied": {"widths": {"mlp": 24}},
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
+    "deepseek_v2": {"widths": {"expert": 2}},
     "gpt_oss": {"widths": {"mlp": 24}},
     "llama-tied": {"widths": {"layer": 1, "mlp": 24}},
 }

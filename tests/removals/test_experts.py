@@ -1,0 +1,175 @@
+"""Whole experts go, and those that stay are refitted toward what all of them gave."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import data_of, logits, same_weights, whole_model_at_once
+from models import build, config, token_ids, tokenizer
+from torch import nn
+
+from optimum_structprune import StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import CHANNEL, Axis, Space
+from optimum_structprune.method.layers import OneProcess
+from optimum_structprune.removals import expert_refit
+from optimum_structprune.removals.expert_refit import Block, ExpertRefit, refit_blocks_
+
+
+# The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
+FAMILIES = ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "nemotron_h"]
+FAMILIES += ["gemma4_text-experts"]
+FEW = {"widths": {"expert": 2}, "num_samples": 48}
+
+
+@torch.no_grad()
+def error_of(model, dense) -> float:
+    """How far the output of the first layers is from the dense one, on other tokens than were calibrated on."""
+    ids = token_ids(16, 24, seed=7)
+    ours, theirs = (each.model(ids, output_hidden_states=True).hidden_states[2] for each in (model, dense))
+    return float((ours - theirs).square().mean() / theirs.square().mean())
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_refit_makes_up_for_the_experts_that_are_gone(case):
+    model = build(case)
+    errors = {
+        refit: error_of(prune_model(model, config(refit=refit, **FEW), tokenizer()), model)
+        for refit in ("none", "least_squares")
+    }
+    assert errors["least_squares"] < 0.95 * errors["none"]
+
+
+def test_only_what_the_experts_and_the_shared_ones_give_is_refitted():
+    model = build("deepseek_v2")
+    plain, fitted = (
+        prune_model(model, config(refit=refit, **FEW), tokenizer()) for refit in ("none", "least_squares")
+    )
+    before, after = plain.state_dict(), fitted.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    prefix = "model.layers.1.mlp"
+    assert changed == {f"{prefix}.experts.down_proj", f"{prefix}.shared_experts.down_proj.weight"}
+
+
+class Sum(nn.Module):
+    """Two matrices that read inputs of their own, and whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4, bias=False), nn.Linear(5, 4, bias=False)
+
+
+def blocks_of(inputs):
+    """The matrices of `Sum` as blocks; the second one reads every other token."""
+    blocks = []
+    for name, every in (("first", 1), ("second", 2)):
+        size = inputs[name][0].shape[1]
+        axis = Axis(f"{name}.weight", 1)
+        space = Space(name, 0, size, (), (axis,), (), (), 4, unit=CHANNEL)
+        read = [(torch.arange(0, len(x) * every, every), x) for x in inputs[name]]
+        blocks.append(Block(space, axis, read.__getitem__))
+    return blocks
+
+
+def random_inputs(tokens=400):
+    torch.manual_seed(0)
+    shared = torch.randn(2, tokens, 3)  # so that the inputs of both are correlated
+    first = [torch.cat([x, torch.randn(tokens, 3)], 1) for x in shared]
+    second = [torch.cat([x[::2], torch.randn(tokens // 2, 2)], 1) for x in shared]
+    return {"first": first, "second": second}
+
+
+def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
+    monkeypatch.setattr(expert_refit, "SWEEPS", 40)
+    model, inputs = Sum(), random_inputs()
+    target = [torch.randn(400, 4) for _ in range(2)]
+    joint = []
+    for x, y in zip(inputs["first"], inputs["second"], strict=True):
+        sparse = torch.zeros(len(x), 5)
+        sparse[::2] = y
+        joint.append(torch.cat([x, sparse], 1))
+    expected = torch.linalg.lstsq(torch.cat(joint), torch.cat(target)).solution.T
+    present = torch.cat([model.first.weight, model.second.weight], 1).detach()
+    residual = [t - x @ present.T for t, x in zip(target, joint, strict=True)]
+    refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0)
+    found = torch.cat([model.first.weight, model.second.weight], 1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    for left, t, x in zip(residual, target, joint, strict=True):
+        torch.testing.assert_close(left, t - x @ expected.T, atol=1e-4, rtol=1e-3)
+
+
+def test_where_nothing_is_left_to_make_up_for_no_bit_changes():
+    model = Sum()
+    before = deepcopy(model)
+    refit_blocks_(model, blocks_of(random_inputs()), [torch.zeros(400, 4)] * 2, OneProcess())
+    assert same_weights(model, before)
+
+
+@pytest.mark.parametrize("case", ["olmoe", "gpt_oss", "deepseek_v2"])
+def test_the_refit_of_a_layer_that_keeps_all_experts_is_the_identity(case):
+    model = build(case)
+    before, settings = deepcopy(model), config(refit="least_squares")
+    data, arch = data_of(settings), describe(model)
+    source = data.source(model, arch, data.feedback)
+    for layer in range(arch.num_layers):
+        source.advance_dense(layer, ("expert",))
+        for space in arch.at(layer):
+            if space.name == "expert":
+                refit = ExpertRefit(source, space, data)
+                source.route(layer, model.get_submodule(space.experts), refit.see_dense)
+                refit.fit_(space.size)
+        source.advance(layer)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before.state_dict()[name], atol=1e-5, rtol=0)
+
+
+def with_idle_experts(case):
+    """A model whose experts 1 and 2 no token ever chooses: channel 0 of the residual stream is positive for every
+    token, and a large multiple of it is taken from their logits.
+    """
+    model = build(case)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 8.0
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.ndim > 1 and parameter.shape[-2] == 32 and "gate" not in name:
+                parameter[..., 0, :] = 0
+        for space in describe(model).of("expert"):
+            router = model.get_submodule(space.producers[0].module)
+            router.weight[1:3, 0] = -1e5
+        for norm in (module for name, module in model.named_modules() if name.endswith("layernorm")):
+            norm.weight[0] = 1.0
+    return model
+
+
+@pytest.mark.parametrize("criterion", ["reap", "reap_normalised", "reap_sum"])
+@pytest.mark.parametrize("case", ["olmoe", "qwen2_moe", "granitemoe"])
+def test_experts_that_no_token_chose_go_without_a_trace(case, criterion):
+    model = with_idle_experts(case)
+    pruner = StructPruner(config(criterion=criterion, widths={"expert": 2}))
+    small = pruner.prune_model(model, tokenizer())
+    kept = {units for (_, name), units in pruner.plan.keep.items() if name == "expert"}
+    assert kept == {(0, 3)}
+    assert torch.equal(logits(small), logits(model))
+
+
+def test_without_layers_that_run_by_themselves_the_experts_own_output_is_the_target():
+    model = build("olmoe")
+    by_layer = prune_model(model, config(error_feedback=0.0, **FEW), tokenizer())
+    with whole_model_at_once():
+        at_once = prune_model(model, config(**FEW), tokenizer())
+    for name, tensor in by_layer.state_dict().items():
+        torch.testing.assert_close(at_once.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_error_feedback_reaches_the_experts():
+    model = build("olmoe")
+    local, whole = (prune_model(model, config(error_feedback=f, **FEW), tokenizer()) for f in (0.0, 1.0))
+    experts = [[layer.mlp.experts.down_proj for layer in each.model.layers] for each in (local, whole)]
+    differ = [not torch.equal(*pair) for pair in zip(*experts, strict=True)]
+    assert differ == [False, True], "the first layer has no error in front of it"
+
+
+def test_a_criterion_of_whole_experts_judges_nothing_else():
+    for widths in ({"mlp": 24}, {"expert": 3, "mlp": 24}):
+        with pytest.raises(StructPruneError, match="judges whole experts.*'mlp'.*'reap_sum'"):
+            prune_model(build("mixtral"), config(criterion="reap", widths=widths), tokenizer())
