@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import nan
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -110,19 +111,25 @@ def row_losses(
     rows: Iterable[Tensor],
     among: Tensor | None = None,
     known: dict[tuple[int, ...], Tensor] | None = None,
+    tokens: int = 1,
 ) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
     The first token of a row is context only. `among` holds the ids that may be predicted, ascending; None for all.
-    `known` keeps the hidden states of rows, which need not run again where a row comes again.
+    `known` keeps the hidden states of rows, which need not run again where a row comes again. Rows of equal length run
+    together, up to so many `tokens`.
     """
-    batches = [row[None] for row in rows]
-    parts = []
+    rows, parts = [*rows], list[Tensor]()
+    batches = [batch for _, same in groupby(rows, len) for batch in _stacked([*same], tokens)]
     with evaluating(model):
         for targets, logits in _predictions([model], [batches], among, known):
             parts.append(_losses(logits, targets if among is None else torch.searchsorted(among.to(targets), targets)))
     losses = torch.cat(parts)
-    by_row = losses.cpu().split([ids[:, 1:].numel() for ids in batches])
+    by_row = losses.cpu().split([len(row) - 1 for row in rows])
     return torch.stack([of_row.sum() for of_row in by_row])
+
+
+def _stacked(rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    return list(torch.stack([*rows]).split(max(tokens // len(rows[0]), 1)))
 
 
 @torch.no_grad()

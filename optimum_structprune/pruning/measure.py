@@ -37,6 +37,8 @@ PROBE_TOKENS = 2048
 STRIDE = 4
 # Held-out samples are cut to no fewer tokens than this: with less in front of them, tokens are hard to predict.
 SHORTEST = 64
+# Short rows run together, up to so many tokens.
+AT_ONCE = 512
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
 Rows = Mapping[str, list[Tensor]]
 
@@ -61,6 +63,7 @@ class Measure:
     ):
         self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
         self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
+        self.at_once = 1 if most is None else AT_ONCE  # a choice does not depend on how rows are batched
         if most is not None and arch.causal:
             self.heldout = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
             self.probes = {}
@@ -121,7 +124,7 @@ class Measure:
         if is_offloaded(model):
             values = layerwise_losses(model, arch, texts)
         else:
-            values = [row_losses(model, text) for text in texts]
+            values = [row_losses(model, text, tokens=self.at_once) for text in texts]
         by_process = zip(*gather_objects(values), strict=True)
         return {
             name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]

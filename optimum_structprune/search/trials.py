@@ -37,7 +37,7 @@ SHARES = (0.25, 0.75)
 # What is pruned on trial in more than one layer is so on so many calibration tokens at most.
 TRIAL_TOKENS = 2048
 # A trial runs so many held-out tokens. What is pruned on trial in all layers runs on `PROBE_TOKENS`.
-LAYER_TOKENS = PROBE_TOKENS // 4
+LAYER_TOKENS = PROBE_TOKENS // 2
 # A probe has as many samples as leave each so many tokens; the first ones, with little in front of them, say less.
 ROW_TOKENS = 128
 # Smaller losses, in nats per token, are noise.
