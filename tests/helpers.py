@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -304,12 +305,16 @@ def free_spaces(arch):
 
 
 RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
+OTHER_WORDS = TemporaryDirectory()
 
 
 def recovery_config(**fields) -> RecoveryConfig:
-    """A short training on two domains of random words."""
+    """A short training on two domains of random words, which is compared on others."""
+    other = Path(OTHER_WORDS.name, "other.jsonl")
+    if not other.exists():
+        write_texts(other, documents(20, seed=9))
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
-    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **RECOVERY_TEXT}
+    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "left_out": str(other), **RECOVERY_TEXT}
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
 
 

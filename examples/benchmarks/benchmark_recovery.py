@@ -1,7 +1,7 @@
 """What training after pruning brings back, over tokens, with and without a teacher, as a Markdown table.
 
     python examples/benchmarks/benchmark_recovery.py MODEL DATA [--tokens 25000 50000 100000 200000] [--bf16]
-    python examples/benchmarks/benchmark_recovery.py MODEL DATA --ways distilled "distilled, all weights" ...
+    python examples/benchmarks/benchmark_recovery.py MODEL DATA --ways text "text and answers" ...
 
 Each way of training is one run over as many tokens as the last number says, measured on the way at the others.
 
@@ -30,13 +30,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.recovery.text import LENGTH
 
 
 # What the rows train, and by what.
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"kl_weight": 0.0},
-    "distilled": {},
-    "distilled, all weights": {"train": "full"},
+    "text": {"answer_share": 0.0},
+    "text, three quarters cross-entropy": {"answer_share": 0.0, "kl_weight": 0.25},
+    "answers": {"answer_share": 1.0},
+    "text and answers": {},
+    "text and own answers": {"writer": "pruned"},
+    "text and answers, all weights": {"train": "full"},
 }
 
 
@@ -46,17 +51,18 @@ class Curve(TrainerCallback):
     Args:
         marks: Training tokens after which to measure.
         measure: Gets the model, the tokens seen and the seconds of training so far.
+        places: The number of tokens that count in each sample.
     """
 
-    def __init__(self, marks: list[int], measure: Callable[[torch.nn.Module, int, float], None]):
-        self.marks, self.measure = sorted(marks), measure
+    def __init__(self, marks: list[int], measure: Callable[[torch.nn.Module, int, float], None], places: int):
+        self.marks, self.measure, self.places = sorted(marks), measure, places
         self.measuring = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        seen = int(state.num_input_tokens_seen)
+        seen = state.global_step * args.train_batch_size * self.places
         if not self.marks or seen < self.marks[0]:
             return
         self.marks = [mark for mark in self.marks if mark > seen]
@@ -114,11 +120,14 @@ def run(args: Namespace) -> dict[str, dict]:
     row("pruned", pruned)
     for way in args.ways:
         curve = Curve(
-            args.tokens[:-1], lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds)
+            args.tokens[:-1],
+            lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds),
+            min(args.seq_length, LENGTH) - 1,
         )
         recovery = Recovery(recovery_config(args, way), pruning, [curve])
         recovered = recovery.recover_model(deepcopy(pruned), tokenizer, None if way == "LoRA" else model)
         row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds - curve.measuring)
+        print(recovery.report)
     return results
 
 
@@ -150,13 +159,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--left-out", nargs="+", default=[], help="files of DATA/calibration that are only measured")
     parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["LoRA", "distilled"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["LoRA", "text and answers"])
     parser.add_argument("--samples", type=int, default=12, help="calibration samples per domain")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=24, help="samples per evaluation file")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
-    parser.add_argument("--kl-weight", type=float, help="of the distilled rows")
+    parser.add_argument("--kl-weight", type=float, help="of the rows with a teacher")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int)
     parser.add_argument(

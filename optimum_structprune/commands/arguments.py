@@ -41,7 +41,7 @@ GROUPS = {
     "how much goes": "budget max_perplexity_ratio rounds round_to min_width --cost",
     "what goes": "allocation criterion skip_layers keep_tokens arch_file",
     "text": "seq_length general_share general_text stats objective seed",
-    "training afterwards": "--recovery-tokens recovery --accept-worse",
+    "training afterwards": "--recovery-tokens recovery",
     "output": "--resume --base-model --license --push-to-hub --private --no-save --json --quiet",
     "large models": "--offload batch_size checkpoint_dir losses_dir",
     "for experts": "",

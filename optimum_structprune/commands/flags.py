@@ -49,14 +49,8 @@ OFFLOAD = {
     )
 }
 OVERWRITE = {"--overwrite": switch("Replace the output.")}
-# The exit code where a training has made the model worse, so that the result is not where it was asked for.
-WORSE = 1
 RESULT: Flags = {
     **OVERWRITE,
-    "--accept-worse": switch(
-        "Save the trained model as the output even if it is worse on held-out text than before its training. "
-        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}."
-    ),
     "--push-to-hub": named(
         "OWNER/NAME",
         "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "

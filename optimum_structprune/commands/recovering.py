@@ -21,13 +21,13 @@ from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
 from ..record.answers import Items
 from ..record.report import REPORT_NAME
+from ..recovery.lessons import ANSWERS_NAME
 from ..recovery.recover import Recovery
-from ..recovery.trainer import WorseModelWarning
+from ..recovery.trainer import NothingGainedWarning
 from ..saving.page import write_page_or_warn
 from ..saving.push import check_push, push_to_hub
-from ..system.disk import Output, remove_checkpoints, resolved
+from ..system.disk import remove_checkpoints, resolved
 from ..system.processes import is_first_rank
-from .flags import WORSE
 from .output import Result
 
 
@@ -54,15 +54,11 @@ def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneCo
 def recover_and_save(
     args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Result:
-    """What came of a training with the arguments of `recover`, once it is saved; a model that it made worse is saved
-    beside the output, with the exit code `WORSE`, unless `--accept-worse` is given.
-    """
-    worse_folder, earlier = _beside(args.output, "worse"), _earlier_answers(args.model)
-    if not args.accept_worse:
-        Output(worse_folder, overwrite=True).check()  # before it is trained in vain
+    """What came of a training with the arguments of `recover`, once it is saved."""
+    earlier = _earlier_answers(args.model)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
+            warnings.simplefilter("ignore", NothingGainedWarning)  # the report says it
             recovered = recovery.recover_model(
                 model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
             )
@@ -75,17 +71,12 @@ def recover_and_save(
     trained: Any = recovered.get_base_model() if isinstance(recovered, PeftModel) else recovered
     check.ask("recovered", trained)
     report.answers = check.items(earlier)
-    worse = report.worse and not args.accept_worse
-    target = worse_folder if worse else args.output
-    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse)
-    write_page_or_warn(target)
-    text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
-    if worse:
-        _say_worse(worse_folder, args.output)
-        return Result(text, values, WORSE)
+    recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    write_page_or_warn(args.output)
     if recovery.config.training["output_dir"] == (checkpoints := _beside(args.output, "checkpoints")):
+        Path(checkpoints, ANSWERS_NAME).unlink(missing_ok=True)
         remove_checkpoints(checkpoints)
-    return Result(text, values)
+    return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
 
 
 def _earlier_answers(pruned: str) -> Items:
@@ -99,20 +90,8 @@ def _say_how_to_go_on(args: Namespace) -> None:
     words = ["structprune", "recover", args.model, args.output]
     for flag, value in (("--teacher", args.teacher), ("--arch", args.arch_file)):
         words += [flag, value] if value else []
-    words += [
-        f"--{name.replace('_', '-')}"
-        for name in ("trust_remote_code", "overwrite", "accept_worse")
-        if vars(args)[name]
-    ]
+    words += [f"--{name.replace('_', '-')}" for name in ("trust_remote_code", "overwrite") if vars(args)[name]]
     sys.stderr.write(f"structprune: interrupted; go on with `{join([*words, '--resume'])}` and the same settings.\n")
-
-
-def _say_worse(worse_folder: str, output: str) -> None:
-    if is_first_rank():
-        sys.stderr.write(
-            f"structprune: the trained model is worse, so it is in {worse_folder}, and {output} is as it was; train "
-            "it with other settings, or take it with --accept-worse.\n"
-        )
 
 
 def _beside(output: str, kind: str) -> str:

@@ -8,27 +8,29 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import Number, Serialisable, config_class, finite_inside, positive, seed_of_all
+from .fields import Number, Serialisable, config_class, filled, finite_inside, positive, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TRAINING = {
     "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "logging_steps": 10,
-    "include_num_input_tokens_seen": "all",
+    "train_sampling_strategy": "sequential",
     "report_to": "none",
 }
+
+# A training on fewer tokens takes one sample in each step, and a longer one as many as here.
+SHORT, BATCH_SIZE = 50_000, 4
 
 # The learning rates of the ways to train.
 RATES = {"lora": 1e-3, "full": 1e-4}
 
 
-def _proportion(value: Any) -> None:
+def _share(value: Any) -> None:
     if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f"has to lie between 0 and 1, got {value}; 0 is cross-entropy alone, 1 the teacher alone")
+        raise ValueError(f"has to lie between 0 and 1, got {value}")
 
 
 @config_class
@@ -40,15 +42,26 @@ class RecoveryConfig(Serialisable):
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 
     Args:
-        tokens: The number of training tokens in all; the domains give them by their weights.
-        seq_length: The number of tokens in a training sample.
+        tokens: The number of tokens to train on in all; those of prompts do not count. The domains give text by their
+            weights.
+        seq_length: The number of tokens in a training sample, of which those of prompts do not count. By default it is
+            that of the pruning, or 128 if that is less.
         domains: The training text; documents that the perplexity is measured on are left out. None stands for the
             domains of the pruning, without what the model wrote beside them.
         train: What is trained: `lora` trains a low-rank adapter, `full` all weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
         training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and the learning rate in `RATES`.
             With an `output_dir`, checkpoints go there and training can be resumed.
-        kl_weight: The share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a
+        answer_share: The share of the tokens that are answers to prompts; the others are text. Without a teacher all
+            are text.
+        prompts: A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line. By default
+            they are built in, and for a model without a chat template, they are openings of the text.
+        writer: Who writes the answers: `dense` stands for the teacher, once and before the training, and `pruned` for
+            the model as it is trained (on-policy distillation, Agarwal et al. 2023, arXiv 2306.13649).
+        left_out: The source of text of a kind that is not trained on, by which checkpoints are compared. By default it
+            is built-in text of other kinds.
+        kl_weight: The share of the divergence from the teacher in the loss. The rest is cross-entropy, which teaches
+            the text itself; then checkpoints are compared by their loss on text of the kinds trained on. Without a
             teacher the loss is cross-entropy whatever stands here.
         temperature: The number that the logits of both models are divided by before they are compared.
         merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
@@ -67,7 +80,11 @@ class RecoveryConfig(Serialisable):
     train: Literal["lora", "full"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
-    kl_weight: Number = validated_field(_proportion, default=0.25)
+    answer_share: Number = validated_field(_share, default=0.5)
+    prompts: str | None = validated_field(filled, default=None)
+    writer: Literal["dense", "pruned"] = "dense"
+    left_out: str | None = validated_field(filled, default=None)
+    kl_weight: Number = validated_field(_share, default=1.0)
     temperature: Number = validated_field(positive, default=1.0)
     merge: bool = True
     seed: int | None = validated_field(seed_of_all, default=None)

@@ -90,7 +90,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or _builtin_beside(domains)
+    source = config.general_text or builtin_beside(domains)
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
@@ -105,7 +105,7 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     return replace(config, general_text=WRITTEN)
 
 
-def _builtin_beside(domains: list[DomainConfig]) -> str:
+def builtin_beside(domains: list[DomainConfig]) -> str:
     """The built-in text of all kinds but those of the domains, so that no document is in two domains."""
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]

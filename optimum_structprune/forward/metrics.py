@@ -142,14 +142,15 @@ def mean_probabilities(model: PreTrainedModel, samples: Tensor) -> Tensor:
         return sum(sums, torch.zeros(())).double().cpu() / samples[:, 1:].numel()
 
 
-def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, mean: bool = True) -> Tensor:
     """Mean divergence KL(teacher‖model) per position in nats, fp32, times temperature² (Hinton et al. 2015, section
-    2); both logits have the shape `(..., vocab)`.
+    2), or that of each position; both logits have the shape `(..., vocab)`.
     """
     student_log, teacher_log = (
         torch.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher.detach())
     )
-    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1).mean() * temperature**2
+    each = (teacher_log.exp() * (teacher_log - student_log)).sum(-1) * temperature**2
+    return each.mean() if mean else each
 
 
 def standard_error(values: Tensor) -> float:
@@ -292,10 +293,10 @@ def _next_token_logits(
 
 def _head(model: Any, ids: Tensor, among: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """What makes the logits, of some tokens where these are named, of the base model's output; None where the model
-    does more to them than its head, see `_plain`.
+    does more to them than its head, see `plain_head`.
     """
     head = model.get_output_embeddings()
-    if not _plain(model, ids) or (among is not None and type(head) is not nn.Linear):
+    if not plain_head(model, ids) or (among is not None and type(head) is not nn.Linear):
         return None
     if among is None:
         return partial(_head_logits, head)
@@ -311,7 +312,7 @@ def _head_logits(head: Any, hidden: Tensor) -> Tensor:
         return head(hidden.to(head.weight.device))
 
 
-def _plain(model: Any, ids: Tensor) -> bool:
+def plain_head(model: Any, ids: Tensor) -> bool:
     """Whether a model's logits are what its head makes of the base model's output, tried on a few tokens.
 
     They are unless the model scales or caps them. Where they are, the head need not run on all tokens at once, which

@@ -63,7 +63,6 @@ class Records:
             taught = any("dense" in perplexity for perplexity in (self.recovery.get("perplexity") or {}).values())
             teacher = self.recovery.get("teacher") or self.dense
             lines[1] += ["--teacher", dense if teacher == self.dense else teacher] if taught else []
-            lines[1] += ["--accept-worse"] if self.recovery.get("worse") else []
             lines[1] += ["--arch", self.config["arch_file"]] if self.config.get("arch_file") else []
         return [join(["structprune", *line]) for line in lines]
 

@@ -27,6 +27,9 @@ REPORT_NAME = "report.json"
 DETAILS_NAME = "pruning_details.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
+PERPLEXITY = (
+    "perplexity says how well the text itself is predicted, and not whether the model does as the dense one does:"
+)
 
 
 @dataclass
@@ -39,23 +42,42 @@ class RecoveryReport:
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    divergence: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept_step: int = 0
     stopped: str = ""
     answers: "Items" = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Perplexity per domain and in the mean, as a table, and the cost."""
+        """KL to the teacher and perplexity by kind of text, as tables, and the cost."""
         from .answers import remark  # what makes text is imported where text is asked for
         from .facts import as_text, perplexity_facts
 
-        cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
+        cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s; {self.kept}"
         return "\n".join(
             [
+                *([self._divergences(), PERPLEXITY] if self.divergence else []),
                 as_text(perplexity_facts(asdict(self)), compared=False),
                 *([remark(self.answers)] if self.answers else []),
                 cost,
                 *filter(None, [self.stopped]),
             ]
         )
+
+    @property
+    def kept(self) -> str:
+        """What came of the training in words."""
+        if not self.kept_step:
+            return "no checkpoint was better than the pruned model, which is kept"
+        return f"step {self.kept_step} is kept"
+
+    def _divergences(self) -> str:
+        from .text import table
+
+        rows = [["KL to the dense model", "pruned", "recovered", "closed"]]
+        for name, of in self.divergence.items():
+            closed = 1 - of["recovered"] / of["pruned"] if of["pruned"] else 0.0
+            rows.append([name, f"{of['pruned']:.4f}", f"{of['recovered']:.4f}", f"{closed:.0%}"])
+        return table(rows)
 
 
 @strict

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..arch.meta import positions_of, predicts_next
+from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.resolve import texts_of
@@ -17,7 +18,8 @@ from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from .adapter import check_fits, lora_config
-from .text import text_config
+from .answers import read_prompts
+from .text import LEFT_OUT, text_config
 from .trainer import training_arguments
 
 
@@ -37,7 +39,10 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     text = text_config(config, pruning)
     if model is not None:
         _check_model(model, config, text.seq_length)
-    for domain in texts_of(text):
+    if config.prompts is not None:
+        read_prompts(config.prompts)
+    left_out = [] if config.left_out is None else [DomainConfig(name=LEFT_OUT, source=config.left_out)]
+    for domain in [*texts_of(text), *left_out]:
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     adapter = lora_config(config)

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
@@ -18,8 +18,8 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
 from ..domains.packing import Domain
 from ..domains.readers import check_tokens, note_reader
-from ..errors import StructPruneError
-from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
+from ..errors import StructPruneError, warn
+from ..forward.metrics import own_settings
 from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
@@ -27,12 +27,15 @@ from ..system.disk import used_paths
 from ..system.stages import stage
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
 from .checks import check_recovery
+from .lessons import ANSWERS_NAME, Curriculum
 from .resume import TrainingInputs
-from .text import samples_of, training_text
+from .text import left_out_text, training_text
 from .trainer import (
+    BestCheckpoint,
     DistillTrainer,
+    NothingGainedError,
+    NothingGainedWarning,
     RecoveryOutcome,
-    TrainingSamples,
     load_teacher,
     to_train,
     train_,
@@ -43,8 +46,7 @@ from .trainer import (
 class Recovery:
     """Trains a pruned causal language model.
 
-    After `recover_model`, `report` holds the numbers of the run, and `report.worse` says whether it made the model
-    worse.
+    After `recover_model`, `report` holds the numbers of the run.
 
     Args:
         config: How the model is trained.
@@ -91,7 +93,7 @@ class Recovery:
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
-        config = self.config
+        config, self._inputs = self.config, None
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
         taught_by = None
@@ -101,54 +103,34 @@ class Recovery:
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
         self._base, seen = source_of(model), Manifest.seen_by(model)
-        with stage("domains", {}):
-            domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
-        losses = {} if taught_by is None else {"dense": _losses(taught_by, domains)}
-        if any(not of.isfinite().all() for of in losses.get("dense", ())):
-            raise StructPruneError(
-                "The teacher's loss on held-out text is not finite, for a weight is not or its dtype is too narrow; "
-                "load it again, in float32 or bfloat16, or leave the teacher out."
-            )
-        losses["pruned"] = _losses(model, domains)
-        recovered, outcome = self._train(model, domains, taught_by, resume)
+        seed = self.pruning.seed if config.seed is None else config.seed
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
+            # The first process writes checkpoints, and all read the best one.
+            arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
+            curriculum = Curriculum(config, model, tokenizer, taught_by, seed, Path(str(arguments.output_dir)))
+            if not resume and config.writer == "pruned":
+                (curriculum.folder / ANSWERS_NAME).unlink(missing_ok=True)
+            with stage("domains", {}):
+                domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
+                left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
+                curriculum.prepare(domains, left_out, self.pruning.seed, Path(scratch))
+            if resume or "output_dir" in config.training or not config.merge:
+                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
+            name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
+            curriculum.release_teacher()
+            recovered, outcome = _trained(model, curriculum, arguments, self.callbacks, self._inputs, resume)
+            wait_for_everyone()
         if config.merge and isinstance(recovered, PeftModel):
             recovered = merge_adapter_(recovered, domains[0].heldout)
-        losses["recovered"] = _losses(recovered, domains)
-        for number, domain in enumerate(domains):
-            of_domain = {when: of[number] for when, of in losses.items()}
-            outcome.perplexity[domain.name] = {when: perplexity_of(of) for when, of in of_domain.items()}
-            outcome.perplexity_stderr[domain.name] = perplexity_errors(of_domain)
-            outcome.perplexity_tokens[domain.name] = domain.heldout[:, 1:].numel()
-        outcome.teacher = "" if taught_by is None else taught_by.name_or_path or ""
-        self.report, self.domains = outcome, domains
+        self.report, self.domains = replace(outcome, teacher=name), domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
         self._manifest.note(recovered)
         note_reader(recovered, tokenizer)
-        outcome.judge()
+        if outcome.stopped or not outcome.kept_step:
+            warn(outcome.stopped or outcome.kept, NothingGainedWarning)
         return recovered
-
-    def _train(
-        self, model: PreTrainedModel, domains: Sequence[Domain], teacher: PreTrainedModel | None, resume: bool
-    ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
-        """The trained model, with its adapter if it has one, and what was done."""
-        config = self.config
-        seed = self.pruning.seed if config.seed is None else config.seed
-        ids = samples_of(domains)
-        with tempfile.TemporaryDirectory() as scratch:
-            on_cpu = model.device.type == "cpu"
-            arguments = training_arguments(config, seed, on_cpu, scratch)
-            checkpoint, callbacks = None, [*self.callbacks]
-            if resume or "output_dir" in config.training or not config.merge:
-                self._inputs = TrainingInputs.of(config, arguments, model, ids, teacher)
-                callbacks.append(self._inputs)
-                checkpoint = self._inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
-            adapter = None if config.train == "full" else lora_config(config)
-            way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
-            with way as trained, to_train(trained, arguments) as whole:
-                trainer = DistillTrainer(whole, arguments, TrainingSamples(ids), config, teacher)
-                outcome = train_(trainer, callbacks, checkpoint)
-            return trained, outcome
 
     def save(
         self,
@@ -203,6 +185,41 @@ class Recovery:
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 
+def _trained(
+    model: PreTrainedModel,
+    curriculum: Curriculum,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    inputs: TrainingInputs | None,
+    resume: bool,
+) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
+    """The trained model, with its adapter if it has one, or the model as it was if that is nearer to the teacher, and
+    what was done.
+    """
+    config, seed, before = curriculum.config, curriculum.seed, curriculum.measure(model)
+    start, checkpoint = curriculum.distance_in(before), None
+    best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
+    listeners = [*callbacks, *best, *([] if inputs is None else [inputs])]
+    if resume and inputs is not None:
+        checkpoint = inputs.last_checkpoint(str(arguments.output_dir))
+    adapter = None if config.train == "full" else lora_config(config)
+    way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
+    try:
+        with way as trained, to_train(trained, arguments) as whole:
+            curriculum.student = whole
+            parts = (curriculum.lessons, config, curriculum.teacher, curriculum.distance)
+            outcome = train_(trainer := DistillTrainer(whole, arguments, *parts), listeners, checkpoint)
+            if trainer.nearest() >= start:
+                raise NothingGainedError(outcome)
+    except NothingGainedError as error:  # what was trained has been taken off
+        trained, outcome = model, replace(error.outcome, kept_step=0)
+        if not config.merge and adapter is not None:
+            with fresh_adapter(model, adapter, seed, merge=False) as trained:
+                pass
+    outcome.enter(before, curriculum.measure(trained))
+    return trained, outcome
+
+
 def recover(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -238,17 +255,11 @@ def recover(
         InPlaceError: If the merged model gives other outputs than the one that was trained; the model has changed.
 
     Warns:
-        WorseModelWarning: If the model is worse on held-out text than before, in the mean log perplexity over the
-            domains, or the training ended early.
+        NothingGainedWarning: If no checkpoint was nearer to the teacher than the model was before, so that the model
+            comes back as it was, or if the training ended early.
     """
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
     recovery = Recovery(config)
     return recovery.recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
-
-
-def _losses(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> list[Tensor]:
-    # Of short samples, as many at once as have the tokens of one of the default length.
-    batch_size = max(1, 512 // domains[0].heldout.shape[1])
-    return [sample_losses(model, domain.heldout, batch_size) for domain in domains]

@@ -43,12 +43,13 @@ class TrainingInputs(TrainerCallback, ExportableState):
         ids: Tensor,
         teacher: PreTrainedModel | None,
     ) -> TrainingInputs:
-        """The inputs of a training on token ids, shape `(samples, seq_length)`, before the model has an adapter."""
+        """The inputs of a training on token ids, shape `(tokens,)`, before the model has an adapter."""
         hashes = {"model": weights_hash(model), "text": tensor_hash(ids)}
         hashes["teacher"] = "none" if teacher is None else weights_hash(teacher)
-        settings = {name: getattr(config, name) for name in ("train", "kl_weight", "temperature")}
+        settings = {name: getattr(config, name) for name in ("train", "kl_weight", "temperature", "writer")}
         lora = {f"lora.{name}": value for name, value in {**LORA, **config.lora}.items()}
-        given = {**TRAINING, "learning_rate": arguments.learning_rate, **config.training, "seed": arguments.seed}
+        used = {name: getattr(arguments, name) for name in ("learning_rate", "per_device_train_batch_size", "seed")}
+        given = {**TRAINING, **config.training, **used}
         training = {name: value for name, value in given.items() if not name.startswith(WITHOUT_EFFECT)}
         return cls(plain({**hashes, "dtype": model.dtype, **settings, **lora, **training}))
 

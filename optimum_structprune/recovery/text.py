@@ -5,24 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import DomainConfig
+from ..config.domains import BUILTIN, GENERAL, DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import load_domains, num_heldout, split_samples
 from ..domains.manifest import Manifest
-from ..domains.packing import Domain
-from ..domains.resolve import WRITTEN, resolve, texts_of
+from ..domains.packing import Domain, SampleFormat, prefix_token, tokenised
+from ..domains.resolve import WRITTEN, builtin_beside, resolve, texts_of
+from ..domains.sources import documents
 from ..errors import StructPruneError
+
+
+# Each kind of text is measured on so many tokens at most, and so are answers; what is left out, on more, since
+# checkpoints are compared by it.
+MEASURED, COMPARED = 1_024, 2_048
+# Short samples give more steps to a small number of tokens.
+LENGTH = 128
+# The names of what is measured on beside the domains, and the kind that is left out of text of all built-in kinds.
+ANSWERS, LEFT_OUT, OTHER_KIND = "answers", "left out", f"{BUILTIN}news"
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
     """What to read for the training; the seed is the pruning's, which decides which documents are held out."""
-    seq_length = config.seq_length or pruning.seq_length
+    seq_length = config.seq_length or min(pruning.seq_length, LENGTH)
     domains = resolve(config.domains or _domains_of(pruning))
+    if config.left_out is None and _is_mixed(domains):  # of which one kind is left out
+        without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
+        domains = [replace(of, source=f"{of.source}{without}") if _is_mixed([of]) else of for of in domains]
     samples = config.tokens // seq_length
     if samples < len(domains):
         raise StructPruneError(
@@ -74,6 +86,24 @@ def training_text(
     return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model, seen)
 
 
-def samples_of(domains: Sequence[Domain]) -> Tensor:
-    """The training samples of all domains, one domain after the other, shape `(samples, seq_length)`."""
-    return torch.cat([domain.samples for domain in domains])
+def left_out_text(
+    config: RecoveryConfig, pruning: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor:
+    """Text of a kind that is not trained on, shape `(samples, seq_length)`, to measure on."""
+    assert tokenizer is not None  # without one, the text that is trained on was refused
+    text = text_config(config, pruning)
+    domains = text.domains or []
+    source = config.left_out or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
+    frame = SampleFormat(text.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    read = tokenised(documents(DomainConfig(name=LEFT_OUT, source=source), text.seed, tokenizer), tokenizer)
+    samples = frame.pack(frame.take(read, COMPARED), max(1, COMPARED // text.seq_length)).samples
+    if not len(samples):
+        raise StructPruneError(
+            f"left_out={source!r} has less text than a sample of {text.seq_length} tokens; add some."
+        )
+    return samples
+
+
+def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
+    """Whether some of the text is of all built-in kinds that no other domain has."""
+    return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from math import ceil, exp, isfinite, isnan, log
+from math import ceil
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -34,16 +33,18 @@ from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..arch.token_space import named_ids
 from ..config.fields import build
-from ..config.recovery import RATES, TRAINING, RecoveryConfig
+from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
 from ..domains.readers import ids_in, reader_of
-from ..errors import StructPruneError, one_line, warn
-from ..forward.metrics import divergence, evaluating, input_device
+from ..errors import StructPruneError, one_line
+from ..forward.metrics import divergence, evaluating, perplexity_errors, perplexity_of
 from ..record.report import RecoveryReport
 from ..removals.resize import drop_tokens_
 from ..system.disk import is_write_error
 from ..system.fingerprint import computing
 from .adapter import check_adapter
 from .resume import weights_hash
+from .samples import IGNORED, Teacher, collate, logits_at
+from .text import ANSWERS, LEFT_OUT
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -51,25 +52,39 @@ M = TypeVar("M", bound=nn.Module)
 # What libraries raise where a value of `config.training` is of no use to them.
 LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError, AssertionError)
 ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
+# The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
+PATIENCE = 4
 
 
 class NotFiniteError(StructPruneError):
     """The loss is NaN or infinite."""
 
 
+class NothingGainedError(Exception):
+    """A training brought a model no nearer to its teacher; it has the `outcome`, and whoever trains takes it back."""
+
+    def __init__(self, outcome: RecoveryOutcome):
+        super().__init__("the training brought nothing")
+        self.outcome = outcome
+
+
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """The arguments of the Trainer: `config.training` laid over the defaults."""
     with _readable("TrainingArguments: "):
         given = _typed(config.training)
-        saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
-        if "output_dir" in given:
-            saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.125, "save_total_limit": 1}
+        if "output_dir" not in given:  # nothing is resumed from there
+            saving |= {"output_dir": scratch, "save_only_model": not given.get("fsdp")}
         # All columns are the model's arguments, whatever the signature of an adapter around it says.
         fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
-        rate = {"learning_rate": RATES[config.train]}
-        arguments = build(TrainingArguments, {**TRAINING, **rate, **saving, **fixed, **given})
-    _check_use(arguments)
-    return arguments
+        batch_size = 1 if config.tokens < SHORT else BATCH_SIZE
+        rate = {"learning_rate": RATES[config.train], "per_device_train_batch_size": batch_size}
+        settings = {**TRAINING, **rate, **saving, **fixed, **given}
+        _check_use(build(TrainingArguments, settings))
+        if settings["save_strategy"] == "steps":
+            settings |= {"eval_strategy": "steps", "eval_steps": settings["save_steps"], **BEST}
+        return build(TrainingArguments, settings)
 
 
 def _check_use(arguments: TrainingArguments) -> None:
@@ -82,7 +97,7 @@ def _check_use(arguments: TrainingArguments) -> None:
     if arguments.eval_on_start or arguments.eval_strategy != IntervalStrategy.NO:
         raise StructPruneError(
             "TrainingArguments: eval_strategy and eval_on_start measure on an eval_dataset, and a recovery has none; "
-            "leave them out, it measures perplexity on held-out text before and after."
+            "leave them out, it measures how far the model is from its teacher at each checkpoint."
         )
     if arguments.push_to_hub:
         raise StructPruneError(
@@ -117,8 +132,34 @@ def _readable(saying: str) -> Iterator[None]:
         raise StructPruneError(f"{saying}{type(error).__name__}: {reason}") from error
 
 
+class BestCheckpoint(TrainerCallback):
+    """Has the last step measured too, lets no checkpoint count that is no nearer to the teacher than the model was
+    `before`, and ends a training that comes no nearer for long.
+    """
+
+    def __init__(self, before: float):
+        self.before = before
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with the distance before the training as the best one."""
+        state.best_metric = self.before if state.best_metric is None else state.best_metric
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the last step measured and saved."""
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where the best checkpoint lies far back."""
+        since = state.global_step - (state.best_global_step or 0)
+        if kwargs["metrics"]["eval_distance"] >= state.best_metric and since >= PATIENCE * state.eval_steps:
+            control.should_training_stop = True
+
+
 class DistillTrainer(Trainer):
-    """Trains what is trainable of a model."""
+    """Trains what is trainable of a model on samples, and measures at each checkpoint how far it is from its teacher:
+    `distance` takes the model, and is lower the nearer it is.
+    """
 
     def __init__(
         self,
@@ -126,34 +167,34 @@ class DistillTrainer(Trainer):
         arguments: TrainingArguments,
         samples: Dataset,
         recovery: RecoveryConfig,
-        teacher: PreTrainedModel | None = None,
+        teacher: Teacher | None = None,
+        distance: Callable[[Any], float] | None = None,
     ):
+        data: Any = {"train_dataset": samples, "eval_dataset": samples}  # the second is not used, and asked for
         with _readable("The Trainer cannot be made: "):
-            super().__init__(model=model, args=arguments, train_dataset=samples)
-        # The loss is a mean over equally long samples, so the Trainer may average over accumulation steps.
+            super().__init__(model=model, args=arguments, data_collator=cast("Any", collate), **data)
+        # The loss is a mean over as many places in each sample, so the Trainer may average over accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.recovery = recovery
-        self.teacher = teacher
-        # The step and what is trained at its beginning, of the last step with a finite loss.
-        self._finite: tuple[int, dict[str, Tensor]] | None = None
+        self.recovery, self.teacher, self.distance = recovery, teacher, distance
+        self.stopped, self.begun = "", False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does, with the teacher in eval mode."""
+        """Train as `Trainer.train` does."""
         try:
-            with evaluating(*([] if self.teacher is None else [self.teacher])):
+            with evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])):
                 return super().train(*args, **kwargs)
         finally:
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def tokens_seen(self) -> int:
-        """The number of tokens of text that were trained on, without the samples that the Trainer counts twice where
-        they fill up the last batch of several processes.
+        """The number of tokens that counted in the loss, each sample once an epoch also where the last batch of
+        several processes is filled up with it.
         """
-        epochs = ceil(self.state.epoch or 0)
-        samples = cast("Any", self.train_dataset)
-        text = len(samples) * len(samples[0]["input_ids"]) * epochs
-        return min(int(self.state.num_input_tokens_seen), text)
+        arguments, samples = self.args, cast("Any", self.train_dataset)
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        seen = min(self.state.global_step * batch, len(samples) * ceil(self.state.epoch or 0))
+        return seen * int((samples[0]["targets"] != IGNORED).sum()) if seen else 0
 
     def compute_loss(
         self,
@@ -162,47 +203,43 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy, mixed with the divergence from the teacher."""
-        outputs = model(**inputs)
-        loss = outputs.loss
-        if self.teacher is not None:
+        """The divergence from the teacher, mixed with cross-entropy where the config says so."""
+        logits, weight = logits_at(model, inputs), self.recovery.kl_weight if self.teacher else 0
+        loss = logits.new_zeros(())
+        if weight < 1:
+            targets = inputs["targets"][inputs["targets"] != IGNORED].to(logits.device)
+            loss = (1 - weight) * cross_entropy(logits.float(), targets)
+        if self.teacher is not None and weight:
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(inputs["input_ids"].to(input_device(self.teacher)), use_cache=False).logits
-            weight, temperature = self.recovery.kl_weight, float(self.recovery.temperature)
-            apart = divergence(outputs.logits, taught.to(outputs.logits.device), temperature)
-            loss = (1 - weight) * loss + weight * apart
+                taught = self.teacher.logits(inputs).to(logits.device)
+            loss = loss + weight * divergence(logits, taught, float(self.recovery.temperature))
         self._check(loss.detach())
-        if self._finite is None or self._finite[0] != self.state.global_step:
-            weights = {name: tensor.clone() for name, tensor in self._trainable().items()}
-            self._finite = self.state.global_step, weights
-        return (loss, outputs) if return_outputs else loss
+        return (loss, logits) if return_outputs else loss
 
-    def check_weights(self) -> None:
-        """Refuse weights that the last step has spoilt; no loss is computed after it that would show it."""
-        tensors = self._trainable().values()
-        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-        finite = all(shard.isfinite().all() for shard in shards)
-        # Of sharded weights every process sees its own part.
-        if not self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device)).all():
-            raise NotFiniteError(f"The weights after step {self.state.global_step} are not finite; {ADVICE}")
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the distance, as `Trainer.evaluate` would a loss."""
+        assert self.distance is not None
+        metrics = {"eval_distance": self.distance(self.model)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    @torch.no_grad()
-    def restore_finite_(self) -> bool:
-        """Give what is trained the last values whose loss was finite, and say whether there were any."""
-        if self._finite is None:
-            return False
-        for name, tensor in self._trainable().items():
-            tensor.copy_(self._finite[1][name])
-        return True
-
-    def _trainable(self) -> dict[str, Tensor]:
-        named = cast("nn.Module", self.model).named_parameters()
-        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+    def nearest(self) -> float:
+        """The least distance of a checkpoint, or where none is compared, that of the model."""
+        assert self.distance is not None
+        best = self.args.load_best_model_at_end
+        return cast("float", self.state.best_metric) if best else self.distance(self.model)
 
     def _check(self, loss: Tensor) -> None:
+        self.begun = True
         # Every process has to stop at the same step, or the others wait for it in vain.
-        if not self.accelerator.gather(loss.isfinite()[None]).all():
-            raise NotFiniteError(f"The loss of step {self.state.global_step + 1} is {float(loss):g}; {ADVICE}")
+        if self.stopped or self.accelerator.gather(loss.isfinite()[None]).all():
+            return
+        message = f"The loss of step {self.state.global_step + 1} is {float(loss):g}; {ADVICE}"
+        if self.state.best_model_checkpoint is None:
+            raise NotFiniteError(message)
+        self.stopped = f"{message} Training stopped there, and the best checkpoint before it was kept."
+        self.control.should_training_stop = True
 
 
 @contextmanager
@@ -238,24 +275,19 @@ def take_over_(model: nn.Module, trained: nn.Module) -> None:
 def train_(
     trainer: DistillTrainer, callbacks: Iterable[TrainerCallback] = (), checkpoint: str | None = None
 ) -> RecoveryOutcome:
-    """Train until the end, or until the last step whose loss was finite, and say what it cost and why it stopped."""
+    """Train until the end, or until nothing is gained, and say what it cost, what was kept and why it stopped."""
     for callback in callbacks:
         trainer.add_callback(callback)
     if checkpoint is not None and isinstance(trainer.model, PeftModel):
         check_adapter(trainer.model, checkpoint)
-    stopped, start = "", perf_counter()
+    start = perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.check_weights()
-    except NotFiniteError as error:
-        if not trainer.restore_finite_():
-            raise
-        stopped = f"{error} Training stopped there, and the last weights with a finite loss were kept."
     except StructPruneError:
         raise
     except Exception as error:
         where, reason = f"Training stopped at step {trainer.state.global_step}", one_line(error)
-        if checkpoint is not None and trainer._finite is None:  # no step was taken
+        if checkpoint is not None and not trainer.begun:  # no step was taken
             raise StructPruneError(
                 f"{checkpoint} cannot be resumed from: {type(error).__name__}: {reason or 'a file is cut off'}. "
                 "Remove it, so that the one before is taken, or start without resuming."
@@ -272,7 +304,8 @@ def train_(
         tokens=trainer.tokens_seen(),
         steps=trainer.state.global_step,
         seconds=perf_counter() - start,
-        stopped=stopped,
+        stopped=trainer.stopped,
+        kept_step=trainer.state.best_global_step or trainer.state.global_step,
         learning_rate=trainer.args.learning_rate,
     )
 
@@ -335,58 +368,26 @@ def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
     return computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
 
 
-class TrainingSamples(Dataset):
-    """Samples as the Trainer takes them; `ids` has the shape `(samples, seq_length)`."""
-
-    def __init__(self, ids: Tensor):
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[row], "labels": self.ids[row]}
-
-
-# Folding an adapter into the weights rounds them, so that a model which has learnt nothing may lose this much.
-ROUNDING = 1e-4
-
-
-class WorseModelWarning(UserWarning):
-    """A training made a model worse on held-out text, or ended early."""
+class NothingGainedWarning(UserWarning):
+    """A training brought a model no nearer to its teacher, or ended early."""
 
 
 @dataclass
 class RecoveryOutcome(RecoveryReport):
-    """What a training did, and whether it made the model worse by the mean log perplexity on held-out text."""
+    """What a training did, at which rate and with which teacher."""
 
-    worse: bool = False
     learning_rate: float = 0.0
     teacher: str = ""
 
-    def judge(self) -> None:
-        """Set `worse` from `perplexity`, as the first process has it, and warn of a worse model or an early end."""
-        before, after = (self.mean_log_perplexity(when) for when in ("pruned", "recovered"))
-        worse = after > before + ROUNDING or not isfinite(after) and isfinite(before) or isnan(after)
-        self.worse = broadcast_object_list([worse])[0]
-        if self.worse:
-            warn(self.verdict(), WorseModelWarning)
-        elif self.stopped:
-            warn(self.stopped, WorseModelWarning)
-
-    def mean_log_perplexity(self, when: str) -> float:
-        """The logarithm of the perplexity on held-out text, in the mean over the domains."""
-        return fmean(log(perplexity[when]) for perplexity in self.perplexity.values())
-
-    def verdict(self) -> str:
-        """A sentence on a model that is worse, with both perplexities and the learning rate."""
-        means = (self.mean_log_perplexity(when) for when in ("pruned", "recovered"))
-        before, after = (exp(mean) if isfinite(mean) else mean for mean in means)
-        return (
-            f"Recovery made the model worse: its perplexity on held-out text was {before:.2f} and is {after:.2f}, in "
-            f"the geometric mean over the domains; a learning rate below {self.learning_rate:g} may help."
-        )
-
-    def __str__(self) -> str:
-        """The table of the report, and a sentence where the model is worse."""
-        return "\n".join([super().__str__(), *([self.verdict()] if self.worse else [])])
+    def enter(self, before: Mapping[str, Mapping[str, Tensor]], after: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Enter what `measured` found by kind of text before and after."""
+        for name, of in before.items():
+            losses = {"dense": of["dense"]} if "dense" in of else {}
+            losses |= {"pruned": of["loss"], "recovered": after[name]["loss"]}
+            if name not in (ANSWERS, LEFT_OUT):
+                self.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
+                self.perplexity_stderr[name] = perplexity_errors(losses)
+                self.perplexity_tokens[name] = int(of["tokens"].sum())
+            if "divergence" in of:
+                pair = {"pruned": of, "recovered": after[name]}
+                self.divergence[name] = {when: float(each["divergence"].mean()) for when, each in pair.items()}

@@ -25,59 +25,43 @@ def folder(tmp_path_factory):
 def command(folder, *extra, output="out"):
     flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "96", "--device", "cpu"]
     training = ["--training", "disable_tqdm=true", "--training", "learning_rate=1e-2", "--lora", "r=2"]
-    # Random words teach little, and what most tests look at does not depend on it.
-    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, "--accept-worse", *extra]
+    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, *extra]
 
 
 def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("spelling", ["spelt", "spelt/", "spelt/.", "other/../spelt"])
+@pytest.mark.parametrize("spelling", ["spelt", "spelt/.", "other/../spelt"])
 def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, monkeypatch, spelling):
-    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
+    def interrupt(self, *args, **kwargs):
+        places.append(self.config.training["output_dir"])
+        raise KeyboardInterrupt
+
+    places = []
+    monkeypatch.setattr(Recovery, "recover_model", interrupt)
     monkeypatch.chdir(folder)
-    line = [flag for flag in command(folder, output="spelt") if flag != "--accept-worse"]
-    assert main([spelling if word == str(folder / "spelt") else word for word in line]) == 1
-    found = {path.name for path in folder.iterdir() if "spelt" in path.name}
-    assert found == {"spelt.worse", "spelt.checkpoints"} and not list(folder.rglob("..*"))
+    assert (
+        main([spelling if word == str(folder / "spelt") else word for word in command(folder, output="spelt")]) == 130
+    )
+    assert places == [str(folder / "spelt.checkpoints")]
 
 
-def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
-    strict = [flag for flag in command(folder, "--overwrite", output="bad") if flag != "--accept-worse"]
-    assert main(strict) == 1
-    shown = capsys.readouterr()
-    assert "Recovery made the model worse" in shown.out and f"saved to {folder / 'bad.worse'}" in shown.out
-    assert f"it is in {folder / 'bad.worse'}, and {folder / 'bad'} is as it was" in shown.err
-    assert not (folder / "bad").exists() and (folder / "bad.checkpoints").exists()
-    assert json.loads((folder / "bad.worse" / "recovery_report.json").read_text())["worse"] is True
-    assert main([*strict, "--accept-worse"]) == 0
-    good = files(folder / "bad")
-    assert main(strict) == 1 and files(folder / "bad") == good
-    assert AutoModelForCausalLM.from_pretrained(folder / "bad.worse").config.intermediate_size == 24
-
-
-def test_prune_and_recover_keeps_the_pruned_model_where_training_makes_it_worse(folder, monkeypatch, capsys):
-    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
+def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folder, capsys):
     arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
     line = [*arguments, "--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     assert main(line) == 0
     pruned = files(folder / "kept")["model.safetensors"]
-    (folder / "bad.yaml").write_text("recovery: {tokens: 240, training: {disable_tqdm: true}}\n")
-    bad = [*line, "--config", str(folder / "bad.yaml"), "--overwrite"]
-    assert main(bad) == 1
-    kept = files(folder / "kept")
-    assert kept["model.safetensors"] == pruned and "recovery_report.json" not in kept
-    assert files(folder / "kept.worse")["model.safetensors"] != pruned
+    training = "{tokens: 240, kl_weight: 0, training: {disable_tqdm: true, learning_rate: 0.0}}"
+    (folder / "bad.yaml").write_text(f"recovery: {training}\n")
     capsys.readouterr()
-    assert main([*bad, "--accept-worse", "--json"]) == 0
+    assert main([*line, "--config", str(folder / "bad.yaml"), "--overwrite", "--json"]) == 0
     shown = capsys.readouterr()
     values = json.loads(shown.out)
-    assert values["perplexity"]["a"]["after"] > 0 and values["recovery"]["perplexity"]["a"]["recovered"] > 0
+    assert values["perplexity"]["a"]["after"] > 0 and values["recovery"]["kept_step"] == 0
     assert f"the pruned model is saved to {folder / 'kept'}" in shown.err
-    assert files(folder / "kept")["model.safetensors"] != pruned
-    assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] == 240
+    assert files(folder / "kept")["model.safetensors"] == pruned
+    assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
 
 
 def test_an_adapter_may_stand_alone(folder):
@@ -89,7 +73,7 @@ def test_an_adapter_may_stand_alone(folder):
 def test_recover(folder, capsys):
     assert main(command(folder, "--teacher", str(folder / "model"), "--overwrite")) == 0
     shown = capsys.readouterr().out
-    assert "perplexity a" in shown and "recovered" in shown and "recovery: 96 tokens" in shown
+    assert "perplexity a" in shown and "recovered" in shown and "recovery: " in shown
     again = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert again.config.intermediate_size == 24
     names = {path.name for path in (folder / "out").iterdir()}

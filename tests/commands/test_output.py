@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def commands(folder):
     model, text = str(folder / "model"), ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24"]
     short, cpu = [*text, "--num-samples", "6"], ["--device", "cpu"]
-    training = ["--training", "learning_rate=1e-3", "--lora", "r=2", "--tokens", "96", "--accept-worse"]
+    training = ["--training", "learning_rate=1e-3", "--lora", "r=2", "--tokens", "96"]
     return {
         "inspect": ["inspect", model],
         "plan": ["plan", model, "--width", "mlp=24"],

@@ -126,7 +126,7 @@ def trained(way, fsdp=False, resume=False, **training):
     if fsdp:
         training["fsdp"] = True
     sharded.clear()
-    settings = recovery_config(tokens=288, training=training, **WAYS[way])
+    settings = recovery_config(tokens=288, kl_weight=0.5, training=training, **WAYS[way])
     model = recover(deepcopy(small), tokenizer(), settings, small, resume=resume)
     assert sharded and all(each == fsdp for each in sharded)
     assert not any(isinstance(each, FSDPModule) for each in model.modules())

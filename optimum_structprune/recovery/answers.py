@@ -1,0 +1,199 @@
+"""Answers that a recovery trains on: the prompts, and a model that writes behind them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from itertools import count, islice, product, zip_longest
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from huggingface_hub import constants
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.meta import positions_of
+from ..config.domains import template_fields
+from ..config.fields import read_yaml
+from ..domains.packing import tokenize_with_prefix
+from ..domains.templates import chat_text
+from ..errors import StructPruneError
+from ..forward.generation import end_tokens, sampled
+from ..forward.metrics import evaluating
+from ..system.fingerprint import fingerprint
+from ..system.processes import is_first_rank
+from ..system.stages import stage
+from ..vocabulary.languages import tokens_per_word
+from .samples import Sample, answer_samples
+
+
+PROMPTS = Path(__file__).with_name("prompts.yaml")
+QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
+# A prompt is not trained on if its words and those of a built-in question share this part of both (Jaccard).
+TOO_LIKE = 0.7
+MOST_OF_A_KIND = 400
+# Prompts of a language are asked where a word takes so many times the tokens of an English one at most.
+SPELT_OUT = 1.6
+# The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
+OPENING, LONGEST = 24, 128
+# An equal share of the training has answers of up to so many tokens each: short ones first, which hardly go astray.
+LENGTHS = (16, 32, 64, 128)
+TEMPERATURE = 0.7
+AT_ONCE = 32
+# Writes behind prompts of token ids, so many tokens at most, by a seed.
+Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
+Conversation = tuple[Sequence[int], Sequence[int]]
+
+
+def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
+    spelt, kinds = tokens_per_word(tokenizer), []
+    for entry in read_yaml(PROMPTS).values():
+        if spelt[entry.get("language", "en")] <= SPELT_OUT * spelt["en"]:
+            slots = [(form, dict.fromkeys(template_fields(form))) for form in entry["ask"]]
+            rows = [(form, names, values) for form, names in slots for values in product(*(entry[n] for n in names))]
+            Random(0).shuffle(rows)
+            kinds.append([form.format(**dict(zip(names, of, strict=True))) for form, names, of in rows])
+    turns = zip_longest(*(kind[:MOST_OF_A_KIND] for kind in kinds))
+    return list(dict.fromkeys(prompt for turn in turns for prompt in turn if prompt is not None))
+
+
+def read_prompts(path: str) -> list[list[dict[str, str]]]:
+    """The conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
+    try:
+        lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The prompts {path} cannot be read: {error}; name a file of questions.") from error
+    conversations = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row: Any = json.loads(line) if path.endswith((".jsonl", ".json")) else {"prompt": line}
+            messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+            messages = [{"role": str(each["role"]), "content": str(each["content"])} for each in messages]
+        except (ValueError, LookupError, TypeError) as error:
+            raise StructPruneError(
+                f'{path}, line {number}, is no prompt, which has a "prompt" or "messages"; '
+                f"{type(error).__name__}: {error}; got {line:.80}"
+            ) from error
+        while messages and messages[-1]["role"] == "assistant":  # what is to be answered comes last
+            messages.pop()
+        conversations += [messages] if messages else []
+    if not conversations:
+        raise StructPruneError(f"The file {path} has no prompts.")
+    return conversations
+
+
+def prompts_of(
+    path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Tensor, seed: int
+) -> list[list[int]]:
+    """The prompts of a file, or built-in ones, or for a model without a chat template openings of texts, shape
+    `(samples, seq_length)`, as token ids in an order that the seed chooses; none is like a built-in question.
+    """
+    if path is None and not tokenizer.chat_template:
+        rows = [row.tolist() for sample in texts for row in sample.split(OPENING)]
+        read = [(str(tokenizer.decode(row)), [*texts[0, :1].tolist(), *row][:OPENING]) for row in rows]
+    else:
+        builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
+        conversations = read_prompts(path) if path else builtin
+        read = [(messages[-1]["content"], _ids(messages, tokenizer)) for messages in conversations]
+    asked = [_words(text) for line in QUESTIONS.read_text("utf-8").splitlines() for text in _texts(json.loads(line))]
+    longest = min(LONGEST, positions_of(model) // 2)
+    kept = [ids for text, ids in read if 1 < len(ids) <= longest and not _is_like(_words(text), asked)]
+    kept = [list(ids) for ids in dict.fromkeys(map(tuple, kept))]
+    if not kept:
+        raise StructPruneError(
+            f"Of {len(read)} prompts none can be trained on: they have more than {longest} tokens, or are like the "
+            "built-in questions; add others, or leave answers out (answer_share=0)."
+        )
+    Random(seed).shuffle(kept)
+    return kept
+
+
+def _ids(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:
+        return tokenize_with_prefix(messages[-1]["content"], tokenizer)
+    text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _texts(question: dict[str, Any]) -> list[str]:
+    return [question[name] for name in ("prompt", "opening") if name in question]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _is_like(words: set[str], questions: Sequence[set[str]]) -> bool:
+    return any(len(words & asked) >= TOO_LIKE * len(words | asked) for asked in questions)
+
+
+def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Write:
+    """What a model writes behind prompts, without a gradient."""
+
+    def write(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
+        room = int(min(length, positions_of(model) - max(map(len, prompts))))
+        with evaluating(model), stage("writing"):
+            return sampled(model, tokenizer, prompts, room, TEMPERATURE, seed)
+
+    return write
+
+
+class Answers:
+    """What a writer answers to prompts, `AT_ONCE` at a time; a file keeps the answers for the next time."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], write: Write, file: Path, seed: int):
+        self.prompts, self.write, self.file, self.seed = prompts, write, file, seed
+        self._kept = _read(file)
+
+    def conversations(self, length: int) -> Iterator[Conversation]:
+        """Prompts and answers of so many tokens at most, without end."""
+        start = LENGTHS.index(length) * len(self.prompts) // len(LENGTHS)
+        for number in count():
+            places = range(start + number * AT_ONCE, start + (number + 1) * AT_ONCE)
+            prompts, key = [self.prompts[place % len(self.prompts)] for place in places], f"{length}/{number}"
+            if key not in self._kept:
+                seed = int(sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12], 16)
+                self._kept[key] = self.write(prompts, length, seed)
+                _append(self.file, {"batch": key, "answers": self._kept[key]})
+            yield from zip(prompts, self._kept[key], strict=True)
+
+    def samples(self, number: int, places: int) -> Iterator[Sample]:
+        """So many samples, each with so many tokens of answers, which grow from sample to sample."""
+        ends = [number * part // len(LENGTHS) for part in range(len(LENGTHS) + 1)]
+        for length, start, end in zip(LENGTHS, ends, ends[1:], strict=False):
+            yield from islice(answer_samples(self.conversations(length), places), end - start)
+
+
+def answers_file(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], seed: int
+) -> Path:
+    """The file of what a model answers to prompts, which all trainings with it share; it need not exist."""
+    settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, end_tokens(model, tokenizer)]
+    digest = sha256(json.dumps([fingerprint(model), *settings, [*map(list, prompts)]]).encode()).hexdigest()
+    return Path(constants.HF_HOME, "structprune", f"answers-{digest[:24]}.jsonl").expanduser()
+
+
+def _read(file: Path) -> dict[str, list[list[int]]]:
+    """The batches in a file, without the lines that a kill has cut off."""
+    kept = {}
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
+        try:
+            batch = json.loads(line)
+            kept[batch["batch"]] = batch["answers"]
+        except (ValueError, LookupError, TypeError):
+            continue
+    return kept
+
+
+def _append(file: Path, batch: dict[str, Any]) -> None:
+    if is_first_rank():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as text:
+                text.write(f"\n{json.dumps(batch)}\n")  # half a line may stand at the end
+        except OSError as error:
+            raise StructPruneError(f"Answers cannot be kept in {file.parent} ({error}); make room there.") from error

@@ -1,0 +1,207 @@
+"""Answers that are trained on: their prompts, who writes them, and which of their tokens count."""
+
+import json
+import re
+from copy import deepcopy
+from gc import collect
+from weakref import ref
+
+import pytest
+import torch
+from helpers import failing, logits, recovery_config, save_with_tokenizer
+from models import CHATML, build, config, real_text_model, token_ids, tokenizer
+from transformers import TrainerCallback
+
+from optimum_structprune import Recovery, StructPruneError, prune_model, recover
+from optimum_structprune.evaluation.answers import read_questions
+from optimum_structprune.forward.generation import sampled
+from optimum_structprune.forward.metrics import divergence
+from optimum_structprune.recovery import answers as module
+from optimum_structprune.recovery.answers import Answers, builtin_prompts, prompts_of
+from optimum_structprune.recovery.samples import Teacher, answer_samples, collate, logits_at, measured, text_sample
+from optimum_structprune.recovery.trainer import DistillTrainer, load_teacher
+
+
+@pytest.fixture(scope="module")
+def chats():
+    model, reader = real_text_model()
+    reader.chat_template = CHATML
+    return model, reader
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "AT_ONCE", 8)
+    return tmp_path / "home"
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
+# --- prompts
+
+
+def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions(chats):
+    prompts = builtin_prompts(chats[1])
+    assert len(prompts) == len(set(prompts)) >= 2_000
+    asked = [words(question.prompt) for question in read_questions()]
+    kept = [chats[1].decode(ids) for ids in prompts_of(None, *chats, token_ids(), 0)]
+    assert len(kept) > 2_000 and kept != [chats[1].decode(ids) for ids in prompts_of(None, *chats, token_ids(), 1)]
+    for text in kept:
+        own = words(text.removeprefix("<s>user\n").partition("</s>")[0])
+        assert all(len(own & of) < 0.7 * len(own | of) for of in asked), text
+
+
+def test_prompts_of_a_file(chats, tmp_path):
+    rows = [
+        {"prompt": "Why do apples fall down?"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {"prompt": "What is the capital of France?"},  # a built-in question
+        {"prompt": "Why do apples fall down?"},
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.txt").write_text("Why do apples fall down?\n\nHi\n")
+    (tmp_path / "bad.jsonl").write_text('{"question": "Why?"}')
+    (tmp_path / "none.txt").write_text("\n")
+    found = [prompts_of(str(tmp_path / f"own.{kind}"), *chats, token_ids(), 0) for kind in ("jsonl", "txt")]
+    texts = [sorted(map(chats[1].decode, ids)) for ids in found]
+    assert texts[0] == texts[1] == [f"<s>user\n{q}</s>\n<s>assistant\n" for q in ("Hi", "Why do apples fall down?")]
+    for name, message in (
+        ("bad.jsonl", "line 1, is no prompt"),
+        ("none.txt", "no prompts"),
+        ("gone", "cannot be read"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            prompts_of(str(tmp_path / name), *chats, token_ids(), 0)
+    pruned, before = deepcopy(chats[0]), deepcopy(chats[0])
+    with pytest.raises(StructPruneError, match="cannot be read"):  # before any text is
+        recover(pruned, chats[1], recovery_config(prompts=str(tmp_path / "gone")), before)
+
+
+def test_openings_are_those_of_the_text_without_a_chat_template():
+    texts = token_ids(4, 48)
+    texts[:, 0] = 1
+    prompts = prompts_of(None, build("llama-tied"), tokenizer(), texts, 0)
+    assert len(prompts) == 8 and all(ids[0] == 1 and len(ids) == module.OPENING for ids in prompts)
+    flat = texts.flatten().tolist()
+    assert all(any(flat[i : i + 20] == ids[2:22] for i in range(len(flat))) for ids in prompts)
+
+
+# --- writing
+
+
+def test_writing_in_a_batch_is_writing_alone(chats):
+    """With a temperature near 0: what begins all prompts, padding, and answers that leave the batch change nothing."""
+    prompts = [[5, 6, 7], [5, 6, 9, 11, 30, 4], [5, 8], [5, 6, 7, 40, 41]]
+    model = deepcopy(chats[0])
+    with torch.no_grad():
+        model.lm_head.weight[2] = 1.05 * model.lm_head.weight[prompts[0][-1] :].mean(0)  # some answers end
+    together = sampled(model, chats[1], prompts, 12, 1e-6, seed=0)
+    alone = [sampled(model, chats[1], [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
+    assert together == alone and all(text.index(2) == len(text) - 1 for text in together if 2 in text)
+    expected = model.generate(torch.tensor([prompts[1]]), max_new_tokens=12, do_sample=False)[0, 6:].tolist()
+    assert together[1] == expected[: len(together[1])]
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_next"])
+def test_models_of_other_caches_write_too(case):
+    """A state of linear attention is no cache of keys and values, of which rows can be taken."""
+    model = build(case).eval()
+    texts = sampled(model, tokenizer(), [[1, 5, 6, 7], [1, 5, 8, 9], [1, 5, 8]], 6, 1e-6, seed=0)
+    expected = model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=6, do_sample=False)[0, 4:].tolist()
+    assert texts[0] == expected[: len(texts[0])] and all(1 <= len(text) <= 6 for text in texts)
+
+
+def test_answers_are_written_once_and_grow(tmp_path):
+    calls = []
+
+    def write(prompts, length, seed):
+        calls.append((length, seed))
+        return [[*prompt[:1], *[7] * (length - 1)] for prompt in prompts]
+
+    prompts = [[i, i + 1] for i in range(20)]
+    samples = list(Answers(prompts, write, tmp_path / "kept.jsonl", 0).samples(8, 64))
+    assert [int(sample["targets"].ne(-100).sum()) for sample in samples] == [64] * 8
+    assert [length for length, _ in calls] == sorted(length for length, _ in calls) and len({*calls}) == len(calls)
+    with (tmp_path / "kept.jsonl").open("a") as file:
+        file.write('{"batch": "16/9", "ans')
+    again = list(Answers(prompts, None, tmp_path / "kept.jsonl", 0).samples(8, 64))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(samples, again, strict=True) for name in a)
+
+
+# --- which tokens count
+
+
+def test_answers_alone_count_and_conversations_do_not_see_each_other():
+    model = build("llama-tied").eval()
+    pairs = [([5, 6, 7], [8, 9, 2]), ([5, 10], [11, 2]), ([12, 13, 14], [15, 16, 17, 18])]
+    (sample,) = answer_samples(pairs, 8)
+    assert sample["targets"][sample["targets"] != -100].tolist() == [8, 9, 2, 11, 2, 15, 16, 17]
+    found = logits_at(model, collate([sample, text_sample(token_ids(1, 9)[0])]))
+    alone = [model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] for prompt, answer in pairs]
+    torch.testing.assert_close(found[:8], torch.cat(alone)[:8])
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
+def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
+    """A head that caps its logits runs again, any other one on hidden states that were kept."""
+    teacher, model = build(case), build(case, seed=1)
+    samples = [text_sample(ids) for ids in token_ids(3, 9)]
+    kept, files = Teacher(teacher), [dict(sample) for sample in samples]
+    assert (kept.head is None) is (case == "gemma2")
+    kept.note(samples)
+    kept.note(files, tmp_path / "states")
+    expected = teacher(token_ids(3, 9)[:, :-1]).logits.flatten(0, 1)
+    torch.testing.assert_close(kept.logits(collate(samples)), expected)
+    torch.testing.assert_close(kept.logits(collate(files)), expected, atol=0.02, rtol=0.02)
+    found = measured(model, samples, kept)
+    straight = divergence(logits_at(model, collate(samples)), expected)
+    torch.testing.assert_close(found["divergence"].mean().float(), straight)
+
+
+# --- training on them
+
+
+def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monkeypatch):
+    save_with_tokenizer(build("llama-tied", seed=1), tmp_path / "dense")
+    loaded, alive = [], []
+
+    def noted(*args, **kwargs):
+        teacher = load_teacher(*args, **kwargs)
+        loaded.append(ref(teacher))
+        return teacher
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            collect()
+            alive.append(loaded[0]() is not None)
+
+    monkeypatch.setattr("optimum_structprune.recovery.recover.load_teacher", noted)
+    pruned = prune_model(build("llama-tied"), config(), tokenizer())
+    for writer in ("dense", "pruned"):
+        settings = recovery_config(tokens=96, writer=writer)
+        Recovery(settings, callbacks=[Watch()]).recover_model(deepcopy(pruned), tokenizer(), str(tmp_path / "dense"))
+        assert set(alive) == {writer == "pruned"}
+        loaded.clear(), alive.clear()
+
+
+@pytest.mark.parametrize("writer", ["dense", "pruned"])
+def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch, writer):
+    teacher, reader = build("llama-tied"), tokenizer()
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight.mul_(20)  # it prefers some tokens clearly
+    pruned = prune_model(deepcopy(teacher), config(), reader)
+    training = {"output_dir": str(tmp_path / "run"), "save_steps": 4, "save_total_limit": 9}
+    settings = recovery_config(tokens=288, answer_share=0.75, writer=writer, training=training)
+    recovery = Recovery(settings)
+    whole = recovery.recover_model(deepcopy(pruned), reader, teacher)
+    far = recovery.report.divergence
+    assert recovery.report.kept_step and far["left out"]["recovered"] < far["left out"]["pruned"]
+    assert {*far} == {"a", "b", "left out", "answers"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
+        recover(deepcopy(pruned), reader, settings, teacher)
+    resumed = recover(deepcopy(pruned), reader, settings, teacher, resume=True)
+    assert torch.equal(logits(resumed), logits(whole)) and not torch.equal(logits(whole), logits(pruned))
