@@ -65,7 +65,9 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
     """The last model's perplexity as a multiple of the first one's, by kind of text."""
-    measured = (report.get("recovery") or {}).get("perplexity") or report.get("perplexity") or {}
+    measured, trained = report.get("perplexity") or {}, (report.get("recovery") or {}).get("perplexity") or {}
+    if trained and all("dense" in by_model for by_model in trained.values()):  # else it was trained without a teacher
+        measured = trained
     ratios = {}
     for kind, by_model in measured.items():
         first, *_, last = [inf if value is None else value for value in by_model.values()] or [inf]

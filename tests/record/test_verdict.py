@@ -65,3 +65,13 @@ def test_without_answers_it_does_not_say_that_all_is_well():
     unasked = {**report([1.0]), "answers": []}
     assert level(unasked) == 1 and "answers were not asked" in verdict(unasked)[-1]
     assert verdict({**unasked, "perplexity": {}}) == []
+
+
+def test_a_training_is_judged_against_the_dense_model():
+    pruned = report([1.4], kept=10)
+    taught = {
+        "perplexity": {"a": {"dense": 10.0, "pruned": 14.0, "recovered": 10.3}},
+        "answers": report([1.0])["answers"],
+    }
+    alone = {"perplexity": {"a": {"pruned": 14.0, "recovered": 10.3}}}
+    assert level({**pruned, "recovery": taught}) == 0 and level({**pruned, "recovery": alone}) == level(pruned) == 2
