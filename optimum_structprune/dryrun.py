@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
@@ -22,10 +22,10 @@ from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
-from .pruning.run import large_vocabulary
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
-from .widths.budget import biased_spaces, widths_of
+from .vocabulary.choose import with_tokens
+from .widths.budget import biased_spaces, large_vocabulary, widths_of
 from .widths.kernels import lost_kernels
 
 
@@ -149,17 +149,24 @@ def checked_without_weights(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     use: str,
-) -> tuple[ModelInfo, Widths]:
-    """A model that has no weights, and the widths that `config` gives it, which are checked as with weights."""
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[ModelInfo, StructPruneConfig, Widths]:
+    """A model that has no weights, the config with the spaces that it takes, and the widths that it gives the model,
+    which are checked as with weights.
+    """
     check_config_kind(config)
     PRUNERS.get(config.method)  # refuses a method that is not registered
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
     described = ModelInfo(describe(dense, config.arch_file), dense, dense.device)
-    widths = {} if use == CALIBRATE else widths_of(config, described.arch, dense)
+    if use == CALIBRATE:
+        check(config, described, {}, use)
+        return described, config, {}
+    config = with_tokens(config, described, tokenizer)
+    widths = widths_of(config, described.arch, dense)
     check(config, described, widths, use)
-    return described, widths
+    return described, config, widths
 
 
 def dry_run(
@@ -186,7 +193,7 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    described, widths = checked_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
+    described, config, widths = checked_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
     dense, arch, dtype = described.plain_model, described.arch, described.plain_model.dtype
     new_config = shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths))
     small = meta_model(new_config, config.arch_file, dtype, trust_remote_code)
@@ -224,6 +231,8 @@ def _notes(
     if (tokens := large_vocabulary(arch, dense.num_parameters())) and VOCAB not in (config.widths or config.shrinking):
         part = tokens.size * tokens.unit_params / dense.num_parameters()
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
+    if VOCAB in config.shrinking and len(config.shrinking) > 1 and config.budget is not None:
+        yield "measured losses say how many tokens go; the other widths are those with all tokens"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):

@@ -117,18 +117,18 @@ class StructPruner:
         """
         check_arguments(model, tokenizer, inputs, inplace)
         described = ModelInfo.of(model, self.config.arch_file)
-        arch = described.arch
-        widths = widths_of(self.config, arch, described.plain_model)
-        check(self.config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-        tokens = None
+        arch, tokens = described.arch, None
+        config = self.config if tokenizer is None or inputs is not None else self._with_spaces(described, tokenizer)
+        widths = widths_of(config, arch, described.plain_model)
+        check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
         if VOCAB in widths:
             from .vocabulary.choose import Tokens  # rooms that most runs do without are imported where one enters
 
-            tokens = Tokens.of(self.config, described, model, tokenizer, widths)
-        check_room(self.config, described, widths, inplace, inputs)
-        report = Report(arch.model_type, self.config.scored_by)
+            tokens = Tokens.of(config, described, model, tokenizer, widths)
+        check_room(config, described, widths, inplace, inputs)
+        report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            data = CalibrationData.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
+            data = CalibrationData.read(config, model, tokenizer, inputs, counts=tokens is not None)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=tokens is not None)
@@ -154,6 +154,14 @@ class StructPruner:
             warn(missed)
         self._remember(run)
         return run.model
+
+    def _with_spaces(self, described: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> StructPruneConfig:
+        """The config with the spaces that it leaves open."""
+        if not self.config.leaves_spaces_open:
+            return self.config
+        from .vocabulary.choose import with_tokens
+
+        return with_tokens(self.config, described, tokenizer)
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""

@@ -130,8 +130,9 @@ class Loading:
         model_config = self.config(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            found, widths = checked_without_weights(
-                model_config, config, self.torch_dtype, self.trust_remote_code, use
+            tokenizer = self.tokenizer(name) if config.leaves_spaces_open and use == PRUNE else None
+            found, config, widths = checked_without_weights(
+                model_config, config, self.torch_dtype, self.trust_remote_code, use, tokenizer
             )
         if VOCAB in widths:
             Tokens.of(config, found, found.plain_model, self.tokenizer(name), widths)

@@ -73,7 +73,8 @@ class StructPruneConfig(Serialisable):
             `flops_per_token`. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, the cache is
             that of keys and values, and operations are counted for a prompt of `seq_length` tokens. A number below 1
             is a share of what the dense model has. The widths are the largest that keep to it.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`.
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
+            with a budget of parameters or bytes for `vocab` too where tokens are a large part of the model.
             That loses least where nothing is measured. With an allocation that measures losses None stands for `mlp`
             and `attention` as far as the model has them, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
@@ -198,6 +199,13 @@ class StructPruneConfig(Serialisable):
         """The spaces that may shrink where their widths are chosen, named or not."""
         by_default = ("mlp", "attention") if self.searches else ("mlp",)
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
+
+    @property
+    def leaves_spaces_open(self) -> bool:
+        """Whether measured losses may say how much of the budget tokens take, and how much the layers."""
+        asks = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
+        plain = self.stats is None and self.max_perplexity_ratio is None
+        return asks and plain and (self.searches or self.allocation == "uniform")
 
     @property
     def scored_by(self) -> str:

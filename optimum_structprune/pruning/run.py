@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
 from ..arch.modules import adopt_config_
-from ..arch.spec import VOCAB, ArchSpec, Space, Widths
+from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
@@ -29,13 +29,11 @@ from ..sources.data import CalibrationData, method_of
 from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
-from ..widths.budget import biased_spaces
+from ..widths.budget import biased_spaces, large_vocabulary
 from .measure import Measure
 
 
 logger = logging.getLogger(__name__)
-# A vocabulary is large where its rows are more than this share of a model.
-LARGE_VOCABULARY = 0.2
 # The kinds of step inside the layers: all at once, in rounds, and in rounds within a limit. Those before are named as
 # the spaces.
 UNITS = "units"
@@ -234,13 +232,6 @@ def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
         raise InPlaceError(reason)
 
     model.save_pretrained = save_pretrained  # type: ignore[method-assign]
-
-
-def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
-    return next(
-        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
-    )
 
 
 def prune_units_(run: Run, step: Step) -> Plan:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
-from ..widths.budget import check_fewest_tokens
+from ..widths.budget import check_fewest_tokens, large_vocabulary
 from .languages import script
 from .tokens import Vocabulary, with_needs
 
+
+logger = logging.getLogger(__name__)
 
 # The weight of what is expected of other text against what was counted: of rare tokens a count tells little.
 GUESSED = 3.0
@@ -34,6 +37,26 @@ ALIKE = 1000
 NEVER = 1e-4
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
+
+
+def with_tokens(
+    config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
+) -> StructPruneConfig:
+    """The config with the tokens among its targets where a budget names none, and they are a large part of a model:
+    measured losses then say how many go. A tokenizer that cannot lose tokens keeps them all.
+    """
+    arch, model = described.arch, described.plain_model
+    if not (config.leaves_spaces_open and arch.causal and not described.offloaded):
+        return config
+    if large_vocabulary(arch, model.num_parameters()) is None:
+        return config
+    try:
+        if tokenizer is not None:
+            Vocabulary.of(tokenizer)
+    except StructPruneError as error:
+        logger.info("No tokens go: %s", error)
+        return config
+    return replace(config, targets=(VOCAB, *config.shrinking))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Width, Widths
+from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
+
+
+# A vocabulary is large where its rows are more than this share of a model.
+LARGE_VOCABULARY = 0.2
 
 
 def widths_of(
@@ -244,3 +248,10 @@ def biased_spaces(config: StructPruneConfig, arch: ArchSpec, names: Collection[s
                 "express; use refit='least_squares' or 'none'."
             )
     return inside
+
+
+def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
+    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
+    return next(
+        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
+    )

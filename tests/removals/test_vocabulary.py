@@ -311,6 +311,22 @@ def test_tokens_and_layers_compete_for_one_budget(share, allocation):
     assert pruner.used_config.budget == budget and f"{chosen['tokens']:,} tokens" in str(pruner.report)
 
 
+def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
+    model, fields = text_model(), {"widths": None, "budget": {"parameters": 0.9}, "round_to": 8}
+    pruner, small = pruned(model, **fields)
+    named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
+    assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
+    assert pruner.used_config.targets is None and pruner.report.balances
+    outcome = dry_run(model.config, asking(**fields))
+    assert {choice.name for choice in outcome.spaces} == {"vocab", "mlp"} and "how many tokens go" in str(outcome)
+    for kept in ({"targets": ("mlp",)}, {"stats": None, "inputs": {"a": torch.randint(400, (8, 12))}}):
+        _, only_layers = pruned(model, **{**fields, **kept})
+        assert only_layers.config.vocab_size == model.config.vocab_size
+        assert only_layers.config.intermediate_size < model.config.intermediate_size
+    unable = StructPruner(config(**fields)).prune_model(build("llama-tied"), tokenizer())
+    assert unable.config.vocab_size == build("llama-tied").config.vocab_size
+
+
 @pytest.mark.parametrize("times", [1.0, 1000.0])
 def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tokens(times, monkeypatch):
     taken = []
