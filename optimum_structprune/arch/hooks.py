@@ -123,13 +123,15 @@ def is_emulated(weight: Tensor) -> bool:
     """Whether the CPU has no instructions for products of the dtype of a weight, which then take several times as long
     as in fp32. Only oneDNN knows; without it the answer is no.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device.type != "cpu":
+        return False
+    if not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float16:
         return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
     # On x86 with AVX-512, oneDNN takes bf16 whether or not it has to emulate it.
     x86, bf16 = torch.cpu._is_avx2_supported(), getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
-    return weight.dtype == torch.bfloat16 and not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and (bf16 or not x86))
+    return not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and (bf16 or not x86))
 
 
 @contextmanager

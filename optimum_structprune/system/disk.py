@@ -151,7 +151,7 @@ class Output:
         folder = self.path
         if folder.exists() and not folder.is_dir():
             raise StructPruneError(f"{self.target} is a file; name a folder.")
-        if folder.exists() and _relation(folder, os.curdir) in ("is", "holds"):
+        if folder.exists() and folder in (Path.cwd(), *Path.cwd().parents):
             raise StructPruneError(
                 f"{self.target} is or holds the working directory, {os.getcwd()}, and a result takes the place of its "
                 "whole folder; name another output folder, or run this from outside of it."

@@ -37,7 +37,7 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
     for render in (
         lambda: chat_text(reader, CHAT),
         lambda: chat_document(CHAT, DomainConfig("d", [], template="chat"), reader),
-        lambda: next(self_documents(model, reader, "dialogue", 0)),
+        lambda: next(self_documents(model, reader, "dialogue", 0, tokens=64)),
         lambda: read_questions()[0].ids(reader),
     ):
         with pytest.raises(
