@@ -279,7 +279,7 @@ def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Recovery(recovery_config(), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
+        Recovery(recovery_config(writer="pruned"), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
     assert modes == [False] and teacher.training
 
 
@@ -308,7 +308,10 @@ def test_the_domains_give_tokens_by_their_weights():
     uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
     text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))
     assert [len(domain.samples) for domain in text] == [15, 5]
-    follows, settings = recovery_config(domains=None), config(general_share=None, general_text="builtin:general")
+    follows, settings = (
+        recovery_config(domains=None, left_out=None),
+        config(general_share=None, general_text="builtin:general"),
+    )
     assert [domain.name for domain in text_config(follows, settings).domains] == ["a", "b", "general"]
     assert str(text_config(follows, settings).domains[-1].source) == "builtin:general-news"
     assert left_out_text(follows, settings, real_text_model()[1]).shape[1] == 24
