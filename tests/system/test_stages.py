@@ -2,6 +2,7 @@
 
 import io
 import sys
+from logging import WARNING
 
 import pytest
 from transformers.utils import logging
@@ -16,6 +17,7 @@ def shown(monkeypatch):
     def run(terminal):
         screen, seconds = io.StringIO(), iter(range(0, 4000, 4))
         screen.isatty = lambda: terminal
+        monkeypatch.setattr(stages.logger, "level", WARNING)  # whatever the command line has set before
         monkeypatch.setattr(sys, "stderr", screen)
         monkeypatch.setattr(stages, "perf_counter", lambda: now[0])
         now = [next(seconds)]
@@ -24,6 +26,7 @@ def shown(monkeypatch):
                 now[0] = next(seconds)
         return screen.getvalue()
 
+    logging.enable_progress_bar()
     yield run
     logging.enable_progress_bar()
 
