@@ -75,10 +75,13 @@ class Probe:
         beginnings of its samples.
         """
         per_domain = ceil(tokens / len(data.domains))
-        samples = []
-        for domain in data.domains:
-            count = min(max(per_domain // ROW_TOKENS, 1), len(domain.trial))
-            samples.append(replace(domain, samples=domain.trial[:count, : ceil(per_domain / count)], mask=None))
+        counts = [min(max(per_domain // ROW_TOKENS, 1), len(domain.trial)) for domain in data.domains]
+        # Samples of all domains have the same length, which the layers are called with.
+        length = ceil(per_domain / max(counts))
+        samples = [
+            replace(domain, samples=domain.trial[:count, :length], mask=None)
+            for domain, count in zip(data.domains, counts, strict=True)
+        ]
         return cls(model, arch, batches_of(samples, data.batch_size))
 
     def advance(self) -> None:

@@ -198,3 +198,10 @@ def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         widths(model)
     assert_untouched(model, before)
+
+
+def test_domains_of_few_and_of_many_samples_have_a_probe_of_one_length():
+    model, data = build("llama-tied"), data_of(config())
+    few, many = (replace(data.domains[0], heldout=token_ids(rows, 140), probe=None) for rows in (1, 9))
+    probe = Probe.of(model, describe(model), replace(data, domains=[few, many]), tokens=520)
+    assert len({batch.ids.shape[1] for batch in probe.batches}) == 1 and torch.isfinite(probe.losses()).all()
