@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from set_aside import divided
-from train_tiny import rows_of, texts_of, trained_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from train_tiny import rows_of, texts_of, trained_tokenizer, training_arguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, set_seed
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -85,23 +85,7 @@ def run(args: Namespace) -> None:
     folder = Path(args.data)
     texts = texts_of(folder / "calibration")
     tokenizer = trained_tokenizer(texts, args.vocabulary)
-    arguments = TrainingArguments(
-        f"{args.out}.training",
-        max_steps=max(1, args.tokens // (args.batch_size * args.seq_length)),
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        logging_steps=50,
-        save_steps=100,
-        save_total_limit=1,
-        report_to="none",
-        use_cpu=args.device == "cpu",
-        seed=args.seed,
-        disable_tqdm=True,
-    )
+    arguments = training_arguments(args, save_steps=100, save_total_limit=1)
     done = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     # A checkpoint holds the experts one by one. A Trainer that resumes leaves them as they were made, and only
     # `from_pretrained` stacks them.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from set_aside import divided
@@ -67,6 +68,26 @@ def rows_of(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def training_arguments(args: Namespace, **fields: Any) -> TrainingArguments:
+    """How a model is trained from scratch on so many tokens, in the folder `OUT.training`."""
+    return TrainingArguments(
+        f"{args.out}.training",
+        max_steps=max(1, args.tokens // (args.batch_size * args.seq_length)),
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        logging_steps=50,
+        report_to="none",
+        use_cpu=args.device == "cpu",
+        seed=args.seed,
+        disable_tqdm=True,
+        **fields,
+    )
+
+
 def run(args: Namespace) -> None:
     """Train and save."""
     set_seed(args.seed)
@@ -78,23 +99,7 @@ def run(args: Namespace) -> None:
         args.family, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=None, **SHAPE
     )
     model = AutoModelForCausalLM.from_config(config)
-    tokens_per_step = args.batch_size * args.seq_length
-    arguments = TrainingArguments(
-        args.out + ".training",
-        max_steps=max(1, args.tokens // tokens_per_step),
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=args.device == "cpu",
-        seed=args.seed,
-        disable_tqdm=True,
-    )
+    arguments = training_arguments(args, save_strategy="no")
     print(f"{model.num_parameters():,} parameters, {len(rows) * args.seq_length:,} tokens of text")
     Trainer(model, arguments, train_dataset=rows).train()
     model.save_pretrained(args.out)

@@ -135,7 +135,7 @@ class Loading:
                 model_config, config, self.torch_dtype, self.trust_remote_code, use, tokenizer
             )
         if VOCAB in widths:
-            Tokens.of(config, found, found.plain_model, self.tokenizer(name), widths)
+            Tokens.of(config, found, found.plain_model, tokenizer or self.tokenizer(name), widths)
         if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
             placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
             if placed.offloaded:

@@ -73,9 +73,9 @@ class StructPruneConfig(Serialisable):
             `flops_per_token`. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, the cache is
             that of keys and values, and operations are counted for a prompt of `seq_length` tokens. A number below 1
             is a share of what the dense model has. The widths are the largest that keep to it.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
-            with a budget of parameters or bytes for `vocab` too where tokens are a large part of the model.
-            That loses least where nothing is measured. With an allocation that measures losses None stands for `mlp`
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`.
+            That loses least where nothing is measured. A budget of parameters or bytes takes `vocab` too where tokens
+            are a large part of the model. With an allocation that measures losses None stands for `mlp`
             and `attention` as far as the model has them, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.

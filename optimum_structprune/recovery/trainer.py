@@ -72,15 +72,15 @@ class NothingGainedError(Exception):
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """The arguments of the Trainer: `config.training` laid over the defaults."""
     with _readable("TrainingArguments: "):
-        given = _typed(config.training)
+        own = _typed(config.training)
         saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.125, "save_total_limit": 1}
-        if "output_dir" not in given:  # nothing is resumed from there
-            saving |= {"output_dir": scratch, "save_only_model": not given.get("fsdp")}
+        if "output_dir" not in own:  # nothing is resumed from there
+            saving |= {"output_dir": scratch, "save_only_model": not own.get("fsdp")}
         # All columns are the model's arguments, whatever the signature of an adapter around it says.
         fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
         batch_size = 1 if config.tokens < SHORT else BATCH_SIZE
         rate = {"learning_rate": RATES[config.train], "per_device_train_batch_size": batch_size}
-        settings = {**TRAINING, **rate, **saving, **fixed, **given}
+        settings = {**TRAINING, **rate, **saving, **fixed, **own}
         _check_use(build(TrainingArguments, settings))
         if settings["save_strategy"] == "steps":
             settings |= {"eval_strategy": "steps", "eval_steps": settings["save_steps"], **BEST}
@@ -321,7 +321,7 @@ def load_teacher(
     """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Where the model
     has lost tokens, a teacher loses them too, or a copy of it. Teachers of unknown tokens are taken at their number.
     """
-    given = teacher
+    argument = teacher
     if isinstance(teacher, (str, Path)):
         try:
             teacher = AutoModelForCausalLM.from_pretrained(
@@ -332,7 +332,7 @@ def load_teacher(
     elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
         kind = type(teacher).__name__
         raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
-    if teacher is model or teacher is not given and _same(teacher, model):
+    if teacher is model or teacher is not argument and _same(teacher, model):
         raise StructPruneError(
             "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
             "or leave the teacher out."
@@ -358,7 +358,7 @@ def load_teacher(
             "model that was pruned as the teacher, or leave the teacher out."
         )
     if learnt < taught:
-        teacher = deepcopy(teacher) if teacher is given else teacher
+        teacher = deepcopy(teacher) if teacher is argument else teacher
         drop_tokens_(teacher, describe(teacher, arch_file), keep)
     return teacher
 

@@ -85,18 +85,18 @@ class WithExperts:
         does not run by itself.
         """
         calls: list[Routed] = []
-        given: list[Tensor] = []
+        outputs: list[Tensor] = []
         batch = self.source.batches[0]
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
             calls.append(Routed(batch.domain, *tokens))
 
-        with intercept([experts], before, None if see is None else lambda _, output: given.append(output)):
+        with intercept([experts], before, None if see is None else lambda _, output: outputs.append(output)):
             for index, batch in enumerate(self.source.batches):
                 output = self.source.output(layer, index)
                 if see is not None:
-                    see(index, batch.counted(given.pop()), output)
+                    see(index, batch.counted(outputs.pop()), output)
         return tuple(calls)
 
 

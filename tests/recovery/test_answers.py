@@ -190,9 +190,8 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
 @pytest.mark.parametrize("writer", ["dense", "pruned"])
 def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch, writer):
     teacher, reader = build("llama-tied"), tokenizer()
-    with torch.no_grad():
-        teacher.model.embed_tokens.weight.mul_(20)  # it prefers some tokens clearly
-    pruned = prune_model(deepcopy(teacher), config(), reader)
+    # What is pruned comes from other weights, so that the distance to the teacher is more than rounding.
+    pruned = prune_model(build("llama-tied", seed=1), config(), reader)
     training = {"output_dir": str(tmp_path / "run"), "save_steps": 4, "save_total_limit": 9}
     settings = recovery_config(tokens=288, answer_share=0.75, writer=writer, training=training)
     recovery = Recovery(settings)
