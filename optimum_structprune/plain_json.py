@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -55,6 +56,21 @@ def replace_json(path: str | Path, value: Any) -> None:
 def to_json(value: Any) -> str:
     """The JSON document of a value, see `plain`."""
     return json.dumps(plain(value), indent=2, allow_nan=False)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a value as a line of JSON to a file, which is made with its folder. An OSError is left to the caller."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        # A process that was killed may have left half a line, so that each value begins a new one.
+        file.write(f"\n{json.dumps(value)}\n")
+
+
+def whole_lines(path: Path) -> Iterator[Any]:
+    """The values in a file of such lines, which need not exist; what was only written in part is passed over."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 class Record:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -27,6 +28,7 @@ from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
+from ..plain_json import append_line, whole_lines
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
@@ -225,26 +227,19 @@ def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> di
 
 
 def _read(path: Path) -> dict[range, list[Document]]:
-    """The batches in a cache file by the numbers of their documents; what was only written in part is passed over."""
+    """The batches in a cache file by the numbers of their documents."""
     batches = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            batch = json.loads(line)
+    for batch in whole_lines(path):
+        with suppress(ValueError, KeyError, TypeError):
             batches[range(*batch["numbers"])] = [Document.joined(map(tuple, parts)) for parts in batch["documents"]]
-        except (ValueError, KeyError, TypeError):
-            continue
     return batches
 
 
 def _append(path: Path, batches: dict[range, list[Document]]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for batch, documents in batches.items():
-                parts = [list(document.parts()) for document in documents]
-                line = json.dumps({"numbers": [batch.start, batch.stop], "documents": parts})
-                # A run that was killed may have left half a line, so that each batch begins a new one.
-                file.write(f"\n{line}\n")
+        for batch, documents in batches.items():
+            parts = [list(document.parts()) for document in documents]
+            append_line(path, {"numbers": [batch.start, batch.stop], "documents": parts})
     except OSError as error:
         raise StructPruneError(
             f"Self-written text cannot be kept in {path.parent} ({error}); set HF_HOME to another folder."

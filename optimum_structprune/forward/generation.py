@@ -90,7 +90,8 @@ def sampled(
     longest, shared = max(map(len, prompts)), len(commonprefix([[*prompt[:-1]] for prompt in prompts]))
     cache = _copied_cache(model, [*prompts[0][:shared]], len(prompts))
     if cache is None:
-        return _generated(model, tokenizer, prompts, max_new_tokens, temperature, seed)
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return _generated(model, tokenizer, prompts, seed, **how)
     name, generator = str(cache_name(model)), torch.Generator(device).manual_seed(seed)
     last: dict[str, Any] = {"logits_to_keep": 1} if last_logits_only(model) else {}
     takes_positions = "position_ids" in signature(model.forward).parameters
@@ -131,20 +132,15 @@ def _copied_cache(model: PreTrainedModel, ids: list[int], count: int) -> Cache |
 
 
 def _generated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], seed: int, **how: Any
 ) -> list[list[int]]:
     """The same as `sampled` gives, by the model's own generation, which every model has."""
-    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True, **how}
     device = input_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        texts = continued(model, tokenizer, prompts, {**settings, "max_new_tokens": max_new_tokens})
-    return [text + end_tokens(model, tokenizer)[:1] * (len(text) < max_new_tokens) for text in texts]
+        texts = continued(model, tokenizer, prompts, settings)
+    return [text + end_tokens(model, tokenizer)[:1] * (len(text) < how["max_new_tokens"]) for text in texts]
 
 
 @torch.no_grad()

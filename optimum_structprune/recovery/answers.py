@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from itertools import count, islice, product, zip_longest
 from pathlib import Path
@@ -23,9 +24,9 @@ from ..config.fields import read_yaml
 from ..domains.packing import tokenize_with_prefix
 from ..domains.templates import chat_text
 from ..errors import StructPruneError
-from ..forward.generation import end_tokens, sampled
+from ..forward.generation import sampled
 from ..forward.metrics import evaluating
-from ..system.fingerprint import fingerprint
+from ..plain_json import append_line, whole_lines
 from ..system.processes import is_first_rank
 from ..system.stages import stage
 from ..vocabulary.languages import tokens_per_word
@@ -170,32 +171,28 @@ class Answers:
             yield from islice(answer_samples(self.conversations(length), places), end - start)
 
 
-def answers_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], seed: int
-) -> Path:
-    """The file of what a model answers to prompts, which all trainings with it share; it need not exist."""
-    settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, end_tokens(model, tokenizer)]
-    digest = sha256(json.dumps([fingerprint(model), *settings, [*map(list, prompts)]]).encode()).hexdigest()
+def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:
+    """The file of what the model with these weights (a `fingerprint`) answers to prompts, up to one of the end tokens.
+
+    All trainings with that model share the file, which need not exist.
+    """
+    settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends]]
+    digest = sha256(json.dumps([weights, *settings, [*map(list, prompts)]]).encode()).hexdigest()
     return Path(constants.HF_HOME, "structprune", f"answers-{digest[:24]}.jsonl").expanduser()
 
 
 def _read(file: Path) -> dict[str, list[list[int]]]:
-    """The batches in a file, without the lines that a kill has cut off."""
+    """The batches in a file."""
     kept = {}
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
-        try:
-            batch = json.loads(line)
+    for batch in whole_lines(file):
+        with suppress(LookupError, TypeError):
             kept[batch["batch"]] = batch["answers"]
-        except (ValueError, LookupError, TypeError):
-            continue
     return kept
 
 
 def _append(file: Path, batch: dict[str, Any]) -> None:
     if is_first_rank():
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as text:
-                text.write(f"\n{json.dumps(batch)}\n")  # half a line may stand at the end
+            append_line(file, batch)
         except OSError as error:
             raise StructPruneError(f"Answers cannot be kept in {file.parent} ({error}); make room there.") from error

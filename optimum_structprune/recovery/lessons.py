@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.recovery import RecoveryConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
+from ..forward.generation import end_tokens
+from ..system.fingerprint import fingerprint
 from .answers import Answers, answers_file, prompts_of, writer_of
 from .samples import Sample, Teacher, answer_samples, collate, measured, text_sample
 from .text import ANSWERS, LEFT_OUT, MEASURED
@@ -122,12 +124,13 @@ class Curriculum:
         prompts = prompts_of(self.config.prompts, self.student, self.tokenizer, spare, text_seed)
         count = min(ASIDE, len(prompts) // 2)
         aside, self.prompts = prompts[:count], prompts[count:]
-        dense = writer_of(self.taught_by, self.tokenizer)
-        kept = answers_file(self.taught_by, self.tokenizer, aside, text_seed)
+        dense, known = writer_of(self.taught_by, self.tokenizer), fingerprint(self.taught_by)
+        ends = end_tokens(self.taught_by, self.tokenizer)
+        kept = answers_file(known, ends, aside, text_seed)
         conversations = Answers(aside, dense, kept, text_seed).conversations(ASIDE_TOKENS)
         self.probes[ANSWERS] = [*islice(answer_samples(conversations, places), most)]
         if self.config.writer == "dense":
-            kept = answers_file(self.taught_by, self.tokenizer, self.prompts, text_seed)
+            kept = answers_file(known, ends, self.prompts, text_seed)
             return Answers(self.prompts, dense, kept, text_seed).samples(number, places)
         own = Answers(self.prompts, self._as_student, self.folder / ANSWERS_NAME, self.seed)
         return self._noted(own.samples(number, places))
