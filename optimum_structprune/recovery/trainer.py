@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from time import perf_counter
@@ -181,7 +182,10 @@ class DistillTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does."""
         try:
-            with evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])):
+            with (
+                evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])),
+                _saved_by_own_names(self.model),
+            ):
                 return super().train(*args, **kwargs)
         finally:
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
@@ -240,6 +244,21 @@ class DistillTrainer(Trainer):
             raise NotFiniteError(message)
         self.stopped = f"{message} Training stopped there, and the best checkpoint before it was kept."
         self.control.should_training_stop = True
+
+
+@contextmanager
+def _saved_by_own_names(model: Any) -> Iterator[None]:
+    """Checkpoints inside `with` name the weights as the model does. The Trainer loads them by these names and passes
+    over all others, and the format that is published has others for the experts of a mixture.
+    """
+    if isinstance(model, PeftModel):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 @contextmanager

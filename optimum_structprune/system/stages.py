@@ -81,7 +81,8 @@ class _Lines:
     def __init__(
         self, iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **how: Any
     ):
-        self.iterable, self.desc, self.unit, self.done = iterable, desc, unit, initial
+        self.iterable, self.desc, self.done = iterable, desc, initial
+        self.units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
         self.total = len(iterable) if total is None else total
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,7 +94,7 @@ class _Lines:
         """Count one more step."""
         self.done += 1
         if perf_counter() - _said[0] >= SILENCE and self.done < self.total:
-            say(f"{self.desc}: {self.done} of {self.total} {self.unit}s")
+            say(f"{self.desc}: {self.done} of {self.total} {self.units}")
 
     def __enter__(self) -> _Lines:
         return self

@@ -115,6 +115,19 @@ def test_an_interrupted_run_goes_on(pruned, run, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(resumed), logits(run[1]))
 
 
+def test_the_experts_of_a_mixture_go_on_too(tmp_path, monkeypatch):
+    """In a checkpoint of the published format, each of them would have a name that the Trainer passes over."""
+    model = build("olmoe")
+    asked = {"train": "full", "lora": {}, "training": {"learning_rate": 1e-3}}
+    whole = recover(deepcopy(model), tokenizer(), settings(tmp_path / "whole", **asked))
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", failing(DistillTrainer.compute_loss, 6, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            recover(deepcopy(model), tokenizer(), settings(tmp_path / "half", **asked))
+    resumed = recover(deepcopy(model), tokenizer(), settings(tmp_path / "half", **asked), resume=True)
+    assert not same_weights(whole, model) and same_weights(resumed, whole)
+
+
 def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
     model = build("llama-tied")
     expected = weights_hash(model)
