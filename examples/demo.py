@@ -37,7 +37,7 @@ The result is in {output}; its report: {page}
 Some answers are lost. What to do about it, and what else there is:
   structprune recover {output} {output}-recovered --teacher {dense}
   structprune prune {dense} {output}-vocab --target vocab --budget parameters=0.95
-  structprune report {output} {dense} --domain web=builtin:web   # text that it was not calibrated on
+  structprune evaluate {output} --against {dense} --domain web=builtin:web --html   # other text
 """
 
 

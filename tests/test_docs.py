@@ -42,9 +42,8 @@ BY_SIZE = re.compile(
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
-    "evaluate": "--num-samples 2 --seq-length 64",
+    "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",
     "recover": "--tokens 200 --training per_device_train_batch_size=2",
-    "benchmark": "--repeats 2 --prompt 8 --new-tokens 2",
 }
 UNKNOWN = "flint"  # a model type that no family describes
 # The console scripts that have our commands, as functions that read `sys.argv`.

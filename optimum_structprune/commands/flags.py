@@ -69,22 +69,27 @@ QUALITY: Flags = {
         **SEVERAL,
     ),
     "--tasks": named("NAME|FILE.jsonl", "Several of them.", dest="task", action="extend", nargs="+"),
-    "--seq-length": number("Tokens per sample (512).", default=512),
-    "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
-    "--limit": number("Items per task at most; by default all of them."),
-    "--batch-size": number("Sequences per forward pass (1).", default=1),
-    **ARCH,
-    **LOADING,
-}
-SPEED = switch("Also measure how fast the models read and write tokens.")
-
-ANSWERS: Flags = {
     "--answers": {
         "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
     },
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
     "--show": number("Answers to show (3).", least=0, default=3),
+    "--items": named("FILE", "Write the questions and all answers to a file in lines of JSON."),
+    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
+    "--limit": number("Items per task at most; by default all of them."),
+    "--batch-size": number("Sequences per forward pass (1).", default=1),
+}
+SPEED: Flags = {
+    "--speed": switch("Measure how fast the models read prompts and write tokens, in turns."),
+    "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
+    "--new-tokens": number("Tokens to write after it (32).", default=32),
+    "--repeats": number("Timed runs of each model, in turns (9).", default=9),
+    "--threads": number("Threads; by default what torch is set to."),
+    "--clock": choice(
+        "wall (default), or cpu: time of the processor, where other jobs run too.", ("wall", "cpu"), default="wall"
+    ),
 }
 
 COMMANDS = (
@@ -157,70 +162,20 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure a model by perplexity, tasks and answers, alone or against the dense one.",
-        {
-            "model": "Model id or folder.",
-            "--against": named("DENSE", "The dense model to compare with."),
-            **ANSWERS,
-            "--items": named("FILE", "Write the questions and all answers to a file in lines of JSON."),
-            **QUALITY,
-        },
-        json_file=True,
-        models=("model", "against"),
-    ),
-    Command(
-        "compare",
-        "measure.compare",
-        "Show models side by side: size, widths, cache, perplexity, tasks and speed.",
+        "Measure models by perplexity, tasks, answers and speed, alone or against the dense one; without such flags, "
+        "show their sizes. Several models stand side by side.",
         {
             "models": named("model", "Model ids or folders.", nargs="+"),
+            "--against": named("DENSE", "The dense model to compare with."),
             **QUALITY,
-            "--speed": SPEED,
-            "--csv": named("FILE", "Write the table to a file of comma-separated values."),
-        },
-        json_file=True,
-        models=("models",),
-    ),
-    Command(
-        "report",
-        "measure.report",
-        "Write report.html beside a pruned model, from the records that lie there; with --domain, --task, --answers "
-        "or --speed, measure the model first.",
-        {
-            "output": "Folder of the pruned model.",
-            "dense": {
-                "help": "Id or folder of the dense model, to compare with and to name in the page.",
-                "nargs": "?",
-            },
-            **ANSWERS,
-            **QUALITY,
-            "--speed": SPEED,
-        },
-        models=(),
-    ),
-    Command(
-        "benchmark",
-        "measure.benchmark",
-        "Measure how fast models read prompts and write tokens, against the dense one.",
-        {
-            "dense": "Model id or folder of the dense model, which the others are compared with.",
-            "models": named("pruned", "Model ids or folders to compare with it.", nargs="+"),
-            "--batch-size": number("Sequences that run together (1). Repeatable.", action="append"),
-            "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
-            "--new-tokens": number("Tokens to write after it (32).", default=32),
-            "--repeats": number("Timed runs of each model, in turns (9).", default=9),
-            "--threads": number("Threads; by default what torch is set to."),
-            "--clock": choice(
-                "wall (default), or cpu: time of the processor, where other jobs run too.",
-                ("wall", "cpu"),
-                default="wall",
-            ),
+            **SPEED,
+            "--html": switch("Keep the numbers in the folder of the pruned model, and write its report.html anew."),
+            "--csv": named("FILE", "Write a line for each model to a file of comma-separated values."),
             **ARCH,
             **LOADING,
         },
-        reads_text=False,
         json_file=True,
-        models=("dense", "models"),
+        models=("models", "against"),
     ),
     Command(
         "inspect",

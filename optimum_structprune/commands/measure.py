@@ -1,4 +1,4 @@
-"""`structprune evaluate`, `compare`, `report` and `benchmark`: how good and how fast models are."""
+"""`structprune evaluate`: how large, how good and how fast models are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import logging
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,9 +19,9 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Evaluation, check_evaluation
-from ..evaluation.speed import cache_per_token, check_clock, check_speed, measure_speed
+from ..evaluation.speed import Speed, cache_per_token, check_clock, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
-from ..record.facts import Facts, as_csv, as_text
+from ..record.facts import Facts, as_csv, as_text, quality_of_evaluation
 from ..record.records import EVALUATION_NAME, SPEED_NAME, Records
 from ..saving.page import PAGE_NAME, write_report
 from ..system.disk import check_folder
@@ -32,144 +33,176 @@ from .output import MARK, Result
 
 logger = logging.getLogger(__name__)
 
-# Where the flags of `benchmark` name none; a default of argparse would stay beside what is given. `compare --speed`
-# takes them too.
-BATCH_SIZES, PROMPTS = [1], [128]
+# Where `--prompt` is not given; a default of argparse would stay beside what is given.
+PROMPTS = [128]
 
 
 def evaluate(args: Namespace) -> Result:
-    """Measure the model, alone or against the dense one."""
-    evaluation = _measured(args, Loading.of(args), args.model, args.against)
-    if args.items is not None:
-        lines = [json.dumps({MARK: __version__, **item}, ensure_ascii=False) + "\n" for item in evaluation.answers]
-        Path(args.items).write_text("".join(lines), encoding="utf-8")
-    return Result(str(evaluation), evaluation.to_dict())
-
-
-def report(args: Namespace) -> Result:
-    """Measure what is asked for, write the page, and say where it is."""
-    Records.read(args.output)  # before a model is loaded in vain
-    check_folder(args.output)
-    measured = bool(args.domain or args.task or args.answers)
-    written = {PAGE_NAME: True, EVALUATION_NAME: measured, SPEED_NAME: args.speed}
-    check_unchanged(*(Path(args.output, name) for name, is_due in written.items() if is_due))
-    if args.speed and not args.dense:
-        raise StructPruneError("--speed compares with the dense model; name it behind the folder.")
-    lines, values = [], {}
-    if measured:
-        evaluation = _measured(args, Loading.of(args), args.output, args.dense)
-        evaluation.save(Path(args.output, EVALUATION_NAME))
-        lines, values = [str(evaluation)], {"evaluation": evaluation.to_dict()}
+    """Check all models by their configs, measure one after the other, then all in turns where speed is asked for, and
+    write the files that are asked for.
+    """
+    is_judged = bool(args.domain or args.task or args.answers)
+    if args.html:
+        _check_page(args, is_judged)
+        if not is_judged and not args.speed:
+            return _with_page(args, [], {})
+    loading, models = Loading.of(args), [*filter(None, [args.against]), *args.models]
+    paths = dict(zip(names_of(models), models, strict=True))
     if args.speed:
-        loading = Loading.of(args)
-        models = {"dense": loading.model(args.dense), "pruned": loading.model(args.output)}
-        speed = measure_speed(models, batch_sizes=BATCH_SIZES, prompts=PROMPTS)
-        speed.save(Path(args.output, SPEED_NAME))
-        lines, values = [*lines, str(speed)], {**values, "speed": speed.to_dict()}
-    page = write_report(args.output, dense=args.dense or "")
-    return Result("\n".join([*lines, f"the report is {page}"]), {**values, "output": args.output, "report": str(page)})
+        _check_speed(args, loading, paths)
+    reader, notes = _check_quality(args, loading, models) if is_judged else (None, [])
+    sections: list[str] = []
+    values: dict[str, Any] = {}
+    if is_judged or args.csv is not None or not args.speed:
+        facts, evaluations = _measured(args, loading, paths, reader, is_judged)
+        sections, values = _shown(facts, evaluations, notes)
+        if args.csv is not None:
+            Path(args.csv).write_text(as_csv(facts), encoding="utf-8")
+        if args.items is not None:
+            _write_items(args.items, evaluations)
+        if args.html and is_judged:
+            evaluations[names_of(models)[-1]].save(Path(args.models[0], EVALUATION_NAME))
+    if args.speed:
+        speed = _speed(args, loading, paths)
+        sections, values = [*sections, str(speed)], {**values, "speed": speed.to_dict()}
+        if args.html:
+            speed.save(Path(args.models[0], SPEED_NAME))
+    return _with_page(args, sections, values) if args.html else Result("\n\n".join(sections), values)
 
 
-def _measured(args: Namespace, loading: Loading, model_name: str, dense_name: str | None) -> Evaluation:
-    """What the flags of quality ask for, of a model by itself or against the dense one."""
-    reader, names = None, {"dense": dense_name, "model": model_name} if dense_name else {"model": model_name}
-    try:
-        reader = loading.tokenizer(dense_name) if dense_name else None
-    except StructPruneError as error:
-        logger.warning("%s Both models read with that of %s.", error, model_name)
-    shapes = {which: loading.without_weights(name) for which, name in names.items()}
-    check_evaluation(shapes, args.domain, args.task, args.answers, args.seq_length, reader)
-    model, tokenizer = loading.model_and_tokenizer(model_name)
-    return _of_loaded(args, model, tokenizer, loading.model(dense_name) if dense_name else None, reader)
+def _shown(
+    facts: Mapping[str, Facts], evaluations: Mapping[str, Evaluation], notes: Sequence[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The table and the values of what was measured: all that is known of one model, or several side by side."""
+    values: dict[str, Any] = {"models": {name: asdict(known) for name, known in facts.items()}, "notes": notes}
+    table = as_text(facts, compared=len(facts) == 2)
+    if len(evaluations) == 1:
+        (evaluation,) = evaluations.values()
+        table, values = str(evaluation), {**evaluation.to_dict(), **values}
+    return ["\n".join([table, *notes])], values
 
 
-def _of_loaded(
+def _check_page(args: Namespace, is_judged: bool) -> None:
+    """Refuse a page that cannot be written, before a model is loaded in vain."""
+    if len(args.models) > 1:
+        raise StructPruneError(f"--html writes the page of one result, and {len(args.models)} models are named.")
+    if args.speed and not args.against:
+        raise StructPruneError("The page compares speed with the dense model's; name it by --against.")
+    (folder,) = args.models
+    Records.read(folder)
+    check_folder(folder)
+    written = {PAGE_NAME: True, EVALUATION_NAME: is_judged, SPEED_NAME: args.speed}
+    check_unchanged(*(Path(folder, name) for name, is_due in written.items() if is_due))
+
+
+def _with_page(args: Namespace, sections: Sequence[str], values: Mapping[str, object]) -> Result:
+    page = write_report(args.models[0], dense=args.against or "")
+    return Result("\n\n".join([*sections, f"the report is {page}"]), {**values, "report": str(page)})
+
+
+def _check_quality(
+    args: Namespace, loading: Loading, models: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """Refuse what cannot be measured; the first model's tokenizer, by whose tokens perplexity is counted where there
+    are several models, and a note where another one differs.
+    """
+    reader: PreTrainedTokenizerBase | None = None
+    notes = []
+    if len(models) > 1:
+        tokenizers = [loading.tokenizer(model) for model in args.models]
+        try:
+            reader = loading.tokenizer(models[0])
+        except StructPruneError as error:
+            logger.warning("%s The dense model reads with the tokenizer of the model that it is compared with.", error)
+        if reader is not None and len({*map(vocabulary_hash, [reader, *tokenizers])}) > 1:
+            notes = [f"vocabularies differ: perplexity is per token of {models[0]}."]
+    for model in args.models:
+        names = {"dense": args.against, "model": model} if args.against else {"model": model}
+        shapes = {which: loading.without_weights(name) for which, name in names.items()}
+        check_evaluation(shapes, args.domain, args.task, args.answers, args.seq_length, reader)
+    return reader, notes
+
+
+def _measured(
     args: Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dense: PreTrainedModel | None = None,
-    dense_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Evaluation:
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
-    how = {name: vars(args)[name] for name in names if name in vars(args)}
-    return quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=dense_tokenizer, **how)
+    loading: Loading,
+    paths: Mapping[str, str],
+    reader: PreTrainedTokenizerBase | None,
+    is_judged: bool,
+) -> tuple[dict[str, Facts], dict[str, Evaluation]]:
+    """What is known of each model, and the evaluations of all but the dense one; each is let go before the next."""
+    facts, evaluations = {}, {}
+    dense = loading.model(args.against) if args.against else None
+    for number, (name, path) in enumerate(paths.items()):
+        if dense is not None and number == 0:
+            facts[name] = _sizes(dense, args.arch_file)
+            continue
+        model, tokenizer = loading.model_and_tokenizer(path)
+        facts[name] = _sizes(model, args.arch_file)
+        if is_judged:
+            evaluations[name] = evaluation = _evaluated(args, model, tokenizer, dense, reader)
+            compared = {name: "model", **({next(iter(paths)): "dense"} if dense is not None else {})}
+            for of, which in compared.items():
+                facts[of] = replace(facts[of], **quality_of_evaluation(evaluation.to_dict(), which))
+    return facts, evaluations
 
 
-def compare(args: Namespace) -> Result:
-    """Check all models by their configs, then load and measure one after the other."""
-    loading = Loading.of(args)
-    paths = dict(zip(names_of(args.models), args.models, strict=True))
-    first, notes = _check_comparable(args, loading)
-    models = {name: _facts(path, args, loading, first) for name, path in paths.items()}
-    if args.speed:
-        loaded = {name: loading.model(path) for name, path in paths.items()}
-        speed = measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS)
-        for measured in speed.measurements:
-            facts = models[measured.model]
-            facts.read, facts.write = measured.prefill.tokens_per_second, measured.decode.tokens_per_second
-        shape = f"batch {BATCH_SIZES[0]}, a prompt of {PROMPTS[0]} tokens, {speed.new_tokens} written"
-        notes += [f"speed: {shape}, {speed.device}, threads: {speed.threads}."]
-    if args.csv is not None:
-        Path(args.csv).write_text(as_csv(models), encoding="utf-8")
-    values = {"models": {name: asdict(facts) for name, facts in models.items()}, "notes": notes}
-    return Result("\n".join([as_text(models, compared=len(models) == 2), *notes]), values)
-
-
-def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Refuse what cannot be compared; the first model's tokenizer where text is read, and notes on the others."""
-    for path in args.models:
-        model = loading.without_weights(path)
-        if args.domain or args.task:
-            check_evaluation({"model": model}, args.domain, args.task, None, args.seq_length, None)
-    if not args.domain:
-        return None, []
-    tokenizers = [loading.tokenizer(path) for path in args.models]
-    if len(set(map(vocabulary_hash, tokenizers))) == 1:
-        return tokenizers[0], []
-    return tokenizers[0], [f"vocabularies differ: perplexity is per token of {args.models[0]}."]
-
-
-def _facts(path: str, args: Namespace, loading: Loading, first: PreTrainedTokenizerBase | None) -> Facts:
-    """The facts of one model, which is let go; perplexity is per token of the first model's tokenizer."""
-    model, tokenizer = loading.model_and_tokenizer(path)
+def _sizes(model: PreTrainedModel, arch_file: str | None) -> Facts:
     facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
     if cache_name(model) is not None:
         facts.cache_per_token = cache_per_token(model)
     with suppress(StructPruneError):  # a model that is not described has no widths that are known
-        arch = describe(model, args.arch_file)
+        arch = describe(model, arch_file)
         facts.layers = arch.num_layers
         facts.widths = {name: [*arch.widths(name).values()] for name in arch.names}
-    if args.domain or args.task:
-        evaluation = _of_loaded(args, model, tokenizer, None, first)
-        facts.perplexity = {name: ppl["model"] for name, ppl in evaluation.perplexity.items()}
-        facts.bits_per_byte = {name: bits["model"] for name, bits in evaluation.bits_per_byte.items()}
-        facts.tasks = {name: {**scores["model"]} for name, scores in evaluation.tasks.items()}
     return facts
 
 
-def benchmark(args: Namespace) -> Result:
-    """Check all models by their configs, load them, and let them take turns."""
-    loading = Loading.of(args)
+def _evaluated(
+    args: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dense: PreTrainedModel | None,
+    reader: PreTrainedTokenizerBase | None,
+) -> Evaluation:
+    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
+    how = {name: vars(args)[name] for name in names}
+    return quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=reader, **how)
+
+
+def _write_items(file: str, evaluations: Mapping[str, Evaluation]) -> None:
+    """A line of JSON for each question and model."""
+    lines = [
+        json.dumps({MARK: __version__, "model": name, **item}, ensure_ascii=False) + "\n"
+        for name, evaluation in evaluations.items()
+        for item in evaluation.answers
+    ]
+    Path(file).write_text("".join(lines), encoding="utf-8")
+
+
+def _check_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> None:
     if loading.device in SPREAD:
         raise StructPruneError(
             f"--device {args.device} spreads a model, and the time of one device is measured: name one."
         )
     check_clock(args.clock, str(loading.device))
-    models = [args.dense, *args.models]
-    paths = dict(zip(names_of(models), models, strict=True))
-    batch_sizes, prompts = args.batch_size or BATCH_SIZES, args.prompt or PROMPTS
     without_weights = {name: loading.without_weights(path) for name, path in paths.items()}
-    check_speed(without_weights, batch_sizes, prompts, args.new_tokens, args.repeats, args.threads)
-    speed = measure_speed(
+    check_speed(
+        without_weights, [args.batch_size], args.prompt or PROMPTS, args.new_tokens, args.repeats, args.threads
+    )
+
+
+def _speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> Speed:
+    """The speed of all models in turns; speed-ups are over the first."""
+    return measure_speed(
         {name: loading.model(path) for name, path in paths.items()},
-        batch_sizes=batch_sizes,
-        prompts=prompts,
+        batch_sizes=[args.batch_size],
+        prompts=args.prompt or PROMPTS,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
         threads=args.threads,
         clock=args.clock,
     )
-    return Result(str(speed), speed.to_dict())
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ NAMES = {
 class Facts:
     """What was measured of one model: widths of the layers by kind of space; by domain the perplexity, its bits per
     byte, the number of tokens, the standard errors of it and of its ratio to another model's, and the error of the
-    last hidden states; scores by task (`{"piqa": {"acc": …}}`); tokens read and written per second.
+    last hidden states; scores by task (`{"piqa": {"acc": …}}`); KL to the dense model.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)
@@ -69,8 +69,7 @@ class Facts:
     bits_per_byte: Mapping[str, float | None] = field(default_factory=dict)
     output_error: dict[str, float | None] = field(default_factory=dict)
     tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    read: float | None = None
-    write: float | None = None
+    divergence: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,6 +156,7 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     bits = tuple(_mean([*facts.bits_per_byte.values()], fmean) for facts in models)
     rows += _known([Row("bits per byte", bits, 3)])
     rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
+    rows += [Row(f"KL {name}", of, 4) for name, of in _by_name([facts.divergence for facts in models])]
     scores = [
         {
             f"{task} {metric}": value
@@ -172,9 +172,7 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
 def rows(models: Mapping[str, Facts]) -> list[Row]:
     """All that is known of some of the models, which have the same order in each row."""
     every = list(models.values())
-    read = Row("tokens read per second", tuple(facts.read for facts in every), 1)
-    written = Row("tokens written per second", tuple(facts.write for facts in every), 1)
-    return [*size_rows(every), *quality_rows(every), *_known([read, written])]
+    return [*size_rows(every), *quality_rows(every)]
 
 
 def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> list[list[str]]:
@@ -228,6 +226,15 @@ def perplexity_facts(record: Mapping[str, Any]) -> dict[str, Facts]:
     perplexity = record.get("perplexity") or {}
     names = dict.fromkeys(name for by_model in perplexity.values() for name in by_model)
     return {name: Facts(**_measured(record, name)) for name in names}
+
+
+def quality_of_evaluation(record: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The fields of `Facts` that the record of an evaluation has of "model" or of "dense"."""
+    return {
+        **_measured({**record, "perplexity_tokens": record["tokens"]}, model),
+        "divergence": record["divergence"] if model == "model" else {},
+        "tasks": {name: {**scores[model]} for name, scores in record["tasks"].items()},
+    }
 
 
 def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
         size,
         f"text x {mean:.3f}, at worst x {worst:.3f} ({kind})",
         answers,
-        "speed: structprune benchmark",
+        "speed: structprune evaluate --speed",
     ]
     rules = RULES if answers else RULES[1:]
     met = (

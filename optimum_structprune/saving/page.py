@@ -42,7 +42,7 @@ PAGE_NAME = "report.html"
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
     output, dense = records.output, records.dense or "DENSE"
-    measure = ["report", output, dense, "--domain", "NAME=SOURCE", "--speed"]
+    measure = ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE", "--speed", "--html"]
     try:
         return _template().render(
             records=records,

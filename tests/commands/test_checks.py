@@ -31,7 +31,7 @@ FLAGS = [
     ("prune full out --sparsity 0.2", "the folder holds no config.json"),
     ("inspect no/where", "'no/where' cannot be loaded"),
     ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
-    ("compare model no/where", "'no/where' cannot be loaded"),
+    ("evaluate model no/where", "'no/where' cannot be loaded"),
     (PRUNE, "exactly one of sparsity, widths and budget"),
     (f"{SHARE} --rouns 2", "there is no flag --rouns. Did you mean '--rounds'?"),
     (f"{SHARE} --overw", "there is no flag --overw. Did you mean '--overwrite'?"),
@@ -90,7 +90,7 @@ FLAGS = [
     ("evaluate model --task none.jsonl", "There is no file none.jsonl"),
     ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
     ("evaluate model --answers --show -1", "argument --show: expected a whole number, 0 or more, got '-1'"),
-    ("benchmark model model --clock sun", "argument --clock: invalid choice: 'sun'"),
+    ("evaluate model model --clock sun", "argument --clock: invalid choice: 'sun'"),
 ]
 # What the model's config shows.
 MODEL = [
@@ -114,9 +114,8 @@ MODEL = [
     (f"{SHARE} --device warp", "--device warp cannot be used"),
     (f"{CALIBRATE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),
-    ("evaluate model", "There is nothing to evaluate"),
     ("evaluate model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
-    ("compare model model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
+    ("evaluate model model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
 ]
 
 

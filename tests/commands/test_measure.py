@@ -1,4 +1,4 @@
-"""`structprune compare` and `structprune benchmark`: what they show, and what they refuse before a model is loaded."""
+"""`structprune evaluate`: what it shows of several models, and what it refuses before one is loaded."""
 
 import csv
 import json
@@ -9,14 +9,14 @@ from helpers import error_line, save_with_tokenizer, write_texts
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, perplexity
-from optimum_structprune.commands import loading, measure
+from optimum_structprune.commands import loading
 from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.measure import names_of
 from optimum_structprune.evaluation.heldout import read_heldout
 
 
-SHORT = ["--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
+SHORT = ["--speed", "--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_models_side_by_side(folder, capsys):
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--task", str(folder / "task.jsonl")]
     files = ["--csv", str(folder / "c.csv"), "--json", str(folder / "c.json")]
     for more in ([], ["--overwrite"]):
-        assert main(["compare", *models, *text, *files, "--device", "cpu", *more]) == 0
+        assert main(["evaluate", *models, *text, *files, "--device", "cpu", *more]) == 0
     shown = capsys.readouterr().out
     found = json.loads((folder / "c.json").read_text())["models"]
     rows = {row["model"]: row for row in csv.DictReader((folder / "c.csv").open())}
@@ -59,14 +59,23 @@ def test_a_dense_folder_without_a_tokenizer_is_read_with_that_of_the_model(folde
     build("llama-tied").save_pretrained(folder / "bare")
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     assert main(["evaluate", str(folder / "small"), "--against", str(folder / "bare"), *text]) == 0
-    assert "bare' cannot be loaded" in caplog.text and "Both models read with that of" in caplog.text
+    assert "bare' cannot be loaded" in caplog.text and "reads with the tokenizer of the model" in caplog.text
 
 
-def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "PROMPTS", [8])
-    assert main(["compare", str(folder / "dense"), "--speed", "--json", "--quiet", "--device", "cpu"]) == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["models"]["dense"]["read"] > 0 and "a prompt of 8 tokens" in values["notes"][0]
+def test_several_models_against_the_dense_one(folder, capsys, tmp_path):
+    """Each is compared with it: its own numbers are those of a model that is measured by itself."""
+    models, text = [str(folder / "small"), str(folder / "dense")], ["--domain", f"a={folder / 'a.jsonl'}"]
+    how = [*text, "--seq-length", "24", "--device", "cpu", "--quiet", "--json"]
+    assert main(["evaluate", *models, "--against", models[1], "--csv", str(tmp_path / "c.csv"), *how]) == 0
+    dense, small, twin = json.loads(capsys.readouterr().out)["models"].values()
+    assert dense["perplexity"] == twin["perplexity"] and twin["divergence"]["a"] == pytest.approx(0, abs=1e-6)
+    assert main(["evaluate", models[0], "--against", models[1], *how]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert small["divergence"] == found["divergence"] and small["divergence"]["a"] > 1e-3
+    assert small["perplexity"]["a"] == found["perplexity"]["a"]["model"] and found["models"]["small"] == small
+    assert [float(row["KL a"] or 0) for row in csv.DictReader((tmp_path / "c.csv").open())][1] == small["divergence"][
+        "a"
+    ]
 
 
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
@@ -78,19 +87,19 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, cap
         (["--json", "dense/config.json"], "--json dense/config.json exists; name another file, or replace it with"),
         (["/nowhere/model"], "/nowhere/model"),
     ):
-        assert main(["compare", str(folder / "dense"), *line]) == 2
+        assert main(["evaluate", str(folder / "dense"), *line]) == 2
         assert message in error_line(capsys)
 
 
 def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     dense, other = str(folder / "dense"), str(folder / "small")
-    line = ["benchmark", dense, other, dense, *SHORT, "--prompt", "4", "--batch-size", "1", "--batch-size", "3"]
+    line = ["evaluate", other, dense, "--against", dense, *SHORT, "--prompt", "4", "--batch-size", "3"]
     assert main([*line, "--dtype", "bfloat16", "--threads", "1", "--clock", "cpu", "--json", "--quiet"]) == 0
-    values = json.loads(capsys.readouterr().out)
+    values = json.loads(capsys.readouterr().out)["speed"]
     names = [f"{dense} (1)", "small", f"{dense} (2)"]
     assert [*values["models"]] == names and values["threads"] == 1 and values["clock"] == "cpu"
     assert [(one["batch_size"], one["prompt"], one["model"]) for one in values["measurements"]] == [
-        (batch_size, prompt, name) for batch_size in (1, 3) for prompt in (8, 4) for name in names
+        (3, prompt, name) for prompt in (8, 4) for name in names
     ]
     assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
     assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
@@ -107,18 +116,18 @@ def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypat
         ("small", ["--device", "auto"], "--device auto spreads a model"),
         ("small", ["--device", "nothing"], "--device nothing cannot be used"),
     ):
-        assert main(["benchmark", str(folder / "dense"), str(folder / model), *SHORT, *flags]) == 2
+        assert main(["evaluate", str(folder / model), "--against", str(folder / "dense"), *SHORT, *flags]) == 2
         assert message in error_line(capsys)
     monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
-    assert main(["benchmark", str(folder / "dense"), str(folder / "small"), *SHORT[:-2], "--clock", "cpu"]) == 2
+    assert main(["evaluate", str(folder / "dense"), str(folder / "small"), *SHORT[:-2], "--clock", "cpu"]) == 2
     assert "The clock 'cpu' does not see what cuda does; choose 'wall'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_memory_on_cuda_is_that_of_one_model(folder, capsys):
-    line = ["benchmark", str(folder / "dense"), str(folder / "dense"), *SHORT[:-2], "--device", "cuda", "--json"]
+    line = ["evaluate", str(folder / "dense"), str(folder / "dense"), *SHORT[:-2], "--device", "cuda", "--json"]
     assert main(line) == 0
-    values = json.loads(capsys.readouterr().out)
+    values = json.loads(capsys.readouterr().out)["speed"]
     one, two = (measured["memory"] for measured in values["measurements"])
     weights = next(iter(values["models"].values()))["weights"]
     assert "CUDA" in values["memory_is"] and weights < one < 100 * weights and one == two

@@ -39,12 +39,9 @@ def commands(folder):
         "inspect": ["inspect", model],
         "plan": ["plan", model, "--width", "mlp=24"],
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
-        "compare": ["compare", model, str(folder / "pruned"), *cpu],
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
-        "benchmark": ["benchmark", model, str(folder / "pruned"), "--prompt", "8", "--repeats", "1", *cpu],
         "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
-        "report": ["report", str(folder / "pruned"), model, *short, *cpu],
         "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
     }
 

@@ -1,4 +1,4 @@
-"""`structprune report`, and the command lines that the page names."""
+"""`structprune evaluate --html`, and the command lines that the page names."""
 
 import html
 import json
@@ -38,10 +38,11 @@ def test_the_page_names_the_command_that_repeats_the_run(folder):
 def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, capsys):
     assert "other text</h3>" not in page(folder)
     domains = [flag for name in "ab" for flag in ("--domain", f"{name}={folder / name}.jsonl")]
-    line = ["report", str(folder / "small"), str(folder / "model"), *domains, "--seq-length", "24", "--num-samples"]
-    assert main([*line, "4", "--json", "--quiet"]) == 0
+    small, against = str(folder / "small"), ["--against", str(folder / "model"), "--html"]
+    line = ["evaluate", small, *against, *domains, "--seq-length", "24", "--num-samples", "4"]
+    assert main([*line, "--json", "--quiet"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["evaluation"]["shared"] == ["a"] and values["report"].endswith("report.html")
+    assert values["shared"] == ["a"] and values["report"].endswith("report.html")
     text = page(folder)
     unseen, shared = text.index("Perplexity on other text"), text.index("text that was calibrated or trained on")
     assert unseen < text.index('<th scope="row">b<', unseen) < shared < text.index('<th scope="row">a<', shared)
@@ -52,11 +53,12 @@ def test_what_is_measured_later_goes_with_the_result_and_what_was_changed_stays(
     small, model = str(tmp_path / "small"), str(folder / "model")
     prune = ["prune", model, small, "--width", "mlp=24", *text]
     assert main(prune) == 0
-    assert main(["report", small, model, *text]) == 0
+    page = ["evaluate", small, "--against", model, "--html"]
+    assert main([*page, *text]) == 0
     assert main([*prune, "--overwrite"]) == 0 and not (tmp_path / "small" / "evaluation.json").exists()
     for name, flags in (("report.html", []), ("evaluation.json", text), ("speed.json", ["--speed"])):
         (tmp_path / "small" / name).write_text("{}")
-        assert main(["report", small, model, *flags]) == 2
+        assert main([*page, *flags]) == 2
         assert f"{name} is not as structprune wrote it, so it is not replaced" in error_line(capsys)
         assert main([*prune, "--overwrite"]) == 2 and f"wrote it ({name})" in error_line(capsys)
         assert (tmp_path / "small" / name).read_text() == "{}"
@@ -66,11 +68,15 @@ def test_what_is_measured_later_goes_with_the_result_and_what_was_changed_stays(
 def test_a_full_disk_is_said_with_the_file_and_leaves_the_page_as_it_was(folder, capsys):
     before = page(folder)
     with full_disk(300):
-        assert main(["report", str(folder / "small")]) == 2
+        assert main(["evaluate", str(folder / "small"), "--html"]) == 2
     assert "small/report.html: File too large." in error_line(capsys) and page(folder) == before
     assert not [*(folder / "small").glob(".*.new")]
 
 
 def test_a_folder_without_a_result_is_a_mistake_in_one_line(folder, capsys):
-    assert main(["report", str(folder / "model")]) == 2
+    assert main(["evaluate", str(folder / "model"), "--html"]) == 2
     assert "has no report.json" in capsys.readouterr().err
+    assert main(["evaluate", str(folder / "small"), str(folder / "model"), "--html"]) == 2
+    assert "--html writes the page of one result, and 2 models are named" in error_line(capsys)
+    assert main(["evaluate", str(folder / "small"), "--html", "--speed"]) == 2
+    assert "name it by --against" in error_line(capsys)

@@ -206,7 +206,6 @@ def test_the_command(folder, capsys):
     assert f"{quiz['acc']:.3f} ± {quiz['acc_stderr']:.3f}" in shown
     assert f"x {found['perplexity']['a']['model'] / found['perplexity']['a']['dense']:.3f}" in shown
     for mistake, message in [
-        (["evaluate", model], "nothing to evaluate"),
         (["evaluate", model, *domains, *short], "'none'"),
         (["evaluate", model, *domains[:2], "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
         (["evaluate", str(folder), *domains[:2]], "cannot be loaded"),

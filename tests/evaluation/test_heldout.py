@@ -79,7 +79,7 @@ def test_the_commands(tmp_path, capsys):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
     assert found["paired"]["quiz"]["acc"]["p_value"] == 1 and found["paired"]["quiz"]["acc"]["items"] == 4
-    assert main(["compare", *models, *line, "--overwrite"]) == 0
+    assert main(["evaluate", *models, *line, "--overwrite"]) == 0
     facts = json.loads((tmp_path / "out.json").read_text())["models"]
     for field in ("perplexity", "bits_per_byte"):
         assert facts["other"][field]["a"] == pytest.approx(facts["dense"][field]["a"], rel=1e-6)
