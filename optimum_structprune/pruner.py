@@ -117,8 +117,9 @@ class StructPruner:
         """
         check_arguments(model, tokenizer, inputs, inplace)
         described = ModelInfo.of(model, self.config.arch_file)
-        arch, tokens = described.arch, None
-        config = self.config if tokenizer is None or inputs is not None else self._with_spaces(described, tokenizer)
+        config, arch, tokens = self.config, described.arch, None
+        if config.leaves_spaces_open and tokenizer is not None and inputs is None:
+            config = self._with_spaces(described, tokenizer)
         widths = widths_of(config, arch, described.plain_model)
         check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
         if VOCAB in widths:
@@ -157,8 +158,6 @@ class StructPruner:
 
     def _with_spaces(self, described: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> StructPruneConfig:
         """The config with the spaces that it leaves open."""
-        if not self.config.leaves_spaces_open:
-            return self.config
         from .vocabulary.choose import with_tokens
 
         return with_tokens(self.config, described, tokenizer)

@@ -116,8 +116,8 @@ class StructPruneConfig(Serialisable):
             The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
         losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
             targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
-        checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
-            on from there.
+        checkpoint_dir: A folder that remembers each finished layer; a run that was killed goes on from there. It
+            takes one round without a limit.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
         batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
@@ -218,9 +218,9 @@ class StructPruneConfig(Serialisable):
         return self.scored_by in LAYER_CRITERIA.names()
 
     @property
-    def experts_scored_by(self) -> str:
-        """The criterion of whole experts, named or not."""
-        return self.scored_by if self.scored_by in EXPERT_CRITERIA.names() else EXPERT_SCORES[0]
+    def judges_experts(self) -> bool:
+        """Whether the criterion scores whole experts, and nothing else."""
+        return self.scored_by in EXPERT_CRITERIA.names()
 
     @property
     def fits(self) -> bool:
@@ -348,6 +348,12 @@ def _check_together(config: StructPruneConfig) -> None:
         raise ValueError(
             f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
             f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
+        )
+    if config.checkpoint_dir is not None and (config.rounds > 1 or config.max_perplexity_ratio is not None):
+        raise ValueError(
+            f"checkpoint_dir={config.checkpoint_dir!r} remembers layers that are finished, and with rounds="
+            f"{config.rounds} and max_perplexity_ratio={config.max_perplexity_ratio} none is before the last round; "
+            "set rounds=1 without a limit, or leave checkpoint_dir (--resume) out"
         )
     if recovery is not None and not recovery.merge:
         raise ValueError(

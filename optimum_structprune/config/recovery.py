@@ -63,7 +63,6 @@ class RecoveryConfig(Serialisable):
         kl_weight: The share of the divergence from the teacher in the loss. The rest is cross-entropy, which teaches
             the text itself; then checkpoints are compared by their loss on text of the kinds trained on. Without a
             teacher the loss is cross-entropy whatever stands here.
-        temperature: The number that the logits of both models are divided by before they are compared.
         merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
             an adapter.
         seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
@@ -85,7 +84,6 @@ class RecoveryConfig(Serialisable):
     writer: Literal["dense", "pruned"] = "dense"
     left_out: str | None = validated_field(filled, default=None)
     kl_weight: Number = validated_field(_share, default=1.0)
-    temperature: Number = validated_field(positive, default=1.0)
     merge: bool = True
     seed: int | None = validated_field(seed_of_all, default=None)
 

@@ -142,14 +142,12 @@ def mean_probabilities(model: PreTrainedModel, samples: Tensor) -> Tensor:
         return sum(sums, torch.zeros(())).double().cpu() / samples[:, 1:].numel()
 
 
-def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, mean: bool = True) -> Tensor:
-    """Mean divergence KL(teacher‖model) per position in nats, fp32, times temperature² (Hinton et al. 2015, section
-    2), or that of each position; both logits have the shape `(..., vocab)`.
+def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
+    """Mean divergence KL(teacher‖model) per position in nats, fp32, or that of each position; both logits have the
+    shape `(..., vocab)`.
     """
-    student_log, teacher_log = (
-        torch.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher.detach())
-    )
-    each = (teacher_log.exp() * (teacher_log - student_log)).sum(-1) * temperature**2
+    student_log, teacher_log = (values.float().log_softmax(-1) for values in (logits, teacher.detach()))
+    each = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     return each.mean() if mean else each
 
 

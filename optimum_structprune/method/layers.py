@@ -163,6 +163,50 @@ def capture(
     return first[0], calls, alone
 
 
+class ResidualPaths:
+    """How what modules write comes into the output of their layer: times a gain, which is the same in all layers, or
+    on a path of another kind, which `find_other` finds. Each is found by noise when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self.gains: dict[str, float | None] = {}
+        self.find_other: Callable[[InMemory, int, str], Any] | None = None
+        self.others: dict[tuple[int, str], Any] = {}
+
+    def of(self, source: InMemory, layer: int, name: str) -> Any:
+        """The path of a module of a layer, by its name there; None where it has none that is straight."""
+        if name not in self.gains:
+            self.gains[name] = gain_of(source, layer, name)
+        if (gain := self.gains[name]) is not None:
+            return Gain(gain)
+        if self.find_other is not None and (layer, name) not in self.others:
+            self.others[layer, name] = self.find_other(source, layer, name)
+        return self.others.get((layer, name))
+
+
+@torch.no_grad()
+def gain_of(source: InMemory, layer: int, name: str) -> float | None:
+    """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
+    module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
+    None where the output does not go straight into the residual stream.
+    """
+    # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
+    hidden, noise = source.hidden[0], noise_like(source.hidden[0])
+    plain = source.output(layer, 0)[:1].float()
+    with adding(source.module(layer).get_submodule(name), noise.expand(hidden.shape)):
+        change = (source.output(layer, 0)[:1].float() - plain).to(noise.device)
+    gain = float(source.ranks.agreed((change * noise).sum() / noise.square().sum()))
+    deviation = float(source.ranks.agreed((change - gain * noise).norm() / noise.norm()))
+    return gain if deviation < MAX_DEVIATION * abs(gain) else None
+
+
+def noise_like(hidden: Tensor) -> Tensor:
+    """Noise for the first sample of a batch, as large as the residual stream, so that rounding does not hide it."""
+    hidden = hidden[:1]
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    return noise * hidden.float().std()
+
+
 class InMemory:
     """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
 
@@ -200,10 +244,7 @@ class InMemory:
         self.calls: dict[int, list[Call]] = {}
         # What a layer returns beside hidden states; None where it returns them alone.
         self.extras: dict[int, tuple[Any, ...] | None] = {}
-        self.gains: dict[str, float | None] = {}
-        # What finds a path of another kind than a gain.
-        self.other_path: Callable[[InMemory, int, str], Any] | None = None
-        self.other_paths: dict[tuple[int, str], Any] = {}
+        self.paths = ResidualPaths()
         # The outputs of the present layer by batch, where it is fixed, and those of its parts.
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
@@ -321,14 +362,14 @@ class InMemory:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
         if self.error_feedback:
             tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
-        return tensors, {"gains": self.gains, "error_feedback": self.error_feedback}
+        return tensors, {"gains": self.paths.gains, "error_feedback": self.error_feedback}
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on from what another source over the same samples has reached."""
         for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
             for index, before in enumerate(stored):
                 stored[index] = tensors.get(f"{name}.{index}", before).to(before.device)
-        self.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
+        self.paths.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
 
     @contextmanager
     @torch.no_grad()
@@ -341,35 +382,7 @@ class InMemory:
 
     def residual_path(self, layer: int, module: str) -> Any:
         """How the output of a module comes into the output of its layer; None where it does not do so straight."""
-        gain = self.gain(layer, name := self._local(layer, module))
-        if gain is not None or self.other_path is None:
-            return None if gain is None else Gain(gain)
-        if (layer, name) not in self.other_paths:
-            self.other_paths[layer, name] = self.other_path(self, layer, name)
-        return self.other_paths[layer, name]
-
-    @torch.no_grad()
-    def gain(self, layer: int, name: str) -> float | None:
-        """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
-        module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
-        None where the output does not go straight into the residual stream. It is the same in all layers.
-        """
-        if name not in self.gains:
-            # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
-            hidden, noise = self.hidden[0], self.noise()
-            plain = self.output(layer, 0)[:1].float()
-            with adding(self.module(layer).get_submodule(name), noise.expand(hidden.shape)):
-                change = (self.output(layer, 0)[:1].float() - plain).to(noise.device)
-            gain = float(self.ranks.agreed((change * noise).sum() / noise.square().sum()))
-            deviation = float(self.ranks.agreed((change - gain * noise).norm() / noise.norm()))
-            self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None
-        return self.gains[name]
-
-    def noise(self) -> Tensor:
-        """Noise for the first sample, as large as the residual stream, so that rounding does not hide it."""
-        hidden = self.hidden[0][:1]
-        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-        return noise * hidden.float().std()
+        return self.paths.of(self, layer, self._local(layer, module))
 
     @property
     def device(self) -> torch.device:

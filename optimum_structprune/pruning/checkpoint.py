@@ -17,7 +17,7 @@ from ..system.resume import Resume
 
 
 if TYPE_CHECKING:
-    from .run import Run, Step
+    from .run import Run
 
 
 # Fields that may differ between a run that was stopped and the one that goes on; the text is compared by its hashes.
@@ -34,15 +34,12 @@ class LayerCheckpoint:
     """The layers of one run that are finished, in a folder."""
 
     def __init__(self, folder: Path, key: str):
-        self.resume = Resume(folder, key, "layer", every=True)
+        self.resume = Resume(folder, key, "layer")
 
     @classmethod
-    def of(cls, run: Run, step: Step) -> LayerCheckpoint | None:
-        """That of a step, in the folder that the config of a run names; None where it names none."""
-        folder = run.config.checkpoint_dir
-        if folder is None:
-            return None
-        checkpoint = cls(Path(folder), f"{run_key(run.data, run.model, step.target)}/{step.count}")
+    def of(cls, run: Run, folder: str, target: Widths) -> LayerCheckpoint:
+        """The one in a folder for a run with these widths; that of another run is refused."""
+        checkpoint = cls(Path(folder), run_key(run.data, run.model, target))
         run.report.details.resumed = checkpoint.resume.check() is not None
         return checkpoint
 

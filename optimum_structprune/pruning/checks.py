@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from ..config.pruning import BLOCK_INFLUENCE, EXPERT_CRITERIA, EXPERT_SCORES, StructPruneConfig
+from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
@@ -234,7 +234,7 @@ def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
     """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
-    if config.scored_by in EXPERT_CRITERIA.names():
+    if config.judges_experts:
         if others := [name for name in widths if name not in (EXPERT, VOCAB)]:
             raise StructPruneError(
                 f"criterion={config.criterion!r} judges whole experts, and nothing else; prune {EXPERT!r} in a run of "

@@ -243,7 +243,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
     if run.config.checkpoint_dir is not None:
         from .checkpoint import LayerCheckpoint
 
-        checkpoint = LayerCheckpoint.of(run, step)
+        checkpoint = LayerCheckpoint.of(run, run.config.checkpoint_dir, step.target)
     try:
         with run.report.timed("round 1"):
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))

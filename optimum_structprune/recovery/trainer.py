@@ -216,7 +216,7 @@ class DistillTrainer(Trainer):
         if self.teacher is not None and weight:
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher.logits(inputs).to(logits.device)
-            loss = loss + weight * divergence(logits, taught, float(self.recovery.temperature))
+            loss = loss + weight * divergence(logits, taught)
         self._check(loss.detach())
         return (loss, logits) if return_outputs else loss
 

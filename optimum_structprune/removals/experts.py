@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..arch.shrink import shrunk_config
-from ..config.pruning import EXPERT_CRITERIA
+from ..config.pruning import EXPERT_CRITERIA, EXPERT_SCORES
 from ..method.score import best_units
 from ..method.shrink import shrink_layer_
 from ..record.plan import Plan
@@ -27,7 +27,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     """
     with run.report.timed("experts"):
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
-        criterion = EXPERT_CRITERIA.get(run.config.experts_scored_by)
+        criterion = EXPERT_CRITERIA.get(run.config.scored_by if run.config.judges_experts else EXPERT_SCORES[0])
         source = run.data.source(model, arch, run.data.feedback)
         assert isinstance(source, WithExperts)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:

@@ -17,7 +17,7 @@ from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
 from ..config.pruning import BLOCK_INFLUENCE, LAYER_CRITERIA, REFITS, StructPruneConfig
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
-from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal
+from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
 from ..method.linalg import ridge_strength
 from ..method.score import best_units, check_scores
 from ..method.shrink import check_same, read_consumer, write_consumer_
@@ -96,7 +96,7 @@ def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) ->
     source = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None
     if not isinstance(source, InMemory):
         return None
-    source.other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+    source.paths.find_other = Norm.behind  # else a layer that normalises its outputs could make up for nothing
     return source
 
 
@@ -165,7 +165,7 @@ class Norm(NamedTuple):
         hidden, module = source.hidden[0], source.module(layer)
         vectors = [vector for vector, of in module.named_parameters() if of.shape == hidden.shape[-1:]]
         may = [vector.removesuffix(".weight") for vector in vectors if vector.endswith(".weight")]
-        noise = source.noise().expand(hidden.shape).to(next(module.parameters()))
+        noise = noise_like(hidden).expand(hidden.shape).to(next(module.parameters()))
         outputs: list[Tensor] = []
         behind: list[str] = []
 

@@ -38,14 +38,12 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
 
     course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
     dense = _dense_widths(run, step.target)
-    held, missed = course[rounds.done - 1] if rounds.done else dense, None
-    for widths in course[rounds.done :]:
+    held, missed = dense, None
+    for widths in course:
         if not holds(widths):
             missed = widths
             break
         held = widths
-        rounds.finish()
-    # The halvings begin again after a kill; only the rounds before them are remembered.
     if missed is not None:
         held = _halved(run, held, missed, holds)
     rounds.pruning.restore_(state[0])

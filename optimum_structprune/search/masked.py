@@ -242,7 +242,7 @@ class MaskedPruning:
         return Snapshot(dict(self.keep), values)
 
     def restore_(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
+        """Go back to a snapshot."""
         self.keep = dict(snapshot.keep)
         self.consumers.restore_(snapshot.consumers)
 
@@ -250,12 +250,6 @@ class MaskedPruning:
         """Make the model dense again, unless units have been removed for good."""
         if not self.shrunk:
             self.consumers.undo_()
-
-    def forget_(self, layers: Iterable[int]) -> None:
-        """Take note that layers have lost their removed units for good."""
-        for layer in layers:
-            self.shrunk = True
-            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.consumers)
 
     def _units(self, space: Space) -> Sequence[int]:
         """The units of a space that no earlier round has removed."""

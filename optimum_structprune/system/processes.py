@@ -169,7 +169,8 @@ def _dist() -> Any:
 
 
 def _initialized() -> bool:
-    return "torch.distributed" in sys.modules and _dist().is_available() and _dist().is_initialized()
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def _rank_and_count() -> tuple[int, int]:

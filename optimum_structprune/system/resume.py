@@ -21,27 +21,24 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """What a store holds: how many rounds, layers or steps are finished, values as JSON gives them back (text as keys,
-    lists for tuples), the tensors of the last of them, and those of this process alone.
+    """What a store holds: how many layers are finished, values as JSON gives them back (text as keys, lists for
+    tuples), and the tensors of this process alone.
     """
 
     number: int
     values: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     local: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A folder that remembers how far one run has come with one kind of work, such as `round` or `layer`: the state,
-    which names its files, replaces the former one in one step. `key` tells runs apart, and `every` says whether
-    tensors of all numbers are needed again.
+    """A folder that remembers how far one run has come with one kind of work, such as `layer`: the state, which
+    names its files, replaces the former one in one step. `key` tells runs apart.
     """
 
     folder: Path
     key: str
     kind: str
-    every: bool = False
 
     def save(
         self,
@@ -50,9 +47,11 @@ class Resume:
         tensors: Mapping[str, Tensor] | None = None,
         local: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep what `number` rounds, layers or steps have reached; `local` differs from process to process."""
-        state = {"key": self.key, "number": number, "values": values, "tensors": tensors is not None}
-        state["processes"] = None if local is None else process_count()
+        """Keep what `number` layers have reached: `tensors` beside those of the layers before, and `local`, which
+        differs from process to process, in the place of the former one.
+        """
+        processes = None if local is None else process_count()
+        state = {"key": self.key, "number": number, "values": values, "processes": processes}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if local is not None:
@@ -78,9 +77,8 @@ class Resume:
         if state is not None:
             number = int(state["number"])
             with self.readable():
-                tensors = load_file(self._shared(number)) if state["tensors"] else {}
                 local = {} if state["processes"] is None else load_file(self._local(number))
-                saved = Saved(number, dict(state["values"]), tensors, local)
+                saved = Saved(number, dict(state["values"]), local)
         wait_for_all()  # before the first process writes again
         return saved
 
@@ -104,7 +102,7 @@ class Resume:
         return state
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were saved with a number, where those of every number are kept."""
+        """The tensors that were saved with a number."""
         with self.readable():
             return load_file(self._shared(number))
 
@@ -130,10 +128,9 @@ class Resume:
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
 
     def _remove_older(self, number: int) -> None:
-        shared = "?" if process_index() == 0 and not self.every else ""
-        ours = re.compile(rf"{self.kind}-\d+(-{process_index()}-of-{process_count()}){shared}\.safetensors")
+        ours = re.compile(rf"{self.kind}-\d+-{process_index()}-of-{process_count()}\.safetensors")
         for path in [*self.folder.iterdir()]:
-            if ours.fullmatch(path.name) and path not in (self._local(number), self._shared(number)):
+            if ours.fullmatch(path.name) and path != self._local(number):
                 path.unlink()
 
 

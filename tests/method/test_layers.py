@@ -13,7 +13,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.config.pruning import EXPERT_CRITERIA
-from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, run_model
+from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, gain_of, run_model
 from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.removals.layers import Norm
 from optimum_structprune.sources import data as calibration_data
@@ -196,7 +196,7 @@ def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, ml
     arch = describe(model)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
     name = arch.of("mlp")[0].consumers[0].module.removeprefix(arch.layer_prefix(0))
-    gain = source.gain(0, name)
+    gain = gain_of(source, 0, name)
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
 
 
@@ -207,7 +207,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     norm = layer_list(model, arch)[0].post_feedforward_layernorm
     nn.init.normal_(norm.weight, 1.0, 0.3)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
-    source.other_path, source.hidden = Norm.behind, [hidden + 0.5 for hidden in source.hidden]
+    source.paths.find_other, source.hidden = Norm.behind, [hidden + 0.5 for hidden in source.hidden]
     source.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
     path = source.residual_path(0, space.consumers[0].module)
@@ -263,7 +263,7 @@ def test_the_gain_does_not_depend_on_the_size_of_a_batch():
     gains = []
     for size in (1, 2, len(ids)):
         source = InMemory(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
-        gains.append(source.gain(0, name))
+        gains.append(gain_of(source, 0, name))
     assert gains[0] is not None and gains[0] != 1
     assert gains == [pytest.approx(gains[0], rel=1e-6)] * 3
 

@@ -94,8 +94,8 @@ def test_a_criterion_that_fails_in_a_later_layer_and_a_checkpoint_that_cannot_be
     prune = in_place(criterion="wanda", rounds=2, refit="bias")
     assert_refused(prune, build("llama-tied"), "'wanda' has to give 40 finite scores.*NaN", tmp_path)
     monkeypatch.setattr(resume, "save_file", Mock(side_effect=OSError("no space left on device")))
-    prune = in_place(rounds=2, refit="bias", checkpoint_dir=str(tmp_path / "rounds"))
-    assert_refused(prune, build("llama-tied"), "Round 1 could not be saved.*no space left", tmp_path / "model")
+    prune = in_place(refit="bias", checkpoint_dir=str(tmp_path / "layers"))
+    assert_refused(prune, build("llama-tied"), "Layer 1 could not be saved.*no space left", tmp_path / "model")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])

@@ -242,7 +242,7 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
 
 
 def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, monkeypatch):
-    fields = {"widths": {"vocab": 320, "mlp": 24}, "rounds": 2}
+    fields = {"widths": {"vocab": 320, "mlp": 24}}
     expected, whole = pruned(**fields)
     runs = [pruned(quantized(Reversible(), text_model()), **fields), pruned(checkpoint_dir=str(tmp_path), **fields)]
     monkeypatch.setattr(Resume, "save", None)  # nothing is made again

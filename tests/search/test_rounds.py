@@ -2,13 +2,11 @@
 
 import json
 from math import isnan
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, count_hooks, data_of, pruned_on, same_weights
+from helpers import count_hooks, data_of, pruned_on
 from models import build, config, tokenizer
-from safetensors.torch import save_file
 from trained import STORIES, needs_shared, stories_config, stories_model
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner
@@ -17,7 +15,6 @@ from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.domains.load import load_domains, split_samples
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.pruning.measure import Measure
-from optimum_structprune.search import rounds
 from optimum_structprune.sources.data import CalibrationData
 
 
@@ -30,42 +27,6 @@ def two_domains(**fields):
 def pruned(model, reader, settings):
     pruner = StructPruner(settings)
     return pruner.prune_model(model, reader), pruner
-
-
-@pytest.fixture
-def kill(monkeypatch):
-    """`kill(n)`: the process dies in the n-th round from now on, between two layers."""
-
-    def arm(count):
-        original = CalibrationData.source
-
-        def dying(self, model, arch, feedback=0.0, fixed=False):
-            nonlocal count
-            source = original(self, model, arch, feedback, fixed)
-            count -= not fixed
-            if count == 0 and not fixed:
-                source.advance = die
-            return source
-
-        monkeypatch.setattr(CalibrationData, "source", dying)
-
-    def die(layer):
-        raise Killed
-
-    return arm
-
-
-@pytest.fixture
-def titles(monkeypatch):
-    """The titles of all rounds that run, and how many layers of how many have gone by then."""
-    bar, shown = rounds.progress, []
-
-    def noted(*args, **how):
-        shown.append((how["desc"], how.get("initial"), how.get("total")))
-        return bar(*args, **how)
-
-    monkeypatch.setattr(rounds, "progress", noted)
-    return shown
 
 
 @needs_shared
@@ -148,67 +109,6 @@ def test_the_floor_is_held_and_a_further_step_would_not(fields):
             assert less <= width and not any(less < between < width for between in legal)
     assert small.num_parameters() < model.num_parameters() and count_hooks(small) == 0
     assert held and "the limit stopped it: the next narrower widths give perplexity stories x" in str(report)
-
-
-@pytest.mark.parametrize("fields", [
-    {"criterion": "random", "refit": "bias"},
-    {"criterion": "wanda", "widths": {"mlp": 20, "attention": 2}},
-    {"allocation": "global", "objective": "worst"},
-])  # fmt: skip
-def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
-    settings = {"rounds": 3, "num_samples": 8, "round_to": 4, **fields}
-    model, reader = build("llama-tied"), tokenizer()
-    whole, expected = pruned(model, reader, config(**settings, checkpoint_dir=str(tmp_path / "a")))
-    kill(2)
-    again = config(**settings, checkpoint_dir=str(tmp_path / "b"))
-    with pytest.raises(Killed):
-        pruned(model, reader, again)
-    kill(0)
-    titles.clear()
-    resumed, pruner = pruned(model, reader, again)
-    assert titles == [("round 2/3", 2, 6), ("round 3/3", 4, 6)]
-    assert pruner.plan == expected.plan and same_weights(resumed, whole)
-    assert pruner.report.rounds == expected.report.rounds
-
-
-UNDER_A_FLOOR = {"rounds": 4, "max_perplexity_ratio": 1.6, "round_to": 8, "objective": "worst"}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A run under a floor that nothing has killed: the model, the pruner and the names in its folder."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    whole, expected = pruned(*stories_model(), two_domains(**UNDER_A_FLOOR, checkpoint_dir=str(folder)))
-    assert [entry["holds"] for entry in expected.report.rounds] == [True, False, True, False]
-    return whole, expected, {path.name for path in folder.iterdir()}
-
-
-@needs_shared
-@pytest.mark.parametrize("last", [3, *(pytest.param(last, marks=pytest.mark.nightly) for last in (2, 4))])
-def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, uninterrupted, tmp_path, kill):
-    whole, expected, names = uninterrupted
-    model, reader = stories_model()
-    again = two_domains(**UNDER_A_FLOOR, checkpoint_dir=str(tmp_path))
-    kill(last)
-    with pytest.raises(Killed):
-        pruned(model, reader, again)
-    kill(0)
-    resumed, pruner = pruned(model, reader, again)
-    assert pruner.plan == expected.plan and same_weights(resumed, whole)
-    assert pruner.report.rounds == expected.report.rounds
-    assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def test_a_checkpoint_without_its_tensors_is_refused(tmp_path, kill):
-    settings = config(rounds=2, checkpoint_dir=str(tmp_path))
-    kill(2)
-    with pytest.raises(Killed):
-        pruned(build("llama-tied"), tokenizer(), settings)
-    kill(0)
-    for damage in (lambda path: save_file({"other": torch.zeros(1)}, path), Path.unlink):
-        damage(tmp_path / "round-1.safetensors")
-        with pytest.raises(StructPruneError, match="is not a readable checkpoint .*; remove it to start anew"):
-            pruned(build("llama-tied"), tokenizer(), settings)
 
 
 @pytest.mark.parametrize("narrowest", [25, 30, 33, 39])

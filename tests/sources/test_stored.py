@@ -94,7 +94,7 @@ def test_rounds_refit_from_the_dense_weights(stats):
 
 
 def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
-    fields = {"rounds": 3, "widths": {"mlp": 9}, "checkpoint_dir": str(tmp_path / "rounds")}
+    fields = {"widths": {"mlp": 9, "attention": 2}, "checkpoint_dir": str(tmp_path / "layers")}
     expected, model = pruned(stats, **{**fields, "checkpoint_dir": None})
     moments, calls = Stored.moments, []
 

@@ -21,35 +21,34 @@ def tensors(number):
     return {"weight": torch.full((20, 20), float(number)), "bias": torch.full((3,), number, dtype=torch.bfloat16)}
 
 
-def store(folder, key="key", **how):
-    return Resume(folder, key, "round", **how)
+def store(folder, key="key"):
+    return Resume(folder, key, "layer")
 
 
-def save(folder, number, **how):
-    store(folder, **how).save(number, {**VALUES, "number": number}, tensors(number), {"own": torch.ones(number)})
+def save(folder, number):
+    store(folder).save(number, {**VALUES, "number": number}, tensors(number), {"own": torch.ones(number)})
 
 
-def assert_holds(folder, number, **how):
-    saved = store(folder, **how).load()
+def assert_holds(folder, number):
+    saved = store(folder).load()
     assert (saved.number, saved.values) == (number, {**VALUES, "number": number})
-    assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in tensors(number).items())
+    for past in range(1, number + 1):
+        found = store(folder).tensors(past)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors(past).items())
     assert torch.equal(saved.local["own"], torch.ones(number))
 
 
-def test_what_was_saved_last_is_what_is_loaded(tmp_path):
+def test_what_was_saved_last_is_what_is_loaded_and_each_layer_stays(tmp_path):
     assert store(tmp_path / "run").load() is None
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "round-notes.safetensors").write_text("of the user")
+    (tmp_path / "run" / "layer-notes.safetensors").write_text("of the user")
     for number in (1, 2, 3):
         save(tmp_path / "run", number)
         assert_holds(tmp_path / "run", number)
-        names = {path.name for path in (tmp_path / "run").iterdir()} - {"round-notes.safetensors"}
-        assert names == {"round.json", f"round-{number}.safetensors", f"round-{number}-0-of-1.safetensors"}
-        save(tmp_path / "all", number, every=True)
-    for number in (1, 2, 3):
-        assert torch.equal(store(tmp_path / "all", every=True).tensors(number)["weight"], tensors(number)["weight"])
-    assert len(list((tmp_path / "all").glob("*-of-1.safetensors"))) == 1
-    assert (tmp_path / "run" / "round-notes.safetensors").read_text() == "of the user"
+        names = {path.name for path in (tmp_path / "run").iterdir()} - {"layer-notes.safetensors"}
+        tensors_of_each = {f"layer-{past}.safetensors" for past in range(1, number + 1)}
+        assert names == {"layer.json", f"layer-{number}-0-of-1.safetensors", *tensors_of_each}
+    assert (tmp_path / "run" / "layer-notes.safetensors").read_text() == "of the user"
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -67,20 +66,20 @@ def test_a_kill_between_any_two_writes_leaves_what_was_saved(after, tmp_path, mo
                 pass
         loaded.append(store(folder).load().number)
         assert_holds(folder, loaded[-1])
-        # The run goes on from there: the round is made anew, or the next one follows.
+        # The run goes on from there: the layer is made anew, or the next one follows.
         save(folder, loaded[-1] + 1)
         assert_holds(folder, loaded[-1] + 1)
-        assert len(list(folder.glob("*.safetensors"))) == 2, "what a kill has left is gone after the next round"
+        assert len(list(folder.glob("*-of-1.safetensors"))) == 1, "what a kill has left is gone after the next layer"
     assert loaded == sorted(loaded) and set(loaded) == {1, 2} and count() >= 5
 
 
 def test_a_full_disk_and_half_written_files_leave_what_was_saved_before(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "round-2.safetensors").write_bytes(b"half")
-    (tmp_path / "round.json.new").write_text('{"key"')
+    (tmp_path / "layer-2.safetensors").write_bytes(b"half")
+    (tmp_path / "layer.json.new").write_text('{"key"')
     assert_holds(tmp_path, 1)
     for size in (0, 100, 1000):
-        with full_disk(size), pytest.raises(StructPruneError, match="Round 2 could not be saved.*before is intact"):
+        with full_disk(size), pytest.raises(StructPruneError, match="Layer 2 could not be saved.*before is intact"):
             save(tmp_path, 2)
         assert_holds(tmp_path, 1)
     save(tmp_path, 2)
@@ -92,26 +91,29 @@ def shortened(path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    damages = [(name, shortened) for name in ("round.json", "round-1.safetensors", "round-1-0-of-1.safetensors")]
-    texts = ("{", "[]", '{"key": "x"}')
-    for name, damage in [*damages, *(("round.json", lambda path, text=t: path.write_text(text)) for t in texts)]:
+    names, texts = ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"), ("{", "[]", '{"key": "x"}')
+    for name, damage in [
+        *((name, shortened) for name in names),
+        *(("layer.json", lambda path, t=t: path.write_text(t)) for t in texts),
+    ]:
         save(tmp_path, 1)
         damage(tmp_path / name)
-        with pytest.raises(StructPruneError, match="round.json is not a readable checkpoint .*; remove it to start"):
+        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start"):
             store(tmp_path).load()
+            store(tmp_path).tensors(1)
 
 
 def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(resume, "process_count", lambda: 2)
         save(tmp_path, 2)
-    with pytest.raises(StructPruneError, match="round 2 of a run with 2 processes.*run has 1; start 2, or remove"):
+    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1; start 2, or remove"):
         store(tmp_path).load()
 
 
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}, "criterion": "flap"},
-    "gemma2": {"rounds": 2, "objective": "worst"},
+    "gemma2": {"refit": "bias"},
     "mixtral": {"error_feedback": 0.25},
 }
 
@@ -160,13 +162,13 @@ def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
 
 
 def test_the_key_names_all_that_makes_a_run():
-    model, data = build("llama-tied"), data_of(config(rounds=2))
+    model, data = build("llama-tied"), data_of(config())
 
     def key(settings=data.config, of=model, domains=data.domains, target=24):
         return run_key(replace(data, config=settings, domains=domains), of, {"mlp": target})
 
     same = key()
-    assert key(config(rounds=2, batch_size=1, checkpoint_dir="elsewhere")) == same
+    assert key(config(batch_size=1, checkpoint_dir="elsewhere")) == same
     others = [
         key(config(rounds=3)),
         key(of=build("llama-tied", seed=1)),

@@ -369,11 +369,6 @@ class LearnedGates(Criterion):
                 "criterion='ddp' learns gates for widths that are known, or for one budget over all layers, and "
                 f"allocation={config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'."
             )
-        if config.rounds > 1 and config.checkpoint_dir is not None:
-            raise StructPruneError(
-                f"criterion='ddp' learns gates of the dense model once, and rounds={config.rounds} with "
-                "checkpoint_dir goes on with a model that is dense no more; leave out either."
-            )
         check_learnable(config, arch)
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:

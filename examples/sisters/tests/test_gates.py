@@ -245,7 +245,6 @@ DDP, LEARNED = {"criterion": "ddp"}, {"allocation": "learned", "round_to": 1}
         ("llama-tied", {**DDP, "widths": {"layer": 1}}, "gates on units inside the layers, and 'layer' is none"),
         ("mixtral", DDP, "criterion='ddp' learns gates on what a matrix reads, and the experts of 'mlp'"),
         ("llama-tied", {**DDP, "allocation": "global", "round_to": 1}, "use allocation='learned' or 'uniform'"),
-        ("llama-tied", {**DDP, "rounds": 2, "checkpoint_dir": "run"}, "rounds=2 with checkpoint_dir"),
     ],
 )
 def test_what_has_no_gates_is_refused_before_anything_runs(case, fields, message, tmp_path, monkeypatch):
