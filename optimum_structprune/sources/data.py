@@ -139,9 +139,13 @@ class CalibrationData:
     @property
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
-        counts = self._counts(self.shares)
-        parts = [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
-        return batches_of(list(map(_own, parts)), self.batch_size)
+        domains = self.domains
+        if self.config.reweights:
+            counts = self._counts(self.shares)
+            domains = [domain.portion(count) for domain, count in zip(domains, counts, strict=True)]
+        if process_count() > 1:
+            domains = [_own(domain) for domain in domains]
+        return batches_of(domains, self.batch_size)
 
     def portion(self, tokens: int) -> CalibrationData:
         """The evidence cut to at most `tokens` tokens, as many samples in each domain; stored moments stay."""
@@ -192,17 +196,16 @@ class CalibrationData:
         """The record of what was calibrated on, in rounds with these shares of the domains."""
         if self.statistics is not None:
             return self.statistics.manifest(self.domains)
-        counts = [self._counts(shares) for shares in [*rounds] or [self.shares]]
-        used = [
-            replace(domain.portion(max(of)), spare=None, weight=share)
-            for domain, share, *of in zip(self.domains, self.shares, *counts, strict=True)
-        ]
+        domains = self.domains
+        if self.config.reweights:
+            counts = zip(*(self._counts(shares) for shares in [*rounds] or [self.shares]), strict=True)
+            domains = [domain.portion(max(of)) for domain, of in zip(domains, counts, strict=True)]
+        used = [replace(of, spare=None, weight=share) for of, share in zip(domains, self.shares, strict=True)]
         return Manifest.of(self.config, used, tokenizer)
 
     def _counts(self, shares: Sequence[float]) -> list[int]:
-        """The number of samples that a round with these shares runs, by domain."""
-        counts = [len(domain.samples) for domain in self.domains]
-        return split_samples(sum(counts), shares) if self.config.reweights else counts
+        """The number of samples that a round with these shares runs, by domain, where they change between rounds."""
+        return split_samples(sum(len(domain.samples) for domain in self.domains), shares)
 
 
 def method_of(
