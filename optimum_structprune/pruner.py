@@ -176,7 +176,7 @@ class StructPruner:
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
-        residual stream, then units inside the layers, in `config.rounds` rounds.
+        residual stream, then units inside the layers.
 
         Args:
             arch: The description of the dense model, or once tokens have gone, of the model without them.
@@ -187,19 +187,16 @@ class StructPruner:
         for kind in WHOLE_MODEL:
             if kind in widths:
                 target = {kind: widths[kind]}
-                steps += Step.toward(kind, self._schedule(arch, target) if kind == LAYER else [target])
+                steps += [Step(kind, each) for each in (self._rounds(arch, target) if kind == LAYER else [target])]
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside and self.config.max_perplexity_ratio is not None:
-            steps += Step.toward(LIMIT, [inside])
+            steps.append(Step(LIMIT, inside))
         elif inside:
-            schedule = self._schedule(arch, inside)
-            steps += Step.toward(UNITS if len(schedule) == 1 else ROUNDS, schedule)
+            steps.append(Step(UNITS if self.config.rounds == 1 else ROUNDS, inside))
         return steps
 
-    def _schedule(self, arch: ArchSpec, widths: Widths) -> Sequence[Widths]:
-        """The widths after each round."""
-        if self.config.rounds == 1:
-            return [widths]
+    def _rounds(self, arch: ArchSpec, widths: Widths) -> Sequence[Widths]:
+        """The widths after each round that takes out layers."""
         from .widths.schedule import round_widths
 
         return round_widths(self.config, arch, widths)
@@ -210,8 +207,7 @@ class StructPruner:
             module, name = REMOVERS[step.kind].split(":")
             remove_ = getattr(import_module(f".{module}", __package__), name)
             run.plan = run.plan.then(remove_(run, step))
-        if not run.is_masked:
-            run.arch = run.described()
+        run.arch = run.described()
 
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,41 +39,24 @@ ROUNDS = "rounds"
 LIMIT = "limit"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of calibrate → score → remove, the `number`-th (from 1) of `count` steps of the same `kind`. It ends
-    at `widths`, and the last of them at `target`.
-    """
+class Step(NamedTuple):
+    """One step of calibrate → score → remove, of a kind in `pruner.REMOVERS`: it ends at `widths`."""
 
     kind: str
     widths: Widths
-    target: Widths
-    number: int = 1
-    count: int = 1
-
-    @property
-    def last(self) -> bool:
-        """Whether it is the last step of its kind."""
-        return self.number == self.count
-
-    @classmethod
-    def toward(cls, kind: str, course: Sequence[Widths]) -> list[Step]:
-        """The steps of a kind that end at these widths, one after the other."""
-        return [cls(kind, widths, course[-1], number, len(course)) for number, widths in enumerate(course, start=1)]
 
 
 class Run:
     """What the steps of one pruning share.
 
-    As a context, it makes sure that an error leaves no model behind that looks finished: what was only masked is
-    undone; a model that has begun to shrink in place refuses to be saved, and the error is an `InPlaceError`.
+    As a context, it makes sure that an error leaves no model behind that looks finished: a model that has begun to
+    shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
         arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
-        rounds: The `Rounds` that have begun and have not ended; None between them.
         counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -99,7 +80,6 @@ class Run:
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
-        self.rounds: Any = None  # the file of `Rounds` imports this one
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
@@ -109,11 +89,6 @@ class Run:
     def config(self) -> StructPruneConfig:
         """The config of the calibration data."""
         return self.data.config
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether units may be masked that have not been removed: between the first of several rounds and the last."""
-        return self.rounds is not None
 
     def described(self) -> ArchSpec:
         """The description of the model as it is now."""
@@ -203,11 +178,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        if self.rounds is not None:
-            self.rounds.undo_()
-        if not (self.inplace and self.changed):
+        if error is None or not (self.inplace and self.changed):
             return
         reason = str(error) or type(error).__name__
         text = f"Pruning stopped ({reason}), and the model had already begun to change: load it again."
@@ -235,13 +206,13 @@ def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
 def prune_units_(run: Run, step: Step) -> Plan:
     """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
     model, arch, data = run.model, run.arch, run.data
-    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.target))
+    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.widths))
     keep: dict[tuple[int, str], tuple[int, ...]] = {}
     checkpoint = None
     if run.config.checkpoint_dir is not None:
         from .checkpoint import LayerCheckpoint
 
-        checkpoint = LayerCheckpoint.of(run, run.config.checkpoint_dir, step.target)
+        checkpoint = LayerCheckpoint.of(run, run.config.checkpoint_dir, step.widths)
     try:
         with run.report.timed("round 1"):
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))

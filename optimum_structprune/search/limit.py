@@ -20,7 +20,7 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
     """Run rounds while the perplexity of every domain is at most `max_perplexity_ratio` times the dense one; then
     halve the distance between the last widths that hold this limit and the first that do not.
     """
-    rounds = run.rounds = Rounds(run, step)
+    rounds = Rounds(run, step.widths)
     limit = run.config.max_perplexity_ratio or 0.0
     state = rounds.pruning.snapshot(), run.data
 
@@ -36,27 +36,26 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
             state = rounds.pruning.snapshot(), run.data
         return held
 
-    course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
-    dense = _dense_widths(run, step.target)
+    course = legal_round_widths(run.config, run.arch, run.model.config, step.widths)
+    dense = _dense_widths(run, step.widths)
     held, missed = dense, None
-    for widths in course:
-        if not holds(widths):
-            missed = widths
-            break
-        held = widths
-    if missed is not None:
-        held = _halved(run, held, missed, holds)
-    rounds.pruning.restore_(state[0])
-    if held == dense:
-        last = run.report.rounds[-1]
-        name, ratio = worst_ratio(last["perplexity_ratio"])
-        raise StructPruneError(
-            f"max_perplexity_ratio={limit} is not held by domain {name!r} even with widths {last['widths']}, the "
-            f"nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller round_to."
-        )
-    plan = rounds.remove_masked_(held)
-    run.rounds = None
-    return plan
+    with rounds.undone_by_errors():
+        for widths in course:
+            if not holds(widths):
+                missed = widths
+                break
+            held = widths
+        if missed is not None:
+            held = _halved(run, held, missed, holds)
+        rounds.pruning.restore_(state[0])
+        if held == dense:
+            last = run.report.rounds[-1]
+            name, ratio = worst_ratio(last["perplexity_ratio"])
+            raise StructPruneError(
+                f"max_perplexity_ratio={limit} is not held by domain {name!r} even with widths {last['widths']}, the "
+                f"nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller round_to."
+            )
+        return rounds.remove_masked_(held)
 
 
 def _halved(run: Run, held: Widths, missed: Widths, holds: Callable[[Widths], bool]) -> Widths:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
@@ -15,32 +16,44 @@ from ..record.plan import Plan
 from ..removals.cut import shrink_
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
+from ..widths.schedule import round_widths
 from .masked import MaskedPruning
 
 
 def prune_in_rounds_(run: Run, step: Step) -> Plan:
-    """One round: mask units, or in the last one remove all that are masked."""
-    rounds: Rounds = run.rounds or Rounds(run, step)
-    run.rounds = rounds
-    smaller = shrunk_skeleton(run.model, run.arch, step.widths, rounds.biased) if step.last else None
-    rounds.run_(step.widths, smaller)
-    rounds.record(step.widths, {} if step.last else rounds.ratios())
-    if smaller is None:
-        return Plan(run.arch.model_type, {})
+    """Bring all layers to the widths of a step in several rounds: the last removes all that is masked, each layer as
+    soon as it is finished.
+    """
+    rounds = Rounds(run, step.widths)
+    *masking, last = round_widths(run.config, run.arch, step.widths)
+    smaller = shrunk_skeleton(run.model, run.arch, last, rounds.biased)
+    with rounds.undone_by_errors():
+        for widths in masking:
+            rounds.run_(widths)
+            rounds.record(widths, rounds.ratios())
+        rounds.run_(last, smaller)
+        rounds.record(last, {})
     adopt_config_(run.model, smaller)
-    run.rounds = None
     return rounds.pruning.plan
 
 
 class Rounds:
-    """The rounds of one pruning inside the layers, up to the one that shrinks the model; `begun` counts them."""
+    """The rounds of one pruning inside the layers; `begun` counts them."""
 
-    def __init__(self, run: Run, step: Step):
+    def __init__(self, run: Run, widths: Widths):
         self.run, self.arch = run, run.arch
-        self.total = max(step.count, run.config.rounds)
-        self.biased = biased_spaces(run.config, run.arch, step.target)
+        self.biased = biased_spaces(run.config, run.arch, widths)
         self.pruning = MaskedPruning(run.model, run.arch, run.config)
         self.begun = 0
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """Have an error inside `with` make the model dense again, unless it has lost units for good."""
+        try:
+            yield
+        except BaseException:  # Ctrl-C too
+            self.pruning.undo_()
+            raise
 
     def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
         """Run a round: it only masks units, or with the `smaller` model without weights lets each layer lose them as
@@ -48,7 +61,7 @@ class Rounds:
         """
         run, pruning, count = self.run, self.pruning, self.arch.num_layers
         self.begun += 1
-        number, total = self.begun, max(self.begun, self.total)
+        number, total = self.begun, max(self.begun, run.config.rounds)
         try:
             with run.report.timed(f"round {number}"):
                 method, source = pruning.method(run.data), run.data.source(run.model, self.arch, run.data.feedback)
@@ -66,10 +79,6 @@ class Rounds:
         with same_outputs("The model", self.run.model):
             shrink_(self.run.model, self.arch, self.pruning.plan, widths, self.biased)
         return self.pruning.plan
-
-    def undo_(self) -> None:
-        """Make the model dense again, unless it has lost units for good."""
-        self.pruning.undo_()
 
     def ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""

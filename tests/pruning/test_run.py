@@ -20,7 +20,7 @@ from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.removals import channels, cut, experts, layers
 from optimum_structprune.search import masked as masked_pruning
-from optimum_structprune.search.masked import Consumers
+from optimum_structprune.search.masked import Consumers, MaskedPruning
 from optimum_structprune.system import resume
 
 
@@ -63,20 +63,23 @@ def test_a_limit_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("case", "refit"), [("llama-tied", "least_squares"), ("llama-bias", "bias"), ("gpt_oss", "bias")]
 )
-def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit, tmp_path):
+def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit, monkeypatch, tmp_path):
     model = build(case)
     last = describe(model).of("mlp")[-1]
     model.get_parameter(last.producers[0].param).data[..., -1] = float("nan")
-    masked = []
+    masked, undo = [], MaskedPruning.undo_
+
+    def noted(self):
+        masked.append(deepcopy(self.model))
+        undo(self)
+
+    monkeypatch.setattr(MaskedPruning, "undo_", noted)
 
     def prune(model):
         data = data_of(config(refit=refit, rounds=2))
         with Run(model, describe(model), data) as run:
             for step in StructPruner(data.config).steps(run.arch, run.model, {"mlp": 24}):
-                try:
-                    StructPruner(data.config).apply_step_(run, step)
-                finally:
-                    masked.append(deepcopy(model))
+                StructPruner(data.config).apply_step_(run, step)
 
     assert_refused(prune, model, "NaN or infinite activations at model.layers.1.mlp", tmp_path)
     assert len(masked) == 1 and not same_weights(masked[0], model)
