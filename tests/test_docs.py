@@ -94,6 +94,12 @@ def inputs(tmp_path_factory):
     routed = {**GROUPED, "vocab_size": len(tokenizer), "num_experts": 64, "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), tokenizer):
         saved.save_pretrained(folder / "allenai" / "OLMoE-1B-7B-0924")
+    # Rows without a token go first, so that a quarter of this model can go.
+    wide = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{**GROUPED, "vocab_size": 600, "max_position_embeddings": 1024})
+    )
+    for saved in (wide, tokenizer):
+        saved.save_pretrained(folder / "google" / "gemma-3-270m")
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))

@@ -39,7 +39,7 @@ MOST_USED = "--config sparsity widths targets domains num_samples --recover --dt
 GROUPS = {
     "most used": MOST_USED,
     "how much goes": "budget max_perplexity_ratio rounds round_to min_width --cost",
-    "what goes": "allocation criterion skip_layers keep_tokens arch_file",
+    "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text stats objective seed",
     "training afterwards": "--recovery-tokens recovery",
     "output": "--resume --base-model --license --push-to-hub --private --no-save --json --quiet",

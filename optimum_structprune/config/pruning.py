@@ -1,7 +1,7 @@
 """What to remove and how: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,9 +50,30 @@ LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune
 # The criteria that score whole experts, and nothing else; the first is the default.
 EXPERT_SCORES = ("reap_sum", "reap", "reap_normalised")
 EXPERT_CRITERIA: Registry[Any] = Registry("expert criterion", "optimum_structprune.expert_criteria", EXPERT_SCORES)
+# The languages of which there are texts, by their codes (ISO 639-1).
+LANGUAGES = {
+    "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "de": "German", "el": "Greek", "en": "English",
+    "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
+    "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "nl": "Dutch", "pl": "Polish",
+    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "ta": "Tamil", "th": "Thai",
+    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
 CACHE = "cache_bytes_per_token"
 BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
+
+
+def _codes(languages: Sequence[str]) -> list[str]:
+    return [code.strip().lower() for of in languages for code in of.split(",")]
+
+
+def _known_languages(value: Sequence[str] | None) -> None:
+    """Languages by their codes, one or several with commas in each string; None for those that the text shows."""
+    filled(value)
+    for code in _codes(value or ()):
+        if code not in LANGUAGES:
+            known = [f"{of} ({name})" for of, name in LANGUAGES.items()]
+            raise ValueError(f"has no language {code!r}.{did_you_mean(code, known)}")
 
 
 @config_class
@@ -79,6 +100,8 @@ class StructPruneConfig(Serialisable):
             and `attention` as far as the model has them, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
+        languages: The languages whose tokens stay longest where a vocabulary gets smaller (`vocab`), such as `de,en`.
+            None stands for those whose script the domains show, without the general text.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap_sum` is the
             default, and whole layers too.
@@ -144,6 +167,7 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
     keep_tokens: str | None = None
+    languages: tuple[str, ...] | list[str] | None = validated_field(_known_languages, default=None)
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
@@ -174,6 +198,8 @@ class StructPruneConfig(Serialisable):
     def __post_init__(self) -> None:
         self.targets = self.targets and tuple(self.targets)
         self.skip_layers = tuple(self.skip_layers)
+        if self.languages is not None:
+            self.languages = tuple(_codes(self.languages))
         if self.widths is not None:
             self.widths = {
                 name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width

@@ -90,7 +90,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains)
+    source = config.general_text or builtin_beside(domains) + ("-languages" if config.languages else "")
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 

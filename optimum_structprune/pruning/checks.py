@@ -373,7 +373,9 @@ def without_effect(config: StructPruneConfig, names: Collection[str], own_widths
     same = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
         "targets": (explicit, "widths names the spaces"),
-        "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
+        **dict.fromkeys(
+            ("keep_tokens", "languages"), (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths")
+        ),
         "round_to": (
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",

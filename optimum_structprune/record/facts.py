@@ -11,6 +11,7 @@ from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ..arch.spec import LAYER, MODEL, VOCAB
+from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
 from .text import plus_minus, spark_line, table, worst_ratio
 
@@ -24,8 +25,8 @@ PERCENT, RATIO = "percent", "ratio"
 ROUGH = " rough"
 # A share that was removed is warned of where it is off by more than this part of what was asked for.
 MOST_OFF = 0.1
-# So many scripts and languages are named, those first that lose most; a language loses where words take so much more.
-MOST_SHOWN, MORE_TOKENS = 6, 1.05
+# So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
+MOST_SHOWN, LOSES = 6, 1.02
 # Tokens that the text never shows are named where they have more than this part of the parameters.
 LEAST_SHOWN = 0.01
 COUNTS = {
@@ -314,13 +315,29 @@ def languages(report: Mapping[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])
         others = f" and {len(scripts) - MOST_SHOWN} others" if len(scripts) > MOST_SHOWN else ""
         yield f"tokens that are gone, by script: {shown}{others}"
-    more = {code: of for code, of in (report.get("words") or {}).items() if of["after"] > MORE_TOKENS * of["before"]}
-    if more:
-        worst = sorted(more, key=lambda code: more[code]["before"] / more[code]["after"])
-        shown = ", ".join(
-            f"{code} {more[code]['before']:.1f} to {more[code]['after']:.1f}" for code in worst[:MOST_SHOWN]
-        )
-        yield f"a word takes more tokens in {len(more)} of {len(report['words'])} languages: {shown}"
+    yield from _cost_by_language(report.get("languages") or {})
+
+
+def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What fewer tokens cost the languages to keep, and those that the dense model knew: bits per byte, or tokens of
+    models that do not predict the next one.
+    """
+    if not by_code:
+        return
+    causal = any("known" in of for of in by_code.values())
+    ratios = {code: of["after"] / of["before"] for code, of in by_code.items()}
+    known = [code for code in sorted(ratios, key=lambda code: -ratios[code]) if by_code[code].get("known", True)]
+    losing = [code for code in known if ratios[code] > LOSES]
+    unit = "bits per byte of the same text" if causal else "tokens that the same text takes"
+
+    def shown(codes: Sequence[str]) -> str:
+        pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
+        return ", ".join(f"{name} {of['before']:.3g} to {of['after']:.3g}" for name, of in pairs)
+
+    if wanted := [code for code, of in by_code.items() if of["wanted"]]:
+        yield f"{unit} in the languages to keep: {shown(wanted)}"
+    loss = f"{unit} rise in {len(losing)}: {shown(losing[:MOST_SHOWN])}" if losing else "none loses"
+    yield f"of {len(known)} languages {'that the dense model knew' if causal else ''}, {loss}".replace(" ,", ",")
 
 
 def _by_name(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -127,7 +127,7 @@ class Report(Record):
     shapes: list[dict[str, Any]] = field(default_factory=list)
     answers: "Items" = field(default_factory=list)
     balances: list[dict[str, Any]] = field(default_factory=list)
-    words: dict[str, dict[str, float]] = field(default_factory=dict)
+    languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     changed: bool = False

@@ -29,7 +29,7 @@ from ..forward.metrics import evaluating
 from ..plain_json import append_line, whole_lines
 from ..system.processes import is_first_rank
 from ..system.stages import stage
-from ..vocabulary.languages import tokens_per_word
+from ..vocabulary.languages import tokens_by_language
 from .samples import Sample, answer_samples
 
 
@@ -38,7 +38,7 @@ QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
 # A prompt is not trained on if its words and those of a built-in question share this part of both (Jaccard).
 TOO_LIKE = 0.7
 MOST_OF_A_KIND = 400
-# Prompts of a language are asked where a word takes so many times the tokens of an English one at most.
+# Prompts of a language are asked where text takes so many times the tokens of the same in English at most.
 SPELT_OUT = 1.6
 # The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
 OPENING, LONGEST = 24, 128
@@ -53,7 +53,7 @@ Conversation = tuple[Sequence[int], Sequence[int]]
 
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
-    spelt, kinds = tokens_per_word(tokenizer), []
+    spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
     for entry in read_yaml(PROMPTS).values():
         if spelt[entry.get("language", "en")] <= SPELT_OUT * spelt["en"]:
             slots = [(form, dict.fromkeys(template_fields(form))) for form in entry["ask"]]

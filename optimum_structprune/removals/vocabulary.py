@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +17,8 @@ from ..domains.readers import note_reader
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
 from ..record.plan import Plan
-from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
-from ..vocabulary.languages import scripts_of, tokens_per_word
+from ..vocabulary.choose import Tokens, choosing_text, predicted_shares, removal_order, token_shares
+from ..vocabulary.languages import cost_by_language, known, scripts_of, tokens_by_language
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import budget_without_vocab, widths_of
 from .resize import drop_tokens_
@@ -43,9 +44,10 @@ def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callab
 
 def _removal_order(run: Run, tokens: Tokens) -> list[int]:
     """The ids of the tokens that may go, those first that the text needs least."""
-    domains, size = run.data.domains, tokens.vocabulary.size
-    predicted = predicted_shares(run.model, domains, size) if run.arch.causal else None
-    return removal_order(tokens.vocabulary, token_shares(domains, size), tokens.always, predicted)
+    assert run.dense_tokenizer is not None
+    size, text = tokens.vocabulary.size, choosing_text(run.config, run.data.domains, run.dense_tokenizer)
+    predicted = predicted_shares(run.model, text, size) if run.arch.causal else None
+    return removal_order(tokens.vocabulary, token_shares(text, size), tokens.always, predicted)
 
 
 def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneConfig, Widths]:
@@ -76,6 +78,8 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
         run.data = data.read_again(run.model, dense_tokenizer, tokenizer, run.seen)
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
+    with report.timed("languages"):
+        report.languages = _dense_languages(run)
     run.changed = True
     ids, tokens = few_inputs(run.model) % number, torch.tensor(kept)
     outputs = outputs_for(run.model, tokens[ids])
@@ -85,9 +89,32 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = run.described(), tokenizer
     note_reader(run.model, tokenizer)
-    before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)
-    report.words = {code: {"before": of, "after": after[code]} for code, of in before.items()}
     report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))
     run.counted = [Entry.of(domain, COUNTED) for domain in data.domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
         run.measure_anew()
+
+
+def _dense_languages(run: Run) -> dict[str, dict[str, Any]]:
+    """What the same text takes in each language before tokens go: first the languages to keep, then those of few
+    tokens.
+    """
+    assert run.dense_tokenizer is not None
+    wanted, causal, rows = run.config.languages or (), run.arch.causal, tokens_by_language(run.dense_tokenizer)
+    codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
+    costs = cost_by_language(run.model, run.dense_tokenizer, causal, codes)
+    knows = known(costs) if causal else None
+    return {
+        code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
+        for code, cost in costs.items()
+    }
+
+
+def compare_languages(run: Run) -> None:
+    """Enter what the same text takes the smaller model, in the languages that were measured before tokens went."""
+    by_code = run.report.languages
+    if by_code:
+        assert run.tokenizer is not None
+        with run.report.timed("languages"):
+            after = cost_by_language(run.model, run.tokenizer, run.arch.causal, by_code, seconds=inf)
+        run.report.languages = {code: {**by_code[code], "after": after[code]} for code in by_code if code in after}

@@ -19,11 +19,12 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
-from ..domains.packing import Domain
+from ..domains.packing import Domain, tokenize_with_prefix
+from ..domains.resolve import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from ..widths.budget import check_fewest_tokens, large_vocabulary
-from .languages import script
+from .languages import CHOOSING, script, texts
 from .tokens import Vocabulary, with_needs
 
 
@@ -35,6 +36,8 @@ GUESSED = 3.0
 ALIKE = 1000
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
+# The share of samples of the languages to keep, where a config names some, beside the text of the domains.
+LANGUAGES_SHARE = 0.5
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
 
@@ -150,6 +153,23 @@ def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vo
     if not kept:
         raise StructPruneError(f"keep_tokens={named!r} is no file, and as a regular expression fits no token.")
     return kept
+
+
+def choosing_text(
+    config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase
+) -> list[Domain]:
+    """The text that tokens are chosen by: that of the domains, without the general text beside those that the config
+    names, and samples of the languages to keep. The weights sum to 1.
+    """
+    own = domains if config.domains is None else domains[: len(resolve(config.domains))]
+    samples = {code: tokenize_with_prefix(texts(CHOOSING)[code], tokenizer) for code in config.languages or ()}
+    share = LANGUAGES_SHARE if samples else 0.0
+    scale = (1 - share) / sum(domain.weight for domain in own)
+    rows = {code: torch.tensor([ids]) for code, ids in samples.items()}
+    return [
+        *(replace(domain, weight=scale * domain.weight) for domain in own),
+        *(Domain(code, share / len(rows), ids, ids[:0]) for code, ids in rows.items()),
+    ]
 
 
 def token_shares(domains: Sequence[Domain], size: int) -> Tensor:

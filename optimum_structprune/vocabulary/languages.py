@@ -4,26 +4,70 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache, lru_cache
+from math import log
 from pathlib import Path
+from time import monotonic
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of
+from ..domains.packing import tokenize_with_prefix
+from ..forward.metrics import row_losses
 from .tokens import Vocabulary
 
 
-SENTENCES = Path(__file__).with_name("languages.txt")
-BREAK = "|"  # between words where the language writes no space
+# The files of text, a line for each language: the same text, on which languages are compared, and other text.
+SAME, CHOOSING = "languages", "samples"
+# After so many seconds, no further language is read by a model.
+SECONDS = 60.0
+# A model knows a language if it reads a text in at most so many times the bits of its best language.
+KNOWN = 2.0
 
 
-def tokens_per_word(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """How many tokens a word takes in a sentence of each of 30 languages, by the language's code."""
-    lines = [line.split(" ", 1) for line in SENTENCES.read_text("utf-8").splitlines() if not line.startswith("#")]
-    texts = [text.replace(BREAK, "") for _, text in lines]
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    words = [len(text.split(BREAK if BREAK in text else None)) for _, text in lines]
-    return {code: len(ids) / count for (code, _), ids, count in zip(lines, rows, words, strict=True)}
+@cache
+def texts(name: str = SAME) -> dict[str, str]:
+    """The text in each of 30 languages, by their codes, of a file: the same text, or `CHOOSING`, which tokens are
+    chosen by.
+    """
+    lines = Path(__file__).with_name(f"{name}.txt").read_text("utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def tokens_by_language(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The tokens of the same text in 30 languages, by the code of each, behind the token at the head of a text."""
+    return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts().items()}
+
+
+def cost_by_language(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+    codes: Collection[str],
+    seconds: float = SECONDS,
+) -> dict[str, float]:
+    """What the same text takes a model in some languages, by their codes: bits per byte of a `causal` one, or tokens.
+    Those that are left when the time is over, or whose text is longer than the model reads, are left out.
+    """
+    rows, end = tokens_by_language(tokenizer), monotonic() + seconds
+    if not causal:
+        return {code: len(rows[code]) for code in codes}
+    costs = dict[str, float]()
+    for code in codes:
+        if len(rows[code]) <= positions_of(model) and monotonic() < end:
+            loss = float(row_losses(model, [torch.tensor(rows[code])]).sum())
+            costs[code] = loss / log(2) / len(texts()[code].encode())
+    return costs
+
+
+def known(bits: Mapping[str, float]) -> set[str]:
+    """The languages that a model knows, by the bits per byte that the same text takes in each: the whole text takes at
+    most twice the bits of the best language.
+    """
+    of_text = {code: of * len(texts()[code].encode()) for code, of in bits.items()}
+    return {code for code, of in of_text.items() if of <= KNOWN * min(of_text.values())}
 
 
 def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:

@@ -91,6 +91,8 @@ def test_round_trips(config, tmp_path_factory):
     ({"sparsity": 0.1, "losses_dir": "x"}, "allocation='uniform' measures none"),
     ({"sparsity": 0.2, "recovery": {"merge": False}}, "merge=False leaves an adapter"),
     ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
+    ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),
+    ({"sparsity": 0.2, "languages": []}, "'languages'.*at least one"),
     ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),
     ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the same name: a, a"),

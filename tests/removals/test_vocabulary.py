@@ -31,6 +31,7 @@ from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.trainer import load_teacher
 from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
+from optimum_structprune.vocabulary.languages import cost_by_language, tokens_by_language
 
 
 @cache
@@ -40,7 +41,7 @@ def reader():
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED):
-    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400, "max_position_embeddings": 256})
+    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400, "max_position_embeddings": 1024})
 
 
 def asking(**fields):
@@ -84,12 +85,26 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     card = (tmp_path / "1" / "README.md").read_text()
     assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
     assert 0 < pruner.report.scripts["LATIN"] <= 80
-    assert all(of["after"] >= of["before"] for of in pruner.report.words.values())
+    english = pruner.report.languages["en"]
+    assert english["known"] and not english["wanted"] and english["before"] > 0 < english["after"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
     with pytest.warns(UserWarning, match="another tokenizer"):
         prune_model(model, asking(), reader())
+
+
+def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_costs():
+    (without, _), (kept, small) = pruned(widths={"vocab": 300}), pruned(widths={"vocab": 300}, languages=["de,fi"])
+    tokens = [
+        sum(len(tokens_by_language(pruner.tokenizer)[code]) for code in ("de", "fi")) for pruner in (without, kept)
+    ]
+    assert tokens[1] < tokens[0]
+    assert [code for code, of in kept.report.languages.items() if of["wanted"]] == ["de", "fi"]
+    assert "bits per byte of the same text in the languages to keep: German " in str(kept.report)
+    assert "languages to keep" not in str(without.report)
+    after = cost_by_language(small, kept.tokenizer, True, kept.report.languages)
+    assert after == pytest.approx({code: of["after"] for code, of in kept.report.languages.items()})
 
 
 def test_the_report_says_what_of_a_large_vocabulary_the_text_has_no_use_for():

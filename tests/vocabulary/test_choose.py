@@ -10,18 +10,30 @@ from hypothesis import strategies as st
 from models import GROUPED, config, random_model, real_text_model, token_ids
 from transformers import AutoModelForCausalLM
 
+from optimum_structprune import DomainConfig
 from optimum_structprune.arch.load import ModelInfo
+from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.load import given_domains
+from optimum_structprune.domains.packing import Domain
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import (
     Tokens,
+    choosing_text,
     keep_tokens,
     predicted_shares,
     removal_order,
     token_shares,
     unread,
 )
-from optimum_structprune.vocabulary.languages import SENTENCES, script, scripts_of, tokens_per_word
+from optimum_structprune.vocabulary.languages import (
+    CHOOSING,
+    cost_by_language,
+    known,
+    script,
+    scripts_of,
+    texts,
+    tokens_by_language,
+)
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -102,6 +114,20 @@ def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
     assert shares.sum() == pytest.approx(1) and (shares > 0).all()
 
 
+def test_tokens_are_chosen_by_the_named_domains_and_samples_of_languages_and_not_by_general_text():
+    named, reader = [DomainConfig("a", "builtin:math"), DomainConfig("b", "preset:web")], real_text_model()[1]
+    ids = torch.zeros(4, 8).long()
+    domains = [Domain(name, weight, ids, ids) for name, weight in (("a", 0.3), ("b", 0.5), ("general", 0.2))]
+    for fields, weights in (
+        ({"domains": named}, {"a": 0.375, "b": 0.625}),
+        ({"domains": None}, {"a": 0.3, "b": 0.5, "general": 0.2}),
+        ({"domains": named, "languages": ["fi", "ta"]}, {"a": 0.1875, "b": 0.3125, "fi": 0.25, "ta": 0.25}),
+    ):
+        text = choosing_text(config(**fields), domains, reader)
+        assert {domain.name: domain.weight for domain in text} == pytest.approx(weights)
+    assert texts(CHOOSING)["ta"] in reader.decode(text[-1].samples[0])
+
+
 def test_a_tokenizer_is_left_with_what_is_chosen():
     vocabulary = Vocabulary.of(real_text_model()[1])
     number = (len(vocabulary.always) + vocabulary.size) // 2
@@ -114,18 +140,22 @@ def test_tokens_of_scripts_that_the_text_never_shows_are_counted():
     assert unread(WORDS, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 0])) == 4
 
 
-def test_a_word_takes_at_least_a_token_in_each_of_30_languages():
-    costs = tokens_per_word(real_text_model()[1])
-    assert len(costs) == 30
-    assert all(cost >= 1 for cost in costs.values())
-    assert costs["en"] < costs["fi"] < costs["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
+def test_every_language_that_a_config_may_name_has_both_texts_and_they_differ():
+    same, choosing = texts(), texts(CHOOSING)
+    assert [*same] == [*choosing] == [*LANGUAGES]
+    assert not {*same.values()} & {*choosing.values()}
+    assert len({script(text) for text in same.values()}) > 10
 
 
-def test_sentences_are_sorted_and_have_words_that_are_counted():
-    lines = [line.split(" ", 1) for line in SENTENCES.read_text("utf-8").splitlines()[1:]]
-    codes = [code for code, _ in lines]
-    assert codes == sorted(set(codes))
-    assert all(len(text.split("|" if "|" in text else None)) >= 6 for _, text in lines)
+def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_language():
+    model, tokenizer = real_text_model()
+    tokens = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
+    assert tokens["en"] < tokens["fi"] < tokens["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
+    bits = cost_by_language(model, tokenizer, True, ["en", "de", "ta"])
+    assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
+    assert known(bits) >= {"en"} == known({"en": 1.0, "de": 3.0})
+    assert cost_by_language(model, tokenizer, True, ["en"], seconds=0.0) == {}
+    assert cost_by_language(model, tokenizer, False, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
 
 
 def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
