@@ -67,6 +67,21 @@ def test_layers_of_different_widths(stories, tmp_path):
 
 
 @needs_shared
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_fewer_bits(stories, tmp_path, kind):
+    """llama.cpp, which rounds activations too, computes nearly what transformers makes of the same file."""
+    _, tokenizer, pruner = stories
+    model, _ = stories_model()
+    export_gguf(model, tmp_path / "out.gguf", tokenizer, dtype=kind)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    ids = tokenizer("One day, a bird saw a big tree. The bird was happy to sit in it and sing all day long.").input_ids
+    with torch.no_grad():
+        expected = read(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    (theirs,) = llama_cpp.ask(tmp_path / "out.gguf", ids=[ids])["logprobs"]
+    assert -sum(token["logprob"] for token in theirs) / len(theirs) == pytest.approx(expected, rel=0.02)
+
+
+@needs_shared
 def test_perplexity_in_16_bits(stories, tmp_path):
     model, tokenizer, _ = stories
     ids = tokenizer("One day, a bird saw a big tree. The bird was happy to sit in it and sing all day long.").input_ids

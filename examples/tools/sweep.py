@@ -80,7 +80,8 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
 def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, and a folder of something else, before a model is loaded."""
     loading, output = Loading.of(args), Path(args.output)
-    sizes = [loading.check(args.model, config)[1] for config in configs.values()]
+    checked = [loading.check(args.model, config) for config in configs.values()]
+    sizes = [small.num_parameters() * model.dtype.itemsize for model, small in checked]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if output.exists() and not (output / "size.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise StructPruneError(f"{output} holds something else than a sweep; name another output folder.")

@@ -42,7 +42,7 @@ GROUPS = {
     "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text stats objective seed",
     "training afterwards": "--recovery-tokens recovery",
-    "output": "--resume --base-model --license --push-to-hub --private --no-save --json --quiet",
+    "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
     "large models": "--offload batch_size checkpoint_dir losses_dir",
     "for experts": "",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.resolve import resolve
 from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
+from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
 from .arguments import pruning_config, recovery_config
 from .flags import FORM
@@ -53,17 +55,38 @@ def check_flags(args: Namespace) -> None:
             check_file(file, f"--{name} {file}", args.overwrite)
     if "form" in given:
         _check_form(args)
+    if given.get("gguf"):
+        _check_gguf(args)
     if {"output", "overwrite"} <= given.keys():
         kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
         kind(args.output, args.overwrite).check()
 
 
 def _check_form(args: Namespace) -> None:
+    if args.dtype in GGUF_TYPES:
+        if not args.output.endswith(GGUF):
+            raise StructPruneError(f"--dtype {args.dtype} is of files for llama.cpp; name a file OUT{GGUF}.")
+        check_gguf_type(args.dtype)
     if args.output.endswith(GGUF) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
         raise StructPruneError(
             f"Name a file OUT{GGUF} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
             f"for runtimes that take one width only. A padded folder can be written as OUT{GGUF} afterwards."
         )
+
+
+def _check_gguf(args: Namespace) -> None:
+    check_gguf_type(args.gguf)
+    if args.offload is not None:
+        raise StructPruneError(
+            f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit; leave "
+            f"out either, or run `structprune export {args.output} OUT{GGUF}` where there is room."
+        )
+    GGUFOutput(gguf_file(args.output, args.gguf), args.overwrite).check()
+
+
+def gguf_file(output: str, kind: str) -> str:
+    """The GGUF file that `--gguf` writes beside an output folder."""
+    return f"{os.path.normpath(output)}-{kind.upper()}{GGUF}"
 
 
 def _texts(config: Any) -> list[DomainConfig]:

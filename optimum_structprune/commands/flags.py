@@ -6,6 +6,7 @@ from argparse import SUPPRESS
 from collections.abc import Collection
 from typing import Any
 
+from ..saving.gguf_types import GGUF_TYPES
 from .arguments import SOURCES, Command, Flags, domain, whole, yaml_value
 
 
@@ -33,8 +34,6 @@ def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
 ARCH = {"--arch": named("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# GGUF's own names for the dtypes that a file can have.
-GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 LOADING: Flags = {
     "--dtype": choice("The dtype; auto is that of the files.", DTYPES, default="auto"),
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
@@ -106,6 +105,12 @@ COMMANDS = (
                 "The same, with this number of training tokens: short for --recovery tokens=N.",
                 type=lambda text: ("tokens", yaml_value(text)),
                 **{"dest": "recovery", "action": "append", "default": SUPPRESS},
+            ),
+            "--gguf": named(
+                "TYPE",
+                "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m where llama.cpp "
+                "is installed.",
+                type=str.lower,
             ),
             "--base-model": named("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
             "--license": named("ID", "Its licence, for the model card; by default what the dense model's card says."),
@@ -208,7 +213,11 @@ COMMANDS = (
             **OVERWRITE,
             **ARCH,
             **LOADING,
-            "--dtype": choice("The dtype; auto is that of the files.", (*DTYPES, *GGUF_DTYPES), default="auto"),
+            "--dtype": choice(
+                "The dtype; auto is that of the files. A GGUF file also takes llama.cpp's types.",
+                (*DTYPES, *GGUF_TYPES),
+                default="auto",
+            ),
         },
         reads_text=False,
     ),

@@ -123,9 +123,9 @@ class Loading:
         """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def check(self, name: str, config: StructPruneConfig, use: str = PRUNE) -> tuple[PreTrainedModel, int]:
-        """Refuse what a pruning or a calibration would refuse, before weights are loaded; the model without weights,
-        and the size of its weights once it is pruned.
+    def check(self, name: str, config: StructPruneConfig, use: str = PRUNE) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Refuse what a pruning or a calibration would refuse, before weights are loaded; the model without weights
+        as it is, and as it comes out where layers are alike.
         """
         model_config = self.config(name)
         with warnings.catch_warnings():
@@ -142,7 +142,7 @@ class Loading:
                 check_offloaded(config, placed, widths)
             check_room(config, placed, widths, inplace=True)
         small = shrunk_skeleton(found.plain_model, found.arch, widths, biased_spaces(config, found.arch, widths))
-        return found.plain_model, small.num_parameters() * found.plain_model.dtype.itemsize
+        return found.plain_model, small
 
 
 def usable_device(name: str | None) -> str:

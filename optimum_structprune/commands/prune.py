@@ -16,11 +16,13 @@ from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
 from ..pruning.checks import CALIBRATE
 from ..recovery.checks import check_recovery
+from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .arguments import pruning_config
 from .checks import progress_folder, prune_configs
+from .exporting import with_gguf
 from .loading import Loading
 from .output import Result, note
 from .recovering import check_push_arguments, pushed, recover_and_save, recovery_for
@@ -49,15 +51,18 @@ def prune(args: Namespace) -> Result:
                 trained = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
-        return pushed(args, result)
+        del smaller  # what follows reads the folder, which may have been trained
+        return pushed(args, with_gguf(args, result, loading))
 
 
 def _check_folders(
     args: Namespace, output: Output, loading: Loading, config: StructPruneConfig, recovery: RecoveryConfig | None
 ) -> None:
     """Refuse what the run would refuse, before a model is loaded in vain."""
-    model, size = loading.check(args.model, config)
-    output.check(size)
+    model, small = loading.check(args.model, config)
+    output.check(small.num_parameters() * model.dtype.itemsize)
+    if args.gguf is not None:
+        check_gguf(small.config, args.gguf, loading.tokenizer(args.model))
     check_apart(args.output, config, recovery)
     if recovery is not None:
         check_recovery(recovery, config, model)

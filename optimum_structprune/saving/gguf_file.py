@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,19 +32,13 @@ from ..arch.spaces import heads_of
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError
 from ..system.disk import GGUFOutput
+from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 
 
-try:
-    import gguf
-except ImportError:  # an extra, of which `check_gguf` speaks
-    gguf = None  # type: ignore[assignment]
-
-# gguf's name for the type of a tensor, and for a file of such tensors, by torch's.
-TYPES = {
-    torch.float32: ("F32", "ALL_F32"),
-    torch.float16: ("F16", "MOSTLY_F16"),
-    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
-}
+# The type under which a model is written as it is, by its dtype.
+PLAIN = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
+# llama.cpp leaves the output head in more bits than the other matrices: what is lost there is lost at every token.
+HEAD, EMBEDDING, OF_HEAD = "output.weight", "token_embd.weight", "Q8_0"
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that some models do not mark as special, and that are.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
@@ -73,26 +69,33 @@ class GGUFFile:
 
 
 def export_gguf(
-    model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None, overwrite: bool = False
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool = False,
+    dtype: str | None = None,
 ) -> GGUFFile:
     """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
 
     Layers may differ in width: llama.cpp's architectures `deci` and `openelm` read the sizes of each layer. A model
     whose layers are alike is written as its own architecture, as llama.cpp's converter does, because more programs
-    know that one. The file appears once it is whole. The matrices have the model's dtype; load the model in another
-    one to write that.
+    know that one. The file appears once it is whole. In fewer than 16 bits, vectors and matrices whose rows are no
+    whole blocks stay in more, and the head is `q8_0`.
 
     Args:
         model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
         path: The file to write; folders above it are made if need be.
         tokenizer: The tokenizer of the model.
         overwrite: Whether a file that exists is replaced.
+        dtype: The type of the matrices by llama.cpp's name: `f32`, `f16`, `bf16`, `q8_0`, `q5_1`, `q5_0`, `q4_1`,
+            `q4_0`, or with llama.cpp's program `llama-quantize` on the `PATH` also `q6_k`, `q5_k_m`, `q4_k_m`,
+            `q3_k_m` and `q2_k`. None is the dtype of the model.
 
     Raises:
-        StructPruneError: If llama.cpp cannot run such a model or cut text as its tokenizer does, the file exists and
-            may not be replaced, or it cannot be written.
+        StructPruneError: If llama.cpp cannot run such a model or cut text as its tokenizer does, no such type can be
+            written here, the file exists and may not be replaced, or it cannot be written.
     """
-    check_gguf(model.config)
+    check_gguf(model.config, dtype)
     output = GGUFOutput(path, overwrite)
     output.check()
     check_plain(model)
@@ -101,37 +104,68 @@ def export_gguf(
         raise StructPruneError("A GGUF file holds the tokenizer too, got None; pass the model's own.")
     if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
-    if model.dtype not in TYPES:
+    if model.dtype not in PLAIN:
         raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
-    kind, file_type = TYPES[model.dtype]
+    kind = dtype or PLAIN[model.dtype]
     with output.staged() as staging:
-        parameters = _write(model, staging, tokenizer, kind, file_type)
+        if kind in K_QUANTS:
+            whole = staging.with_name("whole.gguf")
+            parameters = _write(model, whole, tokenizer, "F16")
+            _quantise(whole, staging, kind.upper())
+        else:
+            parameters = _write(model, staging, tokenizer, kind.upper())
         size = staging.stat().st_size
-    return GGUFFile(str(gguf_architecture(model.config)), kind, parameters, size)
+    return GGUFFile(str(gguf_architecture(model.config)), kind.upper(), parameters, size)
 
 
-def check_gguf(config: PretrainedConfig) -> None:
-    """Refuse a model that `export_gguf` cannot write, before its weights are loaded."""
+def check_gguf(
+    config: PretrainedConfig, dtype: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Refuse a model, a type and a tokenizer that `export_gguf` cannot write, before weights are loaded."""
     if (reason := gguf_refusal(config)) is not None:
         raise StructPruneError(reason)
-    if gguf is None:
-        raise StructPruneError("A GGUF file takes the package gguf: pip install gguf")
+    if dtype is not None:
+        check_gguf_type(dtype)
+    if tokenizer is not None:
+        _parts_of(tokenizer)
 
 
-def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, file_type: str) -> int:
+def _quantise(whole: Path, target: Path, kind: str) -> None:
+    """Have llama.cpp quantise a file of 16 bits, which goes."""
+    done = subprocess.run([QUANTISER, whole, target, kind], capture_output=True, text=True)
+    whole.unlink()
+    if done.returncode or not target.is_file():
+        last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        raise StructPruneError(f"{QUANTISER} could not write {kind}: {last or f'it ended with {done.returncode}'}")
+
+
+def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
+    """The type of each tensor of a file, by its shape, where the matrices are of one kind."""
+    kinds, head = gguf.GGMLQuantizationType, HEAD if HEAD in tensors else EMBEDDING
+    types = {}
+    for name, shape in tensors.items():
+        wanted = OF_HEAD if name == head and kind.lower() in BLOCKS else kind
+        if len(shape) == 1:  # llama.cpp adds and multiplies by vectors in F32 only
+            wanted = "F32"
+        elif shape[-1] % gguf.GGML_QUANT_SIZES[kinds[wanted]][0]:
+            wanted = "F16"
+        types[name] = kinds[wanted]
+    return types
+
+
+def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     """Write the file, one tensor at a time, and return the number of values in it."""
     architecture = str(gguf_architecture(model.config))
     writer = gguf.GGUFWriter(path, architecture)
-    types = {}
-    for name, shape, _ in _tensors(model, architecture):
-        # llama.cpp adds and multiplies by vectors in F32 only.
-        types[name] = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
+    shapes = {name: shape for name, shape, _ in _tensors(model, architecture)}
+    types = _types(shapes, kind)
+    for name, shape in shapes.items():
         size = gguf.quant_shape_to_byte_shape(shape, types[name])
         writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=types[name])
     total = writer.get_total_parameter_count()[0]
     _add_metadata(writer, model, path.stem, total)
     _add_sizes(writer, model.config)
-    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, tokenizer, model.config.vocab_size)
     try:
@@ -229,24 +263,15 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """Write a tokenizer into a GGUF file; one that llama.cpp does not have is refused."""
-    if not tokenizer.is_fast:
-        raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
-        )
-    parts, tokens = json.loads(tokenizer.backend_tokenizer.to_str()), len(tokenizer)
-    model = parts["model"]
-    if model["type"] != "BPE":
-        raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found {model['type']}."
-        )
+    model, pre = _parts_of(tokenizer)
+    tokens, pieces = len(tokenizer), pre is None
     if tokens > size:
         raise StructPruneError(
             f"The tokenizer has {tokens:,} tokens and the model's embedding {size:,} rows, and a GGUF file has "
             "one for each; the two have to be of the same model."
         )
-    pieces = model.get("byte_fallback", False)
     writer.add_tokenizer_model((gguf.LlamaHfVocab if pieces else gguf.BpeVocab).tokenizer_model)
-    writer.add_tokenizer_pre("default" if pieces else pre_tokenizer(parts))
+    writer.add_tokenizer_pre(pre or "default")
     names, types = _tokens(tokenizer, size)
     writer.add_token_list(names)
     if pieces:
@@ -257,6 +282,23 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     else:
         writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
     _add_special(writer, tokenizer)
+
+
+def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
+    """The model of a tokenizer in the words of the tokenizers library, and llama.cpp's name for what comes before the
+    merges, None for SentencePiece's pieces; what llama.cpp does not have is refused.
+    """
+    if not tokenizer.is_fast:
+        raise StructPruneError(
+            f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
+        )
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    if model["type"] != "BPE":
+        raise StructPruneError(
+            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found {model['type']}."
+        )
+    return model, None if model.get("byte_fallback", False) else pre_tokenizer(parts)
 
 
 def pre_tokenizer(parts: Mapping[str, Any]) -> str:

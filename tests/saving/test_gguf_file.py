@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 from itertools import pairwise
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -85,6 +86,50 @@ def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
     vectors = {tensor.tensor_type.name for tensor in file.tensors if tensor.data.ndim == 1}
     assert (matrices, vectors) == ({written.dtype}, {"F32"})
     assert written.parameters == model.num_parameters() and written.bytes == (tmp_path / "out.gguf").stat().st_size
+
+
+def test_fewer_bits(tmp_path):
+    """Values are as near as a block's steps, the head stays in eight bits, and rows that are no whole blocks in 16."""
+    fields = {**GROUPED, "hidden_size": 64, "intermediate_size": 40, "tie_word_embeddings": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields))
+    sizes = {}
+    for kind, steps_in_block in (("q8_0", 254), ("q4_0", 14)):
+        sizes[kind] = export_gguf(model, tmp_path / f"{kind}.gguf", reader(pieces=False), dtype=kind).bytes
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
+        types = {name: tensor.tensor_type.name for name, tensor in found.items()}
+        expected = {"output": "Q8_0", "token_embd": kind.upper(), "blk.0.ffn_up": kind.upper(), "output_norm": "F32"}
+        assert expected == {name: types[f"{name}.weight"] for name in expected}
+        assert types["blk.0.ffn_down.weight"] == "F16", "40 values are no whole blocks of 32"
+        values = gguf.quants.dequantize(found["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType[kind.upper()])
+        wanted = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+        step = 2 * np.abs(wanted).reshape(-1, 32).max(1, keepdims=True) / steps_in_block
+        # The scale has 16 bits, and the last of an even number of steps is cut off.
+        assert (np.abs(values - wanted).reshape(-1, 32) <= 1.01 * step).all() and (values != wanted).any()
+    assert sizes["q4_0"] < sizes["q8_0"]
+    with pytest.raises(StructPruneError, match="no type 'q4'. Did you mean 'q4_"):
+        export_gguf(model, tmp_path / "out.gguf", reader(pieces=False), dtype="q4")
+
+
+def test_what_llama_cpp_quantises_itself(alike, tmp_path, monkeypatch):
+    """A program in the place of `llama-quantize` gets the file in 16 bits, the name of the output and the type."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StructPruneError, match="llama-quantize, which is not on the PATH.*or take q4_0"):
+        export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m")
+    program = tmp_path / "llama-quantize"
+    for body, reason in (
+        ('/bin/cp "$1" "$2"; echo "$3" >> "$2"', None),
+        ("echo no room >&2; exit 1", "Q6_K: no room"),
+    ):
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        if reason is None:
+            assert export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m").dtype == "Q4_K_M"
+            assert (tmp_path / "out.gguf").read_bytes().endswith(b"Q4_K_M\n")
+            assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.file_type").contents() == 1
+        else:
+            with pytest.raises(StructPruneError, match=reason):
+                export_gguf(alike, tmp_path / "more.gguf", reader(pieces=False), dtype="q6_k")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "out.gguf"]
 
 
 def test_sizes_are_those_of_each_layer_or_of_all(differing, alike, tmp_path):
@@ -212,6 +257,38 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     build("cohere2").save_pretrained(tmp_path / "cohere2")
     assert main(["export", str(tmp_path / "cohere2"), str(tmp_path / "c.gguf")]) == 2
     assert "this is a cohere2 model" in capsys.readouterr().err
+    assert main([*line[:2], str(tmp_path / "out"), "--pad-uniform", "--dtype", "q8_0"]) == 2
+    assert "name a file OUT.gguf" in capsys.readouterr().err
+
+
+def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
+    """Whatever cannot be written is refused before the weights, which are none here, are read."""
+    monkeypatch.chdir(tmp_path)
+    model, tokens = build("llama-tied"), reader(pieces=False)
+    for saved in (model, tokens):
+        saved.save_pretrained("model")
+    Path("text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    few = "--text text.jsonl --general-share 0 --num-samples 4 --seq-length 16"
+    line = ["prune", "model", "small/", "--width", "mlp=32", "--device", "cpu", *few.split(), "--quiet"]
+    assert main([*line, "--gguf", "Q8_0", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["gguf"]
+    assert shown["output"] == "small-Q8_0.gguf" and shown["bytes"] == Path("small-Q8_0.gguf").stat().st_size
+    assert gguf.GGUFReader("small-Q8_0.gguf").get_field("llama.feed_forward_length").contents() == 32
+    for path in Path("model").glob("*.safetensors"):
+        path.write_bytes(b"")
+    line[2] = "other"
+    Path("other-F16.gguf").touch()
+    for more, reason in (
+        (["--gguf", "q4k"], "Did you mean 'q4_k_m'"),
+        (["--gguf", "q4_k_m"], "take q4_0"),
+        (["--gguf", "f16"], "other-F16.gguf exists"),
+        (["--gguf", "q8_0", "--offload", "disk"], "leave out either"),
+    ):
+        assert main([*line, *more]) == 2
+        assert reason in capsys.readouterr().err
+    build("cohere2").config.save_pretrained("model")
+    assert main([*line, "--gguf", "q8_0"]) == 2 and "this is a cohere2 model" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def settings(model_type, **fields):
