@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..arch.spec import VOCAB
 from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
@@ -82,7 +83,9 @@ def builtin_domains() -> list[DomainConfig]:
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a config, or the built-in ones where it names none, followed by the general text."""
+    """The domains of a config, or the built-in ones where it names none, followed by the general text, which has text
+    in several languages where tokens stay that they need.
+    """
     domains = builtin_domains() if config.domains is None else config.domains
     share = config.general_share
     if share is None:
@@ -90,7 +93,8 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains) + ("-languages" if config.languages else "")
+    trims = VOCAB in (config.widths or config.shrinking)
+    source = config.general_text or builtin_beside(domains) + ("-languages" if trims else "")
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
