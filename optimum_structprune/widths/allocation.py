@@ -182,8 +182,9 @@ def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[s
     inside = [name for name in names if name not in experts and arch.of(name)[0].experts is not None]
     if experts and inside:
         raise StructPruneError(
-            f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say "
-            f"how much of each; target one of {', '.join(experts + inside)}, or give both widths."
+            f"targets={list(names)} would remove whole experts and channels inside them, and neither "
+            f"sparsity nor a budget says how much of each; target one of {', '.join(experts + inside)}, or give "
+            "both widths."
         )
 
 
