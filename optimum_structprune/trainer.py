@@ -20,7 +20,7 @@ from .domains.load import RecentText, load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import AutoStructPruner
-from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer, check_trainer
+from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer
 from .record.plan import Plan
 from .removals.cut import check_state, slice_state_
 from .removals.resize import resize_
@@ -70,7 +70,7 @@ class StructPruneCallback(TrainerCallback):
         check_config_kind(config)
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
-        check_trainer(config)
+        _check_config(config)
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
@@ -284,3 +284,28 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, optimizer: optim
             f"The state of {type(optimizer).__name__} cannot be cut with its parameters; use optim='adamw_torch', or "
             f"another of {names}."
         )
+
+
+def _check_config(config: StructPruneConfig) -> None:
+    """Refuse what a Trainer cannot do between its steps, with any model."""
+    if config.refit == "bias":
+        raise StructPruneError(
+            "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
+        )
+    if config.measures_rounds or config.checkpoint_dir is not None or config.objective == "worst":
+        raise StructPruneError(
+            "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes "
+            "in steps of its own; leave these out."
+        )
+    if config.allocation != "uniform":
+        raise StructPruneError(
+            f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
+            "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
+        )
+    if config.stats is not None:
+        raise StructPruneError(
+            f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it "
+            "out, or prune first (`structprune prune --stats`)."
+        )
+    if config.recovery is not None:
+        raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")

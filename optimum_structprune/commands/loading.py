@@ -27,9 +27,9 @@ from ..arch.spec import VOCAB
 from ..config.pruning import StructPruneConfig
 from ..dryrun import checked_without_weights
 from ..errors import StructPruneError, one_line, some_of
-from ..pruning.checks import PRUNE, check_offloaded, check_reads_text
+from ..pruning.checks import PRUNE, check_reads_text
 from ..pruning.room import check_room
-from ..sources.offloaded import layer_device_map
+from ..sources.offloaded import check_offloaded, layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
 from ..vocabulary.choose import Tokens

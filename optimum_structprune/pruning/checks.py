@@ -1,6 +1,7 @@
 """Refuses what cannot be done, before any text is read or any weight is touched.
 
-A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`.
+A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
+optional room cannot do, it refuses itself: see `sources.offloaded`, `sources.stored`, `recovery.checks` and `trainer`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from ..widths.allocation import is_bounded
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
 PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
-IN_MEMORY = "load the model in memory, or over several devices"
 
 
 def check(
@@ -48,9 +48,13 @@ def check(
     if use != DRY_RUN:
         _check_model(config, described, use, has_inputs)
     if described.offloaded:
+        from ..sources.offloaded import check_offloaded
+
         check_offloaded(config, described, widths)
     if use == CALIBRATE:
-        _check_stored(config, arch)
+        from ..sources.stored import check_storable
+
+        check_storable(config, arch)
     else:
         _check_criterion(config, arch, widths, use)
         _check_spaces(config, arch, widths, use)
@@ -59,11 +63,15 @@ def check(
             check_reads_text(described.plain_model)
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
     if use == PRUNE and config.stats is not None:
-        _check_statistics(config, arch, widths)
+        from ..sources.stored import check_stats
+
+        check_stats(config, arch, widths)
     if use == PRUNE and (config.checkpoint_dir or config.losses_dir):
         _check_folders(config)
     if use == PRUNE and config.recovery is not None:
-        _check_recovery(config, arch, described.plain_model)
+        from ..recovery.checks import check_recovery  # training libraries take seconds to import
+
+        check_recovery(config.recovery, config, described.plain_model)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warn(f"These options have no effect here: {'; '.join(unused)}.")
@@ -164,31 +172,6 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         )
 
 
-def check_trainer(config: StructPruneConfig) -> None:
-    """Refuse what a Trainer cannot do between its steps, with any model."""
-    if config.refit == "bias":
-        raise StructPruneError(
-            "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
-        )
-    if config.measures_rounds or config.checkpoint_dir is not None or config.objective == "worst":
-        raise StructPruneError(
-            "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes "
-            "in steps of its own; leave these out."
-        )
-    if config.allocation != "uniform":
-        raise StructPruneError(
-            f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
-            "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
-        )
-    if config.stats is not None:
-        raise StructPruneError(
-            f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it "
-            "out, or prune first (`structprune prune --stats`)."
-        )
-    if config.recovery is not None:
-        raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
-
-
 def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_inputs: bool) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
     if use == TRAINER and described.quantized:
@@ -196,28 +179,12 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
             f"{described.name} is quantized; prune `model.dequantize()`, or load it without quantization."
         )
     if use == TRAINER and described.offloaded:
-        raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
+        raise StructPruneError(
+            f"{described.name} is offloaded, and a Trainer trains weights in memory; load it there."
+        )
     longest = positions_of(described.plain_model)
     if config.stats is None and not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-
-
-def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
-    """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
-    name, advice = described.name, IN_MEMORY
-    if described.quantized:
-        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
-    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
-        raise StructPruneError(
-            f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
-            f"choose criterion='obs' or 'wanda', or {advice}."
-        )
-    for space in (HIDDEN, VOCAB):
-        if space in widths:
-            raise StructPruneError(
-                f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
-                f"{advice}."
-            )
 
 
 def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool = False) -> None:
@@ -301,40 +268,6 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
         )
 
 
-def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """Refuse `stats` that are no folder of stored moments, or that say nothing of what shrinks."""
-    from ..sources.stored import Statistics
-
-    assert config.stats is not None
-    for name in widths:
-        if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
-            raise StructPruneError(
-                f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
-                "prune without stats."
-            )
-    Statistics.load(config.stats)
-    _check_not_watching(config)
-
-
-def _check_stored(config: StructPruneConfig, arch: ArchSpec) -> None:
-    """Refuse models whose moments are not stored."""
-    inside = next((space for space in arch.spaces if space.experts is not None), None)
-    if inside is not None:
-        raise StructPruneError(
-            f"This {arch.model_type} model has experts ({inside.experts}), which are judged by the tokens that are "
-            "routed to them in a run; only the moments of dense models are stored. Prune it without stats."
-        )
-    _check_not_watching(config)
-
-
-def _check_not_watching(config: StructPruneConfig) -> None:
-    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
-        raise StructPruneError(
-            f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; "
-            "prune without stats, or choose criterion='obs', 'wanda' or 'flap'."
-        )
-
-
 def _check_folders(config: StructPruneConfig) -> None:
     """Refuse to put what a run remembers beside a model, or where nothing can be written."""
     from ..system.disk import check_folder
@@ -345,20 +278,6 @@ def _check_folders(config: StructPruneConfig) -> None:
             raise StructPruneError(
                 f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
             )
-
-
-def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> None:
-    """Refuse a recovery that the model or the config does not allow."""
-    assert config.recovery is not None
-    # Training libraries take seconds to import, and most runs do without.
-    from ..recovery.checks import check_recovery
-
-    if not arch.causal:
-        raise StructPruneError(
-            f"recovery trains models that predict the next token, and a model of type {arch.model_type!r} does not; "
-            "prune it without recovery, then train it as it was trained before."
-        )
-    check_recovery(config.recovery, config, model)
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str], own_widths: bool) -> Iterator[str]:

@@ -141,7 +141,7 @@ class CalibrationData:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
         domains = self.domains
         if self.config.reweights:
-            counts = self._counts(self.shares)
+            counts = _counts(self.domains, self.shares)
             domains = [domain.portion(count) for domain, count in zip(domains, counts, strict=True)]
         if process_count() > 1:
             domains = [_own(domain) for domain in domains]
@@ -198,14 +198,15 @@ class CalibrationData:
             return self.statistics.manifest(self.domains)
         domains = self.domains
         if self.config.reweights:
-            counts = zip(*(self._counts(shares) for shares in [*rounds] or [self.shares]), strict=True)
+            counts = zip(*(_counts(domains, shares) for shares in [*rounds] or [self.shares]), strict=True)
             domains = [domain.portion(max(of)) for domain, of in zip(domains, counts, strict=True)]
         used = [replace(of, spare=None, weight=share) for of, share in zip(domains, self.shares, strict=True)]
         return Manifest.of(self.config, used, tokenizer)
 
-    def _counts(self, shares: Sequence[float]) -> list[int]:
-        """The number of samples that a round with these shares runs, by domain, where they change between rounds."""
-        return split_samples(sum(len(domain.samples) for domain in self.domains), shares)
+
+def _counts(domains: Sequence[Domain], shares: Sequence[float]) -> list[int]:
+    """The number of samples that a round with these shares runs, by domain, where they change between rounds."""
+    return split_samples(sum(len(domain.samples) for domain in domains), shares)
 
 
 def method_of(

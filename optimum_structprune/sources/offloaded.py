@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..arch.load import describe
+from ..arch.load import ModelInfo, describe
 from ..arch.meta import meta_model
 from ..arch.modules import layer_list
-from ..arch.spec import ArchSpec
+from ..arch.spec import HIDDEN, VOCAB, ArchSpec, Widths
+from ..config.pruning import StructPruneConfig
+from ..criteria import CRITERIA
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..method.layers import Batch, InMemory, NotSequentialError
@@ -86,6 +88,24 @@ class Offloaded(InMemory):
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """See `InMemory.at`."""
         return layer_in_memory(self.model, self.arch, layer, changes)
+
+
+def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
+    """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
+    name, advice = described.name, "load the model in memory, or over several devices"
+    if described.quantized:
+        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
+    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
+        raise StructPruneError(
+            f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
+            f"choose criterion='obs' or 'wanda', or {advice}."
+        )
+    for space in (HIDDEN, VOCAB):
+        if space in widths:
+            raise StructPruneError(
+                f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
+                f"{advice}."
+            )
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.spec import Space
+from ..arch.spec import MODEL, ArchSpec, Space, Widths
 from ..config.domains import IN_MEMORY
 from ..config.fields import Number, not_negative, read_json
 from ..config.pruning import StructPruneConfig
+from ..criteria import CRITERIA
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.packing import Domain
 from ..domains.resolve import resolve
@@ -245,3 +246,35 @@ def load_moments(path: str | Path, names: Collection[str], device: torch.device 
 def moments_name(layer: int, domain: int) -> str:
     """The name of the file that holds the moments of a layer in a domain."""
     return f"layer-{layer:03d}.domain-{domain}.safetensors"
+
+
+def check_stats(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
+    """Refuse `stats` that are no folder of stored moments, or that say nothing of what shrinks."""
+    assert config.stats is not None
+    for name in widths:
+        if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
+            raise StructPruneError(
+                f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
+                "prune without stats."
+            )
+    Statistics.load(config.stats)
+    _check_criterion(config)
+
+
+def check_storable(config: StructPruneConfig, arch: ArchSpec) -> None:
+    """Refuse models whose moments are not stored."""
+    inside = next((space for space in arch.spaces if space.experts is not None), None)
+    if inside is not None:
+        raise StructPruneError(
+            f"This {arch.model_type} model has experts ({inside.experts}), which are judged by the tokens that are "
+            "routed to them in a run; only the moments of dense models are stored. Prune it without stats."
+        )
+    _check_criterion(config)
+
+
+def _check_criterion(config: StructPruneConfig) -> None:
+    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
+        raise StructPruneError(
+            f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; "
+            "prune without stats, or choose criterion='obs', 'wanda' or 'flap'."
+        )
