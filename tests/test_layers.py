@@ -152,7 +152,6 @@ def lines(node: ast.AST) -> int:
 LONG = {
     "method.layers.InMemory": "all that runs one layer at a time stands together: what every source is measured by",
     "pruner.StructPruner": "what a user calls, with the order of all steps",
-    "search.masked.MaskedPruning": "all that is done to a masked layer stands together",
     "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",
     "config.pruning._check_together": "one refusal for each pair of options that exclude each other",
 }

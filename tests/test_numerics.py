@@ -11,7 +11,7 @@ from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.calibrate import Moments, output_energy
 from optimum_structprune.method.linalg import solve_damped, with_damped_factor
 from optimum_structprune.method.refit import least_squares
-from optimum_structprune.search.masked import standardised
+from optimum_structprune.search.ranking import standardised
 
 
 FFN = 1536

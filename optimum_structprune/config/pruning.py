@@ -39,7 +39,7 @@ AMOUNTS = ("sparsity", "widths", "budget")
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
 # What makes up for removed units, see `method.refit.least_squares`, and what ranks all units of the dense model, see
-# `search.search.dense_scores`; `uniform` and those that measure rank none.
+# `search.ranking.dense_scores`; `uniform` and those that measure rank none.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "bias", "least_squares"))
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..method.calibrate import Moments, mixed
 from ..method.loop import Method, choose_units, refit_consumers, score_units
-from ..method.score import check_scores
 from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
@@ -177,18 +176,12 @@ class MaskedPruning:
     def gather(self, source: Source, method: Method, space: Space) -> list[Moments]:
         """The moments of the domain mixture at each consumer of a space."""
         weights = [self.consumers.dense(axis)[0] for axis in space.consumers]
+        criterion = method.criterion(space.layer)
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.consumers):
-            return self._mixed(source, method, space, method.gram, weights)
-
-    def _mixed(
-        self, source: Source, method: Method, space: Space, gram: bool, weights: Sequence[Tensor]
-    ) -> list[Moments]:
-        """The moments of the domain mixture with what the criterion knows beside them, by consumer."""
-        criterion, moments = method.criterion(space.layer), source.moments(space.layer, space, gram)
-        mixtures = mixed(moments, method.shares, weights)
-        for axis, mixture in zip(space.consumers, mixtures, strict=True):
-            mixture.prior = method.prior(criterion, self.model, self.arch, space, axis)
+            mixtures = mixed(source.moments(space.layer, space, method.gram), method.shares, weights)
+            for axis, mixture in zip(space.consumers, mixtures, strict=True):
+                mixture.prior = method.prior(criterion, self.model, self.arch, space, axis)
         return mixtures
 
     def score(self, method: Method, space: Space, moments: Sequence[Moments]) -> Tensor:
@@ -222,19 +215,6 @@ class MaskedPruning:
         self.consumers.forget(space.consumers)
         return values
 
-    def scores(self, source: Source, method: Method, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
-        """Scores of the units of the dense model that compare over layers and spaces, by layer and name of the space,
-        shape `(units,)`; nothing is changed.
-        """
-        scores = {}
-        for layer in progress(range(self.arch.num_layers), desc="ranking", unit="layer"):
-            with source.at(layer):
-                for space in self.arch.at(layer):
-                    if space.kind in names:
-                        scores[space.key] = self._comparable(space, source, method)
-                source.advance(layer)
-        return scores
-
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far."""
         spaces = [space for space in self.arch.spaces if space.key in self.keep]
@@ -266,26 +246,3 @@ class MaskedPruning:
             weights.append(weight)
             selected.append(of_consumer)
         return weights, selected
-
-    def _comparable(self, space: Space, source: Source, method: Method) -> Tensor:
-        """Scores of the units of a space that compare over layers, shape `(units,)`."""
-        criterion, by_consumer = method.criterion(space.layer), []
-        weights = [self.consumers.present(axis)[0] for axis in space.consumers]
-        moments = self._mixed(source, method, space, criterion.needs_gram, weights)
-        weights, moments = self._present(space, moments)
-        for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
-            columns = criterion.score(weight, of_consumer, 1)
-            check_scores(columns, weight.shape[1], method.name, axis.module)
-            by_consumer.append(standardised(columns, axis.per_unit).cpu())
-        return torch.stack(by_consumer).mean(0)
-
-
-def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
-    """Scores that can be compared over layers and spaces, shape `(units,)`: the mean z-score of a unit's columns.
-
-    As in FLAP (An et al. 2023, section 3.3), the score of every column, shape `(units * columns_per_unit,)`, is
-    standardised over the columns of its layer. It is a mean and not a sum, so that it is a score per column, and
-    thereby per parameter.
-    """
-    spread = columns.std(correction=0).clamp(min=torch.finfo(columns.dtype).tiny)
-    return ((columns - columns.mean()) / spread).reshape(-1, columns_per_unit).mean(1)

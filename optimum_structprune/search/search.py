@@ -4,13 +4,12 @@ that short prunings on trial decide between.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Widths
@@ -23,6 +22,7 @@ from ..system.processes import broadcast_object
 from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import widths_of, within_budget
 from ..widths.shapes import Curves, Key, Resource, resources, searched_widths, uniform_widths
+from . import ranking as ranking  # registers `global`
 from .masked import MaskedPruning
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
 
@@ -31,7 +31,6 @@ from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
 FINALISTS = 4
 # The name under which a run remembers the losses of its trials.
 MEASURED_LOSSES = "measured losses"
-Scores = dict[tuple[int, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,6 @@ def choose_widths(run: Run, widths: Widths) -> Widths:
     with evaluating(run.model), run.report.timed("ranking"):
         scores = rank(run.model, run.arch, run.data, list(widths))
     return widths_of(run.config, run.arch, run.model, scores)
-
-
-@ALLOCATIONS.register("global")
-def dense_scores(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]) -> Scores:
-    """Scores of all units that compare over layers and spaces, from one pass over the dense model.
-
-    Args:
-        model: The dense model, in eval mode, which stays as it is.
-        arch: The description of the model.
-        data: The samples of the run and its config.
-        names: The kinds of space that shrink.
-
-    Returns:
-        By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
-    """
-    pruning = MaskedPruning(model, arch, data.config)
-    return pruning.scores(data.source(model, arch, fixed=True), pruning.method(data), names)
 
 
 def searched_widths_of(run: Run) -> Widths:

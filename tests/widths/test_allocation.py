@@ -14,7 +14,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.dryrun import dry_run
-from optimum_structprune.search.search import dense_scores
+from optimum_structprune.search.ranking import dense_scores
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.allocation import multiple_of, ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.kernels import lost_kernels
