@@ -50,6 +50,8 @@ def check_flags(args: Namespace) -> None:
     for file in filter(None, [*tasks, given.get("answers")]):
         if file != "builtin" and not Path(file).is_file():
             raise StructPruneError(f"There is no file {file}.")
+    if given.get("items") and not given["answers"]:
+        raise StructPruneError(f"--items {args.items} is for answers, and none are asked for; give --answers.")
     for name in ("json", "csv", "items"):
         if isinstance(file := given.get(name), str):
             check_file(file, f"--{name} {file}", args.overwrite)

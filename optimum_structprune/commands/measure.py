@@ -44,7 +44,7 @@ def evaluate(args: Namespace) -> Result:
     is_judged = bool(args.domain or args.task or args.answers)
     if args.html:
         _check_page(args, is_judged)
-        if not is_judged and not args.speed:
+        if not (is_judged or args.speed or args.csv):
             return _with_page(args, [], {})
     loading, models = Loading.of(args), [*filter(None, [args.against]), *args.models]
     paths = dict(zip(names_of(models), models, strict=True))
@@ -131,20 +131,36 @@ def _measured(
     is_judged: bool,
 ) -> tuple[dict[str, Facts], dict[str, Evaluation]]:
     """What is known of each model, and the evaluations of all but the dense one; each is let go before the next."""
-    facts, evaluations = {}, {}
+    facts, evaluations, names = {}, {}, list(paths)
     dense = loading.model(args.against) if args.against else None
-    for number, (name, path) in enumerate(paths.items()):
-        if dense is not None and number == 0:
-            facts[name] = _sizes(dense, args.arch_file)
-            continue
-        model, tokenizer = loading.model_and_tokenizer(path)
-        facts[name] = _sizes(model, args.arch_file)
-        if is_judged:
-            evaluations[name] = evaluation = _evaluated(args, model, tokenizer, dense, reader)
+    if dense is not None:
+        facts[names.pop(0)] = _sizes(dense, args.arch_file)
+    for name in names:
+        facts[name], evaluation = _of_one(args, loading, paths[name], dense, reader, is_judged)
+        if evaluation is not None:
+            evaluations[name] = evaluation
             compared = {name: "model", **({next(iter(paths)): "dense"} if dense is not None else {})}
             for of, which in compared.items():
                 facts[of] = replace(facts[of], **quality_of_evaluation(evaluation.to_dict(), which))
     return facts, evaluations
+
+
+def _of_one(
+    args: Namespace,
+    loading: Loading,
+    path: str,
+    dense: PreTrainedModel | None,
+    reader: PreTrainedTokenizerBase | None,
+    is_judged: bool,
+) -> tuple[Facts, Evaluation | None]:
+    """The sizes of a model, and its evaluation where one is asked for."""
+    model, tokenizer = loading.model_and_tokenizer(path)
+    sizes = _sizes(model, args.arch_file)
+    if not is_judged:
+        return sizes, None
+    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
+    how = {name: vars(args)[name] for name in names}
+    return sizes, quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=reader, **how)
 
 
 def _sizes(model: PreTrainedModel, arch_file: str | None) -> Facts:
@@ -156,18 +172,6 @@ def _sizes(model: PreTrainedModel, arch_file: str | None) -> Facts:
         facts.layers = arch.num_layers
         facts.widths = {name: [*arch.widths(name).values()] for name in arch.names}
     return facts
-
-
-def _evaluated(
-    args: Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dense: PreTrainedModel | None,
-    reader: PreTrainedTokenizerBase | None,
-) -> Evaluation:
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
-    how = {name: vars(args)[name] for name in names}
-    return quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=reader, **how)
 
 
 def _write_items(file: str, evaluations: Mapping[str, Evaluation]) -> None:
