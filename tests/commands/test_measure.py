@@ -1,7 +1,9 @@
 """`structprune evaluate`: what it shows of several models, and what it refuses before one is loaded."""
 
 import csv
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -76,6 +78,20 @@ def test_several_models_against_the_dense_one(folder, capsys, tmp_path):
     assert [float(row["KL a"] or 0) for row in csv.DictReader((tmp_path / "c.csv").open())][1] == small["divergence"][
         "a"
     ]
+
+
+def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
+    load, loaded = Loading.model, []
+
+    def noted(self, name, scratch=None):
+        gc.collect()
+        assert not any(reference() for reference in loaded)
+        loaded.append(weakref.ref(model := load(self, name, scratch)))
+        return model
+
+    monkeypatch.setattr(Loading, "model", noted)
+    assert main(["evaluate", *(str(folder / name) for name in ("small", "dense", "small")), "--device", "cpu"]) == 0
+    assert len(loaded) == 3
 
 
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
