@@ -16,8 +16,9 @@ from .arch.hooks import before_load, before_next_call
 from .arch.load import ModelInfo, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .domains.load import RecentText, load_domains
+from .domains.load import load_domains
 from .domains.packing import Domain
+from .domains.recent import RecentText
 from .errors import StructPruneError, warn
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer
