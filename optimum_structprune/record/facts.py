@@ -328,16 +328,17 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     ratios = {code: of["after"] / of["before"] for code, of in by_code.items()}
     known = [code for code in sorted(ratios, key=lambda code: -ratios[code]) if by_code[code].get("known", True)]
     losing = [code for code in known if ratios[code] > LOSES]
-    unit = "bits per byte of the same text" if causal else "tokens that the same text takes"
+    unit, digits = ("bits per byte", 3) if causal else ("tokens", 0)
 
     def shown(codes: Sequence[str]) -> str:
         pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
-        return ", ".join(f"{name} {of['before']:.3g} to {of['after']:.3g}" for name, of in pairs)
+        return ", ".join(f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}" for name, of in pairs)
 
     if wanted := [code for code, of in by_code.items() if of["wanted"]]:
         yield f"{unit} in the languages to keep: {shown(wanted)}"
-    loss = f"{unit} rise in {len(losing)}: {shown(losing[:MOST_SHOWN])}" if losing else "none loses"
-    yield f"of {len(known)} languages {'that the dense model knew' if causal else ''}, {loss}".replace(" ,", ",")
+    all_of = f"of {len(known)} languages that the dense model knew," if causal else f"of {len(known)} languages,"
+    worst = f": {shown(losing[:MOST_SHOWN])}" if losing else ""
+    yield f"{all_of} {len(losing) or 'none'} now take{'' if len(losing) > 1 else 's'} more {unit}{worst}"
 
 
 def _by_name(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[Any, ...]]]:
