@@ -322,6 +322,7 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     """What fewer tokens cost the languages to keep, and those that the dense model knew: bits per byte, or tokens of
     models that do not predict the next one.
     """
+    by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
     if not by_code:
         return
     causal = any("known" in of for of in by_code.values())

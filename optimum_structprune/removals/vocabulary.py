@@ -17,7 +17,7 @@ from ..domains.readers import note_reader
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
 from ..record.plan import Plan
-from ..vocabulary.choose import Tokens, choosing_text, predicted_shares, removal_order, token_shares
+from ..vocabulary.choose import Tokens, removal_order, wanted_shares
 from ..vocabulary.languages import cost_by_language, known, scripts_of, tokens_by_language
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import budget_without_vocab, widths_of
@@ -45,9 +45,9 @@ def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callab
 def _removal_order(run: Run, tokens: Tokens) -> list[int]:
     """The ids of the tokens that may go, those first that the text needs least."""
     assert run.dense_tokenizer is not None
-    size, text = tokens.vocabulary.size, choosing_text(run.config, run.data.domains, run.dense_tokenizer)
-    predicted = predicted_shares(run.model, text, size) if run.arch.causal else None
-    return removal_order(tokens.vocabulary, token_shares(text, size), tokens.always, predicted)
+    reader = run.model if run.arch.causal else None
+    shares, predicted = wanted_shares(reader, run.config, run.data.domains, run.dense_tokenizer, tokens.vocabulary)
+    return removal_order(tokens.vocabulary, shares, tokens.always, predicted)
 
 
 def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneConfig, Widths]:
@@ -111,10 +111,11 @@ def _dense_languages(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def compare_languages(run: Run) -> None:
-    """Enter what the same text takes the smaller model, in the languages that were measured before tokens went."""
+    """Enter what the same text takes the smaller model, in the languages to keep and those that the dense one knew."""
     by_code = run.report.languages
     if by_code:
         assert run.tokenizer is not None
+        codes = [code for code, of in by_code.items() if of["wanted"] or of.get("known", True)]
         with run.report.timed("languages"):
-            after = cost_by_language(run.model, run.tokenizer, run.arch.causal, by_code, seconds=inf)
-        run.report.languages = {code: {**by_code[code], "after": after[code]} for code in by_code if code in after}
+            after = cost_by_language(run.model, run.tokenizer, run.arch.causal, codes, seconds=inf)
+        run.report.languages = {code: {**of, "after": after.get(code)} for code, of in by_code.items()}

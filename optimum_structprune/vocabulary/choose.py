@@ -20,7 +20,7 @@ from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain, tokenize_with_prefix
-from ..domains.resolve import resolve
+from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from ..widths.budget import check_fewest_tokens, large_vocabulary
@@ -36,7 +36,7 @@ GUESSED = 3.0
 ALIKE = 1000
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
-# The share of samples of the languages to keep, where a config names some, beside the text of the domains.
+# The part of the weight of the domains that samples of the languages to keep have, where a config names some.
 LANGUAGES_SHARE = 0.5
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
@@ -155,20 +155,37 @@ def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vo
     return kept
 
 
-def choosing_text(
-    config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase
-) -> list[Domain]:
-    """The text that tokens are chosen by: that of the domains, without the general text beside those that the config
-    names, and samples of the languages to keep. The weights sum to 1.
+def wanted_shares(
+    reader: PreTrainedModel | None,
+    config: StructPruneConfig,
+    domains: Sequence[Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+) -> tuple[Tensor, Tensor | None]:
+    """The shares of tokens in text, and those that the `reader` expects, a causal model if there is one, shape
+    `(size,)`. Of the general text behind the named domains, tokens of the scripts count that these show, or samples of
+    the languages to keep.
     """
-    own = domains if config.domains is None else domains[: len(resolve(config.domains))]
-    samples = {code: tokenize_with_prefix(texts(CHOOSING)[code], tokenizer) for code in config.languages or ()}
-    share = LANGUAGES_SHARE if samples else 0.0
-    scale = (1 - share) / sum(domain.weight for domain in own)
-    rows = {code: torch.tensor([ids]) for code, ids in samples.items()}
+    own, size = domains[: len(resolve(config.domains or builtin_domains()))], vocabulary.size
+    named, general = (
+        [token_shares(text, size), *([] if reader is None else [predicted_shares(reader, text, size)])]
+        for text in (_with_languages(own, config.languages or (), tokenizer), domains[len(own) :])
+    )
+    shown = _by_script(vocabulary, named[0]) >= NEVER
+    shares, *predicted = (of_named + shown * of_general for of_named, of_general in zip(named, general, strict=True))
+    return shares, predicted[0] if predicted else None
+
+
+def _with_languages(
+    domains: Sequence[Domain], languages: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Domain]:
+    """Domains, and samples of languages with a part of their weight."""
+    share = LANGUAGES_SHARE if languages else 0.0
+    weight = sum(domain.weight for domain in domains)
+    rows = {code: torch.tensor([tokenize_with_prefix(texts(CHOOSING)[code], tokenizer)]) for code in languages}
     return [
-        *(replace(domain, weight=scale * domain.weight) for domain in own),
-        *(Domain(code, share / len(rows), ids, ids[:0]) for code, ids in rows.items()),
+        *(replace(domain, weight=(1 - share) * domain.weight) for domain in domains),
+        *(Domain(code, share * weight / len(rows), ids, ids[:0]) for code, ids in rows.items()),
     ]
 
 

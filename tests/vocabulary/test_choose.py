@@ -18,12 +18,12 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import (
     Tokens,
-    choosing_text,
     keep_tokens,
     predicted_shares,
     removal_order,
     token_shares,
     unread,
+    wanted_shares,
 )
 from optimum_structprune.vocabulary.languages import (
     CHOOSING,
@@ -114,18 +114,16 @@ def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
     assert shares.sum() == pytest.approx(1) and (shares > 0).all()
 
 
-def test_tokens_are_chosen_by_the_named_domains_and_samples_of_languages_and_not_by_general_text():
-    named, reader = [DomainConfig("a", "builtin:math"), DomainConfig("b", "preset:web")], real_text_model()[1]
-    ids = torch.zeros(4, 8).long()
-    domains = [Domain(name, weight, ids, ids) for name, weight in (("a", 0.3), ("b", 0.5), ("general", 0.2))]
-    for fields, weights in (
-        ({"domains": named}, {"a": 0.375, "b": 0.625}),
-        ({"domains": None}, {"a": 0.3, "b": 0.5, "general": 0.2}),
-        ({"domains": named, "languages": ["fi", "ta"]}, {"a": 0.1875, "b": 0.3125, "fi": 0.25, "ta": 0.25}),
-    ):
-        text = choosing_text(config(**fields), domains, reader)
-        assert {domain.name: domain.weight for domain in text} == pytest.approx(weights)
-    assert texts(CHOOSING)["ta"] in reader.decode(text[-1].samples[0])
+def test_general_text_counts_in_the_scripts_of_the_named_domains_alone():
+    named, general = (torch.tensor([[WORDS.names.index(word) for word in of.split()]]) for of in ("a ab", "дa c ab b"))
+    domains = [Domain("named", 0.75, named, named), Domain("general", 0.25, general, general)]
+    shares, predicted = wanted_shares(
+        None, config(domains=[DomainConfig("named", "builtin:math")]), domains, None, WORDS
+    )
+    assert predicted is None
+    assert dict(zip(WORDS.names, shares.tolist(), strict=True)) == {
+        **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
+    }  # fmt: skip
 
 
 def test_a_tokenizer_is_left_with_what_is_chosen():
