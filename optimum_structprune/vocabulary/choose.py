@@ -19,12 +19,12 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
-from ..domains.packing import Domain, tokenize_with_prefix
+from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from ..widths.budget import check_fewest_tokens, large_vocabulary
-from .languages import CHOOSING, script, texts
+from .languages import CHOOSING, script, tokens_by_language
 from .tokens import Vocabulary, with_needs
 
 
@@ -182,10 +182,11 @@ def _with_languages(
     """Domains, and samples of languages with a part of their weight."""
     share = LANGUAGES_SHARE if languages else 0.0
     weight = sum(domain.weight for domain in domains)
-    rows = {code: torch.tensor([tokenize_with_prefix(texts(CHOOSING)[code], tokenizer)]) for code in languages}
+    rows = tokens_by_language(tokenizer, CHOOSING) if languages else {}
+    samples = {code: torch.tensor([rows[code]]) for code in languages}
     return [
         *(replace(domain, weight=(1 - share) * domain.weight) for domain in domains),
-        *(Domain(code, share * weight / len(rows), ids, ids[:0]) for code, ids in rows.items()),
+        *(Domain(code, share * weight / len(samples), ids, ids[:0]) for code, ids in samples.items()),
     ]
 
 
@@ -265,7 +266,7 @@ def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) 
     """
     evidence = (shares if predicted is None else predicted).double()
     number = torch.arange(vocabulary.size, dtype=torch.float64) + ALIKE
-    guess = number**-1 if predicted is None else evidence**0.6 * number**-0.5
+    guess = number**-1 if predicted is None else evidence**0.5 * number**-0.75
     guess = guess * _by_script(vocabulary, evidence) ** 0.5
     return shares.double() + GUESSED * guess / guess.sum()
 
