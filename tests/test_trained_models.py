@@ -77,23 +77,20 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     assert loss["sensitivity"] < 0.95 * loss["uniform"], loss
 
 
-def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
+def test_the_demo_trims_a_real_model_and_talks_to_it(smollm2, tmp_path):
     assert smollm2.exists()
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out", "--num-samples", "24"],
+        [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out"],
         capture_output=True,
         text=True,
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr
-    assert "  dense  right" in done.stdout and "  pruned wrong" in done.stdout and "report.html" in done.stdout
-    assert len((done.stdout + done.stderr).splitlines()) < 40, done.stderr
+    assert done.stdout.count("What is the capital of France? The capital of France is Paris") == 2, done.stdout
+    assert "verdict: use it as it is" in done.stdout and "report.html" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["sparsity"] == pytest.approx(0.2, abs=0.02)
-    # Measured with 4 samples of each domain and 12 of the general text: prose 1.25, code 1.29, math 1.04,
-    # general 1.98, geometric mean 1.35. Without the general half it was 1.13, 1.19 and 1.01 with 8 samples each.
-    ratios = {name: values["after"] / values["before"] for name, values in report["perplexity"].items()}
-    general = ratios.pop("general")
-    assert geometric_mean(ratios.values()) < 1.3 and max(ratios.values()) < 1.4 and general < 2.2, ratios
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert small.config.intermediate_size < 1536 and torch.isfinite(small(torch.arange(8)[None]).logits).all()
+    assert report["parameters"]["after"] <= 0.9 * report["parameters"]["before"]
+    # Measured: prose 0.998, code 1.047, math 0.995.
+    ratios = [values["after"] / values["before"] for values in report["perplexity"].values()]
+    assert geometric_mean(ratios) < 1.05 and max(ratios) < 1.1, ratios
+    assert (tmp_path / "out-Q8_0.gguf").stat().st_size < 140e6

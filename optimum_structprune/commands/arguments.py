@@ -216,8 +216,9 @@ def domain(text: str) -> dict[str, Any]:
 
 
 def text_file(path: str) -> dict[str, Any]:
-    """The fields of a domain that is a file, a glob or a folder, with its name."""
-    name = re.sub(r"\W+", "-", os.path.basename(path.rstrip("/")).partition(".")[0]).strip("-")
+    """The fields of a domain that is a file, a glob or a folder, with its name; built-in text has one too."""
+    place = os.path.basename(path.removeprefix("builtin:").rstrip("/"))
+    name = re.sub(r"\W+", "-", place.partition(".")[0]).strip("-")
     return {"name": name or "text", "source": path}
 
 

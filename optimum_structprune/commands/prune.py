@@ -52,7 +52,7 @@ def prune(args: Namespace) -> Result:
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
         del smaller  # what follows reads the folder, which may have been trained
-        return pushed(args, with_gguf(args, result, loading))
+        return pushed(args, with_gguf(args, result, loading, report.details.model["bytes"]["before"]))
 
 
 def _check_folders(

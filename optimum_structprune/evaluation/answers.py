@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,9 +37,9 @@ RUN, MOST = 4, 3
 # After so many tokens, the answers that have ended leave the batch.
 PIECE = 40
 AT_ONCE = 32  # answers that are written together at least
-# The short check of `prune` and `recover`: the first questions, and the tokens of an answer. Both models together may
-# take this share of the time of the run, which reads its text three times at least.
-ASKED, SHORT, SHARE, READINGS = 16, 64, 0.1, 3
+# The short check of `prune` and `recover`: the first questions, the tokens of an answer, and those that a run reads at
+# least: one that reads fewer is a trial of the command, and would mostly answer.
+ASKED, SHORT, LEAST_READ = 16, 64, 4_096
 
 
 # The text and tokens of an answer, the figures, and the number of tokens.
@@ -110,9 +108,8 @@ def ask(
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int = AT_ONCE,
-    seconds: float = inf,
 ) -> list[Answer]:
-    """The greedy answers of a model, or a `TimeoutError` where they take longer than so many seconds."""
+    """The greedy answers of a model."""
     prompts = [question.ids(tokenizer) for question in questions]
     longest = max(map(len, prompts))
     if longest + max_new_tokens > (positions := positions_of(model)):
@@ -121,16 +118,13 @@ def ask(
             f"positions; {max(positions - longest, 0)} is the most for it."
         )
     answers: list[list[int]] = [[] for _ in prompts]
-    going, ended, end = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set(), time.monotonic() + seconds
+    going, ended = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set()
     rooms = [min(PIECE, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE)]
     with evaluating(model), stage("answers"):
         for room in progress(rooms, desc="answering"):
             for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
-                limit = {} if seconds == inf else {"max_time": max(end - time.monotonic(), 0.0)}
                 rows = [[*prompts[n], *answers[n]] for n in batch]
-                texts = continued(model, tokenizer, rows, {**GREEDY, **limit, "max_new_tokens": room})
-                if time.monotonic() > end:
-                    raise TimeoutError
+                texts = continued(model, tokenizer, rows, {**GREEDY, "max_new_tokens": room})
                 for n, ids in zip(batch, texts, strict=True):
                     answers[n] += ids
                     ended |= {n} if len(ids) < room else set()
@@ -215,27 +209,24 @@ def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answe
 
 
 class ShortCheck:
-    """Asks the models of one run, which reads so many tokens, the same few questions, where that takes little of its
-    time; a model that takes too long or cannot answer ends the check.
+    """Asks the models of one run, which reads so many tokens, the same few questions; a model that cannot answer ends
+    the check.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
-        self.tokenizer, self.tokens = tokenizer, tokens
-        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED] if tokens else []
+        self.tokenizer = tokenizer
+        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED] if tokens >= LEAST_READ else []
         self._answers: dict[str, list[Answer]] = {}
-        self._seconds: float | None = None
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
         """Ask one more model; a failure only gives a warning."""
-        if not (self.tokens and self.questions and predicts_next(model)):
+        if not (self.questions and predicts_next(model)):
             return
         try:
-            if self._seconds is None:
-                self._seconds = self._allowance(model)
-            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT, seconds=self._seconds)
+            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT)
         except Exception as error:  # hours of work are not given up for a few answers
             self.questions = []
-            if not isinstance(error, (StructPruneError, TimeoutError)):  # it has too few positions, or takes too long
+            if not isinstance(error, StructPruneError):  # it has too few positions
                 warn(f"There are no answers of the {name} model: {one_line(error)}")
 
     def items(self, earlier: Items = ()) -> Items:
@@ -247,13 +238,3 @@ class ShortCheck:
             {**item, "answers": {**before["answers"], **item["answers"]}}
             for before, item in zip(earlier, items, strict=True)
         ]
-
-    @torch.no_grad()
-    def _allowance(self, model: PreTrainedModel) -> float:
-        """The seconds that the answers of one model may take, by the time of a forward pass over a few questions."""
-        prompts = [token for question in self.questions for token in question.ids(self.tokenizer)]
-        ids = torch.tensor([prompts[: int(min(positions_of(model), 1 + self.tokens // 16))]])  # little of a short run
-        for _ in range(2):  # the first one warms up
-            start = time.monotonic()
-            float(run_model(model, ids).logits[0, -1, 0])
-        return SHARE / 2 * READINGS * self.tokens * (time.monotonic() - start) / ids.numel()

@@ -30,8 +30,10 @@ def outcome(answer: Mapping[str, Any]) -> str:
     return ", ".join(["right" if answer["right"] else "wrong", *troubles])
 
 
-def remark(items: Items) -> str:
-    """The answers in one line, and whether the last model errs or loops more than the first."""
+def remark(items: Items) -> list[str]:
+    """The answers in a line, and a warning where the last model errs or loops more than the first; none of none."""
+    if not items:
+        return []
     models = list(items[0]["answers"])
     shown = [
         f"{' → '.join(str(sum(item['answers'][model][name] for item in items)) for model in models)} {verb}"
@@ -39,7 +41,7 @@ def remark(items: Items) -> str:
     ]
     line = f"answers to {len(items)} short questions ({' → '.join(models)}): {', '.join(shown)}"
     worse = [verb for verb, name in (("errs", "right"), ("loops", "loops")) if _worse(items, name)]
-    return f"{line}\nwarning: the model {' and '.join(worse)} clearly more; {HELPS}" if worse else line
+    return [line, *([f"warning: the model {' and '.join(worse)} clearly more; {HELPS}"] if worse else [])]
 
 
 def _worse(items: Items, name: str) -> bool:

@@ -6,14 +6,14 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import hypot, inf, isfinite
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
-from .text import plus_minus, spark_line, table, worst_ratio
+from .text import digits_of, plus_minus, spark_line, table, worst_ratio
 
 
 if TYPE_CHECKING:
@@ -96,10 +96,12 @@ class Row:
         return last / first
 
     def cells(self) -> list[str]:
-        """The values as text."""
+        """The values as text, with as many digits as their standard errors allow."""
         errors = self.errors or (None,) * len(self.values)
-        shown = zip(self.values, errors, strict=False)
-        return [_shown(value, self.digits) + plus_minus(error, self.digits) for value, error in shown]
+        shown = (
+            (value, error, digits_of(error, self.digits)) for value, error in zip(self.values, errors, strict=False)
+        )
+        return [_shown(value, digits) + plus_minus(error, digits) for value, error, digits in shown]
 
     def compared(self) -> str:
         """The change as text."""
@@ -107,8 +109,9 @@ class Row:
             return ""
         if self.change != RATIO:
             return f"{self.ratio - 1:+.1%}"
-        rough = ROUGH if self.tokens is not None and self.tokens < ENOUGH else ""
-        return f"x {self.ratio:.3f}{plus_minus((self.errors or (None,))[-1], 3)}{rough}"
+        rough, error = self.tokens is not None and self.tokens < ENOUGH, (self.errors or (None,))[-1]
+        digits = digits_of(error, 1 if rough else 3)
+        return f"x {self.ratio:.{digits}f}{plus_minus(error, digits)}{ROUGH * rough}"
 
     def spark(self) -> str:
         """A bar for each layer of the last model, where they differ."""
@@ -153,7 +156,7 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     ]
     if len(rows) > 1:
         means = tuple(_mean([row.values[number] for row in rows]) for number in range(len(models)))
-        rows.append(Row("  geometric mean", means, 2, RATIO))
+        rows.append(Row("  geometric mean", means, 2, RATIO, (*(None for _ in models), _error_of_mean(rows))))
     bits = tuple(_mean([*facts.bits_per_byte.values()], fmean) for facts in models)
     rows += _known([Row("bits per byte", bits, 3)])
     rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
@@ -357,6 +360,13 @@ def _mean(values: Sequence[Any], mean: Callable[[Sequence[Any]], float] = geomet
     return mean(values) if values and usable else None
 
 
+def _error_of_mean(of: Sequence[Row]) -> float | None:
+    """The standard error of the geometric mean of ratios that were measured on texts of their own."""
+    parts = [(row.errors[-1] or inf) / row.ratio for row in of if row.ratio]
+    mean = _mean([row.ratio for row in of])
+    return None if mean is None or not isfinite(hypot(*parts)) else mean * hypot(*parts) / len(of)
+
+
 def removed(report: Mapping[str, Any]) -> Iterator[str]:
     """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
     for kind, by_layer in sorted(report["widths"].items()):
@@ -392,6 +402,13 @@ def quality_of_run(records: Records) -> dict[str, Facts]:
 def perplexity_of_training(records: Records) -> dict[str, Facts]:
     """What a training has measured, by model."""
     return perplexity_facts(records.recovery)
+
+
+def other_text(records: Records) -> dict[str, Facts]:
+    """What was measured later on text that the run has not seen, by model; empty where nothing was."""
+    perplexity, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared") or ()
+    of_kind = {name: of for name, of in perplexity.items() if name not in shared}
+    return perplexity_facts({**records.evaluation, "perplexity": of_kind})
 
 
 def quality_tables(records: Records) -> Iterator[Table]:

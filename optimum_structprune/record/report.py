@@ -57,7 +57,7 @@ class RecoveryReport:
             [
                 *([self._divergences(), PERPLEXITY] if self.divergence else []),
                 as_text(perplexity_facts(asdict(self)), compared=False),
-                *([remark(self.answers)] if self.answers else []),
+                *remark(self.answers),
                 cost,
                 *filter(None, [self.stopped]),
             ]
@@ -184,6 +184,6 @@ class Report(Record):
         from .verdict import verdict
 
         values = self.to_dict()
-        lines = [as_text(facts_of(values)), *remarks(values), *([remark(self.answers)] if self.answers else [])]
+        lines = [as_text(facts_of(values)), *remarks(values), *remark(self.answers)]
         recovery = [] if self.recovery is None else ["", str(self.recovery)]
         return "\n".join([*lines, *recovery, *verdict(values)])

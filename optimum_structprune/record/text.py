@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
-from math import ceil, inf, isfinite, isnan
+from math import ceil, floor, inf, isfinite, isnan, log10
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +33,13 @@ def spark_line(shares: Sequence[float]) -> str:
 def plus_minus(error: float | None, digits: int) -> str:
     """A standard error behind its value; nothing where there is none."""
     return "" if error is None or not isfinite(error) else f" ± {error:.{digits}f}"
+
+
+def digits_of(error: float | None, most: int) -> int:
+    """The digits behind the point that a standard error leaves to its value: those up to its own first one."""
+    if error is None or not isfinite(error):
+        return most
+    return min(max(-floor(log10(error)), 0), 3) if error > 0 else 3
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -48,7 +48,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     size = f"{1 - parameters['after'] / parameters['before']:.1%} smaller"
     figures = [
         size,
-        f"text x {mean:.3f}, at worst x {worst:.3f} ({kind})",
+        f"text x {mean:.2f}, at worst x {worst:.2f} ({kind})",
         answers,
         "speed: structprune evaluate --speed",
     ]

@@ -22,10 +22,12 @@ from ..arch.meta import model_class
 from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
+from ..record.answers import remark
 from ..record.facts import CHANGED, cells, facts_of, languages, quality_tables, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import escaped, markdown, sample_items
+from ..record.verdict import verdict
 from ..system.disk import CARD, resolved
 from ..written import replace_text, warn_on_error, written_files
 
@@ -112,7 +114,9 @@ def model_card(
         measured=records.evaluation,
         limits=[*([CHANGED] if records.report.get("changed") else []), *languages(records.report)],
         speedup=records.speedup,
+        verdict=verdict(records.report),
         answers=_answers(records),
+        answers_lines=remark(records.answers),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
         heldout_is_disjoint=records.heldout_is_disjoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,14 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
-from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError
 from ..record.answers import outcome, remark
 from ..record.facts import (
     NAMES,
-    UNKNOWN,
     Table,
     cells,
+    other_text,
     perplexity_of_training,
     quality_of_run,
     quality_rows,
@@ -31,23 +31,28 @@ from ..record.facts import (
 from ..record.records import Records, short_name
 from ..record.report import REPORT_NAME
 from ..record.text import plus_minus, readable_time, sample_items
+from ..record.verdict import verdict
 from ..system.processes import is_first_rank
 from ..system.stages import readable_size
 from ..written import check_unchanged, replace_text, warn_on_error
 
 
 PAGE_NAME = "report.html"
+ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 
 
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
-    output, dense = records.output, records.dense or "DENSE"
+    output = records.output
+    named = records.details.model.get("base_model") or short_name(records.dense)
+    dense = named if ID.fullmatch(named) else records.dense or "DENSE"
     measure = ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE", "--speed", "--html"]
     try:
         return _template().render(
             records=records,
             name=Path(records.output).absolute().name,
-            dense=short_name(records.dense),
+            dense=named,
+            verdict=verdict(records.report),
             tiles=list(_tiles(records)),
             broken=_broken(records),
             removed=list(removed(records.report)),
@@ -56,12 +61,10 @@ def page(records: Records) -> str:
             qualities=list(quality_tables(records)),
             widths=list(_widths(records)),
             answers=sample_items(records.answers),
-            answers_line=remark(records.answers) if records.answers else "",
+            answers_lines=remark(records.answers),
             remarks=list(remarks(records.report)),
-            spent=_spent(records),
             commands=[*records.commands(output, dense, f"{output}-again"), join(["structprune", *measure])],
             configs=records.configs,
-            manifest=_manifest(records),
             version=__version__,
         )
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
@@ -120,10 +123,9 @@ def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
         yield "Faster", f"× {speed['prefill']:.2f}", note
     if broken := _broken(records):
         yield "Perplexity", "infinite", f"on {', '.join(broken)}"
-    for label, models in (
-        ("Perplexity", quality_of_run(records)),
-        ("Perplexity, recovered", perplexity_of_training(records)),
-    ):
+    other = other_text(records)
+    of_run = {"Perplexity": quality_of_run(records), "Perplexity, recovered": perplexity_of_training(records)}
+    for label, models in ({"Perplexity, other text": other} if other else of_run).items():
         rows = [row for row in quality_rows([*models.values()]) if row.label.startswith("perplexity") and row.ratio]
         if "dense" in models and rows:
             worst = max(rows, key=lambda row: row.ratio or 0.0)
@@ -170,41 +172,6 @@ def _widths(records: Records) -> Iterator[Table]:
             ]
             gone = [1 - share for share in shares]
             yield Table(f"{NAMES.get(kind, kind)} of each layer", ["layer", "kept", "change"], rows, gone)
-
-
-def _spent(records: Records) -> Table | None:
-    """Time and memory by stage; None where no stage was timed."""
-    spent, peaks = records.spent, records.details.memory
-    if not spent:
-        return None
-    kinds = sorted({kind for by_kind in peaks.values() for kind in by_kind})
-    rows = [
-        [
-            stage,
-            readable_time(seconds),
-            *(readable_size(peaks[stage][kind]) if kind in peaks.get(stage, {}) else UNKNOWN for kind in kinds),
-        ]
-        for stage, seconds in spent.items()
-    ]
-    head = ["stage", "time", *(f"peak {kind.upper()} memory so far" for kind in kinds)]
-    top = max(spent.values()) or 1.0
-    return Table("Time and memory by stage", head, rows, [seconds / top for seconds in spent.values()])
-
-
-def _manifest(records: Records) -> Table | None:
-    rows = [
-        [
-            f"{entry['name']}: {short_name(str(entry['origin'].get('source', 'given inputs')))}",
-            entry.get("use", CALIBRATED),
-            f"{entry['weight']:.3f}",
-            *(f"{entry[name]:,}" for name in ("calibration_tokens", "heldout_tokens")),
-            f"{len(entry['documents']):,}",
-            entry["samples_sha256"][:12],
-        ]
-        for entry in records.manifest.get("domains", [])
-    ]
-    head = ["text", "use", "weight", "tokens", "tokens set aside", "documents", "SHA-256"]
-    return Table("Text", head, rows) if rows else None
 
 
 def _millions(number: int) -> str:

@@ -19,6 +19,8 @@ from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
+from optimum_structprune.record.text import escaped
+from optimum_structprune.record.verdict import verdict
 from optimum_structprune.saving.card import model_card
 from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
 
@@ -31,6 +33,12 @@ def tables(text: str) -> dict[str, list[list[str]]]:
         for title, body in zip(sections[1::2], sections[2::2], strict=True)
     }
     return {title: found for title, found in rows.items() if found}
+
+
+def with_error(form: str, value: float, error: float) -> str:
+    """A value and its standard error, with the digits up to the first one of the error."""
+    digits = next(digits for digits in (0, 1, 2, 3) if digits == 3 or error * 10**digits >= 1)
+    return form.format(value, digits, error, digits)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +71,11 @@ def test_it_says_what_the_records_say(desk):
     ):
         errors = report["perplexity_stderr"][domain]
         assert (name, tokens) == (domain, f"{report['perplexity_tokens'][domain]:,}")
-        assert dense == f"{ppl['before']:.2f} ± {errors['before']:.2f}"
-        assert pruned == f"{ppl['after']:.2f} ± {errors['after']:.2f}"
-        assert ratio == f"x {ppl['after'] / ppl['before']:.3f} ± {errors['ratio']:.3f} rough"
+        assert dense == with_error("{:,.{}f} ± {:.{}f}", ppl["before"], errors["before"])
+        assert pruned == with_error("{:,.{}f} ± {:.{}f}", ppl["after"], errors["after"])
+        assert ratio == with_error("x {:.{}f} ± {:.{}f} rough", ppl["after"] / ppl["before"], errors["ratio"])
+    *figures, advice = map(escaped, verdict(report))
+    assert f"{figures[0]}." in card.text and f"**{advice[0].upper()}{advice[1:]}.**" in card.text
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
     saved = StructPruneConfig.from_pretrained(folder / "slim")
