@@ -34,6 +34,19 @@ def main(name: str):
     return import_module(name).main
 
 
+def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
+    for saved in real_text_model(1600, "prose"):
+        saved.save_pretrained(tmp_path / "model")
+    small = "--width mlp=1024 --text builtin:prose --general-share 0 --num-samples 4 --seq-length 32"
+    command = [str(tmp_path / "model"), str(tmp_path / "out"), "--num-samples", "1", "--questions", "1"]
+    main("pick_yours")([*command, "--other", "letters=builtin:letters", "--row", small])
+    dense, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert dense[1] == "the dense model" and row[1] == f"`{small}`" and " of " in row[4] and row[5].startswith("× ")
+    monkeypatch.setattr("pick_yours.measured", lambda *rest: 1 / 0)
+    main("pick_yours")([*command, "--row", small])
+    assert capsys.readouterr().out.splitlines()[-1].split(" | ") == row
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_says_how_to_call_it(path, capsys):
     if path.stem not in ("llama_cpp", "benchmark_peers_worker", "quality"):  # others call these

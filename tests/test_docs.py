@@ -37,7 +37,8 @@ TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.m
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # Notes that depend on the size of the model.
 BY_SIZE = re.compile(
-    "verdict: |^# smaller; |answers to # short|tokens have # of|has no GPTQ|has no llama|errs|loops|were calibrated on"
+    "verdict: |^# smaller; |by script: |languages that the dense|answers to # short|tokens have # of|has no GPTQ|"
+    "has no llama|errs|loops|were calibrated on"
 )
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
@@ -186,6 +187,21 @@ def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path,
             shown = "".join(run_line(line, SMALL if page in TOURS else {}) for line in code.splitlines())
         if output and page in PRINTED:
             assert form(shown) == form(output), f"{page.name} shows another output of\n{code}"
+
+
+@pytest.mark.docs
+def test_the_notebook_runs_from_its_first_cell_to_its_last(inputs, tmp_path, monkeypatch):
+    """Its cells are plain Python, in one namespace; what it has kept of outputs is little."""
+    monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
+    notebook = ROOT / "examples" / "first_steps.ipynb"
+    cells = [
+        "".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    names: dict = {"__name__": "__main__"}
+    with redirect_stdout(StringIO()) as shown:
+        for cell in cells:
+            exec(compile(cell, str(notebook), "exec"), names)
+    assert len(cells) == 4 and "as Q8_0" in shown.getvalue() and notebook.stat().st_size < 20_000
 
 
 def targets() -> list[str]:

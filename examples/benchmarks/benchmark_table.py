@@ -1,7 +1,7 @@
 """The whole table: models, shares of their FFN channels, methods and seeds; it can be stopped, and goes on.
 
     python examples/benchmarks/benchmark_table.py DATA OUT --models SmolLM2-135M=FOLDER Gemma-3-270M=FOLDER
-        [--cells "SmolLM2*, 35 %, *" ...] [--seeds 0 1 2] [--answers] [--write README.md] [--list]
+        [--cells "SmolLM2*, 35 %, *" ...] [--seeds 0 1 2] [--answers] [--write PAGE] [--list]
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain: `heldout/` has other documents
 of the calibration domains, `unseen/` has domains that no calibration set contains, and neither is calibrated on. Of

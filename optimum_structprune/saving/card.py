@@ -116,7 +116,6 @@ def model_card(
         speedup=records.speedup,
         verdict=verdict(records.report),
         answers=_answers(records),
-        answers_lines=remark(records.answers),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
         heldout_is_disjoint=records.heldout_is_disjoint,
@@ -199,11 +198,12 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 
 def _answers(records: Records) -> str:
-    items = sample_items(records.answers)
+    asked = records.answers
+    items = sample_items(asked)
     names = list(items[0]["answers"]) if items else []
     rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
     short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]
-    return markdown([["asked", *names], *short]) if rows else ""
+    return "\n\n".join([*map(escaped, remark(asked)), markdown([["asked", *names], *short])]) if rows else ""
 
 
 def _domains(records: Records, use: str) -> str:

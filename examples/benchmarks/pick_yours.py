@@ -1,0 +1,112 @@
+"""What each command makes of a model, as the rows of docs/pick_yours.md.
+
+    python examples/benchmarks/pick_yours.py MODEL FOLDER [--row "FLAGS OF PRUNE" ...] [--other NAME=SOURCE ...]
+        [--num-samples 8] [--questions 120]
+
+The first row is the dense model, and each other one `structprune prune MODEL … FLAGS`. All are written in eight bits
+for llama.cpp, whose size is shown. Answers, text and speed are those of the folder in transformers, in fp32: right
+answers that stay right, perplexity on `--other` text as a multiple of the dense one, and the tokens that one thread
+writes in a second of the processor. A language is lost where the dense model knew it and its text takes over 2 % more
+bits. FOLDER keeps the models and rows; a row that is there is not measured again, so a later call adds to the table.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import ArgumentParser, Namespace
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_structprune import evaluate, export_gguf, measure_speed
+from optimum_structprune.commands.arguments import domain
+from optimum_structprune.commands.cli import main as structprune
+
+
+ROWS = ("--target vocab --budget parameters=0.9 --num-samples 24",)
+OTHER = ("countries=builtin:countries", "letters=builtin:letters")
+LOST = 1.02
+DENSE = "the dense model"
+HEAD = ("model", "command", "MB in Q8_0", "tokens/s", "answers kept", "other text", "languages lost")
+
+
+def loaded(folder: str | Path):
+    """A model in fp32 and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def measured(args: Namespace, flags: str, folder: Path) -> dict[str, Any]:
+    """The figures of one row."""
+    dense, reader = loaded(args.model)
+    model, tokenizer, report = dense, reader, {}
+    small = folder / "small"
+    if flags:
+        if code := structprune(["prune", args.model, str(small), *shlex.split(flags), "--overwrite"]):
+            raise SystemExit(code)
+        model, tokenizer = loaded(small)
+        report = json.loads((small / "report.json").read_text())
+    file = export_gguf(model, folder / "small.gguf", tokenizer, overwrite=True, dtype="q8_0")
+    models = {"dense": dense, "model": model}
+    speed = measure_speed(models, new_tokens=16, repeats=5, threads=1, clock="cpu").measurements[-1].decode
+    row = {"bytes": file.bytes, "tokens_per_second": speed.tokens_per_second}
+    if not flags:
+        return row
+    found = evaluate(
+        model,
+        tokenizer,
+        [domain(text) for text in args.other],
+        dense=dense,
+        dense_tokenizer=reader,
+        num_samples=args.num_samples,
+        answers="builtin",
+        limit=args.questions,
+    )
+    right = [{name: answer["right"] for name, answer in item["answers"].items()} for item in found.answers]
+    known = [of["after"] / of["before"] for of in report.get("languages", {}).values() if of.get("known")]
+    return {
+        **row,
+        "kept": sum(of["model"] for of in right if of["dense"]),
+        "of": sum(of["dense"] for of in right),
+        "ratio": exp(fmean(log(of["model"] / of["dense"]) for of in found.perplexity.values())),
+        "lost": sum(ratio > LOST for ratio in known),
+        "known": len(known),
+    }
+
+
+def cells(model: str, flags: str, row: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    size = [f"{row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second']:.0f}"]
+    if not flags:
+        return [model, DENSE, *size, "all", "× 1", "none"]
+    languages = f"{row['lost']} of {row['known']}" if row["known"] else "none"
+    return [model, f"`{flags}`", *size, f"{row['kept']} of {row['of']}", f"× {row['ratio']:.3f}", languages]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what is not there, and print the table."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a folder or an id on the Hub")
+    parser.add_argument("folder", type=Path, help="where models and rows are kept")
+    parser.add_argument("--row", action="append", metavar="FLAGS", help="flags of `structprune prune`; repeatable")
+    parser.add_argument("--other", nargs="+", default=OTHER, metavar="NAME=SOURCE", help="text to judge by")
+    parser.add_argument("--num-samples", type=int, default=8, help="of each text")
+    parser.add_argument("--questions", type=int, default=120)
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / "rows.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for flags in ("", *(args.row or ROWS)):
+        if (args.model, flags) not in ((model, of) for model, of, _ in rows):
+            rows.append((args.model, flags, measured(args, flags, args.folder)))
+            path.write_text(json.dumps(rows, indent=1))
+    for line in (HEAD, ["---"] * len(HEAD), *(cells(Path(model).name, flags, row) for model, flags, row in rows)):
+        print(f"| {' | '.join(line)} |")
+
+
+if __name__ == "__main__":
+    main()
