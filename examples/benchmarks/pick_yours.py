@@ -40,17 +40,17 @@ def loaded(folder: str | Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
-def measured(args: Namespace, flags: str, folder: Path) -> dict[str, Any]:
-    """The figures of one row."""
+def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
+    """The figures of one row, whose model is in a folder or is put there."""
     dense, reader = loaded(args.model)
     model, tokenizer, report = dense, reader, {}
-    small = folder / "small"
     if flags:
-        if code := structprune(["prune", args.model, str(small), *shlex.split(flags), "--overwrite"]):
+        command = ["prune", args.model, str(small), *shlex.split(flags)]
+        if not small.exists() and (code := structprune(command)):
             raise SystemExit(code)
         model, tokenizer = loaded(small)
         report = json.loads((small / "report.json").read_text())
-    file = export_gguf(model, folder / "small.gguf", tokenizer, overwrite=True, dtype="q8_0")
+    file = export_gguf(model, f"{small}.gguf", tokenizer, overwrite=True, dtype="q8_0")
     models = {"dense": dense, "model": model}
     speed = measure_speed(models, new_tokens=16, repeats=5, threads=1, clock="cpu").measurements[-1].decode
     row = {"bytes": file.bytes, "tokens_per_second": speed.tokens_per_second}
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
     for flags in ("", *(args.row or ROWS)):
         if (args.model, flags) not in ((model, of) for model, of, _ in rows):
-            rows.append((args.model, flags, measured(args, flags, args.folder)))
+            rows.append((args.model, flags, measured(args, flags, args.folder / f"row-{len(rows)}")))
             path.write_text(json.dumps(rows, indent=1))
     for line in (HEAD, ["---"] * len(HEAD), *(cells(Path(model).name, flags, row) for model, flags, row in rows)):
         print(f"| {' | '.join(line)} |")
