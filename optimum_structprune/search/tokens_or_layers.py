@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import inf, isnan, log
 
@@ -30,6 +30,8 @@ from .trials import Probe, Trials
 
 # So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
 NUMBERS, FINER = 6, 2
+# Tokens that lose fewer nats than this are not compared with layers, which always lose some.
+FREE = 2e-3
 # What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
 MOST_GROWTH = 4.0
 # At one width the loss is a power of the share that goes, between these; a loss of fewer nats is noise.
@@ -58,28 +60,15 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
     `keep_of` leaves; that of the layers follows from the trials of the search, which are made once, or at one width
     for all layers from two short prunings. A short pruning corrects what is predicted where the total is least: what
-    layers lose one at a time adds up to less than they lose together.
+    layers lose one at a time adds up to less than they lose together. No layer is asked where tokens alone meet the
+    budget and cost next to nothing.
     """
-    model, data, report = run.model, run.data, run.report
-    layers = _AtOneWidth(run) if run.config.allocation == "uniform" else _Layers(run)
-    legal, numbers = _numbers(run, may)
-    with evaluating(model), report.timed("search"):
-        known: Hidden = {}
-        dense_losses = [row_losses(model, [*domain.trial], known=known).sum() for domain in data.domains]
-        balances: list[Balance] = []
-        for _ in progress(range(NUMBERS + FINER), desc="numbers of tokens", unit="number"):
-            if not numbers:
-                layers.correct_(balances)
-            number = numbers.pop() if numbers else _between(balances, legal)
-            if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
-                break
-            losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses, known)
-            tokens_loss = broadcast_object(data.total_loss(losses))
-            # What goes beside other tokens costs nothing less than these alone; anything else is noise.
-            more = (balance.tokens_loss for balance in balances if balance.tokens > number)
-            tokens_loss = inf if isnan(tokens_loss) else max([0.0, tokens_loss, *more])
-            balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
-        layers.correct_(balances)
+    report, (legal, numbers) = run.report, _numbers(run, may)
+    with evaluating(run.model), report.timed("search"):
+        loss_of = _losses_of_tokens(run, vocabulary, keep_of)
+        fewest = Balance(numbers[0], loss_of(numbers[0]), 0.0, measured=True)
+        alone = budget_without_vocab(run.config, run.arch, run.model, numbers[0], cut=False) is None
+        balances = [fewest] if alone and fewest.tokens_loss < FREE else _compared(run, loss_of, legal, numbers)
     best = _best(balances)
     if best.layers_loss == inf:
         raise StructPruneError(
@@ -88,6 +77,41 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     balances.sort(key=lambda balance: -balance.tokens)
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
     return best.tokens
+
+
+def _losses_of_tokens(
+    run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]]
+) -> Callable[[int], float]:
+    """What the model loses where so many tokens stay, in nats per token; each number is measured once."""
+    model, data, known = run.model, run.data, Hidden()
+    dense_losses = [row_losses(model, [*domain.trial], known=known).sum() for domain in data.domains]
+
+    @cache
+    def loss_of(number: int) -> float:
+        losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses, known)
+        loss = broadcast_object(data.total_loss(losses))
+        return inf if isnan(loss) else max(0.0, loss)
+
+    return loss_of
+
+
+def _compared(
+    run: Run, loss_of: Callable[[int], float], legal: Sequence[int], numbers: Sequence[int]
+) -> list[Balance]:
+    """Some of the legal numbers, from the largest of `numbers` to the least, and then some around the best."""
+    layers = _AtOneWidth(run) if run.config.allocation == "uniform" else _Layers(run)
+    waiting, balances = [*numbers], list[Balance]()
+    for _ in progress(range(NUMBERS + FINER), desc="numbers of tokens", unit="number"):
+        if not waiting:
+            layers.correct_(balances)
+        number = waiting.pop() if waiting else _between(balances, legal)
+        if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
+            break
+        # What goes beside other tokens costs nothing less than these alone; anything else is noise.
+        more = (balance.tokens_loss for balance in balances if balance.tokens > number)
+        balances.append(Balance(number, max([loss_of(number), *more]), layers.least_loss(number)))
+    layers.correct_(balances)
+    return balances
 
 
 def _best(balances: Sequence[Balance]) -> Balance:

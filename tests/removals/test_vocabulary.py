@@ -29,6 +29,7 @@ from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.trainer import load_teacher
+from optimum_structprune.search import tokens_or_layers
 from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
 from optimum_structprune.vocabulary.languages import cost_by_language, tokens_by_language
@@ -359,13 +360,23 @@ def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tok
     assert times == 1 or chosen["tokens"] == fewest
 
 
+def test_tokens_that_cost_nothing_go_without_a_look_at_the_layers(monkeypatch):
+    monkeypatch.setattr(tokens_or_layers, "token_losses", lambda *arguments: torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setattr(Search, "loss", None)
+    model = text_model()
+    pruner, small = pruned(model, **JOINT, budget={"parameters": 0.9})
+    (only,) = pruner.report.balances
+    assert only["chosen"] and only["tokens"] == small.config.vocab_size < model.config.vocab_size
+    assert small.num_parameters() <= 0.9 * model.num_parameters()
+    assert small.config.intermediate_size == model.config.intermediate_size
+
+
 def test_rows_that_no_token_has_are_no_tokens_to_compare():
     model = text_model()
     model.resize_token_embeddings(464)
     pruner, small = pruned(model, **JOINT, budget={"parameters": 0.97})
-    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
-    whole = next(balance for balance in pruner.report.balances if balance["tokens"] == 464)
-    assert whole["tokens_loss"] == 0
+    (chosen,) = pruner.report.balances
+    assert chosen["tokens_loss"] == 0 and chosen["tokens"] < 464
     assert chosen["tokens"] == small.config.vocab_size and len(pruner.tokenizer) == min(chosen["tokens"], 400)
 
 
