@@ -184,7 +184,9 @@ def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path,
                 exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
             shown = text.getvalue()
         else:
-            shown = "".join(run_line(line, SMALL if page in TOURS else {}) for line in code.splitlines())
+            shown = "".join(
+                run_line(line, SMALL if page in (ROOT / "README.md", *TOURS) else {}) for line in code.splitlines()
+            )
         if output and page in PRINTED:
             assert form(shown) == form(output), f"{page.name} shows another output of\n{code}"
 
