@@ -139,9 +139,10 @@ class StructPruner:
 
                 widths = remove_tokens_(run, tokens, widths, best_number)
             if widths and run.config.allocation != "uniform":
-                from .search.search import choose_widths
+                from .search.search import choose_shape
 
-                widths = choose_widths(run, widths)
+                shape = choose_shape(run, widths)
+                run.layers, widths = shape.layers, shape.after_removal()
             if run.config.recovery is not None:
                 run.find_teacher()
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go

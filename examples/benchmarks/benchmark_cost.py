@@ -34,7 +34,7 @@ from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.domains.resolve import WRITTEN
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import choose_widths
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
@@ -162,7 +162,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     run = Run(model, arch, CalibrationData.of(settings, domains))
     chosen = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        chosen = choose_widths(run, chosen)
+        chosen = choose_shape(run, chosen).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

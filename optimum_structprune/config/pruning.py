@@ -110,7 +110,8 @@ class StructPruneConfig(Serialisable):
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, and a registered allocation by scores of its own. The others go by
             the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries one
-            shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
+            shape for all layers, and `search_uniform` looks for the best number of layers and the best widths, the
+            same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths

@@ -57,6 +57,7 @@ class Run:
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
+        layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -80,6 +81,7 @@ class Run:
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
+        self.layers: tuple[int, ...] | None = None
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None

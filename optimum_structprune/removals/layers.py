@@ -37,12 +37,12 @@ LEAST_SHARE = 0.1
 
 
 def remove_layers_(run: Run, step: Step) -> Plan:
-    """Take out the layers that matter least to the model as it is now.
+    """Take out the layers that measured losses have chosen, or else those that matter least to the model as it is now.
 
     The config's criterion counts where it scores whole layers; otherwise block influence does.
     """
     with run.report.timed("layers"):
-        keep = _layers_to_keep(run, step)
+        keep = _layers_to_keep(run, step) if run.layers is None else run.layers
         run.changed = True
         take_out_layers_(run.model, run.arch, run.data, keep)
     return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
@@ -60,9 +60,8 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
-    source, reached = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None, 0
-    if isinstance(source, InMemory):
-        source.paths.find_other = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+    source, reached = gap_source(model, arch, data), 0
+    if source is not None:
         for layer, behind in pairwise((*keep, arch.num_layers)):
             for other in range(reached, behind):
                 with source.at(other):
@@ -90,6 +89,15 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
         with source.at(layer):
             hidden = source.output(layer, 0, hidden)
     return hidden
+
+
+def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
+    """The source for `refit_before_gap_`; None where nothing makes up for a removed layer."""
+    source = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None
+    if not isinstance(source, InMemory):
+        return None
+    source.paths.find_other = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+    return source
 
 
 def refit_before_gap_(

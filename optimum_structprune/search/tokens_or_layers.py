@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import VOCAB, Widths
+from ..arch.spec import VOCAB
 from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
@@ -23,7 +23,7 @@ from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
 from ..widths.budget import budget_of, budget_without_vocab, removed_parameters, token_numbers, widths_of
-from ..widths.shapes import Curves
+from ..widths.shapes import Curves, Shape
 from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
 
@@ -136,7 +136,7 @@ class _Layers:
     def __init__(self, run: Run):
         self.run = run
         self.trials: Trials | None = None
-        self.widths: dict[int, tuple[Search, Widths]] = {}
+        self.shapes: dict[int, tuple[Search, Shape]] = {}
         self.factor = 1.0
 
     @cached_property
@@ -145,7 +145,7 @@ class _Layers:
         return Probe.of(self.run.model, self.run.arch, self.run.data)
 
     def least_loss(self, number: int) -> float:
-        """The predicted loss of the best widths with so many tokens; infinity where none keep to the budget."""
+        """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
         run = self.run
         rest = budget_without_vocab(run.config, run.arch, run.model, number, cut=False)
         if rest is None:
@@ -158,21 +158,21 @@ class _Layers:
         if not predicted:
             return inf
         # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
-        loss, widths = broadcast_object(min(predicted, key=lambda pair: pair[0]))
-        self.widths[number] = search, widths
+        loss, shape = broadcast_object(min(predicted, key=lambda pair: pair[0]))
+        self.shapes[number] = search, shape
         return inf if isnan(loss) else self.factor * loss
 
-    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
-        """The widths that keep to a budget, each with what single layers predict that they lose."""
+    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
+        """The shapes that keep to a budget, each with what single layers predict that it loses."""
         candidates = search.candidates(self._curves(search))
-        return [(of.predicted, of.widths) for of in candidates if of.predicted is not None]
+        return [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
 
     def correct_(self, balances: list[Balance]) -> None:
         """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
         much.
         """
         while not (best := _best(balances)).measured:
-            loss = self._loss_together(best.tokens) if best.tokens in self.widths else best.layers_loss
+            loss = self._loss_together(best.tokens) if best.tokens in self.shapes else best.layers_loss
             growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
             self.factor *= growth
             for at, of in enumerate(balances):
@@ -182,8 +182,8 @@ class _Layers:
                     balances[at] = replace(of, layers_loss=growth * of.layers_loss)
 
     def _loss_together(self, number: int) -> float:
-        search, widths = self.widths[number]
-        return search.loss(widths, self.probe)
+        search, shape = self.shapes[number]
+        return search.loss(shape, self.probe)
 
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:
@@ -199,17 +199,17 @@ class _AtOneWidth(_Layers):
 
     power: float | None = None
 
-    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
+    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
         """See `_Layers.predicted`."""
         if self.power is None:
             half = Search(search.model, search.arch, replace(search.data, config=_half_of(search)))
-            both = [(_share(of), max(of.loss(of.plain, self.probe), LEAST_LOSS)) for of in (search, half)]
+            both = [(_share(of), max(of.loss(Shape(of.plain), self.probe), LEAST_LOSS)) for of in (search, half)]
             (share, loss), (less, of_less) = both
             steep = share > less > 0 and inf not in (loss, of_less)
             power = log(loss / of_less) / log(share / less) if steep else LEAST_POWER
             self.power = min(max(power, LEAST_POWER), MOST_POWER)
             self.factor = loss / share**self.power
-        return [(_share(search) ** self.power, search.plain)]
+        return [(_share(search) ** self.power, Shape(search.plain))]
 
 
 def _half_of(search: Search) -> StructPruneConfig:

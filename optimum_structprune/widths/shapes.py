@@ -1,4 +1,4 @@
-"""Widths that save enough, and those of them that measured losses speak for."""
+"""Shapes of a smaller model that save enough, and those of them that measured losses speak for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec
+from ..arch.spec import LAYER, ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from .allocation import legal_widths, spaces_by_layer
@@ -19,9 +19,8 @@ from .budget import budget_of
 
 
 Key = tuple[int, str]  # a layer and a kind of space
-# What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
-Curves = Mapping[Key, Sequence[float]]
 K = TypeVar("K", bound=Hashable)
+Predicted = tuple[float, float, tuple[int, ...]]
 
 # The number of widths per space that a step of the search compares, and the largest number of steps.
 AT_A_TIME = 16
@@ -34,13 +33,45 @@ TIE = 1e-7
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The widths of a smaller model, and the layers of the dense one that stay, ascending; None where all do."""
+
+    widths: Widths
+    layers: tuple[int, ...] | None = None
+
+    def after_removal(self) -> Widths:
+        """The widths with the number of layers among them, and by the numbers that the layers have then."""
+        if self.layers is None:
+            return self.widths
+        new: dict[str, Width] = {LAYER: len(self.layers)}
+        for name, width in self.widths.items():
+            new[name] = (
+                width
+                if isinstance(width, int)
+                else {place: width[layer] for place, layer in enumerate(self.layers) if layer in width}
+            )
+        return new
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space;
+    and without a whole layer, where these are offered.
+    """
+
+    units: Mapping[Key, Sequence[float]]
+    layers: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Resource:
-    """Something of which a config wants less, such as parameters: how much has to go, and how much goes with one unit
-    of width in one layer and kind of space.
+    """Something of which a config wants less, such as parameters: how much has to go, how much goes with one unit of
+    width in one layer and kind of space, and how much with a whole layer.
     """
 
     need: float
     unit: Mapping[Key, float]
+    layer: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -61,8 +92,10 @@ def searched_widths(
     """
 
     def option(key: Key, width: int) -> Option:
-        removed = len(curves[key]) - 1 - width
-        return Option(curves[key][removed], tuple(resource.unit.get(key, 0.0) * removed for resource in resources))
+        removed = len(curves.units[key]) - 1 - width
+        return Option(
+            curves.units[key][removed], tuple(resource.unit.get(key, 0.0) * removed for resource in resources)
+        )
 
     stride = max(map(len, candidates.values())) // AT_A_TIME + 1
     near = {key: thinned(range(len(widths))) for key, widths in candidates.items()}
@@ -130,44 +163,52 @@ def thinned(widths: Sequence[int]) -> list[int]:
     return [widths[round(number * last / (AT_A_TIME - 1))] for number in range(AT_A_TIME)]
 
 
-def uniform_widths(
-    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource
-) -> list[tuple[float, dict[str, int]]]:
-    """The widths, each the same in all layers, that save enough and no more than they have to, with their predicted
+def uniform_shapes(
+    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource, most_skipped: int = 0
+) -> list[tuple[float, Shape]]:
+    """The shapes with one width for all layers that save enough and no more than they have to, each with its predicted
     loss, the best first.
 
-    Every number of units of the coarser spaces is tried; the space with the most widths takes the widest that saves
-    enough.
+    Every number of layers and of units of the coarser spaces is tried; the space with the most widths takes the widest
+    that saves enough. The layers that go are those whose loss exceeds that of narrowing them by least.
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]
     widest_first = sorted(choices[finest], reverse=True)
-    found = []
-    for coarse in product(*(thinned(choices[name]) for name in others)):
-        predict = partial(_predicted, dict(zip(others, coarse, strict=True)), finest, curves, resource)
+    shapes = []
+    for coarse, skipped in product(product(*(thinned(choices[name]) for name in others)), range(most_skipped + 1)):
+        rest = dict(zip(others, coarse, strict=True))
+        predict = partial(_predicted, rest, finest, curves, resource, skipped)
 
-        def saved(width: int, predict: Callable[[int], tuple[float, float]] = predict) -> float:
+        def saved(width: int, predict: Callable[[int], Predicted] = predict) -> float:
             return predict(width)[1]
 
         index = bisect_left(widest_first, resource.need, key=saved)  # a narrower width saves more
         if index < len(widest_first):
-            width = widest_first[index]
-            found.append((predict(width)[0], {**dict(zip(others, coarse, strict=True)), finest: width}))
-    return sorted(found, key=lambda pair: pair[0])
+            loss, _, stay = predict(widest_first[index])
+            shapes.append((loss, Shape({**rest, finest: widest_first[index]}, stay if skipped else None)))
+    return sorted(shapes, key=lambda pair: pair[0])
 
 
 def _predicted(
-    coarse_widths: Mapping[str, int], finest: str, curves: Curves, resource: Resource, width: int
-) -> tuple[float, float]:
-    """The predicted loss of widths that are the same in all layers, and what they save."""
+    coarse_widths: Mapping[str, int], finest: str, curves: Curves, resource: Resource, skipped: int, width: int
+) -> Predicted:
+    """The predicted loss of a uniform shape without some layers, what it saves, and the layers that stay."""
     widths = {**coarse_widths, finest: width}
-    removed = {(layer, name): max(len(curve) - 1 - widths[name], 0) for (layer, name), curve in curves.items()}
-    loss = sum(curves[key][units] for key, units in removed.items())
-    return loss, sum(resource.unit.get(key, 0.0) * units for key, units in removed.items())
+    loss, saved = dict.fromkeys(curves.layers, 0.0), dict.fromkeys(curves.layers, 0.0)
+    for (layer, name), curve in curves.units.items():
+        removed = max(len(curve) - 1 - widths[name], 0)
+        loss[layer] = loss.get(layer, 0.0) + curve[removed]
+        saved[layer] = saved.get(layer, 0.0) + resource.unit.get((layer, name), 0.0) * removed
+    gone = sorted(curves.layers, key=lambda layer: curves.layers[layer] - loss[layer])[:skipped]
+    for layer in gone:
+        loss[layer], saved[layer] = curves.layers[layer], resource.layer.get(layer, 0.0)
+    stay = tuple(layer for layer in sorted(loss) if layer not in gone)
+    return sum(loss.values()), sum(saved.values()), stay
 
 
 def resources(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], layers: bool = False
 ) -> list[Resource]:
     """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
     otherwise.
@@ -177,21 +218,23 @@ def resources(
         for name in names
         for layer, spaces in spaces_by_layer(arch, name).items()
     }
+    whole = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
     if config.widths is not None:
         return [_mean_width(config, arch, name, params) for name in names]
     if config.budget is None:
-        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params)]
+        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
     legal = legal_widths(config, arch, model.config)
     name, limit, dense, cost = budget_of(config, arch, model, names)
     need = cost({kind: arch.widths(kind) for kind in names}) - limit
     if name in ("parameters", "bytes"):
-        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params)]
+        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params, whole)]
     units = {}
     for kind in names:
         least = min(legal[kind])
         removed = sum(size - min(least, size) for size in arch.widths(kind).values())
         units[kind] = (dense - cost({kind: least})) / max(removed, 1)
-    return [Resource(need, {key: units[key[1]] for key in params})]
+    layer_cost = float(dense - cost({LAYER: arch.num_layers - 1})) if layers else 0.0
+    return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
 
 
 def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
@@ -201,4 +244,4 @@ def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Ma
     of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
     sizes = arch.widths(name)
     need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())
-    return Resource(need, of_space)
+    return Resource(need, of_space, {})

@@ -18,7 +18,7 @@ from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE, Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import training_text
-from optimum_structprune.search.search import choose_widths
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
@@ -138,7 +138,7 @@ def run_on(settings, domains):
     arch = describe(model)
     widths = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        widths = choose_widths(Run(model, arch, data), widths)
+        widths = choose_shape(Run(model, arch, data), widths).widths
     return pruned_on(data, model, widths)
 
 

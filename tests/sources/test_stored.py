@@ -19,7 +19,7 @@ from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import choose_widths
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.sources.stored import Stored
 from optimum_structprune.widths.budget import widths_of
 
@@ -118,7 +118,7 @@ def test_one_ranking_of_all_units(stats):
     model, data = build("llama-tied"), data_of(uneven(**fields))
     arch = describe(model)
     with whole_model_at_once():
-        widths = choose_widths(Run(model, arch, data), widths_of(data.config, arch, model))
+        widths = choose_shape(Run(model, arch, data), widths_of(data.config, arch, model)).widths
         expected = pruned_on(data, model, widths)
     assert len({*widths["mlp"].values()}) == 2 and found.plan == expected.plan
 

@@ -7,37 +7,42 @@ import torch
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.widths.shapes import (
+    Curves,
     Option,
     Resource,
+    Shape,
     cheapest,
     searched_widths,
     thinned,
-    uniform_widths,
+    uniform_shapes,
 )
 
 
 LAYERS, SIZE, GROUPS = 4, 60, 4
 UNIT = {**{(layer, "mlp"): 3.0 for layer in range(LAYERS)}, **{(layer, "attention"): 40.0 for layer in range(LAYERS)}}
-WHOLE = LAYERS * (3.0 * SIZE + 40.0 * GROUPS)
+WHOLE = {layer: 3.0 * SIZE + 40.0 * GROUPS + 5.0 for layer in range(LAYERS)}
 
 
-def curves():
+def curves(layers=None):
     """Losses that grow faster than the units removed, more in some layers than in others."""
     units = {(layer, "mlp"): [(1 + layer) * (gone / SIZE) ** 2 for gone in range(SIZE + 1)] for layer in range(LAYERS)}
     units |= {(layer, "attention"): [0.4 * gone**1.5 for gone in range(GROUPS + 1)] for layer in range(LAYERS)}
-    return units
+    return Curves(units, layers or {})
 
 
 def wanted(share):
-    return Resource(share * WHOLE, UNIT)
+    return Resource(share * sum(WHOLE.values()), UNIT, WHOLE)
 
 
-def saved(widths):
-    return sum(
+def saved(shape):
+    gone = [layer for layer in range(LAYERS) if shape.layers is not None and layer not in shape.layers]
+    inside = sum(
         UNIT[layer, name] * ((SIZE if name == "mlp" else GROUPS) - (width if isinstance(width, int) else width[layer]))
-        for name, width in widths.items()
+        for name, width in shape.widths.items()
         for layer in range(LAYERS)
+        if layer not in gone
     )
+    return inside + sum(WHOLE[layer] for layer in gone)
 
 
 WIDTHS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key in UNIT}
@@ -46,7 +51,7 @@ WIDTHS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key i
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_every_layer_gives_up_what_costs_least(share):
     found = searched_widths(WIDTHS, curves(), [wanted(share)])
-    assert wanted(share).need <= saved(found) < wanted(share).need + 2 * 3.0
+    assert wanted(share).need <= saved(Shape(found)) < wanted(share).need + 2 * 3.0
     widths = [*found["mlp"].values()]
     assert widths == sorted(widths) and widths[0] < widths[-1]
     # The next unit costs about the same everywhere: (1 + layer) × units gone.
@@ -56,8 +61,8 @@ def test_every_layer_gives_up_what_costs_least(share):
 
 def test_each_mean_is_met_by_itself():
     means = [
-        Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}),
-        Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}),
+        Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}, {}),
+        Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}, {}),
     ]
     widths = searched_widths(WIDTHS, curves(), means)
     assert sum(widths["mlp"].values()) == 40 * LAYERS and sum(widths["attention"].values()) == 3 * LAYERS
@@ -84,21 +89,28 @@ def test_nothing_that_saves_enough_loses_less(seed):
     assert loss == pytest.approx(best, rel=1e-3) and saved[0] >= need[0] and saved[1] >= need[1]
 
 
-def test_uniform_widths_save_enough_and_one_unit_more_would_not():
+def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
     choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, wanted(0.4).need
-    ranked = uniform_widths(choices, curves(), wanted(0.4))
+    layers = {0: 9.0, 1: 0.1, 2: 0.2, 3: 9.0}
+    ranked = uniform_shapes(choices, curves(layers), wanted(0.4), most_skipped=2)
     assert [loss for loss, _ in ranked] == sorted(loss for loss, _ in ranked)
-    # One for each number of KV groups that leaves the FFN at least one channel.
+    # A shape for each number of layers and KV groups that leaves the FFN at least one channel.
+    found = {(len(shape.layers or range(LAYERS)), shape.widths["attention"]) for _, shape in ranked}
     possible = {
-        groups for groups in choices["attention"] if LAYERS * (3.0 * (SIZE - 1) + 40.0 * (GROUPS - groups)) >= need
+        (LAYERS - gone, groups)
+        for gone, groups in product(range(3), choices["attention"])
+        if gone * WHOLE[0] + (LAYERS - gone) * (3.0 * (SIZE - 1) + 40.0 * (GROUPS - groups)) >= need
     }
-    assert {widths["attention"] for _, widths in ranked} == possible
-    for _, widths in ranked:
-        wider = {**widths, "mlp": widths["mlp"] + 1}
-        assert saved(widths) >= need and (widths["mlp"] == SIZE or saved(wider) < need)
+    assert found == possible
+    for _, shape in ranked:
+        wider = Shape({**shape.widths, "mlp": shape.widths["mlp"] + 1}, shape.layers)
+        assert saved(shape) >= need and (shape.widths["mlp"] == SIZE or saved(wider) < need)
+        assert shape.layers in (None, (0, 1, 3), (0, 2, 3), (0, 3))
 
 
 def test_few_widths_stand_for_many_and_have_the_numbers_that_are_left():
     assert thinned(range(5)) == [0, 1, 2, 3, 4]
     few = thinned(range(1000, 0, -1))
     assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)
+    shape = Shape({"mlp": {0: 5, 1: 6, 2: 7}, "attention": 2}, (0, 2))
+    assert shape.after_removal() == {"layer": 2, "mlp": {0: 5, 1: 7}, "attention": 2}
