@@ -113,7 +113,7 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
 
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}, "criterion": "flap"},
-    "gemma2": {"refit": "bias"},
+    "gemma2": {"refit": "none"},
     "mixtral": {"error_feedback": 0.25},
 }
 
