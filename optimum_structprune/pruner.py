@@ -134,7 +134,7 @@ class StructPruner:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=tokens is not None)
             if tokens is not None:
-                from .removals.vocabulary import compare_languages, remove_tokens_
+                from .removals.vocabulary import remove_tokens_
                 from .search.tokens_or_layers import best_number
 
                 widths = remove_tokens_(run, tokens, widths, best_number)
@@ -150,8 +150,6 @@ class StructPruner:
             run.compare()
             if run.config.recovery is not None:
                 run.recover()
-            if tokens is not None:
-                compare_languages(run)
             run.finish()
         if missed := report.missed_target():
             warn(missed)

@@ -63,14 +63,14 @@ BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
 
 
-def _codes(languages: Sequence[str]) -> list[str]:
-    return [code.strip().lower() for of in languages for code in of.split(",")]
+def _codes(languages: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if languages is None else tuple(code.strip().lower() for of in languages for code in of.split(","))
 
 
 def _known_languages(value: Sequence[str] | None) -> None:
     """Languages by their codes, one or several with commas in each string; None for those that the text shows."""
     filled(value)
-    for code in _codes(value or ()):
+    for code in _codes(value) or ():
         if code not in LANGUAGES:
             known = [f"{of} ({name})" for of, name in LANGUAGES.items()]
             raise ValueError(f"has no language {code!r}.{did_you_mean(code, known)}")
@@ -198,9 +198,7 @@ class StructPruneConfig(Serialisable):
 
     def __post_init__(self) -> None:
         self.targets = self.targets and tuple(self.targets)
-        self.skip_layers = tuple(self.skip_layers)
-        if self.languages is not None:
-            self.languages = tuple(_codes(self.languages))
+        self.skip_layers, self.languages = tuple(self.skip_layers), _codes(self.languages)
         if self.widths is not None:
             self.widths = {
                 name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width

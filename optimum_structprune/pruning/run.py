@@ -145,6 +145,10 @@ class Run:
 
     def finish(self) -> None:
         """Complete the report, and remember which tokenizers go with the models."""
+        if self.report.languages:
+            from ..removals.vocabulary import compare_languages
+
+            compare_languages(self)
         note_reader(self.dense_model or self.model, self.dense_tokenizer)
         note_reader(self.model, self.tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)

@@ -112,10 +112,9 @@ def _dense_languages(run: Run) -> dict[str, dict[str, Any]]:
 
 def compare_languages(run: Run) -> None:
     """Enter what the same text takes the smaller model, in the languages to keep and those that the dense one knew."""
+    assert run.tokenizer is not None
     by_code = run.report.languages
-    if by_code:
-        assert run.tokenizer is not None
-        codes = [code for code, of in by_code.items() if of["wanted"] or of.get("known", True)]
-        with run.report.timed("languages"):
-            after = cost_by_language(run.model, run.tokenizer, run.arch.causal, codes, seconds=inf)
-        run.report.languages = {code: {**of, "after": after.get(code)} for code, of in by_code.items()}
+    codes = [code for code, of in by_code.items() if of["wanted"] or of.get("known", True)]
+    with run.report.timed("languages"):
+        after = cost_by_language(run.model, run.tokenizer, run.arch.causal, codes, seconds=inf)
+    run.report.languages = {code: {**of, "after": after.get(code)} for code, of in by_code.items()}

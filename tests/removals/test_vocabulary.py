@@ -69,7 +69,7 @@ def same_as_dense(pruner, small, model):
 
 
 def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path):
-    model = text_model()
+    model = text_model(positions=400)
     pruner, small = pruned(model)
     assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
     assert model.config.vocab_size == 400 == len(reader())
