@@ -151,8 +151,6 @@ class StructPruner:
             if run.config.recovery is not None:
                 run.recover()
             run.finish()
-        if missed := report.missed_target():
-            warn(missed)
         self._remember(run)
         return run.model
 
@@ -163,7 +161,9 @@ class StructPruner:
         return with_tokens(self.config, described, tokenizer)
 
     def _remember(self, run: Run) -> None:
-        """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
+        """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs; warn
+        of a target that was missed.
+        """
         # Once tokens are gone, the run's config says only what is left to do.
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
@@ -174,6 +174,8 @@ class StructPruner:
             self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
         )
         run.model.prune_result = self.result  # type: ignore[assignment]  # typed as Tensor | Module
+        if missed := run.report.missed_target():
+            warn(missed)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the

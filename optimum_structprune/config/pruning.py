@@ -273,9 +273,7 @@ class StructPruneConfig(Serialisable):
 
     @property
     def chooses(self) -> bool:
-        """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
-        which may not be the text that the report measures it on.
-        """
+        """Whether widths, shares of domains or the end of the rounds follow from measurements, on text set aside."""
         return self.searches or self.measures_rounds
 
     def validate_amount(self) -> None:
