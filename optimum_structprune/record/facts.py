@@ -318,7 +318,8 @@ def languages(report: Mapping[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])
         others = f" and {len(scripts) - MOST_SHOWN} others" if len(scripts) > MOST_SHOWN else ""
         yield f"tokens that are gone, by script: {shown}{others}"
-    yield from _cost_by_language(report.get("languages") or {})
+    if by_code := report.get("languages"):
+        yield from _cost_by_language(by_code)
 
 
 def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
