@@ -12,6 +12,7 @@ from ..plain_json import replace_json, versioned
 from ..registry import Registry, did_you_mean
 from .domains import GENERAL, DomainConfig, check_names, is_general, with_domains
 from .fields import (
+    FieldError,
     Number,
     Serialisable,
     above_one,
@@ -63,17 +64,15 @@ BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
 
 
-def _codes(languages: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if languages is None else tuple(code.strip().lower() for of in languages for code in of.split(","))
-
-
-def _known_languages(value: Sequence[str] | None) -> None:
-    """Languages by their codes, one or several with commas in each string; None for those that the text shows."""
-    filled(value)
-    for code in _codes(value) or ():
+def _codes(languages: Sequence[str]) -> tuple[str, ...]:
+    """Languages by their codes, of which one or several with commas stand in each string."""
+    codes = tuple(code.strip().lower() for of in languages for code in of.split(","))
+    for code in codes:
         if code not in LANGUAGES:
             known = [f"{of} ({name})" for of, name in LANGUAGES.items()]
-            raise ValueError(f"has no language {code!r}.{did_you_mean(code, known)}")
+            reason = f"has no language {code!r}.{did_you_mean(code, known)}"
+            raise FieldError(StructPruneConfig.__name__, "languages", reason)
+    return codes
 
 
 @config_class
@@ -168,7 +167,7 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
     keep_tokens: str | None = None
-    languages: tuple[str, ...] | list[str] | None = validated_field(_known_languages, default=None)
+    languages: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
@@ -198,7 +197,9 @@ class StructPruneConfig(Serialisable):
 
     def __post_init__(self) -> None:
         self.targets = self.targets and tuple(self.targets)
-        self.skip_layers, self.languages = tuple(self.skip_layers), _codes(self.languages)
+        self.skip_layers = tuple(self.skip_layers)
+        if self.languages is not None:
+            self.languages = _codes(self.languages)
         if self.widths is not None:
             self.widths = {
                 name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width

@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, Template
 from transformers import PretrainedConfig
 
 from .. import __version__
-from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
+from ..arch.spec import VOCAB
 from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
@@ -104,9 +104,7 @@ def model_card(
         heterogeneous=config.get_text_config().is_heterogeneous,
         nemotron_nas=(folder / NEMOTRON_NAS_CODE).is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
-        architecture=gguf_architecture(config),
-        by_layer=gguf_architecture(config) in BY_LAYER.values(),
-        gguf_refusal=gguf_refusal(config),
+        **_llama_cpp(config, records.report),
         sizes=_sizes(records.report),
         qualities={of.caption: markdown([of.head, *of.rows]) for of in qualities},
         removed=list(removed(records.report)) if records.report else [],
@@ -188,6 +186,18 @@ def _is_id(name: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether only our own file runs in llama.cpp, and why not even that; nothing for what runs as the dense model
+    does, since neither its layers differ nor its heads have changed.
+    """
+    if not config.get_text_config().is_heterogeneous and {*(report.get("widths") or [""])} <= {"mlp", VOCAB}:
+        return {}
+    from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
+
+    by_layer = gguf_architecture(config) in BY_LAYER.values()
+    return {"by_layer": by_layer, "gguf_refusal": gguf_refusal(config)}
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
