@@ -97,7 +97,7 @@ def inputs(tmp_path_factory):
         saved.save_pretrained(folder / "allenai" / "OLMoE-1B-7B-0924")
     # Rows without a token go first, so that a quarter of this model can go.
     wide = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **{**GROUPED, "vocab_size": 600, "max_position_embeddings": 1024})
+        AutoConfig.for_model("llama", **{**GROUPED, "vocab_size": 2 * len(tokenizer), "max_position_embeddings": 1024})
     )
     for saved in (wide, tokenizer):
         saved.save_pretrained(folder / "google" / "gemma-3-270m")
