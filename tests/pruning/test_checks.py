@@ -58,7 +58,7 @@ REFUSED = [
     ("llama-tied", {"widths": {"layer": 3}}, "= 3 is not legal.*has 2; the nearest legal choice is 2"),
     ("mixtral", {"widths": {"expert": 1}}, "'expert'.*= 1 is not legal.*has 4; the nearest legal choice is 2"),
     ("mixtral", {"widths": {"mlp": 20}}, "nearest legal choice is 16 or 24"),
-    ("mixtral", {"sparsity": 0.2, "targets": ("mlp", "expert")}, "does not say how much of each"),
+    ("mixtral", {"sparsity": 0.2, "targets": ("mlp", "expert")}, "says how much of each"),
     ("deepseek_v3-groups", {"widths": {"expert": 3}}, "n_group = None or 1, and this config has 2"),
     ("olmoe", {"widths": {"attention": 2}}, "q_norm and k_norm divide"),
     ("llama-tied", {"widths": {"hidden": 30}}, "= 30 is not legal.*has 32; the nearest legal choice is 24 or 32"),
