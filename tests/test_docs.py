@@ -146,7 +146,8 @@ def unknown_flags(words: list[str]) -> list[str]:
     modes = re.findall(r"\{([\w,]+)\}", help_of(script))
     command = arguments[:1] if arguments and any(arguments[0] in some.split(",") for some in modes) else []
     known = re.findall(r"--[\w-]+", help_of(script, *command))
-    return [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
+    flags = [word for word in arguments if word.startswith("--") and " " not in word]  # and no value that has flags
+    return [flag for flag in flags if flag.partition("=")[0] not in known]
 
 
 def run_line(line: str, flags: dict[str, str]) -> str:
