@@ -119,6 +119,7 @@ def test_each_stage_is_a_line_when_it_begins(monkeypatch, capsys):
                 pass
         return Result("", {"a": 1})
 
+    logging.enable_progress_bar()  # which a script that ran in this process may have switched off
     lines = ["reading …", "cutting …"]
     for screen, quiet, shown in ((io.StringIO(), False, lines), (io.StringIO(), True, []), (Terminal(), False, lines)):
         monkeypatch.setattr(sys, "stderr", screen)
