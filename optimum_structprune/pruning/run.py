@@ -146,9 +146,12 @@ class Run:
     def finish(self) -> None:
         """Complete the report, and remember which tokenizers go with the models."""
         if self.report.languages:
-            from ..removals.vocabulary import compare_languages
+            from ..vocabulary.languages import with_costs_after
 
-            compare_languages(self)
+            assert self.tokenizer is not None
+            with self.report.timed("languages"):
+                known = self.report.languages
+                self.report.languages = with_costs_after(known, self.model, self.tokenizer, self.arch.causal)
         note_reader(self.dense_model or self.model, self.dense_tokenizer)
         note_reader(self.model, self.tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,13 +107,3 @@ def _dense_languages(run: Run) -> dict[str, dict[str, Any]]:
         code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
         for code, cost in costs.items()
     }
-
-
-def compare_languages(run: Run) -> None:
-    """Enter what the same text takes the smaller model, in the languages to keep and those that the dense one knew."""
-    assert run.tokenizer is not None
-    by_code = run.report.languages
-    codes = [code for code, of in by_code.items() if of["wanted"] or of.get("known", True)]
-    with run.report.timed("languages"):
-        after = cost_by_language(run.model, run.tokenizer, run.arch.causal, codes, seconds=inf)
-    run.report.languages = {code: {**of, "after": after.get(code)} for code, of in by_code.items()}

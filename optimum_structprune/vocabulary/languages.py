@@ -6,9 +6,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache, lru_cache
-from math import log
+from math import inf, log
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,20 @@ def cost_by_language(
             loss = float(row_losses(model, [torch.tensor(rows[code])]).sum())
             costs[code] = loss / log(2) / len(texts()[code].encode())
     return costs
+
+
+def with_costs_after(
+    languages: Mapping[str, Mapping[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+) -> dict[str, dict[str, Any]]:
+    """What is known of languages by their codes, and what the same text takes the smaller model `after`, in those to
+    keep and those that the dense model knew.
+    """
+    codes = [code for code, of in languages.items() if of["wanted"] or of.get("known", True)]
+    after = cost_by_language(model, tokenizer, causal, codes, seconds=inf)
+    return {code: {**of, "after": after.get(code)} for code, of in languages.items()}
 
 
 def known(bits: Mapping[str, float]) -> set[str]:
