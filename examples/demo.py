@@ -35,6 +35,9 @@ COMMAND = (
 # A script of its own, since it shows that nothing but transformers is needed.
 CHAT = """
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -44,9 +47,10 @@ folder, file = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 place, _, name = file.rpartition("/")
 for where in ({"pretrained_model_name_or_path": folder}, {"pretrained_model_name_or_path": place, "gguf_file": name}):
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
+    with redirect_stderr(StringIO()):  # a bar that has no switch
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
     print("  " + where.get("gguf_file", folder))
-    for question in ("What is the capital of France?", "Name three colours of the rainbow."):
+    for question in ("What is the capital of France?", "What is the opposite of hot?"):
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
