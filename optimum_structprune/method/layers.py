@@ -171,7 +171,7 @@ class ResidualPaths:
     def __init__(self) -> None:
         self.gains: dict[str, float | None] = {}
         self.find_other: Callable[[InMemory, int, str], Any] | None = None
-        self.others: dict[tuple[int, str], Any] = {}
+        self.other_paths: dict[tuple[int, str], Any] = {}
 
     def of(self, source: InMemory, layer: int, name: str) -> Any:
         """The path of a module of a layer, by its name there; None where it has none that is straight."""
@@ -179,9 +179,9 @@ class ResidualPaths:
             self.gains[name] = gain_of(source, layer, name)
         if (gain := self.gains[name]) is not None:
             return Gain(gain)
-        if self.find_other is not None and (layer, name) not in self.others:
-            self.others[layer, name] = self.find_other(source, layer, name)
-        return self.others.get((layer, name))
+        if self.find_other is not None and (layer, name) not in self.other_paths:
+            self.other_paths[layer, name] = self.find_other(source, layer, name)
+        return self.other_paths.get((layer, name))
 
 
 @torch.no_grad()

@@ -212,16 +212,8 @@ def _answers(records: Records) -> str:
     names = list(items[0]["answers"]) if items else []
     rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
     short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]
-    return (
-        "\n\n".join(
-            [
-                *(f"{escaped(line[0].upper() + line[1:])}." for line in remark(asked)),
-                markdown([["asked", *names], *short]),
-            ]
-        )
-        if rows
-        else ""
-    )
+    sentences = [f"{escaped(line[0].upper() + line[1:])}." for line in remark(asked)]
+    return "\n\n".join([*sentences, markdown([["asked", *names], *short])]) if rows else ""
 
 
 def _domains(records: Records, use: str) -> str:
