@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
 
-    say("SmolLM2-135M-Instruct (Apache-2.0): downloads 98 MB once; then two to three minutes on two cores")
+    say("SmolLM2-135M-Instruct (Apache-2.0): downloads 98 MB once; then about two minutes of one core")
     dense, file = prepared(args.cache), Path(f"{args.output}-Q8_0.gguf")
     command = COMMAND.format(dense=dense, output=args.output, samples=args.num_samples)
     say(f"$ {command}")
