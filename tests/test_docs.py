@@ -78,7 +78,7 @@ def form(text: str) -> list[str]:
 
 def as_test(page: Path):
     """A page as a parameter of a test, on whichever worker is free; `make test` runs what a stranger reads first."""
-    first = page in (ROOT / "README.md", *TOURS)
+    first = page == ROOT / "README.md"
     return pytest.param(page, id=page.name, marks=pytest.mark.slow if first else pytest.mark.docs)
 
 

@@ -15,7 +15,19 @@ from helpers import (
     same_weights,
     shrunk,
 )
-from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, build, config, described, token_ids, tokenizer
+from models import (
+    NOT_SEQUENTIAL,
+    OTHER_STRUCTURES,
+    OTHERS,
+    PRUNABLE,
+    STRUCTURES,
+    build,
+    config,
+    described,
+    token_ids,
+    tokenizer,
+    with_long,
+)
 from transformers import AutoModelForImageClassification
 
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
@@ -43,7 +55,7 @@ def halves(arch):
     return {name: max(arch.of(name)[0].width // 16 * 8, 2) for name in arch.names}
 
 
-@pytest.mark.parametrize(("case", "rounds"), RUNS)
+@pytest.mark.parametrize(("case", "rounds"), with_long(RUNS, [*STRUCTURES, *OTHER_STRUCTURES]))
 def test_every_family_end_to_end(case, rounds, tmp_path):
     model, before = build(case), build(case)
     arch = describe(model)

@@ -50,6 +50,7 @@ def installed(tmp_path_factory):
     return folder / "target"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
     save_desk(tmp_path)

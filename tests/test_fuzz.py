@@ -128,6 +128,7 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "file"
 
 
+@pytest.mark.long
 @examples(2000)
 @given(data=st.binary(max_size=30) | st.lists(yaml_bits, max_size=14).map(lambda bits: "".join(bits).encode()))
 def test_yaml_files(file, data):

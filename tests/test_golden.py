@@ -47,6 +47,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @known_bits
 def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     for variable, value in golden.PORTABLE.items():

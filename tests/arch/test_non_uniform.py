@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers import KEEP, free_spaces, logits, masked
-from models import GROUPED, PRUNABLE, build, config, token_ids, tokenizer
+from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer, with_long
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
@@ -50,7 +50,9 @@ def widths_of(model):
     return {name: {space.layer: space.width for space in arch.of(name)} for name in free_spaces(arch)}
 
 
-@pytest.mark.parametrize("case", [case for case in PRUNABLE if free_spaces(describe(build(case)))])
+@pytest.mark.parametrize(
+    "case", with_long((case for case in PRUNABLE if free_spaces(describe(build(case)))), STRUCTURES)
+)
 def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     model = build(case)
     arch, plan = differing(model)
@@ -145,6 +147,7 @@ OWN = """
 """
 
 
+@pytest.mark.long
 def test_it_loads_in_another_process_without_the_plugin_and_then_with_it_and_with_a_family_of_ones_own(saved):
     folder = saved[0]
     (folder / "own.yaml").write_text(OWN)

@@ -152,6 +152,7 @@ def test_a_pruning_is_the_same(dtype, mode, usual):
     small(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
 
 
+@pytest.mark.long
 def test_recovery_evaluation_and_calibration_are_too(tmp_path):
     results = []
     for name in ("plain", *MODES):

@@ -9,7 +9,7 @@ from weakref import ref
 import pytest
 import torch
 from helpers import failing, logits, recovery_config, save_with_tokenizer
-from models import CHATML, build, config, real_text_model, token_ids, tokenizer
+from models import CHATML, build, config, real_text_model, token_ids, tokenizer, with_long
 from transformers import TrainerCallback
 
 from optimum_structprune import Recovery, StructPruneError, prune_model, recover
@@ -164,6 +164,7 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
 # --- training on them
 
 
+@pytest.mark.long
 def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monkeypatch):
     save_with_tokenizer(build("llama-tied", seed=1), tmp_path / "dense")
     loaded, alive = [], []
@@ -187,7 +188,7 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
         loaded.clear(), alive.clear()
 
 
-@pytest.mark.parametrize("writer", ["dense", "pruned"])
+@pytest.mark.parametrize("writer", with_long(["dense", "pruned"], ["pruned"]))
 def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch, writer):
     teacher, reader = build("llama-tied"), tokenizer()
     # What is pruned comes from other weights, so that the distance to the teacher is more than rounding.

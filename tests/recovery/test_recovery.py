@@ -47,6 +47,7 @@ def trained_on(monkeypatch):
     return trainings
 
 
+@pytest.mark.long
 @needs_shared
 def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path):
     dense, words = stories_model()
@@ -103,6 +104,7 @@ def test_random_numbers_of_the_caller_go_on(pruned, stops):
     assert draws() == expected
 
 
+@pytest.mark.long
 def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
     few = {"tokens": 192}
     results = [recover(deepcopy(pruned), tokenizer(), recovery_config(**few, seed=seed)) for seed in (0, 0, 3)]
@@ -123,6 +125,7 @@ class Spoiler(TrainerCallback):
             next(iter(trained.values())).data.fill_(float("nan"))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
     settings = recovery_config(merge=False, kl_weight=0.5, training={"save_steps": 2})
@@ -193,13 +196,20 @@ def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge)
 
 
 @pytest.mark.filterwarnings("ignore")  # an evaluation on text that was calibrated on says so
-@pytest.mark.parametrize("fields", [{}, {"rounds": 2, "objective": "worst"}, {"allocation": "sensitivity"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param({"rounds": 2, "objective": "worst"}, marks=pytest.mark.long),
+        pytest.param({"allocation": "sensitivity"}, marks=pytest.mark.long),
+    ],
+)
 def test_a_generator_gives_what_the_list_of_its_texts_gives(fields):
     """To the pruning, to its recovery, and to what comes later: another training, an evaluation, a run with it."""
     results = []
     for made in (list, iter):
         domains = [DomainConfig(name, made(documents(80, seed))) for seed, name in enumerate("ab")]
-        training = recovery_config(domains=None, tokens=192)
+        training = recovery_config(domains=None, tokens=96)
         pruner = StructPruner(config(domains=domains, recovery=training, **fields))
         model = pruner.prune_model(build("llama-tied"), tokenizer())
         again = Recovery(training, pruner.used_config).recover_model(deepcopy(model), tokenizer())
@@ -213,6 +223,7 @@ def test_a_generator_gives_what_the_list_of_its_texts_gives(fields):
     )
 
 
+@pytest.mark.long
 def test_code_of_a_teacher_runs_only_where_it_is_trusted(pruned, tmp_path):
     build("llama-tied").save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -283,6 +294,7 @@ def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned)
     assert modes == [False] and teacher.training
 
 
+@pytest.mark.long
 def test_an_offloaded_teacher_teaches_the_same(pruned):
     teacher, few = build("llama-tied"), recovery_config(tokens=96)
     expected = recover(deepcopy(pruned), tokenizer(), few, teacher=teacher)

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import data_of, logits, same_weights, whole_model_at_once
-from models import build, config, token_ids, tokenizer
+from models import build, config, token_ids, tokenizer, with_long
 from torch import nn
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
@@ -30,7 +30,7 @@ def error_of(model, dense) -> float:
     return float((ours - theirs).square().mean() / theirs.square().mean())
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", with_long(FAMILIES, ["olmoe", "gpt_oss"]))
 def test_the_refit_makes_up_for_the_experts_that_are_gone(case):
     model = build(case)
     errors = {

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import count_hooks, logits, outputs, same_weights
-from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
+from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer, with_long
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -158,7 +158,7 @@ def test_what_a_gate_weighs_token_by_token_makes_up_for_nothing():
     assert small.config.num_hidden_layers == 3
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("case", with_long(["llama-tied", "gpt2-tied", "gpt_neox", "gemma2"], ["gemma2"]))
 def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
     model = deep(case)
     domains = given_domains({"a": token_ids(24, 24)}, 0.1)

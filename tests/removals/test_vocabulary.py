@@ -8,7 +8,19 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import recovery_config, same_weights, unread
-from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from models import (
+    GROUPED,
+    PLAIN,
+    T5,
+    TOKENS,
+    build,
+    config,
+    documents,
+    random_model,
+    real_text_model,
+    tokenizer,
+    with_long,
+)
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -126,6 +138,7 @@ def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
     assert small.config.image_token_id == 320
 
 
+@pytest.mark.long
 def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_path):
     model = text_model()
     model.resize_token_embeddings(464)  # as embeddings are padded for kernels
@@ -204,6 +217,7 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
     assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
 
 
+@pytest.mark.long
 def test_users_keep_tokens_of_their_own(tmp_path):
     rare = [token for token in range(300, 400) if reader().decode(token).strip().isalpha()]
     gone = sorted(set(rare) - set(pruned()[0].plan.keep[-1, "vocab"]))[:2]
@@ -256,6 +270,7 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
         StructPruneCallback(asking()).begin(text_model())
 
 
+@pytest.mark.long
 def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, monkeypatch):
     fields = {"widths": {"vocab": 320, "mlp": 24}}
     expected, whole = pruned(**fields)
@@ -267,6 +282,7 @@ def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, mo
         assert pruner.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
 
 
+@pytest.mark.long
 def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_one(tmp_path):
     model = text_model()
     for part in (model, reader()):
@@ -311,7 +327,8 @@ JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_unif
 
 
 @pytest.mark.parametrize(
-    ("share", "allocation"), [(0.97, "search_uniform"), (0.75, "search_uniform"), (0.97, "uniform"), (0.75, "uniform")]
+    ("allocation", "share"),
+    with_long([("uniform", 0.75), ("search_uniform", 0.75), ("search_uniform", 0.97)], ["uniform"]),
 )
 def test_tokens_and_layers_compete_for_one_budget(share, allocation):
     model, budget = text_model(), {"parameters": share}

@@ -28,6 +28,7 @@ def pruned(model, **fields):
     return pruner, small
 
 
+@pytest.mark.long
 def test_a_layer_that_does_next_to_nothing_goes(model, tmp_path):
     pruner, small = pruned(model, sparsity=0.3, round_to=4, allocation="search_uniform")
     shapes = pruner.report.shapes
@@ -88,6 +89,7 @@ def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
         assert 260 - 2 * 4 * 4 < cached <= 260
 
 
+@pytest.mark.long
 def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     fields = {"allocation": "search_uniform", "round_to": 4, "losses_dir": str(tmp_path)}
     first = pruned(model, sparsity=0.2, **fields)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import failing, logits
-from models import build, config, tokenizer
+from models import build, config, tokenizer, with_long
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
@@ -59,7 +59,11 @@ FIELDS = {case: {**fields, "widths": fields.get("widths")} for case, fields in R
 
 
 @pytest.mark.parametrize(
-    ("case", "place"), [*((case, "disk") for case in RUNS), ("llama-bias", "memory"), ("mixtral", "memory")]
+    ("case", "place"),
+    with_long(
+        [*((case, "disk") for case in RUNS), ("llama-bias", "memory"), ("mixtral", "memory")],
+        ["llama-bias", "llama-untied", "mixtral", "qwen2"],
+    ),
 )
 def test_it_is_pruned_as_in_memory(case, place, tmp_path):
     theirs, expected = in_memory(case)
