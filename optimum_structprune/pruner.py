@@ -21,7 +21,7 @@ from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
-from .pruning.run import LIMIT, ROUNDS, UNITS, Run, Step
+from .pruning.run import ROUNDS, UNITS, Run, Step
 from .record.plan import Plan
 from .record.report import Report
 from .registry import Registry
@@ -57,7 +57,6 @@ REMOVERS = {
     HIDDEN: "removals.channels:remove_channels_",
     UNITS: "pruning.run:prune_units_",
     ROUNDS: "search.rounds:prune_in_rounds_",
-    LIMIT: "search.limit:prune_within_limit_",
 }
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
@@ -192,9 +191,7 @@ class StructPruner:
                 target = {kind: widths[kind]}
                 steps += [Step(kind, each) for each in (self._rounds(arch, target) if kind == LAYER else [target])]
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
-        if inside and self.config.max_perplexity_ratio is not None:
-            steps.append(Step(LIMIT, inside))
-        elif inside:
+        if inside:
             steps.append(Step(UNITS if self.config.rounds == 1 else ROUNDS, inside))
         return steps
 

@@ -293,10 +293,10 @@ def _check_config(config: StructPruneConfig) -> None:
         raise StructPruneError(
             "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
         )
-    if config.measures_rounds or config.checkpoint_dir is not None or config.objective == "worst":
+    if config.objective == "worst" or config.checkpoint_dir is not None:
         raise StructPruneError(
-            "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes "
-            "in steps of its own; leave these out."
+            "objective and checkpoint_dir span the rounds of one pruning, and a Trainer prunes in steps of its own; "
+            "leave these out."
         )
     if config.allocation != "uniform":
         raise StructPruneError(

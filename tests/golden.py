@@ -40,7 +40,6 @@ RUNS = {
     ),
     "rounds": ("trained", {"widths": BOTH, "rounds": 3}),
     "worst": ("trained", {"sparsity": 0.3, "rounds": 3, "objective": "worst"}),
-    "limit": ("trained", {"sparsity": 0.5, "rounds": 4, "max_perplexity_ratio": 1.3}),
     "no_feedback": ("trained", {"sparsity": 0.3, "error_feedback": 0.0}),
     "wanda": ("trained", {"widths": BOTH, "criterion": "wanda", "refit": "none"}),
     "flap": ("biased", {"widths": {"mlp": 24}, "criterion": "flap", "refit": "bias"}),

@@ -26,9 +26,8 @@ from transformers import Cache, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import adopt_config_
-from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import outputs_of
 from optimum_structprune.method.calibrate import Moments, mixed
@@ -37,7 +36,6 @@ from optimum_structprune.method.shrink import read_consumer, shrink_layer_, unit
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
-from optimum_structprune.removals.cut import shrink_
 from optimum_structprune.sources.data import CalibrationData, batches_of
 
 
@@ -246,20 +244,16 @@ def random_plan(arch, names) -> Plan:
 
 
 def shrunk(model, arch, plan):
-    small = deepcopy(model)
-    sizes = {name: kept(arch.of(name)[0]) for name in plan.widths()}
-    new_config = shrunk_config(model.config, arch, sizes)
-    smaller = skeleton(small, new_config)
+    return without_refit(model, plan, {name: kept(arch.of(name)[0]) for name in plan.widths()})
+
+
+def without_refit(model, plan, widths=None):
+    """A copy of a model with the units of its layers that a plan keeps, as they are."""
+    small, arch = deepcopy(model), describe(model)
+    smaller = shrunk_skeleton(small, arch, widths or plan.widths())
     for layer in range(arch.num_layers):
         shrink_layer_(small, arch, layer, plan.keep, smaller)
     adopt_config_(small, smaller)
-    return small
-
-
-def without_refit(model, plan):
-    """A copy of a model with the units of its layers that a plan keeps, as they are."""
-    small = deepcopy(model)
-    shrink_(small, describe(small), plan, plan.widths())
     return small
 
 

@@ -14,16 +14,21 @@ from copy import deepcopy
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import Plan, measure_speed
+from optimum_structprune import measure_speed
 from optimum_structprune.arch.load import describe
-from optimum_structprune.removals.cut import shrink_
+from optimum_structprune.arch.meta import shrunk_skeleton
+from optimum_structprune.arch.modules import adopt_config_
+from optimum_structprune.method.shrink import shrink_layer_
 
 
 def narrowed(model, width: int):
     """The model with the first channels of every FFN."""
     small, arch = deepcopy(model), describe(model)
     keep = {(space.layer, "mlp"): tuple(range(width)) for space in arch.of("mlp")}
-    shrink_(small, arch, Plan(arch.model_type, keep), {"mlp": width})
+    smaller = shrunk_skeleton(small, arch, {"mlp": width})
+    for layer in range(arch.num_layers):
+        shrink_layer_(small, arch, layer, keep, smaller)
+    adopt_config_(small, smaller)
     return small
 
 

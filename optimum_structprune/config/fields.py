@@ -54,7 +54,6 @@ seed_of_all = _range(lambda value: 0 <= value < 2**32, "has to lie between 0 and
 share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 is a fifth")
 proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
 below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (excluded), got {}")
-above_one = _range(lambda value: value > 1, "has to be greater than 1, got {}; 1.3 allows 30 % more")
 
 
 def filled(value: Any) -> None:

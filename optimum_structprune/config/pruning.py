@@ -15,7 +15,6 @@ from .fields import (
     FieldError,
     Number,
     Serialisable,
-    above_one,
     below_one,
     by_layer,
     config_class,
@@ -134,12 +133,10 @@ class StructPruneConfig(Serialisable):
         objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
             with an allocation that measures losses the widths follow the domain that loses most. `mean` leaves the
             weights as they are.
-        max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
-            The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
         losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
             targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each finished layer; a run that was killed goes on from there. It
-            takes one round without a limit.
+            takes one round.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
         batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
@@ -149,8 +146,8 @@ class StructPruneConfig(Serialisable):
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
         holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
             Where that is under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The
-            share is set aside once more where widths, weights of domains or a limit follow from measurements, which
-            are made on that instead.
+            share is set aside once more where widths or weights of domains follow from measurements, which are made
+            on that instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the pruning; None leaves it out.
         seed: The seed of everything random.
@@ -181,7 +178,6 @@ class StructPruneConfig(Serialisable):
     general_text: str | None = None
     stats: str | None = None
     objective: Literal["mean", "worst"] = "mean"
-    max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
     losses_dir: str | None = None
     checkpoint_dir: str | None = None
     num_samples: int = validated_field(positive, default=128)
@@ -229,8 +225,7 @@ class StructPruneConfig(Serialisable):
     def leaves_spaces_open(self) -> bool:
         """Whether measured losses may say how much of the budget tokens take, and how much the layers."""
         asks = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
-        plain = self.stats is None and self.max_perplexity_ratio is None
-        return asks and plain and (self.searches or self.allocation == "uniform")
+        return asks and self.stats is None and (self.searches or self.allocation == "uniform")
 
     @property
     def scored_by(self) -> str:
@@ -268,14 +263,9 @@ class StructPruneConfig(Serialisable):
         return self.rounds > 1 and self.objective == "worst"
 
     @property
-    def measures_rounds(self) -> bool:
-        """Whether a round that is not the last is measured on held-out text."""
-        return self.reweights or self.max_perplexity_ratio is not None
-
-    @property
     def chooses(self) -> bool:
-        """Whether widths, shares of domains or the end of the rounds follow from measurements, on text set aside."""
-        return self.searches or self.measures_rounds
+        """Whether widths or shares of domains follow from measurements, on text set aside."""
+        return self.searches or self.reweights
 
     def validate_amount(self) -> None:
         """Check that exactly one of `sparsity`, `widths` and `budget` is given, and that numbers are positive."""
@@ -372,11 +362,10 @@ def _check_together(config: StructPruneConfig) -> None:
             f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
             f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
         )
-    if config.checkpoint_dir is not None and (config.rounds > 1 or config.max_perplexity_ratio is not None):
+    if config.checkpoint_dir is not None and config.rounds > 1:
         raise ValueError(
             f"checkpoint_dir={config.checkpoint_dir!r} remembers layers that are finished, and with rounds="
-            f"{config.rounds} and max_perplexity_ratio={config.max_perplexity_ratio} none is before the last round; "
-            "set rounds=1 without a limit, or leave checkpoint_dir (--resume) out"
+            f"{config.rounds} none is before the last round; set rounds=1, or leave checkpoint_dir (--resume) out"
         )
     if recovery is not None and not recovery.merge:
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
-from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
+from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
@@ -228,15 +228,10 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use
             "(`structprune prune`), then train."
         )
     widest = max((space.size for space in arch.spaces), default=1)
-    before = [name for name in WHOLE_MODEL if name in widths]
     if config.rounds > widest:
         raise StructPruneError(
             f"rounds={config.rounds} is more than the {widest} units of the widest space, and each round has to "
             f"remove some; choose {widest} at most."
-        )
-    if config.max_perplexity_ratio is not None and before:
-        raise StructPruneError(
-            f"max_perplexity_ratio is held by rounds, and {before[0]!r} goes before them; leave either out."
         )
     if HIDDEN in widths and config.refit not in ("none", "least_squares"):
         raise StructPruneError(
@@ -245,10 +240,10 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use
         )
     if config.searches:
         _check_search(config, arch, widths)
-    if not arch.causal and (config.reweights or config.max_perplexity_ratio is not None):
+    if not arch.causal and config.reweights:
         raise StructPruneError(
-            "objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
-            f"{arch.model_type!r} does not have; leave them out."
+            f"objective='worst' goes by perplexity, which a model of type {arch.model_type!r} does not have; leave it "
+            "out."
         )
 
 
@@ -295,10 +290,7 @@ def without_effect(config: StructPruneConfig, names: Collection[str], own_widths
         **dict.fromkeys(
             ("keep_tokens", "languages"), (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths")
         ),
-        "round_to": (
-            explicit and uniform and config.max_perplexity_ratio is None,
-            "widths are taken as they are",
-        ),
+        "round_to": (explicit and uniform, "widths are taken as they are"),
         "min_width": (not own_widths and config.allocation != "search_uniform", same),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),

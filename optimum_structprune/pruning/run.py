@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from copy import deepcopy
-from math import inf
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
-from ..errors import InPlaceError, StructPruneError, some_of
+from ..errors import InPlaceError, StructPruneError
 from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
 from ..record.plan import Plan
@@ -31,12 +29,9 @@ from ..widths.budget import biased_spaces, large_vocabulary
 from .measure import Measure
 
 
-logger = logging.getLogger(__name__)
-# The kinds of step inside the layers: all at once, in rounds, and in rounds within a limit. Those before are named as
-# the spaces.
+# The kinds of step inside the layers: all at once, and in rounds. Those before are named as the spaces.
 UNITS = "units"
 ROUNDS = "rounds"
-LIMIT = "limit"
 
 
 class Step(NamedTuple):
@@ -103,7 +98,7 @@ class Run:
         with self.report.timed("perplexity"):
             domains, tokenizer = self.data.domains, self.dense_tokenizer
             tokens = sum(domain.samples.numel() for domain in domains)
-            most = None if self.config.measures_rounds else min(ENOUGH, round(self.config.holdout * tokens))
+            most = None if self.config.reweights else min(ENOUGH, round(self.config.holdout * tokens))
             self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
         self.report.start(self.model, self.arch)
 
@@ -155,17 +150,9 @@ class Run:
         note_reader(self.dense_model or self.model, self.dense_tokenizer)
         note_reader(self.model, self.tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
-        limit, measured = self.config.max_perplexity_ratio or inf, self.report.perplexity
-        if above := [name for name, pair in measured.items() if pair.get("after", 0.0) > limit * pair["before"]]:
-            logger.warning(
-                "The rounds held max_perplexity_ratio=%s on text set aside for them; on the text of the report, %s is "
-                "above it.",
-                *(limit, some_of(above)),
-            )
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
-        if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so
-            self.report.target = self.config.sparsity
+        self.report.target = self.config.sparsity
         self._note_unread()
 
     def _note_unread(self) -> None:

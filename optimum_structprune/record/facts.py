@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
-from .text import digits_of, plus_minus, spark_line, table, worst_ratio
+from .text import digits_of, plus_minus, spark_line, table
 
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def misses_target(target: float, removed: float) -> bool:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: what was compared and tried, what a limit has stopped."""
+    """What a report says beside its table: what was compared and tried."""
     if report.get("changed"):
         yield f"warning: {CHANGED}"
     if report.get("target") is not None:
@@ -297,14 +297,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
         yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
     rounds = report.get("rounds") or []
-    held = [of_round for of_round in rounds if of_round.get("holds", True)]
-    if held and held[-1]["shares"] != rounds[0]["shares"]:
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
+    if rounds and rounds[-1]["shares"] != rounds[0]["shares"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in rounds[-1]["shares"].items())
         yield f"shares in the last round: {shares}"
-    if missed := [of_round["perplexity_ratio"] for of_round in rounds if not of_round.get("holds", True)]:
-        name, ratio = worst_ratio(missed[-1])
-        ratio = inf if ratio is None else ratio
-        yield f"the limit stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
 
 
 def languages(report: Mapping[str, Any]) -> Iterator[str]:

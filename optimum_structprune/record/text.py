@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
-from math import ceil, floor, inf, isfinite, isnan, log10
+from math import ceil, floor, isfinite, log10
 from statistics import fmean
 from typing import Any
 
@@ -15,11 +15,6 @@ BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARK = 32
 # What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
 ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-
-
-def worst_ratio(ratios: Mapping[str, Any]) -> tuple[str, Any]:
-    """The largest ratio and its domain; a ratio that is not a number counts as the largest."""
-    return max(ratios.items(), key=lambda pair: inf if pair[1] is None or isnan(pair[1]) else pair[1])
 
 
 def spark_line(shares: Sequence[float]) -> str:

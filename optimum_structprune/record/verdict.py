@@ -7,8 +7,6 @@ from math import inf, isfinite
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from .text import worst_ratio
-
 
 class Rule(NamedTuple):
     """What a model may lose at most for one advice.
@@ -42,7 +40,8 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     ratios = _ratios(report)
     if not ratios:
         return []
-    mean, (kind, worst) = geometric_mean(ratios.values()), worst_ratio(ratios)
+    mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
+    worst = ratios[kind]
     kept, loops, answers = _answers(report)
     parameters = report["parameters"]
     size = f"{1 - parameters['after'] / parameters['before']:.1%} smaller"

@@ -51,7 +51,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
         # Nothing is chosen, so no text is set aside for it.
         objective="mean",
         allocation="uniform",
-        max_perplexity_ratio=None,
     )
 
 

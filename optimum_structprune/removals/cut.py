@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..arch.meta import skeleton
 from ..arch.modules import adopt_config_, layer_list, put_layers_, replace_
 from ..arch.shrink import shrunk_config
-from ..arch.spec import LAYER, ArchSpec, Widths
+from ..arch.spec import LAYER, ArchSpec
 from ..errors import StructPruneError
-from ..method.shrink import fill_layer_, shrink_layer_, slice_tensors, tensors_under
+from ..method.shrink import fill_layer_, slice_tensors, tensors_under
 from ..record.plan import Plan
 
 
@@ -44,13 +44,6 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
         for index, layer in zip(keep, new, strict=True):
             replace_(old[index], layer, old[index].state_dict(), arch)
         put_layers_(model, arch, new)
-
-
-def shrink_(model: PreTrainedModel, arch: ArchSpec, plan: Plan, widths: Widths, biased: tuple[str, ...] = ()) -> None:
-    """Shrink a model whose removed units have been masked."""
-    with rebuilding_(model, shrunk_config(model.config, arch, widths, biased)) as smaller:
-        for layer in range(arch.num_layers):
-            shrink_layer_(model, arch, layer, plan.keep, smaller)
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
-"""Pruning by masks, which can be taken back: for rounds, for limits, and for what is pruned on trial."""
+"""Pruning by masks, which can be taken back: for rounds, and for what is pruned on trial."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,14 +18,6 @@ from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
 from ..sources.offloaded import layer_in_memory
 from ..system.stages import progress
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What masks have reached: the kept units, by layer and space, and the values of their consumers."""
-
-    keep: Mapping[tuple[int, str], tuple[int, ...]]
-    consumers: Mapping[Axis, Values]
 
 
 class Consumers:
@@ -53,7 +44,8 @@ class Consumers:
 
     def mask_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Give the kept columns new values and mask all others; see `write_consumer_`."""
-        self._remember([axis])
+        if axis not in self._dense:
+            self._dense[axis] = self._read(axis)
         with self._layer_of(axis, changes=True):
             write_consumer_(self.model, axis, columns, weight, bias)
 
@@ -75,11 +67,6 @@ class Consumers:
         """Consumers that have their dense values inside `with`."""
         return self.holding({axis: self._dense[axis] for axis in axes if axis in self._dense})
 
-    def restore_(self, values: Mapping[Axis, Values]) -> None:
-        """Go back to what `copies` gave; consumers that it does not name become dense again."""
-        self._remember(values)
-        self._put_({**self._dense, **values})
-
     def undo_(self) -> None:
         """Make every consumer dense again."""
         self._put_(self._dense)
@@ -89,9 +76,6 @@ class Consumers:
         """Drop the dense values of consumers whose removed columns have left the model."""
         for axis in axes:
             self._dense.pop(axis, None)
-
-    def _remember(self, axes: Iterable[Axis]) -> None:
-        self._dense |= self.copies(axis for axis in axes if axis not in self._dense)
 
     @torch.no_grad()
     def _put_(self, values: Mapping[Axis, Values]) -> None:
@@ -214,17 +198,6 @@ class MaskedPruning:
         self.keep = keep
         self.consumers.forget(space.consumers)
         return values
-
-    def snapshot(self) -> Snapshot:
-        """Copies of what has changed so far."""
-        spaces = [space for space in self.arch.spaces if space.key in self.keep]
-        values = self.consumers.copies(axis for space in spaces for axis in space.consumers)
-        return Snapshot(dict(self.keep), values)
-
-    def restore_(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot."""
-        self.keep = dict(snapshot.keep)
-        self.consumers.restore_(snapshot.consumers)
 
     def undo_(self) -> None:
         """Make the model dense again, unless units have been removed for good."""

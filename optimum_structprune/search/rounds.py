@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import Widths
-from ..forward.metrics import same_outputs
 from ..pruning.run import Run, Step
 from ..record.plan import Plan
-from ..removals.cut import shrink_
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
 from ..widths.schedule import round_widths
@@ -24,76 +21,54 @@ def prune_in_rounds_(run: Run, step: Step) -> Plan:
     """Bring all layers to the widths of a step in several rounds: the last removes all that is masked, each layer as
     soon as it is finished.
     """
-    rounds = Rounds(run, step.widths)
     *masking, last = round_widths(run.config, run.arch, step.widths)
-    smaller = shrunk_skeleton(run.model, run.arch, last, rounds.biased)
-    with rounds.undone_by_errors():
-        for widths in masking:
-            rounds.run_(widths)
-            rounds.record(widths, rounds.ratios())
-        rounds.run_(last, smaller)
-        rounds.record(last, {})
+    smaller = shrunk_skeleton(run.model, run.arch, last, biased_spaces(run.config, run.arch, last))
+    pruning = MaskedPruning(run.model, run.arch, run.config)
+    try:
+        for number, widths in enumerate(masking, 1):
+            run_round_(run, pruning, number, widths)
+            record(run, widths, ratios(run))
+        run_round_(run, pruning, run.config.rounds, last, smaller)
+        record(run, last, {})
+    except BaseException:  # Ctrl-C too
+        pruning.undo_()
+        raise
     adopt_config_(run.model, smaller)
-    return rounds.pruning.plan
+    return pruning.plan
 
 
-class Rounds:
-    """The rounds of one pruning inside the layers; `begun` counts them."""
+def run_round_(
+    run: Run, pruning: MaskedPruning, number: int, widths: Widths, smaller: PreTrainedModel | None = None
+) -> None:
+    """Run a round: it only masks units, or with the `smaller` model without weights lets each layer lose them as soon
+    as it is finished.
+    """
+    count, total = run.arch.num_layers, run.config.rounds
+    try:
+        with run.report.timed(f"round {number}"):
+            method, source = pruning.method(run.data), run.data.source(run.model, run.arch, run.data.feedback)
+            # The bar counts the layers of all rounds, for the time that is left.
+            bar = {"initial": (number - 1) * count, "total": total * count, "unit": "layer"}
+            for layer in progress(range(count), desc=f"round {number}/{total}", **bar):
+                with source.at(layer, changes=True):
+                    pruning.prune_layer_(layer, source, method, widths, smaller)
+    finally:
+        run.changed = run.changed or pruning.shrunk
 
-    def __init__(self, run: Run, widths: Widths):
-        self.run, self.arch = run, run.arch
-        self.biased = biased_spaces(run.config, run.arch, widths)
-        self.pruning = MaskedPruning(run.model, run.arch, run.config)
-        self.begun = 0
 
-    @contextmanager
-    def undone_by_errors(self) -> Iterator[None]:
-        """Have an error inside `with` make the model dense again, unless it has lost units for good."""
-        try:
-            yield
-        except BaseException:  # Ctrl-C too
-            self.pruning.undo_()
-            raise
+def ratios(run: Run) -> dict[str, float]:
+    """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
+    if run.measure is None or not (run.config.reweights and run.arch.causal):
+        return {}
+    with run.report.timed("perplexity"):
+        return run.measure.ratios(run.model, run.arch)
 
-    def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
-        """Run a round: it only masks units, or with the `smaller` model without weights lets each layer lose them as
-        soon as it is finished.
-        """
-        run, pruning, count = self.run, self.pruning, self.arch.num_layers
-        self.begun += 1
-        number, total = self.begun, max(self.begun, run.config.rounds)
-        try:
-            with run.report.timed(f"round {number}"):
-                method, source = pruning.method(run.data), run.data.source(run.model, self.arch, run.data.feedback)
-                # The bar counts the layers of all rounds, for the time that is left.
-                bar = {"initial": (number - 1) * count, "total": total * count, "unit": "layer"}
-                for layer in progress(range(count), desc=f"round {number}/{total}", **bar):
-                    with source.at(layer, changes=True):
-                        pruning.prune_layer_(layer, source, method, widths, smaller)
-        finally:
-            run.changed = run.changed or pruning.shrunk
 
-    def remove_masked_(self, widths: Widths) -> Plan:
-        """Take what is masked out of the model, without another round."""
-        self.run.changed = self.pruning.shrunk = True
-        with same_outputs("The model", self.run.model):
-            shrink_(self.run.model, self.arch, self.pruning.plan, widths, self.biased)
-        return self.pruning.plan
-
-    def ratios(self) -> dict[str, float]:
-        """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
-        measure = self.run.measure
-        if measure is None or not (self.run.config.measures_rounds and self.arch.causal):
-            return {}
-        with self.run.report.timed("perplexity"):
-            return measure.ratios(self.run.model, self.arch)
-
-    def record(self, widths: Widths, ratios: Mapping[str, float], **more: bool) -> None:
-        """Enter a round into the report, and weigh the domains anew for the next."""
-        config, data = self.run.config, self.run.data
-        if config.measures_rounds:
-            shares = dict(zip(data.names, data.shares, strict=True))
-            entry = {"widths": dict(widths), "shares": shares, "perplexity_ratio": dict(ratios), **more}
-            self.run.report.rounds.append(entry)
-        if config.reweights and ratios:
-            self.run.data = data.reweighted(ratios)
+def record(run: Run, widths: Widths, by_domain: Mapping[str, float]) -> None:
+    """Enter a round into the report, and weigh the domains anew for the next."""
+    if not run.config.reweights:
+        return
+    shares = dict(zip(run.data.names, run.data.shares, strict=True))
+    run.report.rounds.append({"widths": dict(widths), "shares": shares, "perplexity_ratio": dict(by_domain)})
+    if by_domain:
+        run.data = run.data.reweighted(by_domain)

@@ -219,7 +219,6 @@ def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMo
         and has_one_width(arch, arch.names)
         and config.stats is None
         and config.rounds == 1
-        and config.max_perplexity_ratio is None
         and not is_offloaded(model)
     )
 

@@ -35,12 +35,11 @@ def _on_the_way(share: float, size: int, width: int) -> int:
 def legal_round_widths(
     config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths
 ) -> list[Widths]:
-    """`round_widths` with legal ones on the way, for steps that each leave a model; see `next_legal`."""
-    return [next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
+    """`round_widths` for steps that each leave a model: a step between two legal widths goes to the larger."""
+    return [_next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
 
 
-def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
-    """The smallest legal widths that are not below `widths`, since a step may lie between two legal ones."""
+def _next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
     new: dict[str, Width] = {}
     for name, width in widths.items():
         legal = legal_sizes(config, arch, name)

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from copy import deepcopy
 
 import pytest
 import torch
 import transformers
-from helpers import KEEP, free_spaces, logits, masked
+from helpers import KEEP, free_spaces, logits, masked, without_refit
 from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer, with_long
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,7 +19,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.removals.cut import shrink_
 from optimum_structprune.removals.resize import pad_, resize_
 
 
@@ -39,12 +37,6 @@ def differing(model):
     return arch, Plan(arch.model_type, keep)
 
 
-def shrunk(model, arch, plan):
-    small = deepcopy(model)
-    shrink_(small, arch, plan, plan.widths())
-    return small
-
-
 def widths_of(model):
     arch = describe(model)
     return {name: {space.layer: space.width for space in arch.of(name)} for name in free_spaces(arch)}
@@ -57,7 +49,7 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     model = build(case)
     arch, plan = differing(model)
     assert {type(layer) for layer in layer_list(model, arch)} == {per_layer.layer_class(type(model), model.config)}
-    small = shrunk(model, arch, plan)
+    small = without_refit(model, plan)
     assert small.config.is_heterogeneous and widths_of(small) == plan.widths()
     torch.testing.assert_close(logits(small), logits(masked(model, arch, plan)), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(small), logits(model), atol=1e-3), "pruning changed nothing"

@@ -55,7 +55,6 @@ FLAGS = [
     (f"{SHARE} --general-text builtin:poems", "There is no built-in text 'poems'"),
     (f"{SHARE} --objective least", "error: --objective expected one of ('mean', 'worst'), got least"),
     (f"{SHARE} --objective worst", "objective='worst' weighs the domains anew between rounds"),
-    (f"{SHARE} --max-perplexity-ratio 1", "error: --max-perplexity-ratio has to be greater than 1"),
     (f"{SHARE} --losses-dir x", "allocation='uniform' measures none"),
     (f"{SHARE} --num-samples 0", "error: --num-samples has to be greater than 0, got 0"),
     (f"{SHARE} --seq-length 0", "error: --seq-length has to be greater than 0, got 0"),

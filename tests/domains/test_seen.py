@@ -128,7 +128,6 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
 CHOOSING = [
     {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4},
     {"rounds": 3, "objective": "worst"},
-    {"rounds": 3, "max_perplexity_ratio": 1.01, "round_to": 4},
 ]
 
 

@@ -90,7 +90,7 @@ def test_the_commands(tmp_path, capsys):
 def test_a_run_is_measured_per_token_of_the_dense_tokenizer():
     model = build("llama-tied")
     other, renumbered = with_tokens(model, tokenizer(), ORDER)
-    domains, arch = load_domains(config(max_perplexity_ratio=2.0, rounds=2), tokenizer()), describe(model)
+    domains, arch = load_domains(config(objective="worst", rounds=2), tokenizer()), describe(model)
     assert domains[0].probe is not None
     measure, report = Measure(model, domains, arch, tokenizer(), vocabulary_changes=True), Report("llama", "obs")
     measure.read_by(renumbered, other)

@@ -47,7 +47,7 @@ KINDS = {
     "flap": {"criterion": "flap"},
     "global": {"allocation": "global"},
     "sensitivity": {"allocation": "sensitivity"},
-    "floor": {"rounds": 2, "max_perplexity_ratio": 1.5},
+    "rounds": {"rounds": 2, "objective": "worst"},
 }
 
 

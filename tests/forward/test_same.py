@@ -37,7 +37,6 @@ WRONG = {
     "inside experts": ("mixtral", MIXED, {"widths": {"mlp": 24}}),
     "called with more": ("gemma4_text", MIXED, {"widths": {"mlp": 24}}),
     "without refit": (TIED, MIXED, {"widths": {"mlp": 24}, "refit": "none", "rounds": 2}),
-    "within a limit": (TIED, MIXED, {"widths": {"mlp": 24}, "max_perplexity_ratio": 50.0}),
     "channels": (TIED, (resize, "slice_tensors", mixed_up), {"widths": {"hidden": 24}}),
     "layers": (TIED, (layers, "drop_layers_", of_others), {"widths": {"layer": 1}}),
     "tokens": ("real text", (vocabulary, "drop_tokens_", of_others), {"widths": {"vocab": 320}}),

@@ -250,7 +250,6 @@ def test_users_keep_tokens_of_their_own(tmp_path):
         "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
     ),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
-    ({"max_perplexity_ratio": 1.2, "widths": {"vocab": 320, "mlp": 9}}, "held by rounds, and 'vocab' goes before"),
     ({"stats": "anywhere"}, "of what consumers read, and 'vocab' is judged by something else; prune without stats"),
     ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip

@@ -89,8 +89,8 @@ def test_rounds_refit_from_the_dense_weights(stats):
     assert small.config.intermediate_size == plain.config.intermediate_size == 9
     # The same moments, but scores of later rounds judge refitted weights.
     assert rounds.plan != once.plan and torch.isfinite(small(token_ids()).logits).all()
-    limited = pruned(stats, rounds=2, widths={"mlp": 9}, objective="worst", max_perplexity_ratio=50.0)
-    assert limited[1].config.intermediate_size == 9
+    weighed = pruned(stats, rounds=2, widths={"mlp": 9}, objective="worst")
+    assert weighed[1].config.intermediate_size == 9
 
 
 def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
