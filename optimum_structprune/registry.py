@@ -15,7 +15,7 @@ T = TypeVar("T")
 Entry = TypeVar("Entry")
 
 
-MOST_NAMED = 40  # more names hide the message: `prune` has more flags, and lm_eval thousands of tasks
+MOST_NAMED = 40  # more names hide the message: `prune` has more flags
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

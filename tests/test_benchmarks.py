@@ -3,7 +3,6 @@
 The figures of the scripts are checked; what they measure is the docs' affair.
 """
 
-import json
 import re
 import sys
 from importlib import import_module
@@ -173,11 +172,6 @@ SMALL = {
         "'mix, one-shot, wanda' 'mix, one-shot, obs by search_uniform + refit'",
         [],
     ),
-    "benchmark_tasks": (
-        f"run {TINY} {DATA} answers --domains stories --removed 50 --samples 4 --cells mix --recovery-tokens 2048 "
-        "--tasks quiz.jsonl",
-        [],
-    ),
     "benchmark_peers": (
         f"{TINY} {DATA} peers.json --domains stories --samples 4 --eval-samples 1 --rows dense '*, defaults'",
         [],
@@ -202,8 +196,6 @@ SMALL = {
 def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    items = ({"query": f"Tom has {i} big", "choices": ["dogs", "and red"], "gold": i % 2} for i in range(4))
-    Path("quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
     if name in ("benchmark_speed", "benchmark_vocabulary"):
         for saved in real_text_model():
             saved.save_pretrained("model")

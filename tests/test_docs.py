@@ -104,8 +104,6 @@ def inputs(tmp_path_factory):
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))
-    items = ({"query": "Question: One and one?", "choices": ["two", "three"], "gold": i % 2} for i in range(4))
-    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
     assert UNKNOWN not in builtin_families(), "take another type that is not described"
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):

@@ -4,7 +4,7 @@
     python examples/benchmarks/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
     python examples/benchmarks/benchmark_domains.py table out.json [more.json ...]
 
-DATA is as for `benchmark_table.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
+DATA is as for `benchmark_table.py`. A cell is a calibration text, a number
 of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same
 number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
 `table` shows what is there so far: means ± standard deviations over seeds. Several files of the same settings, such as
@@ -51,7 +51,6 @@ from optimum_structprune.domains.builtin import kinds
 from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.evaluation.tasks import Tasks
 
 
 sys.path.append(str(Path(__file__).parents[1] / "sisters"))  # where that package is not installed
@@ -210,22 +209,16 @@ def run(args: Namespace) -> None:
         return
     for cell in names.values():
         config_of(args, cell, 1, 0)  # an illegal cell shows before hours have gone by
-    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit", "seq_length")
+    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "seq_length")
     results = begin(args.out, args, (*same, "leave_one_out"), runs=[])
     model, tokenizer = load(args)
     size = describe(model).of("mlp")[0].size
     texts, unseen = (
         (aside_texts(args, tokenizer), []) if args.leave_one_out else evaluation_texts(args, args.domains, tokenizer)
     )
-    tasks = Tasks(sorted((Path(args.data) / "tasks").glob("*.jsonl"))) if args.tasks else None
 
     def measured(measured_model) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "perplexity": {name: perplexity(measured_model, samples) for name, samples in texts.items()}
-        }
-        if tasks is not None:
-            values["tasks"] = tasks.score(measured_model, tokenizer, limit=args.limit).scores
-        return values
+        return {"perplexity": {name: perplexity(measured_model, samples) for name, samples in texts.items()}}
 
     if "dense" not in results:
         results |= {"unseen": unseen, "dense": measured(model)}
@@ -254,24 +247,20 @@ def run(args: Namespace) -> None:
 
 
 def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
-    """What a row of the table says about one run: multiples of the dense perplexity, and accuracies."""
+    """What a row of the table says about one run: multiples of the dense perplexity."""
     ratio = {name: value / results["dense"]["perplexity"][name] for name, value in row["perplexity"].items()}
     unseen = [row["left_out"]] if "left_out" in row else results["unseen"]
     held = {name: value for name, value in ratio.items() if name not in unseen}
     means = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
     if unseen:
         means["unseen"] = geometric_mean(ratio[name] for name in unseen)
-    scores = {f"{name} acc": score["acc"] for name, score in row.get("tasks", {}).items()}
-    mean_score = {"tasks acc": fmean(scores.values())} if scores else {}
-    return {**means, **ratio, **mean_score, **scores, "seconds": row["seconds"]}
+    return {**means, **ratio, "seconds": row["seconds"]}
 
 
 def summary(results: dict[str, Any], row: dict[str, Any]) -> str:
     """The first columns in a line."""
     values = columns(results, row)
-    return ", ".join(
-        f"{name} {values[name]:.3f}" for name in ("held-out", "worst", "unseen", "tasks acc") if name in values
-    )
+    return ", ".join(f"{name} {values[name]:.3f}" for name in ("held-out", "worst", "unseen") if name in values)
 
 
 def groups(results: dict[str, Any], removed: int) -> Iterator[tuple[str, list[dict[str, float]]]]:
@@ -295,7 +284,6 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
 def table(args: Namespace) -> None:
     """One Markdown table for each share of channels removed."""
     results = merged([json.loads(Path(path).read_text()) for path in args.out])
-    accuracies = {f"{name} acc": score["acc"] for name, score in results["dense"].get("tasks", {}).items()}
     for removed in sorted({row["removed"] for row in results["runs"]}):
         print(f"\n{removed} % of the FFN channels removed\n")
         if results["setting"]["leave_one_out"]:
@@ -305,7 +293,7 @@ def table(args: Namespace) -> None:
         names = list(rows[0][1][0])
         show("cell", ["seeds", *names])
         show("---", ["---"] * (len(names) + 1))
-        dense = {**dict.fromkeys(results["dense"]["perplexity"], 1.0), **accuracies}
+        dense = dict.fromkeys(results["dense"]["perplexity"], 1.0)
         show("dense", ["", *(dense.get(name, "") for name in names)])
         for cell, runs in rows:
             show(cell, [str(len(runs)), *(spread([values[name] for values in runs]) for name in names)])
@@ -394,8 +382,6 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
     running.add_argument("--leave-one-out", action="store_true", help="look at the kind that is not calibrated on")
-    running.add_argument("--limit", type=int, help="items per task; by default all of them")
-    running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     args = parser.parse_args(argv)
     disable_progress_bar()
     args.mode(args)

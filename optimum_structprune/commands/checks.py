@@ -46,10 +46,8 @@ def check_flags(args: Namespace) -> None:
     for texts in [given.get("domain", ()), *map(_texts, configs)] if args.command.reads_text else ():
         for domain in resolve(as_domain(text, args.command.name) for text in texts):
             check_source(domain)
-    tasks = [task for task in given.get("task", ()) if task.endswith(".jsonl")]
-    for file in filter(None, [*tasks, given.get("answers")]):
-        if file != "builtin" and not Path(file).is_file():
-            raise StructPruneError(f"There is no file {file}.")
+    if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
+        raise StructPruneError(f"There is no file {file}.")
     if given.get("items") and not given["answers"]:
         raise StructPruneError(f"--items {args.items} is for answers, and none are asked for; give --answers.")
     for name in ("json", "csv", "items"):

@@ -57,17 +57,13 @@ RESULT: Flags = {
     ),
     "--private": switch("The repository is private."),
 }
-SEVERAL: dict[str, Any] = {"action": "append", "default": []}
 QUALITY: Flags = {
     "--domain": named(
-        "NAME=SOURCE", f"Text that is read in its own order. Repeatable. {SOURCES}", type=domain, **SEVERAL
+        "NAME=SOURCE",
+        f"Text that is read in its own order. Repeatable. {SOURCES}",
+        type=domain,
+        **{"action": "append", "default": []},
     ),
-    "--task": named(
-        "NAME|FILE.jsonl",
-        "A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
-        **SEVERAL,
-    ),
-    "--tasks": named("NAME|FILE.jsonl", "Several of them.", dest="task", action="extend", nargs="+"),
     "--answers": {
         "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
@@ -77,7 +73,7 @@ QUALITY: Flags = {
     "--items": named("FILE", "Write the questions and all answers to a file in lines of JSON."),
     "--seq-length": number("Tokens per sample (512).", default=512),
     "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
-    "--limit": number("Items per task at most; by default all of them."),
+    "--limit": number("Questions at most; by default all of them."),
     "--batch-size": number("Sequences per forward pass (1).", default=1),
 }
 SPEED: Flags = {
@@ -167,7 +163,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure models by perplexity, tasks, answers and speed, alone or against the dense one; without such flags, "
+        "Measure models by perplexity, answers and speed, alone or against the dense one; without such flags, "
         "show their sizes. Several models stand side by side.",
         {
             "models": named("model", "Model ids or folders.", nargs="+"),

@@ -41,7 +41,7 @@ def evaluate(args: Namespace) -> Result:
     """Check all models by their configs, measure one after the other, then all in turns where speed is asked for, and
     write the files that are asked for.
     """
-    is_judged = bool(args.domain or args.task or args.answers)
+    is_judged = bool(args.domain or args.answers)
     if args.html:
         _check_page(args, is_judged)
         if not (is_judged or args.speed or args.csv):
@@ -119,7 +119,7 @@ def _check_quality(
     for model in args.models:
         names = {"dense": args.against, "model": model} if args.against else {"model": model}
         shapes = {which: loading.without_weights(name) for which, name in names.items()}
-        check_evaluation(shapes, args.domain, args.task, args.answers, args.seq_length, reader)
+        check_evaluation(shapes, args.domain, args.answers, args.seq_length, reader)
     return reader, notes
 
 
@@ -160,7 +160,7 @@ def _of_one(
         return sizes, None
     names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
     how = {name: vars(args)[name] for name in names}
-    return sizes, quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=reader, **how)
+    return sizes, quality.evaluate(model, tokenizer, args.domain, dense, dense_tokenizer=reader, **how)
 
 
 def _sizes(model: PreTrainedModel, arch_file: str | None) -> Facts:

@@ -1,1 +1,1 @@
-"""How good and how fast a model is: perplexity by domain, closeness to the dense model, tasks, speed."""
+"""How good and how fast a model is: perplexity by domain, closeness to the dense model, answers, speed."""

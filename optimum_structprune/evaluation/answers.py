@@ -146,12 +146,12 @@ def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats:
 
 
 def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """The figures of a model in the form of a task's: shares with their standard errors, and the median length."""
+    """The figures of a model: shares with their standard errors, and the median length."""
     figures: dict[str, float] = {}
     for name in FIGURES:
         values = torch.tensor([float(answer[name]) for answer in answers])
         figures |= {name: float(values.mean()), f"{name}_stderr": standard_error(values)}
-    return {**figures, "tokens": float(median(answer["tokens"] for answer in answers)), "items": len(answers)}
+    return {**figures, "tokens": float(median(answer["tokens"] for answer in answers))}
 
 
 def paired_answers(model: Sequence[Answer], dense: Sequence[Answer]) -> dict[str, Paired]:

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity by domain, closeness to the dense model, and tasks."""
+"""How good a model is: perplexity by domain, closeness to the dense model, and answers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ from ..errors import StructPruneError, warn
 from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
 from ..record.answers import outcome
-from ..record.facts import UNKNOWN
+from ..record.facts import UNKNOWN, figure_names
 from ..record.text import SHOWN, plus_minus, sample_items, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
 from .heldout import Heldout, Judged, judge, read_heldout
-from .paired import Paired, paired
-from .tasks import Scores, Tasks, TaskScores
-
-
-ALL, ANSWERS = "all items", "answers"
+from .paired import Paired
 
 
 @dataclass
@@ -51,13 +47,11 @@ class Evaluation(Record):
             where one vocabulary is within the other, and absent where neither is.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
             there is a divergence.
-        tasks: The scores, `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
-        paired: How the scores differ from the dense model's on the same items, `{task: {metric: Paired}}`, and over
-            the items of all tasks together under `ALL`.
         warnings: The reasons why these numbers may be too good.
         shared: The domains that share something with what the model was calibrated on; None where that is not known.
-        answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`;
-            their figures are in `tasks` and `paired` under "answers".
+        answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`.
+        figures: The figures of all answers, `{"model": {"right": …, "right_stderr": …, …}, "dense": {…}}`.
+        paired: How the figures differ from the dense model's on the same questions, by figure.
         show: The number of answers that `str` shows.
     """
 
@@ -72,17 +66,17 @@ class Evaluation(Record):
     calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
-    tasks: dict[str, Scores] = field(default_factory=dict)
-    paired: dict[str, dict[str, Paired]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shared: list[str] | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    paired: dict[str, Paired] = field(default_factory=dict)
     show: int = SHOWN
 
     def __str__(self) -> str:
-        """A table of domains, one of tasks, some answers, and the warnings."""
+        """A table of domains, one of what the answers are like, some answers, and the warnings."""
         tables = [self._domains()] if self.perplexity else []
-        tables += [self._tasks()] if self.tasks else []
+        tables += [self._figures()] if self.figures else []
         tables += [self._answer(item) for item in sample_items(self.answers, self.show)]
         return "\n\n".join([*tables, *(f"warning: {warning}" for warning in self.warnings)])
 
@@ -130,17 +124,12 @@ class Evaluation(Record):
         row = ["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())]
         return [*row, *([_ratio(means), "", ""] if self.dense is not None else []), ""]
 
-    def _tasks(self) -> str:
+    def _figures(self) -> str:
         compared = self.dense is not None
-        rows = [["task", "metric", "items", *self._models, *(["difference", "p", ""] if compared else [])]]
-        for name, scores in self.tasks.items():
-            for metric in scores["model"]:
-                if metric != "items" and "_stderr" not in metric:
-                    items = f"{scores['model']['items']:.0f}" if "items" in scores["model"] else ""
-                    row = [name, metric, items, *(_with_error(scores[which], metric) for which in self._models)]
-                    rows.append(row + (_verdict(self.paired.get(name, {}).get(metric)) if compared else []))
-        for metric, pair in self.paired.get(ALL, {}).items():
-            rows.append([f"  {ALL}", metric, str(pair.items), "", "", *_verdict(pair)])
+        rows = [["answers", "questions", *self._models, *(["difference", "p", ""] if compared else [])]]
+        for name in figure_names(self.figures["model"]):
+            row = [name, str(len(self.answers)), *(_with_error(self.figures[which], name) for which in self._models)]
+            rows.append(row + (_verdict(self.paired.get(name)) if compared else []))
         return table(rows)
 
 
@@ -149,7 +138,6 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[DomainConfig | Mapping[str, Any]] = (),
-    tasks: Sequence[str | Path] = (),
     dense: PreTrainedModel | None = None,
     *,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -168,15 +156,14 @@ def evaluate(
         model: The model to measure; its training mode is left as it was.
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
-        tasks: The names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
-        dense: Another model to compare with: adds its own perplexities and scores, the divergence from it and the
-            agreement with it, and whether the two differ on the same items.
+        dense: Another model to compare with: adds its own perplexities and answers, the divergence from it and the
+            agreement with it, and whether the two differ on the same questions.
         dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; of the sequences of a task, 8 at least.
-        limit: The number of items per task, and of questions, at most; None takes all of them.
+        batch_size: The number of samples in a forward pass; of the questions, 32 at least.
+        limit: The number of questions at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
             there is one.
@@ -185,20 +172,19 @@ def evaluate(
         show: The number of answers that the table shows.
 
     Raises:
-        StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
-            each other, the tokenizer or the samples.
+        StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
+            not fit each other, the tokenizer or the samples.
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    check_evaluation(models, named, tasks, answers, seq_length, dense_tokenizer, readers)
+    check_evaluation(models, named, answers, seq_length, dense_tokenizer, readers)
     _check_numbers(
         num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens, show=show or None
     )
     # Everything is read before anything is computed, so that a mistake shows at once.
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
     judged = judge(texts, models, readers)
-    loaded_tasks = Tasks(tasks) if tasks else None
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(
@@ -212,11 +198,6 @@ def evaluate(
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
         _measure(evaluation, name, text, batch_size)
-    if loaded_tasks is not None:
-        results = {of: loaded_tasks.score(asked, readers[of], batch_size, limit) for of, asked in models.items()}
-        names = list(results["model"].scores)
-        evaluation.tasks = {name: {which: of.scores[name] for which, of in results.items()} for name in names}
-        evaluation.paired = {} if dense is None else paired_tasks(results["model"], results["dense"])
     if answers is not None:
         _answer(evaluation, models, readers, questions, max_new_tokens, max(batch_size, AT_ONCE))
     return evaluation
@@ -251,26 +232,12 @@ def _answer(
         which: ask(model, tokenizers[which], questions, max_new_tokens, batch_size) for which, model in models.items()
     }
     evaluation.answers = items_of(questions, answers)
-    figures = {which: figures_of(of) for which, of in answers.items()}
+    evaluation.figures = figures = {which: figures_of(of) for which, of in answers.items()}
     if "dense" in models:
         distance = answer_divergence(models, tokenizers, questions, answers["dense"])
         if distance is not None:
             figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
-        evaluation.paired[ANSWERS] = paired_answers(answers["model"], answers["dense"])
-    evaluation.tasks[ANSWERS] = figures
-
-
-def paired_tasks(model: TaskScores, dense: TaskScores) -> dict[str, dict[str, Paired]]:
-    """How two models differ by task and metric, and over the items of all tasks together where there are several."""
-    pairs: dict[str, dict[str, Paired]] = {}
-    for name, metrics in model.items.items():
-        pairs[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}
-    for metric in sorted(set.intersection(*map(set, pairs.values()))) if len(pairs) > 1 else ():
-        every = [
-            [score for of in results.items.values() for score in of[metric].values()] for results in (model, dense)
-        ]
-        pairs.setdefault(ALL, {})[metric] = paired(*(dict(enumerate(scores)) for scores in every))
-    return pairs
+        evaluation.paired = paired_answers(answers["model"], answers["dense"])
 
 
 def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -> None:
@@ -286,15 +253,14 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
 def check_evaluation(
     models: Mapping[str, PreTrainedModel],
     domains: Sequence[DomainConfig | Mapping[str, Any]],
-    tasks: Sequence[str | Path],
     answers: str | Path | None,
     seq_length: int,
     dense_tokenizer: PreTrainedTokenizerBase | None,
     readers: Mapping[str, PreTrainedTokenizerBase] | None = None,
 ) -> None:
     """Refuse what cannot be measured, with models that may be without weights."""
-    if not domains and not tasks and answers is None:
-        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), a task, or answers.")
+    if not domains and answers is None:
+        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
     for model in models.values():
         if not predicts_next(model):
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
@@ -327,7 +293,5 @@ def _verdict(pair: Paired | None) -> list[str]:
     return [f"{pair.difference:+.3f}{plus_minus(pair.stderr, 3)}", f"{pair.p_value:.3f}", pair.verdict]
 
 
-def _with_error(scores: Mapping[str, float], metric: str) -> str:
-    name, comma, filtered = metric.partition(",")
-    error = scores.get(f"{name}_stderr{comma}{filtered}")
-    return f"{scores[metric]:.{0 if metric == 'tokens' else 3}f}" + plus_minus(error, 3)
+def _with_error(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.{0 if name == 'tokens' else 3}f}" + plus_minus(figures.get(f"{name}_stderr"), 3)

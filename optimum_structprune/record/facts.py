@@ -54,7 +54,7 @@ NAMES = {
 class Facts:
     """What was measured of one model: widths of the layers by kind of space; by domain the perplexity, its bits per
     byte, the number of tokens, the standard errors of it and of its ratio to another model's, and the error of the
-    last hidden states; scores by task (`{"piqa": {"acc": …}}`); KL to the dense model.
+    last hidden states; the figures of its answers (`{"right": …}`); KL to the dense model.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Facts:
     tokens: Mapping[str, int] = field(default_factory=dict)
     bits_per_byte: Mapping[str, float | None] = field(default_factory=dict)
     output_error: dict[str, float | None] = field(default_factory=dict)
-    tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    answers: Mapping[str, float] = field(default_factory=dict)
     divergence: dict[str, float] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ def size_rows(models: Sequence[Facts]) -> list[Row]:
 
 
 def quality_rows(models: Sequence[Facts]) -> list[Row]:
-    """Perplexity by domain and its geometric mean, mean bits per byte, output errors, and scores of tasks."""
+    """Perplexity by domain and its geometric mean, mean bits per byte, output errors, and figures of answers."""
     rows = [
         Row(
             f"perplexity {name}",
@@ -161,16 +161,13 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     rows += _known([Row("bits per byte", bits, 3)])
     rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
     rows += [Row(f"KL {name}", of, 4) for name, of in _by_name([facts.divergence for facts in models])]
-    scores = [
-        {
-            f"{task} {metric}": value
-            for task, of in facts.tasks.items()
-            for metric, value in of.items()
-            if metric != "items" and "_stderr" not in metric
-        }
-        for facts in models
-    ]
-    return [*rows, *(Row(label, of, 3) for label, of in _by_name(scores))]
+    figures = [{f"answers {name}": facts.answers[name] for name in figure_names(facts.answers)} for facts in models]
+    return [*rows, *(Row(label, of, 3) for label, of in _by_name(figures))]
+
+
+def figure_names(figures: Mapping[str, float]) -> list[str]:
+    """What was found of answers, without the standard errors."""
+    return [name for name in figures if not name.endswith("_stderr")]
 
 
 def rows(models: Mapping[str, Facts]) -> list[Row]:
@@ -237,7 +234,7 @@ def quality_of_evaluation(record: Mapping[str, Any], model: str) -> dict[str, An
     return {
         **_measured({**record, "perplexity_tokens": record["tokens"]}, model),
         "divergence": record["divergence"] if model == "model" else {},
-        "tasks": {name: {**scores[model]} for name, scores in record["tasks"].items()},
+        "answers": record["figures"].get(model, {}),
     }
 
 
@@ -408,7 +405,7 @@ def other_text(records: Records) -> dict[str, Facts]:
 
 
 def quality_tables(records: Records) -> Iterator[Table]:
-    """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
+    """Perplexity by domain and figures of answers, dense, pruned and recovered: held-out and other text apart."""
     what = "Outputs on the kinds of input" if records.report.get("output_error") else "Perplexity on the kinds of text"
     models = {
         f"{what} that it was calibrated on": quality_of_run(records),
@@ -421,11 +418,9 @@ def quality_tables(records: Records) -> Iterator[Table]:
         tokens = records.evaluation.get("tokens", {})
         measured = perplexity_facts({**records.evaluation, "perplexity": of_kind, "perplexity_tokens": tokens})
         models[title] = {last if name == "model" else name: facts for name, facts in measured.items()}
-    tasks = records.evaluation.get("tasks", {})
-    models["Tasks"] = {
-        label: Facts(tasks={task: scores.get(name, {}) for task, scores in tasks.items()})
-        for label, name in (("dense", "dense"), (last, "model"))
-        if any(name in scores for scores in tasks.values())
+    figures = records.evaluation.get("figures", {})
+    models["Figures of the answers"] = {
+        label: Facts(answers=figures[name]) for label, name in (("dense", "dense"), (last, "model")) if name in figures
     }
     for caption, facts_by_model in models.items():
         if rows := quality_rows([*facts_by_model.values()]):

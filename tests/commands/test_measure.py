@@ -30,14 +30,15 @@ def folder(tmp_path_factory):
     save_with_tokenizer(small, folder / "small")
     build("bert").save_pretrained(folder / "bert")
     write_texts(folder / "a.jsonl", documents(40))
-    items = [{"query": "w3 w4", "choices": ["w5", "w6"], "gold": number % 2} for number in range(4)]
-    (folder / "task.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    questions = [{"prompt": f"w{number} w4", "right": "" if number == 5 else "(?!)"} for number in range(5, 9)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     return folder
 
 
 def test_models_side_by_side(folder, capsys):
     models = [str(folder / name) for name in ("dense", "small")]
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--task", str(folder / "task.jsonl")]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--answers"]
+    text += [str(folder / "questions.jsonl"), "--max-new-tokens", "3"]
     files = ["--csv", str(folder / "c.csv"), "--json", str(folder / "c.json")]
     for more in ([], ["--overwrite"]):
         assert main(["evaluate", *models, *text, *files, "--device", "cpu", *more]) == 0
@@ -51,7 +52,7 @@ def test_models_side_by_side(folder, capsys):
         assert found[name]["widths"]["mlp"] == widths
         heads = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
         assert found[name]["cache_per_token"] == 2 * 4 * heads
-        assert found[name]["tasks"]["task"]["items"] == 4
+        assert found[name]["answers"]["right"] == float(rows[name]["answers right"]) == 0.25
         assert f"{model.num_parameters():,}" in shown
     samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
     assert float(rows["dense"]["perplexity a"]) == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)

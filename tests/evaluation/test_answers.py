@@ -244,11 +244,11 @@ def test_one_line_and_a_warning_where_the_difference_is_no_chance():
 
 def test_a_model_is_alike_to_itself(writer):
     evaluation = evaluate(*writer, answers="builtin", dense=writer[0], max_new_tokens=4, limit=8, show=2)
-    figures = evaluation.tasks["answers"]
-    assert figures["dense"]["items"] == 8
+    figures = evaluation.figures
+    assert len(evaluation.answers) == 8
     assert figures["model"] == {**figures["dense"], "KL": pytest.approx(0, abs=1e-6)}
-    assert {of.verdict for of in evaluation.paired["answers"].values()} == {"alike"}
-    assert str(evaluation).count("\n  model (") == 2 and "answers   tokens" in re.sub(" +", "   ", str(evaluation))
+    assert {of.verdict for of in evaluation.paired.values()} == {"alike"}
+    assert str(evaluation).count("\n  model (") == 2 and "\ntokens   8" in re.sub(" +", "   ", str(evaluation))
 
 
 # --- the short check
@@ -301,7 +301,7 @@ def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
     values = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "\n}")
     kept = [json.loads(line) for line in open(items)]
     assert [line["prompt"] for line in kept] == ["One?", "Two?"]
-    assert values["tasks"]["answers"]["model"]["right"] == 0.5
+    assert values["figures"]["model"]["right"] == 0.5
     assert [line["answers"]["model"]["right"] for line in kept] == [True, False]
     assert main(["evaluate", model, "--answers", str(mine), "--items", str(mine)]) == 2
     assert "exists; name another file" in capsys.readouterr().err

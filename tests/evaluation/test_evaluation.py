@@ -1,9 +1,8 @@
-"""Evaluation: metrics against their definitions, held-out text, tasks, and the command."""
+"""Evaluation: metrics against their definitions, held-out text, and the command."""
 
 import json
-import sys
 import warnings
-from types import SimpleNamespace
+from math import isnan
 
 import pytest
 import torch
@@ -13,14 +12,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, evaluate, perplexity
+from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner, evaluate, perplexity
 from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.evaluation.tasks import local_task
-from optimum_structprune.forward.metrics import compare, perplexity_of
-
-
-ITEM = {"query": "Question: Lily saw a big", "choices": ["dog", "red ball", "tree and was happy"], "gold": 0}
+from optimum_structprune.forward.metrics import compare, perplexity_of, sample_losses, standard_error
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +30,6 @@ def folder(tmp_path_factory):
     for seed, name in enumerate(("model", "dense")):
         save_with_tokenizer(build("llama-tied", seed), folder / name)
     write_texts(folder / "a.jsonl", documents(40))
-    items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
-    (folder / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
 
 
@@ -147,63 +141,43 @@ def test_what_evaluate_refuses(pair, folder):
         evaluate(other, tokenizer(), [domain], seq_length=24)
 
 
-def test_a_question_is_asked_as_usual(tmp_path):
-    for query, asked in (
-        ("Question: Why?", "Question: Why?\nAnswer:"),
-        ("Question: Why?\n", "Question: Why?\nAnswer:"),
-        ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
-        ("He fell, because", "He fell, because"),
-    ):
-        item = {**ITEM, "query": query}
-        (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
-        assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
+def test_errors_of_perplexities_are_those_of_the_samples():
+    model, dense = build("llama-tied", 0), build("llama-tied", 1)
+    domain = DomainConfig("a", documents(40))
+    found = evaluate(model, tokenizer(), [domain], dense=dense, seq_length=24, num_samples=6, batch_size=4)
+    samples = read_heldout(domain, tokenizer(), 24, 6).samples
+    mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (model, dense))
+    for which, losses in (("model", mine), ("dense", theirs), ("ratio", mine - theirs)):
+        expected = float(losses.mean().exp() * losses.std() / 6**0.5)
+        assert found.perplexity_stderr["a"][which] == pytest.approx(expected, rel=1e-6)
+    assert f"± {found.perplexity_stderr['a']['ratio']:.3f}" in str(found)
+    assert isnan(standard_error(mine[:4])) and not isnan(standard_error(mine[:5]))
+    alone = evaluate(model, tokenizer(), [domain], seq_length=24, num_samples=4)
+    assert "±" not in str(alone).splitlines()[1]
 
 
-def test_tasks_that_cannot_be_run(pair, tmp_path, folder, monkeypatch):
-    pytest.importorskip("lm_eval")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    cases = [
-        ([str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
-        ([str(tmp_path / "empty.jsonl")], "has no items"),
-        ([folder / "quiz.jsonl", str(folder / "quiz.jsonl")], "Two tasks are named 'quiz'"),
-    ]
-    for tasks, message in cases:
-        with pytest.raises(StructPruneError, match=message):
-            evaluate(pair[0], tokenizer(), tasks=tasks)
-    for line in (
-        "not json",
-        '{"query": "a", "choices": ["b", "c"]}',
-        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
-        '{"query": "a", "choices": ["b"], "gold": 0}',
-        '{"query": "a", "choices": ["b", ""], "gold": 0}',
-        '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
-    ):
-        (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEM)}\n\n{line}\n")
-        with pytest.raises(StructPruneError, match=r"quiz.jsonl, line 3, is no item"):
-            evaluate(pair[0], tokenizer(), tasks=[tmp_path / "quiz.jsonl"])
-    # Indexing lm_eval's own tasks takes seconds.
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **how: SimpleNamespace(all_tasks=["arc_easy"]))
-    with pytest.raises(StructPruneError, match="no task 'arc_eazy'.*Did you mean 'arc_easy'"):
-        evaluate(pair[0], tokenizer(), tasks=["arc_eazy"])
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(StructPruneError, match="pip install lm_eval"):
-        evaluate(pair[0], tokenizer(), tasks=[folder / "quiz.jsonl"])
+def test_calibrated_kinds_stand_apart():
+    entry = Entry("prose", {"source": "somewhere"}, 1.0, 8, 8, 8, "", "", [], [])
+    manifest = Manifest(0, 8, "", {}, [entry])
+    domains = [DomainConfig(name, documents(10, seed)) for seed, name in enumerate(("law", "prose", "poems"))]
+    found = evaluate(build("llama-tied"), tokenizer(), domains, seq_length=24, num_samples=2, manifest=manifest)
+    assert found.calibrated == ["prose"]
+    first = [line.split("  ")[0] for line in str(found).splitlines()]
+    assert first[1:6] == ["calibrated kinds:", "prose", "other kinds:", "law", "poems"]
+    assert "geometric mean" in str(found).splitlines()[6] and str(found).count("geometric mean") == 1
 
 
 def test_the_command(folder, capsys):
-    pytest.importorskip("lm_eval")
     disable_progress_bar()
     model, dense, out = (str(folder / name) for name in ("model", "dense", "out.json"))
     domains = ["--domain", f"a={folder / 'a.jsonl'}", "--domain", "b=builtin:none"]
     short = ["--seq-length", "24", "--num-samples", "2", "--device", "cpu"]
-    arguments = ["evaluate", model, "--against", dense, *domains[:2], "--task", str(folder / "quiz.jsonl"), *short]
+    arguments = ["evaluate", model, "--against", dense, *domains[:2], *short]
     assert main([*arguments, "--json", out]) == 0
     shown = capsys.readouterr().out
     found = json.loads((folder / "out.json").read_text())
     assert found["model"] == model and found["dense"] == dense and found["tokens"] == {"a": 46}
     assert f"{found['perplexity']['a']['dense']:.2f}" in shown and "top-1" in shown
-    quiz = found["tasks"]["quiz"]["model"]
-    assert f"{quiz['acc']:.3f} ± {quiz['acc_stderr']:.3f}" in shown
     assert f"x {found['perplexity']['a']['model'] / found['perplexity']['a']['dense']:.3f}" in shown
     for mistake, message in [
         (["evaluate", model, *domains, *short], "'none'"),

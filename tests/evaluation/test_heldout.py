@@ -70,15 +70,17 @@ def test_the_commands(tmp_path, capsys):
     other, renumbered = with_tokens(dense, tokenizer(), ORDER)
     save_with_tokenizer(other, tmp_path / "other", renumbered)
     write_texts(tmp_path / "a.jsonl", documents(20))
-    items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
-    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    questions = ({"prompt": f"w5 w{number}", "right": "w[0-4]"} for number in range(6, 10))
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     models = [str(tmp_path / "other"), str(tmp_path / "dense")]
     line = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--json"]
-    line += [str(tmp_path / "out.json"), "--task", str(tmp_path / "quiz.jsonl")]
+    line += [str(tmp_path / "out.json"), "--answers", str(tmp_path / "questions.jsonl"), "--max-new-tokens", "4"]
     assert main(["evaluate", models[0], "--against", models[1], *line]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
-    assert found["paired"]["quiz"]["acc"]["p_value"] == 1 and found["paired"]["quiz"]["acc"]["items"] == 4
+    assert [(of["difference"], of["items"]) for of in found["paired"].values()] == [(0, 4)] * 4
+    texts = [[of["text"] for of in item["answers"].values()] for item in found["answers"]]
+    assert len(texts) == 4 and all(dense == model != "" for dense, model in texts)
     assert main(["evaluate", *models, *line, "--overwrite"]) == 0
     facts = json.loads((tmp_path / "out.json").read_text())["models"]
     for field in ("perplexity", "bits_per_byte"):

@@ -175,7 +175,7 @@ def card_of(result, place, words):
         "pruning_details.json": {"model": {"name": str(dense)}},
         "structprune_config.json": {"domains": [domain], "general_text": words},
         "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
-        "evaluation.json": {"perplexity": {words: ratio}, "tasks": {words: {"model": {"acc": 0.5}}}},
+        "evaluation.json": {"perplexity": {words: ratio}, "figures": {"model": {words: 0.5}}, "tasks": {words: {}}},
         "speed.json": {"device": words, "threads": 1, "measurements": [speeds, speeds]},
     }.items():
         path = folder / record

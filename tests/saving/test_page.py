@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
     perplexity = {HOSTILE: {"dense": 9.0, "pruned": 18.0, "recovered": 12.0}}
     (folder / "recovery_report.json").write_text(json.dumps({**trained, "perplexity": perplexity}))
     both = {"dense": 10.0, "model": 15.0}
-    scores = {"quiz": {"dense": {"acc": 0.75, "items": 4.0}, "model": {"acc": 0.5, "items": 4.0}}}
-    Evaluation(str(folder), perplexity={"far": both, "near": both}, tasks=scores, shared=["near"]).save(
+    figures = {"dense": {"right": 0.75}, "model": {"right": 0.5}}
+    Evaluation(str(folder), perplexity={"far": both, "near": both}, figures=figures, shared=["near"]).save(
         folder / "evaluation.json"
     )
     write_report(folder)
@@ -123,7 +123,7 @@ def test_what_was_not_recorded_is_not_there(folder, tmp_path):
     for name in ("pruning_details.json", "evaluation.json", "recovery_report.json", "calibration_manifest.json"):
         (tmp_path / "few" / name).unlink()
     text = text_of(tmp_path / "few")
-    for what in ("other text</h3>", "Tasks", "trained afterwards"):
+    for what in ("other text</h3>", "Figures of the answers", "trained afterwards"):
         assert what not in text and what in (folder / PAGE_NAME).read_text()
     assert "DENSE is the dense model" in text and "DENSE" not in text_of(tmp_path / "few", dense="big")
     assert '<dd class="value">infinite</dd>' in text and "a perplexity is infinite" in text
