@@ -38,7 +38,7 @@ PARTS = {"DomainConfig": "domains", "RecoveryConfig": "recovery"}
 MOST_USED = "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite"
 GROUPS = {
     "most used": MOST_USED,
-    "how much goes": "budget rounds round_to min_width --cost",
+    "how much goes": "budget rounds round_to --cost",
     "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text stats objective seed",
     "training afterwards": "--recovery-tokens recovery",

@@ -110,8 +110,6 @@ class StructPruneConfig(Serialisable):
             the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries one
             shape for all layers, and `search_uniform` looks for the best number of layers and the best widths, the
             same everywhere.
-        min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
-            other allocations than `uniform`, and where the layers of the model differ in width already.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
@@ -169,7 +167,6 @@ class StructPruneConfig(Serialisable):
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
     allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
-    min_width: Number = validated_field(share, default=0.1)
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     tensor_parallel: int = validated_field(positive, default=1)
     expert_parallel: int = validated_field(positive, default=1)

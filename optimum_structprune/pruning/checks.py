@@ -23,7 +23,6 @@ from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
-from ..widths.allocation import is_bounded
 
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
@@ -72,7 +71,7 @@ def check(
         from ..recovery.checks import check_recovery  # training libraries take seconds to import
 
         check_recovery(config.recovery, config, described.plain_model)
-    unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
+    unused = [*without_effect(config, widths)] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warn(f"These options have no effect here: {'; '.join(unused)}.")
     if described.offloaded:  # last, as it runs the model on a few tokens
@@ -275,23 +274,19 @@ def _check_folders(config: StructPruneConfig) -> None:
             )
 
 
-def without_effect(config: StructPruneConfig, names: Collection[str], own_widths: bool) -> Iterator[str]:
-    """The options that are set and have no effect beside the others, each with the reason; `own_widths` says whether
-    each layer gets a width of its own.
-    """
+def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
+    """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
-    explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
+    explicit, gram = config.widths is not None, config.fits
     damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
-    same = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         **dict.fromkeys(
             ("keep_tokens", "languages"), (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths")
         ),
-        "round_to": (explicit and uniform, "widths are taken as they are"),
-        "min_width": (not own_widths and config.allocation != "search_uniform", same),
+        "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "general_share": (stored, "stats were gathered already; name the domain 'general' if they hold it"),

@@ -24,7 +24,7 @@ from ..removals.layers import take_out_layers_
 from ..sources.data import CalibrationData
 from ..system.offloading import is_offloaded
 from ..system.processes import broadcast_object
-from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
+from ..widths.allocation import LEAST_KEPT, candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import widths_of, within_budget
 from ..widths.shapes import Curves, Key, Resource, Shape, resources, searched_widths, uniform_shapes
 from . import ranking as ranking  # registers `global`
@@ -171,7 +171,7 @@ class Search:
         finest = max(may, key=lambda name: len(may[name]))
         step = min((high - low for low, high in pairwise(may[finest])), default=0)
         needed = self._to_the_nearest(needed, step * sum(needed.unit[key] for key in curves.units if key[1] == finest))
-        most_skipped = int((1 - self.config.min_width) * self.arch.num_layers) if curves.layers else 0
+        most_skipped = int((1 - LEAST_KEPT) * self.arch.num_layers) if curves.layers else 0
         ranked = uniform_shapes(may, curves, needed, most_skipped)
         whole = [pair for pair in ranked if pair[1].layers is None][:1]
         most = FINALISTS if self.config.allocation == "search_uniform" else 1

@@ -24,6 +24,9 @@ from ..registry import did_you_mean
 MOST_OFF = 0.01
 # What numbers of tokens are multiples of with `round_to="auto"`.
 OF_TOKENS = 64
+# The share of its units that every layer keeps at least where layers get widths of their own, and the share of all
+# layers that `search_uniform` keeps: scores differ between layers for reasons of their own, and would empty some.
+LEAST_KEPT = 0.1
 
 
 def target_widths(
@@ -120,7 +123,7 @@ def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[st
 
 
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
-    """Whether each layer gets its own width of at least `min_width`, see `ranked_widths`.
+    """Whether each layer gets its own width of at least `LEAST_KEPT`, see `ranked_widths`.
 
     With an allocation of one width this is so where the model's layers differ in width already and `widths` is not
     given.
@@ -332,10 +335,10 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
 
 
 def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:
-    """The widths that a layer may take from `min_width` on where layers get widths of their own, descending."""
+    """The widths that a layer may take where layers get widths of their own, descending; see `LEAST_KEPT`."""
     widths = sorted({*(width for width in legal if width < space.width), space.width})
     rounded = multiples(widths, space.width, multiple_of(config, arch, space.kind))
-    return [width for width in rounded if width >= ceil(config.min_width * space.width)][::-1]
+    return [width for width in rounded if width >= ceil(LEAST_KEPT * space.width)][::-1]
 
 
 def multiples(legal: Sequence[int], size: int, multiple: int) -> list[int]:
@@ -354,8 +357,8 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
     if goal > removable:
         amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
         raise StructPruneError(
-            f"{amount} asks for {goal:,.0f} parameters to go, but with min_width={config.min_width} of their units "
-            f"kept the layers give at most {removable:,}; change either."
+            f"{amount} asks for {goal:,.0f} parameters to go, and the layers, of which each keeps {LEAST_KEPT:.0%} of "
+            f"its units, give at most {removable:,}; ask for less."
         )
     heap = [(layer.scores[0], number) for number, layer in enumerate(layers) if not layer.is_narrowest]
     heapq.heapify(heap)

@@ -47,7 +47,7 @@ FLAGS = [
     (f"{SHARE} --rounds 1:30", "error: --rounds expected int, got str (value: '1:30')"),
     (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: '1:30')"),
     (f"{SHARE} --config none.yaml", "none.yaml cannot be read"),
-    (f"{SHARE} --min-width 2", "error: --min-width has to lie between 0 and 1"),
+    (f"{SHARE} --holdout 2", "error: --holdout has to lie between 0 and 1"),
     (f"{SHARE} --round-to 0", "error: --round-to has to be greater than 0, got 0"),
     (f"{SHARE} --tensor-parallel 0", "error: --tensor-parallel has to be greater than 0, got 0"),
     (f"{SHARE} --general-share 1", "error: --general-share has to lie between 0 and 1"),

@@ -64,7 +64,7 @@ def registered(monkeypatch):
 
 def test_all_three_are_used():
     model = build("llama-tied")
-    pruner = StructPruner(config(**WATCHED, widths={"mlp": 24}, min_width=0.2, rounds=2))
+    pruner = StructPruner(config(**WATCHED, widths={"mlp": 24}, rounds=2))
     small = pruner.prune_model(model, tokenizer())
     widths = pruner.report.widths["mlp"]
     assert widths == {0: 40, 1: 8} and pruner.plan.keep[1, "mlp"] == tuple(range(8))

@@ -11,12 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, calibrate, dry_run, prune_model
-from optimum_structprune.arch.load import ModelInfo, describe
+from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.pruning.checks import DRY_RUN, check, without_effect
-from optimum_structprune.widths.allocation import is_bounded
-from optimum_structprune.widths.budget import widths_of
 
 
 def unread():
@@ -211,11 +209,9 @@ IDLE = [
 
 
 def test_options_without_effect_are_named():
-    arch = describe(build("llama-tied"))
-
     def named(fields, name, value):
         settings = StructPruneConfig.from_dict({"domains": [DomainConfig("a", "b")], **AMOUNT, **fields, name: value})
-        return [entry for entry in idle_options(settings, arch) if entry.startswith(f"{name}=")]
+        return [entry for entry in idle_options(settings) if entry.startswith(f"{name}=")]
 
     for name, value, idle, effective in IDLE:
         (entry,) = named(idle, name, value)
@@ -226,13 +222,13 @@ def test_options_without_effect_are_named():
 
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
-    settings = blind(round_to=8, min_width=0.2, damping=0.5)
+    settings = blind(round_to=8, languages=["de"], damping=0.5)
     with pytest.warns(UserWarning) as caught:
         check(settings, dense, settings.widths, DRY_RUN)
     (warning,) = caught
     assert str(warning.message) == (
-        "These options have no effect here: round_to=8, because widths are taken as they are; min_width=0.2, "
-        "because widths are taken as they are."
+        "These options have no effect here: languages=('de',), because no tokens go; name 'vocab' in targets or "
+        "widths; round_to=8, because widths are taken as they are."
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -240,9 +236,8 @@ def test_check_warns_once_of_all_of_them():
         check(blind(sparsity=0.2, round_to=8, rounds=2), dense, {"mlp": 32}, DRY_RUN)
 
 
-def idle_options(settings, arch):
-    names = list(settings.widths or settings.shrinking)
-    return [*without_effect(settings, names, is_bounded(settings, arch, names))]
+def idle_options(settings):
+    return [*without_effect(settings, list(settings.widths or settings.shrinking))]
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
@@ -252,8 +247,6 @@ TRIED = [
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
     ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
-    ("min_width", 0.6, {}, False),
-    ("min_width", 0.6, {"allocation": "sensitivity", "round_to": 1}, True),
     ("damping", 5.0, {"refit": "none"}, False),
     ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
     ("damping", 5.0, {"criterion": "wanda"}, True),
@@ -270,17 +263,7 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
     changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
     left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
     assert same_weights(left, right) != matters
-    assert any(entry.startswith(f"{name}=") for entry in idle_options(changed, describe(model))) != matters
-
-
-def test_the_least_width_matters_where_the_layers_of_a_model_differ_already():
-    model = prune_model(build("llama-tied"), config(widths={"mlp": {0: 20, 1: 32}}), tokenizer())
-    arch, fields = describe(model), {"sparsity": 0.1, "targets": ["mlp", "attention"]}
-    plain, bounded = (StructPruneConfig(**fields, **more) for more in ({}, {"min_width": 0.8}))
-    assert widths_of(plain, arch, model)
-    with pytest.raises(StructPruneError, match="with min_width=0.8"):
-        widths_of(bounded, arch, model)
-    assert not any(entry.startswith("min_width=") for entry in idle_options(bounded, arch))
+    assert any(entry.startswith(f"{name}=") for entry in idle_options(changed)) != matters
 
 
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then

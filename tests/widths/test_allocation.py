@@ -16,7 +16,7 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.search.ranking import dense_scores
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.widths.allocation import multiple_of, ranked_widths, widths_for_sparsity
+from optimum_structprune.widths.allocation import LEAST_KEPT, multiple_of, ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
@@ -90,27 +90,26 @@ def test_rounds_go_down_and_end_at_the_target(rounds, mlp, attention):
     arch=archs,
     sparsity=st.floats(0.02, 0.9),
     round_to=st.sampled_from([1, 8, 64]),
-    min_width=st.floats(0.01, 0.5),
     seed=st.integers(0, 9),
 )
-def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, sparsity, round_to, min_width, seed):
+def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, sparsity, round_to, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = {(space.layer, space.name): torch.randn(space.size, generator=generator) for space in arch.spaces}
     legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
-    fields = {"sparsity": sparsity, "round_to": round_to, "min_width": min_width}
+    chosen = StructPruneConfig(allocation="global", sparsity=sparsity, round_to=round_to)
     try:
-        widths = ranked_widths(StructPruneConfig(allocation="global", **fields), arch, legal, scores)
+        widths = ranked_widths(chosen, arch, legal, scores)
     except StructPruneError as error:
-        assert "min_width" in str(error)
+        assert "each keeps 10% of its units" in str(error)
         return
     steps = []
     for space in arch.spaces:
         width = widths[space.name][space.layer]
-        least = max(1, min_width * space.size)
+        least = max(1, LEAST_KEPT * space.size)
         multiple = round_to if space.name == "mlp" and round_to < space.size else 1
         lower = [w for w in range(1, width) if w % multiple == 0 and w >= least]
         steps += [space.unit_params * (width - lower[-1])] if lower else []
-        assert width >= min_width * space.size or width == space.size
+        assert width >= LEAST_KEPT * space.size or width == space.size
     gone = sum((space.size - widths[space.name][space.layer]) * space.unit_params for space in arch.spaces)
     assert abs(gone - sparsity * sum(arch.layer_params)) <= min(steps, default=gone) / 2 + 1e-6
 
@@ -163,7 +162,7 @@ def test_global_allocation_is_that_of_flap():
             gone += space.unit_params
             expected[space.name][space.layer] -= 1
 
-    fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
+    fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1)
     data = CalibrationData.of(fields, [Domain("a", 1.0, samples, samples[:0])])
     scores = dense_scores(model, arch, data, arch.names)
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}

@@ -23,7 +23,7 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
     with torch.no_grad():  # the first layer changes the residual stream little
         for module in (model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj):
             module.weight.mul_(0.1)
-    settings = config(allocation="cosine", widths={"mlp": 30}, round_to=1, min_width=0.05)
+    settings = config(allocation="cosine", widths={"mlp": 30}, round_to=1)
     data, arch = data_of(settings), describe(model)
     widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model)).widths
     removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
