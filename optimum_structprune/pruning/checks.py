@@ -138,9 +138,6 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, torch.Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
-    if samples.layout != torch.strided or samples.is_meta:
-        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
-        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
     if reads_images(model):
         expected = tuple(few_inputs(model).shape[1:])
         if samples.shape[1:] != expected or not samples.is_floating_point():
@@ -225,12 +222,6 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use
         raise StructPruneError(
             f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
             "(`structprune prune`), then train."
-        )
-    widest = max((space.size for space in arch.spaces), default=1)
-    if config.rounds > widest:
-        raise StructPruneError(
-            f"rounds={config.rounds} is more than the {widest} units of the widest space, and each round has to "
-            f"remove some; choose {widest} at most."
         )
     if HIDDEN in widths and config.refit not in ("none", "least_squares"):
         raise StructPruneError(

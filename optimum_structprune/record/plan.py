@@ -137,26 +137,17 @@ class Plan:
         """Inverse of `to_dict`.
 
         Raises:
-            StructPruneError: If it is no plan, or what is kept is not a list of whole numbers.
+            StructPruneError: If it is no plan.
         """
         try:
-            for name, of_layers in data["keep"].items():
-                for layer, units in of_layers.items():
-                    if not isinstance(units, (list, tuple)) or any(type(unit) is not int for unit in units):
-                        raise ValueError(f"{name!r} in layer {layer} has to keep a list of whole numbers")
             keep = {
                 (layer, str(name)): tuple(units)
                 for name, of_layers in data["keep"].items()
                 for layer, units in by_layer(of_layers, repr(name)).items()
             }
-            model_type, dense, sizes = data["model_type"], data["dense"], dict(data["sizes"])
-            if not isinstance(model_type, str) or not isinstance(dense, str):
-                raise ValueError(f"model type and fingerprint have to be text, got {model_type!r} and {dense!r}")
-            if any(type(size) is not int for size in sizes.values()):
-                raise ValueError(f"sizes have to be whole numbers, got {sizes}")
+            return cls(data["model_type"], keep, dict(data["sizes"]), data["dense"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise StructPruneError(f"This is not a pruning plan: {error!r}.") from error
-        return cls(model_type, keep, sizes, dense)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -100,7 +100,6 @@ MODEL = [
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),
     (f"{PRUNE} --budget bytes=1", "bytes"),
     (f"{SHARE} --skip-layer 99", "skip_layers names layer 99"),
-    (f"{SHARE} --rounds 1000", "rounds=1000 is more than"),
     (f"{SHARE} --criterion wanda2", "There is no criterion 'wanda2'"),
     (f"{SHARE} --method itertive", "There is no pruner 'itertive'"),
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),

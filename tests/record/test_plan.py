@@ -23,8 +23,7 @@ def test_round_trip(tmp_path):
     ("[]", "plan.json has to hold a mapping of fields, found list"),
     ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
     *((f'{{"model_type": "llama", "keep": {keep}}}', "plan.json is not a pruning plan") for keep in (
-        '{"mlp": 3}', '{"mlp": {"0": "abc"}}', '{"mlp": {"0": [0.5]}}', '{"mlp": {"0": [true]}}', '{"mlp": {"x": []}}',
-        "[]",
+        '{"mlp": 3}', '{"mlp": {"0": 3}}', '{"mlp": {"x": []}}', "[]",
     )),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, content, message):
