@@ -186,8 +186,8 @@ def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[s
     if experts and inside:
         raise StructPruneError(
             f"targets={list(names)} would remove whole experts and channels inside them, and neither "
-            f"sparsity nor a budget says how much of each; target one of {', '.join(experts + inside)}, or give "
-            "both widths."
+            f"sparsity nor a budget says how much of each; target {inside[0]!r}, which loses less, or "
+            f"{experts[0]!r}, or give both widths."
         )
 
 
