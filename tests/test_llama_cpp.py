@@ -130,6 +130,13 @@ RANDOM = {
     "qwen3-differing": ("qwen3", {**DIFFERING_HEADS, "tie_word_embeddings": True}, "openelm"),
     "olmo2": ("olmo2", {}, "olmo2"),
     "phi3": ("phi3", {}, "phi3"),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "llama"),
+    "olmoe": ("olmoe", {"num_key_value_heads": 8, "num_experts": 4, "num_experts_per_tok": 2}, "olmoe"),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**FEWER, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        "qwen3moe",
+    ),
     "gemma3": ("gemma3_text", {**FEWER, **SLIDING, "query_pre_attn_scalar": 4}, "gemma3"),
 }
 

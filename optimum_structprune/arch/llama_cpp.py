@@ -19,7 +19,15 @@ from .spaces import heads_of
 # The architecture that llama.cpp has for a model type: it takes one width for all layers.
 STOCK = {
     **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "olmo2": "olmo2"},
-    "gemma3_text": "gemma3",
+    **{"gemma3_text": "gemma3", "mixtral": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe"},
+}
+# What a config calls the number of its experts.
+EXPERT_COUNTS = ("num_local_experts", "num_experts")
+# What the mixtures among them have to say of their routers and layers.
+MIXTURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "mixtral": {},
+    "olmoe": {"norm_topk_prob": (False,), "clip_qkv": (None,)},
+    "qwen3_moe": {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 }
 # Those that read the sizes of each layer: the one computes a Llama layer, with biases where the file has some, and the
 # other a layer of Qwen3 under a tied head.
@@ -27,8 +35,10 @@ BY_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "opene
 # These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
 INTERLEAVED = ("llama", "deci")
 # The others take the width of the residual stream for that of all heads together.
-ANY_HEADS = (*INTERLEAVED, "qwen3", "openelm", "gemma3")
+ANY_HEADS = (*INTERLEAVED, "qwen3", "qwen3moe", "openelm", "gemma3")
 ROTATED = {"q_proj": "heads", "k_proj": "groups"}
+# The gate and up projections of all experts in one parameter, shape `(experts, 2 * width, channels)`.
+EXPERTS_FUSED = "experts.gate_up_proj"
 ROPE_TYPES = ("default", "linear", "llama3")
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -60,8 +70,9 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
 
 
 def _fits_stock(config: PretrainedConfig) -> bool:
-    stock, (heads, _, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
+    stock, (heads, groups, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
     heads_fit = stock in ANY_HEADS or heads * head_dim == config.hidden_size
+    heads_fit = heads_fit and (stock != "olmoe" or groups == heads)
     # Only an interleaved architecture has factors of frequencies.
     rope_fits = stock in INTERLEAVED or rope_of(config).get("rope_type") != "llama3"
     return not config.is_heterogeneous and heads_fit and rope_fits
@@ -98,6 +109,7 @@ def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
     }
     if not plain:
         needs["attention_bias"] = (False, None)
+    needs |= MIXTURES.get(config.model_type, {})
     if gemma:
         needs |= {"query_pre_attn_scalar": (config.head_dim,), "final_logit_softcapping": (None,)}
         needs |= {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)}
@@ -124,21 +136,27 @@ def layer_configs(config: PretrainedConfig) -> list[Any]:
     return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
 
 
-def parts_of(name: str, architecture: str) -> tuple[str, list[str]]:
+def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
     """What a parameter is called where the file has it, and the parameters that it then holds, one after the other;
-    none where it is in another one.
+    none where it is in another one, and two names where the file divides it.
     """
+    if name.endswith(EXPERTS_FUSED):
+        return [(name.replace("gate_up_proj", f"{half}_proj") + ".weight", [name]) for half in ("gate", "up")]
+    if name.endswith("experts.down_proj"):
+        return [(f"{name}.weight", [name])]
     projections = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
     if architecture != "openelm" or not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        return name, [name]
-    return name.replace("q_proj", "qkv_proj"), projections if "q_proj" in name else []
+        return [(name, [name])]
+    return [(name.replace("q_proj", "qkv_proj"), projections)] if "q_proj" in name else []
 
 
-def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str) -> Tensor:
+def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, known_as: str = "") -> Tensor:
     """A parameter with its rows in the order in which llama.cpp's architecture expects them: for queries and keys of
     an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1. The weights of some
-    norms have one added.
+    norms have one added, and of what the file divides, `known_as` says which half is meant.
     """
+    if name.endswith(EXPERTS_FUSED):
+        return rows.chunk(2, dim=1)["up_proj" in known_as]
     module = name.split(".")[-2]
     if architecture == "gemma3" and module.endswith("norm"):
         return rows + 1

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .. import __version__
 from ..arch.llama_cpp import (
     BY_LAYER,
+    EXPERT_COUNTS,
+    MIXTURES,
     PRE_TOKENIZERS,
     gguf_architecture,
     gguf_refusal,
@@ -39,6 +42,7 @@ from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 PLAIN = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
 # llama.cpp leaves the output head in more bits than the other matrices: what is lost there is lost at every token.
 HEAD, EMBEDDING, OF_HEAD = "output.weight", "token_embd.weight", "Q8_0"
+ROUTER = "ffn_gate_inp"  # what it rounds sends tokens to other experts, and llama.cpp's own converter leaves it in F32
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that some models do not mark as special, and that are.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
@@ -145,7 +149,7 @@ def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
     types = {}
     for name, shape in tensors.items():
         wanted = OF_HEAD if name == head and kind.lower() in BLOCKS else kind
-        if len(shape) == 1:  # llama.cpp adds and multiplies by vectors in F32 only
+        if len(shape) == 1 or ROUTER in name:  # llama.cpp adds and multiplies by vectors in F32 only
             wanted = "F32"
         elif shape[-1] % gguf.GGML_QUANT_SIZES[kinds[wanted]][0]:
             wanted = "F16"
@@ -184,24 +188,31 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, t
     layers = layer_configs(model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
     parameters = dict(model.named_parameters())
-    for name in parameters:
-        known_as, parts = parts_of(name, architecture)
-        if not parts:
-            continue
+    stored = [(name, *of) for name in parameters for of in parts_of(name, architecture)]
+    for name, known_as, parts in stored:
         place = names.get_name(known_as, (".weight", ".bias"))
         if place is None:
             raise StructPruneError(f"llama.cpp's architecture {architecture} has no tensor for {name}.")
         layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
-
-        def values(parts: list[str] = parts, layer: Any = layer) -> torch.Tensor:
-            rows = (parameters[part].detach().float().cpu() for part in parts)
-            ordered = [in_file_order(*pair, layer, architecture) for pair in zip(parts, rows, strict=True)]
-            return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
-
-        yield place, (sum(parameters[part].shape[0] for part in parts), *parameters[name].shape[1:]), values
+        values = partial(_values, parameters, parts, known_as, layer, architecture)
+        yield place, tuple(values(device="meta").shape), values
     if rope_of(model.config).get("rope_type") == "llama3":
         factors = _frequency_factors(model.config)
         yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
+
+
+def _values(
+    parameters: Mapping[str, torch.Tensor],
+    parts: list[str],
+    known_as: str,
+    layer_config: Any,
+    architecture: str,
+    device: str = "cpu",
+) -> torch.Tensor:
+    """What the file holds of some parameters, one after the other, in fp32; on the meta device it is a shape alone."""
+    rows = (parameters[part].detach().to(device, torch.float32) for part in parts)
+    ordered = [in_file_order(*pair, layer_config, architecture, known_as) for pair in zip(parts, rows, strict=True)]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
 
 def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
@@ -253,6 +264,10 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     heads, groups, (head_dim, *_) = zip(*map(heads_of, layers), strict=True)
     widths = [layer.intermediate_size for layer in layers]
     by_layer = writer.arch in BY_LAYER.values()
+    if config.model_type in MIXTURES:
+        writer.add_expert_count(next(getattr(config, key) for key in EXPERT_COUNTS if hasattr(config, key)))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", widths[0]))
     writer.add_feed_forward_length(widths if by_layer else widths[0])
     writer.add_head_count(list(heads) if by_layer else heads[0])
     writer.add_head_count_kv(list(groups) if by_layer else groups[0])

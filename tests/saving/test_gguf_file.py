@@ -313,6 +313,9 @@ def uneven(model_type, **fields):
     (uneven("qwen3", tie_word_embeddings=True), "openelm"),
     (settings("olmo2"), "olmo2"),
     (settings("phi3"), "phi3"),
+    (settings("mixtral"), "llama"),
+    (settings("qwen3_moe", norm_topk_prob=True), "qwen3moe"),
+    (settings("olmoe", num_key_value_heads=8), "olmoe"),
     (settings("gemma3_text", query_pre_attn_scalar=4), "gemma3"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_the_architecture(config, architecture):
@@ -320,7 +323,9 @@ def test_the_architecture(config, architecture):
 
 
 @pytest.mark.parametrize(("config", "reason"), [
-    (settings("mixtral"), "this is a mixtral model.*convert_hf_to_gguf.py may take it"),
+    (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may take it"),
+    (settings("qwen3_moe", norm_topk_prob=False), "norm_topk_prob=True only, found False"),
+    (settings("olmoe"), "olmoe takes hidden_size for the width of all"),
     (uneven("olmo2"), "only of llama, mistral, qwen2, qwen3 models.*--pad-uniform"),
     (uneven("qwen3", tie_word_embeddings=False), "tie_word_embeddings=True only, found False"),
     (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
