@@ -12,7 +12,7 @@ from helpers import without_refit
 from models import real_text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import Plan, export_nemotron_nas
+from optimum_structprune import Plan, StructPruneConfig, export_nemotron_nas, prune_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +100,30 @@ def test_without_this_package(models, folders):
         check(models[0][name], answer)
     assert [answer["class"] for answer in answers] == [["LlamaForCausalLM"]] + [["TransformersForCausalLM"]] * 2
     assert "AmbiguousGlobalPerLayerAttributeError" in native["error"]
+
+
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen3_moe", {"moe_intermediate_size": 128, "norm_topk_prob": True, "head_dim": 64}),
+        ("olmoe", {"num_key_value_heads": 4}),
+    ],
+)
+def test_a_mixture_of_fewer_experts(model_type, fields, tmp_path):
+    """As vLLM's own class, which knows nothing of the pruning; five experts are no multiple of 8."""
+    model, tokenizer = dense(model_type, **MIXTURE, **fields)
+    wish = StructPruneConfig(
+        widths={"expert": 5, "mlp": 96}, num_samples=6, seq_length=64, general_text="builtin:prose"
+    )
+    small = prune_model(model, wish, tokenizer)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    (answer,) = ask(tmp_path, [("small", {})], VLLM_PLUGINS="")
+    check(small, answer)
+    assert answer["class"][0].lower() == model_type.replace("_", "") + "forcausallm"
 
 
 def test_with_this_package(models, folders):
