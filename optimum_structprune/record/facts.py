@@ -392,11 +392,6 @@ def quality_of_run(records: Records) -> dict[str, Facts]:
     return {"dense": facts["before"], "pruned": facts["after"]}
 
 
-def perplexity_of_training(records: Records) -> dict[str, Facts]:
-    """What a training has measured, by model."""
-    return perplexity_facts(records.recovery)
-
-
 def other_text(records: Records) -> dict[str, Facts]:
     """What was measured later on text that the run has not seen, by model; empty where nothing was."""
     perplexity, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared") or ()
@@ -409,7 +404,7 @@ def quality_tables(records: Records) -> Iterator[Table]:
     what = "Outputs on the kinds of input" if records.report.get("output_error") else "Perplexity on the kinds of text"
     models = {
         f"{what} that it was calibrated on": quality_of_run(records),
-        "Perplexity on the kinds of text that it was trained on": perplexity_of_training(records),
+        "Perplexity on the kinds of text that it was trained on": perplexity_facts(records.recovery),
     }
     last = "recovered" if records.recovery else "pruned"
     perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")

@@ -17,7 +17,6 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
 from .answers import Items
-from .plan import PLAN_NAME, Plan
 from .report import DETAILS_NAME, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, Details
 
 
@@ -38,7 +37,6 @@ class Records:
     report: Mapping[str, Any]
     details: Details = field(default_factory=Details)
     config: Mapping[str, Any] = field(default_factory=dict)
-    plan: Plan | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +125,6 @@ class Records:
             report=report,
             details=details,
             config=read(CONFIG_NAME),
-            plan=Plan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None,
             manifest=read(MANIFEST_NAME),
             recovery=read(RECOVERY_REPORT_NAME) or report.get("recovery") or {},
             training=read(RECOVERY_CONFIG_NAME),

@@ -208,12 +208,14 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 def _answers(records: Records) -> str:
     asked = records.answers
+    if not asked:
+        return ""
     items = sample_items(asked)
-    names = list(items[0]["answers"]) if items else []
+    names = list(items[0]["answers"])
     rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
     short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]
     sentences = [f"{escaped(line[0].upper() + line[1:])}." for line in remark(asked)]
-    return "\n\n".join([*sentences, markdown([["asked", *names], *short])]) if rows else ""
+    return "\n\n".join([*sentences, markdown([["asked", *names], *short])])
 
 
 def _domains(records: Records, use: str) -> str:

@@ -14,13 +14,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..errors import StructPruneError
+from ..method.shrink import Keep
 from ..record.answers import outcome, remark
 from ..record.facts import (
     NAMES,
     Table,
     cells,
     other_text,
-    perplexity_of_training,
+    perplexity_facts,
     quality_of_run,
     quality_rows,
     quality_tables,
@@ -28,6 +29,7 @@ from ..record.facts import (
     removed,
     size_rows,
 )
+from ..record.plan import PLAN_NAME, Plan
 from ..record.records import Records, short_name
 from ..record.report import REPORT_NAME
 from ..record.text import plus_minus, readable_time, sample_items
@@ -43,7 +45,8 @@ ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
-    output = records.output
+    output, plan = records.output, Path(records.output, PLAN_NAME)
+    kept = Plan.load(plan).keep if plan.is_file() else {}
     named = records.details.model.get("base_model") or short_name(records.dense)
     dense = named if ID.fullmatch(named) else records.dense or "DENSE"
     measure = ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE", "--speed", "--html"]
@@ -57,7 +60,7 @@ def page(records: Records) -> str:
             broken=_broken(records),
             removed=list(removed(records.report)),
             sizes=_sizes(records),
-            gone=_gone_layers(records),
+            gone=_gone_layers(records, kept),
             qualities=list(quality_tables(records)),
             widths=list(_widths(records)),
             answers=sample_items(records.answers),
@@ -124,7 +127,7 @@ def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
     if broken := _broken(records):
         yield "Perplexity", "infinite", f"on {', '.join(broken)}"
     other = other_text(records)
-    of_run = {"Perplexity": quality_of_run(records), "Perplexity, recovered": perplexity_of_training(records)}
+    of_run = {"Perplexity": quality_of_run(records), "Perplexity, recovered": perplexity_facts(records.recovery)}
     for label, models in ({"Perplexity, other text": other} if other else of_run).items():
         rows = [row for row in quality_rows([*models.values()]) if row.label.startswith("perplexity") and row.ratio]
         if "dense" in models and rows:
@@ -155,8 +158,7 @@ def _sizes(records: Records) -> Table:
     return Table("Size", head, lines)
 
 
-def _gone_layers(records: Records) -> list[int]:
-    kept = {} if records.plan is None else records.plan.keep
+def _gone_layers(records: Records, kept: Keep) -> list[int]:
     layers = range(records.report["dense_widths"].get(LAYER, 0))
     return [layer for layer in layers if layer not in kept.get((MODEL, LAYER), layers)]
 

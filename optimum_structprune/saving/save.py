@@ -218,7 +218,8 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
     for name in carried:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    _fit_modules(model, folder, [name for name in carried if "/" in name])
+    if modules := [name for name in carried if "/" in name]:
+        _fit_modules(model, folder, modules)
 
 
 def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None:

@@ -30,10 +30,12 @@ def widths_of(
 ) -> Widths:
     """The final widths, in whichever way a config says how much is removed; see `target_widths`."""
     legal = legal_widths(config, arch, model.config)
-    if config.budget is None:
-        widths = _given_widths(config, arch, legal, scores)
-    else:
+    if config.budget is not None:
         widths = _within_budget(config, arch, model, legal, scores)
+    elif VOCAB in (config.widths or ()):
+        widths = _with_fewer_tokens(config, arch, legal, scores)
+    else:
+        widths = target_widths(config, arch, legal, scores)
     biased = biased_spaces(config, arch, widths)
     shrunk_config(model.config, arch, widths, biased)  # which may refuse together what it accepts one by one
     return widths
@@ -87,17 +89,16 @@ def _within_budget(
     return best
 
 
-def _given_widths(
+def _with_fewer_tokens(
     config: StructPruneConfig,
     arch: ArchSpec,
     legal: Mapping[str, Sequence[int]],
     scores: Mapping[tuple[int, str], Tensor] | None,
 ) -> Widths:
-    """The widths without a budget. Tokens go first, and all others are the widths of a model without them."""
-    if config.widths is None or VOCAB not in config.widths:
-        return target_widths(config, arch, legal, scores)
-    tokens = {VOCAB: cast("Width", config.widths[VOCAB])}
-    others = {name: width for name, width in config.widths.items() if name != VOCAB}
+    """The given widths where tokens are among them: these go first, and all others are of a model without them."""
+    given = config.widths or {}
+    tokens = {VOCAB: cast("Width", given[VOCAB])}
+    others = {name: width for name, width in given.items() if name != VOCAB}
     rest = {name: sizes for name, sizes in legal.items() if name != VOCAB}
     return {**tokens, **(target_widths(replace(config, widths=others), arch, rest, scores) if others else {})}
 
