@@ -140,8 +140,7 @@ class StructPruner:
             if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
-                shape = choose_shape(run, widths)
-                run.layers, widths = shape.layers, shape.after_removal()
+                widths = choose_shape(run, widths)
             if run.config.recovery is not None:
                 run.find_teacher()
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go

@@ -162,7 +162,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     run = Run(model, arch, CalibrationData.of(settings, domains))
     chosen = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        chosen = choose_shape(run, chosen).after_removal()
+        chosen = choose_shape(run, chosen)
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

@@ -108,8 +108,7 @@ class StructPruneConfig(Serialisable):
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, and a registered allocation by scores of its own. The others go by
             the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries one
-            shape for all layers, and `search_uniform` looks for the best number of layers and the best widths, the
-            same everywhere.
+            shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.

@@ -76,7 +76,6 @@ class Run:
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
-        self.layers: tuple[int, ...] | None = None
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None

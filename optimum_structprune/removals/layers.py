@@ -37,12 +37,12 @@ LEAST_SHARE = 0.1
 
 
 def remove_layers_(run: Run, step: Step) -> Plan:
-    """Take out the layers that measured losses have chosen, or else those that matter least to the model as it is now.
+    """Take out the layers that matter least to the model as it is now.
 
     The config's criterion counts where it scores whole layers; otherwise block influence does.
     """
     with run.report.timed("layers"):
-        keep = _layers_to_keep(run, step) if run.layers is None else run.layers
+        keep = _layers_to_keep(run, step)
         run.changed = True
         take_out_layers_(run.model, run.arch, run.data, keep)
     return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
@@ -60,7 +60,7 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
-    source, reached = gap_source(model, arch, data), 0
+    source, reached = _gap_source(model, arch, data), 0
     if source is not None:
         for layer, behind in pairwise((*keep, arch.num_layers)):
             for other in range(reached, behind):
@@ -69,7 +69,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
             reached = behind
             with source.at(layer, changes=True):
                 if behind > layer + 1:
-                    refit_before_gap_(model, arch, data, layer, source)
+                    _refit_before_gap_(model, arch, data, layer, source)
                 source.advance(layer)
     before = _few_outputs(model, arch, keep)
     drop_layers_(model, arch, keep)
@@ -91,8 +91,8 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
     return hidden
 
 
-def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
-    """The source for `refit_before_gap_`; None where nothing makes up for a removed layer."""
+def _gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
+    """The source for `_refit_before_gap_`; None where nothing makes up for a removed layer."""
     source = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None
     if not isinstance(source, InMemory):
         return None
@@ -100,7 +100,7 @@ def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) ->
     return source
 
 
-def refit_before_gap_(
+def _refit_before_gap_(
     model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, layer: int, source: InMemory
 ) -> None:
     """Refit the last matrix of a layer that writes to the residual stream to the dense stream that the passes have

@@ -6,27 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.load import describe
-from ..arch.spec import LAYER, ArchSpec, Widths
-from ..config.pruning import ALLOCATIONS, StructPruneConfig
+from ..arch.spec import ArchSpec, Widths
+from ..config.pruning import ALLOCATIONS
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..pruning.run import Run
-from ..removals.layers import take_out_layers_
 from ..sources.data import CalibrationData
-from ..system.offloading import is_offloaded
 from ..system.processes import broadcast_object
-from ..widths.allocation import LEAST_KEPT, candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
+from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import widths_of, within_budget
-from ..widths.shapes import Curves, Key, Resource, Shape, resources, searched_widths, uniform_shapes
+from ..widths.shapes import Curves, Key, Resource, predicted_loss, resources, searched_widths, uniform_shapes
 from . import ranking as ranking  # registers `global`
 from .masked import MaskedPruning
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
@@ -40,14 +35,14 @@ MEASURED_LOSSES = "measured losses"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that may be taken, what has proposed it, and the loss that those of single layers add up to."""
+    """Widths that may be taken, what has proposed them, and the loss that those of single layers add up to."""
 
     name: str
-    shape: Shape
+    widths: Widths
     predicted: float | None = None
 
 
-def choose_shape(run: Run, widths: Widths) -> Shape:
+def choose_shape(run: Run, widths: Widths) -> Widths:
     """The shape that a run brings its model to where its config gives no widths by layer: of the same total, from
     scores of all units or from measured losses.
     """
@@ -56,17 +51,16 @@ def choose_shape(run: Run, widths: Widths) -> Shape:
     rank = ALLOCATIONS.get(run.config.allocation)
     with evaluating(run.model), run.report.timed("ranking"):
         scores = rank(run.model, run.arch, run.data, list(widths))
-    return Shape(widths_of(run.config, run.arch, run.model, scores))
+    return widths_of(run.config, run.arch, run.model, scores)
 
 
-def searched_shape(run: Run) -> Shape:
+def searched_shape(run: Run) -> Widths:
     """The shape that loses least of those that remove as much as a config says.
 
-    Every layer in turn gives up three quarters of each space, with the refit of the config, and for `search_uniform`
-    itself as a whole, while all others are dense; with a quarter gone, the loss is less by as much as the error of the
-    layer's outputs. The loss is KL(dense‖model) on held-out text. The
-    shapes of least total loss and the one without measured losses are then pruned on trial, all layers together, and
-    the best is taken.
+    Every layer in turn gives up three quarters of each space, with the refit of the config, while all others are
+    dense; with a quarter gone, the loss is less by as much as the error of the layer's outputs. The loss is
+    KL(dense‖model) on held-out text. The shapes of least total loss and the one without measured losses are then
+    pruned on trial, all layers together, and the best is taken.
     """
     report = run.report
     with evaluating(run.model), report.timed("search"):
@@ -79,15 +73,14 @@ def searched_shape(run: Run) -> Shape:
     report.shapes = [
         {
             "proposed_by": candidate.name,
-            "widths": candidate.shape.after_removal(),
-            "layers": candidate.shape.layers,
+            "widths": candidate.widths,
             "predicted_loss": candidate.predicted,
             "loss": loss,
             "chosen": candidate is best,
         }
         for loss, candidate in tried
     ]
-    return best.shape
+    return best.widths
 
 
 class Search:
@@ -116,13 +109,12 @@ class Search:
             self.data,
             Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
             spaces,
-            offers_layers(self.config, self.arch, self.model),
         )
 
     def candidates(self, curves: Curves) -> list[Candidate]:
         """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`."""
-        config, plain = self.config, Candidate("one width", Shape(self.plain))
-        needed = resources(config, self.arch, self.model, list(self.plain), bool(curves.layers))
+        config, plain = self.config, Candidate("one width", self.plain)
+        needed = resources(config, self.arch, self.model, list(self.plain))
         proposed = []
         if config.allocation != "search_uniform":
             proposed += self._layer_by_layer(curves, needed)
@@ -130,15 +122,10 @@ class Search:
         if config.allocation != "sensitivity" and config.widths is None and alike_now:
             proposed += self._uniform(curves, needed[0])
         # A budget of cache is predicted from means over the layers, which differ where a layer keeps more than others.
-        kept = [
-            candidate
-            for candidate in proposed
-            if candidate.shape.layers or within_budget(config, self.arch, self.model, candidate.shape.widths)
-        ]
+        kept = [candidate for candidate in proposed if within_budget(config, self.arch, self.model, candidate.widths)]
         distinct: dict[str, Candidate] = {}
         for candidate in (*kept, plain):
-            shape = candidate.shape
-            distinct.setdefault(repr((shape.layers, sorted(shape.widths.items()))), candidate)
+            distinct.setdefault(repr(sorted(candidate.widths.items())), candidate)
         return list(distinct.values())
 
     def _layer_by_layer(self, curves: Curves, needed: Sequence[Resource]) -> list[Candidate]:
@@ -153,7 +140,7 @@ class Search:
         }
         needed = [self._to_the_nearest(resource, _least_step(resource, widths)) for resource in needed]
         best = searched_widths(widths, curves, needed)
-        proposed = [Candidate("each layer", Shape(best), _predicted(curves, best))]
+        proposed = [Candidate("each layer", best, predicted_loss(curves, best))]
         between = {}
         for key, of_key in widths.items():
             plain, searched = spaces[key].width_in(self.plain), spaces[key].width_in(best)
@@ -162,20 +149,17 @@ class Search:
             between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]] or [searched]
         with suppress(StructPruneError):  # the widths in between may be too few to save enough
             halfway = searched_widths(between, curves, needed)
-            proposed.append(Candidate("halfway", Shape(halfway), _predicted(curves, halfway)))
+            proposed.append(Candidate("halfway", halfway, predicted_loss(curves, halfway)))
         return proposed
 
     def _uniform(self, curves: Curves, needed: Resource) -> list[Candidate]:
-        """The best few shapes of one width, the best of those that keep all layers among them."""
+        """The best few shapes of one width."""
         may = {name: choices(self.config, self.arch, name, self.legal[name]) for name in self.plain}
         finest = max(may, key=lambda name: len(may[name]))
         step = min((high - low for low, high in pairwise(may[finest])), default=0)
-        needed = self._to_the_nearest(needed, step * sum(needed.unit[key] for key in curves.units if key[1] == finest))
-        most_skipped = int((1 - LEAST_KEPT) * self.arch.num_layers) if curves.layers else 0
-        ranked = uniform_shapes(may, curves, needed, most_skipped)
-        whole = [pair for pair in ranked if pair[1].layers is None][:1]
+        needed = self._to_the_nearest(needed, step * sum(needed.unit[key] for key in curves if key[1] == finest))
         most = FINALISTS if self.config.allocation == "search_uniform" else 1
-        return [Candidate("one shape", shape, loss) for loss, shape in [*ranked[:most], *whole]]
+        return [Candidate("one shape", shape, loss) for loss, shape in uniform_shapes(may, curves, needed)[:most]]
 
     def _to_the_nearest(self, resource: Resource, step: float) -> Resource:
         """What is needed, to within half of a step, where it is a share or a mean and not a budget that is kept."""
@@ -185,42 +169,20 @@ class Search:
         """The loss of the model in each shape, after a pruning on a part of the samples."""
         if len(candidates) == 1:
             return [(0.0, candidates[0])]
-        return [(self.loss(candidate.shape, probe), candidate) for candidate in candidates]
+        return [(self.loss(candidate.widths, probe), candidate) for candidate in candidates]
 
-    def loss(self, shape: Shape, probe: Probe) -> float:
-        """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN."""
+    def loss(self, widths: Widths, probe: Probe) -> float:
+        """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN. The
+        model is only masked, and comes back as it was.
+        """
         data = self.data.portion(TRIAL_TOKENS)
-        total = data.total_loss(self._losses_in(shape, data, probe))
-        return inf if isnan(total) else total
-
-    def _losses_in(self, shape: Shape, data: CalibrationData, probe: Probe) -> Tensor:
-        """The losses by domain of the model in a shape; the model itself is only masked, and comes back as it was."""
-        model, arch = self.model, self.arch
-        if shape.layers is not None:
-            model = deepcopy(model)
-            take_out_layers_(model, arch, data, shape.layers)
-            arch = describe(model, self.config.arch_file)
-        widths = {name: width for name, width in shape.after_removal().items() if name != LAYER}
-        pruning = MaskedPruning(model, arch, self.config)
+        pruning = MaskedPruning(self.model, self.arch, self.config)
         try:
-            pruning.run_(data.source(model, arch, data.feedback), pruning.method(data), widths)
-            return probe.losses(model)
+            pruning.run_(data.source(self.model, self.arch, data.feedback), pruning.method(data), widths)
+            total = data.total_loss(probe.losses(self.model))
         finally:
             pruning.consumers.undo_()
-
-
-def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> bool:
-    """Whether whole layers may go: where `search_uniform` says how much in all, the layers are alike, and nothing else
-    in the config speaks of more than one round.
-    """
-    return (
-        config.allocation == "search_uniform"
-        and LAYER in arch.offered
-        and has_one_width(arch, arch.names)
-        and config.stats is None
-        and config.rounds == 1
-        and not is_offloaded(model)
-    )
+        return inf if isnan(total) else total
 
 
 def _least_step(resource: Resource, widths: Mapping[Key, Sequence[int]]) -> float:
@@ -232,12 +194,3 @@ def _least_step(resource: Resource, widths: Mapping[Key, Sequence[int]]) -> floa
         if key in resource.unit
     ]
     return min(steps, default=0.0)
-
-
-def _predicted(curves: Curves, widths: Mapping[str, Mapping[int, int]]) -> float:
-    """The total of the measured losses of what is removed."""
-    return sum(
-        curve[len(curve) - 1 - widths[name][layer]]
-        for (layer, name), curve in curves.units.items()
-        if layer in widths[name]
-    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import VOCAB
+from ..arch.spec import VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
@@ -23,7 +23,7 @@ from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
 from ..widths.budget import budget_of, budget_without_vocab, removed_parameters, token_numbers, widths_of
-from ..widths.shapes import Curves, Shape
+from ..widths.shapes import Curves
 from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
 
@@ -136,7 +136,7 @@ class _Layers:
     def __init__(self, run: Run):
         self.run = run
         self.trials: Trials | None = None
-        self.shapes: dict[int, tuple[Search, Shape]] = {}
+        self.shapes: dict[int, tuple[Search, Widths]] = {}
         self.factor = 1.0
 
     @cached_property
@@ -162,10 +162,10 @@ class _Layers:
         self.shapes[number] = search, shape
         return inf if isnan(loss) else self.factor * loss
 
-    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
+    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
         """The shapes that keep to a budget, each with what single layers predict that it loses."""
         candidates = search.candidates(self._curves(search))
-        return [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
+        return [(of.predicted, of.widths) for of in candidates if of.predicted is not None]
 
     def correct_(self, balances: list[Balance]) -> None:
         """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
@@ -199,17 +199,17 @@ class _AtOneWidth(_Layers):
 
     power: float | None = None
 
-    def predicted(self, search: Search) -> list[tuple[float, Shape]]:
+    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
         """See `_Layers.predicted`."""
         if self.power is None:
             half = Search(search.model, search.arch, replace(search.data, config=_half_of(search)))
-            both = [(_share(of), max(of.loss(Shape(of.plain), self.probe), LEAST_LOSS)) for of in (search, half)]
+            both = [(_share(of), max(of.loss(of.plain, self.probe), LEAST_LOSS)) for of in (search, half)]
             (share, loss), (less, of_less) = both
             steep = share > less > 0 and inf not in (loss, of_less)
             power = log(loss / of_less) / log(share / less) if steep else LEAST_POWER
             self.power = min(max(power, LEAST_POWER), MOST_POWER)
             self.factor = loss / share**self.power
-        return [(_share(search) ** self.power, Shape(search.plain))]
+        return [(_share(search) ** self.power, search.plain)]
 
 
 def _half_of(search: Search) -> StructPruneConfig:

@@ -1,20 +1,19 @@
-"""What the model loses when one layer alone gives up a part of its units, or goes: measured, not estimated."""
+"""What the model loses when one layer alone gives up a part of its units: measured, not estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.modules import layer_list
-from ..arch.spec import LAYER, ArchSpec, Axis, Space
+from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.calibrate import Moments, output_energy
@@ -22,7 +21,6 @@ from ..method.layers import Batch, InMemory, run_model
 from ..method.loop import Method
 from ..method.shrink import Values
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
-from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
 from ..system.resume import Resume
@@ -44,8 +42,6 @@ ROW_TOKENS = 128
 LEAST_LOSS = 1e-9
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
-# The tensors of one layer by name.
-LayerValues = Mapping[str, Tensor]
 # Gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the number of
 # units removed.
 Refits = Callable[[], Mapping[int, tuple[Mapping[Axis, Values], float]]]
@@ -62,8 +58,6 @@ class Probe:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.batches, self.layer = model, batches, 0
         self.source = layers_of(model, arch, batches)
-        # What has entered the layer in front of the present one.
-        self.before: list[Tensor] = []
         self.options: dict[str, Any] = {}
         if last_logits_only(model):
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
@@ -86,8 +80,6 @@ class Probe:
 
     def advance(self) -> None:
         """Go on to the next layer."""
-        if isinstance(self.source, InMemory):
-            self.before = list(self.source.hidden)
         self.source.advance(self.layer)
         self.layer += 1
 
@@ -104,24 +96,6 @@ class Probe:
             all_reduce_([total, count])
         return total / count
 
-    def losses_without_layer(self, in_front: LayerValues | None = None) -> Tensor | None:
-        """What `losses` gives where the present layer hands on its input, and the one in front of it has other values;
-        None where the layer cannot be passed over.
-        """
-        if not isinstance(self.source, InMemory):
-            return None
-        self.source.output(self.layer, 0)  # tells what the layer hands on beside hidden states
-        hidden, front = self.source.hidden, self.layer - 1
-        if in_front is not None:
-            with holding_layer(layer_list(self.model, self.source.arch)[front], in_front):
-                self.source.hidden = [self.source.output(front, *batch) for batch in enumerate(self.before)]
-        self.layer += 1
-        try:
-            return self.losses()
-        finally:
-            self.layer -= 1
-            self.source.hidden = hidden
-
     @torch.no_grad()
     def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
@@ -131,68 +105,29 @@ class Probe:
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 
 
-def layers_in_front(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> Iterator[LayerValues | None]:
-    """The values of the layer in front of each layer where that goes and this one makes up for it, see
-    `refit_before_gap_`; None where nothing does.
-    """
-    data = data.portion(TRIAL_TOKENS)
-    source = gap_source(model, arch, data)
-    for layer, module in enumerate([None, *layer_list(model, arch)[:-1]]):
-        values = None
-        if source is not None:
-            source.advance_dense(layer, arch.names)
-        if source is not None and module is not None:
-            with holding_layer(module, {}):
-                refit_before_gap_(model, arch, data, layer - 1, source)
-                values = copies_of(module)
-            source.advance(layer - 1)
-        yield values
-
-
-@contextmanager
-def holding_layer(module: nn.Module, values: LayerValues) -> Iterator[None]:
-    """A layer that has other values inside `with`."""
-    present = copies_of(module)
-    module.load_state_dict(values, strict=False)
-    try:
-        yield
-    finally:
-        module.load_state_dict(present)
-
-
-def copies_of(module: nn.Module) -> LayerValues:
-    """Copies of the tensors of a module by name."""
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 @dataclass(frozen=True)
 class Trials:
-    """What the model loses when one layer alone gives up a part of its units, or is passed over.
+    """What the model loses when one layer alone gives up a part of its units.
 
     `pruning` prunes without the error feedback of the run, and `probe` holds the text that losses are measured on.
-    `spaces` are tried by layer and kind, as experts of one layer share their width; with `layers` so is each layer.
+    `spaces` are tried by layer and kind, as experts of one layer share their width.
     """
 
     pruning: MaskedPruning
     data: CalibrationData
     probe: Probe
     spaces: Mapping[Key, Sequence[Space]]
-    layers: bool = False
 
     def losses(self) -> Losses:
-        """The losses of all trials, those of whole layers as `(layer, LAYER)`; none that an earlier run has kept in
-        the folder of the config is measured again.
-        """
+        """The losses of all trials; what an earlier run has kept in the folder of the config is not measured again."""
         store = self._store()
         saved = None if store is None else store.load()
         losses: Losses = {}
         for layer, name, by_units in [] if saved is None else saved.values["losses"]:
             losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
-        every = range(self.pruning.arch.num_layers)
-        keys = [*self.spaces, *((layer, LAYER) for layer in every if self.layers)]
-        if not all(key in losses for key in keys):
+        if not all(key in losses for key in self.spaces):
             self._measure_(losses, store)
-        return {key: losses[key] for key in keys}
+        return {key: losses[key] for key in self.spaces}
 
     def _store(self) -> Resume | None:
         """What keeps losses for other targets of the same model and text."""
@@ -213,11 +148,9 @@ class Trials:
         pruning = self.pruning
         method, num_layers = pruning.method(self.data), pruning.arch.num_layers
         source = self.data.source(pruning.model, pruning.arch, fixed=True)
-        every_front = layers_in_front(pruning.model, pruning.arch, self.data)
         for first in progress(range(0, num_layers, process_count()), desc="measuring losses"):
             layers = range(first, min(first + process_count(), num_layers))
             refits: dict[Key, Refits] = {}
-            fronts = {layer: next(every_front) for layer in layers if self.layers}
             for layer in layers:
                 with source.at(layer):
                     for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
@@ -231,9 +164,6 @@ class Trials:
                     if _is_own(layer):
                         # Popped, because the moments of a space are let go with its trials.
                         measured |= {key: trial_losses(pruning, refits.pop(key), self.probe) for key in [*refits]}
-                        if self.layers and (layer, LAYER) not in losses:
-                            without = self.probe.losses_without_layer(fronts[layer])
-                            measured[layer, LAYER] = {} if without is None else {1: without}
                     self.probe.advance()
             for of_process in gather_objects(measured):
                 losses |= of_process
@@ -245,7 +175,7 @@ class Trials:
                 store.save(layers[-1] + 1, {"losses": rows})
 
     def curves(self, losses: Losses) -> Curves:
-        """The loss of the model by the number of units that a layer gives up, and without the layer.
+        """The loss of the model by the number of units that a layer gives up.
 
         With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that
         loses most in all trials.
@@ -273,9 +203,7 @@ class Trials:
             beyond = torch.arange(len(of_units)) >= max(losses[key], default=len(of_units))
             late = highest * price[key] * beyond.float()
             curves[key] = [0.0, *(of_units + late).double().cumsum(0).tolist()]
-        return Curves(
-            curves, {layer: loss[1] for (layer, name), loss in totals_by_key.items() if name == LAYER and loss}
-        )
+        return curves
 
 
 def _is_own(layer: int) -> bool:

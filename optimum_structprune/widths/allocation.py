@@ -24,8 +24,8 @@ from ..registry import did_you_mean
 MOST_OFF = 0.01
 # What numbers of tokens are multiples of with `round_to="auto"`.
 OF_TOKENS = 64
-# The share of its units that every layer keeps at least where layers get widths of their own, and the share of all
-# layers that `search_uniform` keeps: scores differ between layers for reasons of their own, and would empty some.
+# The share of its units that every layer keeps at least where layers get widths of their own: scores differ between
+# layers for reasons of their own, and would empty some.
 LEAST_KEPT = 0.1
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from ..arch.spec import LAYER, ArchSpec, Width, Widths
+from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from .allocation import legal_widths, spaces_by_layer
@@ -20,7 +19,8 @@ from .budget import budget_of
 
 Key = tuple[int, str]  # a layer and a kind of space
 K = TypeVar("K", bound=Hashable)
-Predicted = tuple[float, float, tuple[int, ...]]
+# What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
+Curves = Mapping[Key, Sequence[float]]
 
 # The number of widths per space that a step of the search compares, and the largest number of steps.
 AT_A_TIME = 16
@@ -33,45 +33,13 @@ TIE = 1e-7
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The widths of a smaller model, and the layers of the dense one that stay, ascending; None where all do."""
-
-    widths: Widths
-    layers: tuple[int, ...] | None = None
-
-    def after_removal(self) -> Widths:
-        """The widths with the number of layers among them, and by the numbers that the layers have then."""
-        if self.layers is None:
-            return self.widths
-        new: dict[str, Width] = {LAYER: len(self.layers)}
-        for name, width in self.widths.items():
-            new[name] = (
-                width
-                if isinstance(width, int)
-                else {place: width[layer] for place, layer in enumerate(self.layers) if layer in width}
-            )
-        return new
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space;
-    and without a whole layer, where these are offered.
-    """
-
-    units: Mapping[Key, Sequence[float]]
-    layers: Mapping[int, float]
-
-
-@dataclass(frozen=True)
 class Resource:
-    """Something of which a config wants less, such as parameters: how much has to go, how much goes with one unit of
-    width in one layer and kind of space, and how much with a whole layer.
+    """Something of which a config wants less, such as parameters: how much has to go, and how much goes with one unit
+    of width in one layer and kind of space.
     """
 
     need: float
     unit: Mapping[Key, float]
-    layer: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -92,10 +60,8 @@ def searched_widths(
     """
 
     def option(key: Key, width: int) -> Option:
-        removed = len(curves.units[key]) - 1 - width
-        return Option(
-            curves.units[key][removed], tuple(resource.unit.get(key, 0.0) * removed for resource in resources)
-        )
+        removed = len(curves[key]) - 1 - width
+        return Option(curves[key][removed], tuple(resource.unit.get(key, 0.0) * removed for resource in resources))
 
     stride = max(map(len, candidates.values())) // AT_A_TIME + 1
     near = {key: thinned(range(len(widths))) for key, widths in candidates.items()}
@@ -164,51 +130,49 @@ def thinned(widths: Sequence[int]) -> list[int]:
 
 
 def uniform_shapes(
-    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource, most_skipped: int = 0
-) -> list[tuple[float, Shape]]:
+    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource
+) -> list[tuple[float, Widths]]:
     """The shapes with one width for all layers that save enough and no more than they have to, each with its predicted
     loss, the best first.
 
-    Every number of layers and of units of the coarser spaces is tried; the space with the most widths takes the widest
-    that saves enough. The layers that go are those whose loss exceeds that of narrowing them by least.
+    Every number of units of the coarser spaces is tried; the space with the most widths takes the widest that saves
+    enough.
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]
     widest_first = sorted(choices[finest], reverse=True)
-    shapes = []
-    for coarse, skipped in product(product(*(thinned(choices[name]) for name in others)), range(most_skipped + 1)):
-        rest = dict(zip(others, coarse, strict=True))
-        predict = partial(_predicted, rest, finest, curves, resource, skipped)
+    shapes: list[tuple[float, Widths]] = []
+    for widths_of_others in product(*(thinned(choices[name]) for name in others)):
+        coarse = dict(zip(others, widths_of_others, strict=True))
 
-        def saved(width: int, predict: Callable[[int], Predicted] = predict) -> float:
-            return predict(width)[1]
+        def saved(width: int, coarse: Widths = coarse) -> float:
+            removed = _removed(curves, {**coarse, finest: width})
+            return sum(resource.unit.get(key, 0.0) * units for key, units in removed.items())
 
         index = bisect_left(widest_first, resource.need, key=saved)  # a narrower width saves more
         if index < len(widest_first):
-            loss, _, stay = predict(widest_first[index])
-            shapes.append((loss, Shape({**rest, finest: widest_first[index]}, stay if skipped else None)))
+            widths = {**coarse, finest: widest_first[index]}
+            shapes.append((predicted_loss(curves, widths), widths))
     return sorted(shapes, key=lambda pair: pair[0])
 
 
-def _predicted(
-    coarse_widths: Mapping[str, int], finest: str, curves: Curves, resource: Resource, skipped: int, width: int
-) -> Predicted:
-    """The predicted loss of a uniform shape without some layers, what it saves, and the layers that stay."""
-    widths = {**coarse_widths, finest: width}
-    loss, saved = dict.fromkeys(curves.layers, 0.0), dict.fromkeys(curves.layers, 0.0)
-    for (layer, name), curve in curves.units.items():
-        removed = max(len(curve) - 1 - widths[name], 0)
-        loss[layer] = loss.get(layer, 0.0) + curve[removed]
-        saved[layer] = saved.get(layer, 0.0) + resource.unit.get((layer, name), 0.0) * removed
-    gone = sorted(curves.layers, key=lambda layer: curves.layers[layer] - loss[layer])[:skipped]
-    for layer in gone:
-        loss[layer], saved[layer] = curves.layers[layer], resource.layer.get(layer, 0.0)
-    stay = tuple(layer for layer in sorted(loss) if layer not in gone)
-    return sum(loss.values()), sum(saved.values()), stay
+def predicted_loss(curves: Curves, widths: Widths) -> float:
+    """The total of the measured losses of what is removed."""
+    return sum(curves[key][units] for key, units in _removed(curves, widths).items())
+
+
+def _removed(curves: Curves, widths: Widths) -> dict[Key, int]:
+    """How many units go in each layer and kind of space that was measured."""
+    removed = {}
+    for (layer, name), curve in curves.items():
+        width = widths[name]
+        stays = width if isinstance(width, int) else width.get(layer, len(curve) - 1)
+        removed[layer, name] = max(len(curve) - 1 - stays, 0)
+    return removed
 
 
 def resources(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], layers: bool = False
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
 ) -> list[Resource]:
     """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
     otherwise.
@@ -218,23 +182,21 @@ def resources(
         for name in names
         for layer, spaces in spaces_by_layer(arch, name).items()
     }
-    whole = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
     if config.widths is not None:
         return [_mean_width(config, arch, name, params) for name in names]
     if config.budget is None:
-        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
+        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params)]
     legal = legal_widths(config, arch, model.config)
     name, limit, dense, cost = budget_of(config, arch, model, names)
     need = cost({kind: arch.widths(kind) for kind in names}) - limit
     if name in ("parameters", "bytes"):
-        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params, whole)]
+        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params)]
     units = {}
     for kind in names:
         least = min(legal[kind])
         removed = sum(size - min(least, size) for size in arch.widths(kind).values())
         units[kind] = (dense - cost({kind: least})) / max(removed, 1)
-    layer_cost = float(dense - cost({LAYER: arch.num_layers - 1})) if layers else 0.0
-    return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
+    return [Resource(need, {key: units[key[1]] for key in params})]
 
 
 def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
@@ -244,4 +206,4 @@ def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Ma
     of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
     sizes = arch.widths(name)
     need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())
-    return Resource(need, of_space, {})
+    return Resource(need, of_space)

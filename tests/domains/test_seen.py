@@ -137,7 +137,7 @@ def run_on(settings, domains):
     arch = describe(model)
     widths = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        widths = choose_shape(Run(model, arch, data), widths).widths
+        widths = choose_shape(Run(model, arch, data), widths)
     return pruned_on(data, model, widths)
 
 

@@ -12,7 +12,6 @@ from models import build, config, documents, three_layers, tokenizer
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
 from optimum_structprune.search import search, trials
-from optimum_structprune.widths.shapes import Curves
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,14 @@ def pruned(model, **fields):
 
 
 @pytest.mark.long
-def test_a_layer_that_does_next_to_nothing_goes(model, tmp_path):
+def test_one_width_of_each_space_is_the_best_of_those_on_trial(model, tmp_path):
     pruner, small = pruned(model, sparsity=0.3, round_to=4, allocation="search_uniform")
     shapes = pruner.report.shapes
     assert [one for one in shapes if one["chosen"]] == [min(shapes, key=lambda one: one["loss"])]
-    assert small.config.num_hidden_layers == 2 and pruner.plan.keep[-1, "layer"] == (0, 2)
+    assert all(isinstance(width, int) for one in shapes for width in one["widths"].values())
     assert not small.config.is_heterogeneous and len(shapes) > 1 and pruner.report.sparsity > 0.27
     assert "tried: " in str(pruner.report) and "taken: " in str(pruner.report)
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
-    # Where layers get widths of their own, all of them stay.
-    without = pruned(model, sparsity=0.3, round_to=4, allocation="search")
-    assert without[1].config.num_hidden_layers == 3 and all(one["layers"] is None for one in without[0].report.shapes)
 
 
 def test_what_shrinks_by_default_is_what_the_model_has():
@@ -64,8 +60,8 @@ def test_a_layer_that_is_next_to_one_width_stays_there_halfway(model):
     asked = config(widths={"mlp": 20}, allocation="sensitivity", round_to=8)
     dear, middle, cheap = [100.0] * 40, [1.0] * 24 + [100.0] * 16, [0.1] * 32 + [100.0] * 8
     curves = {(layer, "mlp"): [sum(each[:n]) for n in range(41)] for layer, each in enumerate([dear, middle, cheap])}
-    shapes = search.Search(model, describe(model), data_of(asked)).candidates(Curves(curves, {}))
-    widths = {candidate.name: candidate.shape.widths["mlp"] for candidate in shapes}
+    shapes = search.Search(model, describe(model), data_of(asked)).candidates(curves)
+    widths = {candidate.name: candidate.widths["mlp"] for candidate in shapes}
     assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 24, 1: 16, 2: 16}
 
 
@@ -80,9 +76,8 @@ def losses_of(measure, fake):
 def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
     pruner, small = pruned(model, widths=None, budget=budget, round_to=1, allocation=allocation)
     heads = [len(pruner.plan.keep.get((layer, "attention"), range(4))) for layer in range(3)]
-    kept = pruner.plan.keep.get((-1, "layer"), range(3))
     # Keys and values of each head, 4 numbers of 4 bytes.
-    cached = sum(heads[layer] for layer in kept) * 2 * 4 * 4
+    cached = sum(heads) * 2 * 4 * 4
     if "parameters" in budget:
         assert 0.95 * 14_000 < small.num_parameters() <= 14_000
     else:
@@ -95,7 +90,7 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     first = pruned(model, sparsity=0.2, **fields)[0]
     (path,) = tmp_path.iterdir()
     rows = json.loads(path.read_text())["values"]["losses"]
-    assert {(layer, name) for layer, name, _ in rows} == {*product(range(3), ("mlp", "attention", "layer"))}
+    assert {(layer, name) for layer, name, _ in rows} == {*product(range(3), ("mlp", "attention"))}
 
     monkeypatch.setattr(trials, "trial_losses", Mock(side_effect=AssertionError("measured again")))
     assert pruned(model, sparsity=0.2, **fields)[0].plan == first.plan
@@ -137,10 +132,3 @@ def test_stored_statistics_keep_the_losses_too(model, tmp_path):
     assert len([*(tmp_path / "stats").glob("losses-*.json")]) == 1
     again = StructPruner(StructPruneConfig(domains=text, **fields)).prune_model(model, tokenizer())
     assert same_weights(small, again)
-
-
-def test_whole_layers_are_offered_only_where_nothing_speaks_of_single_ones(model):
-    arch, fields = describe(model), {"allocation": "search_uniform", "sparsity": 0.2}
-    assert search.offers_layers(config(**fields), arch, model)
-    for other in ({"rounds": 2}, {"stats": "folder"}, {"allocation": "search"}, {"allocation": "sensitivity"}):
-        assert not search.offers_layers(config(**{**fields, **other}), arch, model)

@@ -118,7 +118,7 @@ def test_one_ranking_of_all_units(stats):
     model, data = build("llama-tied"), data_of(uneven(**fields))
     arch = describe(model)
     with whole_model_at_once():
-        widths = choose_shape(Run(model, arch, data), widths_of(data.config, arch, model)).widths
+        widths = choose_shape(Run(model, arch, data), widths_of(data.config, arch, model))
         expected = pruned_on(data, model, widths)
     assert len({*widths["mlp"].values()}) == 2 and found.plan == expected.plan
 

@@ -7,10 +7,8 @@ import torch
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.widths.shapes import (
-    Curves,
     Option,
     Resource,
-    Shape,
     cheapest,
     searched_widths,
     thinned,
@@ -20,29 +18,27 @@ from optimum_structprune.widths.shapes import (
 
 LAYERS, SIZE, GROUPS = 4, 60, 4
 UNIT = {**{(layer, "mlp"): 3.0 for layer in range(LAYERS)}, **{(layer, "attention"): 40.0 for layer in range(LAYERS)}}
-WHOLE = {layer: 3.0 * SIZE + 40.0 * GROUPS + 5.0 for layer in range(LAYERS)}
+ALL = LAYERS * (3.0 * SIZE + 40.0 * GROUPS + 5.0)
 
 
-def curves(layers=None):
+def curves():
     """Losses that grow faster than the units removed, more in some layers than in others."""
-    units = {(layer, "mlp"): [(1 + layer) * (gone / SIZE) ** 2 for gone in range(SIZE + 1)] for layer in range(LAYERS)}
-    units |= {(layer, "attention"): [0.4 * gone**1.5 for gone in range(GROUPS + 1)] for layer in range(LAYERS)}
-    return Curves(units, layers or {})
+    of_mlp = {
+        (layer, "mlp"): [(1 + layer) * (gone / SIZE) ** 2 for gone in range(SIZE + 1)] for layer in range(LAYERS)
+    }
+    return of_mlp | {(layer, "attention"): [0.4 * gone**1.5 for gone in range(GROUPS + 1)] for layer in range(LAYERS)}
 
 
 def wanted(share):
-    return Resource(share * sum(WHOLE.values()), UNIT, WHOLE)
+    return Resource(share * ALL, UNIT)
 
 
-def saved(shape):
-    gone = [layer for layer in range(LAYERS) if shape.layers is not None and layer not in shape.layers]
-    inside = sum(
+def saved(widths):
+    return sum(
         UNIT[layer, name] * ((SIZE if name == "mlp" else GROUPS) - (width if isinstance(width, int) else width[layer]))
-        for name, width in shape.widths.items()
+        for name, width in widths.items()
         for layer in range(LAYERS)
-        if layer not in gone
     )
-    return inside + sum(WHOLE[layer] for layer in gone)
 
 
 WIDTHS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key in UNIT}
@@ -51,7 +47,7 @@ WIDTHS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key i
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_every_layer_gives_up_what_costs_least(share):
     found = searched_widths(WIDTHS, curves(), [wanted(share)])
-    assert wanted(share).need <= saved(Shape(found)) < wanted(share).need + 2 * 3.0
+    assert wanted(share).need <= saved(found) < wanted(share).need + 2 * 3.0
     widths = [*found["mlp"].values()]
     assert widths == sorted(widths) and widths[0] < widths[-1]
     # The next unit costs about the same everywhere: (1 + layer) × units gone.
@@ -61,8 +57,8 @@ def test_every_layer_gives_up_what_costs_least(share):
 
 def test_each_mean_is_met_by_itself():
     means = [
-        Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}, {}),
-        Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}, {}),
+        Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}),
+        Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}),
     ]
     widths = searched_widths(WIDTHS, curves(), means)
     assert sum(widths["mlp"].values()) == 40 * LAYERS and sum(widths["attention"].values()) == 3 * LAYERS
@@ -91,26 +87,20 @@ def test_nothing_that_saves_enough_loses_less(seed):
 
 def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
     choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, wanted(0.4).need
-    layers = {0: 9.0, 1: 0.1, 2: 0.2, 3: 9.0}
-    ranked = uniform_shapes(choices, curves(layers), wanted(0.4), most_skipped=2)
+    ranked = uniform_shapes(choices, curves(), wanted(0.4))
     assert [loss for loss, _ in ranked] == sorted(loss for loss, _ in ranked)
-    # A shape for each number of layers and KV groups that leaves the FFN at least one channel.
-    found = {(len(shape.layers or range(LAYERS)), shape.widths["attention"]) for _, shape in ranked}
-    possible = {
-        (LAYERS - gone, groups)
-        for gone, groups in product(range(3), choices["attention"])
-        if gone * WHOLE[0] + (LAYERS - gone) * (3.0 * (SIZE - 1) + 40.0 * (GROUPS - groups)) >= need
-    }
-    assert found == possible
-    for _, shape in ranked:
-        wider = Shape({**shape.widths, "mlp": shape.widths["mlp"] + 1}, shape.layers)
-        assert saved(shape) >= need and (shape.widths["mlp"] == SIZE or saved(wider) < need)
-        assert shape.layers in (None, (0, 1, 3), (0, 2, 3), (0, 3))
+    # A shape for each number of KV groups that leaves the FFN at least one channel.
+    most = {groups: saved({"mlp": 1, "attention": groups}) for groups in choices["attention"]}
+    assert {widths["attention"] for _, widths in ranked} == {groups for groups, of in most.items() if of >= need}
+    for loss, widths in ranked:
+        assert loss == pytest.approx(
+            10 * (1 - widths["mlp"] / SIZE) ** 2 + 4 * 0.4 * (GROUPS - widths["attention"]) ** 1.5
+        )
+        wider = {**widths, "mlp": widths["mlp"] + 1}
+        assert saved(widths) >= need and (widths["mlp"] == SIZE or saved(wider) < need)
 
 
 def test_few_widths_stand_for_many_and_have_the_numbers_that_are_left():
     assert thinned(range(5)) == [0, 1, 2, 3, 4]
     few = thinned(range(1000, 0, -1))
     assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)
-    shape = Shape({"mlp": {0: 5, 1: 6, 2: 7}, "attention": 2}, (0, 2))
-    assert shape.after_removal() == {"layer": 2, "mlp": {0: 5, 1: 7}, "attention": 2}

@@ -25,7 +25,7 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
             module.weight.mul_(0.1)
     settings = config(allocation="cosine", widths={"mlp": 30}, round_to=1)
     data, arch = data_of(settings), describe(model)
-    widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model)).widths
+    widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model))
     removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
     judge = LAYER_CRITERIA.get(BLOCK_INFLUENCE)()
     by_domain = [[batch for batch in data.own_batches if batch.domain == domain] for domain in (0, 1)]
