@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune.pruner import StructPruner
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_desk(tmp_path_factory.mktemp("sweep"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from helpers import logits
-from models import build, config, documents, real_text_model, tokenizer
+from models import build, config, documents, real_text_model, tokenizer, with_long
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantized import Packed, Quantizer, Reversible, quantized
@@ -143,7 +143,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("change", [with_forward_of_mine, with_class_of_mine, compiled, parametrized])
-@pytest.mark.parametrize(("case", "name"), PARTS)
+@pytest.mark.parametrize(("case", "name"), with_long(PARTS, ["mixtral"]))
 def test_a_module_of_a_layer_that_is_not_the_stock_one_is_refused(case, name, change):
     model, text = build(case), iter(documents())
     if change is parametrized and not list(model.get_submodule(name).parameters(recurse=False)):

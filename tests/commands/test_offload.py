@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import error_line, logits, save_with_tokenizer, write_texts
-from models import build, documents, full_disk, tokenizer
+from models import build, documents, full_disk, tokenizer, with_long
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, ca
         refused(capsys, monkeypatch, tmp_path, calibrate, "Another run writes to", "name another output")
 
 
-@pytest.mark.parametrize(("size", "resume"), [(300, ()), (4000, ("--resume",)), (9000, ())])
+@pytest.mark.parametrize(("size", "resume"), with_long([(300, ()), (4000, ("--resume",)), (9000, ())], [300]))
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys, size, resume):
     out = tmp_path / "out"
     assert main(command(desk, desk / "model", out, widths=("mlp=32",))) == 0
@@ -118,7 +118,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys
     assert json.loads((out / "structprune_config.json").read_text())["checkpoint_dir"] is None
 
 
-@pytest.mark.parametrize(("case", "flags"), [("llama-bias", ("--dtype", "bfloat16")), ("phi3", ("--skip-layer", "0"))])
+@pytest.mark.parametrize(
+    ("case", "flags"),
+    with_long([("llama-bias", ("--dtype", "bfloat16")), ("phi3", ("--skip-layer", "0"))], ["llama-bias"]),
+)
 def test_it_gives_what_pruning_in_memory_gives(desk, tmp_path, case, flags):
     """More models and settings: `sources/test_offloaded.py`."""
     build(case).save_pretrained(tmp_path / "model", max_shard_size="20KB")

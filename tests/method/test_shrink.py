@@ -7,7 +7,7 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import logits, masked, outputs, random_plan, shrunk
-from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer
+from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer, with_long
 
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
@@ -20,7 +20,10 @@ from optimum_structprune.method.shrink import shrink_layer_, slice_tensors
 SPACES = [(case, name) for case in (*STRUCTURES, *OTHER_STRUCTURES) for name in describe(build(case)).names]
 
 
-@pytest.mark.parametrize(("case", "name"), [*((case, "all") for case in (*PRUNABLE, *OTHERS)), *SPACES])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [*((case, "all") for case in (*PRUNABLE, *OTHERS)), *with_long(SPACES, ["llama-tied", "gpt_oss"])],
+)
 def test_a_model_without_random_units_computes_what_the_masked_one_does(case, name):
     model = build(case)
     arch = describe(model)
