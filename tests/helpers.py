@@ -39,6 +39,17 @@ from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
 
 
+def with_long(cases: Iterable, short: Iterable) -> list:
+    """Cases as parameters of a test: some are short, and all others belong to `make test-long`. A case of several
+    values is one of the short ones if its first value is.
+    """
+    short = set(short)
+    return [
+        pytest.param(*case, marks=() if case[0] in short else pytest.mark.long)
+        for case in (case if isinstance(case, tuple) else (case,) for case in cases)
+    ]
+
+
 @torch.no_grad()
 def logits(model):
     return model(token_ids()).logits

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from itertools import islice
 
-import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -245,17 +244,6 @@ STRUCTURES = [
 ]
 # The same for what is no causal language model alone, or is called with more than hidden states.
 OTHER_STRUCTURES = ["modernbert", "bart", "t5-gated", "vit", "qwen2_5_vl", "gemma4_text-experts"]
-
-
-def with_long(cases: Iterable, short: Iterable) -> list:
-    """Cases as parameters of a test: some are short, and all others belong to `make test-long`. A case of several
-    values is one of the short ones if its first value is.
-    """
-    short = set(short)
-    return [
-        pytest.param(*case, marks=() if case[0] in short else pytest.mark.long)
-        for case in (case if isinstance(case, tuple) else (case,) for case in cases)
-    ]
 
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from helpers import (
     random_plan,
     same_weights,
     shrunk,
+    with_long,
 )
 from models import (
     NOT_SEQUENTIAL,
@@ -26,7 +27,6 @@ from models import (
     described,
     token_ids,
     tokenizer,
-    with_long,
 )
 from transformers import AutoModelForImageClassification
 

@@ -79,6 +79,7 @@ def accuracies(shown: str) -> dict[str, float]:
     return {name: float(rest.partition(",")[0]) for name, _, rest in lines}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["csv", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in (None, "jsonl"))])
 def test_prune_bert_classifier(desk, bert, kind, capsys):
     out = desk / f"classifier-{kind}"

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import KEEP, free_spaces, logits, masked, without_refit
-from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer, with_long
+from helpers import KEEP, free_spaces, logits, masked, with_long, without_refit
+from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError

@@ -11,8 +11,8 @@ from types import MethodType
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from helpers import logits
-from models import build, config, documents, real_text_model, tokenizer, with_long
+from helpers import logits, with_long
+from models import build, config, documents, real_text_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantized import Packed, Quantizer, Reversible, quantized

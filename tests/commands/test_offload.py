@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import error_line, logits, save_with_tokenizer, write_texts
-from models import build, documents, full_disk, tokenizer, with_long
+from helpers import error_line, logits, save_with_tokenizer, with_long, write_texts
+from models import build, documents, full_disk, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import logits, masked, outputs, random_plan, shrunk
-from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer, with_long
+from helpers import logits, masked, outputs, random_plan, shrunk, with_long
+from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer
 
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe

@@ -8,8 +8,8 @@ from weakref import ref
 
 import pytest
 import torch
-from helpers import failing, logits, recovery_config, save_with_tokenizer
-from models import CHATML, build, config, real_text_model, token_ids, tokenizer, with_long
+from helpers import failing, logits, recovery_config, save_with_tokenizer, with_long
+from models import CHATML, build, config, real_text_model, token_ids, tokenizer
 from transformers import TrainerCallback
 
 from optimum_structprune import Recovery, StructPruneError, prune_model, recover
@@ -43,6 +43,7 @@ def words(text):
 # --- prompts
 
 
+@pytest.mark.long
 def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions(chats):
     prompts = builtin_prompts(chats[1])
     assert len(prompts) == len(set(prompts)) >= 2_000

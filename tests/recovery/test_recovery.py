@@ -137,6 +137,7 @@ def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
     assert all(torch.equal(kept[name], tensor) for name, tensor in spoiler.seen[step].items())
 
 
+@pytest.mark.long
 def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_back(pruned, monkeypatch):
     broken = deepcopy(pruned)
     broken.model.norm.weight.data.fill_(float("nan"))

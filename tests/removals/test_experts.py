@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import data_of, logits, same_weights, whole_model_at_once
-from models import build, config, token_ids, tokenizer, with_long
+from helpers import data_of, logits, same_weights, whole_model_at_once, with_long
+from models import build, config, token_ids, tokenizer
 from torch import nn
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, logits, outputs, same_weights
-from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer, with_long
+from helpers import count_hooks, logits, outputs, same_weights, with_long
+from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 

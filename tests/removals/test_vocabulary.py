@@ -7,20 +7,8 @@ from math import exp, log
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import recovery_config, same_weights, unread
-from models import (
-    GROUPED,
-    PLAIN,
-    T5,
-    TOKENS,
-    build,
-    config,
-    documents,
-    random_model,
-    real_text_model,
-    tokenizer,
-    with_long,
-)
+from helpers import recovery_config, same_weights, unread, with_long
+from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -107,6 +95,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         prune_model(model, asking(), reader())
 
 
+@pytest.mark.long
 def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_costs():
     fields = {"model": text_model(positions=400), "widths": {"vocab": 300}}
     (without, _), (kept, small) = pruned(**fields), pruned(**fields, languages=["de,fi"])

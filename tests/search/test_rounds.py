@@ -27,6 +27,7 @@ def pruned(model, reader, settings):
     return pruner.prune_model(model, reader), pruner
 
 
+@pytest.mark.long
 @needs_shared
 def test_shares_move_to_the_domain_that_loses_more_and_their_samples_are_run(monkeypatch):
     used, source = [], CalibrationData.source

@@ -105,6 +105,7 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
         pruned(model, sparsity=0.2, **fields)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
     measure, calls = trials.trial_losses, []
 

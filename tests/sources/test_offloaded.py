@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers import failing, logits
-from models import build, config, tokenizer, with_long
+from helpers import failing, logits, with_long
+from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
