@@ -21,8 +21,6 @@ STOCK = {
     **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "olmo2": "olmo2"},
     **{"gemma3_text": "gemma3", "mixtral": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe"},
 }
-# What a config calls the number of its experts.
-EXPERT_COUNTS = ("num_local_experts", "num_experts")
 # What the mixtures among them have to say of their routers and layers.
 MIXTURES: dict[str, dict[str, tuple[Any, ...]]] = {
     "mixtral": {},
@@ -150,7 +148,7 @@ def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
     return [(name.replace("q_proj", "qkv_proj"), projections)] if "q_proj" in name else []
 
 
-def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, known_as: str = "") -> Tensor:
+def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, known_as: str) -> Tensor:
     """A parameter with its rows in the order in which llama.cpp's architecture expects them: for queries and keys of
     an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1. The weights of some
     norms have one added, and of what the file divides, `known_as` says which half is meant.

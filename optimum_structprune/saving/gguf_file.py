@@ -20,7 +20,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .. import __version__
 from ..arch.llama_cpp import (
     BY_LAYER,
-    EXPERT_COUNTS,
     MIXTURES,
     PRE_TOKENIZERS,
     gguf_architecture,
@@ -265,7 +264,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     widths = [layer.intermediate_size for layer in layers]
     by_layer = writer.arch in BY_LAYER.values()
     if config.model_type in MIXTURES:
-        writer.add_expert_count(next(getattr(config, key) for key in EXPERT_COUNTS if hasattr(config, key)))
+        writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", widths[0]))
     writer.add_feed_forward_length(widths if by_layer else widths[0])
