@@ -22,8 +22,7 @@ from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
-from .record.facts import PERCENT, Row, cells
-from .record.text import table
+from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.choose import with_tokens
 from .widths.budget import biased_spaces, large_vocabulary, widths_of
 from .widths.kernels import lost_kernels
@@ -139,7 +138,7 @@ class DryRun(Record):
         loads = map("loads with {}".format, self.reload)
         needs = [] if self.need is None else [f"the pruning takes at its peak\n{self.need}"]
         return "\n".join(
-            [table(cells(["before", "after"], rows)), *map(str, self.spaces), *self.notes, *loads, *needs]
+            [aligned(cells(["before", "after"], rows)), *map(str, self.spaces), *self.notes, *loads, *needs]
         )
 
 

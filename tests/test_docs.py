@@ -70,6 +70,7 @@ def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
     text = re.sub(r" rough\b|warning: |; a smaller .*| in steps of \d+|, each begun with .*", "", text)
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
+    text = re.sub(", (calibrated on|other text)", "", text)  # fewer samples may share no document
     text = re.sub(r"(\d+ h )?(\d+ min )?(\d+(\.\d+)?) s\b", r"\3 s", text)
     text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?%?(?: [kMG]i?B)?", "#", text)
     lines = [re.sub(r"#[-, #]*#", "#", " ".join(line.split())) for line in text.splitlines() if line.strip()]

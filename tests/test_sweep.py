@@ -42,13 +42,13 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 0
     assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again
     out = folder / "out"
-    values = json.loads(capsys.readouterr().out)["models"]
+    values = json.loads(capsys.readouterr().out)["parameters"]
     rows = {row["model"]: row for row in csv.DictReader((out / "curve.csv").open())}
     assert [*values] == [*rows] == ["dense", "0.1", "0.3"] and len([*(out / "losses").iterdir()]) == 1
     for size in ("0.1", "0.3"):
         small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size}")
         report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
-        assert int(rows[size]["parameters"]) == small.num_parameters() == values[size]["parameters"]
+        assert int(rows[size]["parameters"]) == small.num_parameters() == values[size]
         for name, when in (("dense", "before"), (size, "after")):
             assert float(rows[name]["perplexity a"]) == pytest.approx(report["perplexity"]["a"][when])
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.arguments import Command, pruning_config
@@ -26,7 +27,7 @@ from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import AutoStructPruner
 from optimum_structprune.pruning.checkpoint import run_key
 from optimum_structprune.pruning.checks import check, check_arguments
-from optimum_structprune.record.facts import Facts, as_csv, as_text, facts_of
+from optimum_structprune.record.table import as_csv, as_text, side_by_side
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_index
@@ -45,21 +46,29 @@ def sweep(args: Namespace) -> Result:
         if saved is None:
             finished.save(0, {})  # so that a sweep which is killed at once goes on too
         with finished.readable():
-            models = {} if saved is None else {name: Facts(**facts) for name, facts in saved.values.items()}
+            known = {} if saved is None else saved.values
+            reports = {name: {**report, "parameters": {**report["parameters"]}} for name, report in known.items()}
+            record = _curve(reports)
         for sparsity, config in configs.items():
             name, folder = str(sparsity), output / f"sparsity-{sparsity}"
-            if name in models and (args.no_save or folder.is_dir()):
+            if name in reports and (args.no_save or folder.is_dir()):
                 note(args, f"sparsity {name} is there already")
             else:
                 note(args, f"sparsity {name}")
-                models["dense"], models[name] = _pruned(args, config, None if args.no_save else folder)
-                models = {size: models[size] for size in ("dense", *sorted(models.keys() - {"dense"}, key=float))}
-                finished.save(len(models) - 1, {size: asdict(facts) for size, facts in models.items()})
+                reports[name] = _pruned(args, config, None if args.no_save else folder)
+                reports = {size: reports[size] for size in sorted(reports, key=float)}
+                finished.save(len(reports), reports)
+                record = _curve(reports)
             if process_index() == 0:
-                replace_text(output / "curve.csv", as_csv(models))
-    lines = [as_text(models, compared=False), *_coinciding(models), f"saved to {args.output}"]
-    values = {"models": {name: asdict(facts) for name, facts in models.items()}, "output": args.output}
-    return Result("\n".join(lines), values)
+                replace_text(output / "curve.csv", as_csv(record))
+    lines = [as_text(record), *_coinciding([*reports], record), f"saved to {args.output}"]
+    return Result("\n".join(lines), {**record, "output": args.output})
+
+
+def _curve(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of the dense model and of each size, in one record."""
+    dense = [("dense", (report, "before")) for report in reports.values()][:1]
+    return side_by_side(dict(dense) | {size: (report, "after") for size, report in reports.items()})
 
 
 def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
@@ -99,8 +108,8 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 
 
-def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> tuple[Facts, Facts]:
-    """Prune to one size, and save the model if there is a folder; the facts of the dense model and of the smaller."""
+def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> dict[str, Any]:
+    """Prune to one size, and save the model if there is a folder; the report, with the perplexity after a training."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     pruner = AutoStructPruner.from_config(config)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
@@ -108,17 +117,17 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
         # A model without a place on the curve is left from a sweep that was killed.
         pruner.save(pruned, folder, tokenizer, overwrite=True)
     assert pruner.report is not None
-    before, after = facts_of(pruner.report.to_dict()).values()
-    for domain, ppl in ({} if pruner.report.recovery is None else pruner.report.recovery.perplexity).items():
-        before.perplexity[domain] = ppl.get("dense", before.perplexity.get(domain))
-        after.perplexity[domain] = ppl["recovered"]
-    return before, after
+    report = pruner.report.to_dict()
+    for domain, ppl in ((report["recovery"] or {}).get("perplexity") or {}).items():
+        dense = ppl.get("dense", report["perplexity"].get(domain, {}).get("before"))
+        report["perplexity"][domain] = {"before": dense, "after": ppl["recovered"]}
+    return report
 
 
-def _coinciding(models: Mapping[str, Facts]) -> Iterator[str]:
+def _coinciding(sizes: Sequence[str], record: Mapping[str, Any]) -> Iterator[str]:
     """The neighbours of equal widths, in sentences."""
-    for (name, facts), (other, others) in pairwise(models.items()):
-        if (facts.widths, facts.layers) == (others.widths, others.layers):
+    for name, other in pairwise(sizes):
+        if all(of.get(name) == of.get(other) for of in record["widths"].values()):
             yield f"sparsity {name} and {other} come to the same widths, which are multiples (round_to)."
 
 

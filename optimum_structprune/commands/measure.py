@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Evaluation, check_evaluation
 from ..evaluation.speed import Speed, cache_per_token, check_clock, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
-from ..record.facts import Facts, as_csv, as_text, quality_of_evaluation
-from ..record.records import EVALUATION_NAME, SPEED_NAME, Records
-from ..saving.page import PAGE_NAME, write_report
+from ..record.table import as_csv, as_text, side_by_side
+from ..saving.page import PAGE_NAME, check_result, write_report
+from ..saving.shown import EVALUATION_NAME, SPEED_NAME
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from ..written import check_unchanged
@@ -54,10 +53,13 @@ def evaluate(args: Namespace) -> Result:
     sections: list[str] = []
     values: dict[str, Any] = {}
     if is_judged or args.csv is not None or not args.speed:
-        facts, evaluations = _measured(args, loading, paths, reader, is_judged)
-        sections, values = _shown(facts, evaluations, notes)
+        record, evaluations = _measured(args, loading, paths, reader, is_judged)
+        # One model that is judged is shown by itself, and several side by side.
+        shown = next(iter(evaluations.values())) if len(evaluations) == 1 else None
+        sections = ["\n".join([as_text(record) if shown is None else str(shown), *notes])]
+        values = {**record, **({} if shown is None else shown.to_dict()), "notes": notes}
         if args.csv is not None:
-            Path(args.csv).write_text(as_csv(facts), encoding="utf-8")
+            Path(args.csv).write_text(as_csv(record), encoding="utf-8")
         if args.items is not None:
             _write_items(args.items, evaluations)
         if args.html and is_judged:
@@ -70,18 +72,6 @@ def evaluate(args: Namespace) -> Result:
     return _with_page(args, sections, values) if args.html else Result("\n\n".join(sections), values)
 
 
-def _shown(
-    facts: Mapping[str, Facts], evaluations: Mapping[str, Evaluation], notes: Sequence[str]
-) -> tuple[list[str], dict[str, Any]]:
-    """The table and the values of what was measured: all that is known of one model, or several side by side."""
-    values: dict[str, Any] = {"models": {name: asdict(known) for name, known in facts.items()}, "notes": notes}
-    table = as_text(facts, compared=len(facts) == 2)
-    if len(evaluations) == 1:
-        (evaluation,) = evaluations.values()
-        table, values = str(evaluation), {**evaluation.to_dict(), **values}
-    return ["\n".join([table, *notes])], values
-
-
 def _check_page(args: Namespace, is_judged: bool) -> None:
     """Refuse a page that cannot be written, before a model is loaded in vain."""
     if len(args.models) > 1:
@@ -89,7 +79,7 @@ def _check_page(args: Namespace, is_judged: bool) -> None:
     if args.speed and not args.against:
         raise StructPruneError("The page compares speed with the dense model's; name it by --against.")
     (folder,) = args.models
-    Records.read(folder)
+    check_result(folder)
     check_folder(folder)
     written = {PAGE_NAME: True, EVALUATION_NAME: is_judged, SPEED_NAME: args.speed}
     check_unchanged(*(Path(folder, name) for name, is_due in written.items() if is_due))
@@ -129,20 +119,22 @@ def _measured(
     paths: Mapping[str, str],
     reader: PreTrainedTokenizerBase | None,
     is_judged: bool,
-) -> tuple[dict[str, Facts], dict[str, Evaluation]]:
-    """What is known of each model, and the evaluations of all but the dense one; each is let go before the next."""
-    facts, evaluations, names = {}, {}, list(paths)
+) -> tuple[dict[str, Any], dict[str, Evaluation]]:
+    """What is known of all models, and the evaluations of all but the dense one; each is let go before the next."""
+    known: dict[str, tuple[Mapping[str, Any], str]] = {}
+    evaluations, names = {}, list(paths)
     dense = loading.model(args.against) if args.against else None
     if dense is not None:
-        facts[names.pop(0)] = _sizes(dense, args.arch_file)
-    for name in names:
-        facts[name], evaluation = _of_one(args, loading, paths[name], dense, reader, is_judged)
+        known[names[0]] = (_sizes(dense, "dense", args.arch_file), "dense")
+    for name in names[len(known) :]:
+        sizes, evaluation = _of_one(args, loading, paths[name], dense, reader, is_judged)
+        judged = {} if evaluation is None else evaluation.to_dict()
+        known[name] = ({**sizes, **judged}, "model")
         if evaluation is not None:
             evaluations[name] = evaluation
-            compared = {name: "model", **({next(iter(paths)): "dense"} if dense is not None else {})}
-            for of, which in compared.items():
-                facts[of] = replace(facts[of], **quality_of_evaluation(evaluation.to_dict(), which))
-    return facts, evaluations
+        if dense is not None:
+            known[names[0]] = ({**known[names[0]][0], **judged}, "dense")
+    return side_by_side(known), evaluations
 
 
 def _of_one(
@@ -152,10 +144,10 @@ def _of_one(
     dense: PreTrainedModel | None,
     reader: PreTrainedTokenizerBase | None,
     is_judged: bool,
-) -> tuple[Facts, Evaluation | None]:
+) -> tuple[dict[str, Any], Evaluation | None]:
     """The sizes of a model, and its evaluation where one is asked for."""
     model, tokenizer = loading.model_and_tokenizer(path)
-    sizes = _sizes(model, args.arch_file)
+    sizes = _sizes(model, "model", args.arch_file)
     if not is_judged:
         return sizes, None
     names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
@@ -163,15 +155,17 @@ def _of_one(
     return sizes, quality.evaluate(model, tokenizer, args.domain, dense, dense_tokenizer=reader, **how)
 
 
-def _sizes(model: PreTrainedModel, arch_file: str | None) -> Facts:
-    facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
+def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
+    """The sizes of a model as a record, in which it has this name."""
+    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": bytes_of(model.parameters())}
     if cache_name(model) is not None:
-        facts.cache_per_token = cache_per_token(model)
+        sizes["cache_per_token"] = cache_per_token(model)
+    widths = {}
     with suppress(StructPruneError):  # a model that is not described has no widths that are known
         arch = describe(model, arch_file)
-        facts.layers = arch.num_layers
-        facts.widths = {name: [*arch.widths(name).values()] for name in arch.names}
-    return facts
+        sizes["layers"] = arch.num_layers
+        widths = {kind: {name: [*arch.widths(kind).values()]} for kind in arch.names}
+    return {**{field: {name: size} for field, size in sizes.items()}, "widths": widths}
 
 
 def _write_items(file: str, evaluations: Mapping[str, Evaluation]) -> None:

@@ -52,7 +52,7 @@ def prune(args: Namespace) -> Result:
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
         del smaller  # what follows reads the folder, which may have been trained
-        return pushed(args, with_gguf(args, result, loading, report.details.model["bytes"]["before"]))
+        return pushed(args, with_gguf(args, result, loading, report.weights["before"]))
 
 
 def _check_folders(
@@ -85,7 +85,7 @@ def _prune_and_save(
         check.ask("pruned", pruned)
         pruner.report.answers = check.items()
         said = {"base_model": args.base_model, "license": args.license}
-        pruner.report.details.model |= {name: value for name, value in said.items() if value}
+        pruner.report.model |= {name: value for name, value in said.items() if value}
         if args.resume:  # who repeats the run does not go on with this one
             assert pruner.result is not None
             config = replace(pruner.used_config, checkpoint_dir=None)

@@ -11,7 +11,7 @@ from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.facts import target_and_result
+from ..record.remarks import target_summary
 from .arguments import pruning_config
 from .loading import Loading
 from .output import Result
@@ -69,9 +69,7 @@ def plan(args: Namespace) -> Result:
     loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
     model_config = loading.config(args.model)
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
-    gone = f"{outcome.sparsity:.1%} of the layers' parameters go"
-    if config.sparsity is not None:
-        counts = outcome.parameters
-        gone = target_and_result(config.sparsity, outcome.sparsity, 1 - counts.after / counts.before)
+    summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
+    gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
     head = f"{args.model}: {outcome.model_type}, {gone}"
     return Result(f"{head}\n{outcome}", outcome.to_dict())

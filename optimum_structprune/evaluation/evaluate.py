@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +18,8 @@ from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
-from ..record.answers import outcome
-from ..record.facts import UNKNOWN, figure_names
-from ..record.text import SHOWN, plus_minus, sample_items, table
+from ..record.answers import SHOWN, outcome, sample_items
+from ..record.table import as_text
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
 from .heldout import Heldout, Judged, judge, read_heldout
 from .paired import Paired
@@ -36,12 +34,12 @@ class Evaluation(Record):
         dense: The name or the folder of the dense model that it is compared with; None where there is none.
         seq_length: The number of tokens in a sample. The first is context only, the others are predicted.
         prefix: The token at the head of each sample; None where the tokenizer has none.
-        tokens: The number of predicted tokens, by domain; those of the dense tokenizer where the two differ.
-        perplexity: The perplexities per such token, `{domain: {"model": …, "dense": …}}`; "dense" only where there is
-            a dense model.
+        perplexity: The perplexities per token of the dense tokenizer, `{domain: {"dense": …, "model": …}}`; "dense"
+            only where there is a dense model.
         perplexity_stderr: Their standard errors over samples, and with a dense model that of "ratio" over the same
             samples; NaN where there is one sample.
-        bits_per_byte: The losses per byte of the text in bits, `{domain: {"model": …, "dense": …}}`.
+        perplexity_tokens: The number of tokens that they were measured on, by domain.
+        bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
         divergence: The mean KL(dense‖model) per predicted token in nats, by domain; over the tokens that both have
             where one vocabulary is within the other, and absent where neither is.
@@ -59,9 +57,9 @@ class Evaluation(Record):
     dense: str | None = None
     seq_length: int = 0
     prefix: str | None = None
-    tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_tokens: dict[str, int] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
@@ -74,63 +72,12 @@ class Evaluation(Record):
     show: int = SHOWN
 
     def __str__(self) -> str:
-        """A table of domains, one of what the answers are like, some answers, and the warnings."""
-        tables = [self._domains()] if self.perplexity else []
-        tables += [self._figures()] if self.figures else []
-        tables += [self._answer(item) for item in sample_items(self.answers, self.show)]
-        return "\n\n".join([*tables, *(f"warning: {warning}" for warning in self.warnings)])
-
-    @staticmethod
-    def _answer(item: Mapping[str, Any]) -> str:
-        written = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
-        return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *written])
-
-    @property
-    def _models(self) -> list[str]:
-        return ["model"] if self.dense is None else ["dense", "model"]
-
-    def _domains(self) -> str:
-        compared = self.dense is not None
-        rows = [["perplexity", "tokens", *self._models, *(["ratio", "KL", "top-1"] if compared else []), "bits/byte"]]
-        blank = [""] * (len(rows[0]) - 1)
-        for title, names in self._kinds():
-            rows += [[title, *blank]] if title else []
-            rows += [self._domain(name) for name in names]
-            rows += [self._mean(names)] if len(names) > 1 else []
+        """A table of all figures, some answers, and the warnings."""
         head = f", each begun with {self.prefix!r}" if self.prefix else ""
-        return f"{table(rows)}\n± the standard error over {FEWEST} samples or more of {self.seq_length} tokens{head}"
-
-    def _kinds(self) -> list[tuple[str, list[str]]]:
-        """The domains whose mean says something, under a title: those of calibrated kinds, and all others."""
-        names = list(self.perplexity)
-        if self.calibrated is None:
-            return [("", names)]
-        others = [name for name in names if name not in self.calibrated]
-        kinds = [("calibrated kinds:", self.calibrated), ("other kinds:", others)]
-        return [(title, of_kind) for title, of_kind in kinds if of_kind]
-
-    def _domain(self, name: str) -> list[str]:
-        ppl, errors = self.perplexity[name], self.perplexity_stderr[name]
-        row = [name, f"{self.tokens[name]:,}"]
-        row += [f"{ppl[which]:.2f}{plus_minus(errors[which], 2)}" for which in self._models]
-        if self.dense is not None:
-            row.append(f"{_ratio(ppl)}{plus_minus(errors['ratio'], 3)}")
-            closeness = name in self.divergence
-            row += [f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"] if closeness else [UNKNOWN] * 2
-        return [*row, f"{self.bits_per_byte[name]['model']:.3f}"]
-
-    def _mean(self, names: Sequence[str]) -> list[str]:
-        means = {which: geometric_mean(self.perplexity[name][which] for name in names) for which in self._models}
-        row = ["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())]
-        return [*row, *([_ratio(means), "", ""] if self.dense is not None else []), ""]
-
-    def _figures(self) -> str:
-        compared = self.dense is not None
-        rows = [["answers", "questions", *self._models, *(["difference", "p", ""] if compared else [])]]
-        for name in figure_names(self.figures["model"]):
-            row = [name, str(len(self.answers)), *(_with_error(self.figures[which], name) for which in self._models)]
-            rows.append(row + (_verdict(self.paired.get(name)) if compared else []))
-        return table(rows)
+        legend = f"± is the standard error over {FEWEST} samples or more of {self.seq_length} tokens{head}"
+        lines = [as_text(self.to_dict()), *([legend] if self.perplexity else [])]
+        answers = map(_shown, sample_items(self.answers, self.show))
+        return "\n\n".join(["\n".join(lines), *answers, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 @own_settings()
@@ -244,7 +191,7 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
     losses, close = text.losses(batch_size)
     if close is not None:
         evaluation.divergence[name], evaluation.agreement[name] = close
-    evaluation.tokens[name] = text.samples[:, 1:].numel()
+    evaluation.perplexity_tokens[name] = text.samples[:, 1:].numel()
     evaluation.perplexity[name] = {which: perplexity_of(loss) for which, loss in losses.items()}
     evaluation.perplexity_stderr[name] = perplexity_errors(losses)
     evaluation.bits_per_byte[name] = {which: text.bits_per_byte(loss) for which, loss in losses.items()}
@@ -283,15 +230,6 @@ def _check_numbers(**numbers: int | None) -> None:
             raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
 
 
-def _ratio(ppl: Mapping[str, float]) -> str:
-    return f"x {ppl['model'] / ppl['dense']:.3f}"
-
-
-def _verdict(pair: Paired | None) -> list[str]:
-    if pair is None:
-        return ["", "", ""]
-    return [f"{pair.difference:+.3f}{plus_minus(pair.stderr, 3)}", f"{pair.p_value:.3f}", pair.verdict]
-
-
-def _with_error(figures: Mapping[str, float], name: str) -> str:
-    return f"{figures[name]:.{0 if name == 'tokens' else 3}f}" + plus_minus(figures.get(f"{name}_stderr"), 3)
+def _shown(item: Mapping[str, Any]) -> str:
+    written = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
+    return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *written])

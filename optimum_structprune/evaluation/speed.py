@@ -22,7 +22,7 @@ from ..errors import StructPruneError
 from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
 from ..plain_json import Record
-from ..record.text import table
+from ..record.table import aligned
 
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
@@ -127,7 +127,7 @@ class Speed(Record):
         rows = [["", "parameters", "dtype", "bytes of weights", "of cache per token"]]
         for name, size in self.models.items():
             rows.append([name, f"{size.parameters:,}", size.dtype, f"{size.weights:,}", f"{size.cache_per_token:,}"])
-        return table(rows)
+        return aligned(rows)
 
     def _times(self, stage: str) -> str:
         """The table of the reading of prompts (`prefill`) or of the writing of tokens (`decode`)."""
@@ -148,7 +148,7 @@ class Speed(Record):
             speedup = [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}"]
             row += ["", ""] if measured.model == first else speedup
             rows.append(row if reads else [*row, f"{measured.memory / 2**20:,.0f} MiB"])
-        return table(rows)
+        return aligned(rows)
 
 
 def measure_speed(

@@ -40,7 +40,7 @@ class LayerCheckpoint:
     def of(cls, run: Run, folder: str, target: Widths) -> LayerCheckpoint:
         """The one in a folder for a run with these widths; that of another run is refused."""
         checkpoint = cls(Path(folder), run_key(run.data, run.model, target))
-        run.report.details.resumed = checkpoint.resume.check() is not None
+        run.report.resumed = checkpoint.resume.check() is not None
         return checkpoint
 
     def take_over_(

@@ -67,11 +67,11 @@ class Need:
 
     def __str__(self) -> str:
         """The sizes as a table."""
-        from ..record.text import table
+        from ..record.table import aligned
 
         sizes = {"on the device": self.weights + self.above, "  weights": self.weights}
         sizes |= {"  hidden states": self.hidden, f"  {self.stage}": self.working, "in CPU memory": self.host}
-        return table([(label, readable_size(size)) for label, size in sizes.items()])
+        return aligned([(label, readable_size(size)) for label, size in sizes.items()])
 
 
 class Text(NamedTuple):

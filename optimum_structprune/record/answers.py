@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from math import comb
 from typing import Any
 
 
 Items = Sequence[Mapping[str, Any]]
+SHOWN = 3  # answers in a card or a page
 # A difference that chance alone gives less often than this is one.
 LEVEL = 0.05
 HELPS = "train the model (--recover), remove tokens in place of channels (--target vocab), or remove less"
@@ -30,16 +32,18 @@ def outcome(answer: Mapping[str, Any]) -> str:
     return ", ".join(["right" if answer["right"] else "wrong", *troubles])
 
 
+def counts(items: Items, name: str) -> list[int]:
+    """How many answers of each model are `right`, `loops` or `stopped`."""
+    return [sum(of) for of in zip(*([of[name] for of in item["answers"].values()] for item in items), strict=True)]
+
+
 def remark(items: Items) -> list[str]:
     """The answers in a line, and a warning where the last model errs or loops more than the first; none of none."""
     if not items:
         return []
-    models = list(items[0]["answers"])
-    shown = [
-        f"{' → '.join(str(sum(item['answers'][model][name] for item in items)) for model in models)} {verb}"
-        for name, verb in (("right", "right"), ("loops", "loop"), ("stopped", "stop by themselves"))
-    ]
-    line = f"answers to {len(items)} short questions ({' → '.join(models)}): {', '.join(shown)}"
+    verbs = {"right": "right", "loops": "loop", "stopped": "stop by themselves"}
+    shown = [f"{' → '.join(map(str, counts(items, name)))} {verb}" for name, verb in verbs.items()]
+    line = f"answers to {len(items)} short questions ({' → '.join(items[0]['answers'])}): {', '.join(shown)}"
     worse = [verb for verb, name in (("errs", "right"), ("loops", "loops")) if _worse(items, name)]
     return [line, *([f"warning: the model {' and '.join(worse)} clearly more; {HELPS}"] if worse else [])]
 
@@ -49,3 +53,15 @@ def _worse(items: Items, name: str) -> bool:
     pairs = [[answer[name] != (name == "loops") for answer in item["answers"].values()] for item in items]
     better, worse = (sum(pair[-1] is which and pair[0] is not which for pair in pairs) for which in (True, False))
     return worse > better and mcnemar(better, worse) < LEVEL
+
+
+def sample_items(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
+    """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
+    groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
+        pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))
+    }
+    for item in items:
+        rights = [answer["right"] for answer in item["answers"].values()]
+        groups[rights[0], rights[-1]].append(item)
+    in_turn = [item for turn in zip_longest(*groups.values()) for item in turn if item is not None]
+    return in_turn[:count]

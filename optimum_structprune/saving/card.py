@@ -1,4 +1,4 @@
-"""Makes the model card of a result from its records, and writes it beside the model."""
+"""Makes the model card of a result, the Markdown that the Hub shows, and writes it beside the model."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, PackageLoader, Template
 from transformers import PretrainedConfig
 
-from .. import __version__
 from ..arch.meta import model_class
 from ..arch.spec import VOCAB
 from ..config.fields import read_json
-from ..config.recovery import RATES
-from ..domains.manifest import CALIBRATED, TRAINED
-from ..record.answers import remark
-from ..record.facts import CHANGED, cells, facts_of, languages, quality_tables, removed, size_rows
-from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
-from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
-from ..record.text import escaped, markdown, sample_items
-from ..record.verdict import verdict
+from ..record.report import RECOVERY_CONFIG_NAME
 from ..system.disk import CARD, resolved
 from ..written import replace_text, warn_on_error, written_files
+from .shown import HUB_CACHE, MARKDOWN, TEXT_FILES, Records, short_name, shown_of
 
 
 # The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
 NEMOTRON_NAS_CODE = "configuration_nemotron_nas.py"
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
-MOST_SHOWN = 200  # characters of a question or an answer
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
@@ -84,55 +74,31 @@ def leave_card(
 def model_card(
     folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
 ) -> str:
-    """The model card of a result. Its sentences are in the template, which escapes all that it is handed as text."""
-    records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
-    origin = Dense.of(records.dense or dense or "").with_overrides(records.details.model)
+    """The model card of a result."""
+    records = Records.read(folder)
+    model = records.report.get("model") or {}
+    origin = Dense.of(records.dense or dense or "").with_overrides(model)
     kind = model_class(config, arch_file).__name__
-    training = records.training or records.config.get("recovery") or {}
-    causal, qualities = kind == "AutoModelForCausalLM", quality_tables(records) if records.report else ()
-    commands = "\n".join(records.commands(".", origin.base_model or "DENSE", "again"))
-    card = _template().render(
-        card_data=_fields(folder, records, origin, causal).to_yaml(),
+    shown = shown_of(records, origin.name, origin.base_model or "DENSE", ".", "again")
+    causal = kind == "AutoModelForCausalLM"
+    card = MARKDOWN.get_template("card.md.jinja").render(
+        **shown,
         title=name,
+        card_data=_fields(folder, records, origin, causal).to_yaml(),
         shell_name=quote(name),
-        fence=_fence(name, commands, *records.configs.values()),
-        dense=origin,
-        counts=records.report.get("parameters"),
+        fence=_fence(name, *shown["commands"], *shown["configs"].values()),
+        licence=origin.licence,
         kind=kind,
         causal=causal,
         files={path.name for path in folder.iterdir()},
         heterogeneous=config.get_text_config().is_heterogeneous,
         nemotron_nas=(folder / NEMOTRON_NAS_CODE).is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
+        is_measured=bool(records.evaluation),
+        widths=records.report.get("widths") or {},
         **_llama_cpp(config, records.report),
-        sizes=_sizes(records.report),
-        qualities={of.caption: markdown([of.head, *of.rows]) for of in qualities},
-        removed=list(removed(records.report)) if records.report else [],
-        measured=records.evaluation,
-        limits=[*([CHANGED] if records.report.get("changed") else []), *languages(records.report)],
-        speedup=records.speedup,
-        verdict=verdict(records.report),
-        answers=_answers(records),
-        calibration=_domains(records, CALIBRATED),
-        trained_on=_domains(records, TRAINED),
-        heldout_is_disjoint=records.heldout_is_disjoint,
-        training=records.recovery,
-        learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
-        version=__version__,
-        configs=records.configs,
-        commands=commands,
     )
     return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
-
-
-def _template() -> Template:
-    """The template, in which text that it is handed is nothing but text, unless it says `safe`."""
-
-    def as_text(value: Any) -> str:
-        return str(value) if hasattr(value, "__html__") else escaped(str(value))
-
-    loader = PackageLoader("optimum_structprune.saving", ".")
-    return Environment(loader=loader, finalize=as_text).get_template("card.md.jinja")
 
 
 def _fence(*texts: str) -> str:
@@ -170,7 +136,7 @@ def _card(source: str) -> ModelCardData | None:
 
 def _datasets(folder: Path, records: Records) -> list[str]:
     """The ids of the data sets on the Hub that the model was calibrated or trained on."""
-    domains = [entry["origin"] for entry in records.manifest.get("domains", ()) if not entry.get("place_sha256")]
+    domains = [entry["origin"] for entry in records.domains if not entry.get("place_sha256")]
     if (path := folder / RECOVERY_CONFIG_NAME).is_file():
         domains += read_json(path).get("domains") or []
     sources = {str(origin.get("source", "")) for origin in domains}
@@ -189,40 +155,12 @@ def _is_id(name: Any) -> bool:
 
 
 def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether only our own file runs in llama.cpp, and why not even that; nothing for what runs as the dense model
-    does, since neither its layers differ nor its heads have changed.
+    """Whether only our own file runs in llama.cpp, and why not even that; neither holds for what runs as the dense
+    model does, since neither its layers differ nor its heads have changed.
     """
     if not config.get_text_config().is_heterogeneous and {*(report.get("widths") or [""])} <= {"mlp", VOCAB}:
-        return {}
+        return {"by_layer": False, "gguf_refusal": ""}
     from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 
     by_layer = gguf_architecture(config) in BY_LAYER.values()
     return {"by_layer": by_layer, "gguf_refusal": gguf_refusal(config)}
-
-
-def _sizes(report: Mapping[str, Any]) -> str:
-    if not report.get("parameters"):
-        return ""
-    return markdown(cells(["dense", "this model"], size_rows([*facts_of(report).values()])))
-
-
-def _answers(records: Records) -> str:
-    asked = records.answers
-    if not asked:
-        return ""
-    items = sample_items(asked)
-    names = list(items[0]["answers"])
-    rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
-    short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]
-    sentences = [f"{escaped(line[0].upper() + line[1:])}." for line in remark(asked)]
-    return "\n\n".join([*sentences, markdown([["asked", *names], *short])])
-
-
-def _domains(records: Records, use: str) -> str:
-    rows = [["domain", "source", "share", "tokens"]]
-    for entry in records.entries(use):
-        origin = entry["origin"]
-        source = " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key))
-        source = short_name(source) or "given inputs"
-        rows.append([entry["name"], source, f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
-    return markdown(rows) if len(rows) > 1 else ""

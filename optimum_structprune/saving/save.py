@@ -27,9 +27,9 @@ from ..domains.readers import check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import few_inputs, outputs_for
 from ..plain_json import replace_json
-from ..record.facts import CHANGED
 from ..record.plan import PLAN_NAME, Plan
-from ..record.report import DETAILS_NAME, REPORT_NAME, Report
+from ..record.remarks import CHANGED
+from ..record.report import REPORT_NAME, Report
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
 from ..system.offloading import declared, is_offloaded, places
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # What a pruning leaves beside its model.
-RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, DETAILS_NAME, MANIFEST_NAME)
+RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 # The files that may name code, see `forget_code`.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
@@ -93,10 +93,8 @@ def save_pruned(
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         plan.save(folder / PLAN_NAME)
-        report.save(folder / REPORT_NAME)
-        details, size = report.details, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        sizes = {**details.model.get("bytes", {}), "after": size}
-        replace(details, model={**details.model, "bytes": sizes}).save(folder / DETAILS_NAME)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        replace(report, weights={**report.weights, "after": size}).save(folder / REPORT_NAME)
         manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 

@@ -43,16 +43,16 @@ def test_models_side_by_side(folder, capsys):
     for more in ([], ["--overwrite"]):
         assert main(["evaluate", *models, *text, *files, "--device", "cpu", *more]) == 0
     shown = capsys.readouterr().out
-    found = json.loads((folder / "c.json").read_text())["models"]
+    found = json.loads((folder / "c.json").read_text())
     rows = {row["model"]: row for row in csv.DictReader((folder / "c.csv").open())}
     for name in ("dense", "small"):
         model = Loading().model(str(folder / name))
-        assert found[name]["parameters"] == int(rows[name]["parameters"]) == model.num_parameters()
+        assert found["parameters"][name] == int(rows[name]["parameters"]) == model.num_parameters()
         widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
-        assert found[name]["widths"]["mlp"] == widths
+        assert found["widths"]["mlp"][name] == widths
         heads = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
-        assert found[name]["cache_per_token"] == 2 * 4 * heads
-        assert found[name]["answers"]["right"] == float(rows[name]["answers right"]) == 0.25
+        assert found["cache_per_token"][name] == 2 * 4 * heads
+        assert found["figures"][name]["right"] == float(rows[name]["answers right"]) == 0.25
         assert f"{model.num_parameters():,}" in shown
     samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
     assert float(rows["dense"]["perplexity a"]) == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
@@ -70,15 +70,16 @@ def test_several_models_against_the_dense_one(folder, capsys, tmp_path):
     models, text = [str(folder / "small"), str(folder / "dense")], ["--domain", f"a={folder / 'a.jsonl'}"]
     how = [*text, "--seq-length", "24", "--device", "cpu", "--quiet", "--json"]
     assert main(["evaluate", *models, "--against", models[1], "--csv", str(tmp_path / "c.csv"), *how]) == 0
-    dense, small, twin = json.loads(capsys.readouterr().out)["models"].values()
-    assert dense["perplexity"] == twin["perplexity"] and twin["divergence"]["a"] == pytest.approx(0, abs=1e-6)
+    every = json.loads(capsys.readouterr().out)
+    dense, small, twin = every["perplexity"]["a"]
+    assert every["perplexity"]["a"][dense] == every["perplexity"]["a"][twin]
+    far = every["divergence"]["a"]
+    assert far[twin] == pytest.approx(0, abs=1e-6) and far.keys() == {small, twin}
     assert main(["evaluate", models[0], "--against", models[1], *how]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert small["divergence"] == found["divergence"] and small["divergence"]["a"] > 1e-3
-    assert small["perplexity"]["a"] == found["perplexity"]["a"]["model"] and found["models"]["small"] == small
-    assert [float(row["KL a"] or 0) for row in csv.DictReader((tmp_path / "c.csv").open())][1] == small["divergence"][
-        "a"
-    ]
+    assert far[small] == found["divergence"]["a"] > 1e-3
+    assert every["perplexity"]["a"][small] == found["perplexity"]["a"]["model"]
+    assert [float(row["KL a"] or 0) for row in csv.DictReader((tmp_path / "c.csv").open())][1] == far[small]
 
 
 def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.verdict import LAST, RULES, verdict
+from optimum_structprune.record.remarks import LAST, RULES, verdict
 
 
 ADVICE = [*(rule.advice for rule in RULES), LAST]

@@ -19,8 +19,8 @@ from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
-from optimum_structprune.record.text import escaped
-from optimum_structprune.record.verdict import verdict
+from optimum_structprune.record.remarks import verdict
+from optimum_structprune.record.table import escaped
 from optimum_structprune.saving.card import model_card
 from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
 
@@ -66,11 +66,11 @@ def test_it_says_what_the_records_say(desk):
     assert found["Size"][3] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}", change]
     assert found["Size"][2] == ["width mlp", "40", "24", "-40.0%"]
     assert "16 of 40 FFN channels (40 %) in each of 2 layers are gone" in card.text
-    for (name, ratio, dense, pruned, tokens), (domain, ppl) in zip(
+    for (name, dense, pruned, ratio), (domain, ppl) in zip(
         found["What it loses and gains"][2:4], report["perplexity"].items(), strict=True
     ):
         errors = report["perplexity_stderr"][domain]
-        assert (name, tokens) == (domain, f"{report['perplexity_tokens'][domain]:,}")
+        assert name == f"perplexity {domain} ({report['perplexity_tokens'][domain]:,} tokens)"
         assert dense == with_error("{:,.{}f} ± {:.{}f}", ppl["before"], errors["before"])
         assert pruned == with_error("{:,.{}f} ± {:.{}f}", ppl["after"], errors["after"])
         assert ratio == with_error("x {:.{}f} ± {:.{}f} rough", ppl["after"] / ppl["before"], errors["ratio"])
@@ -102,15 +102,15 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     card = ModelCard(model_card(out, "out", slim, "owner/model"))
     assert (card.data.base_model, card.data.license) == ("owner/model", "mit")
     assert card.data.datasets == ["imdb", "owner/data"]
-    assert "[owner/model](https://huggingface.co/owner/model)" in card.text and "(-50.0%)" in card.text
+    assert "This is owner/model after" in card.text and "(-50.0%)" in card.text
     assert tables(card.text)["Size"][2][:3] == ["width mlp", "8", "3-4"]
     unknown = ModelCard(model_card(out, "out", slim, "gone"))
     assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
     told = {"name": "owner/model", "base_model": "maker/model", "license": "mpl-2.0"}
-    (out / "pruning_details.json").write_text(json.dumps({"model": told}))
+    (out / "report.json").write_text(json.dumps({**report, "model": told}))
     named = ModelCard(model_card(out, "out", slim))
     assert (named.data.base_model, named.data.license) == ("maker/model", "mpl-2.0")
-    (out / "pruning_details.json").unlink()
+    (out / "report.json").write_text(json.dumps(report))
     cached = "/home/me/hub/models--owner--model/snapshots/0123"
     assert ModelCard(model_card(out, "out", slim, cached)).data.base_model == "owner/model"
 
@@ -171,8 +171,8 @@ def card_of(result, place, words):
             "answers": [item],
             "scripts": {words: 1},
             "perplexity": {words: {"before": 2.0, "after": 3.0}},
+            "model": {"name": str(dense)},
         },
-        "pruning_details.json": {"model": {"name": str(dense)}},
         "structprune_config.json": {"domains": [domain], "general_text": words},
         "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
         "evaluation.json": {"perplexity": {words: ratio}, "figures": {"model": {words: 0.5}}, "tasks": {words: {}}},

@@ -82,7 +82,7 @@ def test_schemas_name_what_the_classes_have():
         (Report, report, {"format_version", "sparsity"}),
         (RecoveryReport, report["$defs"]["RecoveryReport"], set()),
     ):
-        names = {field.name for field in fields(cls)} - {"details"} | besides
+        names = {field.name for field in fields(cls)} | besides
         assert set(schema["properties"]) == names, cls.__name__
         assert all(one.get("description") for one in schema["properties"].values()), cls.__name__
 
@@ -96,10 +96,7 @@ def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
             LOADERS[name](tmp_path)
 
 
-RECORDS = (
-    "report pruning_details pruning_plan structprune_config calibration_manifest "
-    "recovery_report recovery_config evaluation speed"
-)
+RECORDS = "report structprune_config calibration_manifest recovery_report recovery_config evaluation speed"
 
 
 @pytest.mark.parametrize("name", RECORDS.split())

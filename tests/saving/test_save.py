@@ -59,7 +59,7 @@ def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_pa
         change(model)
     pruner.save(model, out, tokenizer())
     write_report(out)
-    sizes = json.loads((out / "pruning_details.json").read_text())["model"]["bytes"]
+    sizes = json.loads((out / "report.json").read_text())["weights"]
     assert sizes["after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     report = json.loads((out / "report.json").read_text())
     assert report["changed"] == (change is not None) and not pruner.report.changed

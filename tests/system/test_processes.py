@@ -88,7 +88,6 @@ with across_processes():
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, part / "weights")
         (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
         (part / "report").write_text(json.dumps(pruner.report.to_dict()))
-        pruner.report.details.save(part / "details")
         (part / "tried").write_text(json.dumps(tried))
 save_both(folder / "saved" / "together" / "small")
 if rank == 0:

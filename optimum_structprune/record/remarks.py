@@ -1,0 +1,211 @@
+"""Sentences about a run, from the fields of its report: what went, what was compared and tried, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf, isfinite
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+from ..arch.spec import LAYER, MODEL, VOCAB
+from ..config.pruning import LANGUAGES
+from ..forward.metrics import ENOUGH, FEWEST
+from .answers import counts
+from .table import as_number
+
+
+# A share that was removed is warned of where it is off by more than this part of what was asked for.
+MOST_OFF = 0.1
+# So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
+MOST_SHOWN, LOSES = 6, 1.02
+# Tokens that the text never shows are named where they have more than this part of the parameters.
+LEAST_SHOWN = 0.01
+CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
+# What the units of each kind of space are called.
+NAMES = {
+    "mlp": "FFN channels",
+    "attention": "KV groups",
+    "expert": "experts",
+    "hidden": "channels of the residual stream",
+    LAYER: "layers",
+    VOCAB: "tokens of the vocabulary",
+}
+
+
+class Rule(NamedTuple):
+    """What a model may lose at most for one advice.
+
+    Attributes:
+        advice: What the model is good for.
+        mean: The most that perplexity may grow, as a factor, in the geometric mean over the kinds of text.
+        worst: The same for each single kind.
+        kept: The least share of the right answers of the dense model that are still right.
+        loops: The most that may loop beyond those of the dense model, as a share of the questions.
+    """
+
+    advice: str
+    mean: float
+    worst: float
+    kept: float
+    loops: float
+
+
+# The figures of docs/how_much.md stand behind these limits: two models, with and without their answers.
+RULES = (
+    Rule("use it as it is", 1.05, 1.05, 0.9, 1 / 16),
+    Rule("use it on the kinds of text that you calibrated on, and try it on yours", 1.2, 1.3, 0.85, 1 / 8),
+    Rule("train it before you use it: --recover, or `structprune recover`", 1.6, 2.0, 0.4, 1 / 4),
+)
+LAST = "do not use it: remove less, or take it as the beginning of a long training"
+
+
+def removed(report: Mapping[str, Any]) -> Iterator[str]:
+    """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
+    for kind, by_layer in sorted((report.get("widths") or {}).items()):
+        full, name = report["dense_widths"][kind], NAMES.get(kind, f"units of {kind}")
+        gone = [full - width for width in by_layer.values()]
+        if not any(gone):
+            continue
+        share = sum(gone) / (full * len(gone))
+        if len({*gone}) > 1:
+            count = f"{min(gone):,} to {max(gone):,} of {full:,} {name} ({share:.0%} in the mean)"
+        else:
+            count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
+        where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
+        numbers = f": {', '.join(map(str, of))}" if (of := report.get("removed_layers")) and kind == LAYER else ""
+        yield f"{count}{where}{numbers}".replace("%", " %")
+
+
+def target_summary(report: Mapping[str, Any]) -> str:
+    """What was asked for and what came of it, as a warning where they are far apart; empty where no share was."""
+    target, sparsity, counts = report.get("target"), report.get("sparsity", 0.0), report.get("parameters")
+    if target is None or not counts:
+        return ""
+    share = f"{1 - counts['after'] / counts['before']:.1%}"
+    text = f"asked {target:.1%}, removed {sparsity:.1%} of the layers' parameters, which is {share} of all"
+    if abs(sparsity - target) <= MOST_OFF * target:
+        return text
+    return f"warning: {text}; a smaller round_to or other targets may come nearer"
+
+
+def remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    """What a report says beside its table: what was compared and tried."""
+    if report.get("changed"):
+        yield f"warning: {CHANGED}"
+    if summary := target_summary(report):
+        yield summary
+    for kind, by_layer in sorted((report.get("widths") or {}).items()):
+        if len({*by_layer.values()}) > 1:
+            yield f"{NAMES.get(kind, kind)} by layer: {' '.join(map(str, by_layer.values()))}"
+    if report.get("perplexity_stderr"):
+        yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
+    measured = [
+        *(report.get("perplexity") or {}).items(),
+        *((report.get("recovery") or {}).get("perplexity") or {}).items(),
+    ]
+    if broken := sorted({name for name, of in measured if {None, inf} & {*of.values()}}):
+        yield f"warning: a perplexity is infinite on {', '.join(broken)}; the model is of no use there"
+    for of in report.get("balances") or ():
+        layers = of["layers_loss"]  # null in JSON where it is infinite
+        known = "" if layers == 0 or of.get("measured", True) else ", as predicted"
+        too_much = layers in (None, inf)
+        rest = "asks more of the layers than they have" if too_much else f"{layers:.4f} in the layers{known}"
+        kept = f"{of['tokens']:,} tokens kept loses {of['tokens_loss']:.4f} nats, and {rest}"
+        yield f"{'taken' if of['chosen'] else 'compared'}: {kept}"
+    yield from _languages(report)
+    shapes = report.get("shapes") or []
+    for shape in shapes if len(shapes) > 1 else ():
+        numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}
+        widths = ", ".join(f"{name} {as_number(of)}" for name, of in numbers.items())
+        loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
+        yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
+    rounds = report.get("rounds") or []
+    if rounds and rounds[-1]["shares"] != rounds[0]["shares"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in rounds[-1]["shares"].items())
+        yield f"shares in the last round: {shares}"
+
+
+def _languages(report: Mapping[str, Any]) -> Iterator[str]:
+    """How much of a vocabulary the text has no use for, and which scripts and languages a smaller one is hard on."""
+    unread = report.get("unread") or {"tokens": 0, "parameters": 0}
+    if (share := unread["parameters"] / report["parameters"]["after"] if unread["tokens"] else 0.0) > LEAST_SHOWN:
+        tokens = f"{unread['tokens']:,} tokens, {share:.0%} of the parameters"
+        yield f"{tokens}, are of scripts that the text next to never shows; --target vocab with a budget removes such"
+    scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
+    if scripts:
+        shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])
+        others = f" and {len(scripts) - MOST_SHOWN} others" if len(scripts) > MOST_SHOWN else ""
+        yield f"tokens that are gone, by script: {shown}{others}"
+    if by_code := report.get("languages"):
+        yield from _cost_by_language(by_code)
+
+
+def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What fewer tokens cost the languages to keep, and those that the dense model knew: bits per byte, or tokens of
+    models that do not predict the next one.
+    """
+    by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
+    if not by_code:
+        return
+    causal = any("known" in of for of in by_code.values())
+    ratios = {code: of["after"] / of["before"] for code, of in by_code.items()}
+    known = [code for code in sorted(ratios, key=lambda code: -ratios[code]) if by_code[code].get("known", True)]
+    losing = [code for code in known if ratios[code] > LOSES]
+    unit, digits = ("bits per byte", 3) if causal else ("tokens", 0)
+
+    def shown(codes: Sequence[str]) -> str:
+        pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
+        return ", ".join(f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}" for name, of in pairs)
+
+    if wanted := [code for code, of in by_code.items() if of["wanted"]]:
+        yield f"{unit} in the languages to keep: {shown(wanted)}"
+    all_of = f"of {len(known)} languages that the dense model knew," if causal else f"of {len(known)} languages,"
+    worst = f": {shown(losing[:MOST_SHOWN])}" if losing else ""
+    yield f"{all_of} {len(losing) or 'none'} now take{'' if len(losing) > 1 else 's'} more {unit}{worst}"
+
+
+def verdict(report: Mapping[str, Any]) -> list[str]:
+    """The figures that decide, and the advice that follows; nothing where perplexity was not measured."""
+    ratios = _ratios(report)
+    if not ratios:
+        return []
+    mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
+    worst = ratios[kind]
+    kept, loops, answers = _answers(report)
+    parameters = report["parameters"]
+    figures = [
+        f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
+        f"text x {mean:.2f}, at worst x {worst:.2f} ({kind})",
+        answers,
+        "speed: structprune evaluate --speed",
+    ]
+    rules = RULES if answers else RULES[1:]
+    met = (of for of in rules if mean <= of.mean and worst <= of.worst and kept >= of.kept and loops <= of.loops)
+    advice = next((rule.advice for rule in met), LAST)
+    unasked = "" if answers else "; answers were not asked, so it can say no more"
+    return ["; ".join(filter(None, figures)), f"verdict: {advice}{unasked}"]
+
+
+def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
+    """The last model's perplexity as a multiple of the first one's, by kind of text."""
+    measured, trained = report.get("perplexity") or {}, (report.get("recovery") or {}).get("perplexity") or {}
+    if trained and all("dense" in by_model for by_model in trained.values()):  # else it was trained without a teacher
+        measured = trained
+    ratios = {}
+    for kind, by_model in measured.items():
+        first, *_, last = [inf if value is None else value for value in by_model.values()] or [inf]
+        ratios[kind] = last / first if isfinite(last) and 0 < first < inf else inf
+    return ratios
+
+
+def _answers(report: Mapping[str, Any]) -> tuple[float, float, str]:
+    """The share of the first model's right answers that the last keeps, the share of the questions that it loops on
+    beyond the first, and both in words; empty where nothing was asked.
+    """
+    items = (report.get("recovery") or {}).get("answers") or report.get("answers") or []
+    if not items:
+        return 1.0, 0.0, ""
+    first, *_, last = counts(items, "loops")
+    right = [answers[-1]["right"] for answers in ([*of["answers"].values()] for of in items) if answers[0]["right"]]
+    words = f"{sum(right)} of {len(right)} right answers stay right, loops {first} → {last}"
+    return sum(right) / len(right) if right else 1.0, (last - first) / len(items), words

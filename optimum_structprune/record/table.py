@@ -1,0 +1,251 @@
+"""Rows of figures, each of several models, and the forms in which they are shown: text, Markdown, HTML and CSV.
+
+A record is the JSON of a report, of a training or of an evaluation. It names each figure of a model in the same way:
+`{"parameters": {model: …}, "perplexity": {domain: {model: …}}, …}`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, hypot, inf, isfinite, log10
+from statistics import fmean, geometric_mean
+from typing import Any
+
+from ..forward.metrics import ENOUGH
+
+
+UNKNOWN = "–"
+PERCENT, RATIO = "percent", "ratio"
+# What has one number for each model, with its label.
+COUNTS = {
+    "layers": "layers",
+    "parameters": "parameters",
+    "layer_parameters": "  in the layers",
+    "weights": "bytes",
+    "cache_per_token": "cache bytes per token",
+}
+# What has one number for each domain and model, as a record names it and as rows do, with the digits that are shown.
+BY_DOMAIN = {
+    "output_error": ("output error", 4, ""),
+    "divergence": ("KL", 4, PERCENT),
+    "agreement": ("top-1", 3, ""),
+}
+# What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
+ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of several models: a value for each, None where it is not known, a list where it is one by layer.
+    `change` says how the last is compared with the first known one: in `PERCENT`, as a `RATIO`, or not at all.
+    `errors` are the standard errors of the values and of the ratio; a `note` stands in the place of a change.
+    """
+
+    label: str
+    values: tuple[float | Sequence[int] | None, ...]
+    digits: int = 0
+    change: str = ""
+    errors: tuple[float | None, ...] = ()
+    tokens: int | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The last value, in the mean over the layers, as a multiple of the first; None where that is not known."""
+        known = [value for value in self.values[:-1] if value is not None][:1]
+        ends = [fmean(value) if isinstance(value, Sequence) else value or 0.0 for value in (*known, self.values[-1])]
+        is_comparable = self.change and len(ends) == 2 and self.values[-1] is not None
+        return ends[1] / ends[0] if is_comparable and ends[0] > 0 and all(map(isfinite, ends)) else None
+
+    def cells(self) -> list[str]:
+        """The label, the values, with as many digits as their standard errors allow, and the change."""
+        label = f"{self.label} ({self.tokens:,} tokens)" if self.tokens else self.label
+        errors = self.errors or (None,) * (len(self.values) + 1)
+        shown = [as_number(*pair, self.digits) for pair in zip(self.values, errors[:-1], strict=True)]
+        ratio, rough = self.ratio, self.tokens is not None and self.tokens < ENOUGH
+        if ratio is None:
+            change = self.note
+        elif self.change == PERCENT:
+            change = f"{ratio - 1:+.1%}"
+        else:
+            change = f"x {as_number(ratio, errors[-1], 1 if rough else 3)}{' rough' * rough}"
+        return [label, *shown, change]
+
+
+def as_number(value: float | Sequence[int] | None, error: float | None = None, digits: int = 0) -> str:
+    """A value and its standard error, with the digits up to the first one of the error, and at most 3."""
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, Sequence):
+        return "-".join(f"{width:,}" for width in sorted({min(value), max(value)}))
+    if error is None or not isfinite(error):
+        return f"{value:,.{digits}f}"
+    digits = min(max(-floor(log10(error)), 0), 3) if error > 0 else 3
+    return f"{value:,.{digits}f} ± {error:.{digits}f}"
+
+
+def models_of(record: Record) -> list[str]:
+    """The names by which a record calls its models, in its order."""
+    by_model = [record.get("parameters"), *(record.get("perplexity") or {}).values(), record.get("figures")]
+    return list(dict.fromkeys(name for of in by_model for name in of or ()))
+
+
+def size_rows(record: Record) -> list[Row]:
+    """Widths, numbers of parameters and bytes."""
+    models = models_of(record)
+    rows = [_row(f"width {kind}", of, models, change=PERCENT) for kind, of in widths_of(record).items()]
+    return rows + [
+        _row(label, record[name], models, change=PERCENT) for name, label in COUNTS.items() if record.get(name)
+    ]
+
+
+def quality_rows(record: Record) -> list[Row]:
+    """Perplexity by domain and its geometric mean, mean bits per byte, what `BY_DOMAIN` names, figures of answers."""
+    models, rows = models_of(record), []
+    stderr, tokens = record.get("perplexity_stderr") or {}, record.get("perplexity_tokens") or {}
+    for group, domains in _groups(record).items():
+        title = f", {group}" if group else ""
+        of_group = [
+            _row(f"perplexity {name}{title}", of, models, 2, RATIO, stderr.get(name, {}), tokens=tokens.get(name))
+            for name, of in domains.items()
+        ]
+        rows += of_group
+        if len(of_group) > 1:
+            columns = zip(*(row.values for row in of_group), strict=True)
+            means, errors = tuple(map(_geometric_mean, columns)), (*(None for _ in models), _error_of_mean(of_group))
+            rows.append(Row(f"  geometric mean{title}", means, 2, RATIO, errors))
+    if bits := record.get("bits_per_byte"):
+        of_each = [[of.get(model) for of in bits.values()] for model in models]
+        rows.append(Row("bits per byte", tuple(None if None in of else fmean(of) for of in of_each), 3))
+    for field, (label, digits, change) in BY_DOMAIN.items():
+        for name, of in (record.get(field) or {}).items():
+            rows.append(_row(f"{label} {name}", _by_model(of), models, digits, change))
+    return rows + (_figure_rows(record, models) if record.get("figures") else [])
+
+
+def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
+    """The figures of answers, and how those of the last model differ from the first one's on the same questions."""
+    figures, rows = record["figures"], []
+    for name in dict.fromkeys(name for of in figures.values() for name in of if not name.endswith("_stderr")):
+        values, errors = ({model: of.get(key) for model, of in figures.items()} for key in (name, f"{name}_stderr"))
+        note, pair = "", (record.get("paired") or {}).get(name)
+        if pair:
+            difference = "+" * (pair["difference"] >= 0) + as_number(pair["difference"], pair["stderr"], 3)
+            note = f"{difference}, {pair['verdict']} (p = {pair['p_value']:.3f})"
+        rows.append(_row(f"answers {name}", values, models, 0 if name == "tokens" else 3, "", errors, note=note))
+    return rows
+
+
+def _row(
+    label: str,
+    by_model: Mapping[str, Any],
+    models: Sequence[str],
+    digits: int = 0,
+    change: str = "",
+    stderr: Mapping[str, float | None] | None = None,
+    **more: Any,
+) -> Row:
+    errors = tuple(stderr.get(name) for name in (*models, "ratio")) if stderr else ()
+    return Row(label, tuple(by_model.get(model) for model in models), digits, change, errors, **more)
+
+
+def _by_model(of: Any) -> Mapping[str, Any]:
+    """A figure by model; one that stands alone is the smaller model's."""
+    return of if isinstance(of, Mapping) else {"after": of, "model": of}
+
+
+def _groups(record: Record) -> dict[str, dict[str, Any]]:
+    """The domains whose mean says something: those of kinds that were calibrated on, and all others."""
+    perplexity = record.get("perplexity") or {}
+    if record.get("calibrated") is None:
+        return {"": perplexity}
+    known = {*record["calibrated"], *(record.get("shared") or ())}
+    groups: dict[str, dict[str, Any]] = {"calibrated on": {}, "other text": {}}
+    for name, of in perplexity.items():
+        groups["calibrated on" if name in known else "other text"][name] = of
+    return groups
+
+
+def widths_of(record: Record) -> dict[str, dict[str, list[int]]]:
+    """The widths of the layers by kind of space and model."""
+    full = record.get("dense_widths")
+    return {
+        kind: dict(of) if full is None else {"before": [full[kind]], "after": [*of.values()]}
+        for kind, of in sorted((record.get("widths") or {}).items())
+    }
+
+
+def _geometric_mean(values: Sequence[Any]) -> float | None:
+    usable = all(value is not None and value > 0 and isfinite(value) for value in values)
+    return geometric_mean(values) if usable else None
+
+
+def _error_of_mean(rows: Sequence[Row]) -> float | None:
+    """The standard error of the geometric mean of ratios that were measured on texts of their own."""
+    parts = [((row.errors or (None,))[-1] or inf) / row.ratio for row in rows if row.ratio]
+    mean = _geometric_mean([row.ratio for row in rows])
+    return None if mean is None or not isfinite(hypot(*parts)) else mean * hypot(*parts) / len(rows)
+
+
+def side_by_side(records: Mapping[str, tuple[Record, str]]) -> dict[str, Any]:
+    """One record of several models, each from a record of its own, with the name that it has there."""
+    joined: dict[str, Any] = {}
+    for name, (record, model) in records.items():
+        for field in (*COUNTS, "figures"):
+            if model in (record.get(field) or ()):
+                joined.setdefault(field, {})[name] = record[field][model]
+        for field in ("widths", "perplexity", "perplexity_stderr", "bits_per_byte", *BY_DOMAIN):
+            for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
+                if model in (by_model := _by_model(of)):
+                    joined.setdefault(field, {}).setdefault(key, {})[name] = by_model[model]
+        joined.setdefault("perplexity_tokens", {}).update(record.get("perplexity_tokens") or {})
+    return joined
+
+
+def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
+    """Rows as text under the names of the models; the last column, of changes, has no name."""
+    table = [["", *models, ""], *(row.cells() for row in rows)]
+    return table if any(line[-1] for line in table) else [line[:-1] for line in table]
+
+
+def as_text(record: Record) -> str:
+    """All figures of a record as a table of text."""
+    return aligned(cells(models_of(record), [*size_rows(record), *quality_rows(record)]))
+
+
+def as_csv(record: Record) -> str:
+    """All figures of a record as comma-separated values, a line for each model; of widths the least and the most."""
+    rows, file = [*size_rows(record), *quality_rows(record)], io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", *(row.label.strip() for row in rows)])
+    for name, *values in zip(models_of(record), *(row.values for row in rows), strict=True):
+        plain = (as_number(of).replace(",", "") if isinstance(of, Sequence) else of for of in values)
+        writer.writerow([name, *plain])
+    return file.getvalue()
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines of text; the first column is aligned left, the others right."""
+    sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])
+        for row in table
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def escaped(words: str) -> str:
+    """A text as Markdown that shows it, in one line, whatever is in it."""
+    return ACTIVE.sub(r"\\\g<0>", re.sub(r"\s+", " ", words))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells of text as a Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in table]
+    return "\n".join([head, f"|{'---|' * len(table[0])}", *body])

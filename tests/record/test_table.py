@@ -1,0 +1,54 @@
+"""What a table shows of a figure is as exact as its standard error, and every form shows the same."""
+
+import csv
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_structprune.record.table import as_csv, as_text, models_of, quality_rows, side_by_side
+
+
+def of(ratio, stderr=None, tokens=9_000, names=("a",)):
+    """A report of a perplexity that grew from 10 by a factor on each text."""
+    both = {"before": 10.0, "after": 10.0 * ratio}
+    errors = {} if stderr is None else {name: {"ratio": stderr} for name in names}
+    counts = dict.fromkeys(names, tokens)
+    return {"perplexity": dict.fromkeys(names, both), "perplexity_stderr": errors, "perplexity_tokens": counts}
+
+
+@pytest.mark.parametrize(("error", "shown"), [
+    (0.2, "x 1.5 ± 0.2"), (0.04, "x 1.50 ± 0.04"), (0.0004, "x 1.500 ± 0.000"), (2.0, "x 2 ± 2"), (None, "x 1.500"),
+])  # fmt: skip
+def test_digits_follow_the_standard_error(error, shown):
+    assert quality_rows(of(1.5, error))[0].cells()[-1] == shown
+
+
+def test_a_few_tokens_without_an_error_give_one_digit():
+    assert quality_rows(of(1.23, tokens=1_000))[0].cells()[-1] == "x 1.2 rough"
+
+
+@pytest.mark.parametrize("kinds", [2, 4, 9])
+def test_the_error_of_a_mean_is_that_of_one_text_over_the_root_of_their_number(kinds):
+    *_, mean = quality_rows(of(2, 0.3, names=[f"text {n}" for n in range(kinds)]))
+    assert mean.label.strip() == "geometric mean" and mean.ratio == pytest.approx(2)
+    assert mean.errors[-1] == pytest.approx(0.3 / kinds**0.5)
+
+
+@given(st.lists(st.floats(0.5, 3), min_size=1, max_size=4))
+def test_models_of_several_records_stand_side_by_side(ratios):
+    every = {f"small {n}": (of(ratio), "after") for n, ratio in enumerate(ratios)}
+    record = side_by_side({"dense": (of(1), "before"), **every})
+    assert models_of(record) == ["dense", *every] and "perplexity a (9,000 tokens)" in as_text(record)
+    values = [float(row["perplexity a"]) for row in csv.DictReader(io.StringIO(as_csv(record)))]
+    assert values == pytest.approx([10.0, *(10.0 * ratio for ratio in ratios)])
+
+
+def test_what_has_no_dense_value_is_compared_with_the_first_known_one():
+    taught = {"perplexity": {"a": {"dense": 1.0, "pruned": 3.0, "recovered": 2.0}}}
+    taught["divergence"] = {"a": {"pruned": 0.4, "recovered": 0.1}}
+    ratio, far = (row.cells()[-1] for row in quality_rows(taught))
+    assert (ratio, far) == ("x 2.000", "-75.0%")
+    judged = {"perplexity": {"a": {"dense": 1.0, "model": 3.0}}, "divergence": {"a": 0.25}}
+    assert quality_rows(judged)[-1].cells() == ["KL a", "–", "0.2500", ""]
