@@ -18,6 +18,7 @@ from .table import as_number
 MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
 MOST_SHOWN, LOSES = 6, 1.02
+MOST_NAMED = 3  # languages in a verdict
 # Tokens that the text never shows are named where they have more than this part of the parameters.
 LEAST_SHOWN = 0.01
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
@@ -147,10 +148,8 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
     if not by_code:
         return
-    causal = any("known" in of for of in by_code.values())
-    ratios = {code: of["after"] / of["before"] for code, of in by_code.items()}
-    known = [code for code in sorted(ratios, key=lambda code: -ratios[code]) if by_code[code].get("known", True)]
-    losing = [code for code in known if ratios[code] > LOSES]
+    causal, known = any("known" in of for of in by_code.values()), _known(by_code)
+    losing = [code for code, ratio in known.items() if ratio > LOSES]
     unit, digits = ("bits per byte", 3) if causal else ("tokens", 0)
 
     def shown(codes: Sequence[str]) -> str:
@@ -162,6 +161,13 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     all_of = f"of {len(known)} languages that the dense model knew," if causal else f"of {len(known)} languages,"
     worst = f": {shown(losing[:MOST_SHOWN])}" if losing else ""
     yield f"{all_of} {len(losing) or 'none'} now take{'' if len(losing) > 1 else 's'} more {unit}{worst}"
+
+
+def _known(by_code: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many times as much the languages that the dense model knew take now, those first that lose most."""
+    measured = {code: of for code, of in by_code.items() if of.get("after") is not None and of.get("known", True)}
+    ratios = {code: of["after"] / of["before"] for code, of in measured.items()}
+    return {code: ratios[code] for code in sorted(ratios, key=lambda code: -ratios[code])}
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
@@ -183,7 +189,18 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     met = (of for of in rules if mean <= of.mean and worst <= of.worst and kept >= of.kept and loops <= of.loops)
     advice = next((rule.advice for rule in met), LAST)
     unasked = "" if answers else "; answers were not asked, so it can say no more"
-    return ["; ".join(filter(None, figures)), f"verdict: {advice}{unasked}"]
+    return ["; ".join(filter(None, figures)), f"verdict: {advice}{_but_not_in(report)}{unasked}"]
+
+
+def _but_not_in(report: Mapping[str, Any]) -> str:
+    """The languages that a smaller vocabulary has made worse, of those to keep, or where none was named, of all that
+    the dense model knew; empty where there are none.
+    """
+    by_code = report.get("languages") or {}
+    wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}
+    lost = [LANGUAGES[code] for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
+    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+    return f"; not in {', '.join(lost[:MOST_NAMED])}{more}" if lost else ""
 
 
 def _ratios(report: Mapping[str, Any]) -> dict[str, float]:

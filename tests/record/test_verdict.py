@@ -67,6 +67,26 @@ def test_without_answers_it_does_not_say_that_all_is_well():
     assert verdict({**unasked, "perplexity": {}}) == []
 
 
+def test_it_names_the_languages_that_lose_of_those_to_keep_or_of_all_that_were_known():
+    costs = {
+        "en": (1.0, 1.0),
+        "el": (1.0, 3.0),
+        "de": (1.0, 2.0),
+        "fr": (1.0, 1.5),
+        "es": (1.0, 1.4),
+        "nl": (1.0, 9.0),
+    }
+    languages = {
+        code: {"before": before, "after": after, "known": code != "nl", "wanted": False}
+        for code, (before, after) in costs.items()
+    }
+    line = verdict({**report([1.0]), "languages": languages})[-1]
+    assert line == "verdict: use it as it is; not in Greek, German, French and 1 more"
+    for code, says in (("en", ""), ("fr", "; not in French")):
+        wish = {**languages, code: {**languages[code], "wanted": True}}
+        assert verdict({**report([1.0]), "languages": wish})[-1] == f"verdict: use it as it is{says}"
+
+
 def test_a_training_is_judged_against_the_dense_model():
     pruned = report([1.4], kept=10)
     taught = {
