@@ -12,12 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
+from .arch.modules import blocks
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
-from .forward.generation import cached_values, flops_per_token, why_not_counted
+from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
@@ -30,6 +31,9 @@ from .widths.kernels import lost_kernels
 
 # How much longer a token takes to write than to read.
 WRITING = 1.8
+# A pruning takes about as many operations as so many forward passes of the layers over the text, one more where error
+# feedback runs the dense layers too, and with widths by measured loss so many times as many; see docs/benchmarks.md.
+PASSES, MEASURING = 2, 4
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -95,6 +99,7 @@ class DryRun(Record):
         need: The memory that the pruning itself takes at its peak; None where it was not asked for.
         flops_per_token: The operations per token to read a prompt of `seq_length` tokens; None where they were not
             asked for, or parameters do not say them.
+        operations: About how many operations the pruning itself takes; None like those.
     """
 
     model_type: str
@@ -108,6 +113,7 @@ class DryRun(Record):
     notes: tuple[str, ...] = ()
     need: Need | None = None
     flops_per_token: Change | None = None
+    operations: int | None = None
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -221,7 +227,16 @@ def dry_run(
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),
+        operations=_operations(config, arch, dense) if counts_operations else None,
     )
+
+
+def _operations(config: StructPruneConfig, arch: ArchSpec, dense: PreTrainedModel) -> int:
+    """About how many operations a pruning takes; what reads, writes and judges text comes on top."""
+    weights = (parameter for block in blocks(dense) for parameter in block.parameters())
+    passes = (PASSES + (config.fits and config.error_feedback > 0)) * config.rounds
+    passes *= MEASURING if config.searches else 1
+    return 2 * passes * config.num_samples * config.seq_length * active_parameters(dense, arch, weights)
 
 
 def _notes(

@@ -223,6 +223,7 @@ def counted_by_torch(model, tokens: int) -> float:
     """
     model = deepcopy(model)
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
 
     def per_token(count: int) -> float:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

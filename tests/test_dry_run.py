@@ -93,6 +93,7 @@ def test_dtype_and_choices(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--width", "attention=2", "--cost", "--offload", "disk"]) == 0
     text = capsys.readouterr().out
     assert "on the device" in text and "in CPU memory" in text and "operations per token" in text
+    assert "TFLOP: 0:00:0" in text and "GFLOP/s" in text
 
 
 def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_alone():
@@ -111,4 +112,6 @@ def test_grams_of_experts_stay_small():
     dense = Qwen2Config(**{**sizes, "intermediate_size": 128 * 768}, num_key_value_heads=4, dtype="bfloat16")
     experts, whole = (dry_run(model, settings, cost=True) for model in (config, dense))
     assert experts.need.working < whole.need.working / 20
-    assert experts.flops_per_token is None is not whole.flops_per_token
+    # A token goes through 8 of 128 experts.
+    assert experts.flops_per_token.before < whole.flops_per_token.before / 2
+    assert experts.operations < whole.operations / 4

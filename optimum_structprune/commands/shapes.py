@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import pairwise
+from math import ceil
+from time import perf_counter
 
+import torch
+
+from ..arch.hooks import is_emulated
 from ..arch.load import describe
 from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
@@ -15,6 +21,10 @@ from ..record.remarks import target_summary
 from .arguments import pruning_config
 from .loading import Loading
 from .output import Result
+
+
+# How many products of square matrices of which side tell how fast a machine is.
+PRODUCTS, SIDE = 3, 1024
 
 
 def inspect(args: Namespace) -> Result:
@@ -71,5 +81,22 @@ def plan(args: Namespace) -> Result:
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
     summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
     gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
-    head = f"{args.model}: {outcome.model_type}, {gone}"
-    return Result(f"{head}\n{outcome}", outcome.to_dict())
+    lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]
+    if outcome.operations is not None:
+        rate = _products_per_second(getattr(torch, outcome.dtype), str(loading.device))
+        time = timedelta(seconds=ceil(outcome.operations / rate))
+        cost = f"{outcome.operations / 1e12:,.1f} TFLOP: {time} at {rate / 1e9:,.0f} GFLOP/s"
+        lines.append(f"and about {cost}, the rate of matrix products here and now")
+    return Result("\n".join(lines), outcome.to_dict())
+
+
+def _products_per_second(dtype: torch.dtype, device: str) -> float:
+    """How many operations a device makes in a second in products of matrices, in fp32 where it emulates a dtype."""
+    factor = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
+    factor = factor.float() if is_emulated(factor) else factor
+    (factor @ factor).sum().item()  # the first product takes longer, for it chooses how
+    start = perf_counter()
+    for _ in range(PRODUCTS):
+        product = factor @ factor
+    product.sum().item()  # waits for a device that runs beside the program
+    return 2 * PRODUCTS * SIDE**3 / (perf_counter() - start)

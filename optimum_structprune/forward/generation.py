@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..arch.hooks import in_fast_dtype
 from ..arch.modules import blocks
-from ..arch.spec import ArchSpec
+from ..arch.spec import EXPERT, ArchSpec
 from ..errors import StructPruneError
 from .metrics import input_device
 
@@ -184,11 +184,29 @@ def growing_layers(cache: Cache) -> list[Any]:
 def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
     """The floating-point operations per token to read a prompt of so many tokens.
 
-    They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
-    value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
+    They are two per parameter of a matrix, the head's among them and of experts those that a token goes through, and
+    in the mean over the prompt, two per cached value, query head of its group and token that a token looks at. Sliding
+    windows are not taken into account.
     """
-    matrices = sum(parameter.numel() for parameter in read_parameters(model) if parameter.ndim > 1)
+    matrices = active_parameters(model, arch, read_parameters(model))
     return 2 * matrices + queries_per_key(model) * (cached_values(model, arch) or 0) * (tokens + 1)
+
+
+def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterable[nn.Parameter]) -> int:
+    """The number of values in the matrices among some parameters of a model, and of stacked experts in as many as a
+    token goes through.
+    """
+    chosen = {
+        id(stacked): space.min_size
+        for space in arch.of(EXPERT)
+        for stacked in model.get_submodule(str(space.experts)).parameters()
+    }
+    active = 0
+    for parameter in parameters:
+        if parameter.ndim > 1 + (id(parameter) in chosen):
+            experts = chosen.get(id(parameter))
+            active += parameter.numel() if experts is None else parameter[0].numel() * experts
+    return active
 
 
 def queries_per_key(model: PreTrainedModel) -> int:
@@ -201,8 +219,8 @@ def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
     """Why parameters do not say what a token costs; empty where they do."""
     if getattr(model.config, "quantization_config", None) is not None:
         return "it is quantized, and how its weights are unpacked is up to their kernels"
-    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
-        return "which of its experts a token goes through depends on the text"
+    if EXPERT in dict(arch.missing):
+        return "how many of its experts a token goes through is not known"
     if not arch.causal or cached_values(model, arch) is None:
         return "what it computes cannot be told without running it"
     return ""

@@ -106,7 +106,13 @@ def test_among_some_tokens_only_their_logits_count_and_no_row_runs_twice(case, c
     assert runs.count(12) == (4 if capped else 2)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "opt", "phi", "qwen3", "gemma2"])
+DENSE, MIXTURES = (
+    ["llama-tied", "llama-untied", "gpt2-tied", "opt", "phi", "qwen3", "gemma2"],
+    ["gpt_oss", "qwen2_moe"],
+)
+
+
+@pytest.mark.parametrize("case", [*DENSE, *MIXTURES])
 def test_operations_are_those_that_torch_counts(case):
     model = build(case)
     arch = describe(model)
