@@ -1,7 +1,6 @@
 # The public names and their modules. `__init__.py` reads this list, so that no name stands twice.
 from .arch.per_layer import disable_heterogeneous as disable_heterogeneous
 from .arch.per_layer import enable_heterogeneous as enable_heterogeneous
-from .calibrator import calibrate as calibrate
 from .config.domains import DomainConfig as DomainConfig
 from .config.pruning import StructPruneConfig as StructPruneConfig
 from .config.recovery import RecoveryConfig as RecoveryConfig

@@ -21,7 +21,7 @@ from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
-from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
+from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.choose import with_tokens
@@ -165,9 +165,6 @@ def checked_without_weights(
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
     described = ModelInfo(describe(dense, config.arch_file), dense, dense.device)
-    if use == CALIBRATE:
-        check(config, described, {}, use)
-        return described, config, {}
     config = with_tokens(config, described, tokenizer)
     widths = widths_of(config, described.arch, dense)
     check(config, described, widths, use)
@@ -251,7 +248,7 @@ def _notes(
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):
         yield "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
-    elif arch.causal and config.stats is None:
+    elif arch.causal:
         texts = texts_of(with_written_text(config))
         written = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)
         # All weights write, those of the head too, which calibration does not run.

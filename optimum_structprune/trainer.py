@@ -303,10 +303,5 @@ def _check_config(config: StructPruneConfig) -> None:
             f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
             "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
         )
-    if config.stats is not None:
-        raise StructPruneError(
-            f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it "
-            "out, or prune first (`structprune prune --stats`)."
-        )
     if config.recovery is not None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")

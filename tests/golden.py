@@ -47,8 +47,6 @@ RUNS = {
     "magnitude": ("trained", {"widths": BOTH, "criterion": "magnitude", "rounds": 2}),
     "bfloat16": ("bfloat16", {"sparsity": 0.3}),
     "offload": ("offloaded", {"widths": BOTH, "rounds": 2}),
-    "stats": ("stored", {"sparsity": 0.3}),
-    "stats_global": ("stored", {"sparsity": 0.3, "allocation": "global"}),
     "transposed": ("gpt2-tied", {"widths": {"mlp": 24}}),
     "experts": ("qwen3_moe", {"widths": {"expert": 3, "mlp": 24}}),
     "stacked_experts": ("gpt_oss", {"widths": {"mlp": 24}}),
@@ -62,16 +60,13 @@ def run(name: str, folder: Path) -> dict[str, str]:
     from models import tokenizer
     from transformers import AutoTokenizer
 
-    from optimum_structprune import StructPruneConfig, StructPruner, calibrate
+    from optimum_structprune import StructPruneConfig, StructPruner
 
     kind, fields = RUNS[name]
-    own = kind in ("trained", "bfloat16", "offloaded", "stored")
+    own = kind in ("trained", "bfloat16", "offloaded")
     model = model_of(kind, folder)
     reader = AutoTokenizer.from_pretrained(TINY) if own else tokenizer()
     config = StructPruneConfig(**{**text_fields(own), **fields})
-    if kind == "stored":
-        calibrate(model, reader, config, folder / "stats")
-        config = StructPruneConfig(**fields, stats=str(folder / "stats"))
     pruner = StructPruner(config)
     pruned = pruner.prune_model(model, reader, inplace=kind == "offloaded")
     return {"plan": hash_of_plan(pruner.plan), "weights": hash_of_weights(pruned)}
@@ -102,7 +97,7 @@ def model_of(kind: str, folder: Path):
 
     if kind == "biased":
         return build("llama-bias")
-    if kind not in ("trained", "bfloat16", "offloaded", "stored"):
+    if kind not in ("trained", "bfloat16", "offloaded"):
         return build(kind)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)

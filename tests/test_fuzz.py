@@ -27,7 +27,6 @@ from optimum_structprune.config.fields import parse_yaml, read_yaml
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
-from optimum_structprune.sources.stored import STATISTICS, Statistics
 
 
 CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)
@@ -183,28 +182,6 @@ def test_manifests(file, data):
         manifest.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
         manifest.save(file)
         assert handled(Manifest.load, file) is not None
-
-
-STORED = {
-    "model_type": "llama", "model": "00", "tokenizer": "01",
-    "domains": [{"name": "a", "weight": 1.0, "shape": [2, 3]}], "files": {"x": {"size": 1, "sha256": "00"}},
-}  # fmt: skip
-
-
-@examples(800)
-@example(data=STORED)
-@given(data=altered(STORED) | values)
-def test_descriptions_of_statistics(tmp_path_factory, data):
-    folder = tmp_path_factory.getbasetemp() / "statistics"
-    folder.mkdir(exist_ok=True)
-    (folder / "x").write_text("1")
-    (folder / STATISTICS).write_text(json.dumps(data, default=str))
-    statistics = handled(Statistics.load, folder)
-    assert statistics or data is not STORED
-    if statistics is not None:
-        str(statistics)
-        for name in statistics.files:
-            handled(statistics._checked, name)
 
 
 FAMILY = [

@@ -80,7 +80,7 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
             raise StructPruneError(
                 f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
             )
-        if config.searches and config.losses_dir is None and config.stats is None:
+        if config.searches and config.losses_dir is None:
             config = replace(config, losses_dir=str(Path(args.output) / "losses"))
         configs[sparsity] = config
     return configs

@@ -40,7 +40,7 @@ GROUPS = {
     "most used": MOST_USED,
     "how much goes": "budget rounds round_to --cost",
     "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
-    "text": "seq_length general_share general_text stats objective seed",
+    "text": "seq_length general_share general_text objective seed",
     "training afterwards": "--recovery-tokens recovery",
     "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
     "large models": "--offload batch_size checkpoint_dir losses_dir",
@@ -222,7 +222,7 @@ def text_file(path: str) -> dict[str, Any]:
     return {"name": name or "text", "source": path}
 
 
-def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPruneConfig:
+def pruning_config(args: Namespace) -> StructPruneConfig:
     """The `StructPruneConfig` of the file, if any, with the flags laid over it."""
     from ..config.pruning import AMOUNTS, StructPruneConfig
 
@@ -232,10 +232,7 @@ def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPrun
     values = _file(args)
     if any(name in given for name in AMOUNTS):
         values = {name: value for name, value in values.items() if name not in AMOUNTS}
-    values = _laid_over(values, given)
-    if sparsity is not None and all(values.get(name) is None for name in AMOUNTS):
-        values["sparsity"] = sparsity
-    return StructPruneConfig.from_dict(values)
+    return StructPruneConfig.from_dict(_laid_over(values, given))
 
 
 def recovery_config(args: Namespace) -> RecoveryConfig:

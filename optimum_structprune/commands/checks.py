@@ -90,9 +90,7 @@ def gguf_file(output: str, kind: str) -> str:
 
 
 def _texts(config: Any) -> list[DomainConfig]:
-    """The text that a config names; none where stored moments stand in for it."""
-    if getattr(config, "stats", None) is not None:
-        return []
+    """The text that a config names."""
     general = getattr(config, "general_text", None)
     return [*(config.domains or ()), *([DomainConfig(GENERAL, general)] if general else ())]
 
@@ -126,8 +124,6 @@ def progress_folder(output: str) -> Path:
 # How the flags of each command become configs.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
-    # How much a calibration would remove plays no part, but a config has to say it.
-    "calibrate": lambda args: [pruning_config(args, sparsity=0.5)],
     "plan": lambda args: [pruning_config(args)],
     "recover": lambda args: [recovery_config(args)],
 }

@@ -121,14 +121,6 @@ COMMANDS = (
         config="StructPruneConfig",
     ),
     Command(
-        "calibrate",
-        "prune.calibrate",
-        "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
-        "settings of `prune`; how much is removed plays no part.",
-        {"model": "Model id or folder.", "output": "Folder for the statistics.", **OVERWRITE, **LOADING, **OFFLOAD},
-        config="StructPruneConfig",
-    ),
-    Command(
         "plan",
         "shapes.plan",
         "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "

@@ -123,16 +123,16 @@ class Loading:
         """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def check(self, name: str, config: StructPruneConfig, use: str = PRUNE) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Refuse what a pruning or a calibration would refuse, before weights are loaded; the model without weights
-        as it is, and as it comes out where layers are alike.
+    def check(self, name: str, config: StructPruneConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Refuse what a pruning would refuse, before weights are loaded; the model without weights as it is, and as it
+        comes out where layers are alike.
         """
         model_config = self.config(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            tokenizer = self.tokenizer(name) if config.leaves_spaces_open and use == PRUNE else None
+            tokenizer = self.tokenizer(name) if config.leaves_spaces_open else None
             found, config, widths = checked_without_weights(
-                model_config, config, self.torch_dtype, self.trust_remote_code, use, tokenizer
+                model_config, config, self.torch_dtype, self.trust_remote_code, PRUNE, tokenizer
             )
         if VOCAB in widths:
             Tokens.of(config, found, found.plain_model, tokenizer or self.tokenizer(name), widths)

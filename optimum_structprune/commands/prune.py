@@ -1,4 +1,4 @@
-"""`structprune prune` and `structprune calibrate`: a smaller model, or what it takes to make one."""
+"""`structprune prune`: a smaller model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from dataclasses import replace
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import model_class
-from ..calibrator import calibrate as stored_statistics
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
-from ..pruning.checks import CALIBRATE
 from ..recovery.checks import check_recovery
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
-from .arguments import pruning_config
 from .checks import progress_folder, prune_configs
 from .exporting import with_gguf
 from .loading import Loading
@@ -75,8 +72,8 @@ def _prune_and_save(
     config = pruner.config
     with output.sibling(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
-        # None where no text is read, or where a pass takes much longer than elsewhere.
-        tokens = 0 if config.stats or args.offload else config.num_samples * config.seq_length
+        # None where a pass takes much longer than elsewhere.
+        tokens = 0 if args.offload else config.num_samples * config.seq_length
         check = ShortCheck(tokenizer, tokens)
         check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
@@ -105,24 +102,3 @@ def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
             "\nonce optimum_structprune is imported, or with trust_remote_code=True, since its layers differ in width"
         )
     return where
-
-
-def calibrate(args: Namespace) -> Result:
-    """Run the text through the model and store what pruning needs of it."""
-    config = pruning_config(args, sparsity=0.5)  # how much is removed plays no part, but a config has to say it
-    loading = Loading.of(args, arch_file=config.arch_file)
-    output = Output(args.output, args.overwrite, [args.model, *used_paths(config)])
-    with across_processes(), output.locked(), output.sibling(OFFLOAD) as scratch:
-        output.check()
-        loading.check(args.model, config, CALIBRATE)
-        model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
-        statistics = stored_statistics(model, tokenizer, config, args.output, args.overwrite)
-    return Result(
-        f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",
-        {
-            "model_type": statistics.model_type,
-            "calibration_tokens": statistics.tokens,
-            "bytes": sum(file.size for file in statistics.files.values()),
-            "output": args.output,
-        },
-    )

@@ -118,20 +118,18 @@ class StructPruneConfig(Serialisable):
         expert_parallel: How many devices will share the experts of the result, as with vLLM's option of that name.
             Numbers of experts that `sparsity` or `budget` chooses are multiples of it.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
-            prose, code and math in equal shares, and with `stats` for all domains that are stored.
+            prose, code and math in equal shares.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
             keeps the loss small on text that nobody named. None stands for a half where no domains are named, and for
             a fifth beside domains where there is `general_text`.
         general_text: The source of the general text, such as `self:any`, `builtin:general` or `preset:general`. None
             stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
             model is in memory and can write, and otherwise for `builtin:general` if `general_share` asks for it.
-        stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
-            and `domains` only chooses among the stored domains and weighs them.
         objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
             with an allocation that measures losses the widths follow the domain that loses most. `mean` leaves the
             weights as they are.
         losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
-            targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
+            targets of the same model and text. None stands for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each finished layer; a run that was killed goes on from there. It
             takes one round.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
@@ -172,7 +170,6 @@ class StructPruneConfig(Serialisable):
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None
-    stats: str | None = None
     objective: Literal["mean", "worst"] = "mean"
     losses_dir: str | None = None
     checkpoint_dir: str | None = None
@@ -221,7 +218,7 @@ class StructPruneConfig(Serialisable):
     def leaves_spaces_open(self) -> bool:
         """Whether measured losses may say how much of the budget tokens take, and how much the layers."""
         asks = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
-        return asks and self.stats is None and (self.searches or self.allocation == "uniform")
+        return asks and (self.searches or self.allocation == "uniform")
 
     @property
     def scored_by(self) -> str:
@@ -242,6 +239,11 @@ class StructPruneConfig(Serialisable):
     def fits(self) -> bool:
         """Whether every kept weight is fitted to the dense outputs; of a registered refit that is not known."""
         return self.refit == "least_squares"
+
+    @property
+    def feedback(self) -> float:
+        """The share of the error of the residual stream that the refit makes up for."""
+        return float(self.error_feedback) if self.fits else 0.0
 
     @property
     def searches(self) -> bool:
@@ -367,9 +369,4 @@ def _check_together(config: StructPruneConfig) -> None:
         raise ValueError(
             "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
             "call recover"
-        )
-    if config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None:
-        raise ValueError(
-            f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in "
-            "domains, or in the domains of recovery"
         )

@@ -100,10 +100,10 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     """A config whose general text is written by the model, unless the config says otherwise: where it names domains
-    that are no general text themselves and leave samples for it, and reads no stored moments.
+    that are no general text themselves and leave samples for it.
     """
     domains = config.domains or []
-    placed = config.stats is None and 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
+    placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:
         return config
     return replace(config, general_text=WRITTEN)

@@ -1,7 +1,7 @@
 """Refuses what cannot be done, before any text is read or any weight is touched.
 
 A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
-optional room cannot do, it refuses itself: see `sources.offloaded`, `sources.stored`, `recovery.checks` and `trainer`.
+optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.checks` and `trainer`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
 
 
-# What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
-PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
+# What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
+PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
 
 
 def check(
@@ -40,8 +40,7 @@ def check(
 ) -> None:
     """Refuse whatever cannot be met with the final widths, and warn of options that have no effect.
 
-    Where calibration will choose the widths, others of the same total stand for them; where moments are only stored,
-    there are none.
+    Where calibration will choose the widths, others of the same total stand for them.
     """
     arch = described.arch
     if use != DRY_RUN:
@@ -50,21 +49,12 @@ def check(
         from ..sources.offloaded import check_offloaded
 
         check_offloaded(config, described, widths)
-    if use == CALIBRATE:
-        from ..sources.stored import check_storable
-
-        check_storable(config, arch)
-    else:
-        _check_criterion(config, arch, widths, use)
-        _check_spaces(config, arch, widths, use)
-    if use in (PRUNE, CALIBRATE):
-        if not has_inputs and config.stats is None:
+    _check_criterion(config, arch, widths, use)
+    _check_spaces(config, arch, widths, use)
+    if use == PRUNE:
+        if not has_inputs:
             check_reads_text(described.plain_model)
-        _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
-    if use == PRUNE and config.stats is not None:
-        from ..sources.stored import check_stats
-
-        check_stats(config, arch, widths)
+        _check_text(has_tokenizer, has_inputs, VOCAB in widths)
     if use == PRUNE and (config.checkpoint_dir or config.losses_dir):
         _check_folders(config)
     if use == PRUNE and config.recovery is not None:
@@ -182,19 +172,17 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
             f"{described.name} is offloaded, and a Trainer trains weights in memory; load it there."
         )
     longest = positions_of(described.plain_model)
-    if config.stats is None and not has_inputs and config.seq_length > longest:
+    if not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool = False) -> None:
+def _check_text(has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool) -> None:
     """Refuse text that nothing was passed to read it with, and `inputs` that do not fit the rest of the config."""
     if has_inputs and fewer_tokens:
         raise StructPruneError(
             f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
         )
-    if has_inputs and config.stats is not None:
-        raise StructPruneError(f"inputs are calibration data, and stats={config.stats!r} stands in for them.")
-    if not (has_tokenizer or has_inputs or config.stats is not None):
+    if not (has_tokenizer or has_inputs):
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
 
 
@@ -271,10 +259,8 @@ def _check_folders(config: StructPruneConfig) -> None:
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
-    recovery = config.recovery
     explicit, gram = config.widths is not None, config.fits
     damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
-    stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         **dict.fromkeys(
@@ -283,9 +269,6 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
-        "general_share": (stored, "stats were gathered already; name the domain 'general' if they hold it"),
-        "num_samples": (stored, "stats were gathered already"),
-        "seq_length": (stored, "stats were gathered already"),
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)

@@ -84,9 +84,7 @@ class Text(NamedTuple):
 
     @classmethod
     def of(cls, config: StructPruneConfig, model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> Text:
-        """The samples that a config asks for, or those that are given; none where stored moments stand in for them."""
-        if config.stats is not None:
-            return cls(0, config.seq_length, 0, 0)
+        """The samples that a config asks for, or those that are given."""
         domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
         if inputs is not None:
             from ..domains.load import given_domains
@@ -199,7 +197,7 @@ class Workload:
     @cached_property
     def _feedback(self) -> bool:
         """Whether error feedback runs the dense residual stream beside the present one."""
-        return self.config.fits and self.config.error_feedback > 0 and self.config.stats is None
+        return self.config.fits and self.config.error_feedback > 0
 
     @cached_property
     def _hidden(self) -> int:
@@ -292,7 +290,7 @@ def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedMode
         return batch_size
 
     try:
-        silent = device.type == "cpu" or data.statistics is not None  # no error says that a batch is too large
+        silent = device.type == "cpu"  # no error says that a batch is too large
         size = start if silent else find_executable_batch_size(attempt, starting_batch_size=start)()
     except RuntimeError as error:
         room, text = "" if free is None else f" in {readable_size(free)}", samples.ndim == 2

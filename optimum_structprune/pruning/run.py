@@ -157,7 +157,7 @@ class Run:
     def _note_unread(self) -> None:
         """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
         space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
-        if self.counted or self.tokenizer is None or space is None or self.data.statistics is not None:
+        if self.counted or self.tokenizer is None or space is None:
             return
         from ..vocabulary.choose import token_shares, unread
         from ..vocabulary.tokens import Vocabulary
@@ -211,7 +211,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
     try:
         with run.report.timed("round 1"):
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
-            source = data.source(model, arch, data.feedback)
+            source = data.source(model, arch, run.config.feedback)
             done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
             layers = progress(
                 range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"

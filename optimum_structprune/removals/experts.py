@@ -28,7 +28,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     with run.report.timed("experts"):
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
         criterion = EXPERT_CRITERIA.get(run.config.scored_by if run.config.judges_experts else EXPERT_SCORES[0])
-        source = run.data.source(model, arch, run.data.feedback)
+        source = run.data.source(model, arch, run.config.feedback)
         assert isinstance(source, WithExperts)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
             for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):

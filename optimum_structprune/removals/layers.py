@@ -93,7 +93,7 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
 
 def _gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
     """The source for `_refit_before_gap_`; None where nothing makes up for a removed layer."""
-    source = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None
+    source = layers_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
     if not isinstance(source, InMemory):
         return None
     source.paths.find_other = Norm.behind  # else a layer that normalises its outputs could make up for nothing

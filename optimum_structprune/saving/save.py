@@ -54,7 +54,7 @@ SHARD_SIZE = "2GB"
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
 OWN = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
-    r"(config|generation_config|evaluation|speed|written_files|statistics)\.json|"
+    r"(config|generation_config|evaluation|speed|written_files)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r".+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )

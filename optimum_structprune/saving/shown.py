@@ -30,7 +30,7 @@ from ..record.table import Row, cells, escaped, markdown, models_of, quality_row
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
-PLACES = ("stats", "losses_dir", "checkpoint_dir", "arch_file", "keep_tokens")
+PLACES = ("losses_dir", "checkpoint_dir", "arch_file", "keep_tokens")
 MOST_SHOWN = 200  # characters of a question or an answer
 
 

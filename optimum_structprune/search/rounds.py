@@ -46,7 +46,7 @@ def run_round_(
     count, total = run.arch.num_layers, run.config.rounds
     try:
         with run.report.timed(f"round {number}"):
-            method, source = pruning.method(run.data), run.data.source(run.model, run.arch, run.data.feedback)
+            method, source = pruning.method(run.data), run.data.source(run.model, run.arch, run.config.feedback)
             # The bar counts the layers of all rounds, for the time that is left.
             bar = {"initial": (number - 1) * count, "total": total * count, "unit": "layer"}
             for layer in progress(range(count), desc=f"round {number}/{total}", **bar):

@@ -178,7 +178,7 @@ class Search:
         data = self.data.portion(TRIAL_TOKENS)
         pruning = MaskedPruning(self.model, self.arch, self.config)
         try:
-            pruning.run_(data.source(self.model, self.arch, data.feedback), pruning.method(data), widths)
+            pruning.run_(data.source(self.model, self.arch, data.config.feedback), pruning.method(data), widths)
             total = data.total_loss(probe.losses(self.model))
         finally:
             pruning.consumers.undo_()

@@ -132,7 +132,7 @@ class Trials:
     def _store(self) -> Resume | None:
         """What keeps losses for other targets of the same model and text."""
         config = self.pruning.config
-        folder = config.losses_dir or config.stats or config.checkpoint_dir
+        folder = config.losses_dir or config.checkpoint_dir
         if folder is None:
             return None
         refit = (self.pruning.refit, config.damping, config.error_feedback)

@@ -35,22 +35,20 @@ for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares"
 
 if TYPE_CHECKING:
     from .experts import WithExperts
-    from .stored import Statistics, Stored
     from .whole_model import WholeModel
 
 # What gives activations, layer by layer: `InMemory` names the methods that all of them have. The others are imported
 # where a run has such a source.
-Source = Union["InMemory", "WholeModel", "WithExperts", "Stored"]
+Source = Union["InMemory", "WholeModel", "WithExperts"]
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The samples of a run by domain, or stored moments in their place, and the weights of the domains.
+    """The samples of a run by domain, and the weights of the domains.
 
     Attributes:
-        domains: The domains with their samples; with stored moments, shapes without content.
+        domains: The domains with their samples.
         shares: The present weight of each domain; they sum to 1.
-        statistics: Stored moments of the dense model; None where the samples are run.
         cache: What registered criteria and allocations remember during the run, by a name of their own.
     """
 
@@ -58,7 +56,6 @@ class CalibrationData:
     domains: Sequence[Domain]
     shares: tuple[float, ...]
     batch_size: int
-    statistics: Statistics | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -73,17 +70,11 @@ class CalibrationData:
         """Read the evidence that a config names; its own config says which general text was read. With `counts` the
         pools hold more text, in which tokens are counted.
 
-        A quantized model that writes text, or is compared with a stored one, is unpacked for that in a copy, so that
-        it is still packed where a run ends for lack of text.
+        A quantized model that writes text is unpacked for that in a copy, so that it is still packed where a run ends
+        for lack of text.
         """
-        if config.stats is not None or any(map(written_by_model, texts_of(config))):
+        if any(map(written_by_model, texts_of(config))):
             model = dequantized(model, inplace=False)
-        if config.stats is not None:
-            from .stored import Statistics
-
-            statistics = Statistics.load(config.stats)
-            statistics.check(model, tokenizer)
-            return cls.of(config, statistics.chosen(config), statistics)
         from ..domains.load import calibration_domains, given_domains
 
         if inputs is not None:
@@ -106,12 +97,10 @@ class CalibrationData:
         return replace(self, domains=load_domains(self.config, reader, vocab_size, None, model, seen, tokenizer))
 
     @classmethod
-    def of(
-        cls, config: StructPruneConfig, domains: Sequence[Domain], statistics: Statistics | None = None
-    ) -> CalibrationData:
+    def of(cls, config: StructPruneConfig, domains: Sequence[Domain]) -> CalibrationData:
         """The evidence in domains that are read already."""
         shares = tuple(domain.weight for domain in domains)
-        return cls(config, domains, shares, config.samples_at_once, statistics)
+        return cls(config, domains, shares, config.samples_at_once)
 
     @property
     def names(self) -> list[str]:
@@ -148,32 +137,22 @@ class CalibrationData:
         return batches_of(domains, self.batch_size)
 
     def portion(self, tokens: int) -> CalibrationData:
-        """The evidence cut to at most `tokens` tokens, as many samples in each domain; stored moments stay."""
+        """The evidence cut to at most `tokens` tokens, as many samples in each domain."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
-        domains = self.domains if self.statistics is not None else [domain.portion(most) for domain in self.domains]
-        return replace(self, domains=domains)
+        return replace(self, domains=[domain.portion(most) for domain in self.domains])
 
     def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
-        """The source of the activations of a model as it is now, or the stored moments.
+        """The source of the activations of a model as it is now.
 
         Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
         number in all stays the same.
         """
-        if self.statistics is not None:
-            from .stored import Stored
-
-            return Stored(self.statistics, self.domains, model)
         return source_of(model, arch, self.own_batches, feedback, fixed)
-
-    @property
-    def feedback(self) -> float:
-        """The share of the error of the residual stream that a refit makes up for."""
-        return float(self.config.error_feedback) if self.config.fits else 0.0
 
     def whole_model_statistics(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
         """What the criterion makes of passes through the whole model, by module, shape `(n,)`, if it does."""
         watch = CRITERIA.get(self.config.scored_by).whole_model_statistics
-        by_domain = {} if watch is None or self.statistics is not None else watch(model, arch, self)
+        by_domain = {} if watch is None else watch(model, arch, self)
         return {module: self.mean(values) for module, values in by_domain.items()}
 
     def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
@@ -181,21 +160,14 @@ class CalibrationData:
         losses = [log(ratio) for ratio in ratios.values()]
         return replace(self, shares=reweighted(self.shares, [domain.weight for domain in self.domains], losses))
 
-    def entries(self) -> Sequence[Entry]:
-        """What identifies the text."""
-        if self.statistics is not None:
-            return self.statistics.manifest(self.domains).domains
-        return [Entry.of(domain) for domain in self.domains]
-
     def key(self, model: PreTrainedModel, *more: Any) -> str:
         """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
-        parts = [fingerprint(model), [{**asdict(entry), "origin": None} for entry in self.entries()], *more]
+        entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
+        parts = [fingerprint(model), entries, *more]
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
         """The record of what was calibrated on, in rounds with these shares of the domains."""
-        if self.statistics is not None:
-            return self.statistics.manifest(self.domains)
         domains = self.domains
         if self.config.reweights:
             counts = zip(*(_counts(domains, shares) for shares in [*rounds] or [self.shares]), strict=True)

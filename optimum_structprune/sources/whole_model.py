@@ -18,11 +18,20 @@ from ..method.calibrate import Moments
 from ..method.layers import Batch, OneProcess, run_model
 
 
-class Still:
-    """A source that reaches nothing new between layers; see `method.layers.InMemory` for its methods."""
+class WholeModel:
+    """Observes every consumer in the same pass, on the model as it stands when the first moments are asked for; the
+    moments of all domains and layers are in memory, and nothing new is reached between layers. See
+    `method.layers.InMemory` for its methods.
+    """
 
     error_feedback = 0.0
-    model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], ranks: OneProcess | None = None
+    ):
+        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
+        self.num_domains = 1 + max(batch.domain for batch in batches)
+        self.gathered: list[dict[str, Moments]] = []
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """See `InMemory.at`."""
@@ -38,25 +47,11 @@ class Still:
         """See `InMemory.same_outputs`; here of the whole model."""
         return same_outputs(f"The model with layer {layer} cut", self.model)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """See `InMemory.state`; None where the source cannot go on at a layer."""
-        return None
+    def state(self) -> None:
+        """See `InMemory.state`; a run cannot go on at a layer."""
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `InMemory.resume_`."""
-
-
-class WholeModel(Still):
-    """Observes every consumer in the same pass, on the model as it stands when the first moments are asked for; the
-    moments of all domains and layers are in memory.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], ranks: OneProcess | None = None
-    ):
-        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
-        self.num_domains = 1 + max(batch.domain for batch in batches)
-        self.gathered: list[dict[str, Moments]] = []
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `InMemory.moments`."""

@@ -26,7 +26,6 @@ DECLARE = {command.name: command.declare for command in ALL}
 COMMANDS = [
     ("prune", ["m", "o"], StructPruneConfig, pruning_config),
     ("plan", ["m"], StructPruneConfig, pruning_config),
-    ("calibrate", ["m", "o"], StructPruneConfig, pruning_config),
     ("recover", ["m", "o"], RecoveryConfig, recovery_config),
 ]
 
@@ -148,10 +147,9 @@ def test_flags_override_the_file(tmp_path):
 def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
     (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")
     line = ["m", "o", "--config", str(tmp_path / "run.yaml")]
-    assert pruning_config(parsed("prune", *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
+    assert pruning_config(parsed("prune", *line)).widths == {"mlp": 8, "attention": 2}
     assert pruning_config(parsed("prune", *line, "--width", "mlp=9")).widths == {"mlp": 9}
     assert pruning_config(parsed("prune", *line, "--sparsity", "0.3")).sparsity == 0.3
-    assert pruning_config(parsed("calibrate", "m", "o"), sparsity=0.5).sparsity == 0.5
 
 
 def test_flags_of_recovery_override_the_file(tmp_path):
@@ -182,9 +180,8 @@ def test_a_source_whose_name_holds_an_at_sign(tmp_path):
 
 
 def test_text_is_the_short_form_of_domains_named_after_their_files():
-    args = parsed(
-        "prune", "m", "o", "--text", "notes.jsonl", "in/my letters.txt", "--domain", "a=b.txt", "--text", "c/"
-    )
+    line, text = ["prune", "m", "o", "--sparsity", "0.2"], ["--text", "notes.jsonl", "in/my letters.txt"]
+    args = parsed(*line, *text, "--domain", "a=b.txt", "--text", "c/")
     expected = [("notes", "notes.jsonl"), ("my-letters", "in/my letters.txt"), ("a", "b.txt"), ("c", "c/")]
-    assert [(of.name, of.source) for of in pruning_config(args, sparsity=0.2).domains] == expected
-    assert pruning_config(parsed("prune", "m", "o", "--text", "*.txt"), 0.2).domains[0].name == "text"
+    assert [(of.name, of.source) for of in pruning_config(args).domains] == expected
+    assert pruning_config(parsed(*line, "--text", "*.txt")).domains[0].name == "text"

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-PRUNE, CALIBRATE, RECOVER = "prune model out", "calibrate model out", "recover model out"
+PRUNE, RECOVER = "prune model out", "recover model out"
 SHARE = f"{PRUNE} --sparsity 0.2"
 FLAGS = [
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
@@ -81,7 +81,6 @@ FLAGS = [
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --format nemotron-nas [--pad]"),
     ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
-    (f"{CALIBRATE} --domain a=none.txt", "there is no file or folder none.txt"),
     (f"{RECOVER} --tokens 0", "error: --tokens has to be greater than 0"),
     (f"{RECOVER} --domain a=none.txt", "there is no file or folder none.txt"),
     ("evaluate model --domain a=none.txt", "there is no file or folder none.txt"),
@@ -104,13 +103,11 @@ MODEL = [
     (f"{SHARE} --method itertive", "There is no pruner 'itertive'"),
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
-    (f"{SHARE} --stats none", "none holds no statistics"),
     (f"{SHARE} --losses-dir model --allocation search", "model holds a model"),
     (f"{SHARE} --recovery seq_length=100000 --recovery-tokens 9000000", "The recovery's seq_length=100000 is longer"),
     (f"{SHARE} --recovery 'lora={{rank: 4}}'", "LoraConfig has no field 'rank'"),
     (f"{SHARE} --offload disk --target hidden", "changes weights all over"),
     (f"{SHARE} --device warp", "--device warp cannot be used"),
-    (f"{CALIBRATE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),
     ("evaluate model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
     ("evaluate model model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),

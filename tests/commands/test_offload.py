@@ -97,9 +97,8 @@ def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, t
 
 def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, capsys, monkeypatch):
     with FileLock(tmp_path / ".out.lock"):
-        refused(capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out"), "Another run writes")
-        calibrate = ["calibrate", *command(desk, desk / "model", tmp_path / "out", widths=())[1:]]
-        refused(capsys, monkeypatch, tmp_path, calibrate, "Another run writes to", "name another output")
+        words = ("Another run writes to", "name another output")
+        refused(capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out"), *words)
 
 
 @pytest.mark.parametrize(("size", "resume"), with_long([(300, ()), (4000, ("--resume",)), (9000, ())], [300]))

@@ -40,7 +40,6 @@ def commands(folder):
         "plan": ["plan", model, "--width", "mlp=24"],
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
-        "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
         "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
         "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
     }
@@ -48,7 +47,7 @@ def commands(folder):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder, capsys):
-    lines, again = commands(folder), {"prune", "export", "calibrate", "recover"}
+    lines, again = commands(folder), {"prune", "export", "recover"}
     assert lines.keys() == {command.name for command in COMMANDS}
     for name, line in lines.items():
         assert main(line) == 0, name
@@ -66,7 +65,7 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
 
 def test_json_to_a_file_leaves_the_text(folder, tmp_path, capsys):
     plan = ["plan", str(folder / "model"), "--width", "mlp=24"]
-    for line in (plan, ["evaluate", str(folder / "model"), *commands(folder)["calibrate"][3:]]):
+    for line in (plan, ["evaluate", str(folder / "model"), *commands(folder)["evaluate"][4:]]):
         for more in ([], ["--overwrite"]):
             assert main([*line, *more, "--json", str(tmp_path / "out.json")]) == 0
             assert not capsys.readouterr().out.startswith("{")

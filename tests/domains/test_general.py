@@ -44,7 +44,7 @@ def test_general_text_is_left_out_where_it_has_no_place_or_something_is_said_of_
         with pytest.raises(StructPruneError, match="general_share=0.1 adds a domain 'general'"):
             pruning_of(domain, general_share=0.1)
     pair = [("a", "a.txt"), ("b", "b.txt")]
-    for fields in ({"num_samples": 2}, {"stats": "folder"}, {"general_share": 0}, {"general_text": "builtin:general"}):
+    for fields in ({"num_samples": 2}, {"general_share": 0}, {"general_text": "builtin:general"}):
         said = pruning_of(*pair, **fields)
         assert with_written_text(said) is said
     with pytest.raises(StructPruneError, match="general_share=0; set general_share=0.2"):

@@ -15,7 +15,6 @@ from optimum_structprune import (
     DomainConfig,
     StructPruneError,
     StructPruner,
-    calibrate,
     evaluate,
     export_gguf,
     prune_model,
@@ -66,7 +65,6 @@ def dense_of(model, reader):
 TEXT = [DomainConfig("unread", unread())]
 PLACES = {
     "prune": lambda model, reader: prune_model(model, config(domains=TEXT), reader),
-    "calibrate": lambda model, reader: calibrate(model, reader, config(domains=TEXT), "nowhere"),
     "evaluate": lambda model, reader: evaluate(model, reader, TEXT, seq_length=24),
     "dense": dense_of,
     "gguf": lambda model, reader: export_gguf(model, "nowhere.gguf", reader),

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.sources.stored import load_moments, save_moments
 
 
 def streamed(x: torch.Tensor, sizes: list[int], gram: bool = True) -> Moments:
@@ -75,12 +74,3 @@ def test_what_is_selected_is_a_principal_submatrix_and_the_error_goes_with_the_r
     for bad in ("nan", "inf"):
         with pytest.raises(StructPruneError, match="NaN or infinite activations at a in domain 0"):
             streamed(torch.tensor([[1.0, float(bad)]]), [1]).checked("a", 0)
-
-
-def test_save_and_load(tmp_path):
-    stats = {"a": streamed(torch.randn(8, 3), [8]), "b/c": streamed(torch.randn(8, 3), [8], gram=False)}
-    path = tmp_path / "stats.safetensors"
-    save_moments(stats, path)
-    again = load_moments(path, stats)
-    assert_same(again["a"], stats["a"])
-    assert again["b/c"].gram is None and again["b/c"].count == 8

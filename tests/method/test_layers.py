@@ -139,7 +139,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     model, data = build(case), data_of(config())
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
-    source, smaller = data.source(model, arch, data.feedback), shrunk_skeleton(model, arch, widths)
+    source, smaller = data.source(model, arch, data.config.feedback), shrunk_skeleton(model, arch, widths)
     prune_layers_(model, arch, source, method_of(data.config, data.shares), widths, smaller, {})
     entering = []
     last = layer_list(model, arch)[-1]

@@ -23,7 +23,7 @@ def pruned_by_hand(model, settings, **how):
     """Prune a model with the loop alone, on the samples of a config, and return the kept units."""
     data, arch, widths, keep = data_of(settings), describe(model), settings.widths, {}
     smaller = shrunk_skeleton(model, arch, widths, biased_spaces(settings, arch, widths))
-    source = InMemory(model, arch, data.own_batches, data.feedback)
+    source = InMemory(model, arch, data.own_batches, data.config.feedback)
     prune_layers_(model, arch, source, method_of(settings, data.shares), widths, smaller, keep, **how)
     adopt_config_(model, smaller)
     return keep

@@ -10,7 +10,7 @@ from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
 
-from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, calibrate, dry_run, prune_model
+from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, dry_run, prune_model
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
@@ -127,33 +127,12 @@ def test_the_text_is_what_a_run_reads_next():
         prune_model(build("llama-tied"), blind(), None)
 
 
-@pytest.fixture(scope="module")
-def stats(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stats") / "stats"
-    calibrate(build("llama-tied"), tokenizer(), config(), folder)
-    return str(folder)
-
-
-def test_what_stored_moments_cannot_give(stats, tmp_path):
-    for fields, message in (
-        ({"widths": {"layer": 1}}, "'layer' is judged by something else; prune without stats"),
-        ({"widths": {"hidden": 24}}, "'hidden' is judged by something else; prune without stats"),
-        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
-        ({"stats": str(tmp_path)}, "holds no statistics"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            prune_model(build("llama-tied"), blind(**{"stats": stats, **fields}), tokenizer(), inplace=True)
-    with pytest.raises(StructPruneError, match="inputs are calibration data, and stats="):
-        prune_model(build("llama-tied"), blind(stats=stats), tokenizer(), inputs={"a": token_ids()})
-
-
 @pytest.mark.parametrize(("fields", "message"), [
     ({"refit": "bias"}, "adds parameters that the optimizer does not hold"),
     ({"rounds": 2, "objective": "worst"}, "span the rounds of one pruning"),
     ({"checkpoint_dir": "x"}, "span the rounds of one pruning"),
     ({"allocation": "global"}, "which a Trainer's steps do not"),
     ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
-    ({"stats": "x"}, "which training has changed by then"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -183,17 +162,6 @@ def test_what_a_run_remembers_is_not_put_beside_a_model(fields, tmp_path, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_calibration_refuses(tmp_path):
-    for model, reader, settings, message in (
-        (build("mixtral"), tokenizer(), blind(), "only the moments of dense models are stored"),
-        (build("llama-tied"), tokenizer(), blind(seq_length=65), "longer than the model's 64 positions"),
-        (build("llama-tied"), None, blind(), "reading them takes a tokenizer"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            calibrate(model, reader, settings, tmp_path / "stats")
-    assert not list(tmp_path.iterdir())
-
-
 # --- options without effect
 
 AMOUNT = {"widths": {"mlp": 24}}
@@ -202,8 +170,6 @@ BY_SPARSITY = {"widths": None, "sparsity": 0.1}
 IDLE = [
     ("targets", ["attention"], {}, [BY_SPARSITY, {"widths": None, "budget": {"parameters": 15_000}}]),
     ("round_to", 8, {}, [BY_SPARSITY, {"allocation": "global"}]),
-    ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
-    ("seq_length", 25, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
 ]
 
 
@@ -289,15 +255,13 @@ WRONG = [
 ]
 
 
-def test_another_kind_is_refused(tmp_path):
+def test_another_kind_is_refused():
     model = build("llama-tied")
     for fields, message in WRONG:
         arguments = {"model": model, "config": config(), "tokenizer": tokenizer(), **fields}
         with pytest.raises(StructPruneError, match=message):
             prune_model(**arguments, inplace=True)
-        with pytest.raises(StructPruneError, match=message):
-            calibrate(folder=tmp_path / "stats", **arguments)
-    assert same_weights(model, build("llama-tied")) and not list(tmp_path.iterdir())
+    assert same_weights(model, build("llama-tied"))
 
 
 def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():

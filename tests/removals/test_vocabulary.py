@@ -239,7 +239,6 @@ def test_users_keep_tokens_of_their_own(tmp_path):
         "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
     ),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
-    ({"stats": "anywhere"}, "of what consumers read, and 'vocab' is judged by something else; prune without stats"),
     ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
@@ -339,7 +338,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     assert pruner.used_config.targets is None and pruner.report.balances
     outcome = dry_run(model.config, asking(**fields))
     assert {choice.name for choice in outcome.spaces} == {"vocab", "mlp"} and "how many tokens go" in str(outcome)
-    for kept in ({"targets": ("mlp",)}, {"stats": None, "inputs": {"a": torch.randint(400, (8, 12))}}):
+    for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})
         assert only_layers.config.vocab_size == model.config.vocab_size
         assert only_layers.config.intermediate_size < model.config.intermediate_size

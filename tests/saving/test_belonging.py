@@ -22,7 +22,7 @@ from models import build, config, documents, tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, Plan, Recovery, StructPruneError, StructPruner, calibrate, evaluate
+from optimum_structprune import DomainConfig, Plan, Recovery, StructPruneError, StructPruner, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.record.plan import PLAN_NAME
 
@@ -128,16 +128,3 @@ def test_text_that_was_trained_on_is_not_unseen_and_what_the_page_says_repeats_a
     for line in commands:
         assert main([str(tmp_path / "model") if word == "DENSE" else word for word in split(line)[1:]]) == 0
     assert same_weights(first, AutoModelForCausalLM.from_pretrained("again"))
-
-
-def test_statistics_of_another_source_do_not_stand_for_a_domain(tmp_path):
-    files = [text_file(tmp_path / f"{name}.jsonl", seed=seed) for seed, name in enumerate("ab")]
-    settings = [config(domains=[DomainConfig("text", str(file))]) for file in files]
-    calibrate(build("llama-tied"), tokenizer(), settings[0], tmp_path / "stats")
-    for asked, fits in zip(settings, (True, False), strict=True):
-        pruner = StructPruner(config(domains=asked.domains, stats=str(tmp_path / "stats")))
-        if fits:
-            pruner.prune_model(build("llama-tied"), tokenizer())
-            continue
-        with pytest.raises(StructPruneError, match="are of .*a.jsonl, and the config names .*b.jsonl for it"):
-            pruner.prune_model(build("llama-tied"), tokenizer())

@@ -6,10 +6,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import count_hooks, data_of, same_weights
+from helpers import count_hooks, data_of
 from models import build, config, documents, three_layers, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.search import search, trials
 
@@ -123,13 +123,3 @@ def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkey
     assert calls == [0, 0, 1, 1, 1, 1, 2, 2]
     monkeypatch.undo()
     assert resumed.plan == pruned(model, **fields)[0].plan
-
-
-def test_stored_statistics_keep_the_losses_too(model, tmp_path):
-    text = config().domains
-    calibrate(model, tokenizer(), config(), tmp_path / "stats")
-    fields = {"sparsity": 0.25, "stats": str(tmp_path / "stats"), "round_to": 4, "allocation": "search"}
-    small = StructPruner(StructPruneConfig(domains=text, **fields)).prune_model(model, tokenizer())
-    assert len([*(tmp_path / "stats").glob("losses-*.json")]) == 1
-    again = StructPruner(StructPruneConfig(domains=text, **fields)).prune_model(model, tokenizer())
-    assert same_weights(small, again)

@@ -20,7 +20,6 @@ from optimum_structprune import (
     RecoveryConfig,
     StructPruneError,
     StructPruner,
-    calibrate,
     export_nemotron_nas,
     prune_model,
 )
@@ -78,7 +77,6 @@ def test_a_folder_that_the_process_works_in_is_not_replaced_under_any_name(tmp_p
     for refused in (
         Output(target, True).check,
         Output(target, True).staged().__enter__,
-        lambda: calibrate(model, tokenizer(), config(), target, overwrite=True),
         lambda: export_nemotron_nas(model, target, overwrite=True),
     ):
         with pytest.raises(StructPruneError, match=f"is or holds the working directory, {re.escape(str(out))}, "):

@@ -104,11 +104,6 @@ def gates_of(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> d
                 f"Gates are learned by passes through all layers of {type(model).__name__} at once, which is "
                 "offloaded; choose criterion='obs' or 'wanda', and another allocation than 'learned'."
             )
-        if data.statistics is not None:
-            raise StructPruneError(
-                f"Gates are trained on text, but stats={data.config.stats!r} holds moments of the dense model; "
-                "leave out one of the two."
-            )
         with evaluating(model), frozen(model):
             budgets = budgets_of(data.config, arch, model)
             data.cache[DDP] = learned_gates(model, data, budgets)

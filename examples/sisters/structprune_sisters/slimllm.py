@@ -13,7 +13,6 @@ from optimum_structprune.arch.producers import matrices, norms_by_unit
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import Criterion
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.linalg import submatrix
@@ -156,11 +155,6 @@ def cosine_scores(
     These are the layer ratios of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), which has the same ones for heads
     and channels, and leaves out the layers that change the residual stream most; here all layers take part.
     """
-    if data.statistics is not None:
-        raise StructPruneError(
-            f"allocation='cosine' runs the model on text, but stats={data.config.stats!r} holds moments of the "
-            "dense model; leave out one of the two."
-        )
     judge, batches = LAYER_CRITERIA.get(BLOCK_INFLUENCE)(), data.own_batches
     by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(data.domains))]
     lost = [judge.score(model, arch, of_domain) for of_domain in by_domain]

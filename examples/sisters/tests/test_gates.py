@@ -13,7 +13,7 @@ from structprune_sisters import gates
 from structprune_sisters.gates import LEAST, MOST, Budget, Gates, Settings, budgets_of, gates_of, multiplying
 from trained import loss_ratio, needs_shared, stories_model
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate, dry_run
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, dry_run
 from optimum_structprune.arch.load import describe
 from optimum_structprune.method.shrink import read_consumer, units_to_columns
 
@@ -262,15 +262,6 @@ def test_an_allocation_by_gates_refuses_experts():
     with pytest.raises(StructPruneError, match="allocation='learned' learns gates on what a matrix reads"):
         StructPruner(config(**LEARNED)).prune_model(model, tokenizer(), inplace=True)
     assert same_weights(model, before)
-
-
-def test_stored_moments_have_no_gates(tmp_path):
-    model = build("llama-tied")
-    calibrate(model, tokenizer(), config(), tmp_path / "stats")
-    stored = {"domains": None, "general_share": None, "stats": str(tmp_path / "stats")}
-    for fields, message in ((DDP, "of which nothing is stored"), (LEARNED, "Gates are trained on text, but stats=")):
-        with pytest.raises(StructPruneError, match=message):
-            StructPruner(config(**{**stored, **fields})).prune_model(model, tokenizer())
 
 
 def test_settings_are_read_from_a_text():

@@ -6,7 +6,7 @@ from helpers import data_of
 from models import build, config, tokenizer
 from structprune_sisters.slimllm import SHARPNESS, slope_refit
 
-from optimum_structprune import StructPruneError, StructPruner, calibrate
+from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.pruning.run import Run
@@ -33,14 +33,6 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
     expected = torch.softmax(SHARPNESS * (1 - lost), 0)
     assert removed.sum() == 20 and removed[0] > removed[1]
     torch.testing.assert_close(removed / 20, expected, atol=0.05, rtol=0)
-
-
-def test_stored_statistics_hold_no_text_to_run(tmp_path):
-    model, stats = build("llama-tied"), str(tmp_path / "stats")
-    calibrate(model, tokenizer(), config(), stats)
-    fields = config(allocation="cosine", round_to=1, domains=None, general_share=None, stats=stats)
-    with pytest.raises(StructPruneError, match="allocation='cosine' runs the model on text, but stats="):
-        StructPruner(fields).prune_model(model, tokenizer())
 
 
 def test_the_slope_is_no_refit_of_what_is_read_all_over_the_model():

@@ -8,7 +8,7 @@ from structprune_sisters.gradients import NOISE, contrasts
 from structprune_sisters.iterative_norm import removal_effects, removal_orders
 from structprune_sisters.slimllm import inflows
 
-from optimum_structprune import StructPruneError, StructPruner, calibrate
+from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.calibrate import Moments
@@ -156,12 +156,9 @@ def test_they_prune_channels_and_groups(name, refit, model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_they_cannot_judge_is_refused_before_anything_runs(name, model, tmp_path):
+def test_what_they_cannot_judge_is_refused_before_anything_runs(name):
     with pytest.raises(StructPruneError, match="choose criterion='obs' or 'wanda'"):
         StructPruner(config(criterion=name)).prune_model(build("mixtral"), tokenizer())
-    with pytest.raises(StructPruneError, match="of which nothing is stored"):
-        calibrate(model, tokenizer(), config(criterion=name), tmp_path / "stats")
-    assert not (tmp_path / "stats").exists()
 
 
 @pytest.mark.parametrize("case", ["gpt2-tied", "phi3", "bert"])
