@@ -22,7 +22,7 @@ from .forward.generation import active_parameters, cached_values, flops_per_toke
 from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
-from .pruning.room import Need, Text, Workload
+from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.choose import with_tokens
 from .widths.budget import biased_spaces, large_vocabulary, widths_of
@@ -208,7 +208,6 @@ def dry_run(
         values = cached_values(model, arch)
         return None if values is None else values * dtype.itemsize
 
-    work = Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config, dense))
     counts_operations = cost and not why_not_counted(dense, arch)
     return DryRun(
         model_type=arch.model_type,
@@ -220,7 +219,7 @@ def dry_run(
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
-        need=work.need(offload) if cost else None,
+        need=need_of(config, described, widths, offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),

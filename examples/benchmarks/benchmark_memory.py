@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
-from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning.room import Text, Workload
+from optimum_structprune.arch.load import ModelInfo
+from optimum_structprune.pruning.room import need_of
 
 
 def run(args: Namespace) -> None:
@@ -29,13 +29,12 @@ def run(args: Namespace) -> None:
     model = model.eval().to(getattr(torch, args.dtype))
     config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
     inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    widths, text = dict(config.widths or {}), Text.of(config, model, inputs)
-    found = Workload(config, describe(model), model, widths, model.dtype.itemsize, text).need()
+    found = need_of(config, ModelInfo.of(model), dict(config.widths or {}), inputs=inputs)
     before = resident("VmRSS")
     reset_high_water_mark()
     StructPruner(config).prune_model(model, inputs=inputs, inplace=True)
     peak = resident("VmHWM") - before
-    print(f"FFN {args.ffn}, {args.domains} domains: estimated {found.above / 1e6:,.0f} MB at its peak, {found.stage}")
+    print(f"FFN {args.ffn}, {args.domains} domains: estimated {found.above / 1e6:,.0f} MB at its peak")
     print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {found.above / peak - 1:+.1%} off")
 
 

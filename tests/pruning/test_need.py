@@ -10,13 +10,12 @@ from models import build, config, documents, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, prune_model
-from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import room
-from optimum_structprune.pruning.room import ERROR, Text, Workload, largest_estimated, with_batch_size
+from optimum_structprune.pruning.room import ERROR, need_of, with_batch_size
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.widths.budget import widths_of
 
 
 STATUS = Path("/proc/self/status")
@@ -27,9 +26,9 @@ def llama(wide=3072):
     return LlamaConfig(vocab_size=64, intermediate_size=wide, **sizes)
 
 
-def work_of(config, model_config, inputs=None, itemsize=4):
-    model = meta_model(model_config)
-    return Workload(config, describe(model), model, config.widths, itemsize, Text.of(config, model, inputs))
+def needed(config, model_config, offload=None, inputs=None, dtype=torch.float32):
+    model = meta_model(model_config, dtype=dtype)
+    return need_of(config, ModelInfo(describe(model), model, model.device), config.widths, offload, inputs)
 
 
 def half(wide=3072, **fields):
@@ -48,7 +47,7 @@ def test_the_peak_is_what_a_run_takes():
     model = LlamaForCausalLM(llama(wide)).eval()
     inputs = {name: torch.randint(64, (6, 64)) for name in "ab"}
     prune_model(LlamaForCausalLM(llama(64)), half(64), inputs=inputs)  # brings in what every run imports
-    expected = work_of(half(wide), model.config, inputs).need()
+    expected = needed(half(wide), model.config, inputs=inputs)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     prune_model(model, half(wide), inputs=inputs, inplace=True)
@@ -60,31 +59,31 @@ def test_the_peak_is_what_a_run_takes():
 def test_layers_that_are_offloaded_do_not_count():
     dense = llama()
     dense.num_hidden_layers = 8
-    work = work_of(half(), dense)
-    inside, host = work.need(), [work.need(place).host for place in ("disk", "cpu")]
-    away = work.need("disk")
+    inside, away = needed(half(), dense), needed(half(), dense, "disk")
+    host = [away.host, needed(half(), dense, "cpu").host]
     assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
     assert 0 < host[0] < host[1] and inside.host == 0
 
 
 def test_without_gram_matrices_the_need_is_linear_in_the_width():
     def working(wide, **fields):
-        return work_of(half(wide, **fields), llama(wide)).need().working
+        return needed(half(wide, **fields), llama(wide)).working
 
     small, large, larger = (working(wide, criterion="wanda", refit="none") for wide in (4096, 8192, 16384))
     assert larger - large == pytest.approx(2 * (large - small), rel=0.01)
     assert working(16384) - working(8192) > 3 * (working(8192) - working(4096))
 
 
-def test_more_domains_batches_rounds_and_feedback_take_more():
-    def found(itemsize=4, **fields):
-        return work_of(half(**fields), llama(), itemsize=itemsize).need()
+def test_more_domains_batches_rounds_and_feedback_take_more(monkeypatch):
+    def found(dtype=torch.float32, **fields):
+        return needed(half(**fields), llama(), dtype=dtype)
 
     base = found()
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
     assert found(error_feedback=0).hidden * 3 == base.hidden * 2
-    assert found(rounds=2).weights > base.weights and found(itemsize=2).weights * 2 == base.weights
-    assert work_of(half(), llama()).need(processes=2).hidden * 2 == base.hidden
+    assert found(rounds=2).weights > base.weights and found(torch.bfloat16).weights * 2 == base.weights
+    monkeypatch.setattr(room, "process_count", lambda: 2)
+    assert found().hidden * 2 == base.hidden
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -145,21 +144,24 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
     monkeypatch.setattr(
         room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
-    with pytest.raises(StructPruneError, match="one sample of 24 tokens is too much"):
+    with pytest.raises(StructPruneError, match=r"one sample of the shape \(24,\) is too much"):
         with_batch_size(data, arch, model, {"mlp": 24})
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_estimate_fits_and_twice_as_much_would_not(share, text):
-    model, settings = build("llama-tied"), config(domains=text, num_samples=64, seq_length=512, batch_size="auto")
-    arch = describe(model)
-    work = Workload(settings, arch, model, widths_of(settings, arch, model), 4, Text.of(settings, model))
+def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch):
+    data, arch, model = data_on("cpu", text, monkeypatch)
+    monkeypatch.setattr(room, "MOST_ON_CPU", 64)
 
     def above(size):
-        return replace(work, text=work.text._replace(batch=size)).need().above * (1 + ERROR)
+        settings = replace(data.config, batch_size=size)
+        return need_of(settings, ModelInfo.of(model), data.config.widths).above * (1 + ERROR)
 
+    def found(free):
+        monkeypatch.setattr(room, "free_bytes", lambda device: free)
+        return with_batch_size(data, arch, model, data.config.widths).batch_size
+
+    samples = len(data.domains[0].samples)
     free = int(above(1) + share * (above(16) - above(1)))
-    size = largest_estimated(work, 64, free, False)
-    assert above(size) <= free < above(2 * size) or size == 64
-    assert largest_estimated(work, 64, None, False) == 64
-    assert largest_estimated(work, 64, 0, False) == 1
+    assert above(found(free)) <= free < above(2 * found(free)) or found(free) == samples
+    assert found(None) == samples and found(0) == 1
