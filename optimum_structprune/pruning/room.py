@@ -80,7 +80,8 @@ def need_of(
         config = replace(config, num_samples=sum(map(len, given)), seq_length=length)
     offload = "disk" if described.offloaded else offload
     model, layers, settings = described.plain_model, described.arch.layer_params, described.plain_model.config
-    itemsize, channels, length = model.dtype.itemsize, settings.get_text_config().hidden_size, config.seq_length
+    itemsize, length = model.dtype.itemsize, config.seq_length
+    channels = getattr(settings.get_text_config(), "hidden_size", 0)  # a config of one's own may not say it
     weights = model.num_parameters() - (sum(layers) - max(layers) if offload else 0)
     if config.rounds > 1:  # consumers that a round has masked keep their dense values until the last round
         weights += channels * sum(size for size, _ in _consumers(config, described.arch, widths))
