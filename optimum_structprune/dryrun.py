@@ -230,7 +230,7 @@ def dry_run(
 def _operations(config: StructPruneConfig, arch: ArchSpec, dense: PreTrainedModel) -> int:
     """About how many operations a pruning takes; what reads, writes and judges text comes on top."""
     weights = (parameter for block in blocks(dense) for parameter in block.parameters())
-    passes = (PASSES + config.feedback) * config.rounds
+    passes = (PASSES + (config.feedback > 0)) * config.rounds
     passes *= MEASURING if config.searches else 1
     return 2 * passes * config.num_samples * config.seq_length * active_parameters(dense, arch, weights)
 
