@@ -21,7 +21,6 @@ from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
 from ..record.answers import Items
 from ..record.report import REPORT_NAME
-from ..recovery.lessons import ANSWERS_NAME
 from ..recovery.recover import Recovery
 from ..recovery.trainer import NothingGainedWarning
 from ..saving.page import write_page_or_warn
@@ -74,7 +73,6 @@ def recover_and_save(
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)
     if recovery.config.training["output_dir"] == (checkpoints := _beside(args.output, "checkpoints")):
-        Path(checkpoints, ANSWERS_NAME).unlink(missing_ok=True)
         remove_checkpoints(checkpoints)
     return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
 

@@ -56,8 +56,6 @@ class RecoveryConfig(Serialisable):
             are text.
         prompts: A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line. By default
             they are built in, and for a model without a chat template, they are openings of the text.
-        writer: Who writes the answers: `dense` stands for the teacher, once and before the training, and `pruned` for
-            the model as it is trained (on-policy distillation, Agarwal et al. 2023, arXiv 2306.13649).
         left_out: The source of text of a kind that is not trained on, by which checkpoints are compared. By default it
             is built-in text of other kinds.
         kl_weight: The share of the divergence from the teacher in the loss. The rest is cross-entropy, which teaches
@@ -81,7 +79,6 @@ class RecoveryConfig(Serialisable):
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     answer_share: Number = validated_field(_share, default=0.5)
     prompts: str | None = validated_field(filled, default=None)
-    writer: Literal["dense", "pruned"] = "dense"
     left_out: str | None = validated_field(filled, default=None)
     kl_weight: Number = validated_field(_share, default=1.0)
     merge: bool = True

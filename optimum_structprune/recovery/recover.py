@@ -27,7 +27,7 @@ from ..system.disk import used_paths
 from ..system.stages import stage
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
 from .checks import check_recovery
-from .lessons import ANSWERS_NAME, Curriculum
+from .lessons import Curriculum
 from .resume import TrainingInputs
 from .text import left_out_text, training_text
 from .trainer import (
@@ -108,18 +108,17 @@ class Recovery:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
-            curriculum = Curriculum(config, model, tokenizer, taught_by, seed, Path(str(arguments.output_dir)))
-            if not resume and config.writer == "pruned":
-                (curriculum.folder / ANSWERS_NAME).unlink(missing_ok=True)
             with stage("domains", {}):
                 domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
                 left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
-                curriculum.prepare(domains, left_out, self.pruning.seed, Path(scratch))
+            seeds = seed, self.pruning.seed
+            curriculum = Curriculum(config, domains, left_out, taught_by, tokenizer, seeds, Path(scratch))
             if resume or "output_dir" in config.training or not config.merge:
                 self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
             name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
-            curriculum.release_teacher()
-            recovered, outcome = _trained(model, curriculum, arguments, self.callbacks, self._inputs, resume)
+            recovered, outcome = _trained(
+                model, config, seed, curriculum, arguments, self.callbacks, self._inputs, resume
+            )
             wait_for_everyone()
         if config.merge and isinstance(recovered, PeftModel):
             recovered = merge_adapter_(recovered, domains[0].heldout)
@@ -187,6 +186,8 @@ class Recovery:
 
 def _trained(
     model: PreTrainedModel,
+    config: RecoveryConfig,
+    seed: int,
     curriculum: Curriculum,
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback],
@@ -196,7 +197,7 @@ def _trained(
     """The trained model, with its adapter if it has one, or the model as it was if that is nearer to the teacher, and
     what was done.
     """
-    config, seed, before = curriculum.config, curriculum.seed, curriculum.measure(model)
+    before = curriculum.measure(model)
     start, checkpoint = curriculum.distance_in(before), None
     best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
     listeners = [*callbacks, *best, *([] if inputs is None else [inputs])]
@@ -206,7 +207,6 @@ def _trained(
     way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
     try:
         with way as trained, to_train(trained, arguments) as whole:
-            curriculum.student = whole
             parts = (curriculum.lessons, config, curriculum.teacher, curriculum.distance)
             outcome = train_(trainer := DistillTrainer(whole, arguments, *parts), listeners, checkpoint)
             if trainer.nearest() >= start:

@@ -46,7 +46,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         """The inputs of a training on token ids, shape `(tokens,)`, before the model has an adapter."""
         hashes = {"model": weights_hash(model), "text": tensor_hash(ids)}
         hashes["teacher"] = "none" if teacher is None else weights_hash(teacher)
-        settings = {name: getattr(config, name) for name in ("train", "kl_weight", "writer")}
+        settings = {name: getattr(config, name) for name in ("train", "kl_weight")}
         lora = {f"lora.{name}": value for name, value in {**LORA, **config.lora}.items()}
         used = {name: getattr(arguments, name) for name in ("learning_rate", "per_device_train_batch_size", "seed")}
         given = {**TRAINING, **config.training, **used}

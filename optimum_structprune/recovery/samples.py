@@ -91,6 +91,11 @@ class Teacher:
         few = few_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
         self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
 
+    def release(self) -> None:
+        """Let go of all but the head, where all that the teacher predicts is kept."""
+        if self.head is not None:
+            self.model = None
+
     @torch.no_grad()
     def note(self, samples: Sequence[Sample], file: Path | None = None) -> None:
         """Add the `states` to samples; a file keeps them in bfloat16, which takes half of the room."""

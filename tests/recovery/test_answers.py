@@ -1,4 +1,4 @@
-"""Answers that are trained on: their prompts, who writes them, and which of their tokens count."""
+"""Answers that are trained on: their prompts, how they are written, and which of their tokens count."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from weakref import ref
 
 import pytest
 import torch
-from helpers import failing, logits, recovery_config, save_with_tokenizer, with_long
+from helpers import failing, logits, recovery_config, save_with_tokenizer
 from models import CHATML, build, config, real_text_model, token_ids, tokenizer
 from transformers import TrainerCallback
 
@@ -182,20 +182,17 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
 
     monkeypatch.setattr("optimum_structprune.recovery.recover.load_teacher", noted)
     pruned = prune_model(build("llama-tied"), config(), tokenizer())
-    for writer in ("dense", "pruned"):
-        settings = recovery_config(tokens=96, writer=writer)
-        Recovery(settings, callbacks=[Watch()]).recover_model(deepcopy(pruned), tokenizer(), str(tmp_path / "dense"))
-        assert set(alive) == {writer == "pruned"}
-        loaded.clear(), alive.clear()
+    recovery = Recovery(recovery_config(tokens=96), callbacks=[Watch()])
+    recovery.recover_model(pruned, tokenizer(), str(tmp_path / "dense"))
+    assert set(alive) == {False}
 
 
-@pytest.mark.parametrize("writer", with_long(["dense", "pruned"], ["pruned"]))
-def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch, writer):
+def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch):
     teacher, reader = build("llama-tied"), tokenizer()
     # What is pruned comes from other weights, so that the distance to the teacher is more than rounding.
     pruned = prune_model(build("llama-tied", seed=1), config(), reader)
     training = {"output_dir": str(tmp_path / "run"), "save_steps": 4, "save_total_limit": 9}
-    settings = recovery_config(tokens=288, answer_share=0.75, writer=writer, training=training)
+    settings = recovery_config(tokens=288, answer_share=0.75, training=training)
     recovery = Recovery(settings)
     whole = recovery.recover_model(deepcopy(pruned), reader, teacher)
     far = recovery.report.divergence

@@ -265,7 +265,6 @@ def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"kl_weight": 1.5}, "between 0 and 1, got 1.5"),
     ({"answer_share": -0.5}, "between 0 and 1, got -0.5"),
-    ({"writer": "me"}, "writer"),
     ({"tokens": 0}, "greater than 0"),
     ({"domains": []}, "at least one domain"),
     ({"token": 5}, "Did you mean 'tokens'"),
@@ -291,7 +290,7 @@ def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Recovery(recovery_config(writer="pruned"), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
+        Recovery(recovery_config(), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
     assert modes == [False] and teacher.training
 
 
