@@ -1,1 +1,1 @@
-"""Training after pruning: an adapter, all weights, or scales, with or without a teacher."""
+"""Training after pruning: an adapter or all weights, with or without a teacher."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from itertools import count, islice, product, zip_longest
 from pathlib import Path
@@ -150,7 +149,7 @@ class Answers:
 
     def __init__(self, prompts: Sequence[Sequence[int]], write: Write, file: Path, seed: int):
         self.prompts, self.write, self.file, self.seed = prompts, write, file, seed
-        self._kept = _read(file)
+        self._kept = {batch["batch"]: batch["answers"] for batch in whole_lines(file)}
 
     def conversations(self, length: int) -> Iterator[Conversation]:
         """Prompts and answers of so many tokens at most, without end."""
@@ -161,7 +160,8 @@ class Answers:
             if key not in self._kept:
                 seed = int(sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12], 16)
                 self._kept[key] = self.write(prompts, length, seed)
-                _append(self.file, {"batch": key, "answers": self._kept[key]})
+                if is_first_rank():
+                    append_line(self.file, {"batch": key, "answers": self._kept[key]})
             yield from zip(prompts, self._kept[key], strict=True)
 
     def samples(self, number: int, places: int) -> Iterator[Sample]:
@@ -179,20 +179,3 @@ def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[i
     settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends]]
     digest = sha256(json.dumps([weights, *settings, [*map(list, prompts)]]).encode()).hexdigest()
     return Path(constants.HF_HOME, "structprune", f"answers-{digest[:24]}.jsonl").expanduser()
-
-
-def _read(file: Path) -> dict[str, list[list[int]]]:
-    """The batches in a file."""
-    kept = {}
-    for batch in whole_lines(file):
-        with suppress(LookupError, TypeError):
-            kept[batch["batch"]] = batch["answers"]
-    return kept
-
-
-def _append(file: Path, batch: dict[str, Any]) -> None:
-    if is_first_rank():
-        try:
-            append_line(file, batch)
-        except OSError as error:
-            raise StructPruneError(f"Answers cannot be kept in {file.parent} ({error}); make room there.") from error

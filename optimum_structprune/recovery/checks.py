@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..arch.meta import positions_of, predicts_next
 from ..config.domains import DomainConfig
@@ -23,19 +23,14 @@ from .text import LEFT_OUT, text_config
 from .trainer import training_arguments
 
 
-# The devices that accelerate shards over; on others it ignores the setting without a word.
-SHARDING_DEVICES = ["cuda", "xpu", "npu", "hpu", "mlu", "musa"]
-
-
 def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None) -> None:
     """Refuse a recovery that would fail later."""
     check_launch()
-    if config.training.get("deepspeed"):  # before transformers sets up anything for it
-        raise StructPruneError(
-            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
-            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
-            "gradients and the optimizer over them."
-        )
+    for name in ("deepspeed", "fsdp"):  # before transformers sets up anything for it
+        if config.training.get(name):
+            raise StructPruneError(
+                f"training's {name} shards a model, and recovery keeps it whole in every process; leave it out."
+            )
     text = text_config(config, pruning)
     if model is not None:
         _check_model(model, config, text.seq_length)
@@ -48,34 +43,12 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     adapter = lora_config(config)
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is not None and not model.device.type == "meta":
-        device = model.device.type
-    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
-    check_sharding(arguments, device)
+    on_cpu = not torch.cuda.is_available()
+    if model is not None and model.device.type != "meta":
+        on_cpu = model.device.type == "cpu"
+    arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir())
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))
-
-
-def check_sharding(arguments: TrainingArguments, device: str) -> None:
-    """Refuse an FSDP that would do nothing, or not come to an end."""
-    if not arguments.fsdp:
-        return
-    if device not in SHARDING_DEVICES:
-        raise StructPruneError(
-            f"training's fsdp shards a model over GPUs, and on {device!r} accelerate ignores it without a word; leave "
-            "it out, and every process holds the whole model."
-        )
-    if arguments.world_size < 2:
-        raise StructPruneError(
-            "training's fsdp shards a model over several processes, and this one is alone; start them with torchrun, "
-            "or leave it out."
-        )
-    settings = arguments.fsdp_config
-    if isinstance(settings, dict) and int(settings.get("version", 2)) != 2:
-        raise StructPruneError(
-            f"training's fsdp_config has version {settings['version']}, whose weights do not keep their names; set 2."
-        )
 
 
 def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:

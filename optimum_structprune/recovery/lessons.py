@@ -17,7 +17,8 @@ from ..domains.packing import Domain
 from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
 from .answers import Answers, answers_file, prompts_of, writer_of
-from .samples import Sample, Teacher, answer_samples, measured, text_sample
+from .samples import Sample, answer_samples, text_sample
+from .teacher import Teacher, measured
 from .text import ANSWERS, LEFT_OUT, MEASURED
 
 
@@ -41,6 +42,7 @@ class Curriculum:
         scratch: Path,
     ):
         order, text_seed = seeds
+        self.teacher = None if taught_by is None else Teacher(taught_by)
         share = 0.0 if taught_by is None else float(config.answer_share)
         counts = [round((1 - share) * len(domain.samples)) for domain in domains]
         texts = torch.cat([domain.samples[:count] for domain, count in zip(domains, counts, strict=True)])
@@ -58,7 +60,6 @@ class Curriculum:
             self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
         self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers)
-        self.teacher = None if taught_by is None else Teacher(taught_by)
         if self.teacher is not None:
             self.teacher.note(self.lessons, scratch / "states")
             self.teacher.note([sample for samples in self.probes.values() for sample in samples])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
@@ -25,22 +25,13 @@ from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
-from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
+from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, source_of
 from .checks import check_recovery
 from .lessons import Curriculum
 from .resume import TrainingInputs
+from .teacher import load_teacher
 from .text import left_out_text, training_text
-from .trainer import (
-    BestCheckpoint,
-    DistillTrainer,
-    NothingGainedError,
-    NothingGainedWarning,
-    RecoveryOutcome,
-    load_teacher,
-    to_train,
-    train_,
-    training_arguments,
-)
+from .trainer import BestCheckpoint, DistillTrainer, NothingGainedWarning, RecoveryOutcome, training_arguments
 
 
 class Recovery:
@@ -113,15 +104,12 @@ class Recovery:
                 left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
             seeds = seed, self.pruning.seed
             curriculum = Curriculum(config, domains, left_out, taught_by, tokenizer, seeds, Path(scratch))
-            if resume or "output_dir" in config.training or not config.merge:
-                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
+            inputs = self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
             name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
-            recovered, outcome = _trained(
-                model, config, seed, curriculum, arguments, self.callbacks, self._inputs, resume
-            )
+            checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
+            listeners = [*self.callbacks, inputs]
+            recovered, outcome = _trained(model, config, seed, curriculum, arguments, listeners, checkpoint)
             wait_for_everyone()
-        if config.merge and isinstance(recovered, PeftModel):
-            recovered = merge_adapter_(recovered, domains[0].heldout)
         self.report, self.domains = replace(outcome, teacher=name), domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
@@ -184,38 +172,40 @@ class Recovery:
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 
+class _NothingGainedError(Exception):
+    """A training brought a model no nearer to its teacher, and is taken back."""
+
+
 def _trained(
     model: PreTrainedModel,
     config: RecoveryConfig,
     seed: int,
     curriculum: Curriculum,
     arguments: TrainingArguments,
-    callbacks: Sequence[TrainerCallback],
-    inputs: TrainingInputs | None,
-    resume: bool,
+    listeners: Sequence[TrainerCallback],
+    checkpoint: str | None,
 ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
-    """The trained model, with its adapter if it has one, or the model as it was if that is nearer to the teacher, and
-    what was done.
-    """
+    """The trained model, with its adapter merged or on it, or the model as it was if that is nearer to the teacher."""
     before = curriculum.measure(model)
-    start, checkpoint = curriculum.distance_in(before), None
+    start, outcome = curriculum.distance_in(before), RecoveryOutcome()
     best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
-    listeners = [*callbacks, *best, *([] if inputs is None else [inputs])]
-    if resume and inputs is not None:
-        checkpoint = inputs.last_checkpoint(str(arguments.output_dir))
     adapter = None if config.train == "full" else lora_config(config)
-    way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
+    set_seed(seed)  # of the adapter's values
     try:
-        with way as trained, to_train(trained, arguments) as whole:
-            parts = (curriculum.lessons, config, curriculum.teacher, curriculum.distance)
-            outcome = train_(trainer := DistillTrainer(whole, arguments, *parts), listeners, checkpoint)
+        with every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge) as trained:
+            parts = curriculum.lessons, config.kl_weight, curriculum.teacher, curriculum.distance
+            trainer = DistillTrainer(trained, arguments, *parts, [*listeners, *best])
+            trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+            outcome = trainer.outcome(trained_for)
             if trainer.nearest() >= start:
-                raise NothingGainedError(outcome)
-    except NothingGainedError as error:  # what was trained has been taken off
-        trained, outcome = model, replace(error.outcome, kept_step=0)
-        if not config.merge and adapter is not None:
-            with fresh_adapter(model, adapter, seed, merge=False) as trained:
+                raise _NothingGainedError
+    except _NothingGainedError:
+        trained, outcome = model, replace(outcome, kept_step=0)
+        if adapter is not None and not config.merge:  # a new adapter changes nothing
+            with fresh_adapter(model, adapter, merge=False) as trained:
                 pass
+    if config.merge and isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()
     outcome.enter(before, curriculum.measure(trained))
     return trained, outcome
 
@@ -252,7 +242,6 @@ def recover(
         StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
             has other tokens or is the model itself, peft cannot place the adapter, the loss was never finite, or there
             is nothing to resume.
-        InPlaceError: If the merged model gives other outputs than the one that was trained; the model has changed.
 
     Warns:
         NothingGainedWarning: If no checkpoint was nearer to the teacher than the model was before, so that the model

@@ -72,27 +72,22 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
     def last_checkpoint(self, folder: str) -> str:
         """The last checkpoint of this training in a folder; one that a kill or a full disk has cut short has no state,
-        which the Trainer writes last, and is passed over, as is one that lacks another part.
+        which the Trainer writes last, and is passed over.
         """
-        reason = f"There is no checkpoint in {folder} to resume from; start without resuming."
-        refusals = []
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
                 state = read_json(Path(checkpoint, TRAINER_STATE_NAME))
                 stored = state["stateful_callbacks"][type(self).__name__]["args"]["inputs"]
-                for part in ("optimizer", "scheduler"):  # without them the Trainer begins these anew
-                    if not any(Path(checkpoint).glob(f"{part}*")):
-                        raise StructPruneError(f"it has no {part}")
             except (StructPruneError, LookupError, TypeError) as error:
                 warn(f"{checkpoint} is passed over: {error}.")
                 continue
-            if not (differences := self.differences(stored)):
-                return checkpoint
-            refusals.append(
-                f"{checkpoint} belongs to another training: {differences}. Resume with what it began with, or start "
-                "without resuming."
-            )
-        raise StructPruneError([*refusals, reason][0])
+            if differences := self.differences(stored):
+                raise StructPruneError(
+                    f"{checkpoint} belongs to another training: {differences}. Resume with what it began with, or "
+                    "start without resuming."
+                )
+            return checkpoint
+        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
 
 
 def model_of(folder: str | Path) -> str | None:

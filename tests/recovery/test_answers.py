@@ -18,8 +18,9 @@ from optimum_structprune.forward.generation import sampled
 from optimum_structprune.forward.metrics import divergence
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import Answers, builtin_prompts, prompts_of
-from optimum_structprune.recovery.samples import Teacher, answer_samples, collate, logits_at, measured, text_sample
-from optimum_structprune.recovery.trainer import DistillTrainer, load_teacher
+from optimum_structprune.recovery.samples import answer_samples, collate, logits_at, text_sample
+from optimum_structprune.recovery.teacher import Teacher, load_teacher, measured
+from optimum_structprune.recovery.trainer import DistillTrainer
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
 """Recovery brings quality back, leaves an ordinary model, and says what is wrong with bad input."""
 
 import json
-import random
-from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -80,28 +77,6 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned)
     assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
     assert not same_weights(recovered, before) and recovered.training == before.training
     assert all(parameter.requires_grad for parameter in recovered.parameters())
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_random_numbers_of_the_caller_go_on(pruned, stops):
-    def draws() -> tuple:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, *arguments, **kwargs):
-            draws()
-            if stops:
-                raise KeyboardInterrupt
-
-    def start() -> None:
-        random.seed(7), np.random.seed(7), torch.manual_seed(7)
-
-    start()
-    expected = draws()
-    start()
-    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
-        Recovery(recovery_config(tokens=96), callbacks=[Stop()]).recover_model(pruned, tokenizer())
-    assert draws() == expected
 
 
 @pytest.mark.long
@@ -281,7 +256,7 @@ def test_bad_fields(fields, message):
 
 
 def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned):
-    teacher = build("llama-tied").train()
+    teacher = build("gemma2").train()  # which caps its logits, so that it runs in each step
     modes = []
 
     class Fail(TrainerCallback):

@@ -28,7 +28,7 @@ from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
-from optimum_structprune.recovery.trainer import load_teacher
+from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.search import tokens_or_layers
 from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume

@@ -1,0 +1,163 @@
+"""The teacher of a recovery: a model of the same tokens, what it predicts, and how far another model is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.load import describe
+from ..arch.meta import predicts_next
+from ..arch.token_space import named_ids
+from ..domains.readers import ids_in, reader_of
+from ..errors import StructPruneError
+from ..forward.metrics import (
+    HEAD_TOKENS,
+    TOKENS_AT_ONCE,
+    divergence,
+    evaluating,
+    few_inputs,
+    input_device,
+    outputs_for,
+    plain_head,
+)
+from ..removals.resize import drop_tokens_
+from ..system.fingerprint import computing
+from ..system.stages import stage
+from .resume import weights_hash
+from .samples import IGNORED, Sample, collate, logits_at, model_inputs
+
+
+def load_teacher(
+    teacher: PreTrainedModel | str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    arch_file: str | None = None,
+) -> PreTrainedModel:
+    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Where the model
+    has lost tokens, a teacher loses them too, or a copy of it. Teachers of unknown tokens are taken at their number.
+    """
+    argument = teacher
+    if isinstance(teacher, (str, Path)):
+        try:
+            teacher = AutoModelForCausalLM.from_pretrained(
+                teacher, dtype=model.dtype, device_map=model.device, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
+    elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
+        kind = type(teacher).__name__
+        raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
+    if teacher is model or teacher is not argument and _same(teacher, model):
+        raise StructPruneError(
+            "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
+            "or leave the teacher out."
+        )
+    taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
+    reader = teacher_tokenizer or reader_of(teacher, trust_remote_code)
+    if taught == learnt and None in (reader, tokenizer):
+        return teacher
+    sizes = f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}"
+    if reader is None or tokenizer is None:
+        raise StructPruneError(
+            f"{sizes}, and nothing says which are the same; pass its tokenizer (teacher_tokenizer)."
+        )
+    keep = ids_in(reader, tokenizer, learnt)
+    if learnt < taught:  # of rows without a token, those stay that the configs name, and then the first ones
+        own, theirs = (1 + max(of.get_vocab().values()) for of in (tokenizer, reader))
+        padding, named = range(theirs, taught), named_ids(teacher)
+        keep[own:] = sorted(sorted(padding, key=lambda row: row not in named)[: max(learnt - own, 0)])
+    # What is left of a vocabulary is in the same order.
+    if -1 in keep or len(keep) < learnt or keep != sorted({*keep}) or keep[-1] >= taught:
+        raise StructPruneError(
+            f"{sizes}, and by the same ids they mean other tokens, so their predictions cannot be compared; take the "
+            "model that was pruned as the teacher, or leave the teacher out."
+        )
+    if learnt < taught:
+        teacher = deepcopy(teacher) if teacher is argument else teacher
+        drop_tokens_(teacher, describe(teacher, arch_file), keep)
+    return teacher
+
+
+def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Whether two models are the same, down to the weights."""
+    return computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
+
+
+class Teacher:
+    """What a teacher predicts for samples. Where its head makes the logits of its last hidden states alone, these are
+    computed once and kept in a file, and the rest of the teacher is needed no more; else it runs each time.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if not outputs_for(model).isfinite().all():
+            raise StructPruneError(
+                "The teacher's logits are not finite, for a weight is not or its dtype is too narrow; load it again, "
+                "in float32 or bfloat16, or leave the teacher out."
+            )
+        self.model: PreTrainedModel | None = model
+        few = few_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
+        self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
+
+    def release(self) -> None:
+        """Let go of all but the head, where all that the teacher predicts is kept."""
+        if self.head is not None:
+            self.model = None
+
+    @torch.no_grad()
+    def note(self, samples: Sequence[Sample], file: Path | None = None) -> None:
+        """Add the `states` to samples; a file keeps them in bfloat16, which takes half of the room."""
+        if self.head is None or self.model is None:
+            return
+        base: Any = self.model.base_model
+        places = [int((sample["targets"] != IGNORED).sum()) for sample in samples]
+        total, width = sum(places), self.head.weight.shape[1]
+        if file is None:
+            stored = torch.empty(total, width, dtype=self.model.dtype)
+        else:
+            stored = torch.from_file(str(file), shared=True, size=total * width, dtype=torch.bfloat16)
+        with evaluating(self.model), stage("teacher"):
+            for sample, states in zip(samples, stored.view(total, width).split(places), strict=True):
+                counted = sample["targets"][None] != IGNORED
+                hidden = base(**model_inputs(base, {name: value[None] for name, value in sample.items()}))[0]
+                sample["states"] = states.copy_(hidden[counted.to(hidden.device)])
+
+    @torch.no_grad()
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The logits for the places of a batch that count, shape `(places, vocab)`."""
+        if self.head is None:
+            assert self.model is not None
+            return logits_at(self.model, batch)
+        weight = self.head.weight
+        return self.head(batch["states"].flatten(0, 1).to(weight.device, weight.dtype))
+
+
+@torch.no_grad()
+def measured(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
+    """The number of counted `tokens` of each sample, the mean `loss` over them, and with a teacher its loss as `dense`
+    and the mean KL(teacher‖model) in nats as `divergence`, each of shape `(samples,)`, fp64, on the CPU.
+    """
+    found: dict[str, list[Tensor]] = {}
+    at_once = max(1, TOKENS_AT_ONCE // max(len(sample["input_ids"]) for sample in samples))
+    with evaluating(model):
+        for start in range(0, len(samples), at_once):
+            batch = collate(samples[start : start + at_once])
+            logits = logits_at(model, batch).float()
+            targets = batch["targets"][batch["targets"] != IGNORED].to(logits.device)
+            values = {"loss": cross_entropy(logits, targets, reduction="none"), "tokens": torch.ones_like(targets)}
+            if teacher is not None:
+                dense = teacher.logits(batch).to(logits.device).float()
+                values["dense"] = cross_entropy(dense, targets, reduction="none")
+                values["divergence"] = divergence(logits, dense, mean=False)
+            for name, value in values.items():
+                by_sample = value.double().view(len(batch["targets"]), -1).cpu()
+                found.setdefault(name, []).append(by_sample.sum(1) if name == "tokens" else by_sample.mean(1))
+    return {name: torch.cat(of) for name, of in found.items()}
