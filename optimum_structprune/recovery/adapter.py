@@ -28,8 +28,8 @@ from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import StructPruneError, warn
-from ..system.fingerprint import computing
-from .resume import DIGITS, model_of, weights_hash
+from ..system.fingerprint import computing, weights_hash
+from .resume import DIGITS, model_of
 
 
 # What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,8 +17,7 @@ from ..config.fields import read_json
 from ..config.recovery import LORA, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..plain_json import plain, replace_json
-from ..system.fingerprint import raw_bytes, tensor_hash
-from ..system.offloading import weight_of
+from ..system.fingerprint import tensor_hash, weights_hash
 
 
 INPUTS_NAME = "recovery_inputs.json"
@@ -94,20 +92,6 @@ def model_of(folder: str | Path) -> str | None:
     """The `weights_hash` of the model that the adapter in a folder was trained on; None where nothing says it."""
     path = Path(folder, INPUTS_NAME)
     return str(read_json(path).get("model")) if path.is_file() else None
-
-
-@torch.no_grad()
-def weights_hash(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits: the same in float32 and in
-    bfloat16, and where accelerate has put some of them on the disk.
-    """
-    digest = sha256(str(model.config.model_type).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        weight = weight_of(model, name) if tensor.is_meta else tensor
-        weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
-        digest.update(raw_bytes(weight))
-    return digest.hexdigest()
 
 
 def _short(value: Any) -> str:

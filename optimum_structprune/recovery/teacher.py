@@ -28,9 +28,8 @@ from ..forward.metrics import (
     plain_head,
 )
 from ..removals.resize import drop_tokens_
-from ..system.fingerprint import computing
+from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage
-from .resume import weights_hash
 from .samples import IGNORED, Sample, collate, logits_at, model_inputs
 
 

@@ -25,7 +25,6 @@ from .teacher import Teacher
 from .text import ANSWERS, LEFT_OUT
 
 
-ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
 # The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
 PATIENCE = 4
@@ -87,9 +86,9 @@ class DistillTrainer(Trainer):
         arguments: TrainingArguments,
         samples: Sequence[Sample],
         kl_weight: float,
-        teacher: Teacher | None = None,
-        distance: Callable[[Any], float] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        teacher: Teacher | None,
+        distance: Callable[[Any], float],
+        callbacks: list[TrainerCallback],
     ):
         # The Trainer asks for the second of these and does not use it.
         data: Any = {"train_dataset": samples, "eval_dataset": samples, "data_collator": collate}
@@ -122,7 +121,7 @@ class DistillTrainer(Trainer):
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     def outcome(self, seconds: float) -> RecoveryOutcome:
-        """What a training did that took so long, which step was kept, and why it stopped."""
+        """What a training of so many seconds did, which step was kept, and why it stopped."""
         return RecoveryOutcome(
             tokens=self.tokens_seen(),
             steps=self.state.global_step,
@@ -163,7 +162,6 @@ class DistillTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the distance, as `Trainer.evaluate` would a loss."""
-        assert self.distance is not None
         metrics = {"eval_distance": self.distance(self.model)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -171,7 +169,6 @@ class DistillTrainer(Trainer):
 
     def nearest(self) -> float:
         """The least distance of a checkpoint, or where none is compared, that of the model."""
-        assert self.distance is not None
         best = self.args.load_best_model_at_end
         return cast("float", self.state.best_metric) if best else self.distance(self.model)
 
@@ -179,7 +176,8 @@ class DistillTrainer(Trainer):
         # Every process has to stop at the same step, or the others wait for it in vain.
         if self.stopped or self.accelerator.gather(loss.isfinite()[None]).all():
             return
-        message = f"The loss of step {self.state.global_step + 1} is {float(loss):g}; {ADVICE}"
+        advice = "lower training['learning_rate'], or train in float32 or bfloat16."
+        message = f"The loss of step {self.state.global_step + 1} is {float(loss):g}; {advice}"
         if self.state.best_model_checkpoint is None:
             raise StructPruneError(message)
         self.stopped = f"{message} Training stopped there, and the best checkpoint before it was kept."

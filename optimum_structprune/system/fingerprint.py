@@ -32,6 +32,18 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def weights_hash(model: PreTrainedModel) -> str:
+    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits: the same in float32 and in
+    bfloat16, and where accelerate has put some of them on the disk.
+    """
+    digest = sha256(str(model.config.model_type).encode())
+    for name, tensor in _weights(model):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(raw_bytes(tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor))
+    return digest.hexdigest()
+
+
 def checksums(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
     """The dtype, the shape and the CRC-32 of every weight by name, which take half the time of a `fingerprint`."""
     return {name: (tensor.dtype, tensor.shape, crc32(raw_bytes(tensor))) for name, tensor in _weights(model)}

@@ -11,7 +11,8 @@ from models import build, config, tokenizer
 
 from optimum_structprune import Recovery, StructPruneError, load_adapter, prune_model, recover
 from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
-from optimum_structprune.recovery.resume import INPUTS_NAME, weights_hash
+from optimum_structprune.recovery.resume import INPUTS_NAME
+from optimum_structprune.system.fingerprint import weights_hash
 
 
 @pytest.fixture(scope="module")

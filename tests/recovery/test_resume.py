@@ -12,8 +12,8 @@ from helpers import failing, logits, recovery_config, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import StructPruneError, prune_model, recover
-from optimum_structprune.recovery.resume import weights_hash
 from optimum_structprune.recovery.trainer import DistillTrainer
+from optimum_structprune.system.fingerprint import weights_hash
 
 
 @pytest.fixture(scope="module")

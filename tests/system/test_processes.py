@@ -49,7 +49,7 @@ from models import build, config, tokenizer
 from safetensors.torch import save_file
 from optimum_structprune import StructPruneError, prune_model, recover
 from optimum_structprune.commands.cli import main
-from optimum_structprune.recovery.resume import weights_hash
+from optimum_structprune.system.fingerprint import weights_hash
 from optimum_structprune.search import trials
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_count, process_index
