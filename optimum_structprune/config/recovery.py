@@ -21,7 +21,8 @@ TRAINING = {
     "report_to": "none",
 }
 
-# A training on fewer tokens takes one sample in each step, and a longer one as many as here.
+# A training on fewer tokens takes one sample in each step and is measured at quarters; a longer one takes as many as
+# here and is measured at eighths.
 SHORT, BATCH_SIZE = 50_000, 4
 
 # The learning rates of the ways to train.

@@ -64,8 +64,8 @@ class BestCheckpoint(TrainerCallback):
         state.best_metric = self.before if state.best_metric is None else state.best_metric
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the last step measured and saved."""
-        if state.global_step >= state.max_steps or control.should_training_stop:
+        """Have the last step measured and saved, also where a callback stops the training."""
+        if control.should_training_stop:
             control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,12 +6,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import logits, recovery_config, same_weights
+from helpers import failing, logits, recovery_config, same_weights
 from models import build, config, tokenizer
 
 from optimum_structprune import Recovery, StructPruneError, load_adapter, prune_model, recover
 from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
 from optimum_structprune.recovery.resume import INPUTS_NAME
+from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.fingerprint import weights_hash
 
 
@@ -101,6 +102,19 @@ def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
     with pytest.raises(StructPruneError, match="peft cannot put the adapter on"):
         recover(model := deepcopy(pruned), tokenizer(), half)
     assert [*model.state_dict()] == [*pruned.state_dict()] and not hasattr(model, "peft_config")
+
+
+def test_what_stops_a_training_takes_the_adapter_off(monkeypatch):
+    model = build("llama-untied")
+    before, lora = (
+        deepcopy(model),
+        {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    )
+    monkeypatch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 1, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, tokenizer(), recovery_config(tokens=96, lora=lora))
+    assert [*model.state_dict()] == [*before.state_dict()] and torch.equal(logits(model), logits(before))
+    assert trainable(model) == {"base"} and not hasattr(model, "peft_config")
 
 
 def test_untied_embeddings_are_trained_and_merged(recwarn):

@@ -201,7 +201,7 @@ def test_the_command_gives_what_one_process_gives_and_says_it_once(together, tmp
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes_train_one_model_whole_or_in_shards_and_resume(together):
+def test_two_processes_train_one_model_and_resume(together):
     _, said, warned = together
     for way in ("lora", "full"):
         hashes = [line.split()[-1] for line in said.splitlines() if f"trained {way}: " in line]
