@@ -43,15 +43,19 @@ def lora_config(config: RecoveryConfig) -> LoraConfig:
 
 @contextmanager
 def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> Iterator[PeftModel]:
-    """The model with a new adapter, which a failure inside `with` takes off again."""
+    """The model with a new adapter, which a failure takes off again, also one while peft puts it on."""
     training, trainable = model.training, _trainable(model)
-    adapted = _adapted(model, kind)
+    before = [(module, dict(module.named_children())) for module in model.modules()]
     try:
+        adapted = _adapted(model, kind)
         if merge:
             _check_tied(adapted)
         yield adapted
     except BaseException:  # Ctrl-C too
-        adapted.unload()
+        for module, children in before:  # peft's `unload` needs an adapter that stands
+            for name, child in children.items():
+                setattr(module, name, child)
+        vars(model).pop("peft_config", None)
         _set_trainable_(model, trainable)
         model.train(training)
         raise

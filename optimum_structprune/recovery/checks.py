@@ -19,6 +19,7 @@ from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from .adapter import check_fits, lora_config
 from .answers import read_prompts
+from .sharding import check_sharding
 from .text import LEFT_OUT, text_config
 from .trainer import training_arguments
 
@@ -26,11 +27,12 @@ from .trainer import training_arguments
 def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None) -> None:
     """Refuse a recovery that would fail later."""
     check_launch()
-    for name in ("deepspeed", "fsdp"):  # before transformers sets up anything for it
-        if config.training.get(name):
-            raise StructPruneError(
-                f"training's {name} shards a model, and recovery keeps it whole in every process; leave it out."
-            )
+    if config.training.get("deepspeed"):  # before transformers sets up anything for it
+        raise StructPruneError(
+            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
+            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
+            "gradients and the optimizer over them."
+        )
     text = text_config(config, pruning)
     if model is not None:
         _check_model(model, config, text.seq_length)
@@ -43,10 +45,11 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     adapter = lora_config(config)
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
-    on_cpu = not torch.cuda.is_available()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is not None and model.device.type != "meta":
-        on_cpu = model.device.type == "cpu"
-    arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir())
+        device = model.device.type
+    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
+    check_sharding(arguments, device)
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))
 

@@ -29,6 +29,7 @@ from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_
 from .checks import check_recovery
 from .lessons import Curriculum
 from .resume import TrainingInputs
+from .sharding import to_train
 from .teacher import load_teacher
 from .text import left_out_text, training_text
 from .trainer import BestCheckpoint, DistillTrainer, NothingGainedWarning, RecoveryOutcome, training_arguments
@@ -104,10 +105,12 @@ class Recovery:
                 left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
             seeds = seed, self.pruning.seed
             curriculum = Curriculum(config, domains, left_out, taught_by, tokenizer, seeds, Path(scratch))
-            inputs = self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
+            if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
+                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
             name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
-            checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
-            listeners = [*self.callbacks, inputs]
+            inputs = [] if self._inputs is None else [self._inputs]
+            checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
+            listeners = [*self.callbacks, *inputs]
             recovered, outcome = _trained(model, config, seed, curriculum, arguments, listeners, checkpoint)
             wait_for_everyone()
         self.report, self.domains = replace(outcome, teacher=name), domains
@@ -192,9 +195,10 @@ def _trained(
     adapter = None if config.train == "full" else lora_config(config)
     set_seed(seed)  # of the adapter's values
     try:
-        with every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge) as trained:
+        ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)
+        with ready as trained, to_train(trained, arguments) as whole:
             parts = curriculum.lessons, config.kl_weight, curriculum.teacher, curriculum.distance
-            trainer = DistillTrainer(trained, arguments, *parts, [*listeners, *best])
+            trainer = DistillTrainer(whole, arguments, *parts, [*listeners, *best])
             trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
             outcome = trainer.outcome(trained_for)
             if trainer.nearest() >= start:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,12 +29,13 @@ from .text import ANSWERS, LEFT_OUT
 # The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
 PATIENCE = 4
+LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
 
 
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """The arguments of the Trainer: `config.training` laid over the defaults."""
-    own = {**config.training}
-    own |= {name: "no" for name in own if name.endswith("_strategy") and own[name] is False}  # `no` in YAML is False
+    own = _typed(config.training)
+    _check_use(own)
     short = config.tokens < SHORT
     settings = {
         **TRAINING,
@@ -43,12 +45,45 @@ def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch:
         # All columns are the model's arguments, whatever the signature of an adapter around it says.
         **{"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False},
         # Nothing is resumed from a scratch folder.
-        **({} if "output_dir" in own else {"output_dir": scratch, "save_only_model": True}),
+        **({} if "output_dir" in own else {"output_dir": scratch, "save_only_model": not own.get("fsdp")}),
         **own,
     }
     if settings["save_strategy"] == "steps":
         settings |= {"eval_strategy": "steps", "eval_steps": settings["save_steps"], **BEST}
     return build(TrainingArguments, settings)
+
+
+def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the types that `TrainingArguments` declares, which it does not check itself."""
+    typed, hints = dict(training), get_type_hints(TrainingArguments)
+    for name, value in training.items():
+        if name.endswith("_strategy") and value is False:
+            typed[name] = "no"  # what YAML reads `save_strategy: no` as
+        elif hints.get(name) is float and type(value) is int:
+            typed[name] = float(value)
+        elif name != "fsdp":  # declared as text for the sake of an older form, and on or off today
+            try:
+                type_validator(name, value, hints.get(name, Any))
+            except (TypeError, ValueError) as error:
+                raise StructPruneError(f"TrainingArguments: {one_line(error)}") from error
+    return typed
+
+
+def _check_use(training: Mapping[str, Any]) -> None:
+    """Refuse values that `TrainingArguments` accepts and a training does not."""
+    for name, least in LEAST.items():
+        if training.get(name, least) < least:
+            raise StructPruneError(f"TrainingArguments: {name} has to be {least} or more, got {training[name]}.")
+    if training.get("eval_on_start") or training.get("eval_strategy", "no") != "no":
+        raise StructPruneError(
+            "TrainingArguments: eval_strategy and eval_on_start measure on an eval_dataset, and a recovery has none; "
+            "leave them out, it measures how far the model is from its teacher at each checkpoint."
+        )
+    if training.get("push_to_hub"):
+        raise StructPruneError(
+            "TrainingArguments: push_to_hub would upload what the training writes on its way; leave it out, and push "
+            "the result with push_to_hub or --push-to-hub."
+        )
 
 
 class BestCheckpoint(TrainerCallback):

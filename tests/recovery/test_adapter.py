@@ -36,6 +36,10 @@ def trainable(model) -> set[str]:
     return {"adapter" if "lora_" in name else "base" for name, p in model.named_parameters() if p.requires_grad}
 
 
+def flags_of(model) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
 def test_a_kept_adapter_is_trainable_and_what_is_under_it_is_not(pruned, saved):
     adapted, folder = saved
     assert trainable(adapted) == {"adapter"} and not adapted.training
@@ -98,10 +102,18 @@ def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
     assert trainable(model) == {"base"}
     with fresh_adapter(model, settings, merge=False):  # an adapter that is kept is what was trained
         pass
-    half = recovery_config(lora={"target_modules": ["q_proj", "norm"]})
-    with pytest.raises(StructPruneError, match="peft cannot put the adapter on"):
-        recover(model := deepcopy(pruned), tokenizer(), half)
-    assert [*model.state_dict()] == [*pruned.state_dict()] and not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_that_fails_halfway_is_taken_off(pruned, training):
+    model = deepcopy(pruned).train(training)
+    model.lm_head.requires_grad_(False)
+    half, flags = lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]})), flags_of(model)
+    with pytest.raises(StructPruneError, match="peft cannot put the adapter on"), fresh_adapter(model, half):
+        pytest.fail("peft put an adapter on a norm")
+    assert {*map(type, model.modules())} == {*map(type, pruned.modules())}
+    assert same_weights(model, pruned) and flags_of(model) == flags and model.training == training
+    assert not hasattr(model, "peft_config")
 
 
 def test_what_stops_a_training_takes_the_adapter_off(monkeypatch):

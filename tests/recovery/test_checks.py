@@ -7,9 +7,6 @@ import torch
 from accelerate import cpu_offload
 from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
-from torch import nn
-from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
-from torch.distributed.tensor import distribute_tensor
 
 from optimum_structprune import DomainConfig, StructPruneError, prune_model, recover
 from optimum_structprune.recovery.checks import check_recovery
@@ -32,12 +29,18 @@ def unread():
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
-    ({"training": {"fsdp": True}}, "training's fsdp shards a model, and recovery keeps it whole in every process"),
-    ({"training": {"deepspeed": "zero3.json"}}, "training's deepspeed shards a model"),
+    ({"training": {"max_steps": "x"}}, "TrainingArguments: .*max_steps' expected int, got str"),
+    ({"training": {"bf16": "no"}}, "bf16' expected bool, got str"),
+    ({"training": {"max_steps": True}}, "max_steps' expected int, got bool"),
     ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
     ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
+    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
+    ({"training": {"learning_rate": -1.0}}, "learning_rate has to be 0 or more, got -1.0"),
+    ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave them out"),
+    ({"training": {"push_to_hub": True}}, "push_to_hub would upload"),
+    ({"training": {"deepspeed": "zero3.json"}}, "deepspeed is not supported"),
     (domain(source="preset:nothing"), "There is no preset 'nothing'"),
     (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
     (domain(source="memory:list"), "set its source again"),
@@ -61,12 +64,12 @@ def test_what_is_right_passes():
 
 
 @pytest.mark.parametrize("training", [
-    {"lr_scheduler_kwargs": {"speed": 3}}, {"learning_rate": -1.0}, {"max_steps": "x"},
+    {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
 ])  # fmt: skip
 def test_what_other_libraries_refuse_later_leaves_the_model_as_it_was(training):
     model = prune_model(build("llama-tied"), config(), tokenizer())
     before = deepcopy(model)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ImportError)):
         recover(model, tokenizer(), recovery_config(tokens=96, training=training))
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
 
@@ -94,16 +97,3 @@ def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
         check_recovery(recovery_config(), config(), build("llama-tied"))
     with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}"), across_processes():
         pass
-
-
-def test_a_model_in_shards_is_not_pruned():
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        sharded, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
-        for name, parameter in list(sharded.named_parameters()):
-            path, _, leaf = name.rpartition(".")
-            setattr(sharded.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
-        with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are spread over processes"):
-            prune_model(sharded, config())
-    finally:
-        destroy_process_group()
