@@ -70,12 +70,15 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
     def last_checkpoint(self, folder: str) -> str:
         """The last checkpoint of this training in a folder; one that a kill or a full disk has cut short has no state,
-        which the Trainer writes last, and is passed over.
+        which the Trainer writes last, and is passed over, as is one that lacks what it would begin anew.
         """
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
                 state = read_json(Path(checkpoint, TRAINER_STATE_NAME))
                 stored = state["stateful_callbacks"][type(self).__name__]["args"]["inputs"]
+                for part in ("optimizer", "scheduler"):
+                    if not any(Path(checkpoint).glob(f"{part}*")):
+                        raise StructPruneError(f"it has no {part}")
             except (StructPruneError, LookupError, TypeError) as error:
                 warn(f"{checkpoint} is passed over: {error}.")
                 continue

@@ -11,6 +11,7 @@ from typing import Any, cast, get_type_hints
 import torch
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +30,8 @@ from .text import ANSWERS, LEFT_OUT
 # The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
 PATIENCE = 4
+# What transformers, accelerate, PEFT and safetensors raise where a setting or a file is wrong.
+LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ImportError, OSError, SafetensorError)
 LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
 
 
@@ -131,10 +134,10 @@ class DistillTrainer(Trainer):
         # The loss is a mean over as many places in each sample, so the Trainer may average over accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.kl_weight, self.teacher, self.distance = kl_weight, teacher, distance
-        self.stopped = ""
+        self.stopped, self.begun = "", False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does; what a full disk ends is a StructPruneError."""
+        """Train as `Trainer.train` does; a StructPruneError says what settings, a checkpoint or the disk end."""
         model: Any = self.model
         if not isinstance(model, PeftModel):
             # The Trainer loads a checkpoint by the model's own names and passes over all others, and the format that
@@ -143,12 +146,22 @@ class DistillTrainer(Trainer):
         try:
             with evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])):
                 return super().train(*args, **kwargs)
+        except StructPruneError:
+            raise
         except Exception as error:
-            if not is_write_error(error):
+            resumed, reason = kwargs.get("resume_from_checkpoint"), one_line(error)
+            if resumed and not self.begun:
+                raise StructPruneError(
+                    f"{resumed} cannot be resumed from: {type(error).__name__}: {reason or 'a file is cut off'}. "
+                    "Remove it, so that the one before is taken, or start without resuming."
+                ) from error
+            if not isinstance(error, LIBRARY_ERRORS):
                 raise
+            full = is_write_error(error)
+            why = " because a checkpoint could not be written" if full else f", {type(error).__name__}"
+            more = "; resuming goes on from the last complete checkpoint" if full else ""
             raise StructPruneError(
-                f"Training stopped at step {self.state.global_step} because a checkpoint could not be written: "
-                f"{one_line(error)}. The model is as it was; resuming goes on from the last complete checkpoint."
+                f"Training stopped at step {self.state.global_step}{why}: {reason}. The model is as it was{more}."
             ) from error
         finally:
             vars(model).pop("save_pretrained", None)
@@ -208,6 +221,7 @@ class DistillTrainer(Trainer):
         return cast("float", self.state.best_metric) if best else self.distance(self.model)
 
     def _check(self, loss: Tensor) -> None:
+        self.begun = True
         # Every process has to stop at the same step, or the others wait for it in vain.
         if self.stopped or self.accelerator.gather(loss.isfinite()[None]).all():
             return

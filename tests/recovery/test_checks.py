@@ -69,7 +69,7 @@ def test_what_is_right_passes():
 def test_what_other_libraries_refuse_later_leaves_the_model_as_it_was(training):
     model = prune_model(build("llama-tied"), config(), tokenizer())
     before = deepcopy(model)
-    with pytest.raises((TypeError, ImportError)):
+    with pytest.raises(StructPruneError, match="stopped at step 0, .*The model is as it was"):
         recover(model, tokenizer(), recovery_config(tokens=96, training=training))
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
 
