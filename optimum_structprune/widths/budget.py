@@ -174,8 +174,9 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
+    others = [kind for kind in (VOCAB, "attention", LAYER) if kind in arch.offered and kind not in config.shrinking]
+    others = others if name != CACHE else [kind for kind in others if kind != VOCAB]
     if not names:
-        others = [kind for kind in ("attention", LAYER) if kind in arch.offered and kind not in config.shrinking]
         advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
@@ -184,7 +185,7 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
     if limit < least:
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that, or add targets."
+            f"{least:,} of {dense:,}; allow that{', or add targets: ' * bool(others)}{', '.join(map(repr, others))}."
         )
 
 
