@@ -157,14 +157,15 @@ def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows
     prompt = 32 if args.tiny else 2048
     models = {"dense": dense, "pruned": small}
     speed = measure_speed(models, batch_sizes=(4,), prompts=(prompt,), new_tokens=8 if args.tiny else 32, repeats=5)
-    for one in speed.measurements:
-        share = 4 * prompt_flops(models[one.model], prompt) / median(one.prefill.seconds) / rate
-        read, write = one.prefill, one.decode
-        text = f"reads {read.tokens_per_second:,.0f} tokens/s ({share:.0%} of that rate), "
-        text += f"writes {write.tokens_per_second:,.0f} tokens/s"
-        if one.model == "pruned":
-            text += f": x {read.speedup.median:.2f} and x {write.speedup.median:.2f}"
-        rows.append((one.model, text, True))
+    ((_, reading),), ((_, writing),) = speed.prefill.items(), speed.decode.items()
+    for name, model in models.items():
+        read, write = reading[name], writing[name]
+        share = 4 * prompt_flops(model, prompt) / median(read["seconds"]) / rate
+        text = f"reads {read['tokens_per_second']:,.0f} tokens/s ({share:.0%} of that rate), "
+        text += f"writes {write['tokens_per_second']:,.0f} tokens/s"
+        if name == "pruned":
+            text += f": x {read['speedup']['median']:.2f} and x {write['speedup']['median']:.2f}"
+        rows.append((name, text, True))
     return pruner
 
 

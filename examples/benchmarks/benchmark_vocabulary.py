@@ -113,7 +113,8 @@ def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dens
     figures |= ratios(args, dense, losses(small, reader, texts))
     if args.speed:
         speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, threads=1, repeats=5)
-        figures["speed"] = speed.measurements[-1].decode.speedup.median
+        ((_, decode),) = speed.decode.items()
+        figures["speed"] = decode["small"]["speedup"]["median"]
     return figures
 
 

@@ -52,8 +52,8 @@ def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
         report = json.loads((small / "report.json").read_text())
     file = export_gguf(model, f"{small}.gguf", tokenizer, overwrite=True, dtype="q8_0")
     models = {"dense": dense, "model": model}
-    speed = measure_speed(models, new_tokens=16, repeats=5, threads=1, clock="cpu").measurements[-1].decode
-    row = {"bytes": file.bytes, "tokens_per_second": speed.tokens_per_second}
+    ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=5, threads=1, clock="cpu").decode.items()
+    row = {"bytes": file.bytes, "tokens_per_second": speeds["model"]["tokens_per_second"]}
     if not flags:
         return row
     found = evaluate(

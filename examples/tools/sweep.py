@@ -67,8 +67,7 @@ def sweep(args: Namespace) -> Result:
 
 def _curve(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What is known of the dense model and of each size, in one record."""
-    dense = [("dense", (report, "before")) for report in reports.values()][:1]
-    return side_by_side(dict(dense) | {size: (report, "after") for size, report in reports.items()})
+    return side_by_side((report, {"before": "dense", "after": size}) for size, report in reports.items())
 
 
 def _configs(args: Namespace) -> dict[float, StructPruneConfig]:

@@ -48,9 +48,7 @@ def check_flags(args: Namespace) -> None:
             check_source(domain)
     if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
         raise StructPruneError(f"There is no file {file}.")
-    if given.get("items") and not given["answers"]:
-        raise StructPruneError(f"--items {args.items} is for answers, and none are asked for; give --answers.")
-    for name in ("json", "csv", "items"):
+    for name in ("json", "csv"):
         if isinstance(file := given.get(name), str):
             check_file(file, f"--{name} {file}", args.overwrite)
     if "form" in given:

@@ -70,7 +70,6 @@ QUALITY: Flags = {
     },
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
     "--show": number("Answers to show (3).", least=0, default=3),
-    "--items": named("FILE", "Write the questions and all answers to a file in lines of JSON."),
     "--seq-length": number("Tokens per sample (512).", default=512),
     "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
     "--limit": number("Questions at most; by default all of them."),

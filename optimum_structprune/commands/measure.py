@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import __version__
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import Evaluation, check_evaluation
-from ..evaluation.speed import Speed, cache_per_token, check_clock, check_speed, measure_speed
+from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
+from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
-from ..record.table import as_csv, as_text, side_by_side
+from ..record.remarks import measured
+from ..record.table import as_csv, side_by_side
 from ..saving.page import PAGE_NAME, check_result, write_report
 from ..saving.shown import EVALUATION_NAME, SPEED_NAME
-from ..system.disk import check_folder
+from ..system.disk import check_folder, unchanging
 from ..system.fingerprint import vocabulary_hash
 from ..written import check_unchanged
 from .loading import SPREAD, Loading
-from .output import MARK, Result
+from .output import Result
 
 
 logger = logging.getLogger(__name__)
@@ -43,33 +42,36 @@ def evaluate(args: Namespace) -> Result:
     is_judged = bool(args.domain or args.answers)
     if args.html:
         _check_page(args, is_judged)
-        if not (is_judged or args.speed or args.csv):
-            return _with_page(args, [], {})
-    loading, models = Loading.of(args), [*filter(None, [args.against]), *args.models]
-    paths = dict(zip(names_of(models), models, strict=True))
+    loading, paths = Loading.of(args), _paths(args)
+    speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
+    reader, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
+    if args.html and not (is_judged or args.speed or args.csv):
+        return _with_page(args, "", {})
+    # For speed, all models are in memory together, and none is loaded twice.
+    load = cache(loading.model) if args.speed else loading.model
+    record, evaluations = _measured(args, loading, load, paths, reader, is_judged)
+    # The sizes of one result are known from its pruning.
+    shown = evaluations[0].to_dict() if len(evaluations) == 1 else record
+    if args.html and is_judged:
+        evaluations[0].save(Path(args.models[0], EVALUATION_NAME))
     if args.speed:
-        _check_speed(args, loading, paths)
-    reader, notes = _check_quality(args, loading, models) if is_judged else (None, [])
-    sections: list[str] = []
-    values: dict[str, Any] = {}
-    if is_judged or args.csv is not None or not args.speed:
-        record, evaluations = _measured(args, loading, paths, reader, is_judged)
-        # One model that is judged is shown by itself, and several side by side.
-        shown = next(iter(evaluations.values())) if len(evaluations) == 1 else None
-        sections = ["\n".join([as_text(record) if shown is None else str(shown), *notes])]
-        values = {**record, **({} if shown is None else shown.to_dict()), "notes": notes}
-        if args.csv is not None:
-            Path(args.csv).write_text(as_csv(record), encoding="utf-8")
-        if args.items is not None:
-            _write_items(args.items, evaluations)
-        if args.html and is_judged:
-            evaluations[names_of(models)[-1]].save(Path(args.models[0], EVALUATION_NAME))
-    if args.speed:
-        speed = _speed(args, loading, paths)
-        sections, values = [*sections, str(speed)], {**values, "speed": speed.to_dict()}
+        speed = measure_speed({name: load(path) for name, path in paths.items()}, **speed_settings)
+        shown = {**shown, **speed.to_dict()}
         if args.html:
             speed.save(Path(args.models[0], SPEED_NAME))
-    return _with_page(args, sections, values) if args.html else Result("\n\n".join(sections), values)
+    values = {**record, **shown, "notes": notes}
+    if args.csv is not None:
+        Path(args.csv).write_text(as_csv(values), encoding="utf-8")
+    text = "\n".join([measured(shown), *notes])
+    return _with_page(args, text, values) if args.html else Result(text, values)
+
+
+def _paths(args: Namespace) -> dict[str, str]:
+    """The models by name, the dense one first."""
+    if args.against and len(args.models) == 1:
+        return {"dense": args.against, "model": args.models[0]}
+    models = [*filter(None, [args.against]), *args.models]
+    return dict(zip(names_of(models), models, strict=True)) if len(models) > 1 else {"model": models[0]}
 
 
 def _check_page(args: Namespace, is_judged: bool) -> None:
@@ -85,30 +87,29 @@ def _check_page(args: Namespace, is_judged: bool) -> None:
     check_unchanged(*(Path(folder, name) for name, is_due in written.items() if is_due))
 
 
-def _with_page(args: Namespace, sections: Sequence[str], values: Mapping[str, object]) -> Result:
+def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Result:
     page = write_report(args.models[0], dense=args.against or "")
-    return Result("\n\n".join([*sections, f"the report is {page}"]), {**values, "report": str(page)})
+    return Result("\n\n".join([*filter(None, [text]), f"the report is {page}"]), {**values, "report": str(page)})
 
 
 def _check_quality(
-    args: Namespace, loading: Loading, models: Sequence[str]
+    args: Namespace, loading: Loading, paths: Mapping[str, str]
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """Refuse what cannot be measured; the first model's tokenizer, by whose tokens perplexity is counted where there
     are several models, and a note where another one differs.
     """
-    reader: PreTrainedTokenizerBase | None = None
-    notes = []
-    if len(models) > 1:
+    first, reader, notes = next(iter(paths.values())), None, []
+    if len(paths) > 1:
         tokenizers = [loading.tokenizer(model) for model in args.models]
         try:
-            reader = loading.tokenizer(models[0])
+            reader = loading.tokenizer(first)
         except StructPruneError as error:
             logger.warning("%s The dense model reads with the tokenizer of the model that it is compared with.", error)
         if reader is not None and len({*map(vocabulary_hash, [reader, *tokenizers])}) > 1:
-            notes = [f"vocabularies differ: perplexity is per token of {models[0]}."]
+            notes = [f"vocabularies differ: perplexity is per token of {first}."]
+    dense = {"dense": loading.without_weights(args.against)} if args.against else {}
     for model in args.models:
-        names = {"dense": args.against, "model": model} if args.against else {"model": model}
-        shapes = {which: loading.without_weights(name) for which, name in names.items()}
+        shapes = {**dense, "model": loading.without_weights(model)}
         check_evaluation(shapes, args.domain, args.answers, args.seq_length, reader)
     return reader, notes
 
@@ -116,43 +117,29 @@ def _check_quality(
 def _measured(
     args: Namespace,
     loading: Loading,
+    load: Callable[[str], PreTrainedModel],
     paths: Mapping[str, str],
     reader: PreTrainedTokenizerBase | None,
     is_judged: bool,
-) -> tuple[dict[str, Any], dict[str, Evaluation]]:
-    """What is known of all models, and the evaluations of all but the dense one; each is let go before the next."""
-    known: dict[str, tuple[Mapping[str, Any], str]] = {}
-    evaluations, names = {}, list(paths)
-    dense = loading.model(args.against) if args.against else None
-    if dense is not None:
-        known[names[0]] = (_sizes(dense, "dense", args.arch_file), "dense")
-    for name in names[len(known) :]:
-        sizes, evaluation = _of_one(args, loading, paths[name], dense, reader, is_judged)
-        judged = {} if evaluation is None else evaluation.to_dict()
-        known[name] = ({**sizes, **judged}, "model")
-        if evaluation is not None:
-            evaluations[name] = evaluation
-        if dense is not None:
-            known[names[0]] = ({**known[names[0]][0], **judged}, "dense")
-    return side_by_side(known), evaluations
-
-
-def _of_one(
-    args: Namespace,
-    loading: Loading,
-    path: str,
-    dense: PreTrainedModel | None,
-    reader: PreTrainedTokenizerBase | None,
-    is_judged: bool,
-) -> tuple[dict[str, Any], Evaluation | None]:
-    """The sizes of a model, and its evaluation where one is asked for."""
-    model, tokenizer = loading.model_and_tokenizer(path)
-    sizes = _sizes(model, "model", args.arch_file)
-    if not is_judged:
-        return sizes, None
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
-    how = {name: vars(args)[name] for name in names}
-    return sizes, quality.evaluate(model, tokenizer, args.domain, dense, dense_tokenizer=reader, **how)
+) -> tuple[dict[str, Any], list[Evaluation]]:
+    """The sizes of all models, and the evaluations of all but the dense one; each is let go before the next."""
+    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
+    how = {name: vars(args)[name] for name in settings}
+    records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+    dense, evaluations = None, []
+    for name, path in paths.items():
+        is_dense = bool(args.against) and not records
+        with unchanging(path):
+            tokenizer, model = loading.tokenizer(path) if is_judged and not is_dense else None, load(path)
+        records.append((_sizes(model, name, args.arch_file), {name: name}))
+        if is_dense:
+            dense = Dense(model)
+        elif tokenizer is not None:
+            evaluation = quality.evaluate(model, tokenizer, args.domain, dense, dense_tokenizer=reader, **how)
+            evaluations.append(evaluation)
+            records.append((evaluation.to_dict(), {"dense": next(iter(paths)), "model": name}))
+        del model
+    return side_by_side(records), evaluations
 
 
 def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
@@ -168,45 +155,24 @@ def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str
     return {**{field: {name: size} for field, size in sizes.items()}, "widths": widths}
 
 
-def _write_items(file: str, evaluations: Mapping[str, Evaluation]) -> None:
-    """A line of JSON for each question and model."""
-    lines = [
-        json.dumps({MARK: __version__, "model": name, **item}, ensure_ascii=False) + "\n"
-        for name, evaluation in evaluations.items()
-        for item in evaluation.answers
-    ]
-    Path(file).write_text("".join(lines), encoding="utf-8")
-
-
-def _check_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> None:
+def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> dict[str, Any]:
+    """What `measure_speed` is to do, checked on models without weights."""
     if loading.device in SPREAD:
         raise StructPruneError(
             f"--device {args.device} spreads a model, and the time of one device is measured: name one."
         )
-    check_clock(args.clock, str(loading.device))
-    without_weights = {name: loading.without_weights(path) for name, path in paths.items()}
-    check_speed(
-        without_weights, [args.batch_size], args.prompt or PROMPTS, args.new_tokens, args.repeats, args.threads
-    )
-
-
-def _speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> Speed:
-    """The speed of all models in turns; speed-ups are over the first."""
-    return measure_speed(
-        {name: loading.model(path) for name, path in paths.items()},
-        batch_sizes=[args.batch_size],
-        prompts=args.prompt or PROMPTS,
-        new_tokens=args.new_tokens,
-        repeats=args.repeats,
-        threads=args.threads,
-        clock=args.clock,
-    )
+    settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "threads", "clock")}
+    settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or PROMPTS}
+    named = zip(names_of([*paths.values()]), paths.values(), strict=True)
+    shapes = {name: loading.without_weights(path) for name, path in named}
+    check_speed(shapes, **settings, device=str(loading.device))
+    return settings
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, or all of it, numbered where that is the same too."""
-    short = Counter(Path(path).name for path in paths)
-    names = [Path(path).name if short[Path(path).name] == 1 else path for path in paths]
+    short = [Path(path).name for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     return [
         f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
         for number, name in enumerate(names)

@@ -24,13 +24,12 @@ from ..forward.metrics import divergence, evaluating, standard_error
 from ..method.layers import run_model
 from ..record.answers import Items
 from ..system.stages import progress, stage
-from .paired import Paired, paired
 
 
 BUILTIN = "builtin"
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
-# The figures of an answer that are true or false, or a share.
-FIGURES = ("right", "stopped", "loops", "distinct")
+# The figures of an answer that are true or false.
+FIGURES = ("right", "stopped", "loops")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
 # An answer loops that has the same run of so many tokens more often than this.
 RUN, MOST = 4, 3
@@ -135,14 +134,11 @@ def ask(
 
 def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats: bool) -> Answer:
     """The answer as records hold it, with its tokens: of what goes on from an opening, the first line is judged."""
-    right = (
-        question.right.search(text.strip()) if chats else question.continues.search(text.strip().partition("\n")[0])
-    )
+    pattern, judged = (question.right, text) if chats else (question.continues, text.strip().partition("\n")[0])
+    right = pattern.search(judged.strip())
     runs = Counter(tuple(ids[start : start + RUN]) for start in range(len(ids) - RUN + 1))
-    distinct = len(runs) / runs.total() if runs else 1.0
-    loops = max(runs.values(), default=0) > MOST
-    flags = {"right": right is not None, "stopped": stopped, "loops": loops}
-    return {"text": text, "ids": ids, "tokens": len(ids), **flags, "distinct": distinct}
+    flags = {"right": right is not None, "stopped": stopped, "loops": max(runs.values(), default=0) > MOST}
+    return {"text": text, "ids": ids, "tokens": len(ids), **flags}
 
 
 def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
@@ -152,14 +148,6 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
         values = torch.tensor([float(answer[name]) for answer in answers])
         figures |= {name: float(values.mean()), f"{name}_stderr": standard_error(values)}
     return {**figures, "tokens": float(median(answer["tokens"] for answer in answers))}
-
-
-def paired_answers(model: Sequence[Answer], dense: Sequence[Answer]) -> dict[str, Paired]:
-    """How two models differ over the questions, by figure."""
-    values = {
-        name: [{n: float(answer[name]) for n, answer in enumerate(of)} for of in (model, dense)] for name in FIGURES
-    }
-    return {name: paired(*both, less_is_better=name == "loops") for name, both in values.items()}
 
 
 @torch.no_grad()
@@ -198,13 +186,13 @@ def answer_divergence(
 
 def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
     """Questions with the answers of each model, as records hold them."""
-    kept = [
-        {which: {name: value for name, value in of[n].items() if name != "ids"} for which, of in answers.items()}
-        for n in range(len(questions))
-    ]
+    kept = {
+        which: [{name: value for name, value in answer.items() if name != "ids"} for answer in of]
+        for which, of in answers.items()
+    }
     return [
-        {"kind": question.kind, "prompt": question.prompt, "answers": by_model}
-        for question, by_model in zip(questions, kept, strict=True)
+        {"kind": question.kind, "prompt": question.prompt, "answers": {which: of[n] for which, of in kept.items()}}
+        for n, question in enumerate(questions)
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of, predicts_next
@@ -16,13 +17,16 @@ from ..domains.packing import prefix_token
 from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
-from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
+from ..forward.metrics import own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
-from ..record.answers import SHOWN, outcome, sample_items
-from ..record.table import as_text
-from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
-from .heldout import Heldout, Judged, judge, read_heldout
-from .paired import Paired
+from ..record.answers import SHOWN, paired
+from ..record.remarks import measured
+from ..system.fingerprint import vocabulary_hash
+from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
+from .heldout import Heldout, Judged, read_heldout
+
+
+KEPT = 2**27  # values of hidden states: half a gigabyte in fp32
 
 
 @dataclass
@@ -68,16 +72,43 @@ class Evaluation(Record):
     shared: list[str] | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    paired: dict[str, Paired] = field(default_factory=dict)
+    paired: dict[str, dict[str, Any]] = field(default_factory=dict)
     show: int = SHOWN
 
     def __str__(self) -> str:
         """A table of all figures, some answers, and the warnings."""
-        head = f", each begun with {self.prefix!r}" if self.prefix else ""
-        legend = f"± is the standard error over {FEWEST} samples or more of {self.seq_length} tokens{head}"
-        lines = [as_text(self.to_dict()), *([legend] if self.perplexity else [])]
-        answers = map(_shown, sample_items(self.answers, self.show))
-        return "\n\n".join(["\n".join(lines), *answers, *(f"warning: {warning}" for warning in self.warnings)])
+        return measured(self.to_dict())
+
+
+class Dense:
+    """A dense model, and what it has made of text and questions: in another evaluation on the same ones, it does not
+    run again. Its weights may not change in between. `most` values of hidden states are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, most: int = KEPT):
+        self.model, self.states = model, _States(most)
+        self._asked: tuple[Any, ...] = ()
+        self._answers: list[Answer] = []
+
+    def ask(self, reader: PreTrainedTokenizerBase, questions: Sequence[Question], *how: int) -> list[Answer]:
+        """What `ask` gives for the dense model."""
+        asked = ([question.ids(reader) for question in questions], questions, how)
+        if asked != self._asked:
+            self._asked, self._answers = asked, ask(self.model, reader, questions, *how)
+        return self._answers
+
+
+class _States(dict[tuple[int, ...], Tensor]):
+    """Hidden states by the tokens that were read, of which the first ones stay, up to so many values."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.room = most
+
+    def __setitem__(self, row: tuple[int, ...], states: Tensor) -> None:
+        if row not in self and states.numel() <= self.room:
+            super().__setitem__(row, states)
+            self.room -= states.numel()
 
 
 @own_settings()
@@ -85,7 +116,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[DomainConfig | Mapping[str, Any]] = (),
-    dense: PreTrainedModel | None = None,
+    dense: PreTrainedModel | Dense | None = None,
     *,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
@@ -104,7 +135,8 @@ def evaluate(
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
         dense: Another model to compare with: adds its own perplexities and answers, the divergence from it and the
-            agreement with it, and whether the two differ on the same questions.
+            agreement with it, and whether the two differ on the same questions. A `Dense` of it runs once for several
+            evaluations.
         dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
@@ -123,20 +155,27 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
-    models = {"model": model} if dense is None else {"dense": dense, "model": model}
+    reference = dense if dense is None or isinstance(dense, Dense) else Dense(dense, 0)
+    models = {"model": model} if reference is None else {"dense": reference.model, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    check_evaluation(models, named, answers, seq_length, dense_tokenizer, readers)
-    _check_numbers(
-        num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens, show=show or None
-    )
+    check_evaluation(models, named, answers, seq_length, dense_tokenizer)
+    for which, each in models.items():
+        check_tokens(each, readers[which])
+    numbers = {"num_samples": num_samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}
+    for label, number in {**numbers, "show": show or None}.items():
+        if number is not None and number < 1:
+            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
     # Everything is read before anything is computed, so that a mistake shows at once.
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
-    judged = judge(texts, models, readers)
+    sizes = {of.config.get_text_config().vocab_size for of in models.values()}
+    differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
+    states = None if reference is None else reference.states
+    judged = {text.domain.name: Judged(text.samples, models, readers, differ, states) for text in texts}
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(
         model=model.name_or_path or type(model).__name__,
-        dense=None if dense is None else dense.name_or_path or type(dense).__name__,
+        dense=None if reference is None else reference.model.name_or_path or type(reference.model).__name__,
         seq_length=seq_length,
         prefix=None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix)),
         show=show,
@@ -145,8 +184,11 @@ def evaluate(
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
         _measure(evaluation, name, text, batch_size)
-    if answers is not None:
-        _answer(evaluation, models, readers, questions, max_new_tokens, max(batch_size, AT_ONCE))
+    if questions:
+        how = max_new_tokens, max(batch_size, AT_ONCE)
+        written = {} if reference is None else {"dense": reference.ask(readers["dense"], questions, *how)}
+        written["model"] = ask(model, tokenizer, questions, *how)
+        _answer(evaluation, models, readers, questions, written)
     return evaluation
 
 
@@ -171,20 +213,16 @@ def _answer(
     models: Mapping[str, PreTrainedModel],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
     questions: Sequence[Question],
-    max_new_tokens: int,
-    batch_size: int,
+    answers: Mapping[str, Sequence[Answer]],
 ) -> None:
-    """Enter what the models answer, the dense one first; each reads and writes with its own tokenizer."""
-    answers = {
-        which: ask(model, tokenizers[which], questions, max_new_tokens, batch_size) for which, model in models.items()
-    }
+    """Enter what the models have answered, the dense one first."""
     evaluation.answers = items_of(questions, answers)
     evaluation.figures = figures = {which: figures_of(of) for which, of in answers.items()}
     if "dense" in models:
         distance = answer_divergence(models, tokenizers, questions, answers["dense"])
         if distance is not None:
             figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
-        evaluation.paired = paired_answers(answers["model"], answers["dense"])
+        evaluation.paired = {name: paired(evaluation.answers, name) for name in FIGURES}
 
 
 def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -> None:
@@ -203,7 +241,6 @@ def check_evaluation(
     answers: str | Path | None,
     seq_length: int,
     dense_tokenizer: PreTrainedTokenizerBase | None,
-    readers: Mapping[str, PreTrainedTokenizerBase] | None = None,
 ) -> None:
     """Refuse what cannot be measured, with models that may be without weights."""
     if not domains and answers is None:
@@ -219,17 +256,3 @@ def check_evaluation(
             f"The model has a vocabulary of {sizes[1]}, the dense one of {sizes[0]}; name its tokenizer "
             "(dense_tokenizer)."
         )
-    for which, reader in (readers or {}).items():
-        if which in models:
-            check_tokens(models[which], reader)
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for label, number in numbers.items():
-        if number is not None and number < 1:
-            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
-
-
-def _shown(item: Mapping[str, Any]) -> str:
-    written = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
-    return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *written])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +15,6 @@ from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
 from ..forward.metrics import closeness, compare, row_losses, sample_losses
-from ..system.fingerprint import vocabulary_hash
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,10 @@ def read_heldout(
     return Heldout(domain, packed.samples, packed.hashes)
 
 
-def judge(
-    texts: Sequence[Heldout], models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]
-) -> dict[str, Judged]:
-    """Texts of the dense tokenizer by domain, as the models read them."""
-    sizes = {model.config.get_text_config().vocab_size for model in models.values()}
-    tokens_differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
-    return {text.domain.name: Judged(text.samples, models, readers, tokens_differ) for text in texts}
-
-
 class Judged:
-    """Samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. Where the tokenizers
-    differ (`tokens_differ`), each reads their text with its own.
+    """A text in samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. Where the
+    tokenizers differ, each reads the text with its own. `known` keeps the dense model's hidden states, see
+    `row_losses`.
     """
 
     def __init__(
@@ -72,29 +63,34 @@ class Judged:
         models: Mapping[str, PreTrainedModel],
         readers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
+        known: dict[tuple[int, ...], Tensor] | None = None,
     ):
-        self.samples, self.models, self.tokens_differ = samples, models, tokens_differ
-        self.pair = [which for which in ("model", "dense") if which in models]
+        self.samples, self.known = samples, known
+        self.pair = {which: models[which] for which in ("model", "dense") if which in models}
         self.passages = Passages([*samples], readers["dense"])
-        if not tokens_differ:
-            check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
-        else:
+        self.rows: dict[str, list[Tensor]] = {}
+        if tokens_differ:
             self.rows = {which: self.passages.rows(readers[which], model) for which, model in models.items()}
-            both = [readers[which] for which in self.pair], [models[which] for which in self.pair]
+            both = [readers[which] for which in self.pair], [*self.pair.values()]
             self.shared = self.passages.shared_rows(*both) if "dense" in models else None
+        else:
+            check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
     def losses(self, batch_size: int) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
         """The losses of each model per dense token in each sample, shape `(samples,)`, and beside a dense model the
         divergence and the agreement, as far as the vocabularies allow.
         """
-        models = [self.models[which] for which in self.pair]
-        if self.tokens_differ:
+        models, known = [*self.pair.values()], {"dense": self.known}
+        if self.rows:
             predicted = self.samples.shape[1] - 1
-            losses = {which: row_losses(self.models[which], rows) / predicted for which, rows in self.rows.items()}
-            return losses, closeness(models, *self.shared) if self.shared else None
+            losses = {
+                which: row_losses(self.pair[which], rows, known=known.get(which)) / predicted
+                for which, rows in self.rows.items()
+            }
+            return losses, closeness(models, *self.shared, self.known) if self.shared else None
         if len(models) == 1:
             return {"model": sample_losses(models[0], self.samples, batch_size)}, None
-        both = compare(models[0], models[1], self.samples, batch_size)
+        both = compare(models[0], models[1], self.samples, batch_size, self.known)
         return {"dense": both.dense_losses, "model": both.losses}, (both.divergence, both.agreement)
 
     def bits_per_byte(self, losses: Tensor) -> float:

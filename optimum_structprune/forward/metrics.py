@@ -177,15 +177,22 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1) -> Comparison:
+def compare(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    samples: Tensor,
+    batch_size: int = 1,
+    known: dict[tuple[int, ...], Tensor] | None = None,
+) -> Comparison:
     """Both perplexities, divergence and agreement in one pass of each model; see `perplexity`.
 
     The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
-    logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
+    logits, those of one batch. `samples` has the shape `(samples, seq_length)`. `known` keeps the dense model's hidden
+    states, see `row_losses`.
     """
     collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
-        for targets, *both in _predictions([model, dense], [samples.split(batch_size)] * 2):
+        for targets, *both in _predictions([model, dense], [samples.split(batch_size)] * 2, known=known):
             batch = (*(_losses(logits, targets) for logits in both), *_closeness(*both))
             for parts, part in zip(collected, batch, strict=True):
                 parts.append(part)
@@ -196,16 +203,20 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
 
 @torch.no_grad()
 def closeness(
-    models: Sequence[PreTrainedModel], rows: Sequence[Tensor], tokens: Sequence[Tensor]
+    models: Sequence[PreTrainedModel],
+    rows: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> tuple[float, float]:
     """The divergence and the agreement of a model and the dense one over the tokens that both vocabularies have.
 
     `tokens` holds the id of each of these in either vocabulary, shape `(shared,)`; `rows` are numbers among them.
+    `known` keeps the dense model's hidden states, see `row_losses`.
     """
     batches = [[ids[row][None] for row in rows] for ids in tokens]
     parts = []
     with evaluating(*models):
-        for _, *both in _predictions(models, batches):
+        for _, *both in _predictions(models, batches, known=known):
             shared = (logits[:, ids.to(logits.device)] for logits, ids in zip(both, tokens, strict=True))
             parts.append(torch.stack(_closeness(*shared)))
     mean_divergence, agreement = torch.stack(parts).sum(0) / sum(len(row) - 1 for row in rows)
@@ -256,14 +267,16 @@ def _predictions(
     known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Targets of the first model, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few
-    tokens at a time. `batches` holds what each model reads, shape `(batch, seq_length)`.
+    tokens at a time. `batches` holds what each model reads, shape `(batch, seq_length)`, and `known` the hidden states
+    of the last model.
     """
     first = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
     heads = [_head(model, ids.to(input_device(model)), among) for model, ids in zip(models, first, strict=True)]
-    every = [*zip(*batches, strict=True)]
+    every, states = [*zip(*batches, strict=True)], [*[None] * (len(models) - 1), known]
     for batch in progress(every, desc="predictions", unit="batch", leave=False, delay=1):
         targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
-        logits = [_next_token_logits(*each, among, known) for each in zip(models, batch, heads, strict=True)]
+        each_model = zip(models, batch, heads, states, strict=True)
+        logits = [_next_token_logits(model, ids, head, among, kept) for model, ids, head, kept in each_model]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 

@@ -9,6 +9,10 @@ from itertools import zip_longest
 from math import comb
 from typing import Any
 
+import torch
+
+from ..forward.metrics import standard_error
+
 
 Items = Sequence[Mapping[str, Any]]
 SHOWN = 3  # answers in a card or a page
@@ -26,10 +30,30 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def paired(items: Items, name: str) -> dict[str, Any]:
+    """How a figure (`right`, `loops` or `stopped`) of the last model differs from the first one's on the same items:
+    the mean difference with its standard error, the numbers of items for which it holds of the last model alone
+    (`more`) and of the first alone (`less`), `mcnemar`'s probability, and `worse`, `better`, or `alike` above 0.05.
+    """
+    both = [[float(answer[name]) for answer in item["answers"].values()] for item in items]
+    differences = torch.tensor([of[-1] - of[0] for of in both], dtype=torch.float64)
+    more, less = int((differences > 0).sum()), int((differences < 0).sum())
+    p_value, is_better = mcnemar(more, less), (more > less) is not (name == "loops")
+    verdict = "alike" if p_value >= LEVEL else "better" if is_better else "worse"
+    counted = {"items": len(both), "more": more, "less": less, "p_value": p_value, "verdict": verdict}
+    return {"difference": float(differences.mean()), "stderr": standard_error(differences), **counted}
+
+
 def outcome(answer: Mapping[str, Any]) -> str:
     """Right or wrong, and what else is the matter with an answer."""
     troubles = ["loops"] * answer["loops"] + ["cut off"] * (not answer["stopped"])
     return ", ".join(["right" if answer["right"] else "wrong", *troubles])
+
+
+def written(item: Mapping[str, Any]) -> str:
+    """A question, and what each model answers, as lines of text."""
+    answers = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
+    return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *answers])
 
 
 def counts(items: Items, name: str) -> list[int]:
@@ -44,15 +68,9 @@ def remark(items: Items) -> list[str]:
     verbs = {"right": "right", "loops": "loop", "stopped": "stop by themselves"}
     shown = [f"{' → '.join(map(str, counts(items, name)))} {verb}" for name, verb in verbs.items()]
     line = f"answers to {len(items)} short questions ({' → '.join(items[0]['answers'])}): {', '.join(shown)}"
-    worse = [verb for verb, name in (("errs", "right"), ("loops", "loops")) if _worse(items, name)]
+    verbs = {"right": "errs", "loops": "loops"}
+    worse = [verb for name, verb in verbs.items() if paired(items, name)["verdict"] == "worse"]
     return [line, *([f"warning: the model {' and '.join(worse)} clearly more; {HELPS}"] if worse else [])]
-
-
-def _worse(items: Items, name: str) -> bool:
-    """Whether the last model is worse than the first by more than chance."""
-    pairs = [[answer[name] != (name == "loops") for answer in item["answers"].values()] for item in items]
-    better, worse = (sum(pair[-1] is which and pair[0] is not which for pair in pairs) for which in (True, False))
-    return worse > better and mcnemar(better, worse) < LEVEL
 
 
 def sample_items(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
-from .answers import counts
-from .table import as_number
+from .answers import SHOWN, counts, sample_items, written
+from .table import as_number, as_text
 
 
 # A share that was removed is warned of where it is off by more than this part of what was asked for.
@@ -124,6 +124,29 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if rounds and rounds[-1]["shares"] != rounds[0]["shares"]:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in rounds[-1]["shares"].items())
         yield f"shares in the last round: {shares}"
+
+
+def measured(record: Mapping[str, Any]) -> str:
+    """What an evaluation, a measurement of speed, or both in one record say: a table, what it means, some answers, and
+    the warnings.
+    """
+    lines = [as_text(record)]
+    if record.get("perplexity") and record.get("seq_length"):
+        head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
+        lines.append(f"± is the standard error over {FEWEST} samples or more of {record['seq_length']} tokens{head}")
+    lines += [speed_remark(record)] if record.get("run_memory") else []
+    answers = map(written, sample_items(record.get("answers") or (), record.get("show", SHOWN)))
+    warnings = map("warning: {}".format, record.get("warnings") or ())
+    return "\n\n".join(["\n".join(lines), *answers, *warnings])
+
+
+def speed_remark(record: Mapping[str, Any]) -> str:
+    """How speed was measured, and what its rows mean."""
+    return (
+        f"speed on {record['device']} ({record['clock']} time, threads: {record['threads']}, repeats in turns: "
+        f"{record['repeats']}, new tokens: {record['new_tokens']}); the speed-up is the median of the pairs with the "
+        f"first model, not shown where its quartiles lie on both sides of 1; memory: {record['memory_is']}"
+    )
 
 
 def _languages(report: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,8 @@ BY_DOMAIN = {
     "divergence": ("KL", 4, PERCENT),
     "agreement": ("top-1", 3, ""),
 }
+# Both kinds of work whose speed is measured, as a record names them and as rows do.
+STAGES = {"prefill": "reading", "decode": "writing"}
 # What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
 ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
@@ -42,13 +44,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of several models: a value for each, None where it is not known, a list where it is one by layer.
-    `change` says how the last is compared with the first known one: in `PERCENT`, as a `RATIO`, or not at all.
+    """One figure of several models: a value for each, None where it is not known, a list where it is one by layer or a
+    range. `change` says how the last is compared with the first known one: in `PERCENT`, as a `RATIO`, or not at all.
     `errors` are the standard errors of the values and of the ratio; a `note` stands in the place of a change.
     """
 
     label: str
-    values: tuple[float | Sequence[int] | None, ...]
+    values: tuple[float | Sequence[float] | None, ...]
     digits: int = 0
     change: str = ""
     errors: tuple[float | None, ...] = ()
@@ -78,12 +80,12 @@ class Row:
         return [label, *shown, change]
 
 
-def as_number(value: float | Sequence[int] | None, error: float | None = None, digits: int = 0) -> str:
+def as_number(value: float | Sequence[float] | None, error: float | None = None, digits: int = 0) -> str:
     """A value and its standard error, with the digits up to the first one of the error, and at most 3."""
     if value is None:
         return UNKNOWN
     if isinstance(value, Sequence):
-        return "-".join(f"{width:,}" for width in sorted({min(value), max(value)}))
+        return "-".join(f"{end:,.{digits}f}" for end in sorted({min(value), max(value)}))
     if error is None or not isfinite(error):
         return f"{value:,.{digits}f}"
     digits = min(max(-floor(log10(error)), 0), 3) if error > 0 else 3
@@ -92,7 +94,8 @@ def as_number(value: float | Sequence[int] | None, error: float | None = None, d
 
 def models_of(record: Record) -> list[str]:
     """The names by which a record calls its models, in its order."""
-    by_model = [record.get("parameters"), *(record.get("perplexity") or {}).values(), record.get("figures")]
+    measured = [of for name in ("perplexity", "run_memory") for of in (record.get(name) or {}).values()]
+    by_model = [record.get("parameters"), *measured, record.get("figures")]
     return list(dict.fromkeys(name for of in by_model for name in of or ()))
 
 
@@ -127,6 +130,32 @@ def quality_rows(record: Record) -> list[Row]:
         for name, of in (record.get(field) or {}).items():
             rows.append(_row(f"{label} {name}", _by_model(of), models, digits, change))
     return rows + (_figure_rows(record, models) if record.get("figures") else [])
+
+
+def speed_rows(record: Record) -> list[Row]:
+    """Tokens per second, the speed-up over the first model where its quartiles show one, and memory, by shape."""
+    models, rows = models_of(record), []
+    for stage, work in STAGES.items():
+        for shape, of in (record.get(stage) or {}).items():
+            rates = {model: one["tokens_per_second"] for model, one in of.items()}
+            ratios = {model: one["speedup"] for model, one in list(of.items())[1:]}
+            rows.append(_row(f"{work} tokens/s, {shape}", rates, models, 1))
+            if ratios:
+                medians = {model: ratio["median"] for model, ratio in ratios.items() if is_shown(ratio)}
+                note = "" if models[-1] in medians else "not shown"
+                quartiles = {model: [ratio["low"], ratio["high"]] for model, ratio in ratios.items()}
+                rows += [
+                    _row(f"{work} speed-up, {shape}", medians, models, 3, note=note),
+                    _row(f"{work} quartiles, {shape}", quartiles, models, 3),
+                ]
+    return rows + [
+        _row(f"memory, {shape}", of, models, change=PERCENT) for shape, of in (record.get("run_memory") or {}).items()
+    ]
+
+
+def is_shown(speedup: Mapping[str, float]) -> bool:
+    """Whether the quartiles of a speed-up lie on one side of 1."""
+    return not speedup["low"] <= 1 <= speedup["high"]
 
 
 def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
@@ -193,19 +222,26 @@ def _error_of_mean(rows: Sequence[Row]) -> float | None:
     return None if mean is None or not isfinite(hypot(*parts)) else mean * hypot(*parts) / len(rows)
 
 
-def side_by_side(records: Mapping[str, tuple[Record, str]]) -> dict[str, Any]:
-    """One record of several models, each from a record of its own, with the name that it has there."""
-    joined: dict[str, Any] = {}
-    for name, (record, model) in records.items():
+def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[str, Any]:
+    """One record of several models, from records with the names that their models are to have."""
+    joined: dict[str, Any] = {"perplexity_tokens": {}}
+    items: dict[str, dict[str, Any]] = {}
+    for record, names in records:
+
+        def named(of: Any, names: Mapping[str, str] = names) -> dict[str, Any]:
+            return {names[model]: value for model, value in _by_model(of).items() if model in names}
+
         for field in (*COUNTS, "figures"):
-            if model in (record.get(field) or ()):
-                joined.setdefault(field, {})[name] = record[field][model]
+            if of := record.get(field):
+                joined.setdefault(field, {}).update(named(of))
         for field in ("widths", "perplexity", "perplexity_stderr", "bits_per_byte", *BY_DOMAIN):
             for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
-                if model in (by_model := _by_model(of)):
-                    joined.setdefault(field, {}).setdefault(key, {})[name] = by_model[model]
-        joined.setdefault("perplexity_tokens", {}).update(record.get("perplexity_tokens") or {})
-    return joined
+                joined.setdefault(field, {}).setdefault(key, {}).update(named(of))
+        joined["perplexity_tokens"] |= record.get("perplexity_tokens") or {}
+        for item in record.get("answers") or ():
+            if of := named(item["answers"]):
+                items.setdefault(item["prompt"], {**item, "answers": {}})["answers"] |= of
+    return {**joined, "answers": [*items.values()]} if items else joined
 
 
 def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
@@ -214,18 +250,24 @@ def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
     return table if any(line[-1] for line in table) else [line[:-1] for line in table]
 
 
+def all_rows(record: Record) -> list[Row]:
+    """Every figure that a record has."""
+    return [*size_rows(record), *quality_rows(record), *speed_rows(record)]
+
+
 def as_text(record: Record) -> str:
     """All figures of a record as a table of text."""
-    return aligned(cells(models_of(record), [*size_rows(record), *quality_rows(record)]))
+    return aligned(cells(models_of(record), all_rows(record)))
 
 
 def as_csv(record: Record) -> str:
     """All figures of a record as comma-separated values, a line for each model; of widths the least and the most."""
-    rows, file = [*size_rows(record), *quality_rows(record)], io.StringIO()
+    rows, file = all_rows(record), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", *(row.label.strip() for row in rows)])
     for name, *values in zip(models_of(record), *(row.values for row in rows), strict=True):
-        plain = (as_number(of).replace(",", "") if isinstance(of, Sequence) else of for of in values)
+        pairs = zip(values, (row.digits for row in rows), strict=True)
+        plain = (as_number(of, None, to).replace(",", "") if isinstance(of, Sequence) else of for of, to in pairs)
         writer.writerow([name, *plain])
     return file.getvalue()
 

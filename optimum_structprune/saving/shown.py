@@ -22,9 +22,9 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RATES, RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED
 from ..record.answers import Items, outcome, remark, sample_items
-from ..record.remarks import remarks, removed, verdict
+from ..record.remarks import remarks, removed, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..record.table import Row, cells, escaped, markdown, models_of, quality_rows, size_rows
+from ..record.table import Row, cells, escaped, markdown, models_of, quality_rows, size_rows, speed_rows
 
 
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
@@ -94,16 +94,6 @@ class Records:
         return {name: to_yaml(values).strip() for name, values in of_each.items() if values}
 
     @property
-    def speedup(self) -> str:
-        """How many times as fast as the dense model the result reads and writes, in words; empty where unknown."""
-        for of in (self.speed.get("measurements") or [])[1:2]:
-            reads, writes = (of[stage]["speedup"]["median"] for stage in ("prefill", "decode"))
-            where = f"{self.speed['device']}, threads: {self.speed['threads']}, batch {of['batch_size']}"
-            speeds = f"it reads a prompt of {of['prompt']:,} tokens x {reads:.2f} and writes x {writes:.2f} as fast as"
-            return f"{speeds} the dense model ({where})"
-        return ""
-
-    @property
     def heldout_is_disjoint(self) -> bool:
         """Whether no document that was held out has had another use, as far as the manifest knows documents."""
         held, *used = (
@@ -134,11 +124,13 @@ def shown_of(records: Records, dense: str, dense_path: str, folder: str, again: 
     `folder`, and what they make `again`.
     """
     report, recovery, evaluation = records.report, records.report["recovery"], records.evaluation
-    sizes, qualities = size_rows(report), {"Held out of the calibration": report, "Held out of the training": recovery}
-    qualities["Measured later"] = evaluation
+    sizes, measured = size_rows(report), {"Held out of the calibration": report, "Held out of the training": recovery}
+    measured |= {"Measured later": evaluation, "Speed": records.speed}
+    rows = {name: [*quality_rows(of), *speed_rows(of)] for name, of in measured.items()}
     uses = "some of its documents were used for the pruning too"
     uses = "none of its documents was used for anything else" if records.heldout_is_disjoint else uses
-    notes = [*remarks(report), *map("warning: {}".format, evaluation.get("warnings") or ()), records.speedup]
+    notes = [*remarks(report), *map("warning: {}".format, evaluation.get("warnings") or ())]
+    notes += [speed_remark(records.speed)] if records.speed.get("run_memory") else []
     notes += [f"held-out text: {uses}"] if report.get("perplexity") else []
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
     training = records.training or records.config.get("recovery") or {}
@@ -150,7 +142,7 @@ def shown_of(records: Records, dense: str, dense_path: str, folder: str, again: 
         "counts": report.get("parameters"),
         "verdict": list(map(sentence, verdict(report))) if report.get("parameters") else [],
         "sizes": _table(report, sizes, recovery) if sizes else [],
-        "tables": {name: _table(of, rows, recovery) for name, of in qualities.items() if (rows := quality_rows(of))},
+        "tables": {name: _table(measured[name], of, recovery) for name, of in rows.items() if of},
         "notes": [sentence(note) for note in notes if note],
         "answered": list(map(sentence, remark(answers))) if answers else [],
         "answers": list(map(_written, sample_items(answers))) if answers else [],

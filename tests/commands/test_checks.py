@@ -86,7 +86,6 @@ FLAGS = [
     ("evaluate model --domain a=none.txt", "there is no file or folder none.txt"),
     ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
     ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
-    ("evaluate model --items items.jsonl", "--items items.jsonl is for answers, and none are asked for"),
     ("evaluate model --answers --show -1", "argument --show: expected a whole number, 0 or more, got '-1'"),
     ("evaluate model model --clock sun", "argument --clock: invalid choice: 'sun'"),
 ]

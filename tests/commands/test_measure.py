@@ -82,6 +82,28 @@ def test_several_models_against_the_dense_one(folder, capsys, tmp_path):
     assert [float(row["KL a"] or 0) for row in csv.DictReader((tmp_path / "c.csv").open())][1] == far[small]
 
 
+def test_the_dense_model_runs_once_for_all(folder, monkeypatch):
+    """It answers each question once, and reads each sample once: the other passes are those of a short trial, of the
+    head alone, and along its answers.
+    """
+    load, path, counts = Loading.model, str(folder / "dense"), []
+
+    def noted(self, name, scratch=None):
+        model = load(self, name, scratch)
+        if name == path:
+            model.model.register_forward_hook(lambda module, given, output: seen.append(tuple(output[0].shape[:2])))
+        return model
+
+    monkeypatch.setattr(Loading, "model", noted)
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "5", "--device", "cpu"]
+    text += ["--answers", str(folder / "questions.jsonl"), "--max-new-tokens", "3", "--quiet"]
+    for models in (["small"], ["small", "small", "small"]):
+        seen = []
+        assert main(["evaluate", *(str(folder / name) for name in models), "--against", path, *text]) == 0
+        counts.append((seen.count((1, 24)), sum(rows == 4 for rows, _ in seen)))
+    assert counts == [(5, 3)] * 2, "5 samples, and 3 tokens of 4 answers that are written together"
+
+
 def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     load, loaded = Loading.model, []
 
@@ -114,16 +136,16 @@ def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     dense, other = str(folder / "dense"), str(folder / "small")
     line = ["evaluate", other, dense, "--against", dense, *SHORT, "--prompt", "4", "--batch-size", "3"]
     assert main([*line, "--dtype", "bfloat16", "--threads", "1", "--clock", "cpu", "--json", "--quiet"]) == 0
-    values = json.loads(capsys.readouterr().out)["speed"]
+    values = json.loads(capsys.readouterr().out)
     names = [f"{dense} (1)", "small", f"{dense} (2)"]
-    assert [*values["models"]] == names and values["threads"] == 1 and values["clock"] == "cpu"
-    assert [(one["batch_size"], one["prompt"], one["model"]) for one in values["measurements"]] == [
-        (3, prompt, name) for prompt in (8, 4) for name in names
-    ]
+    assert [*values["parameters"]] == names and values["threads"] == 1 and values["clock"] == "cpu"
+    for stage in ("prefill", "decode"):
+        assert {shape: [*of] for shape, of in values[stage].items()} == {
+            f"batch 3, prompt {prompt}": names for prompt in (8, 4)
+        }
     assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
     assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
-    first, *_, twin = values["models"].values()
-    assert first == twin and first["dtype"] == "bfloat16"
+    assert values["weights"][names[0]] == values["weights"][names[2]] == 2 * values["parameters"][names[0]]
 
 
 def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
@@ -146,7 +168,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypat
 def test_memory_on_cuda_is_that_of_one_model(folder, capsys):
     line = ["evaluate", str(folder / "dense"), str(folder / "dense"), *SHORT[:-2], "--device", "cuda", "--json"]
     assert main(line) == 0
-    values = json.loads(capsys.readouterr().out)["speed"]
-    one, two = (measured["memory"] for measured in values["measurements"])
-    weights = next(iter(values["models"].values()))["weights"]
+    values = json.loads(capsys.readouterr().out)
+    one, two = (bytes for of in values["run_memory"].values() for bytes in of.values())
+    weights = next(iter(values["weights"].values()))
     assert "CUDA" in values["memory_is"] and weights < one < 100 * weights and one == two

@@ -156,12 +156,11 @@ def test_the_settings_of_the_model_have_no_say_and_stay(writer):
     assert model.generation_config is settings and settings.to_diff_dict().items() >= ODD.items() and model.training
 
 
-def test_loops_and_distinct_runs(writer):
+def test_an_answer_loops_that_repeats_a_run(writer):
     model, tokenizer = writer
     for answer in ask(model, tokenizer, questions(), 40):
         runs = [run for run in zip(*(answer["ids"][start:] for start in range(4)), strict=False)]
         assert answer["loops"] == (max(map(runs.count, runs), default=0) > 3)
-        assert answer["distinct"] == pytest.approx(len(set(runs)) / len(runs) if runs else 1)
 
 
 def test_more_tokens_than_positions(writer):
@@ -246,7 +245,7 @@ def test_a_model_is_alike_to_itself(writer):
     figures = evaluation.figures
     assert len(evaluation.answers) == 8
     assert figures["model"] == {**figures["dense"], "KL": pytest.approx(0, abs=1e-6)}
-    assert {of.verdict for of in evaluation.paired.values()} == {"alike"}
+    assert {of["verdict"] for of in evaluation.paired.values()} == {"alike"}
     assert str(evaluation).count("\n  model (") == 2 and "+0.000 ± 0.000, alike (p = 1.000)" in str(evaluation)
 
 
@@ -290,20 +289,18 @@ def folder(writer, tmp_path_factory):
 
 
 def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
-    mine, items = tmp_path / "mine.jsonl", str(tmp_path / "items.jsonl")
+    mine = tmp_path / "mine.jsonl"
     rows = [{"prompt": "One?", "right": ""}, {"messages": [{"role": "user", "content": "Two?"}], "right": "(?!)"}]
     mine.write_text("\n".join(map(json.dumps, rows)))
     model = str(folder / "model")
-    flags = ["--answers", str(mine), "--max-new-tokens", "3", "--items", items, "--json"]
-    for more in ([], ["--overwrite"]):
-        assert main(["evaluate", model, "--against", model, *flags, "--quiet", *more]) == 0
-    values = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "\n}")
-    kept = [json.loads(line) for line in open(items)]
-    assert [line["prompt"] for line in kept] == ["One?", "Two?"]
-    assert values["figures"]["model"]["right"] == 0.5
-    assert [line["answers"]["model"]["right"] for line in kept] == [True, False]
-    assert main(["evaluate", model, "--answers", str(mine), "--items", str(mine)]) == 2
-    assert "exists; name another file" in capsys.readouterr().err
+    flags = ["evaluate", model, "--answers", str(mine), "--max-new-tokens", "3", "--json", "--quiet"]
+    for models, names in (([], ["dense", "model"]), ([model], [f"{model} ({number})" for number in (1, 2, 3)])):
+        assert main([*flags, "--against", model, *models]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert [item["prompt"] for item in values["answers"]] == ["One?", "Two?"]
+        assert {name: of["right"] for name, of in values["figures"].items()} == dict.fromkeys(names, 0.5)
+        for item, right in zip(values["answers"], (True, False), strict=True):
+            assert {name: of["right"] for name, of in item["answers"].items()} == dict.fromkeys(names, right)
 
 
 def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Speed: sizes against their definition, cached writing against plain passes, and what is refused."""
+"""Speed: bytes against their definition, cached writing against plain passes, and what is refused."""
 
 import json
 from statistics import median
@@ -9,7 +9,7 @@ from helpers import modes, without_refit
 from models import build, token_ids
 
 from optimum_structprune import Plan, Speed, StructPruneError, measure_speed
-from optimum_structprune.evaluation.speed import Spread, cache_per_token
+from optimum_structprune.evaluation.speed import cache_per_token, spread
 from optimum_structprune.forward.generation import bytes_of, cache_bytes, read_parameters, read_prompt, write_tokens
 
 
@@ -55,31 +55,26 @@ def test_bytes_are_counted_from_parameters_and_cache():
 
 
 def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pairs(speed):
-    assert [(one.batch_size, one.prompt, one.model) for one in speed.measurements] == [
-        (batch_size, 8, model) for batch_size in (1, 2) for model in ("dense", "half")
-    ]
-    for one in speed.measurements:
-        for timing, tokens in ((one.prefill, 8), (one.decode, 3)):
-            assert len(timing.seconds) == 2 and min(timing.seconds) > 0
-            assert timing.tokens_per_second == pytest.approx(one.batch_size * tokens / median(timing.seconds))
-    for dense, pruned in (speed.measurements[:2], speed.measurements[2:]):
-        for stage in ("prefill", "decode"):
-            first, other = getattr(dense, stage), getattr(pruned, stage)
-            assert first.speedup == Spread(1, 1, 1)
-            assert other.speedup == Spread.of([a / b for a, b in zip(first.seconds, other.seconds, strict=True)])
-    assert Spread.of([2.0]) == Spread(2, 2, 2)
-    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4), "the median and the quartiles"
+    sizes = {f"batch {batch_size}, prompt 8": batch_size for batch_size in (1, 2)}
+    for of, tokens in ((speed.prefill, 8), (speed.decode, 3)):
+        assert [*of] == [*sizes] == [*speed.run_memory]
+        for shape, batch_size in sizes.items():
+            first, other = (of[shape][name] for name in ("dense", "half"))
+            for one in (first, other):
+                assert len(one["seconds"]) == 2 and min(one["seconds"]) > 0
+                assert one["tokens_per_second"] == pytest.approx(batch_size * tokens / median(one["seconds"]))
+            ratios = [a / b for a, b in zip(first["seconds"], other["seconds"], strict=True)]
+            assert other["speedup"] == spread(ratios) and set(first["speedup"].values()) == {1}
+    assert set(spread([2.0]).values()) == {2}
+    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3, "low": 2, "high": 4}, "the median and the quartiles"
 
 
-def test_sizes_and_memory_are_counted(speed, tmp_path):
+def test_memory_is_counted_and_numbers_are_saved(speed, tmp_path):
     model = build("llama-tied")
     found = measure_speed({"a": model}, **SHORT)
-    size = found.models["a"]
-    assert size.parameters == model.num_parameters() and size.dtype == "float32"
-    assert size.weights == 4 * size.parameters
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
-    assert found.measurements[0].memory == size.weights + buffers + 11 * size.cache_per_token
-    assert speed.models["half"].parameters < size.parameters
+    tensors = [*model.parameters(), *model.buffers()]
+    assert found.run_memory == {"batch 1, prompt 8": {"a": bytes_of(tensors) + 11 * cache_per_token(model)}}
+    assert all(of["half"] < of["dense"] for of in speed.run_memory.values())
     found.save(tmp_path / "speed.json")
     saved = json.loads((tmp_path / "speed.json").read_text())
     assert saved == {"format_version": 1, **json.loads(json.dumps(found.to_dict()))}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.table import as_csv, as_text, models_of, quality_rows, side_by_side
+from optimum_structprune.record.table import as_csv, as_text, models_of, quality_rows, side_by_side, speed_rows
 
 
 def of(ratio, stderr=None, tokens=9_000, names=("a",)):
@@ -38,8 +38,8 @@ def test_the_error_of_a_mean_is_that_of_one_text_over_the_root_of_their_number(k
 
 @given(st.lists(st.floats(0.5, 3), min_size=1, max_size=4))
 def test_models_of_several_records_stand_side_by_side(ratios):
-    every = {f"small {n}": (of(ratio), "after") for n, ratio in enumerate(ratios)}
-    record = side_by_side({"dense": (of(1), "before"), **every})
+    every = {f"small {n}": of(ratio) for n, ratio in enumerate(ratios)}
+    record = side_by_side((report, {"before": "dense", "after": name}) for name, report in every.items())
     assert models_of(record) == ["dense", *every] and "perplexity a (9,000 tokens)" in as_text(record)
     values = [float(row["perplexity a"]) for row in csv.DictReader(io.StringIO(as_csv(record)))]
     assert values == pytest.approx([10.0, *(10.0 * ratio for ratio in ratios)])
@@ -52,3 +52,18 @@ def test_what_has_no_dense_value_is_compared_with_the_first_known_one():
     assert (ratio, far) == ("x 2.000", "-75.0%")
     judged = {"perplexity": {"a": {"dense": 1.0, "model": 3.0}}, "divergence": {"a": 0.25}}
     assert quality_rows(judged)[-1].cells() == ["KL a", "–", "0.2500", ""]
+
+
+def test_a_speed_up_is_shown_where_its_quartiles_lie_on_one_side_of_1():
+    ends = {"dense": (1, 1, 1), "fast": (1.1, 1.2, 1.3), "same": (0.9, 1.1, 1.2), "slow": (0.7, 0.8, 0.9)}
+    timed = {
+        name: {"tokens_per_second": 8.0, "speedup": dict(zip(("low", "median", "high"), of, strict=True))}
+        for name, of in ends.items()
+    }
+    record = {"decode": {"batch 1": timed}, "run_memory": {"batch 1": dict.fromkeys(ends, 8)}}
+    _, speed_up, quartiles, memory = (row.cells() for row in speed_rows(record))
+    assert speed_up == ["writing speed-up, batch 1", "–", "1.200", "–", "0.800", ""]
+    assert quartiles[2:] == ["1.100-1.300", "0.900-1.200", "0.700-0.900", ""] and memory[-1] == "+0.0%"
+    del timed["slow"]
+    del record["run_memory"]["batch 1"]["slow"]
+    assert speed_rows(record)[1].cells()[-1] == "not shown"

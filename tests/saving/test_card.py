@@ -163,8 +163,9 @@ def card_of(result, place, words):
     replace_text(dense / LIST_NAME, as_list({"README.md": ""}))
     answer = {"text": words, "right": True, "loops": False, "stopped": True}
     item = {"kind": words, "prompt": words, "answers": {"dense": answer, words: answer}}
-    time = {"speedup": {"median": 1.0}}
-    speeds = {"batch_size": 1, "prompt": 8, "prefill": time, "decode": time}
+    time = {"tokens_per_second": 1.0, "speedup": {"median": 1.0, "low": 1.0, "high": 1.0}}
+    speeds = {words: {"dense": time, words: time}}
+    how = dict.fromkeys(("device", "threads", "clock", "repeats", "new_tokens", "memory_is"), words)
     domain, ratio = {"name": words, "source": words, "weight": 1.0}, {"dense": 2.0, "model": 3.0}
     for record, values in {
         "report.json": {
@@ -176,7 +177,7 @@ def card_of(result, place, words):
         "structprune_config.json": {"domains": [domain], "general_text": words},
         "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
         "evaluation.json": {"perplexity": {words: ratio}, "figures": {"model": {words: 0.5}}, "tasks": {words: {}}},
-        "speed.json": {"device": words, "threads": 1, "measurements": [speeds, speeds]},
+        "speed.json": {"prefill": speeds, "run_memory": {words: {"dense": 2, words: 1}}, **how},
     }.items():
         path = folder / record
         path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune import Speed, StructPruneError, StructPruner
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.saving.page import PAGE_NAME, page, write_page_or_warn, write_report
 
@@ -87,14 +87,23 @@ def test_widths_are_a_sentence_where_they_are_equal_and_a_list_where_they_are_no
         assert sentence in text and ("FFN channels by layer" in text) == (len({*widths.values()}) > 1)
 
 
+SPEED = {"new_tokens": 4, "repeats": 9, "threads": 2, "clock": "wall", "device": "gpu", "memory_is": "weights"}
+
+
 def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
-    assert "as fast as" not in text_of(folder)
+    assert "speed-up" not in text_of(folder)
     shutil.copytree(folder, tmp_path / "fast")
-    times = [{stage: {"speedup": {"median": ratio}} for stage in ("prefill", "decode")} for ratio in (1.0, 1.25)]
-    measurements = [{"batch_size": 1, "prompt": 128, **of} for of in times]
-    speed = {"measurements": measurements, "device": "cpu", "threads": 2}
-    (tmp_path / "fast" / "speed.json").write_text(json.dumps(speed))
-    assert "x 1.25 as fast as" in (text := text_of(tmp_path / "fast")) and "cpu, threads: 2, batch 1" in text
+    first, fast, same = (
+        {"tokens_per_second": 8.0, "speedup": {"low": low, "median": 1.25, "high": 1.5}} for low in (1.0, 1.125, 0.5)
+    )
+    shape = "batch 1, prompt 128"
+    times = {"prefill": {shape: {"dense": first, "model": fast}}, "decode": {shape: {"dense": first, "model": same}}}
+    Speed(**times, run_memory={shape: {"dense": 2, "model": 1}}, **SPEED).save(tmp_path / "fast" / "speed.json")
+    text = text_of(tmp_path / "fast")
+    (read, written) = (re.search(f"{work} speed-up.*?</tr>", text, re.S)[0] for work in ("reading", "writing"))
+    assert "1.250" in read and "not shown" not in read
+    assert "1.250" not in written and "not shown" in written
+    assert "Speed on gpu (wall time, threads: 2" in text
 
 
 def test_it_needs_nothing_else_and_is_small(folder):
