@@ -17,7 +17,7 @@ from ..domains.packing import prefix_token
 from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
-from ..forward.metrics import own_settings, perplexity_errors, perplexity_of
+from ..forward.metrics import own_settings
 from ..plain_json import Record
 from ..record.answers import SHOWN, paired
 from ..record.remarks import measured
@@ -135,8 +135,8 @@ def evaluate(
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
         dense: Another model to compare with: adds its own perplexities and answers, the divergence from it and the
-            agreement with it, and whether the two differ on the same questions. A `Dense` of it runs once for several
-            evaluations.
+            agreement with it, and whether the two differ on the same questions. An `evaluation.evaluate.Dense` of it
+            runs once for several evaluations.
         dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
@@ -183,7 +183,8 @@ def evaluate(
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
-        _measure(evaluation, name, text, batch_size)
+        for figure, value in text.figures(batch_size).items():
+            getattr(evaluation, figure)[name] = value
     if questions:
         how = max_new_tokens, max(batch_size, AT_ONCE)
         written = {} if reference is None else {"dense": reference.ask(readers["dense"], questions, *how)}
@@ -223,16 +224,6 @@ def _answer(
         if distance is not None:
             figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
         evaluation.paired = {name: paired(evaluation.answers, name) for name in FIGURES}
-
-
-def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -> None:
-    losses, close = text.losses(batch_size)
-    if close is not None:
-        evaluation.divergence[name], evaluation.agreement[name] = close
-    evaluation.perplexity_tokens[name] = text.samples[:, 1:].numel()
-    evaluation.perplexity[name] = {which: perplexity_of(loss) for which, loss in losses.items()}
-    evaluation.perplexity_stderr[name] = perplexity_errors(losses)
-    evaluation.bits_per_byte[name] = {which: text.bits_per_byte(loss) for which, loss in losses.items()}
 
 
 def check_evaluation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from ..domains.packing import SampleFormat, check_vocabulary, prefix_token, toke
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
-from ..forward.metrics import closeness, compare, row_losses, sample_losses
+from ..forward.metrics import closeness, compare, perplexity_errors, perplexity_of, row_losses, sample_losses
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,26 @@ class Judged:
         else:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
-    def losses(self, batch_size: int) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
-        """The losses of each model per dense token in each sample, shape `(samples,)`, and beside a dense model the
-        divergence and the agreement, as far as the vocabularies allow.
+    def figures(self, batch_size: int) -> dict[str, Any]:
+        """What an `Evaluation` holds of one domain, by field: beside a dense model, the divergence and the agreement
+        too, as far as the vocabularies allow.
         """
-        models, known = [*self.pair.values()], {"dense": self.known}
+        models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, None
         if self.rows:
-            predicted = self.samples.shape[1] - 1
+            known = {"dense": self.known}
             losses = {
                 which: row_losses(self.pair[which], rows, known=known.get(which)) / predicted
                 for which, rows in self.rows.items()
             }
-            return losses, closeness(models, *self.shared, self.known) if self.shared else None
-        if len(models) == 1:
-            return {"model": sample_losses(models[0], self.samples, batch_size)}, None
-        both = compare(models[0], models[1], self.samples, batch_size, self.known)
-        return {"dense": both.dense_losses, "model": both.losses}, (both.divergence, both.agreement)
-
-    def bits_per_byte(self, losses: Tensor) -> float:
-        """What `losses` gave, in bits per byte of the text."""
-        return self.passages.bits_per_byte(losses * (self.samples.shape[1] - 1))
+            close = closeness(models, *self.shared, self.known) if self.shared else None
+        elif len(models) == 1:
+            losses = {"model": sample_losses(models[0], self.samples, batch_size)}
+        else:
+            losses, close = compare(models[0], models[1], self.samples, batch_size, self.known)
+        return {
+            "perplexity": {which: perplexity_of(loss) for which, loss in losses.items()},
+            "perplexity_stderr": perplexity_errors(losses),
+            "perplexity_tokens": self.samples[:, 1:].numel(),
+            "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
+            **(dict(zip(("divergence", "agreement"), close, strict=True)) if close else {}),
+        }

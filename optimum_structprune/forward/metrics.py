@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import nan
@@ -163,19 +162,6 @@ def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     return _total([_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How a model compares with the dense one on the same text: both mean losses per predicted token in each sample,
-    shape `(samples,)`, the mean KL(dense‖model) per predicted token in nats, and the share of the predicted tokens for
-    which both models find the same token likeliest.
-    """
-
-    losses: Tensor
-    dense_losses: Tensor
-    divergence: float
-    agreement: float
-
-
 @torch.no_grad()
 def compare(
     model: PreTrainedModel,
@@ -183,8 +169,10 @@ def compare(
     samples: Tensor,
     batch_size: int = 1,
     known: dict[tuple[int, ...], Tensor] | None = None,
-) -> Comparison:
-    """Both perplexities, divergence and agreement in one pass of each model; see `perplexity`.
+) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    """How a model compares with the dense one on the same text, in one pass of each: the mean losses per predicted
+    token in each sample, shape `(samples,)`, as "dense" and "model", then the mean KL(dense‖model) per predicted token
+    in nats, and the share of these tokens for which both find the same one likeliest.
 
     The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
     logits, those of one batch. `samples` has the shape `(samples, seq_length)`. `known` keeps the dense model's hidden
@@ -196,9 +184,9 @@ def compare(
             batch = (*(_losses(logits, targets) for logits in both), *_closeness(*both))
             for parts, part in zip(collected, batch, strict=True):
                 parts.append(part)
-    losses, dense_losses = (_by_sample(parts, samples) for parts in collected[:2])
+    losses = {"dense": _by_sample(collected[1], samples), "model": _by_sample(collected[0], samples)}
     mean_divergence, agreement = (_total(parts) / samples[:, 1:].numel() for parts in collected[2:])
-    return Comparison(losses, dense_losses, mean_divergence, agreement)
+    return losses, (mean_divergence, agreement)
 
 
 @torch.no_grad()

@@ -293,9 +293,9 @@ def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
     rows = [{"prompt": "One?", "right": ""}, {"messages": [{"role": "user", "content": "Two?"}], "right": "(?!)"}]
     mine.write_text("\n".join(map(json.dumps, rows)))
     model = str(folder / "model")
-    flags = ["evaluate", model, "--answers", str(mine), "--max-new-tokens", "3", "--json", "--quiet"]
+    flags = ["--against", model, "--answers", str(mine), "--max-new-tokens", "3", "--json", "--quiet"]
     for models, names in (([], ["dense", "model"]), ([model], [f"{model} ({number})" for number in (1, 2, 3)])):
-        assert main([*flags, "--against", model, *models]) == 0
+        assert main(["evaluate", model, *models, *flags]) == 0
         values = json.loads(capsys.readouterr().out)
         assert [item["prompt"] for item in values["answers"]] == ["One?", "Two?"]
         assert {name: of["right"] for name, of in values["figures"].items()} == dict.fromkeys(names, 0.5)

@@ -40,19 +40,19 @@ def test_comparison_equals_its_definition(pair, batch_size):
     with torch.no_grad():
         mine, theirs = (log_softmax(one(samples).logits[:, :-1], dim=-1) for one in pair)
     targets = samples[:, 1:].flatten()
-    found = compare(model, dense, samples, batch_size)
-    for losses, predicted in ((found.losses, mine), (found.dense_losses, theirs)):
-        assert float(losses.mean()) == pytest.approx(float(cross_entropy(predicted.flatten(0, 1), targets)), rel=1e-5)
-    assert found.divergence == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
-    assert found.agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
-    assert perplexity_of(found.losses) == pytest.approx(perplexity(model, samples), rel=1e-6)
-    assert found.divergence > 0 and found.agreement < 1
+    losses, (far, agreement) = compare(model, dense, samples, batch_size)
+    for of, predicted in ((losses["model"], mine), (losses["dense"], theirs)):
+        assert float(of.mean()) == pytest.approx(float(cross_entropy(predicted.flatten(0, 1), targets)), rel=1e-5)
+    assert far == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
+    assert agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
+    assert perplexity_of(losses["model"]) == pytest.approx(perplexity(model, samples), rel=1e-6)
+    assert far > 0 and agreement < 1
 
 
 def test_a_model_is_its_own_equal_and_the_training_mode_stays(pair):
     model, dense = pair[0].train(), pair[1].eval()
-    found = compare(model, model, token_ids(batch=3, length=30))
-    assert (found.divergence, found.agreement) == (0, 1) and torch.equal(found.losses, found.dense_losses)
+    losses, close = compare(model, model, token_ids(batch=3, length=30))
+    assert close == (0, 1) and torch.equal(losses["model"], losses["dense"])
     with pytest.raises(IndexError):
         compare(model, dense, torch.full((1, 8), 10_000))
     assert model.training and not dense.training
@@ -88,11 +88,11 @@ def test_text_that_does_not_do():
 def test_evaluate(pair, folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     found = evaluate(*pair[:1], tokenizer(), [domain], dense=pair[1], seq_length=24, num_samples=4)
-    expected = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).samples)
+    losses, close = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).samples)
     assert found.perplexity_tokens == {"a": 4 * 23} and found.prefix == "<s>"
-    both = {"model": perplexity_of(expected.losses), "dense": perplexity_of(expected.dense_losses)}
+    both = {name: perplexity_of(of) for name, of in losses.items()}
     assert found.perplexity == {"a": both}
-    assert (found.divergence["a"], found.agreement["a"]) == (expected.divergence, expected.agreement)
+    assert (found.divergence["a"], found.agreement["a"]) == close
     alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
     assert alone.perplexity == {"a": {"model": pytest.approx(both["model"], rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
