@@ -99,7 +99,7 @@ class Dense:
 
 
 class _States(dict[tuple[int, ...], Tensor]):
-    """Hidden states by the tokens that were read, of which the first ones stay, up to so many values."""
+    """Hidden states by the shape and the tokens that were read, of which the first ones stay, up to so many values."""
 
     def __init__(self, most: int):
         super().__init__()

@@ -281,7 +281,7 @@ def _next_token_logits(
         for logits in run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE):
             yield logits if among is None else logits[:, among.to(logits.device)]
         return
-    row = (*ids.flatten().tolist(),)
+    row = (*ids.shape, *ids.flatten().tolist())
     hidden = None if known is None else known.get(row)
     if hidden is None:
         hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
