@@ -51,8 +51,12 @@ class Curriculum:
         measured_on = {domain.name: domain.heldout[:most] for domain in domains}
         measured_on |= {} if left_out is None else {LEFT_OUT: left_out}
         self.probes = {name: [text_sample(row) for row in ids] for name, ids in measured_on.items()}
-        learns = left_out is None or config.kl_weight < 1
-        self.compared = [domain.name for domain in domains] if learns else [LEFT_OUT]
+        answered = len(spare) / (len(texts) + len(spare))
+        self.learns = left_out is None or config.kl_weight < 1
+        held = {domain.name: len(self.probes[domain.name]) for domain in domains}
+        parts = {name: count / sum(held.values()) for name, count in held.items()}
+        parts = parts if self.learns else {LEFT_OUT: 1 - answered, ANSWERS: answered}
+        self.compared = {name: part for name, part in parts.items() if part}
         answers: list[Sample] = []
         if len(spare):
             assert taught_by is not None and tokenizer is not None  # only a teacher has answers
@@ -79,11 +83,11 @@ class Curriculum:
         return self.distance_in({name: measured(model, self.probes[name], self.teacher) for name in self.compared})
 
     def distance_in(self, found: dict[str, dict[str, Tensor]]) -> float:
-        """The mean divergence from the teacher on text of a kind that is left out; where the text is to be learnt, the
-        mean loss on text of its kinds. It is infinite where it is not finite.
+        """The divergence from the teacher on text of a kind that is left out and along its answers, by their shares of
+        the training; where the text is to be learnt, the loss on text of its kinds; infinite where it is not finite.
         """
-        what = "divergence" if self.compared == [LEFT_OUT] else "loss"
-        mean = float(torch.cat([found[name][what] for name in self.compared]).mean())
+        what = "loss" if self.learns else "divergence"
+        mean = sum(part * float(found[name][what].mean()) for name, part in self.compared.items())
         return mean if isfinite(mean) else inf
 
 

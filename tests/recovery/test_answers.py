@@ -188,6 +188,23 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
     assert set(alive) == {False}
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_checkpoints_are_compared_by_what_is_trained_on(share):
+    distances = []
+
+    class Note(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            distances.append(metrics["eval_distance"])
+
+    pruned = prune_model(build("llama-tied", seed=1), config(), tokenizer())
+    recovery = Recovery(recovery_config(tokens=288, answer_share=share), callbacks=[Note()])
+    recovery.recover_model(pruned, tokenizer(), build("llama-tied"))
+    far = recovery.report.divergence
+    assert recovery.report.kept_step and far["answers"]["recovered"] < far["answers"]["pruned"]
+    mixed = (1 - share) * far["left out"]["recovered"] + share * far["answers"]["recovered"]
+    assert min(distances) == pytest.approx(mixed, rel=1e-3)
+
+
 def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, monkeypatch):
     teacher, reader = build("llama-tied"), tokenizer()
     # What is pruned comes from other weights, so that the distance to the teacher is more than rounding.
