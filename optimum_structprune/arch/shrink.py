@@ -34,6 +34,8 @@ OTHER_LISTS = (
     "ssm_multipliers",
     "time_step_limit",
 )
+# Config keys that count layers beside these, which predict tokens farther ahead. transformers does not load them.
+AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def shrunk_config(
@@ -72,12 +74,19 @@ def shrunk_config(
         _set_sizes_(text, per_layer, arch, name, sizes)
     for flag in filter(None, (arch.of(name)[0].bias_flag for name in biased)):
         setattr(text, flag, True)
+    for key in layers_ahead(text) if sizes else ():
+        setattr(text, key, 0)
     _set_per_layer_(text, per_layer, arch)
     try:
         type(new).from_dict(new.to_dict())
     except (StrictDataclassError, ValueError) as error:
         raise StructPruneError(f"{arch.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
     return new
+
+
+def layers_ahead(config: PretrainedConfig) -> list[str]:
+    """The keys of a text config that count layers which transformers does not load, and a smaller model has not."""
+    return [key for key in AHEAD if getattr(config, key, None)]
 
 
 def _set_sizes_(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
+from ..arch.shrink import layers_ahead, text_config
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
 from ..criteria import CRITERIA
@@ -64,6 +65,11 @@ def check(
     unused = [*without_effect(config, widths)] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warn(f"These options have no effect here: {'; '.join(unused)}.")
+    if ahead := layers_ahead(text_config(described.plain_model.config)):
+        warn(
+            f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so the "
+            "result has none, and its config says 0."
+        )
     if described.offloaded:  # last, as it runs the model on a few tokens
         from ..sources.offloaded import check_sequential
 

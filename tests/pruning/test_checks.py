@@ -185,6 +185,14 @@ def test_options_without_effect_are_named():
         assert not any(named(fields, name, value) for fields in effective), effective
 
 
+def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
+    model = build("glm4_moe")
+    with pytest.warns(UserWarning, match="num_nextn_predict_layers.*its config says 0"):
+        pruned = prune_model(model, config(widths={"expert": 3}, num_samples=2), tokenizer())
+    assert model.config.num_nextn_predict_layers == 1
+    assert pruned.config.num_nextn_predict_layers == pruned.config.to_dict()["num_nextn_predict_layers"] == 0
+
+
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
     settings = blind(round_to=8, languages=["de"], damping=0.5)
