@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache, lru_cache
 from math import inf, log
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from .tokens import Vocabulary
 
 # The files of text, a line for each language: the same text, on which languages are compared, and other text.
 SAME, CHOOSING = "languages", "samples"
-# After so many seconds, no further language is read by a model.
-SECONDS = 60.0
+# A dense model reads languages of so many tokens together: those to keep first, and then those of few tokens.
+MOST_TOKENS = 4096
 # A model knows a language if it reads a text in at most so many times the bits of its best language.
 KNOWN = 2.0
 
@@ -49,17 +48,18 @@ def cost_by_language(
     tokenizer: PreTrainedTokenizerBase,
     causal: bool,
     codes: Collection[str],
-    seconds: float = SECONDS,
+    most: float = MOST_TOKENS,
 ) -> dict[str, float]:
     """What the same text takes a model in some languages, by their codes: bits per byte of a `causal` one, or tokens.
-    Those that are left when the time is over, or whose text is longer than the model reads, are left out.
+    Those after the first `most` tokens, or whose text is longer than the model reads, are left out.
     """
-    rows, end = tokens_by_language(tokenizer), monotonic() + seconds
+    rows, read = tokens_by_language(tokenizer), 0
     if not causal:
         return {code: len(rows[code]) for code in codes}
     costs = dict[str, float]()
     for code in codes:
-        if len(rows[code]) <= positions_of(model) and monotonic() < end:
+        read += len(rows[code])
+        if len(rows[code]) <= positions_of(model) and read <= most:
             loss = float(row_losses(model, [torch.tensor(rows[code])]).sum())
             costs[code] = loss / log(2) / len(texts()[code].encode())
     return costs
@@ -75,7 +75,7 @@ def with_costs_after(
     keep and those that the dense model knew.
     """
     codes = [code for code, of in languages.items() if of["wanted"] or of.get("known", True)]
-    after = cost_by_language(model, tokenizer, causal, codes, seconds=inf)
+    after = cost_by_language(model, tokenizer, causal, codes, most=inf)
     return {code: {**of, "after": after.get(code)} for code, of in languages.items()}
 
 
