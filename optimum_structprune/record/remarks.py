@@ -212,14 +212,14 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     met = (of for of in rules if mean <= of.mean and worst <= of.worst and kept >= of.kept and loops <= of.loops)
     advice = next((rule.advice for rule in met), LAST)
     unasked = "" if answers else "; answers were not asked, so it can say no more"
-    return ["; ".join(filter(None, figures)), f"verdict: {advice}{_but_not_in(report)}{unasked}"]
+    lost = _lost(report["languages"]) if report.get("languages") else ""
+    return ["; ".join(filter(None, figures)), f"verdict: {advice}{lost}{unasked}"]
 
 
-def _but_not_in(report: Mapping[str, Any]) -> str:
+def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
     """The languages that a smaller vocabulary has made worse, of those to keep, or where none was named, of all that
     the dense model knew; empty where there are none.
     """
-    by_code = report.get("languages") or {}
     wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}
     lost = [LANGUAGES[code] for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
