@@ -188,7 +188,7 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
     assert set(alive) == {False}
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.long), 1.0])
 def test_checkpoints_are_compared_by_what_is_trained_on(share):
     distances = []
 
