@@ -34,6 +34,8 @@ from .resume import DIGITS, model_of
 
 # What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
 PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError, re.error)
+# What training and files of it raise too, where a setting or a file is wrong.
+LIBRARY_ERRORS = (*PEFT_ERRORS, OSError, SafetensorError)
 
 
 def lora_config(config: RecoveryConfig) -> LoraConfig:
@@ -195,7 +197,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         check_fits(model, config, merge=False)
         with fresh_adapter(model, config, merge=False) as adapted:
             set_peft_model_state_dict(adapted, load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
-    except (*PEFT_ERRORS, OSError, SafetensorError) as error:
+    except LIBRARY_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
     return adapted if is_trainable else adapted.eval()
 

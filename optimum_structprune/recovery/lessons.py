@@ -51,12 +51,10 @@ class Curriculum:
         measured_on = {domain.name: domain.heldout[:most] for domain in domains}
         measured_on |= {} if left_out is None else {LEFT_OUT: left_out}
         self.probes = {name: [text_sample(row) for row in ids] for name, ids in measured_on.items()}
-        answered = len(spare) / (len(texts) + len(spare))
         self.learns = left_out is None or config.kl_weight < 1
-        held = {domain.name: len(self.probes[domain.name]) for domain in domains}
-        parts = {name: count / sum(held.values()) for name, count in held.items()}
-        parts = parts if self.learns else {LEFT_OUT: 1 - answered, ANSWERS: answered}
-        self.compared = {name: part for name, part in parts.items() if part}
+        weights = {domain.name: len(self.probes[domain.name]) for domain in domains}
+        weights = weights if self.learns else {LEFT_OUT: len(texts), ANSWERS: len(spare)}
+        self.compared = {name: count / sum(weights.values()) for name, count in weights.items() if count}
         answers: list[Sample] = []
         if len(spare):
             assert taught_by is not None and tokenizer is not None  # only a teacher has answers

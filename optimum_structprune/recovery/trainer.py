@@ -11,7 +11,6 @@ from typing import Any, cast, get_type_hints
 import torch
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -22,6 +21,7 @@ from ..errors import StructPruneError, one_line
 from ..forward.metrics import divergence, evaluating, perplexity_errors, perplexity_of
 from ..record.report import RecoveryReport
 from ..system.disk import is_write_error
+from .adapter import LIBRARY_ERRORS
 from .samples import IGNORED, Sample, collate, logits_at
 from .teacher import Teacher
 from .text import ANSWERS, LEFT_OUT
@@ -30,8 +30,6 @@ from .text import ANSWERS, LEFT_OUT
 # The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
 PATIENCE = 4
-# What transformers, accelerate, PEFT and safetensors raise where a setting or a file is wrong.
-LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ImportError, OSError, SafetensorError)
 LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
 
 
