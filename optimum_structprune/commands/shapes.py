@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from math import ceil
-from time import perf_counter
 
 import torch
+from torch.utils.benchmark import Timer
 
 from ..arch.hooks import is_emulated
 from ..arch.load import describe
@@ -23,8 +23,7 @@ from .loading import Loading
 from .output import Result
 
 
-# How many products of square matrices of which side tell how fast a machine is.
-PRODUCTS, SIDE = 3, 1024
+SIDE = 1024  # of the square matrices whose products tell how fast a machine is
 
 
 def inspect(args: Namespace) -> Result:
@@ -94,9 +93,5 @@ def _products_per_second(dtype: torch.dtype, device: str) -> float:
     """How many operations a device makes in a second in products of matrices, in fp32 where it emulates a dtype."""
     factor = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
     factor = factor.float() if is_emulated(factor) else factor
-    (factor @ factor).sum().item()  # the first product takes longer, for it chooses how
-    start = perf_counter()
-    for _ in range(PRODUCTS):
-        product = factor @ factor
-    product.sum().item()  # waits for a device that runs beside the program
-    return 2 * PRODUCTS * SIDE**3 / (perf_counter() - start)
+    timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
+    return 2 * SIDE**3 / timer.blocked_autorange(min_run_time=0.1).median
