@@ -76,7 +76,7 @@ def run(args: Namespace) -> None:
         if recovery is not None:
             small = Recovery(recovery, config).recover_model(small, tokenizer, model)
         results["cells"][key] = {
-            name: compare(small, model, ids, args.batch_size).divergence for name, ids in texts.items()
+            name: compare(small, model, ids, args.batch_size)[1][0] for name, ids in texts.items()
         }
         write_json(args.out, results)
         print(key, {name: round(value, 4) for name, value in results["cells"][key].items()}, flush=True)
