@@ -242,7 +242,8 @@ def _notes(
         part = tokens.size * tokens.unit_params / dense.num_parameters()
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if VOCAB in config.shrinking and len(config.shrinking) > 1 and config.budget is not None:
-        yield "measured losses say how many tokens go; the other widths are those with all tokens"
+        says = "measured losses say" if arch.causal else "the text says"
+        yield f"{says} how many tokens go; the other widths are those with all tokens"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):

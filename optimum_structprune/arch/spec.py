@@ -194,6 +194,11 @@ class ArchSpec:
         return tuple(dict.fromkeys(space.kind for space in self.spaces))
 
     @property
+    def channels(self) -> tuple[str, ...]:
+        """The kinds of space whose units are channels inside the layers, in pruning order."""
+        return tuple(dict.fromkeys(space.kind for space in self.spaces if space.unit == CHANNEL))
+
+    @property
     def offered(self) -> tuple[str, ...]:
         """All kinds of space, those of the whole model first."""
         return (*(space.kind for space in self.model_spaces), *self.names)

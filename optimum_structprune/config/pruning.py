@@ -92,9 +92,9 @@ class StructPruneConfig(Serialisable):
             `flops_per_token`. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, the cache is
             that of keys and values, and operations are counted for a prompt of `seq_length` tokens. A number below 1
             is a share of what the dense model has. The widths are the largest that keep to it.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`.
-            That loses least where nothing is measured. A budget of parameters or bytes takes `vocab` too where tokens
-            are a large part of the model. With an allocation that measures losses None stands for `mlp`
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
+            for all channels inside the layers of a model without `mlp`. That loses least where nothing is measured. A
+            budget of parameters or bytes takes `vocab` too where tokens are a large part of the model. With an allocation that measures losses None stands for `mlp`
             and `attention` as far as the model has them, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
@@ -216,7 +216,7 @@ class StructPruneConfig(Serialisable):
 
     @property
     def leaves_spaces_open(self) -> bool:
-        """Whether measured losses may say how much of the budget tokens take, and how much the layers."""
+        """Whether a budget may be divided between tokens and layers."""
         asks = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
         return asks and (self.searches or self.allocation == "uniform")
 

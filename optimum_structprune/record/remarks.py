@@ -113,6 +113,10 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         rest = "asks more of the layers than they have" if too_much else f"{layers:.4f} in the layers{known}"
         kept = f"{of['tokens']:,} tokens kept loses {of['tokens_loss']:.4f} nats, and {rest}"
         yield f"{'taken' if of['chosen'] else 'compared'}: {kept}"
+    if (of := report.get("trimmed") or {}).get("tokens"):
+        which = f"{of['used']:,} of which the text uses" if of["used"] else "which the text does not use"
+        rest = "channels give the rest" if len(report["widths"]) > 1 else "no channels go"
+        yield f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go, {which}; {rest}"
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():

@@ -87,6 +87,7 @@ class Report(Record):
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    trimmed: dict[str, int] = field(default_factory=dict)
     changed: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)

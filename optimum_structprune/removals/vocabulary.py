@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
@@ -19,7 +21,8 @@ from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, removal_order, wanted_shares
 from ..vocabulary.languages import cost_by_language, known, scripts_of, tokens_by_language
 from ..vocabulary.tokens import Vocabulary
-from ..widths.budget import budget_without_vocab, widths_of
+from ..widths.allocation import legal_widths, smallest_widths
+from ..widths.budget import budget_of, budget_without_vocab, token_numbers, widths_of
 from .resize import drop_tokens_
 
 
@@ -29,11 +32,16 @@ if TYPE_CHECKING:
 
 def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callable[..., int]) -> Widths:
     """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
-    other spaces to the widths that are returned. `best_number` says how many stay where a budget leaves that open.
+    other spaces to the widths that are returned. `best_number` says how many stay where a budget leaves that open and
+    losses can be measured.
     """
     with run.report.timed("vocabulary"):
-        keep_of = partial(tokens.keep, _removal_order(run, tokens))
-        number = best_number(run, tokens.vocabulary, keep_of, tokens.may) if tokens.number is None else tokens.number
+        shares, order = _removal_order(run, tokens)
+        keep_of, number = partial(tokens.keep, order), tokens.number
+        if number is None and run.arch.causal:
+            number = best_number(run, tokens.vocabulary, keep_of, tokens.may)
+        elif number is None:
+            number = _number_that_is_read(run, tokens, keep_of, {*shares.nonzero().flatten().tolist()})
         config, widths = _without_tokens(run, widths, number)
         run.data = replace(run.data, config=config)
         if number < tokens.rows:
@@ -41,12 +49,32 @@ def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callab
     return widths
 
 
-def _removal_order(run: Run, tokens: Tokens) -> list[int]:
-    """The ids of the tokens that may go, those first that the text needs least."""
+def _removal_order(run: Run, tokens: Tokens) -> tuple[Tensor, list[int]]:
+    """The shares of tokens in the text, shape `(size,)`, and the ids of those that may go, those first that the text
+    needs least.
+    """
     assert run.dense_tokenizer is not None
     reader = run.model if run.arch.causal else None
     shares, predicted = wanted_shares(reader, run.config, run.data.domains, run.dense_tokenizer, tokens.vocabulary)
-    return removal_order(tokens.vocabulary, shares, tokens.always, predicted)
+    return shares, removal_order(tokens.vocabulary, shares, tokens.always, predicted)
+
+
+def _number_that_is_read(run: Run, tokens: Tokens, keep_of: Callable[[int], Sequence[int]], read: set[int]) -> int:
+    """How many tokens stay where no loss is measured: all that the text reads, and as many others as a budget leaves;
+    fewer only where the other spaces cannot give the rest.
+    """
+    config, arch, model = run.config, run.arch, run.model
+    legal = legal_widths(config, arch, model.config)
+    numbers, budget = token_numbers(config, arch, legal, tokens.may), budget_of(config, arch, model, legal)
+    smallest = smallest_widths(config, arch, legal)
+    all_read = bisect_left(numbers, True, key=lambda number: read <= {*keep_of(number)})
+    alone, at_most = (
+        bisect_right(numbers, budget.limit, key=lambda number, of=of: budget.cost({**of, VOCAB: number})) - 1
+        for of in ({}, smallest)
+    )
+    number = numbers[min(max(alone, all_read), at_most)]
+    run.report.trimmed = {"tokens": tokens.rows - number, "used": len(read - {*keep_of(number)})}
+    return number
 
 
 def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneConfig, Widths]:

@@ -23,6 +23,7 @@ from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
+from ..widths.allocation import shrinking
 from ..widths.budget import check_fewest_tokens, large_vocabulary
 from .languages import CHOOSING, script, tokens_by_language
 from .tokens import Vocabulary, with_needs
@@ -46,10 +47,11 @@ def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
     """The config with the tokens among its targets where a budget names none, and they are a large part of a model:
-    measured losses then say how many go. A tokenizer that cannot lose tokens keeps them all.
+    measured losses then say how many go, or the text where losses cannot be measured. A tokenizer that cannot lose
+    tokens keeps them all.
     """
     arch, model = described.arch, described.plain_model
-    if not (config.leaves_spaces_open and arch.causal and not described.offloaded):
+    if not config.leaves_spaces_open or described.offloaded:
         return config
     if large_vocabulary(arch, model.num_parameters()) is None:
         return config
@@ -59,7 +61,7 @@ def with_tokens(
     except StructPruneError as error:
         logger.info("No tokens go: %s", error)
         return config
-    return replace(config, targets=(VOCAB, *config.shrinking))
+    return replace(config, targets=(VOCAB, *(name for name in shrinking(config, arch) if name in arch.offered)))
 
 
 @dataclass(frozen=True)

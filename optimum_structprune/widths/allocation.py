@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
 from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
-from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
+from ..config.pruning import AUTO, CACHE, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 
@@ -67,16 +67,24 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
     return legal
 
 
+def shrinking(config: StructPruneConfig, arch: ArchSpec) -> tuple[str, ...]:
+    """The spaces that may shrink: those that a config names, or those of the default that a model has; all channels
+    inside the layers where it has none of them.
+    """
+    if config.targets is not None or CACHE in (config.budget or {}):
+        return config.shrinking
+    return tuple(filter(arch.of, config.shrinking)) or arch.channels or config.shrinking
+
+
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
-    """The spaces that a config names, or those of the default that a model has."""
-    by_default = config.shrinking if config.targets is None and any(map(arch.of, config.shrinking)) else ()
-    names = list(config.shrinking if config.widths is None else config.widths)
+    """The spaces that a config names or leaves open; one that a model does not have is refused."""
+    names = list(shrinking(config, arch) if config.widths is None else config.widths)
     for name in names:
-        if name not in (*arch.offered, *by_default):
+        if name not in arch.offered:
             reason = dict(arch.missing).get(name)
             raise StructPruneError(
-                f"A {arch.model_type} model has no space {name!r} to prune"
-                + (f": {reason}." if reason else f".{did_you_mean(name, arch.offered)}")
+                f"A {arch.model_type} model has no space {name!r} to prune{f': {reason}' if reason else ''}."
+                f"{did_you_mean(name, arch.offered)}"
             )
     for name, width in (config.widths or {}).items():
         if isinstance(width, list) and len(width) != arch.num_layers:
@@ -84,7 +92,6 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
                 f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
                 f"list one width for each, or name layers: {dict(enumerate(width))}."
             )
-    names = [name for name in names if name in arch.offered]
     if config.widths is None:
         _check_disjoint(config, arch, names)
     return names

@@ -174,7 +174,11 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
-    others = [kind for kind in (VOCAB, "attention", LAYER) if kind in arch.offered and kind not in config.shrinking]
+    others = [
+        kind
+        for kind in (VOCAB, "attention", LAYER)
+        if kind in arch.offered and kind not in (*names, *config.shrinking)
+    ]
     others = others if name != CACHE else [kind for kind in others if kind != VOCAB]
     if not names:
         advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
@@ -183,9 +187,11 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
             f"{list(config.shrinking)} leave that as it is; {advice}."
         )
     if limit < least:
+        beside = ", ".join(repr(kind) for kind in others if kind != LAYER)
+        advice = f", or add targets: {beside}" * bool(beside) + f", or target {LAYER!r} alone" * (LAYER in others)
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that{', or add targets: ' * bool(others)}{', '.join(map(repr, others))}."
+            f"{least:,} of {dense:,}; allow that{advice}."
         )
 
 

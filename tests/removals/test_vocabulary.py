@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import cache
+from itertools import islice, permutations
 from math import exp, inf, log
 
 import pytest
@@ -344,6 +345,24 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
         assert only_layers.config.intermediate_size < model.config.intermediate_size
     unable = StructPruner(config(**fields)).prune_model(build("llama-tied"), tokenizer())
     assert unable.config.vocab_size == build("llama-tied").config.vocab_size
+
+
+@pytest.mark.parametrize("share", [0.95, 0.75, 0.55])
+def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_give_the_rest(share):
+    model = text_model(AutoModelForMaskedLM, "bert", {**PLAIN, "intermediate_size": 160})
+    texts = [
+        f"Now {' '.join(words)}." for words in islice(permutations("what is the total of all apples".split()), 300)
+    ]
+    fields = {"widths": None, "round_to": 8, "domains": [DomainConfig(name="a", source=texts)]}
+    pruner, small = pruned(model, **fields, budget={"parameters": share})
+    gone, trimmed = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}, pruner.report.trimmed
+    read = {*reader()(texts[0])["input_ids"]}
+    assert small.num_parameters() <= share * model.num_parameters()
+    assert trimmed == {"tokens": len(gone), "used": len(gone & read)}
+    assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(trimmed["used"]) == (share < 0.75)
+    rest = "channels give the rest" if share < 0.95 else "no channels go"
+    which = "which the text does not use" if share > 0.55 else f"{trimmed['used']} of which the text uses"
+    assert f"{len(gone)} of 400 tokens go, {which}; {rest}" in str(pruner.report)
 
 
 @pytest.mark.parametrize("times", [1.0, 1000.0])

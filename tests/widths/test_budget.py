@@ -5,13 +5,14 @@ import torch
 from helpers import config_of, counted_by_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import STRUCTURES, build, config, tokenizer
+from models import STRUCTURES, build, config, described, random_model, tokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
-from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.forward.generation import cached_values
+from optimum_structprune.vocabulary.choose import with_tokens
 from optimum_structprune.widths.allocation import legal_widths
 from optimum_structprune.widths.budget import widths_of
 
@@ -136,6 +137,15 @@ def test_operations_are_those_that_torch_counts():
         prune_model(build("llama4_text"), asking("flops_per_token", 1e4), tokenizer())
 
 
+def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
+    auto, kind, fields = described("bloom")
+    bart, bloom = build("bart"), random_model(auto, kind, {**fields, "vocab_size": 2000})
+    assert widths_of(config(sparsity=0.2), describe(bart), bart).keys() == {"encoder_mlp", "decoder_mlp"}
+    assert with_tokens(asking("parameters", 0.9), ModelInfo.of(bloom)).targets == ("vocab",)
+    with pytest.raises(StructPruneError, match="bloom model has no space 'mlp' to prune.* Known: layer, vocab"):
+        widths_of(config(sparsity=0.2), describe(bloom), bloom)
+
+
 def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
     model = build("llama-tied")
     arch = describe(model)
@@ -143,7 +153,7 @@ def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
         widths_of(asking("parameters", 17_056), arch, model)
     with pytest.raises(
         StructPruneError,
-        match="cannot be met: .* from mlp the model still has 9,568 of .* targets: .vocab., .attention., .layer",
+        match="cannot be met: .* from mlp the model still has 9,568 of .* targets: 'vocab', 'attention', or target 'layer' alone",
     ):
         widths_of(asking("parameters", 9_000, targets=("mlp",)), arch, model)
     with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
