@@ -66,13 +66,12 @@ def _number_that_is_read(run: Run, tokens: Tokens, keep_of: Callable[[int], Sequ
     config, arch, model = run.config, run.arch, run.model
     legal = legal_widths(config, arch, model.config)
     numbers, budget = token_numbers(config, arch, legal, tokens.may), budget_of(config, arch, model, legal)
-    smallest = smallest_widths(config, arch, legal)
     all_read = bisect_left(numbers, True, key=lambda number: read <= {*keep_of(number)})
-    alone, at_most = (
-        bisect_right(numbers, budget.limit, key=lambda number, of=of: budget.cost({**of, VOCAB: number})) - 1
-        for of in ({}, smallest)
-    )
-    number = numbers[min(max(alone, all_read), at_most)]
+
+    def within(others: Widths) -> int:  # the place of the largest number that keeps to the budget
+        return bisect_right(numbers, budget.limit, key=lambda number: budget.cost({**others, VOCAB: number})) - 1
+
+    number = numbers[min(max(within({}), all_read), within(smallest_widths(config, arch, legal)))]
     run.report.trimmed = {"tokens": tokens.rows - number, "used": len(read - {*keep_of(number)})}
     return number
 
