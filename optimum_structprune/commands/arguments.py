@@ -10,6 +10,7 @@ import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import partial
 from importlib import import_module
 from inspect import getdoc
 from textwrap import dedent
@@ -47,6 +48,8 @@ GROUPS = {
     "for experts": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
+# What a value of fields that hold numbers by name looks like.
+EXAMPLES = {"budget": "parameters=0.8", "widths": "mlp=1024"}
 # What `add_argument` takes by the name of a flag, or its help alone.
 Flags = Mapping[str, str | Mapping[str, Any]]
 
@@ -151,7 +154,12 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
     if origin is dict or is_dataclass(kind):
         names = [] if inside else [field.name for field in fields(kind)]
         text = f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." if names else "Repeatable."
-        return {"action": "append", "help": text, "type": setting, "metavar": "NAME=VALUE"}
+        return {
+            "action": "append",
+            "help": text,
+            "type": partial(setting, example=EXAMPLES.get(name)),
+            "metavar": "NAME=VALUE",
+        }
     if origin in (list, tuple):
         repeated = {"action": "append", "help": "Repeatable."}
         if is_dataclass(inside[0]):
@@ -172,10 +180,15 @@ def _divided(text: str, form: str) -> tuple[str, str]:
     return name, value
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`, `lr_scheduler_type=linear`."""
-    name, value = _divided(text, "NAME=VALUE")
-    return name, yaml_value(value)
+def setting(text: str, example: str = "") -> tuple[str, Any]:
+    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`, `lr_scheduler_type=linear`. With an
+    example, a value that is text is refused.
+    """
+    name, value = _divided(text, f"NAME=VALUE{f', such as {example}' if example else ''}")
+    read = yaml_value(value)
+    if example and isinstance(read, str):
+        raise ArgumentTypeError(f"expected a number behind {name}=, as in {example}, got {value!r}")
+    return name, read
 
 
 def whole(least: int = 1) -> Callable[[str], int]:

@@ -304,8 +304,11 @@ def _check_amount(config: StructPruneConfig) -> None:
     """Refuse all but one amount, and numbers that are not positive."""
     given = {name: getattr(config, name) for name in AMOUNTS}
     if sum(value is not None for value in given.values()) != 1:
-        fields = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {fields}")
+        fields = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise ValueError(
+            f"exactly one of sparsity, widths and budget says how much to remove, got {fields or 'none'}; "
+            "budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths of a model"
+        )
     for name, limit in (config.budget or {}).items():
         if name not in BUDGETS:
             raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")

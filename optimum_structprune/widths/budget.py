@@ -191,7 +191,7 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
         advice = f", or add targets: {beside}" * bool(beside) + f", or target {LAYER!r} alone" * (LAYER in others)
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that{advice}."
+            f"{least:,} of {dense:,}; allow that{advice}{'; a share of the dense model lies below 1' * (limit < 101)}."
         )
 
 
