@@ -18,7 +18,7 @@ from .meta import check_plain, is_quantized, skeleton
 from .modules import layer_list
 from .shrink import text_config
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
-from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
+from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
@@ -36,7 +36,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     arch = resolve(family, config, shapes, prefix)
-    if (vocabulary := vocabulary_of(model, config)) is not None:
+    if VOCAB not in family.missing and (vocabulary := vocabulary_of(model, config)) is not None:
         arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
     if config is model.config:
         return arch

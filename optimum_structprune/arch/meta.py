@@ -183,4 +183,6 @@ def reads_images(model: nn.Module) -> bool:
 
 def positions_of(model: PreTrainedModel) -> float:
     """The most tokens that a model reads; infinity where nothing says it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or inf
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
+    return next(filter(None, (getattr(config, name, None) for name in names)), inf)

@@ -235,9 +235,10 @@ def widths_for_sparsity(
     removable = {name: cost[name] * (size[name] - may[name][0]) for name in legal}
     if goal > sum(removable.values()):
         share = sum(removable.values()) / sum(arch.layer_params)
+        more = ", or add targets such as 'attention'" if "attention" in {*arch.names} - {*legal} else ""
         raise StructPruneError(
             f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most {share:.3f} of the layers' "
-            "parameters; lower it, or add targets such as 'attention'."
+            f"parameters; lower it{more}."
         )
     order = sorted(legal, key=lambda name: -cost[name])
     widths: dict[str, int] = {}

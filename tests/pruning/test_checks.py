@@ -42,6 +42,7 @@ REFUSED = [
     ("headless", {}, "no language-model head; load it with AutoModelForCausalLM"),
     ("adapted", {}, "carries a PEFT adapter"),
     ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+    ("mpt", {"widths": {"layer": 1}, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     # how much
     ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),

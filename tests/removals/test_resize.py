@@ -17,7 +17,7 @@ KEEP = (0, 1, 2, *range(5, 60, 2), 70, 71, 95)
 FIRST = {"llama-untied", *STRUCTURES, *OTHER_STRUCTURES, "bert", "t5", "gemma3", "gemma4_text", "roberta", "phi"} - {
     "vit"
 }
-# Pictures have no tokens, and transformers runs zamba2 only with a cache.
+# Pictures have no tokens, and the tokens of zamba2 stay.
 READ = [
     case if case in FIRST else pytest.param(case, marks=pytest.mark.nightly)
     for case in [*CASES, *OTHERS]
