@@ -56,7 +56,8 @@ def check_source(domain: DomainConfig) -> None:
     if isinstance(source, str) and source.startswith(BUILTIN):
         kinds(source.removeprefix(BUILTIN))
     elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
-        _files(domain)
+        if (files := _files(domain)) and not any(os.path.getsize(file) for file in files):
+            raise StructPruneError(f"The domain {domain.name!r} is empty: there is no text in {source}.")
 
 
 def _whole(text: str, domain: DomainConfig) -> str:

@@ -235,7 +235,8 @@ def widths_for_sparsity(
     removable = {name: cost[name] * (size[name] - may[name][0]) for name in legal}
     if goal > sum(removable.values()):
         share = sum(removable.values()) / sum(arch.layer_params)
-        more = ", or add targets such as 'attention'" if "attention" in {*arch.names} - {*legal} else ""
+        others = [kind for kind in (*arch.channels, "attention") if kind in {*arch.names} - {*legal}]
+        more = f", or add targets: {', '.join(map(repr, others))}" if others else ""
         raise StructPruneError(
             f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most {share:.3f} of the layers' "
             f"parameters; lower it{more}."

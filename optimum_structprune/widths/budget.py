@@ -174,12 +174,8 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
-    others = [
-        kind
-        for kind in (VOCAB, "attention", LAYER)
-        if kind in arch.offered and kind not in (*names, *config.shrinking)
-    ]
-    others = others if name != CACHE else [kind for kind in others if kind != VOCAB]
+    kinds = ("attention", LAYER) if name == CACHE else (VOCAB, *arch.channels, "attention", LAYER)
+    others = [kind for kind in kinds if kind in arch.offered and kind not in (*names, *config.shrinking)]
     if not names:
         advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
         raise StructPruneError(

@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("mine")
     (folder / "own.yaml").write_text("- model_types: 3\n")
+    (folder / "empty.txt").touch()
     (folder / "run.yaml").write_text("num_samples: 1:30\n")
     return folder
 
@@ -79,6 +80,7 @@ FLAGS = [
     (f"{SHARE} --arch none.yaml", "none.yaml cannot be read"),
     (f"{SHARE} --arch own.yaml", "own.yaml"),
     (f"{SHARE} --domain a=none.txt", "The domain 'a': there is no file or folder none.txt"),
+    (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: there is no text in empty.txt"),
     (f"{SHARE} --domain a=full/*.csv", "The domain 'a': the pattern 'full/*.csv' gives no file"),
     (f"{SHARE} --domain a=preset:nothing", "There is no preset 'nothing'"),
     (f"{SHARE} --domain a=a.jsonl@0", "error: --domain weight has to be greater than 0"),

@@ -160,6 +160,8 @@ def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
         match="cannot be met: .* from mlp the model still has 9,568 of .* targets: 'vocab', 'attention', or target",
     ):
         widths_of(asking("parameters", 9_000, targets=("mlp",)), arch, model)
+    with pytest.raises(StructPruneError, match="from vocab the model still has .* targets: 'mlp', 'attention', or"):
+        widths_of(asking("parameters", 9_000, targets=("vocab",)), arch, model)
     with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
         widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
     bert = build("bert")
