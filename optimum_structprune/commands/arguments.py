@@ -218,13 +218,18 @@ def domain(text: str) -> dict[str, Any]:
     """The fields of a domain from `NAME=SOURCE[@WEIGHT]`, or from a mapping in YAML: `{name: a, source: a.txt}`."""
     if text.startswith("{") and isinstance(mapping := yaml_value(text), dict):
         return mapping
+    if "=" not in text:
+        name = text_file(text)["name"]
+        raise ArgumentTypeError(f"expected NAME=SOURCE[@WEIGHT], such as {name}={text}, got {text!r}")
     name, source = _divided(text, "NAME=SOURCE[@WEIGHT]")
     head, at, weight = source.rpartition("@")
     if os.path.exists(os.path.expanduser(source)):  # a name may hold an @ too
         at = ""
     try:
         return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
-    except ValueError:
+    except ValueError as error:
+        if os.path.exists(os.path.expanduser(head)):
+            raise ArgumentTypeError(f"expected a weight such as {head}@2, got {source!r}") from error
         return {"name": name, "source": source}
 
 

@@ -160,7 +160,7 @@ class Output:
             return
         if not self.overwrite:
             raise StructPruneError(
-                f"The folder {self.target} exists and is not empty; choose another or allow overwriting."
+                f"The folder {self.target} exists and is not empty; choose another, or overwrite it (--overwrite)."
             )
         for name in self.used:
             if name and (relation := _relation(folder, name)):
@@ -197,7 +197,7 @@ class GGUFOutput(Output):
         if file.is_dir():
             raise StructPruneError(f"{self.target} is a folder; name a file in it, such as {example}.")
         if file.exists() and not self.overwrite:
-            raise StructPruneError(f"The file {self.target} exists; choose another or allow overwriting.")
+            raise StructPruneError(f"The file {self.target} exists; choose another, or overwrite it (--overwrite).")
 
 
 @contextmanager

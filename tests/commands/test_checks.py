@@ -83,6 +83,8 @@ FLAGS = [
     (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: there is no text in empty.txt"),
     (f"{SHARE} --domain a=full/*.csv", "The domain 'a': the pattern 'full/*.csv' gives no file"),
     (f"{SHARE} --domain a=preset:nothing", "There is no preset 'nothing'"),
+    (f"{SHARE} --domain a.jsonl", "expected NAME=SOURCE[@WEIGHT], such as a=a.jsonl, got 'a.jsonl'"),
+    (f"{SHARE} --domain a=a.jsonl@x", "argument --domain: expected a weight such as a.jsonl@2, got 'a.jsonl@x'"),
     (f"{SHARE} --domain a=a.jsonl@0", "error: --domain weight has to be greater than 0"),
     (f"{SHARE} --recovery 'domains=[{{name: 1, source: a.jsonl}}]'", "error: --domain name expected str"),
     (f"{SHARE} --base-model mine", "--base-model 'mine' is no id on the Hub"),
