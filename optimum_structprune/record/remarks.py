@@ -215,7 +215,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     rules = RULES if answers else RULES[1:]
     met = (of for of in rules if mean <= of.mean and worst <= of.worst and kept >= of.kept and loops <= of.loops)
     advice = next((rule.advice for rule in met), LAST)
-    unasked = "" if answers else "; answers were not asked, so it can say no more"
+    unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
     lost = _lost(report["languages"]) if report.get("languages") else ""
     return ["; ".join(filter(None, figures)), f"verdict: {advice}{lost}{unasked}"]
 

@@ -63,7 +63,7 @@ def test_nothing_that_gets_worse_makes_a_verdict_better(ratios, kept, loops, fac
 
 def test_without_answers_it_does_not_say_that_all_is_well():
     unasked = {**report([1.0]), "answers": []}
-    assert level(unasked) == 1 and "answers were not asked" in verdict(unasked)[-1]
+    assert level(unasked) == 1 and "it can say no more: structprune evaluate --answers" in verdict(unasked)[-1]
     assert verdict({**unasked, "perplexity": {}}) == []
 
 
