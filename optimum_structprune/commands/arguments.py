@@ -157,7 +157,7 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
         return {
             "action": "append",
             "help": text,
-            "type": partial(setting, example=EXAMPLES.get(name)),
+            "type": partial(setting, example=EXAMPLES.get(name, "")),
             "metavar": "NAME=VALUE",
         }
     if origin in (list, tuple):
