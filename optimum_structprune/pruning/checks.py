@@ -269,9 +269,8 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
     damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
     reasons = {
         "targets": (explicit, "widths names the spaces"),
-        **dict.fromkeys(
-            ("keep_tokens", "languages"), (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths")
-        ),
+        "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
+        "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),

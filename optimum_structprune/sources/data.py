@@ -28,6 +28,7 @@ from ..method.refit import bias_refit, least_squares, no_refit
 from ..system.fingerprint import fingerprint
 from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
+from ..vocabulary.languages import samples_of
 
 
 for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares", least_squares)):
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .experts import WithExperts
     from .whole_model import WholeModel
 
+# The share of the calibration that text of the languages to keep has.
+LANGUAGES_SHARE = 0.1
 # What gives activations, layer by layer: `InMemory` names the methods that all of them have. The others are imported
 # where a run has such a source.
 Source = Union["InMemory", "WholeModel", "WithExperts"]
@@ -101,6 +104,17 @@ class CalibrationData:
         """The evidence in domains that are read already."""
         shares = tuple(domain.weight for domain in domains)
         return cls(config, domains, shares, config.samples_at_once)
+
+    def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
+        """The same with text of the languages to keep, if there are any, beside the domains. None of it is held out,
+        so it has no loss that weights could follow.
+        """
+        if not self.config.languages or tokenizer is None or self.config.reweights:
+            return self
+        rows = samples_of(tokenizer, self.config.languages, self.config.seq_length)
+        domain = Domain(f"languages {','.join(self.config.languages)}", LANGUAGES_SHARE, rows, rows[:0])
+        shares = (*((1 - LANGUAGES_SHARE) * share for share in self.shares), LANGUAGES_SHARE)
+        return replace(self, domains=[*self.domains, domain], shares=shares)
 
     @property
     def names(self) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from math import inf, log
+from math import ceil, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> 
     prefix, by_code = prefix_token(tokenizer), texts(name)
     rows = tokenizer([*by_code.values()], add_special_tokens=False, verbose=False)["input_ids"]
     return {code: [*([] if prefix is None else [prefix]), *ids] for code, ids in zip(by_code, rows, strict=True)}
+
+
+def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
+    """The text of some languages by which tokens are chosen, in rows of at most `longest`, shape `(rows, tokens)`."""
+    by_code = tokens_by_language(tokenizer, CHOOSING)
+    ids = torch.tensor([token for code in codes for token in by_code[code]])
+    rows = ceil(len(ids) / longest)
+    return ids[: len(ids) // rows * rows].view(rows, -1)
 
 
 def cost_by_language(

@@ -196,12 +196,12 @@ def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
 
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
-    settings = blind(round_to=8, languages=["de"], damping=0.5)
+    settings = blind(round_to=8, keep_tokens="a", damping=0.5)
     with pytest.warns(UserWarning) as caught:
         check(settings, dense, settings.widths, DRY_RUN)
     (warning,) = caught
     assert str(warning.message) == (
-        "These options have no effect here: languages=('de',), because no tokens go; name 'vocab' in targets or "
+        "These options have no effect here: keep_tokens='a', because no tokens go; name 'vocab' in targets or "
         "widths; round_to=8, because widths are taken as they are."
     )
     with warnings.catch_warnings():

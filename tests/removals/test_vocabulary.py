@@ -33,7 +33,7 @@ from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.search import tokens_or_layers
 from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.vocabulary.languages import cost_by_language, tokens_by_language
+from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
 
 @cache
@@ -107,6 +107,20 @@ def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_c
     assert "languages to keep" not in str(without.report)
     after = {code: of["after"] for code, of in kept.report.languages.items() if of["known"] or of["wanted"]}
     assert after == pytest.approx(cost_by_language(small, kept.tokenizer, True, after, most=inf))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_without_them(rounds, tmp_path):
+    fields = {"model": text_model(positions=400), "widths": {"mlp": 24}, "rounds": rounds}
+    (without, plain), (kept, small) = pruned(**fields), pruned(**fields, languages=["de,fi"])
+    *texts, of_languages = kept.manifest.of_use("calibrated on")
+    read = sum(len(tokens_by_language(reader(), CHOOSING)[code]) for code in ("de", "fi"))
+    assert of_languages.name == "languages de,fi" and of_languages.heldout_tokens == 0
+    assert read - 48 < of_languages.calibration_tokens <= read
+    assert [of.weight for of in texts] == pytest.approx([0.45, 0.45]) and of_languages.weight == pytest.approx(0.1)
+    assert kept.report.perplexity.keys() == without.report.perplexity.keys() == {"math", "prose"}
+    assert not same_weights(small, plain)
+    kept.save(small, tmp_path / "out")
 
 
 def test_the_report_says_what_of_a_large_vocabulary_the_text_has_no_use_for():
