@@ -68,8 +68,8 @@ def _number_that_is_read(run: Run, tokens: Tokens, keep_of: Callable[[int], Sequ
     numbers, budget = token_numbers(config, arch, legal, tokens.may), budget_of(config, arch, model, legal)
     all_read = bisect_left(numbers, True, key=lambda number: read <= {*keep_of(number)})
 
-    def within(others: Widths) -> int:  # the place of the largest number that keeps to the budget
-        return bisect_right(numbers, budget.limit, key=lambda number: budget.cost({**others, VOCAB: number})) - 1
+    def within(widths: Widths) -> int:  # the place of the largest number that keeps to the budget
+        return bisect_right(numbers, budget.limit, key=lambda number: budget.cost({**widths, VOCAB: number})) - 1
 
     number = numbers[min(max(within({}), all_read), within(smallest_widths(config, arch, legal)))]
     run.report.trimmed = {"tokens": tokens.rows - number, "used": len(read - {*keep_of(number)})}

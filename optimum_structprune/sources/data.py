@@ -106,13 +106,14 @@ class CalibrationData:
         return cls(config, domains, shares, config.samples_at_once)
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
-        """The same with text of the languages to keep, if there are any, beside the domains. None of it is held out,
-        so it has no loss that weights could follow.
+        """The same with text of the languages to keep beside the domains. None of it is held out, so it has no loss
+        that weights could follow.
         """
-        if not self.config.languages or tokenizer is None or self.config.reweights:
+        codes = self.config.languages or ()
+        if tokenizer is None or self.config.reweights:
             return self
-        rows = samples_of(tokenizer, self.config.languages, self.config.seq_length)
-        domain = Domain(f"languages {','.join(self.config.languages)}", LANGUAGES_SHARE, rows, rows[:0])
+        rows = samples_of(tokenizer, codes, self.config.seq_length)
+        domain = Domain(f"languages {','.join(codes)}", LANGUAGES_SHARE, rows, rows[:0])
         shares = (*((1 - LANGUAGES_SHARE) * share for share in self.shares), LANGUAGES_SHARE)
         return replace(self, domains=[*self.domains, domain], shares=shares)
 

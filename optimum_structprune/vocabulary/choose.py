@@ -23,7 +23,6 @@ from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
-from ..widths.allocation import shrinking
 from ..widths.budget import check_fewest_tokens, large_vocabulary
 from .languages import CHOOSING, script, tokens_by_language
 from .tokens import Vocabulary, with_needs
@@ -61,7 +60,7 @@ def with_tokens(
     except StructPruneError as error:
         logger.info("No tokens go: %s", error)
         return config
-    return replace(config, targets=(VOCAB, *(name for name in shrinking(config, arch) if name in arch.offered)))
+    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.shrinking)) or arch.channels)))
 
 
 @dataclass(frozen=True)

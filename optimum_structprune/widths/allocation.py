@@ -67,18 +67,13 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
     return legal
 
 
-def shrinking(config: StructPruneConfig, arch: ArchSpec) -> tuple[str, ...]:
-    """The spaces that may shrink: those that a config names, or those of the default that a model has; all channels
-    inside the layers where it has none of them.
-    """
-    if config.targets is not None or CACHE in (config.budget or {}):
-        return config.shrinking
-    return tuple(filter(arch.of, config.shrinking)) or arch.channels or config.shrinking
-
-
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
-    """The spaces that a config names or leaves open; one that a model does not have is refused."""
-    names = list(shrinking(config, arch) if config.widths is None else config.widths)
+    """The spaces that a config names, of which a model has to have each, or those of the default that it has: all
+    channels inside the layers where it has none of them.
+    """
+    names = list(config.shrinking if config.widths is None else config.widths)
+    if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
+        names = [name for name in names if arch.of(name)] or list(arch.channels) or names
     for name in names:
         if name not in arch.offered:
             reason = dict(arch.missing).get(name)

@@ -66,7 +66,7 @@ def test_round_trips(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({}, "exactly one of sparsity, widths and budget.*sparsity=None, widths=None, budget=None"),
+    ({}, "exactly one of sparsity, widths and budget .* got none; budget={'parameters': 0.8}"),
     ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
