@@ -28,7 +28,6 @@ from ..method.refit import bias_refit, least_squares, no_refit
 from ..system.fingerprint import fingerprint
 from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
-from ..vocabulary.languages import samples_of
 
 
 for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares", least_squares)):
@@ -109,6 +108,8 @@ class CalibrationData:
         """The same with text of the languages to keep beside the domains. None of it is held out, so it has no loss
         that weights could follow.
         """
+        from ..vocabulary.languages import samples_of
+
         codes = self.config.languages or ()
         if tokenizer is None or self.config.reweights:
             return self
