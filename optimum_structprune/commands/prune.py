@@ -9,8 +9,11 @@ from dataclasses import replace
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import model_class
+from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..domains.resolve import resolve, texts_of
+from ..domains.sources import documents
 from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
 from ..recovery.checks import check_recovery
@@ -58,8 +61,12 @@ def _check_folders(
     """Refuse what the run would refuse, before a model is loaded in vain."""
     model, small = loading.check(args.model, config)
     output.check(small.num_parameters() * model.dtype.itemsize)
+    tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
-        check_gguf(small.config, args.gguf, loading.tokenizer(args.model))
+        check_gguf(small.config, args.gguf, tokenizer)
+    for domain in resolve(texts_of(config)):
+        if not written_by_model(domain):
+            next(documents(domain, None, tokenizer), None)  # a text without its column, or that no template takes
     check_apart(args.output, config, recovery)
     if recovery is not None:
         check_recovery(recovery, config, model)
