@@ -4,24 +4,25 @@ shapes that short prunings on trial decide between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from math import inf, isnan
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import ALLOCATIONS
-from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..pruning.run import Run
 from ..sources.data import CalibrationData
 from ..system.processes import broadcast_object
-from ..widths.allocation import candidate_widths, choices, has_one_width, legal_widths, spaces_by_layer
-from ..widths.budget import widths_of, within_budget
-from ..widths.shapes import Curves, Key, Resource, predicted_loss, resources, searched_widths, uniform_shapes
+from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
+from ..widths.budget import budget_of, removed_parameters, widths_of
+from ..widths.shapes import Curves, Key, predicted_loss, uniform_shapes
 from . import ranking as ranking  # registers `global`
 from .masked import MaskedPruning
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
@@ -113,57 +114,77 @@ class Search:
 
     def candidates(self, curves: Curves) -> list[Candidate]:
         """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`."""
-        config, plain = self.config, Candidate("one width", self.plain)
-        needed = resources(config, self.arch, self.model, list(self.plain))
-        proposed = []
+        config, proposed = self.config, list[Candidate]()
         if config.allocation != "search_uniform":
-            proposed += self._layer_by_layer(curves, needed)
+            proposed += self._layer_by_layer(curves)
         alike_now = has_one_width(self.arch, list(self.plain)) and not config.skip_layers
         if config.allocation != "sensitivity" and config.widths is None and alike_now:
-            proposed += self._uniform(curves, needed[0])
-        # A budget of cache is predicted from means over the layers, which differ where a layer keeps more than others.
-        kept = [candidate for candidate in proposed if within_budget(config, self.arch, self.model, candidate.widths)]
+            proposed += self._uniform(curves)
         distinct: dict[str, Candidate] = {}
-        for candidate in (*kept, plain):
+        for candidate in (*proposed, Candidate("one width", self.plain)):
             distinct.setdefault(repr(sorted(candidate.widths.items())), candidate)
         return list(distinct.values())
 
-    def _layer_by_layer(self, curves: Curves, needed: Sequence[Resource]) -> list[Candidate]:
-        """The best widths for each layer, and those halfway to one width, since layers that each give up much lose
-        more together than they do one at a time.
+    def _layer_by_layer(self, curves: Curves) -> list[Candidate]:
+        """The widths of each layer by one ranking of all units by what they lose, and those halfway to one width,
+        since layers that each give up much lose more together than they do one at a time.
         """
-        spaces = {(space.layer, name): space for name in self.plain for space in self.arch.of(name)}
-        widths = {
-            key: candidate_widths(self.config, self.arch, space, self.legal[key[1]])
-            for key, space in spaces.items()
-            if key[0] not in self.config.skip_layers
-        }
-        needed = [self._to_the_nearest(resource, _least_step(resource, widths)) for resource in needed]
-        best = searched_widths(widths, curves, needed)
-        proposed = [Candidate("each layer", best, predicted_loss(curves, best))]
-        between = {}
-        for key, of_key in widths.items():
-            plain, searched = spaces[key].width_in(self.plain), spaces[key].width_in(best)
-            ends = sorted((2 * plain, searched + plain))
-            # Where one width is no multiple of `round_to`, none may lie between it and a width that is next to it.
-            between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]] or [searched]
-        with suppress(StructPruneError):  # the widths in between may be too few to save enough
-            halfway = searched_widths(between, curves, needed)
-            proposed.append(Candidate("halfway", halfway, predicted_loss(curves, halfway)))
-        return proposed
+        scores = {key: self._scores(key, curve) for key, curve in curves.items()}
+        best, most, beyond = self._ranked(scores), max(float(of.max()) for of in scores.values()), {}
+        for key, of_units in scores.items():
+            space, sizes = self._spaces(key)[0], torch.arange(len(of_units)).flip(0)  # once each unit is gone
+            # Units above halfway go first, and steps that end beyond it go in the order of how far they do.
+            is_beyond = 2 * sizes < space.width_in(self.plain) + space.width_in(best)
+            beyond[key] = (most + of_units) * is_beyond
+        shapes = {"each layer": best, "halfway": self._ranked(beyond)}
+        return [Candidate(name, widths, predicted_loss(curves, widths)) for name, widths in shapes.items()]
 
-    def _uniform(self, curves: Curves, needed: Resource) -> list[Candidate]:
+    def _scores(self, key: Key, curve: Sequence[float]) -> Tensor:
+        """What each unit loses for what a config wants less of, shape `(width,)`."""
+        params = sum(space.unit_params * space.scale for space in self._spaces(key))
+        return torch.tensor(curve, dtype=torch.float64).diff() / (self._worth[key[1]] * params)
+
+    def _ranked(self, scores: Mapping[Key, Tensor]) -> Widths:
+        """The widths by one ranking of all units."""
+        by_space = {
+            space.key: of_units.repeat_interleave(space.scale)
+            for key, of_units in scores.items()
+            for space in self._spaces(key)
+        }
+        return widths_of(self.config, self.arch, self.model, by_space)
+
+    def _spaces(self, key: Key) -> list[Space]:
+        return spaces_by_layer(self.arch, key[1])[key[0]]
+
+    @cached_property
+    def _worth(self) -> dict[str, float]:
+        """How much less of what a budget limits there is with each parameter of a kind of space that goes."""
+        if self.config.budget is None:
+            return dict.fromkeys(self.plain, 1.0)
+        budget = budget_of(self.config, self.arch, self.model, list(self.plain))
+        least = {name: {name: min(self.legal[name])} for name in self.plain}
+        return {
+            name: (budget.dense - budget.cost(widths)) / max(removed_parameters(self.arch, widths), 1)
+            for name, widths in least.items()
+        }
+
+    def _uniform(self, curves: Curves) -> list[Candidate]:
         """The best few shapes of one width."""
         may = {name: choices(self.config, self.arch, name, self.legal[name]) for name in self.plain}
-        finest = max(may, key=lambda name: len(may[name]))
-        step = min((high - low for low, high in pairwise(may[finest])), default=0)
-        needed = self._to_the_nearest(needed, step * sum(needed.unit[key] for key in curves if key[1] == finest))
         most = FINALISTS if self.config.allocation == "search_uniform" else 1
-        return [Candidate("one shape", shape, loss) for loss, shape in uniform_shapes(may, curves, needed)[:most]]
+        shapes = uniform_shapes(may, curves, self._is_small(may))
+        return [Candidate("one shape", shape, loss) for loss, shape in shapes[:most]]
 
-    def _to_the_nearest(self, resource: Resource, step: float) -> Resource:
-        """What is needed, to within half of a step, where it is a share or a mean and not a budget that is kept."""
-        return resource if self.config.budget is not None else replace(resource, need=resource.need - step / 2)
+    def _is_small(self, may: Mapping[str, Sequence[int]]) -> Callable[[Widths], bool]:
+        """Whether a shape keeps to the budget, or gives up the share to within half of the smallest step."""
+        if self.config.budget is not None:
+            budget = budget_of(self.config, self.arch, self.model, list(self.plain))
+            return lambda widths: budget.cost(widths) <= budget.limit
+        finest = max(may, key=lambda name: len(may[name]))
+        sizes = [removed_parameters(self.arch, {finest: width}) for width in may[finest]]
+        step = min((more - less for more, less in pairwise(sizes)), default=0)
+        need = (self.config.sparsity or 0.0) * sum(self.arch.layer_params) - step / 2
+        return lambda widths: removed_parameters(self.arch, widths) >= need
 
     def tried(self, candidates: Sequence[Candidate], probe: Probe) -> list[tuple[float, Candidate]]:
         """The loss of the model in each shape, after a pruning on a part of the samples."""
@@ -183,14 +204,3 @@ class Search:
         finally:
             pruning.consumers.undo_()
         return inf if isnan(total) else total
-
-
-def _least_step(resource: Resource, widths: Mapping[Key, Sequence[int]]) -> float:
-    """How much goes with the cheapest step from one width to the next."""
-    steps = [
-        resource.unit[key] * (high - low)
-        for key, of_key in widths.items()
-        for high, low in pairwise(of_key)
-        if key in resource.unit
-    ]
-    return min(steps, default=0.0)

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import pairwise
-from math import inf, isnan, log
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import exp, inf, isnan, log
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import VOCAB, Widths
-from ..config.pruning import StructPruneConfig
-from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
+from ..pruning.measure import short_rows
 from ..pruning.run import Run
 from ..system.processes import broadcast_object
 from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
-from ..widths.budget import budget_of, budget_without_vocab, removed_parameters, token_numbers, widths_of
+from ..widths.budget import budget_without_vocab, removed_parameters, token_numbers, widths_of
 from ..widths.shapes import Curves
 from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
 
 
-# So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
-NUMBERS, FINER = 6, 2
+# So many numbers of tokens are considered, in equal ratios, and so many measurements made at most.
+NUMBERS, MEASUREMENTS = 24, 10
+# What tokens lose is measured on so many tokens of all domains together.
+MEASURED_TOKENS = 4096
+# A number that is predicted to lose less than the best by a smaller share of its loss is not measured.
+LEAST_GAIN = 0.03
 # Tokens that lose fewer nats than this are not compared with layers, which always lose some.
 FREE = 2e-3
 # What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
 MOST_GROWTH = 4.0
-# At one width the loss is a power of the share that goes, between these; a loss of fewer nats is noise.
+# At one width the loss is a power of the share that goes, between these. On SmolLM2 it was about 3 times the first;
+# short prunings correct that.
+USUAL_LOSS, USUAL_POWER = 3.0, 1.25
 LEAST_POWER, MOST_POWER = 1.0, 2.0
-LEAST_LOSS = 1e-4
 # The hidden states of rows of tokens, shape `(tokens, channels)`.
 Hidden = dict[tuple[int, ...], Tensor]
 
@@ -44,8 +47,8 @@ Hidden = dict[tuple[int, ...], Tensor]
 @dataclass(frozen=True)
 class Balance:
     """A number of tokens, and what the model loses in nats per token of the dense vocabulary: because the others are
-    gone, and because of what the layers still have to give up then, which a short pruning has `measured` or single
-    layers predict.
+    gone, and because of what the layers still have to give up then, which a short pruning has `measured`, or which
+    is predicted.
     """
 
     tokens: int
@@ -53,137 +56,168 @@ class Balance:
     layers_loss: float
     measured: bool = False
 
+    @property
+    def loss(self) -> float:
+        """The loss of tokens and layers together."""
+        return self.tokens_loss + self.layers_loss
+
 
 def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]], may: range) -> int:
     """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
 
-    The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
-    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once, or at one width
-    for all layers from two short prunings. A short pruning corrects what is predicted where the total is least: what
-    layers lose one at a time adds up to less than they lose together. No layer is asked where tokens alone meet the
-    budget and cost next to nothing.
+    The loss of tokens is measured on text that choices are made on, which the dense model reads and predicts in the
+    tokens that `keep_of` leaves; that of the layers follows from the trials of the search, which are made once, or at
+    one width for all layers from short prunings. Numbers are measured where the predicted total is least, until that
+    is where it was measured. No layer is asked where tokens alone meet the budget and cost next to nothing.
     """
-    report, (legal, numbers) = run.report, _numbers(run, may)
+    report, numbers = run.report, _numbers(run, may)
     with evaluating(run.model), report.timed("search"):
-        loss_of = _losses_of_tokens(run, vocabulary, keep_of)
-        fewest = Balance(numbers[0], loss_of(numbers[0]), 0.0, measured=True)
+        tokens = _Tokens(run, vocabulary, keep_of)
+        tokens.measure_(numbers[0])
         alone = budget_without_vocab(run.config, run.arch, run.model, numbers[0], cut=False) is None
-        balances = [fewest] if alone and fewest.tokens_loss < FREE else _compared(run, loss_of, legal, numbers)
+        fewest = Balance(numbers[0], tokens.loss(numbers[0]), 0.0, measured=True)
+        balances = [fewest] if alone and fewest.loss < FREE else _compared(tokens, _Layers(run), numbers)
     best = _best(balances)
-    if best.layers_loss == inf:
+    if best is None:
         raise StructPruneError(
             f"budget={run.config.budget} is met by no widths of {run.config.shrinking}; allow more, or add targets."
         )
-    balances.sort(key=lambda balance: -balance.tokens)
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
     return best.tokens
 
 
-def _losses_of_tokens(
-    run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]]
-) -> Callable[[int], float]:
-    """What the model loses where so many tokens stay, in nats per token; each number is measured once."""
-    model, data, known = run.model, run.data, Hidden()
-    dense_losses = [row_losses(model, [*domain.trial], known=known).sum() for domain in data.domains]
+def _compared(tokens: _Tokens, layers: _Layers, numbers: Sequence[int]) -> list[Balance]:
+    """The numbers of tokens that were measured, the largest first. Of all `numbers`, the one of the least predicted
+    loss is measured next, its tokens before its layers.
+    """
 
-    @cache
-    def loss_of(number: int) -> float:
-        losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses, known)
-        loss = broadcast_object(data.total_loss(losses))
-        return inf if isnan(loss) else max(0.0, loss)
+    def balance(number: int) -> Balance:
+        return Balance(number, tokens.loss(number), layers.loss(number), number in layers.measured)
 
-    return loss_of
-
-
-def _compared(
-    run: Run, loss_of: Callable[[int], float], legal: Sequence[int], numbers: Sequence[int]
-) -> list[Balance]:
-    """Some of the legal numbers, from the largest of `numbers` to the least, and then some around the best."""
-    layers = _AtOneWidth(run) if run.config.allocation == "uniform" else _Layers(run)
-    waiting, balances = [*numbers], list[Balance]()
-    for _ in progress(range(NUMBERS + FINER), desc="numbers of tokens", unit="number"):
-        if not waiting:
-            layers.correct_(balances)
-        number = waiting.pop() if waiting else _between(balances, legal)
-        if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
+    for _ in progress(range(MEASUREMENTS), desc="numbers of tokens", unit="measurement"):
+        every = [balance(number) for number in numbers]
+        best, known = min(every, key=lambda of: of.loss), _best([of for of in every if of.tokens in tokens.measured])
+        if best.loss > (1 - LEAST_GAIN) * (known.loss if known else inf) or best.loss == inf:
             break
-        # What goes beside other tokens costs nothing less than these alone; anything else is noise.
-        more = (balance.tokens_loss for balance in balances if balance.tokens > number)
-        balances.append(Balance(number, max([loss_of(number), *more]), layers.least_loss(number)))
-    layers.correct_(balances)
-    return balances
+        (layers if best.tokens in tokens.measured else tokens).measure_(best.tokens)
+    return [balance(number) for number in reversed(numbers) if number in tokens.measured]
 
 
-def _best(balances: Sequence[Balance]) -> Balance:
-    return min(balances, key=lambda balance: balance.tokens_loss + balance.layers_loss)
+def _best(balances: Sequence[Balance]) -> Balance | None:
+    """The measured number of the least loss, if any keeps to the budget."""
+    measured = [balance for balance in balances if balance.measured and balance.loss < inf]
+    return min(measured, key=lambda balance: balance.loss, default=None)
 
 
-def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
-    """The number of tokens in the middle of the wider gap beside the best one."""
-    tried = sorted(balance.tokens for balance in balances)
-    at = tried.index(_best(balances).tokens)
-    low, high = max(
-        pairwise(tried[max(at - 1, 0) : at + 2]), key=lambda gap: gap[1] - gap[0], default=(tried[at],) * 2
-    )
-    return min(legal, key=lambda number: abs(number - (low + high) / 2))
+@dataclass
+class _Tokens:
+    """What the model loses because tokens are gone, by the number of those that stay."""
+
+    run: Run
+    vocabulary: Vocabulary
+    keep_of: Callable[[int], Sequence[int]]
+    known: Hidden = field(default_factory=dict)
+
+    @cached_property
+    def measured(self) -> dict[int, float]:
+        """The losses in nats per token; all tokens lose nothing."""
+        return {self.run.arch.of(VOCAB)[0].size: 0.0}
+
+    @cached_property
+    def texts(self) -> list[list[Tensor]]:
+        """A fair share of each domain's text that choices are made on, in rows of token ids."""
+        domains = self.run.data.domains
+        return [short_rows(domain.trial, MEASURED_TOKENS // len(domains)) for domain in domains]
+
+    @cached_property
+    def dense_losses(self) -> list[Tensor]:
+        """The total loss of the dense model on each text."""
+        return [row_losses(self.run.model, rows, known=self.known).sum() for rows in self.texts]
+
+    def measure_(self, number: int) -> None:
+        """Measure the loss where so many tokens stay."""
+        if number not in self.measured:
+            keep = self.keep_of(number)[:number]
+            losses = token_losses(self.run.model, self.vocabulary, self.texts, keep, self.dense_losses, self.known)
+            loss = broadcast_object(self.run.data.total_loss(losses))
+            self.measured[number] = inf if isnan(loss) else max(0.0, loss)
+
+    def loss(self, number: int) -> float:
+        """The loss, whose logarithm is a straight line between numbers that were measured."""
+        if number in self.measured:
+            return self.measured[number]
+        low, high = (max(n for n in self.measured if n < number), min(n for n in self.measured if n > number))
+        ends = [log(max(self.measured[end], FREE)) for end in (low, high)]
+        return exp(ends[0] + (ends[1] - ends[0]) * (number - low) / (high - low))
 
 
 class _Layers:
-    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once, and what they
-    predict is multiplied by `factor`.
+    """What the layers lose for the sake of one budget, by the number of tokens that stay: `factor` times a power of
+    what the trials of single layers add up to, which are made once, or at one width of the share that goes.
     """
 
     def __init__(self, run: Run):
         self.run = run
+        self.at_one_width = run.config.allocation == "uniform"
+        self.factor, self.power = (USUAL_LOSS, USUAL_POWER) if self.at_one_width else (1.0, 1.0)
+        self.measured: dict[int, float] = {}
+        self.shapes: dict[int, tuple[Search, Widths, float] | None] = {}
+        self.last: tuple[float, float] | None = None  # the size and the loss that were measured last
         self.trials: Trials | None = None
-        self.shapes: dict[int, tuple[Search, Widths]] = {}
-        self.factor = 1.0
 
     @cached_property
     def probe(self) -> Probe:
         """The text on which the loss of all layers together is measured."""
         return Probe.of(self.run.model, self.run.arch, self.run.data)
 
-    def least_loss(self, number: int) -> float:
-        """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
-        run = self.run
+    def loss(self, number: int) -> float:
+        """The loss with so many tokens; infinity where no shape keeps to the budget."""
+        if number not in self.measured and number not in self.shapes:
+            self._find_shape_(number)
+        if number in self.measured:
+            return self.measured[number]
+        shape = self.shapes[number]
+        return inf if shape is None else self.factor * shape[2] ** self.power
+
+    def measure_(self, number: int) -> None:
+        """Measure the loss with so many tokens by a short pruning, and correct the others by it."""
+        predicted, shape = self.loss(number), self.shapes[number]
+        assert shape is not None  # what cannot be is not measured
+        search, widths, size = shape
+        loss = search.loss(widths, self.probe)
+        if 0 < loss < inf and predicted:
+            before, self.last = self.last, (size, loss)
+            if self.at_one_width and before is not None and before[0] != size:
+                power = log(loss / before[1]) / log(size / before[0])
+                self.power = min(max(power, LEAST_POWER), MOST_POWER)
+            self.factor = min(loss, MOST_GROWTH * predicted) / size**self.power
+        self.measured[number] = loss
+
+    def _find_shape_(self, number: int) -> None:
+        """Find the shape of the least predicted loss, or that the layers need not give up anything."""
+        run, self.shapes[number] = self.run, None
         rest = budget_without_vocab(run.config, run.arch, run.model, number, cut=False)
         if rest is None:
-            return 0.0
+            self.measured[number] = 0.0
+            return
         try:
             search = Search(run.model, run.arch, replace(run.data, config=rest))
-            predicted = self.predicted(search)
+            shapes = self._predicted(search)
         except StructPruneError:
-            return inf
-        if not predicted:
-            return inf
-        # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
-        loss, shape = broadcast_object(min(predicted, key=lambda pair: pair[0]))
-        self.shapes[number] = search, shape
-        return inf if isnan(loss) else self.factor * loss
+            return
+        # Processes could part ways here, in the last digit of a loss, and would then wait for ever.
+        size, widths = broadcast_object(min(shapes, key=lambda pair: pair[0]))
+        if not isnan(size):
+            self.shapes[number] = search, widths, size
 
-    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
-        """The shapes that keep to a budget, each with what single layers predict that it loses."""
+    def _predicted(self, search: Search) -> list[tuple[float, Widths]]:
+        """The shapes that keep to a budget, each with what single layers predict that it loses, or at one width the
+        share of the layers that goes.
+        """
+        if self.at_one_width:
+            return [(removed_parameters(search.arch, search.plain) / sum(search.arch.layer_params), search.plain)]
         candidates = search.candidates(self._curves(search))
         return [(of.predicted, of.widths) for of in candidates if of.predicted is not None]
-
-    def correct_(self, balances: list[Balance]) -> None:
-        """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
-        much.
-        """
-        while not (best := _best(balances)).measured:
-            loss = self._loss_together(best.tokens) if best.tokens in self.shapes else best.layers_loss
-            growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
-            self.factor *= growth
-            for at, of in enumerate(balances):
-                if of is best:
-                    balances[at] = replace(of, layers_loss=loss, measured=True)
-                elif not of.measured:
-                    balances[at] = replace(of, layers_loss=growth * of.layers_loss)
-
-    def _loss_together(self, number: int) -> float:
-        search, shape = self.shapes[number]
-        return search.loss(shape, self.probe)
 
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:
@@ -192,41 +226,8 @@ class _Layers:
         return self.trials.curves(self.run.data.cache[MEASURED_LOSSES])
 
 
-class _AtOneWidth(_Layers):
-    """The same where each space keeps one width in all layers: the loss is a power of the share of the layers that
-    goes, which two short prunings give.
-    """
-
-    power: float | None = None
-
-    def predicted(self, search: Search) -> list[tuple[float, Widths]]:
-        """See `_Layers.predicted`."""
-        if self.power is None:
-            half = Search(search.model, search.arch, replace(search.data, config=_half_of(search)))
-            both = [(_share(of), max(of.loss(of.plain, self.probe), LEAST_LOSS)) for of in (search, half)]
-            (share, loss), (less, of_less) = both
-            steep = share > less > 0 and inf not in (loss, of_less)
-            power = log(loss / of_less) / log(share / less) if steep else LEAST_POWER
-            self.power = min(max(power, LEAST_POWER), MOST_POWER)
-            self.factor = loss / share**self.power
-        return [(_share(search) ** self.power, search.plain)]
-
-
-def _half_of(search: Search) -> StructPruneConfig:
-    """The config that asks half as much of the layers."""
-    budget = budget_of(search.config, search.arch, search.model, list(search.plain))
-    return replace(search.config, budget={budget.name: (budget.limit + budget.dense) // 2})
-
-
-def _share(search: Search) -> float:
-    """The share of the parameters of the layers that goes at one width."""
-    return removed_parameters(search.arch, search.plain) / sum(search.arch.layer_params)
-
-
-def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
-    """The numbers of tokens that may be, and those that are compared first, ascending; the largest that meets the
-    budget alone is one of these.
-    """
+def _numbers(run: Run, may: range) -> list[int]:
+    """The numbers of tokens that are considered, ascending; the largest that meets the budget alone is among them."""
     config, arch, model = run.config, run.arch, run.model
     space, numbers = arch.of(VOCAB)[0], token_numbers(config, arch, legal_widths(config, arch, model.config), may)
     try:
@@ -237,28 +238,28 @@ def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
         enough = numbers[0]
     # The first units of the layers cost next to nothing, so that the best number is often little above the least.
     steps = (enough * (space.size / enough) ** (step / (NUMBERS - 1)) for step in range(NUMBERS))
-    return numbers, sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)})
+    return sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)})
 
 
 def token_losses(
     model: PreTrainedModel,
     vocabulary: Vocabulary,
-    domains: Sequence[Domain],
+    texts: Sequence[Sequence[Tensor]],
     keep: Sequence[int],
     dense_losses: Sequence[Tensor],
     known: Hidden | None = None,
 ) -> Tensor:
     """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
-    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense_losses` are its
-    total losses on these texts, and `known` keeps its hidden states by row.
+    `keep`, on each of several texts, in rows of token ids; shape `(texts,)`, fp64. `dense_losses` are its total losses
+    on these, and `known` keeps its hidden states by row.
     """
     kept, among = set(keep), torch.tensor(keep)
     if len(kept) == len(model.get_input_embeddings().get_parameter("weight")):
-        return torch.zeros(len(domains), dtype=torch.float64)
+        return torch.zeros(len(texts), dtype=torch.float64)
     losses = []
-    for domain, before in zip(domains, dense_losses, strict=True):
-        rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
-        losses.append((row_losses(model, rows, among, known).sum() - before) / domain.trial[:, 1:].numel())
+    for rows, before in zip(texts, dense_losses, strict=True):
+        shorter = [spelled(row.tolist(), vocabulary, kept) for row in rows]
+        losses.append((row_losses(model, shorter, among, known).sum() - before) / sum(len(row) - 1 for row in rows))
     return torch.stack(losses)
 
 

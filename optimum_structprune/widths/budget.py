@@ -212,14 +212,6 @@ def _cost_of(
     return lambda widths: count(shrunk_skeleton(model, arch, widths))
 
 
-def within_budget(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
-    """Whether a model of given widths keeps to the budget of a config, if it has one."""
-    if config.budget is None:
-        return True
-    budget = budget_of(config, arch, model, widths)
-    return budget.cost(widths) <= budget.limit
-
-
 def budget_without_vocab(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, cut: bool = True
 ) -> StructPruneConfig | None:

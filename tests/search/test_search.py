@@ -62,7 +62,38 @@ def test_a_layer_that_is_next_to_one_width_stays_there_halfway(model):
     curves = {(layer, "mlp"): [sum(each[:n]) for n in range(41)] for layer, each in enumerate([dear, middle, cheap])}
     shapes = search.Search(model, describe(model), data_of(asked)).candidates(curves)
     widths = {candidate.name: candidate.widths["mlp"] for candidate in shapes}
-    assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 24, 1: 16, 2: 16}
+    assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 32, 1: 16, 2: 16}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_widths_by_measured_loss_are_within_a_step_of_the_best(model, share):
+    """Against all widths of three layers, with losses that grow faster than the units removed."""
+    arch = describe(model)
+    asked = config(sparsity=share, widths=None, allocation="sensitivity", round_to=10, targets=("mlp", "attention"))
+    price = {(space.layer, space.kind): space.unit_params for space in arch.spaces}
+    sizes = {(space.layer, space.kind): space.width for space in arch.spaces}
+    curves = {
+        (layer, name): [(1 + layer) * (gone / size) ** (1.5 + layer / 2) for gone in range(size + 1)]
+        for (layer, name), size in sizes.items()
+    }
+
+    def outcome(widths):
+        gone = {key: sizes[key] - width for key, width in widths.items()}
+        return sum(price[key] * units for key, units in gone.items()), sum(curves[key][gone[key]] for key in gone)
+
+    shape = search.Search(model, arch, data_of(asked)).candidates(curves)[0]
+    found = {key: shape.widths[key[1]][key[0]] for key in sizes}
+    removed, loss = outcome(found)
+    assert shape.name == "each layer" and shape.predicted == pytest.approx(loss)
+    may = {key: (40, 30, 20, 10) if key[1] == "mlp" else (4, 3, 2, 1) for key in sizes}
+    every = [outcome(dict(zip(may, widths, strict=True))) for widths in product(*may.values())]
+    steps = [
+        outcome({**found, key: of[of.index(found[key]) + 1]})[1] - loss for key, of in may.items() if found[key] > of[-1]
+    ]
+    least = min(other for other_removed, other in every if other_removed >= removed)
+    assert loss <= least + max(steps)
+    half_a_step = min(units * price[key] for key, units in ((key, 10 if key[1] == "mlp" else 1) for key in sizes)) / 2
+    assert abs(removed - share * sum(arch.layer_params)) <= half_a_step
 
 
 def losses_of(measure, fake):
