@@ -22,7 +22,6 @@ from optimum_structprune.commands.cli import main
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
-import scipy.stats
 from optimum_structprune import pruner
 from optimum_structprune.commands import loading, prune
 from optimum_structprune.commands.cli import main
