@@ -27,7 +27,7 @@ from .trials import Probe, Trials
 
 
 # So many numbers of tokens are considered, in equal ratios, and so many measurements made at most.
-NUMBERS, MEASUREMENTS = 24, 10
+NUMBERS, MEASUREMENTS = 16, 10
 # What tokens lose is measured on so many tokens of all domains together.
 MEASURED_TOKENS = 4096
 # A number that is predicted to lose less than the best by a smaller share of its loss is not measured.

@@ -88,7 +88,9 @@ def test_widths_by_measured_loss_are_within_a_step_of_the_best(model, share):
     may = {key: (40, 30, 20, 10) if key[1] == "mlp" else (4, 3, 2, 1) for key in sizes}
     every = [outcome(dict(zip(may, widths, strict=True))) for widths in product(*may.values())]
     steps = [
-        outcome({**found, key: of[of.index(found[key]) + 1]})[1] - loss for key, of in may.items() if found[key] > of[-1]
+        outcome({**found, key: of[of.index(found[key]) + 1]})[1] - loss
+        for key, of in may.items()
+        if found[key] > of[-1]
     ]
     least = min(other for other_removed, other in every if other_removed >= removed)
     assert loss <= least + max(steps)
