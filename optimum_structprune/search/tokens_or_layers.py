@@ -26,8 +26,8 @@ from .search import MEASURED_LOSSES, Search
 from .trials import Probe, Trials
 
 
-# So many numbers of tokens are considered, in equal ratios, and so many measurements made at most.
-NUMBERS, MEASUREMENTS = 16, 10
+# So many numbers of tokens are considered, in equal ratios, and so many of them measured at most.
+NUMBERS, MOST_COMPARED = 16, 8
 # What tokens lose is measured on so many tokens of all domains together.
 MEASURED_TOKENS = 4096
 # A number that is predicted to lose less than the best by a smaller share of its loss is not measured.
@@ -67,8 +67,8 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
 
     The loss of tokens is measured on text that choices are made on, which the dense model reads and predicts in the
     tokens that `keep_of` leaves; that of the layers follows from the trials of the search, which are made once, or at
-    one width for all layers from short prunings. Numbers are measured where the predicted total is least, until that
-    is where it was measured. No layer is asked where tokens alone meet the budget and cost next to nothing.
+    one width for all layers from short prunings. The number of the least predicted total is measured, and then others
+    while one is predicted to lose less. No layer is asked where tokens alone meet the budget and cost next to nothing.
     """
     report, numbers = run.report, _numbers(run, may)
     with evaluating(run.model), report.timed("search"):
@@ -88,18 +88,21 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
 
 def _compared(tokens: _Tokens, layers: _Layers, numbers: Sequence[int]) -> list[Balance]:
     """The numbers of tokens that were measured, the largest first. Of all `numbers`, the one of the least predicted
-    loss is measured next, its tokens before its layers.
+    loss is measured next; its layers, which take longer, only if it is still better than those before.
     """
 
     def balance(number: int) -> Balance:
         return Balance(number, tokens.loss(number), layers.loss(number), number in layers.measured)
 
-    for _ in progress(range(MEASUREMENTS), desc="numbers of tokens", unit="measurement"):
+    for _ in progress(range(MOST_COMPARED), desc="numbers of tokens", unit="number"):
         every = [balance(number) for number in numbers]
         best, known = min(every, key=lambda of: of.loss), _best([of for of in every if of.tokens in tokens.measured])
-        if best.loss > (1 - LEAST_GAIN) * (known.loss if known else inf) or best.loss == inf:
+        least = inf if known is None else known.loss
+        if best.loss >= (1 - LEAST_GAIN) * least:
             break
-        (layers if best.tokens in tokens.measured else tokens).measure_(best.tokens)
+        tokens.measure_(best.tokens)
+        if not best.measured and balance(best.tokens).loss < least:
+            layers.measure_(best.tokens)
     return [balance(number) for number in reversed(numbers) if number in tokens.measured]
 
 
