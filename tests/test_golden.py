@@ -36,7 +36,7 @@ def test_plans_and_weights_are_known_to_the_bit(names):
     assert golden.portable([*names]) == {name: KNOWN[name] for name in names}
 
 
-TWO = ("sensitivity", "rounds", "experts", "vocab")
+TWO = ("uniform", "sensitivity", "rounds", "experts", "vocab")
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -54,15 +54,15 @@ dist.destroy_process_group()
 
 
 @known_bits
-@pytest.mark.parametrize("names", [("uniform",), pytest.param(TWO, marks=pytest.mark.long)], ids=["short", "long"])
-def test_two_processes_give_the_same_bits(names, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     for variable, value in golden.PORTABLE.items():
         monkeypatch.setenv(variable, value)
-    done = on_two_ranks(SCRIPT, tmp_path, tmp_path, *names)
+    done = on_two_ranks(SCRIPT, tmp_path, tmp_path, *TWO)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("HASHES")]
     both = [(name, json.loads(hashes)) for name, hashes in lines]
-    assert sorted(name for name, _ in both) == sorted(names * 2)
+    assert sorted(name for name, _ in both) == sorted(TWO * 2)
     for name, hashes in both:
         assert hashes == KNOWN[name], name
 
