@@ -99,6 +99,11 @@ class Run:
             tokens = sum(domain.samples.numel() for domain in domains)
             most = None if self.config.reweights else min(ENOUGH, round(self.config.holdout * tokens))
             self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
+        if self.config.languages and tokenizer is not None and self.arch.causal:
+            from ..vocabulary.languages import costs_before
+
+            with self.report.timed("languages"):
+                self.report.languages = costs_before(self.model, tokenizer, True, self.config.languages)
         self.report.start(self.model, self.arch)
 
     def measure_anew(self) -> None:

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.choose import Tokens, removal_order, wanted_shares
-from ..vocabulary.languages import cost_by_language, known, scripts_of, tokens_by_language
+from ..vocabulary.languages import costs_before, scripts_of
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths, smallest_widths
 from ..widths.budget import budget_of, budget_without_vocab, token_numbers, widths_of
@@ -105,7 +105,8 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
     with report.timed("languages"):
-        report.languages = _dense_languages(run)
+        languages = run.config.languages or ()
+        report.languages = report.languages or costs_before(run.model, dense_tokenizer, run.arch.causal, languages)
     run.changed = True
     ids, tokens = few_inputs(run.model) % number, torch.tensor(kept)
     outputs = outputs_for(run.model, tokens[ids])
@@ -119,18 +120,3 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     run.counted = [Entry.of(domain, COUNTED) for domain in data.domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
         run.measure_anew()
-
-
-def _dense_languages(run: Run) -> dict[str, dict[str, Any]]:
-    """What the same text takes in each language before tokens go: first the languages to keep, then those of few
-    tokens.
-    """
-    assert run.dense_tokenizer is not None
-    wanted, causal, rows = run.config.languages or (), run.arch.causal, tokens_by_language(run.dense_tokenizer)
-    codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
-    costs = cost_by_language(run.model, run.dense_tokenizer, causal, codes)
-    knows = known(costs) if causal else None
-    return {
-        code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
-        for code, cost in costs.items()
-    }

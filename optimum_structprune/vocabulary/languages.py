@@ -73,6 +73,22 @@ def cost_by_language(
     return costs
 
 
+def costs_before(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """What the same text takes a dense model `before` something goes, in each language by its code: first those that
+    are wanted, then those of few tokens.
+    """
+    rows = tokens_by_language(tokenizer)
+    codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
+    costs = cost_by_language(model, tokenizer, causal, codes)
+    knows = known(costs) if causal else None
+    return {
+        code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
+        for code, cost in costs.items()
+    }
+
+
 def with_costs_after(
     languages: Mapping[str, Mapping[str, Any]],
     model: PreTrainedModel,

@@ -120,6 +120,8 @@ def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_witho
     assert [of.weight for of in texts] == pytest.approx([0.45, 0.45]) and of_languages.weight == pytest.approx(0.1)
     assert kept.report.perplexity.keys() == without.report.perplexity.keys() == {"math", "prose"}
     assert not same_weights(small, plain)
+    assert [code for code, of in kept.report.languages.items() if of["wanted"]] == ["de", "fi"]
+    assert "bits per byte in the languages to keep: German " in str(kept.report) and not without.report.languages
     kept.save(small, tmp_path / "out")
 
 
