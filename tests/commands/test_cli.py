@@ -106,8 +106,8 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
 
 def test_argparse_refuses_what_it_cannot_read(capsys):
     for flag, message in (
-        (["--width", "mlp"], "argument --width: expected NAME=VALUE, got 'mlp'"),
-        (["--domain", "wiki"], "argument --domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
+        (["--width", "mlp"], "argument --width: expected NAME=VALUE, such as mlp=1024, got 'mlp'"),
+        (["--domain", "wiki"], "argument --domain: expected NAME=SOURCE[@WEIGHT], such as wiki=wiki, got 'wiki'"),
         (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
         (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
         (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
