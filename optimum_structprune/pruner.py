@@ -202,6 +202,8 @@ class StructPruner:
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
+        if step.kind in (UNITS, ROUNDS) and run.config.languages:
+            run.data = run.data.with_languages(run.tokenizer)
         with evaluating(run.model):
             module, name = REMOVERS[step.kind].split(":")
             remove_ = getattr(import_module(f".{module}", __package__), name)

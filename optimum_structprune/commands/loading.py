@@ -8,7 +8,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Loading:
     trust_remote_code: bool = False
     arch_file: str | None = None
     offload: str | None = None
+    tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: Namespace, **values: Any) -> Loading:
@@ -105,9 +106,12 @@ class Loading:
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """A model's tokenizer."""
+        """A model's tokenizer, which is read once."""
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+            if name not in self.tokenizers:
+                read = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+                self.tokenizers[name] = read
+            return self.tokenizers[name]
         except Exception as error:  # tokenizers raises a bare one
             check_reads_text(self.without_weights(name))  # says more where the config is at fault
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error

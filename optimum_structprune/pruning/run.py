@@ -205,8 +205,6 @@ def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
 
 def prune_units_(run: Run, step: Step) -> Plan:
     """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
-    if run.config.languages:
-        run.data = run.data.with_languages(run.tokenizer)
     model, arch, data = run.model, run.arch, run.data
     smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.widths))
     keep: dict[tuple[int, str], tuple[int, ...]] = {}

@@ -169,7 +169,7 @@ def _languages(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What fewer tokens cost the languages to keep, and those that the dense model knew: bits per byte, or tokens of
+    """What the pruning costs the languages to keep, and those that the dense model knew: bits per byte, or tokens of
     models that do not predict the next one.
     """
     by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
@@ -221,7 +221,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
-    """The languages that a smaller vocabulary has made worse, of those to keep, or where none was named, of all that
+    """The languages that the pruning has made worse, of those to keep, or where none was named, of all that
     the dense model knew; empty where there are none.
     """
     wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}

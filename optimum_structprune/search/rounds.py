@@ -21,8 +21,6 @@ def prune_in_rounds_(run: Run, step: Step) -> Plan:
     """Bring all layers to the widths of a step in several rounds: the last removes all that is masked, each layer as
     soon as it is finished.
     """
-    if run.config.languages:
-        run.data = run.data.with_languages(run.tokenizer)
     *masking, last = round_widths(run.config, run.arch, step.widths)
     smaller = shrunk_skeleton(run.model, run.arch, last, biased_spaces(run.config, run.arch, last))
     pruning = MaskedPruning(run.model, run.arch, run.config)

@@ -21,7 +21,7 @@ from ..pruning.run import Run
 from ..sources.data import CalibrationData
 from ..system.processes import broadcast_object
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
-from ..widths.budget import budget_of, removed_parameters, widths_of
+from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
 from ..widths.shapes import Curves, Key, predicted_loss, uniform_shapes
 from . import ranking as ranking  # registers `global`
 from .masked import MaskedPruning
@@ -99,17 +99,11 @@ class Search:
         """The trials that the choice takes."""
         # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
         refit = "none" if self.config.refit == "bias" else self.config.refit
-        spaces = {
-            (layer, name): of_kind
-            for name in self.plain
-            for layer, of_kind in spaces_by_layer(self.arch, name).items()
-            if layer not in self.config.skip_layers
-        }
         return Trials(
             MaskedPruning(self.model, self.arch, self.config, refit),
             self.data,
             Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
-            spaces,
+            self._spaces,
         )
 
     def candidates(self, curves: Curves) -> list[Candidate]:
@@ -132,7 +126,7 @@ class Search:
         scores = {key: self._scores(key, curve) for key, curve in curves.items()}
         best, most, beyond = self._ranked(scores), max(float(of.max()) for of in scores.values()), {}
         for key, of_units in scores.items():
-            space, sizes = self._spaces(key)[0], torch.arange(len(of_units)).flip(0)  # once each unit is gone
+            space, sizes = self._spaces[key][0], torch.arange(len(of_units)).flip(0)  # once each unit is gone
             # Units above halfway go first, and steps that end beyond it go in the order of how far they do.
             is_beyond = 2 * sizes < space.width_in(self.plain) + space.width_in(best)
             beyond[key] = (most + of_units) * is_beyond
@@ -141,7 +135,7 @@ class Search:
 
     def _scores(self, key: Key, curve: Sequence[float]) -> Tensor:
         """What each unit loses for what a config wants less of, shape `(width,)`."""
-        params = sum(space.unit_params * space.scale for space in self._spaces(key))
+        params = sum(space.unit_params * space.scale for space in self._spaces[key])
         return torch.tensor(curve, dtype=torch.float64).diff() / (self._worth[key[1]] * params)
 
     def _ranked(self, scores: Mapping[Key, Tensor]) -> Widths:
@@ -149,19 +143,30 @@ class Search:
         by_space = {
             space.key: of_units.repeat_interleave(space.scale)
             for key, of_units in scores.items()
-            for space in self._spaces(key)
+            for space in self._spaces[key]
         }
         return widths_of(self.config, self.arch, self.model, by_space)
 
-    def _spaces(self, key: Key) -> list[Space]:
-        return spaces_by_layer(self.arch, key[1])[key[0]]
+    @cached_property
+    def _spaces(self) -> dict[Key, list[Space]]:
+        """The spaces that may shrink, by layer and kind."""
+        return {
+            (layer, name): of_kind
+            for name in self.plain
+            for layer, of_kind in spaces_by_layer(self.arch, name).items()
+            if layer not in self.config.skip_layers
+        }
+
+    @cached_property
+    def _budget(self) -> Budget | None:
+        """What the config allows at most, if it has a budget."""
+        return None if self.config.budget is None else budget_of(self.config, self.arch, self.model, list(self.plain))
 
     @cached_property
     def _worth(self) -> dict[str, float]:
         """How much less of what a budget limits there is with each parameter of a kind of space that goes."""
-        if self.config.budget is None:
+        if (budget := self._budget) is None:
             return dict.fromkeys(self.plain, 1.0)
-        budget = budget_of(self.config, self.arch, self.model, list(self.plain))
         least = {name: {name: min(self.legal[name])} for name in self.plain}
         return {
             name: (budget.dense - budget.cost(widths)) / max(removed_parameters(self.arch, widths), 1)
@@ -177,8 +182,7 @@ class Search:
 
     def _is_small(self, may: Mapping[str, Sequence[int]]) -> Callable[[Widths], bool]:
         """Whether a shape keeps to the budget, or gives up the share to within half of the smallest step."""
-        if self.config.budget is not None:
-            budget = budget_of(self.config, self.arch, self.model, list(self.plain))
+        if (budget := self._budget) is not None:
             return lambda widths: budget.cost(widths) <= budget.limit
         finest = max(may, key=lambda name: len(may[name]))
         sizes = [removed_parameters(self.arch, {finest: width}) for width in may[finest]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import exp, inf, isnan, log
 
@@ -114,30 +114,17 @@ def _best(balances: Sequence[Balance]) -> Balance | None:
     return min(measured, key=lambda balance: balance.loss, default=None)
 
 
-@dataclass
 class _Tokens:
-    """What the model loses because tokens are gone, by the number of those that stay."""
+    """What the model loses because tokens are gone, by the number of those that stay: `measured`, in nats per token,
+    on a fair share of the text of each domain that choices are made on.
+    """
 
-    run: Run
-    vocabulary: Vocabulary
-    keep_of: Callable[[int], Sequence[int]]
-    known: Hidden = field(default_factory=dict)
-
-    @cached_property
-    def measured(self) -> dict[int, float]:
-        """The losses in nats per token; all tokens lose nothing."""
-        return {self.run.arch.of(VOCAB)[0].size: 0.0}
-
-    @cached_property
-    def texts(self) -> list[list[Tensor]]:
-        """A fair share of each domain's text that choices are made on, in rows of token ids."""
-        domains = self.run.data.domains
-        return [short_rows(domain.trial, MEASURED_TOKENS // len(domains)) for domain in domains]
-
-    @cached_property
-    def dense_losses(self) -> list[Tensor]:
-        """The total loss of the dense model on each text."""
-        return [row_losses(self.run.model, rows, known=self.known).sum() for rows in self.texts]
+    def __init__(self, run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]]):
+        self.run, self.vocabulary, self.keep_of, domains = run, vocabulary, keep_of, run.data.domains
+        self.measured = {run.arch.of(VOCAB)[0].size: 0.0}
+        self.known = Hidden()
+        self.texts = [short_rows(domain.trial, MEASURED_TOKENS // len(domains)) for domain in domains]
+        self.dense_losses = [row_losses(run.model, rows, known=self.known).sum() for rows in self.texts]
 
     def measure_(self, number: int) -> None:
         """Measure the loss where so many tokens stay."""
@@ -259,8 +246,6 @@ def token_losses(
     on these, and `known` keeps its hidden states by row.
     """
     kept, among = set(keep), torch.tensor(keep)
-    if len(kept) == len(model.get_input_embeddings().get_parameter("weight")):
-        return torch.zeros(len(texts), dtype=torch.float64)
     losses = []
     for rows, before in zip(texts, dense_losses, strict=True):
         shorter = [spelled(row.tolist(), vocabulary, kept) for row in rows]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .whole_model import WholeModel
 
 # The share of the calibration that text of the languages to keep has.
-LANGUAGES_SHARE = 0.1
+LANGUAGES_WEIGHT = 0.1
 # What gives activations, layer by layer: `InMemory` names the methods that all of them have. The others are imported
 # where a run has such a source.
 Source = Union["InMemory", "WholeModel", "WithExperts"]
@@ -114,8 +114,8 @@ class CalibrationData:
         if tokenizer is None or self.config.reweights:
             return self
         rows = samples_of(tokenizer, codes, self.config.seq_length)
-        domain = Domain(f"languages {','.join(codes)}", LANGUAGES_SHARE, rows, rows[:0])
-        shares = (*((1 - LANGUAGES_SHARE) * share for share in self.shares), LANGUAGES_SHARE)
+        domain = Domain(f"languages {','.join(codes)}", LANGUAGES_WEIGHT, rows, rows[:0])
+        shares = (*((1 - LANGUAGES_WEIGHT) * share for share in self.shares), LANGUAGES_WEIGHT)
         return replace(self, domains=[*self.domains, domain], shares=shares)
 
     @property
