@@ -41,8 +41,9 @@ def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--num-samples", "1", "--questions", "1"]
     main("pick_yours")([*command, "--other", "letters=builtin:letters", "--row", small])
     dense, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
-    assert dense[1] == "the dense model" and row[1] == f"`{small}`" and " of " in row[4] and row[5].startswith("× ")
-    monkeypatch.setattr("pick_yours.measured", lambda *rest: 1 / 0)
+    assert dense[1] == "the dense model" and row[1] == f"`{small}`" and " of " in row[5] and row[6].startswith("× ")
+    for name in ("measured", "time_"):
+        monkeypatch.setattr(f"pick_yours.{name}", lambda *rest: 1 / 0)
     main("pick_yours")([*command, "--row", small])
     assert capsys.readouterr().out.splitlines()[-1].split(" | ") == row
 

@@ -1,13 +1,14 @@
-"""What each command makes of a model, as the rows of docs/pick_yours.md.
+"""What each command makes of a model, as the rows of docs/pick_yours.md and of the README.
 
     python examples/benchmarks/pick_yours.py MODEL FOLDER [--row "FLAGS OF PRUNE" ...] [--other NAME=SOURCE ...]
         [--num-samples 8] [--questions 120]
 
 The first row is the dense model, and each other one `structprune prune MODEL … FLAGS`. All are written in eight bits
-for llama.cpp, whose size is shown. Answers, text and speed are those of the folder in transformers, in fp32: right
-answers that stay right, perplexity on `--other` text as a multiple of the dense one, and the tokens that one thread
-writes in a second of the processor. A language is lost where the dense model knew it and its text takes over 2 % more
-bits. FOLDER keeps the models and rows; a row that is there is not measured again, so a later call adds to the table.
+for llama.cpp, and both sizes are shown. Answers, text and speed are those of the folder in transformers, in fp32:
+right answers that stay right, perplexity as a multiple of the dense one, on held-out text of the kinds that were
+calibrated on and on `--other` text, and the tokens that one thread writes in a second of the processor, where the
+models take turns. A language is lost where the dense model knew it and its text takes over 2 % more bits. FOLDER keeps
+the models and rows; a row that is there is not measured again, so a later call adds to the table.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ ROWS = ("--target vocab --budget parameters=0.9 --num-samples 24",)
 OTHER = ("countries=builtin:countries", "letters=builtin:letters")
 LOST = 1.02
 DENSE = "the dense model"
-HEAD = ("model", "command", "MB in Q8_0", "tokens/s", "answers kept", "other text", "languages lost")
+HEAD = ("model", "command", "parameters", "MB in 16 bits, in Q8_0", "tokens/s", "answers kept")
+HEAD += ("same kinds", "other text", "languages lost")
+Row = tuple[str, str, dict[str, Any]]
 
 
 def loaded(folder: str | Path):
     """A model in fp32 and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def mean_ratio(perplexity: dict[str, dict[str, float]], after: str, before: str) -> float:
+    """The geometric mean over the kinds of text of one perplexity as a multiple of another."""
+    return exp(fmean(log(of[after] / of[before]) for of in perplexity.values()))
 
 
 def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
@@ -51,9 +59,7 @@ def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
         model, tokenizer = loaded(small)
         report = json.loads((small / "report.json").read_text())
     file = export_gguf(model, f"{small}.gguf", tokenizer, overwrite=True, dtype="q8_0")
-    models = {"dense": dense, "model": model}
-    ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=5, threads=1, clock="cpu").decode.items()
-    row = {"bytes": file.bytes, "tokens_per_second": speeds["model"]["tokens_per_second"]}
+    row = {"parameters": model.num_parameters(), "bytes": file.bytes}
     if not flags:
         return row
     found = evaluate(
@@ -70,21 +76,33 @@ def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
     known = [of["after"] / of["before"] for of in report.get("languages", {}).values() if of.get("known")]
     return {
         **row,
+        "before": dense.num_parameters(),
+        "same": mean_ratio(report["perplexity"], "after", "before"),
         "kept": sum(of["model"] for of in right if of["dense"]),
         "of": sum(of["dense"] for of in right),
-        "ratio": exp(fmean(log(of["model"] / of["dense"]) for of in found.perplexity.values())),
+        "other": mean_ratio(found.perplexity, "model", "dense"),
         "lost": sum(ratio > LOST for ratio in known),
         "known": len(known),
     }
 
 
+def time_(rows: list[Row], places: list[str | Path]) -> None:
+    """Enter into rows how fast the models in these places write, which take turns."""
+    models = {str(place): loaded(place)[0] for place in places}
+    ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=9, threads=1, clock="cpu").decode.items()
+    for (_, _, row), speed in zip(rows, speeds.values(), strict=True):
+        row["tokens_per_second"] = speed["tokens_per_second"]
+
+
 def cells(model: str, flags: str, row: dict[str, Any]) -> list[str]:
     """A row as text."""
-    size = [f"{row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second']:.0f}"]
+    size = [f"{2 * row['parameters'] / 1e6:.0f}, {row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second']:.1f}"]
     if not flags:
-        return [model, DENSE, *size, "all", "× 1", "none"]
+        return [model, DENSE, f"{row['parameters'] / 1e6:.0f}M", *size, "all", "× 1", "× 1", "none"]
+    gone = f"−{100 - 100 * row['parameters'] / row['before']:.0f} %"
+    text = [f"× {row['same']:.2f}", f"× {row['other']:.2f}"]
     languages = f"{row['lost']} of {row['known']}" if row["known"] else "none"
-    return [model, f"`{flags}`", *size, f"{row['kept']} of {row['of']}", f"× {row['ratio']:.3f}", languages]
+    return [model, f"`{flags}`", gone, *size, f"{row['kept']} of {row['of']}", *text, languages]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,11 +117,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / "rows.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    known = len(rows)
     for flags in ("", *(args.row or ROWS)):
         if (args.model, flags) not in ((model, of) for model, of, _ in rows):
             rows.append((args.model, flags, measured(args, flags, args.folder / f"row-{len(rows)}")))
             path.write_text(json.dumps(rows, indent=1))
+    own = [(row, args.folder / f"row-{place}") for place, row in enumerate(rows) if row[0] == args.model]
+    if len(rows) > known or any("tokens_per_second" not in row for (_, _, row), _ in own):
+        time_([row for row, _ in own], [place if row[1] else args.model for row, place in own])
+        path.write_text(json.dumps(rows, indent=1))
     for line in (HEAD, ["---"] * len(HEAD), *(cells(Path(model).name, flags, row) for model, flags, row in rows)):
         print(f"| {' | '.join(line)} |")
 
