@@ -1,22 +1,40 @@
-"""The step that takes out whole experts."""
+"""The step that takes out whole experts, and the refit of those that stay toward what all of them gave."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..arch.hooks import observe
 from ..arch.shrink import shrunk_config
+from ..arch.spec import Axis, Space
 from ..config.pruning import EXPERT_CRITERIA, EXPERT_SCORES
+from ..method.calibrate import Moments
+from ..method.layers import Gain, InMemory, OneProcess
+from ..method.refit import least_squares
 from ..method.score import best_units
-from ..method.shrink import shrink_layer_
+from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
 from ..record.plan import Plan
-from ..sources.experts import WithExperts
+from ..sources.data import CalibrationData
+from ..sources.experts import WithExperts, inner_activations
+from ..system.processes import all_reduce_
 from ..system.stages import progress
 from .cut import rebuilding_
-from .expert_refit import ExpertRefit
 
 
 if TYPE_CHECKING:
     from ..pruning.run import Run, Step
+
+
+# How much the weights that an expert began with count in its refit, in tokens for each channel of its width. With a
+# fixed share of the Gram matrix in its place, an expert that few tokens choose becomes worse than it was.
+PRIOR = 2
+# With two passes over the experts the result is close to solving for all of them at once; the third gains little more.
+SWEEPS = 3
 
 
 def remove_experts_(run: Run, step: Step) -> Plan:
@@ -46,3 +64,131 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                         refit.fit_(len(keep[key]))
                     source.advance(layer)
     return Plan(arch.model_type, keep)
+
+
+class Block(NamedTuple):
+    """A consumer among several whose outputs are added, and what it reads of the call with a number: the numbers of
+    the tokens and its inputs, shape `(tokens, n)`.
+    """
+
+    axis: Axis
+    inputs: Callable[[int], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def refit_blocks_(
+    model: Any,
+    blocks: Sequence[Block],
+    residual: Sequence[Tensor],
+    ranks: OneProcess,
+    prior: float = PRIOR,
+) -> None:
+    """Refit the weights of several consumers so that the sum of their outputs makes up for a residual.
+
+    Each in turn is fitted to what the present weights of the others leave, which is block coordinate descent: in
+    memory are the inputs and the Gram matrix of one consumer. The ridge pulls toward the weights that it began with,
+    which count as much as `prior` tokens for each column. `residual` holds one tensor per call, shape `(tokens, out)`,
+    in fp32, from which is taken what the change gives.
+    """
+    before = [read_consumer(model, block.axis, dtype=None)[0] for block in blocks]
+    for block, old in list(zip(blocks, before, strict=True)) * SWEEPS:
+        start, (present, bias) = old.float(), read_consumer(model, block.axis)
+        columns = torch.arange(start.shape[1], device=start.device)
+        moments = Moments.empty(len(columns), True, start.device, len(start))
+        read = [block.inputs(number) for number in range(len(residual))]
+        for left, (tokens, x) in zip(residual, read, strict=True):
+            moments.update(x, left[tokens] + x @ (present - start).T)
+        if not ranks.sum_(moments).count:
+            continue
+        ridge = prior * len(columns) / moments.count
+        write_consumer_(model, block.axis, columns, least_squares(start, None, moments, columns, ridge)[0], bias)
+        change = read_consumer(model, block.axis)[0] - present
+        for left, (tokens, x) in zip(residual, read, strict=True):
+            left.index_add_(0, tokens, x @ change.T, alpha=-1)
+
+
+class ExpertRefit:
+    """Fits the experts of a layer that stay, and its shared experts, to what the layer gave with all experts.
+
+    The target is what the experts gave of the present inputs and, where their output comes straight into that of the
+    layer, the share of the error of the residual stream so far that error feedback makes up for. What is fitted is
+    multiplied by the gates of the new routing, so a change in the size of the gates is made up for as well. A shared
+    expert takes part where its output comes straight into that of the layer. It is made while the layer has its dense
+    weights, for the `space` of its experts.
+    """
+
+    def __init__(self, source: WithExperts, space: Space, data: CalibrationData):
+        self.source, self.data, self.layer, self.name = source, data, space.layer, str(space.experts)
+        self.gain = self._gain(self.name)
+        self.targets: list[Tensor] = []
+        self.energy = torch.zeros(source.num_domains, 2, dtype=torch.float64)
+
+    def _gain(self, module: str) -> float | None:
+        """What a module's output is multiplied by on its way into the layer's; None where it takes another path."""
+        layers = self.source.source
+        path = layers.residual_path(self.layer, module) if isinstance(layers, InMemory) else None
+        return path.factor if isinstance(path, Gain) else None
+
+    def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
+        """Note what the experts make of a batch, shape `(tokens, hidden)`, while all of them are there."""
+        batch, layers, target = self.source.batches[number], self.source.source, routed.float()
+        energy = target.square().sum(dtype=torch.float64)
+        self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(target))]).cpu()
+        if self.gain is not None and isinstance(layers, InMemory) and layers.error_feedback:
+            dense = layers.dense[number].to(output.device)
+            error = batch.counted(layers.error_feedback * (dense.float() - output.float()))
+            target = target + error / self.gain
+        self.targets.append(target)
+
+    def scales(self) -> list[float]:
+        """The root of the weight that a token of each batch has: the mean over tokens is 1, and a domain counts by its
+        share of the mixture, relative to its output energy.
+        """
+        all_reduce_([self.energy])
+        energy, count = self.energy.unbind(1)
+        weights = torch.tensor(self.data.shares).double() * count / energy.where(energy > 0, torch.inf)
+        weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        roots = (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
+        return [roots[batch.domain] for batch in self.source.batches]
+
+    def fit_(self, kept: int) -> None:
+        """Refit the layer, which has only the `kept` experts now."""
+        experts, scales, shared = self.source.model.get_submodule(self.name), self.scales(), self._shared()
+        residual: list[Tensor] = []
+        seen: dict[str, list[Tensor]] = {axis.module: [] for axis, _ in shared}
+
+        def see(number: int, routed: Tensor, output: Any) -> None:
+            residual.append((self.targets[number] - routed.float()) * scales[number])
+
+        def see_shared(module: str, x: Tensor) -> None:
+            seen[module].append(self.source.batches[len(seen[module])].counted(x.detach()))
+
+        with observe(self.source.model, seen, see_shared):
+            calls = self.source.route(self.layer, experts, see)
+        self.targets = []
+
+        def of_expert(expert: int, space: Space, number: int) -> tuple[Tensor, Tensor]:
+            tokens, hidden, gates = calls[number].of(expert)
+            return tokens, inner_activations(experts, space, hidden).float() * (gates * scales[number])[:, None]
+
+        def of_shared(module: str, gain: float, number: int) -> tuple[Tensor, Tensor]:
+            x = seen[module][number].float() * (gain * scales[number])
+            return torch.arange(len(x), device=x.device), x
+
+        blocks = [Block(axis, partial(of_shared, axis.module, gain)) for axis, gain in shared]
+        inside = [space for space in self.source.arch.at(self.layer) if space.inside and space.experts is not None]
+        for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
+            blocks.append(Block(space.consumers[0], partial(of_expert, expert, space)))
+        refit_blocks_(self.source.model, blocks, residual, self.source.ranks)
+
+    def _shared(self) -> list[tuple[Axis, float]]:
+        """The consumers of the shared experts, which are in the same module as the experts, and their gains as
+        multiples of that of the experts.
+        """
+        prefix = f"{self.name.rpartition('.')[0]}."
+        found: list[tuple[Axis, float]] = []
+        for space in self.source.arch.at(self.layer) if self.gain is not None else ():
+            if space.inside and space.experts is None and space.consumers[0].module.startswith(prefix):
+                gain = self._gain(space.consumers[0].module)
+                found += [] if gain is None else [(space.consumers[0], gain / (self.gain or 1.0))]
+        return found

@@ -10,10 +10,10 @@ from torch import nn
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.spec import CHANNEL, Axis, Space
+from optimum_structprune.arch.spec import Axis
 from optimum_structprune.method.layers import OneProcess
-from optimum_structprune.removals import expert_refit
-from optimum_structprune.removals.expert_refit import Block, ExpertRefit, refit_blocks_
+from optimum_structprune.removals import experts
+from optimum_structprune.removals.experts import Block, ExpertRefit, refit_blocks_
 
 
 # The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
@@ -63,11 +63,8 @@ def blocks_of(inputs):
     """The matrices of `Sum` as blocks; the second one reads every other token."""
     blocks = []
     for name, every in (("first", 1), ("second", 2)):
-        size = inputs[name][0].shape[1]
-        axis = Axis(f"{name}.weight", 1)
-        space = Space(name, 0, size, (), (axis,), (), (), 4, unit=CHANNEL)
         read = [(torch.arange(0, len(x) * every, every), x) for x in inputs[name]]
-        blocks.append(Block(space, axis, read.__getitem__))
+        blocks.append(Block(Axis(f"{name}.weight", 1), read.__getitem__))
     return blocks
 
 
@@ -80,7 +77,7 @@ def random_inputs(tokens=400):
 
 
 def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
-    monkeypatch.setattr(expert_refit, "SWEEPS", 40)
+    monkeypatch.setattr(experts, "SWEEPS", 40)
     model, inputs = Sum(), random_inputs()
     target = [torch.randn(400, 4) for _ in range(2)]
     joint = []
