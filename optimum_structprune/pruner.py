@@ -56,7 +56,7 @@ REMOVERS = {
     EXPERT: "removals.experts:remove_experts_",
     HIDDEN: "removals.channels:remove_channels_",
     UNITS: "pruning.run:prune_units_",
-    ROUNDS: "search.rounds:prune_in_rounds_",
+    ROUNDS: "search.masked:prune_in_rounds_",
 }
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register

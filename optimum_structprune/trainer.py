@@ -23,8 +23,7 @@ from .errors import StructPruneError, warn
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer
 from .record.plan import Plan
-from .removals.cut import check_state, slice_state_
-from .removals.resize import resize_
+from .removals.resize import check_state, resize_, slice_state_
 from .widths.budget import widths_of
 from .widths.schedule import legal_round_widths, removal_steps
 

@@ -211,7 +211,7 @@ def test_families(file, data):
     families = handled(read_families, file)
     assert families or data is not FAMILY
     for family in families or []:
-        assert all(isinstance(name, str) for name in (*family.model_types, *family.layer_paths))
+        assert all(isinstance(name, str) for name in (*family.model_types, *family.layer_path))
         for name, template in family.spaces.items():
             assert isinstance(name, str) and isinstance(template.size, str)
 

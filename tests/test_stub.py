@@ -32,7 +32,7 @@ def test_a_stub_says_what_it_finds(model_type, tmp_path):
     text = stub.stub(model)
     (tmp_path / "stub.yaml").write_text(text)
     family = read_families(tmp_path / "stub.yaml")[0]
-    assert family.model_types == (model_type,) and family.layer_paths[0].rpartition(".")[2] in ("layers", "layer")
+    assert family.model_types == (model_type,) and family.layer_path[0].rpartition(".")[2] in ("layers", "layer")
     assert UNKNOWN[model_type] <= set(family.spaces) and "nearest family" in text
     planned = any("layers" in pattern for pattern in model.config.base_model_tp_plan or {})
     assert planned != ("no tensor-parallel plan" in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -19,8 +19,6 @@ from ..registry import did_you_mean
 
 T = TypeVar("T")
 BUILTIN = Path(__file__).with_name("families.yaml")
-# Fields whose YAML keys have another name: a word that Python reserves, or one path in place of several.
-KEYS = {"layer_paths": "layer_path"}
 UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
@@ -76,7 +74,7 @@ class Family:
     """An architecture that one or more model types share."""
 
     model_types: tuple[str, ...]
-    layer_paths: tuple[str, ...] = ()
+    layer_path: tuple[str, ...] = ()  # several where layers count through several lists
     spaces: dict[str, Template] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     causal: bool = True
@@ -129,7 +127,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
 
 
 def _space(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    allowed = {*_fields_by_key(Template)} - {"kinds", *(("producers", "consumers") if "router" in entry else ())}
+    allowed = {*get_type_hints(Template)} - {"kinds", *(("producers", "consumers") if "router" in entry else ())}
     required = ("size", "router", "experts") if "router" in entry else ("size", "producers", "consumers")
     parts = {
         key: _parts(entry[key], f"{where}.{key}") for key in ("producers", "consumers", "also_cut") if key in entry
@@ -149,9 +147,9 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 def _described(
     kind: type[T], entry: Mapping[str, Any], where: str, required: Iterable[str], allowed: Iterable[str] = ()
 ) -> T:
-    """A dataclass from values by YAML key, each of which has to be of the declared type."""
-    names, types = _fields_by_key(kind), get_type_hints(kind)
-    allowed = {*allowed} or {*names}
+    """A dataclass from values by field, each of which has to be of the declared type."""
+    types = get_type_hints(kind)
+    allowed = {*allowed} or {*types}
     for key in entry:
         if key not in allowed:
             raise StructPruneError(f"{where}: unknown key {key!r}.{did_you_mean(key, allowed)}")
@@ -159,14 +157,9 @@ def _described(
         raise StructPruneError(f"{where}: {absent[0]!r} is missing.")
     values = {}
     for key, value in entry.items():
-        declared = types[names[key]]
-        values[names[key]] = tuple(value) if get_origin(declared) is tuple and isinstance(value, list) else value
-        type_validator(key, values[names[key]], declared)
+        values[key] = tuple(value) if get_origin(types[key]) is tuple and isinstance(value, list) else value
+        type_validator(key, values[key], types[key])
     return kind(**values)
-
-
-def _fields_by_key(kind: Any) -> dict[str, str]:
-    return {KEYS.get(field.name, field.name): field.name for field in fields(kind)}
 
 
 @lru_cache

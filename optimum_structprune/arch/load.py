@@ -104,7 +104,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
     stacks: list[tuple[str, int]] = []
     layer_params: list[int] = []
     spaces: list[Space] = []
-    for path in family.layer_paths:
+    for path in family.layer_path:
         full_path = f"{prefix}{path}"
         params_here = _layer_params(full_path, shapes)
         if not params_here:

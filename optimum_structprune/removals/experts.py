@@ -23,7 +23,7 @@ from ..sources.data import CalibrationData
 from ..sources.experts import WithExperts, inner_activations
 from ..system.processes import all_reduce_
 from ..system.stages import progress
-from .cut import rebuilding_
+from .resize import rebuilding_
 
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
 from ..system.processes import broadcast_
 from . import layer_criteria as layer_criteria  # registers the built-in one
-from .cut import drop_layers_
+from .resize import drop_layers_
 
 
 if TYPE_CHECKING:

@@ -1,57 +1,60 @@
-"""Pruning by masks, which can be taken back: for rounds, and for what is pruned on trial."""
+"""Pruning by masks, which can be taken back: in rounds, of which all but the last only mask units, so that every round
+fits the dense weights anew; and on trial.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.meta import shrunk_skeleton
+from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..method.calibrate import Moments, mixed
 from ..method.loop import Method, choose_units, refit_consumers, score_units
 from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
+from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, Source, method_of
 from ..sources.offloaded import layer_in_memory
 from ..system.stages import progress
+from ..widths.budget import biased_spaces
+from ..widths.schedule import round_widths
 
 
 class Consumers:
     """The consumers of a model that is being pruned, with the dense values of those that have been changed.
 
     A removed unit is masked: its columns are zero. The dense values are remembered in the model's own dtype, so every
-    change can be undone exactly until `forget` is called.
+    change can be undone exactly until `forget` is called. What is read or changed has to be in memory.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
         self._dense: dict[Axis, Values] = {}
 
-    def present(self, axis: Axis) -> Values:
-        """The values as they are, as fp32 copies."""
-        return self._read(axis, torch.float32)
-
     def dense(self, axis: Axis) -> Values:
         """The values before any change, as fp32 copies."""
         if axis not in self._dense:
-            return self.present(axis)
+            return read_consumer(self.model, axis)
         weight, bias = self._dense[axis]
         return weight.to(torch.float32, copy=True), None if bias is None else bias.to(torch.float32, copy=True)
 
     def mask_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Give the kept columns new values and mask all others; see `write_consumer_`."""
         if axis not in self._dense:
-            self._dense[axis] = self._read(axis)
-        with self._layer_of(axis, changes=True):
-            write_consumer_(self.model, axis, columns, weight, bias)
+            self._dense[axis] = read_consumer(self.model, axis, dtype=None)
+        write_consumer_(self.model, axis, columns, weight, bias)
 
     def copies(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
         """Copies of the present values of some consumers, in the model's dtype."""
-        return {axis: self._read(axis) for axis in axes}
+        return {axis: read_consumer(self.model, axis, dtype=None) for axis in axes}
 
     @contextmanager
     def holding(self, values: Mapping[Axis, Values]) -> Iterator[None]:
@@ -68,8 +71,11 @@ class Consumers:
         return self.holding({axis: self._dense[axis] for axis in axes if axis in self._dense})
 
     def undo_(self) -> None:
-        """Make every consumer dense again."""
-        self._put_(self._dense)
+        """Make every consumer dense again, wherever its layer is."""
+        for layer in range(self.arch.num_layers):
+            prefix = self.arch.layer_prefix(layer)
+            with layer_in_memory(self.model, self.arch, layer, changes=True):
+                self._put_({axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)})
         self._dense = {}
 
     def forget(self, axes: Iterable[Axis]) -> None:
@@ -80,22 +86,11 @@ class Consumers:
     @torch.no_grad()
     def _put_(self, values: Mapping[Axis, Values]) -> None:
         for axis, (weight, bias) in values.items():
-            with self._layer_of(axis, changes=True):
-                every = torch.arange(weight.shape[1], device=weight.device)
-                write_consumer_(self.model, axis, every, weight, bias)
-                module = self.model.get_submodule(axis.module)
-                if bias is None and axis.part is None and getattr(module, "bias", None) is not None:
-                    module.bias = None  # type: ignore[assignment]  # a refit added it
-
-    def _read(self, axis: Axis, dtype: torch.dtype | None = None) -> Values:
-        with self._layer_of(axis):
-            return read_consumer(self.model, axis, dtype)
-
-    def _layer_of(self, axis: Axis, changes: bool = False) -> AbstractContextManager[None]:
-        """Have the weights of the layer of a consumer in memory inside `with`."""
-        layers = range(self.arch.num_layers)
-        layer = next(layer for layer in layers if axis.module.startswith(self.arch.layer_prefix(layer)))
-        return layer_in_memory(self.model, self.arch, layer, changes)
+            every = torch.arange(weight.shape[1], device=weight.device)
+            write_consumer_(self.model, axis, every, weight, bias)
+            module = self.model.get_submodule(axis.module)
+            if bias is None and axis.part is None and getattr(module, "bias", None) is not None:
+                module.bias = None  # type: ignore[assignment]  # a refit added it
 
 
 class MaskedPruning:
@@ -127,18 +122,26 @@ class MaskedPruning:
         statistics = data.whole_model_statistics(self.model, self.arch)
         return method_of(self.config, data.shares, self.refit, statistics)
 
-    def run_(self, source: Source, method: Method, widths: Widths) -> None:
-        """Bring all layers to their widths, one after the other; see `prune_layer_`."""
-        for layer in progress(range(self.arch.num_layers), desc="trial", unit="layer"):
-            with source.at(layer, changes=True):
-                self.prune_layer_(layer, source, method, widths)
-
-    def prune_layer_(
-        self, layer: int, source: Source, method: Method, widths: Widths, smaller: PreTrainedModel | None = None
+    def run_(
+        self,
+        source: Source,
+        method: Method,
+        widths: Widths,
+        smaller: PreTrainedModel | None = None,
+        desc: str = "trial",
+        **bar: Any,
     ) -> None:
-        """Bring one layer to its widths, and the samples behind it: by masks, or with the `smaller` model, to the size
-        that the layer has there.
+        """Bring all layers to their widths, one after the other: by masks, or with the `smaller` model without weights
+        to the size that each layer has there, as soon as it is finished.
         """
+        for layer in progress(range(self.arch.num_layers), desc=desc, unit="layer", **bar):
+            with source.at(layer, changes=True):
+                self._prune_layer_(layer, source, method, widths, smaller)
+
+    def _prune_layer_(
+        self, layer: int, source: Source, method: Method, widths: Widths, smaller: PreTrainedModel | None
+    ) -> None:
+        """Bring one layer to its widths, and the samples behind it."""
         axes = [axis for space in self.arch.at(layer) for axis in space.consumers]
         with self.consumers.as_dense(axes):
             source.advance_dense(layer, widths.keys())
@@ -170,13 +173,20 @@ class MaskedPruning:
 
     def score(self, method: Method, space: Space, moments: Sequence[Moments]) -> Tensor:
         """The scores of the units that are left, by the present weights, shape `(units,)`."""
-        weights, present = self._present(space, moments)
-        return score_units(method.criterion(space.layer), space, weights, present, method.name)
+        weights, selected = [], []
+        for axis, of_consumer in zip(space.consumers, moments, strict=True):
+            weight = read_consumer(self.model, axis)[0]
+            if space.key in self.keep:
+                columns = units_to_columns(self.keep[space.key], axis, weight.device)
+                weight, of_consumer = weight[:, columns], of_consumer.select(columns)
+            weights.append(weight)
+            selected.append(of_consumer)
+        return score_units(method.criterion(space.layer), space, weights, selected, method.name)
 
     def choose_(self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int) -> None:
         """Keep the units with the highest scores, or those that the criterion takes in their place."""
         dense = [self.consumers.dense(axis) for axis in space.consumers]
-        present, criterion = self._units(space), method.criterion(space.layer)
+        present, criterion = self.keep.get(space.key, range(space.size)), method.criterion(space.layer)
         self.keep[space.key] = choose_units(criterion, space, scores, width, present, dense, moments)
 
     def refit_(self, method: Method, space: Space, moments: Sequence[Moments]) -> None:
@@ -204,18 +214,41 @@ class MaskedPruning:
         if not self.shrunk:
             self.consumers.undo_()
 
-    def _units(self, space: Space) -> Sequence[int]:
-        """The units of a space that no earlier round has removed."""
-        return self.keep.get(space.key, range(space.size))
 
-    def _present(self, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
-        """What a criterion scores: the present weights of the units that are left, and their moments."""
-        weights, units, selected = [], self._units(space), []
-        for axis, of_consumer in zip(space.consumers, moments, strict=True):
-            weight = self.consumers.present(axis)[0]
-            if len(units) < space.size:
-                columns = units_to_columns(units, axis, weight.device)
-                weight, of_consumer = weight[:, columns], of_consumer.select(columns)
-            weights.append(weight)
-            selected.append(of_consumer)
-        return weights, selected
+def prune_in_rounds_(run: Run, step: Step) -> Plan:
+    """Bring all layers to the widths of a step in several rounds: the last removes all that is masked, each layer as
+    soon as it is finished.
+    """
+    rounds, layers = round_widths(run.config, run.arch, step.widths), run.arch.num_layers
+    smaller = shrunk_skeleton(run.model, run.arch, step.widths, biased_spaces(run.config, run.arch, step.widths))
+    pruning = MaskedPruning(run.model, run.arch, run.config)
+    try:
+        for done, widths in enumerate(rounds):
+            is_last = done + 1 == len(rounds)
+            with run.report.timed(f"round {done + 1}"):
+                method, source = pruning.method(run.data), run.data.source(run.model, run.arch, run.config.feedback)
+                # The bar counts the layers of all rounds, for the time that is left.
+                bar: dict[str, Any] = {"initial": done * layers, "total": len(rounds) * layers}
+                bar["desc"] = f"round {done + 1}/{len(rounds)}"
+                pruning.run_(source, method, widths, smaller if is_last else None, **bar)
+            if run.config.reweights:
+                weigh_domains_(run, widths, is_last)
+    except BaseException:  # Ctrl-C too
+        pruning.undo_()
+        raise
+    finally:
+        run.changed = run.changed or pruning.shrunk
+    adopt_config_(run.model, smaller)
+    return pruning.plan
+
+
+def weigh_domains_(run: Run, widths: Widths, is_last: bool) -> None:
+    """Enter a round into the report, and weigh the domains anew for the next one by what they have lost."""
+    ratios: dict[str, float] = {}
+    if run.measure is not None and not is_last:
+        with run.report.timed("perplexity"):
+            ratios = run.measure.ratios(run.model, run.arch)
+    shares = dict(zip(run.data.names, run.data.shares, strict=True))
+    run.report.rounds.append({"widths": dict(widths), "shares": shares, "perplexity_ratio": ratios})
+    if ratios:
+        run.data = run.data.reweighted(ratios)

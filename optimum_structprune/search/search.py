@@ -4,10 +4,11 @@ shapes that short prunings on trial decide between.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from math import inf, isnan
 
 import torch
@@ -22,14 +23,15 @@ from ..sources.data import CalibrationData
 from ..system.processes import broadcast_object
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
-from ..widths.shapes import Curves, Key, predicted_loss, uniform_shapes
 from . import ranking as ranking  # registers `global`
 from .masked import MaskedPruning
-from .trials import LAYER_TOKENS, TRIAL_TOKENS, Probe, Trials
+from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
 
 
 # So many uniform shapes are pruned on trial.
 FINALISTS = 4
+# The number of widths that are considered of each space but the one with the most.
+MOST_TRIED = 16
 # The name under which a run remembers the losses of its trials.
 MEASURED_LOSSES = "measured losses"
 
@@ -69,7 +71,11 @@ def searched_shape(run: Run) -> Widths:
         trials = search.trials()
         losses = run.data.cache.get(MEASURED_LOSSES) or trials.losses()
         candidates = broadcast_object(search.candidates(trials.curves(losses)))
-        tried = search.tried(candidates, Probe.of(run.model, run.arch, run.data))
+        losses_of_shapes = [0.0]
+        if len(candidates) > 1:
+            probe = Probe.of(run.model, run.arch, run.data)
+            losses_of_shapes = [search.loss(candidate.widths, probe) for candidate in candidates]
+    tried = [*zip(losses_of_shapes, candidates, strict=True)]
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
@@ -190,12 +196,6 @@ class Search:
         need = (self.config.sparsity or 0.0) * sum(self.arch.layer_params) - step / 2
         return lambda widths: removed_parameters(self.arch, widths) >= need
 
-    def tried(self, candidates: Sequence[Candidate], probe: Probe) -> list[tuple[float, Candidate]]:
-        """The loss of the model in each shape, after a pruning on a part of the samples."""
-        if len(candidates) == 1:
-            return [(0.0, candidates[0])]
-        return [(self.loss(candidate.widths, probe), candidate) for candidate in candidates]
-
     def loss(self, widths: Widths, probe: Probe) -> float:
         """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN. The
         model is only masked, and comes back as it was.
@@ -208,3 +208,42 @@ class Search:
         finally:
             pruning.consumers.undo_()
         return inf if isnan(total) else total
+
+
+def thinned(widths: Sequence[int]) -> list[int]:
+    """At most `MOST_TRIED` of several widths, evenly, with the first and the last."""
+    last = len(widths) - 1
+    if last < MOST_TRIED:
+        return list(widths)
+    return [widths[round(number * last / (MOST_TRIED - 1))] for number in range(MOST_TRIED)]
+
+
+def uniform_shapes(
+    choices: Mapping[str, Sequence[int]], curves: Curves, is_small: Callable[[Widths], bool]
+) -> list[tuple[float, Widths]]:
+    """The shapes with one width for all layers that are small enough and no smaller than they have to be, each with
+    its predicted loss, the best first.
+
+    Every number of units of the coarser spaces is tried; the space with the most widths takes the widest that is still
+    small enough.
+    """
+    finest = max(choices, key=lambda name: len(choices[name]))
+    others = [name for name in choices if name != finest]
+    widest_first = sorted(choices[finest], reverse=True)
+    shapes: list[tuple[float, Widths]] = []
+    for widths_of_others in product(*(thinned(choices[name]) for name in others)):
+        coarse = dict(zip(others, widths_of_others, strict=True))
+        with_finest = [{**coarse, finest: width} for width in widest_first]
+        index = bisect_left(with_finest, True, key=is_small)
+        shapes += [(predicted_loss(curves, widths), widths) for widths in with_finest[index : index + 1]]
+    return sorted(shapes, key=lambda pair: pair[0])
+
+
+def predicted_loss(curves: Curves, widths: Widths) -> float:
+    """The total of the measured losses of what goes in each layer and kind of space."""
+    total = 0.0
+    for (layer, name), curve in curves.items():
+        width = widths[name]
+        stays = width if isinstance(width, int) else width.get(layer, len(curve) - 1)
+        total += curve[max(len(curve) - 1 - stays, 0)]
+    return total

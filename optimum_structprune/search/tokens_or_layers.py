@@ -21,9 +21,8 @@ from ..system.stages import progress
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import legal_widths
 from ..widths.budget import budget_without_vocab, removed_parameters, token_numbers, widths_of
-from ..widths.shapes import Curves
 from .search import MEASURED_LOSSES, Search
-from .trials import Probe, Trials
+from .trials import Curves, Probe, Trials
 
 
 # So many numbers of tokens are considered, in equal ratios, and so many of them measured at most.

@@ -25,7 +25,6 @@ from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
-from ..widths.shapes import Curves, Key
 from .masked import MaskedPruning
 
 
@@ -40,6 +39,9 @@ LAYER_TOKENS = PROBE_TOKENS // 2
 ROW_TOKENS = 128
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
+Key = tuple[int, str]  # a layer and a kind of space
+# What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
+Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
 # Gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the number of

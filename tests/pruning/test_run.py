@@ -166,12 +166,12 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
     axes = [axis for space in arch.spaces if space.inside for axis in space.consumers]
     for turn in (1, 2):  # the second change does not take the first one for dense
         for axis in axes:
-            weight, bias = consumers.present(axis)
+            weight, bias = read_consumer(model, axis)
             columns = torch.arange(0, weight.shape[1], 2)
             if biased and (bias is not None or axis.part is None):
                 bias = torch.zeros(len(weight)) + turn if bias is None else bias + turn
             consumers.mask_(axis, columns, weight[:, columns] * (turn + 1), bias)
-            present = consumers.present(axis)[0]
+            present = read_consumer(model, axis)[0]
             assert (present[:, 1::2] == 0).all() and (present[:, 0] != 0).any()
             for ours, theirs in zip(consumers.dense(axis), read_consumer(dense, axis), strict=True):
                 assert (ours is None and theirs is None) or torch.equal(ours, theirs)

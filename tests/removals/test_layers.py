@@ -18,9 +18,9 @@ from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.method.layers import Batch, InMemory
-from optimum_structprune.removals.cut import drop_layers_
 from optimum_structprune.removals.layer_criteria import BlockInfluence
 from optimum_structprune.removals.layers import take_out_layers_
+from optimum_structprune.removals.resize import drop_layers_
 from optimum_structprune.sources.data import CalibrationData, batches_of
 
 

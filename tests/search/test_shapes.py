@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_structprune.widths.shapes import thinned, uniform_shapes
+from optimum_structprune.search.search import thinned, uniform_shapes
 
 
 LAYERS, SIZE, GROUPS = 4, 60, 4
