@@ -42,17 +42,6 @@ STACKED, STACKED_TRANSPOSED = Dims(1, 2, 1), Dims(2, 1, 1)
 HEAD_WORDS = {"heads", "kv", "q", "q_gate"}
 
 
-class Projections(NamedTuple):
-    """What a template finds in a layer: the number of units, the axes of the producers and of the consumers, and
-    whether all consumers have a bias.
-    """
-
-    size: int
-    producers: list[Axis]
-    consumers: list[Axis]
-    biased: bool
-
-
 def spaces_of(
     name: str, template: Template, layer: int, prefix: str, shapes: TensorShapes, config: PretrainedConfig
 ) -> Iterator[Space]:
@@ -129,16 +118,14 @@ def _inside_layer(
     base: Space, template: Template, prefix: str, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Iterator[Space]:
     names = f"{prefix}{{}}.weight", f"{prefix}{{}}.bias"
-    projections = _projections(template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
-    if projections is None:
+    space = _with_projections(base, template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
+    if space is None:
         return
-    producers = list(projections.producers)
+    producers = list(space.producers)
     for param, parts in template.also_cut.items():
         if f"{prefix}{param}" in shapes:
-            producers += _axes(f"{prefix}{param}", 0, parts, projections.size, shapes, units)
-    yield _with_axes(
-        replace(base, size=projections.size, biased=projections.biased), producers, projections.consumers, shapes
-    )
+            producers += _axes(f"{prefix}{param}", 0, parts, space.size, shapes, units)
+    yield _counted(replace(space, producers=tuple(producers)), shapes)
 
 
 def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorShapes) -> Iterator[Space]:
@@ -150,53 +137,55 @@ def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorS
     names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
     names += [f"{prefix}{param}" for param in template.also_cut if f"{prefix}{param}" in shapes]
     dims = {name: int(len(shapes[name]) > 1 and shapes[name][0] == 1 < size) for name in names}
-    producers = [axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1})]
-    yield _with_axes(replace(base, size=size, unit=EXPERT), producers, [], shapes)
+    axes = (axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1}))
+    yield _counted(replace(base, size=size, unit=EXPERT, producers=tuple(axes)), shapes)
 
 
 def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units: dict[str, int]) -> Iterator[Space]:
     """One space per expert, in parameters that stack the experts' matrices."""
     names = f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias"
     dims = STACKED_TRANSPOSED if template.transposed else STACKED
-    projections = _projections(template, names, dims, shapes, units)
-    if projections is None:
+    space = _with_projections(base, template, names, dims, shapes, units)
+    if space is None:
         return
-    for expert in range(shapes[projections.producers[0].param][0]):
-        space = replace(base, name=f"{base.name}/{expert}", size=projections.size, biased=projections.biased)
+    for expert in range(shapes[space.producers[0].param][0]):
         producers, consumers = (
-            [replace(axis, part=expert) for axis in axes] for axes in (projections.producers, projections.consumers)
+            tuple(replace(axis, part=expert) for axis in axes) for axes in (space.producers, space.consumers)
         )
-        yield _with_axes(space, producers, consumers, shapes)
+        of_expert = replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers)
+        yield _counted(of_expert, shapes)
 
 
-def _projections(
-    template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
-) -> Projections | None:
-    """The producers and consumers of a template; None where the first producer is not there."""
+def _with_projections(
+    base: Space, template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
+) -> Space | None:
+    """A space with its size and the axes that a template finds; None where the first producer is not there."""
     weight, bias = (name.format for name in names)
     first, parts = next(iter(template.producers.items()))
     if weight(first) not in shapes:
         return None
     size = shapes[weight(first)][dims.rows] // sum(units[part] for part in parts)
-    producers, consumers = [], []
+    producers, consumers = list[Axis](), list[Axis]()
     for name, parts in template.producers.items():
         producers += _axes(weight(name), dims.rows, parts, size, shapes, units)
         if bias(name) in shapes:
             producers += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
     for name, parts in template.consumers.items():
         consumers += _axes(weight(name), dims.columns, parts, size, shapes, units)
-    return Projections(size, producers, consumers, all(bias(name) in shapes for name in template.consumers))
+    biased = all(bias(name) in shapes for name in template.consumers)
+    return replace(base, size=size, producers=tuple(producers), consumers=tuple(consumers), biased=biased)
 
 
-def _with_axes(space: Space, producers: list[Axis], consumers: list[Axis], shapes: TensorShapes) -> Space:
+def _counted(space: Space, shapes: TensorShapes) -> Space:
+    """A space with the number of parameters that go with each unit; one without units is refused."""
     if not space.size:
-        name = producers[0].param
+        name = space.producers[0].param
         raise StructPruneError(f"Layer {space.layer} has no {space.name}: {name} is {shapes[name]}.")
     unit_params = 0
-    for axis in producers + consumers:
+    for axis in space.axes:
         shape = shapes[axis.param]
         unit_params += prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
-    return replace(space, producers=tuple(producers), consumers=tuple(consumers), unit_params=unit_params)
+    return replace(space, unit_params=unit_params)
 
 
 def _axes(

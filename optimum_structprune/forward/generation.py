@@ -144,27 +144,22 @@ def _generated(
 
 
 @torch.no_grad()
-def read_prompt(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
-    """The likeliest next tokens after a prompt, shape `(batch, 1)`, and the cache that holds the prompt, as generation
-    begins; `ids` has the shape `(batch, prompt)`.
+def read_prompt(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """The likeliest next tokens after a prompt, shape `(batch, 1)`, and the cache that holds it behind what was read
+    before; `ids` has the shape `(batch, prompt)`.
     """
-    return _step(model, ids, None)
-
-
-@torch.no_grad()
-def write_tokens(model: PreTrainedModel, token: Tensor, cache: Cache, count: int) -> Tensor:
-    """Write `count` tokens, the likeliest each time, and return the last, shape `(batch, 1)`; EOS does not end it."""
-    for _ in range(count):
-        token, cache = _step(model, token, cache)
-    return token
-
-
-def _step(model: PreTrainedModel, ids: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
     more: dict[str, Any] = {"logits_to_keep": 1} if last_logits_only(model) else {}
     if cache is not None and (name := cache_name(model)) is not None:
         more[name] = cache
     output = model(input_ids=ids, use_cache=True, **more)
     return output.logits[:, -1:].argmax(-1), cache_of(output)
+
+
+def write_tokens(model: PreTrainedModel, token: Tensor, cache: Cache, count: int) -> Tensor:
+    """Write `count` tokens, the likeliest each time, and return the last, shape `(batch, 1)`; EOS does not end it."""
+    for _ in range(count):
+        token, cache = read_prompt(model, token, cache)
+    return token
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache:

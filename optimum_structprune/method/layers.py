@@ -82,13 +82,10 @@ class Gain(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments that the model calls one layer with, without the hidden states, which are given `by_name`, as
-    `hidden_states`, or as the first argument.
-    """
+    """The arguments that the model calls one layer with behind the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: bool
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
@@ -139,13 +136,13 @@ def capture(
     outputs: list[Tensor] = []
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        by_name, hidden = "hidden_states" in kwargs, hidden_states_of(args, kwargs)
+        hidden = hidden_states_of(args, kwargs)
         options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
         if not index:
             first.append(hidden)
-        calls.append(Call(args if by_name else args[1:], options, by_name))
+        calls.append(Call(args[1:], options))
         # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
         if not whole or len(calls) == arch.num_layers:
             raise StopForward
@@ -208,22 +205,12 @@ def noise_like(hidden: Tensor) -> Tensor:
 
 
 class InMemory:
-    """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
+    """Runs one layer at a time on the stored outputs of the pruned layers in front of it; a model whose layers hand on
+    more than hidden states is refused.
 
     In memory are the hidden states of the samples, shape `(batch, seq_length, channels)` per batch (twice with error
     feedback, or where layers are `fixed`), what the parts of one layer give that run in front of the pruned ones, and
-    the moments of one layer.
-
-    Args:
-        model: The model, in eval mode.
-        arch: Its description.
-        batches: The samples; no batch holds two domains.
-        error_feedback: The share of the error of the residual stream that consumers make up for.
-        fixed: Whether the layers stay as they are, so that what they give is kept in place of a second pass.
-        ranks: What brings the moments of several processes together.
-
-    Raises:
-        NotSequentialError: If the layers hand on more than hidden states.
+    the moments of one layer. `fixed` layers stay as they are, so what they give is kept in place of a second pass.
     """
 
     keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
@@ -239,6 +226,7 @@ class InMemory:
     ):
         self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
         self.num_domains = 1 + max(batch.domain for batch in batches)
+        # The share of the error of the residual stream that consumers make up for.
         self.error_feedback, self.fixed = error_feedback, fixed
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
@@ -276,7 +264,7 @@ class InMemory:
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with in_fast_dtype([module]):
-            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+            output = module(hidden, *args, **kwargs)
         self.extras[layer] = output[1:] if isinstance(output, tuple) else None
         return first_of(output)
 

@@ -72,22 +72,12 @@ def prune_layers_(
     layers: Sequence[int] | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
-    """Bring every layer of a model to its widths; each is fitted to what it reads behind the smaller layers before it.
+    """Bring every layer of a model, or some `layers`, to their widths; each is fitted to what it reads behind the
+    smaller layers before it.
 
-    Args:
-        model: The model, in eval mode, which is changed.
-        arch: Its description.
-        source: Where activations come from: `layers.InMemory`, or what has its methods.
-        method: How units are scored and refitted.
-        widths: The final width of each kind of space; kinds that are not named keep theirs.
-        smaller: The smaller model, without weights, whose layers replace those of the model.
-        keep: The kept units, ascending, by layer and name of the space: those of `layers` are added to what it holds.
-        layers: The layers to prune; None stands for all.
-        on_layer: Is called with the index of a layer that is finished.
-
-    Raises:
-        StructPruneError: If activations are NaN or infinite, a criterion gives something else than scores, or a
-            smaller layer gives other outputs than the masked one.
+    `source` is `layers.InMemory`, or what has its methods. Layers of the `smaller` model, which has no weights, take
+    the places of those of the model, and the units that they keep are added to `keep`. `on_layer` is called with the
+    index of each layer that is finished.
     """
     for layer in range(arch.num_layers) if layers is None else layers:
         with source.at(layer, changes=True):

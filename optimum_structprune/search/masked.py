@@ -248,7 +248,7 @@ def weigh_domains_(run: Run, widths: Widths, is_last: bool) -> None:
     if run.measure is not None and not is_last:
         with run.report.timed("perplexity"):
             ratios = run.measure.ratios(run.model, run.arch)
-    shares = dict(zip(run.data.names, run.data.shares, strict=True))
+    shares = {domain.name: share for domain, share in zip(run.data.domains, run.data.shares, strict=True)}
     run.report.rounds.append({"widths": dict(widths), "shares": shares, "perplexity_ratio": ratios})
     if ratios:
         run.data = run.data.reweighted(ratios)

@@ -118,11 +118,6 @@ class CalibrationData:
         shares = (*((1 - LANGUAGES_WEIGHT) * share for share in self.shares), LANGUAGES_WEIGHT)
         return replace(self, domains=[*self.domains, domain], shares=shares)
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the domains."""
-        return [domain.name for domain in self.domains]
-
     def mean(self, by_domain: Tensor) -> Tensor:
         """The mean over the domains by their weights, shape `(...)`, of values of shape `(domains, ...)`."""
         return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)

@@ -62,13 +62,7 @@ class WithExperts:
             self.routed = layer, self.route(layer, experts)
         yield from inner_moments(experts, space, self.routed[1], gram, self.source)
 
-    def contributions(
-        self,
-        layer: int,
-        space: Space,
-        criterion: ExpertCriterion,
-        see: Callable[[int, Tensor, Any], None] | None = None,
-    ) -> Tensor:
+    def contributions(self, layer: int, space: Space, criterion: ExpertCriterion, see: See | None = None) -> Tensor:
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`; see `route`."""
         experts = self.source.model.get_submodule(str(space.experts))
         calls = self.route(layer, experts, see)
