@@ -122,8 +122,8 @@ def test_moments_are_those_of_all_tokens_however_they_come():
         close(moments.square, precise.square().mean(0), 1e-9)
         close(moments.variance, precise.var(0, correction=0), 1e-8)
         close(moments.full_gram(), precise.T @ precise / TOKENS, 1e-5)
-        close(moments.error.mean, error.double().mean(0), 1e-5)
-        close(moments.error.cross, error.double().T @ precise / TOKENS, 1e-5)
+        close(moments.error_mean, error.double().mean(0), 1e-5)
+        close(moments.error_cross, error.double().T @ precise / TOKENS, 1e-5)
 
 
 def test_output_energies_are_those_of_the_outputs():

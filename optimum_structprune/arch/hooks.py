@@ -152,7 +152,7 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
             return None
         dtype = stored[0][1].dtype
         restore()
-        return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_fp32)
+        return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor, output)
 
     def restore() -> None:
         for tensor, data in stored:
@@ -167,10 +167,6 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
                 # In front of the other hooks, so that they see what the next module gets.
                 stack.enter_context(module.register_forward_hook(leave, prepend=True))
         yield
-
-
-def _is_fp32(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 @contextmanager
@@ -208,10 +204,8 @@ def intercept(
 
 
 def before_next_call(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
-    """Call `see(args, kwargs)` before a module runs the next time, and then never again.
-
-    The hook removes itself when it is called, so an error in the call or after it leaves none behind. The handle that
-    is returned removes it where the module does not run.
+    """Call `see(args, kwargs)` before a module runs the next time, and then never again: the hook removes itself, so
+    that an error leaves none behind, and the handle that is returned removes it where the module does not run.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

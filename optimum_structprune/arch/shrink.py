@@ -125,10 +125,8 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
     """Every width that a plain config of this model can express for the space `name`, and that the model runs with,
     ascending.
 
-    Any number of channels, experts and layers is legal. Each number of KV groups or heads is tried against the config
-    class's own validation. Widths inside experts are multiples of 8, and the residual stream of a model with experts
-    has a multiple of 4 channels in fp32 and of 8 in half precision, because the grouped matrix product that
-    transformers runs experts with takes only rows of whole 16 bytes. The full width is always legal.
+    Each number of KV groups or heads is tried against the config class's own validation. Any number of channels,
+    experts and layers is legal, but for what the grouped matrix product of experts takes; see `EXPERT_MULTIPLE`.
     """
     spaces = arch.of(name)
     space = max(spaces, key=lambda space: space.width)

@@ -19,7 +19,6 @@ from ..arch.hooks import in_fast_dtype, is_emulated
 from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
-from ..method.shrink import check_same
 from ..system.stages import progress
 
 
@@ -117,18 +116,15 @@ def row_losses(
     `known` keeps the hidden states of rows, which need not run again where a row comes again. Rows of equal length run
     together, up to so many `tokens`.
     """
-    rows, parts = [*rows], list[Tensor]()
-    batches = [batch for _, same in groupby(rows, len) for batch in _stacked([*same], tokens)]
+    rows, batches, parts = [*rows], list[Tensor](), list[Tensor]()
+    for length, same in groupby(rows, len):
+        batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
         for targets, logits in _predictions([model], [batches], among, known):
             parts.append(_losses(logits, targets if among is None else torch.searchsorted(among.to(targets), targets)))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
     return torch.stack([of_row.sum() for of_row in by_row])
-
-
-def _stacked(rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    return list(torch.stack([*rows]).split(max(tokens // len(rows[0]), 1)))
 
 
 @torch.no_grad()
@@ -364,11 +360,3 @@ def outputs_for(model: PreTrainedModel, inputs: Tensor | None = None) -> Tensor:
     """What a model gives for inputs, or for a few, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
     with evaluating(model):
         return outputs_of(run_model(model, few_inputs(model) if inputs is None else inputs))
-
-
-@contextmanager
-def same_outputs(what: str, model: PreTrainedModel) -> Iterator[None]:
-    """Refuse what changes the outputs of a model inside `with`; see `check_same`."""
-    before = outputs_for(model)
-    yield
-    check_same(what, before, outputs_for(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,23 +16,6 @@ from .linalg import add_product_, operand, submatrix, update_gram_
 PRECISE_TOKENS = 256
 # The number of rows of a matrix product that are in memory at a time.
 ROWS = 256
-
-
-@dataclass
-class ErrorMoments:
-    """Of the error e that error feedback asks a consumer with the input x to make up for: the mean E[e], shape
-    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32.
-    """
-
-    mean: Tensor
-    cross: Tensor
-
-    @torch.no_grad()
-    def update(self, error: Tensor, x: Tensor, share: float) -> None:
-        """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
-        error, x = (tensor.to(self.cross.device) for tensor in (error, x))
-        self.mean.lerp_(error.float().mean(0), share)
-        add_product_(self.cross, error, x, share)
 
 
 @dataclass
@@ -49,7 +32,9 @@ class Moments:
         prior: What the criterion knows of each component from elsewhere, shape `(n,)`; see `Criterion.prior`.
         energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
             output was seen.
-        error: The error that error feedback asks the consumer to make up for; None where there is none.
+        error_mean: The mean E[e] of the error e that error feedback asks the consumer to make up for, shape `(out,)`,
+            fp32; None where there is none.
+        error_cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32, where there is one.
     """
 
     count: int
@@ -58,14 +43,18 @@ class Moments:
     gram: Tensor | None = None
     prior: Tensor | None = None
     energy: Tensor | None = None
-    error: ErrorMoments | None = None
+    error_mean: Tensor | None = None
+    error_cross: Tensor | None = None
 
     @classmethod
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
         """Moments of no tokens; of the error too where there are `out` outputs."""
         mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
-        error = ErrorMoments(torch.zeros(out, device=device), torch.zeros(out, size, device=device)) if out else None
-        return cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None, error=error)
+        moments = cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None)
+        if out:
+            moments.error_mean = torch.zeros(out, device=device)
+            moments.error_cross = torch.zeros(out, size, device=device)
+        return moments
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
@@ -81,8 +70,10 @@ class Moments:
         self.square.lerp_(square, share)
         if self.gram is not None:
             update_gram_(self.gram, x, share)
-        if self.error is not None and error is not None:
-            self.error.update(error.reshape(-1, error.shape[-1]), x, share)
+        if error is not None and self.error_mean is not None and self.error_cross is not None:
+            error = error.reshape(-1, error.shape[-1]).to(self.mean.device)
+            self.error_mean.lerp_(error.float().mean(0), share)
+            add_product_(self.error_cross, error, x, share)
         if output is not None:
             energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
             self.energy = energy if self.energy is None else self.energy.lerp_(energy, share)
@@ -93,8 +84,9 @@ class Moments:
         index = torch.as_tensor(columns, device=self.mean.device)
         gram = None if self.gram is None else submatrix(self.gram, index, index)
         prior = None if self.prior is None else self.prior[index]
-        error = None if self.error is None else replace(self.error, cross=self.error.cross[:, index])
-        return Moments(self.count, self.mean[index], self.square[index], gram, prior, error=error)
+        cross = None if self.error_cross is None else self.error_cross[:, index]
+        mean, square = self.mean[index], self.square[index]
+        return Moments(self.count, mean, square, gram, prior, error_mean=self.error_mean, error_cross=cross)
 
     @property
     def variance(self) -> Tensor:
@@ -108,11 +100,8 @@ class Moments:
         return self.gram
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that were gathered, by the name of their field; those of the error as `error.mean` and so on."""
-        tensors = {name: getattr(self, name) for name in ("mean", "square", "gram", "energy")}
-        if self.error is not None:
-            tensors |= {f"error.{name}": tensor for name, tensor in vars(self.error).items()}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        """The tensors that were gathered, by the name of their field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "prior"}
 
     def checked(self, module: str, domain: int) -> Moments:
         """These moments of the input of a module in a domain; NaN and infinity are refused."""
@@ -180,15 +169,13 @@ class Mixer:
                 self._sums[name].add_(tensor, alpha=weight)
             else:  # the largest tensor is not copied
                 self._sums[name] = tensor.mul_(weight) if name == "gram" else tensor * weight
-        moments.gram = moments.error = None
+        moments.gram = moments.error_cross = None
 
     def moments(self) -> Moments:
         """The moments of the mixture, to be called once, after the last `add`."""
         means = {name: tensor.div_(self._total) for name, tensor in self._sums.items()}
         self._sums = {}
-        seen = "error.mean" in means
-        error = ErrorMoments(means.pop("error.mean"), means.pop("error.cross")) if seen else None
-        return Moments(self._count, means.pop("mean"), means.pop("square"), error=error, **means)
+        return Moments(self._count, **means)
 
 
 def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weights: Sequence[Tensor]) -> list[Moments]:

@@ -35,13 +35,13 @@ def least_squares(
 
     The new weights W' minimise `E‖W x + e − W' x_S‖² + λ tr(Δ D Δᵀ)` with Δ = W' − W_S and D = diag(H_SS), where H =
     E[x xᵀ] and R are the removed columns. With error feedback, e is the error of the residual stream so far that the
-    refit makes up for as well: `moments.error` holds its mean E[e] and its cross moment E[e xᵀ]. Without, e is 0. The
-    ridge pulls toward the original kept weights, so the solution is these plus the best linear prediction of the
-    output of the removed columns and of e from the kept components: `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ
-    D)⁻¹`. With a bias the fit is affine: H and the cross moments are centred, and the bias makes up for the difference
-    of the means. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`, W' `(out, kept)`.
+    refit makes up for as well, of which the moments hold E[e] and E[e xᵀ]. Without, e is 0. The ridge pulls toward the
+    original kept weights, so the solution is these plus the best linear prediction of the output of the removed
+    columns and of e from the kept components: `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ D)⁻¹`. With a bias the fit
+    is affine: H and the cross moments are centred, and the bias makes up for the difference of the means. `weight` has
+    the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`, W' `(out, kept)`.
     """
-    gram, error = moments.full_gram(), moments.error
+    gram = moments.full_gram()
     mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
     if bias is not None:
         variance = diagonal - mean[keep].square()
@@ -58,23 +58,23 @@ def least_squares(
     refitted = weight[:, keep] + solve_damped(kept, diagonal, missing, damping)
     if bias is not None:
         bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
-        bias = bias if error is None else bias + error.mean.to(bias)
+        bias = bias if moments.error_mean is None else bias + moments.error_mean.to(bias)
     return refitted, bias
 
 
 def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> Tensor:
     """`W_R H_RS + E[e x_Sᵀ]`, what the kept columns are to make up for, shape `(out, kept)`."""
-    gram, error, mean = moments.full_gram(), moments.error, moments.mean.to(weight)
+    gram, mean = moments.full_gram(), moments.mean.to(weight)
     removed = _others(keep, weight.shape[1])
     missing = weight.new_zeros(len(weight), len(keep))
     for panel in removed.split(ROWS):
         missing.addmm_(weight[:, panel], submatrix(gram, panel, keep).to(weight))
     if centred:
         missing.addr_(weight[:, removed] @ mean[removed], mean[keep], alpha=-1)
-    if error is not None:
-        missing.add_(error.cross[:, keep].to(weight))
+    if moments.error_mean is not None and moments.error_cross is not None:
+        missing.add_(moments.error_cross[:, keep].to(weight))
         if centred:
-            missing.addr_(error.mean.to(weight), mean[keep], alpha=-1)
+            missing.addr_(moments.error_mean.to(weight), mean[keep], alpha=-1)
     return missing
 
 

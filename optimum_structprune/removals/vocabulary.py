@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
@@ -36,27 +35,20 @@ def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callab
     losses can be measured.
     """
     with run.report.timed("vocabulary"):
-        shares, order = _removal_order(run, tokens)
-        keep_of, number = partial(tokens.keep, order), tokens.number
+        assert run.dense_tokenizer is not None
+        reader, vocabulary = run.model if run.arch.causal else None, tokens.vocabulary
+        shares, predicted = wanted_shares(reader, run.config, run.data.domains, run.dense_tokenizer, vocabulary)
+        keep_of = partial(tokens.keep, removal_order(vocabulary, shares, tokens.always, predicted))
+        number = tokens.number
         if number is None and run.arch.causal:
-            number = best_number(run, tokens.vocabulary, keep_of, tokens.may)
+            number = best_number(run, vocabulary, keep_of, tokens.may)
         elif number is None:
             number = _number_that_is_read(run, tokens, keep_of, {*shares.nonzero().flatten().tolist()})
         config, widths = _without_tokens(run, widths, number)
         run.data = replace(run.data, config=config)
         if number < tokens.rows:
-            _keep_tokens_(run, tokens.vocabulary, keep_of(number), number)
+            _keep_tokens_(run, vocabulary, keep_of(number), number)
     return widths
-
-
-def _removal_order(run: Run, tokens: Tokens) -> tuple[Tensor, list[int]]:
-    """The shares of tokens in the text, shape `(size,)`, and the ids of those that may go, those first that the text
-    needs least.
-    """
-    assert run.dense_tokenizer is not None
-    reader = run.model if run.arch.causal else None
-    shares, predicted = wanted_shares(reader, run.config, run.data.domains, run.dense_tokenizer, tokens.vocabulary)
-    return shares, removal_order(tokens.vocabulary, shares, tokens.always, predicted)
 
 
 def _number_that_is_read(run: Run, tokens: Tokens, keep_of: Callable[[int], Sequence[int]], read: set[int]) -> int:

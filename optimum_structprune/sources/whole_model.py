@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from ..arch.hooks import observe_products
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..forward.metrics import same_outputs
+from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments
 from ..method.layers import Batch, OneProcess, run_model
+from ..method.shrink import check_same
 
 
 class WholeModel:
@@ -43,9 +44,12 @@ class WholeModel:
     def advance(self, layer: int) -> None:
         """See `InMemory.advance`."""
 
-    def same_outputs(self, layer: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def same_outputs(self, layer: int) -> Iterator[None]:
         """See `InMemory.same_outputs`; here of the whole model."""
-        return same_outputs(f"The model with layer {layer} cut", self.model)
+        before = outputs_for(self.model)
+        yield
+        check_same(f"The model with layer {layer} cut", before, outputs_for(self.model))
 
     def state(self) -> None:
         """See `InMemory.state`; a run cannot go on at a layer."""

@@ -68,8 +68,8 @@ def test_what_is_selected_is_a_principal_submatrix_and_the_error_goes_with_the_r
     x, errors = torch.randn(20, 6), torch.randn(20, 4)
     assert_same(streamed(x, [20]).select([4, 1]), streamed(x[:, [4, 1]], [20]))
     plus, minus = (Moments.empty(6, gram=True, out=4).update(x, sign * errors) for sign in (1, -1))
-    torch.testing.assert_close(plus.select([4, 1]).error.cross, plus.error.cross[:, [4, 1]])
-    assert mix([plus, minus], [1.0, 1.0]).error.cross.abs().max() < 1e-6
+    torch.testing.assert_close(plus.select([4, 1]).error_cross, plus.error_cross[:, [4, 1]])
+    assert mix([plus, minus], [1.0, 1.0]).error_cross.abs().max() < 1e-6
     assert plus.checked("a", 0) is plus
     for bad in ("nan", "inf"):
         with pytest.raises(StructPruneError, match="NaN or infinite activations at a in domain 0"):

@@ -223,7 +223,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     fitted, before, _ = path.to_fit(x, error, products[0].flatten(0, 1))
     torch.testing.assert_close(fitted, x / size)
     expected = before.T @ fitted / len(x)
-    torch.testing.assert_close(moments.error.cross, expected.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moments.error_cross, expected.detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "share"), [("llama-tied", 0.5), ("gemma2", 0.0), ("mixtral", 0.0)])
@@ -247,10 +247,10 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
     inputs = []
     with observe(model, [space.consumers[0].module], lambda name, x: inputs.append(x.float().flatten(0, 1))):
         error = 0.25 * (dense - source.output(0, 0)).float().flatten(0, 1) / 0.7
-    torch.testing.assert_close(moments.error.mean, error.mean(0), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(moments.error.cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moments.error_mean, error.mean(0), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moments.error_cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
     ((plain,),) = InMemory(model, arch, [Batch(0, token_ids())]).moments(0, space, True)
-    assert plain.error is None
+    assert plain.error_mean is None
 
 
 def test_the_gain_does_not_depend_on_the_size_of_a_batch():
