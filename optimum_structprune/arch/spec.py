@@ -51,42 +51,25 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """One removable dimension of one layer, or of the whole model.
+    """One removable dimension of one layer, or of the whole model."""
 
-    Attributes:
-        name: The kind of space, such as `mlp`; a slash and a label follow where a layer has several, as for experts.
-        layer: The index of the layer; `MODEL` where the space belongs to all of them.
-        size: The number of units.
-        producers: The axes of the weights that write the units (rows).
-        consumers: The axes of the weights that read the units (columns); their inputs are observed, and they are
-            refitted.
-        config: Pairs of a config key and its value per unit.
-        pins: Config keys and values that must be written out, because they would otherwise be derived.
-        unit_params: The number of parameters that go with one unit, over all axes.
-        bias_flag: The config key that gives the consumers of this space a bias, where the architecture has one.
-        biased: Whether the consumers have a bias.
-        scale: The number of units per unit of the width in the config: more than 1 for several experts in one module.
-        min_size: The smallest width that the config allows.
-        experts: The full name of the module that holds the experts, where its routed input is what is observed.
-        unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`.
-        uniform: The reason why all layers have to keep the same width; empty where they need not.
-    """
-
-    name: str
-    layer: int
-    size: int
-    producers: tuple[Axis, ...]
+    name: str  # its kind, such as `mlp`; a slash and a label follow where a layer has several, as for experts
+    layer: int  # the index of the layer; `MODEL` where the space belongs to all of them
+    size: int  # the number of units
+    producers: tuple[Axis, ...]  # the axes of the weights that write the units (rows)
+    # The axes of the weights that read the units (columns); their inputs are observed, and they are refitted.
     consumers: tuple[Axis, ...]
-    config: tuple[tuple[str, int], ...]
+    config: tuple[tuple[str, int], ...]  # pairs of a config key and its value per unit
+    # Config keys and values that must be written out, because they would otherwise be derived.
     pins: tuple[tuple[str, int], ...]
-    unit_params: int
-    bias_flag: str | None = None
-    biased: bool = False
-    scale: int = 1
-    min_size: int = 1
-    experts: str | None = None
-    unit: str = CHANNEL
-    uniform: str = ""
+    unit_params: int  # the number of parameters that go with one unit, over all axes
+    bias_flag: str | None = None  # the config key that gives the consumers a bias, where the architecture has one
+    biased: bool = False  # whether the consumers have a bias
+    scale: int = 1  # units per unit of the width in the config: more than 1 for several experts in one module
+    min_size: int = 1  # the smallest width that the config allows
+    experts: str | None = None  # the full name of the module of experts, where its routed input is observed
+    unit: str = CHANNEL  # what one unit is: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`
+    uniform: str = ""  # the reason why all layers have to keep the same width; empty where they need not
 
     @property
     def kind(self) -> str:
@@ -133,50 +116,29 @@ class Read:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """The residual stream of a model whose norms divide by the root of the mean square.
+    """The residual stream of a model whose norms divide by the root of the mean square."""
 
-    Attributes:
-        space: The channels as a space; its `producers` hold the embedding, the writers and the norms.
-        embed: The full name of the embedding's weight.
-        writers: The full names of all parameters that write to the residual stream, weights and biases.
-        reads: The places where it is read, in the order of the forward pass; the last one is the head's.
-        norm_offset: The number that transformers adds to the weights of norms.
-        scaled_embedding: Whether transformers multiplies embeddings by the root of the number of channels.
-    """
-
-    space: Space
-    embed: str
-    writers: tuple[str, ...]
-    reads: tuple[Read, ...]
-    norm_offset: float
-    scaled_embedding: bool
+    space: Space  # the channels; its `producers` hold the embedding, the writers and the norms
+    embed: str  # the full name of the embedding's weight
+    writers: tuple[str, ...]  # the full names of all weights and biases that write to the residual stream
+    reads: tuple[Read, ...]  # the places where it is read, in the order of the forward pass, the head's last
+    norm_offset: float  # the number that transformers adds to the weights of norms
+    scaled_embedding: bool  # whether transformers multiplies embeddings by the root of the number of channels
 
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """What may shrink in a model, and what shrinks with it.
-
-    Attributes:
-        model_type: The Hugging Face model type.
-        stacks: The paths of the lists of layers and how many each holds; layers count through several.
-        layer_params: The number of parameters of each layer.
-        spaces: Every space of every layer, in the order in which a layer is pruned.
-        missing: Pairs of a space that users ask for and the reason why it is not offered.
-        causal: Whether the model predicts the next token, and perplexity measures it.
-        model_spaces: The spaces of the whole model, which are pruned before those of the layers.
-        residual: The residual stream, where its channels are one of these spaces.
-        uniform: The reason why all layers have to keep the same width; empty where they need not.
-    """
+    """What may shrink in a model, and what shrinks with it."""
 
     model_type: str
-    stacks: tuple[tuple[str, int], ...]
-    layer_params: tuple[int, ...]
-    spaces: tuple[Space, ...]
-    missing: tuple[tuple[str, str], ...] = ()
-    causal: bool = True
-    model_spaces: tuple[Space, ...] = ()
-    residual: ResidualStream | None = None
-    uniform: str = ""
+    stacks: tuple[tuple[str, int], ...]  # the paths and lengths of the lists of layers, through which layers count
+    layer_params: tuple[int, ...]  # the number of parameters of each layer
+    spaces: tuple[Space, ...]  # every space of every layer, in the order in which a layer is pruned
+    missing: tuple[tuple[str, str], ...] = ()  # a space that users ask for, and why it is not offered
+    causal: bool = True  # whether the model predicts the next token, and perplexity measures it
+    model_spaces: tuple[Space, ...] = ()  # the spaces of the whole model, which are pruned before those of the layers
+    residual: ResidualStream | None = None  # where its channels are one of these spaces
+    uniform: str = ""  # the reason why all layers have to keep the same width; empty where they need not
 
     @property
     def layer_path(self) -> str:

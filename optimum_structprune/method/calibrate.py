@@ -23,26 +23,16 @@ class Moments:
     """Count, mean and second moment of the inputs of a consumer, in one domain or in the mixture of several.
 
     Kept as running *means*, not sums, so that fp32 does not lose digits however many tokens there are.
-
-    Attributes:
-        count: The number of tokens seen.
-        mean: The mean E[x], shape `(n,)`, fp64.
-        square: The second moment E[x²] of each component, shape `(n,)`, fp64.
-        gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        prior: What the criterion knows of each component from elsewhere, shape `(n,)`; see `Criterion.prior`.
-        energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
-            output was seen.
-        error_mean: The mean E[e] of the error e that error feedback asks the consumer to make up for, shape `(out,)`,
-            fp32; None where there is none.
-        error_cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32, where there is one.
     """
 
-    count: int
-    mean: Tensor
-    square: Tensor
-    gram: Tensor | None = None
-    prior: Tensor | None = None
-    energy: Tensor | None = None
+    count: int  # the number of tokens seen
+    mean: Tensor  # E[x], shape `(n,)`, fp64
+    square: Tensor  # the second moment E[x²] of each component, shape `(n,)`, fp64
+    gram: Tensor | None = None  # the Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only its diagonal is kept
+    prior: Tensor | None = None  # what the criterion knows of each component, shape `(n,)`; see `Criterion.prior`
+    energy: Tensor | None = None  # E‖W x‖² with the consumer's dense weight W, shape `()`, fp64, where it was seen
+    # The mean E[e], shape `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, of the error e that error feedback asks
+    # the consumer to make up for, in fp32; None where there is none.
     error_mean: Tensor | None = None
     error_cross: Tensor | None = None
 

@@ -160,27 +160,6 @@ def capture(
     return first[0], calls, alone
 
 
-class ResidualPaths:
-    """How what modules write comes into the output of their layer: times a gain, which is the same in all layers, or
-    on a path of another kind, which `find_other` finds. Each is found by noise when it is first asked for.
-    """
-
-    def __init__(self) -> None:
-        self.gains: dict[str, float | None] = {}
-        self.find_other: Callable[[InMemory, int, str], Any] | None = None
-        self.other_paths: dict[tuple[int, str], Any] = {}
-
-    def of(self, source: InMemory, layer: int, name: str) -> Any:
-        """The path of a module of a layer, by its name there; None where it has none that is straight."""
-        if name not in self.gains:
-            self.gains[name] = gain_of(source, layer, name)
-        if (gain := self.gains[name]) is not None:
-            return Gain(gain)
-        if self.find_other is not None and (layer, name) not in self.other_paths:
-            self.other_paths[layer, name] = self.find_other(source, layer, name)
-        return self.other_paths.get((layer, name))
-
-
 @torch.no_grad()
 def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
@@ -232,7 +211,11 @@ class InMemory:
         self.calls: dict[int, list[Call]] = {}
         # What a layer returns beside hidden states; None where it returns them alone.
         self.extras: dict[int, tuple[Any, ...] | None] = {}
-        self.paths = ResidualPaths()
+        # The gains of modules by their names, which are the same in all layers, and the paths that are of another kind
+        # by layer and name, with what finds them.
+        self.gains: dict[str, float | None] = {}
+        self.other_paths: dict[tuple[int, str], Any] = {}
+        self.find_other_path: Callable[[InMemory, int, str], Any] | None = None
         # The outputs of the present layer by batch, where it is fixed, and those of its parts.
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
@@ -350,14 +333,14 @@ class InMemory:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
         if self.error_feedback:
             tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
-        return tensors, {"gains": self.paths.gains, "error_feedback": self.error_feedback}
+        return tensors, {"gains": self.gains, "error_feedback": self.error_feedback}
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on from what another source over the same samples has reached."""
         for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
             for index, before in enumerate(stored):
                 stored[index] = tensors.get(f"{name}.{index}", before).to(before.device)
-        self.paths.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
+        self.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
 
     @contextmanager
     @torch.no_grad()
@@ -369,8 +352,17 @@ class InMemory:
         check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
 
     def residual_path(self, layer: int, module: str) -> Any:
-        """How the output of a module comes into the output of its layer; None where it does not do so straight."""
-        return self.paths.of(self, layer, self._local(layer, module))
+        """How the output of a module comes into the output of its layer: times a gain, or on a path of another kind;
+        None where it does not do so straight. It is found by noise when it is first asked for.
+        """
+        name = self._local(layer, module)
+        if name not in self.gains:
+            self.gains[name] = gain_of(self, layer, name)
+        if (gain := self.gains[name]) is not None:
+            return Gain(gain)
+        if self.find_other_path is not None and (layer, name) not in self.other_paths:
+            self.other_paths[layer, name] = self.find_other_path(self, layer, name)
+        return self.other_paths.get((layer, name))
 
     @property
     def device(self) -> torch.device:

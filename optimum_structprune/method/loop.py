@@ -34,26 +34,16 @@ from .shrink import Values, read_consumer, shrink_layer_, units_to_columns, writ
 
 @dataclass(frozen=True)
 class Method:
-    """How units are scored, and what makes up for those that are removed.
+    """How units are scored, and what makes up for those that are removed."""
 
-    Attributes:
-        criterion: Gives the `Criterion` of a layer, by its index.
-        refit: A function such as `refit.least_squares`.
-        shares: The weights of the domains, which sum to 1.
-        damping: The ridge of the refit; see `linalg.ridge_strength`.
-        gram: Whether Gram matrices are gathered.
-        unfitted: Whether the kept columns stay as the criterion's `unfitted_weight` has them.
-        name: The name of the criterion, for messages.
-        statistics: What the criterion made of passes through the whole model, by module, shape `(n,)`.
-    """
-
-    criterion: Callable[[int], Any]
-    refit: Callable[..., Values]
-    shares: tuple[float, ...]
-    damping: float
-    gram: bool
-    unfitted: bool = False
-    name: str = ""
+    criterion: Callable[[int], Any]  # gives the `Criterion` of a layer, by its index
+    refit: Callable[..., Values]  # a function such as `refit.least_squares`
+    shares: tuple[float, ...]  # the weights of the domains, which sum to 1
+    damping: float  # the ridge of the refit; see `linalg.ridge_strength`
+    gram: bool  # whether Gram matrices are gathered
+    unfitted: bool = False  # whether the kept columns stay as the criterion's `unfitted_weight` has them
+    name: str = ""  # the name of the criterion, for messages
+    # What the criterion made of passes through the whole model, by module, shape `(n,)`.
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def prior(self, criterion: Any, model: PreTrainedModel, arch: ArchSpec, space: Space, axis: Axis) -> Tensor | None:

@@ -96,7 +96,7 @@ def _gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -
     source = layers_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
     if not isinstance(source, InMemory):
         return None
-    source.paths.find_other = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+    source.find_other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
     return source
 
 

@@ -46,18 +46,13 @@ Source = Union["InMemory", "WholeModel", "WithExperts"]
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The samples of a run by domain, and the weights of the domains.
-
-    Attributes:
-        domains: The domains with their samples.
-        shares: The present weight of each domain; they sum to 1.
-        cache: What registered criteria and allocations remember during the run, by a name of their own.
-    """
+    """The samples of a run by domain, and the weights of the domains."""
 
     config: StructPruneConfig
     domains: Sequence[Domain]
-    shares: tuple[float, ...]
+    shares: tuple[float, ...]  # the present weight of each domain; they sum to 1
     batch_size: int
+    # What registered criteria and allocations remember during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
