@@ -8,22 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import convert_to_fp32, send_to_device
+from accelerate.utils import convert_to_fp32, recursively_apply, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..arch.hooks import (
-    StopForward,
-    adding,
-    cached_outputs,
-    first_of,
-    hidden_states_of,
-    in_fast_dtype,
-    intercept,
-    observe_products,
-    replaying,
-    skipping,
-)
+from ..arch import hooks
 from ..arch.modules import blocks, layer_list
 from ..arch.spec import EXPERT, ArchSpec, Space
 from ..errors import StructPruneError
@@ -89,15 +78,9 @@ class Call(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
-        return [*_tensors((self.args, self.kwargs))]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+        found: list[Tensor] = []
+        recursively_apply(found.append, (self.args, self.kwargs))
+        return found
 
 
 def equal(first: Tensor, second: Tensor) -> bool:
@@ -116,7 +99,7 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
         options |= {"decoder_input_ids": ids, "use_cache": False}
     elif hasattr(config.get_text_config(), "use_cache"):
         options |= {"use_cache": False}
-    with in_fast_dtype(blocks(model)):
+    with hooks.in_fast_dtype(blocks(model)):
         return model(ids, **options)
 
 
@@ -136,7 +119,7 @@ def capture(
     outputs: list[Tensor] = []
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = hidden_states_of(args, kwargs)
+        hidden = hooks.hidden_states_of(args, kwargs)
         options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
@@ -145,17 +128,17 @@ def capture(
         calls.append(Call(args[1:], options))
         # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
         if not whole or len(calls) == arch.num_layers:
-            raise StopForward
+            raise hooks.StopForward
 
     def after(index: int, output: Any) -> None:
         nonlocal alone
         alone = alone and isinstance(output, Tensor)
-        outputs[:] = [first_of(output)]
+        outputs[:] = [hooks.first_of(output)]
 
-    with skipping(layers if plain else []), intercept(layers, before, after):
+    with hooks.skipping(layers if plain else []), hooks.intercept(layers, before, after):
         try:
             run_model(model, ids)
-        except StopForward:
+        except hooks.StopForward:
             pass
     return first[0], calls, alone
 
@@ -169,7 +152,7 @@ def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
     hidden, noise = source.hidden[0], noise_like(source.hidden[0])
     plain = source.output(layer, 0)[:1].float()
-    with adding(source.module(layer).get_submodule(name), noise.expand(hidden.shape)):
+    with hooks.adding(source.module(layer).get_submodule(name), noise.expand(hidden.shape)):
         change = (source.output(layer, 0)[:1].float() - plain).to(noise.device)
     gain = float(source.ranks.agreed((change * noise).sum() / noise.square().sum()))
     deviation = float(source.ranks.agreed((change - gain * noise).norm() / noise.norm()))
@@ -246,10 +229,10 @@ class InMemory:
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
-        with in_fast_dtype([module]):
+        with hooks.in_fast_dtype([module]):
             output = module(hidden, *args, **kwargs)
         self.extras[layer] = output[1:] if isinstance(output, tuple) else None
-        return first_of(output)
+        return hooks.first_of(output)
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
         """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
@@ -300,7 +283,7 @@ class InMemory:
             else:
                 waiting.append((name, x, product))
 
-        with observe_products(self.module(layer), moments, see):
+        with hooks.observe_products(self.module(layer), moments, see):
             output = self.output(layer, index)
         if self.fixed:
             self.outputs[index] = self._kept(output)
@@ -325,7 +308,7 @@ class InMemory:
             cached = {name: outputs[index] for name, outputs in self.cache.items() if index in outputs}
             device = next(module.parameters()).device
             outputs = [send_to_device(output, device) for output in cached.values()]
-            with replaying([module.get_submodule(name) for name in cached], outputs):
+            with hooks.replaying([module.get_submodule(name) for name in cached], outputs):
                 self.hidden[index] = self._kept(self.output(layer, index))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -392,7 +375,9 @@ class InMemory:
         def keep(name: str, output: Any) -> None:
             self.cache.setdefault(name, {})[index] = output
 
-        return cached_outputs(self.module(layer), parts, self.changed, keep, self.keep_on) if parts else nullcontext()
+        if not parts:
+            return nullcontext()
+        return hooks.cached_outputs(self.module(layer), parts, self.changed, keep, self.keep_on)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden if self.keep_on is None else hidden.to(self.keep_on)

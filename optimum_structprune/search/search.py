@@ -69,13 +69,12 @@ def searched_shape(run: Run) -> Widths:
     with evaluating(run.model), report.timed("search"):
         search = Search(run.model, run.arch, run.data)
         trials = search.trials()
-        losses = run.data.cache.get(MEASURED_LOSSES) or trials.losses()
-        candidates = broadcast_object(search.candidates(trials.curves(losses)))
-        losses_of_shapes = [0.0]
+        curves = trials.curves(run.data.cache.get(MEASURED_LOSSES) or trials.losses())
+        candidates, losses = broadcast_object(search.candidates(curves)), [0.0]
         if len(candidates) > 1:
             probe = Probe.of(run.model, run.arch, run.data)
-            losses_of_shapes = [search.loss(candidate.widths, probe) for candidate in candidates]
-    tried = [*zip(losses_of_shapes, candidates, strict=True)]
+            losses = [search.loss(candidate.widths, probe) for candidate in candidates]
+    tried = [*zip(losses, candidates, strict=True)]
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
