@@ -224,12 +224,10 @@ def residual_of(
         consumers.append(Axis(f"{template.head}.weight", 1))
     for axis in (*producers, *consumers):
         if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
-            problem = (
-                f"{axis.param} has shape {shapes[axis.param]}" if axis.param in shapes else f"{axis.param} is missing"
-            )
+            found = f"has shape {shapes[axis.param]}" if axis.param in shapes else "is missing"
             raise StructPruneError(
-                f"{problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
-                f"{size} channels of {template.size}."
+                f"{axis.param} {found}; the description of {config.model_type!r} says that its dimension {axis.dim} is "
+                f"the {size} channels of {template.size}."
             )
     inside = [axis for axis in (*producers, *consumers) if axis.param.startswith(tuple(layers))]
     space = Space(

@@ -168,9 +168,8 @@ def cache_of(output: Mapping[str, Any]) -> Cache:
 
 
 def growing_layers(cache: Cache) -> list[Any]:
-    """The layers of a cache that keep keys and values.
-
-    Linear attention, state-space mixers and short convolutions hold a state whose size no number of tokens changes.
+    """The layers of a cache that keep keys and values; others, such as those of linear attention, hold a state whose
+    size no number of tokens changes.
     """
     layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
@@ -223,9 +222,8 @@ def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
 
 @torch.no_grad()
 def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
-    """The number of values that generation keeps per token, read off the cache of a run of one token.
-
-    It is 0 for a model that does not generate, and None for one that cannot be run on the meta device.
+    """The number of values that generation keeps per token, read off the cache of a run of one token: 0 for a model
+    that does not generate, and None for one that cannot be run on the meta device.
     """
     if not (arch.causal or model.config.is_encoder_decoder):
         return 0

@@ -99,18 +99,14 @@ class MaskedPruning:
     Every refit starts from the dense weights and aims at the dense layer's output on the present residual stream: no
     error of an earlier pass is fitted again. Scores, in contrast, are those of the refitted weights, in which a kept
     unit already makes up for units removed before.
-
-    Attributes:
-        keep: The kept units so far, by layer and name of the space.
-        shrunk: Whether a layer has lost its removed units for good.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
         self.model, self.arch, self.config = model, arch, config
         self.refit = refit or config.refit
-        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
+        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}  # the units so far, by layer and name of the space
         self.consumers = Consumers(model, arch)
-        self.shrunk = False
+        self.shrunk = False  # whether a layer has lost its removed units for good
 
     @property
     def plan(self) -> Plan:
