@@ -45,16 +45,11 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts that are asked of a model alone, once, before it is used: `arch` is what may shrink in it, and
-    `device` computes its first weights.
-
-    `plain_model` is the model itself, or where it is quantized, one of the shapes that it has
-    unpacked, without weights.
-    """
+    """The facts that are asked of a model alone, once, before it is used."""
 
     arch: ArchSpec
-    plain_model: PreTrainedModel
-    device: torch.device
+    plain_model: PreTrainedModel  # the model itself; for a quantized one the shapes that it has unpacked, no weights
+    device: torch.device  # the one that computes the first weights
     quantized: bool = False
     offloaded: bool = False
 

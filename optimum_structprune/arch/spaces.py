@@ -226,8 +226,8 @@ def residual_of(
         if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
             found = f"has shape {shapes[axis.param]}" if axis.param in shapes else "is missing"
             raise StructPruneError(
-                f"{axis.param} {found}; the description of {config.model_type!r} says that its dimension {axis.dim} is "
-                f"the {size} channels of {template.size}."
+                f"{axis.param} {found}; the description of {config.model_type!r} says that its dimension {axis.dim} "
+                f"is the {size} channels of {template.size}."
             )
     inside = [axis for axis in (*producers, *consumers) if axis.param.startswith(tuple(layers))]
     space = Space(

@@ -37,9 +37,8 @@ LEAST_SHARE = 0.1
 
 
 def remove_layers_(run: Run, step: Step) -> Plan:
-    """Take out the layers that matter least to the model as it is now.
-
-    The config's criterion counts where it scores whole layers; otherwise block influence does.
+    """Take out the layers that matter least to the model as it is now, by the config's criterion where it scores whole
+    layers, and by block influence otherwise.
     """
     with run.report.timed("layers"):
         keep = _layers_to_keep(run, step)

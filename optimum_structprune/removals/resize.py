@@ -102,9 +102,8 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
 
 @torch.no_grad()
 def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Give every layer the largest width of its kind; what is added is zero, and the outputs stay the same.
-
-    The added columns of the consumers are zero, so whatever the added units compute has no effect.
+    """Give every layer the largest width of its kind; the columns that consumers get are zero, so that whatever the
+    added units compute has no effect.
     """
     largest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
     state = model.state_dict()

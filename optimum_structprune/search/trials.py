@@ -109,16 +109,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trials:
-    """What the model loses when one layer alone gives up a part of its units.
+    """What the model loses when one layer alone gives up a part of its units."""
 
-    `pruning` prunes without the error feedback of the run, and `probe` holds the text that losses are measured on.
-    `spaces` are tried by layer and kind, as experts of one layer share their width.
-    """
-
-    pruning: MaskedPruning
+    pruning: MaskedPruning  # without the error feedback of the run
     data: CalibrationData
     probe: Probe
-    spaces: Mapping[Key, Sequence[Space]]
+    spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
 
     def losses(self) -> Losses:
         """The losses of all trials; what an earlier run has kept in the folder of the config is not measured again."""

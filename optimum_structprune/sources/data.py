@@ -66,11 +66,8 @@ class CalibrationData:
     ) -> CalibrationData:
         """Read the evidence that a config names; its own config says which general text was read. With `counts` the
         pools hold more text, in which tokens are counted.
-
-        A quantized model that writes text is unpacked for that in a copy, so that it is still packed where a run ends
-        for lack of text.
         """
-        if any(map(written_by_model, texts_of(config))):
+        if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
             model = dequantized(model, inplace=False)
         from ..domains.load import calibration_domains, given_domains
 
@@ -135,7 +132,7 @@ class CalibrationData:
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
         domains = self.domains
-        if self.config.reweights:
+        if self.config.reweights:  # so that what counts more is known better
             counts = _counts(self.domains, self.shares)
             domains = [domain.portion(count) for domain, count in zip(domains, counts, strict=True)]
         if process_count() > 1:
@@ -148,11 +145,7 @@ class CalibrationData:
         return replace(self, domains=[domain.portion(most) for domain in self.domains])
 
     def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
-        """The source of the activations of a model as it is now.
-
-        Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
-        number in all stays the same.
-        """
+        """The source of the activations of a model as it is now."""
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
     def whole_model_statistics(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
