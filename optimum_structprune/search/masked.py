@@ -74,8 +74,10 @@ class Consumers:
         """Make every consumer dense again, wherever its layer is."""
         for layer in range(self.arch.num_layers):
             prefix = self.arch.layer_prefix(layer)
-            with layer_in_memory(self.model, self.arch, layer, changes=True):
-                self._put_({axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)})
+            values = {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}
+            if values:
+                with layer_in_memory(self.model, self.arch, layer, changes=True):
+                    self._put_(values)
         self._dense = {}
 
     def forget(self, axes: Iterable[Axis]) -> None:
