@@ -58,6 +58,10 @@ def check_flags(args: Namespace) -> None:
     if {"output", "overwrite"} <= given.keys():
         kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
         kind(args.output, args.overwrite).check()
+    if given.get("push_to_hub") is not None:
+        from ..saving.push import check_push  # last, as it imports torch
+
+        check_push(args.push_to_hub)
 
 
 def _check_form(args: Namespace) -> None:

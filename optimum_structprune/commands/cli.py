@@ -75,16 +75,15 @@ def add_commands(parser: ArgumentParser) -> None:
 
 def execute(args: Namespace) -> int:
     """Run the chosen command, show its result or its error, and return its exit code."""
+    if "command" not in args:
+        return args.run(args)
     number = int(os.environ.get("RANK", "0"))
     try:
-        if "command" in args:
-            from .checks import check_flags  # late, as all that imports a config
+        from .checks import check_flags  # late, as all that imports a config
 
-            check_flags(args)
+        check_flags(args)
         with working(args, silent=number > 0):
-            result = args.run(args)
-        if not isinstance(result, Result):
-            return result
+            result: Result = args.run(args)
         if number == 0:
             show(result, args)
         return result.code

@@ -209,8 +209,6 @@ def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
             f"{name!r} has weights of other shapes than its config says: {key} is {tuple(there)} in the file and "
             f"{tuple(here)} by the config{more}."
         )
-    if errors := loaded.get("error_msgs"):
-        raise StructPruneError(f"{name!r} cannot be loaded: {one_line(next(iter(errors)))}")
     if unexpected := sorted(loaded["unexpected_keys"]):
         logger.warning(
             "%r has weights that the model does not use, and they are dropped: %s.", name, some_of(unexpected)

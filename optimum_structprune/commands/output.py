@@ -46,16 +46,15 @@ def check_file(file: str, label: str, overwrite: bool = False) -> None:
 
 def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
-    form = getattr(args, "json", None)
     document = to_json({MARK: __version__, **result.values})
-    if isinstance(form, str):
+    if isinstance(args.json, str):
         try:
-            Path(form).write_text(document + "\n", encoding="utf-8")
+            Path(args.json).write_text(document + "\n", encoding="utf-8")
         except OSError as error:
-            raise StructPruneError(f"--json {form} cannot be written: {error.strerror}.") from error
+            raise StructPruneError(f"--json {args.json} cannot be written: {error.strerror}.") from error
     try:
         encoding = sys.stdout.encoding or "utf-8"
-        text = document if form is True else result.text
+        text = document if args.json is True else result.text
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
@@ -65,7 +64,7 @@ def show(result: Result, args: Namespace) -> None:
 
 def note(args: Namespace, text: str) -> None:
     """Tell how the work goes, unless `--quiet` is given."""
-    if not getattr(args, "quiet", False):
+    if not args.quiet:
         sys.stderr.write(f"{text}\n")
 
 
@@ -75,9 +74,6 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     error, or nowhere with `--quiet`. Bars appear only on a terminal; elsewhere each stage prints a line when it
     begins.
     """
-    if not hasattr(args, "quiet"):
-        yield
-        return
     args.quiet = args.quiet or silent
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr

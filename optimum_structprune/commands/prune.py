@@ -22,16 +22,15 @@ from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .checks import progress_folder, prune_configs
-from .exporting import with_gguf
+from .export import with_gguf
 from .loading import Loading
 from .output import Result, note
-from .recovering import check_push_arguments, pushed, recover_and_save, recovery_for
+from .recover import pushed, recover_and_save, recovery_for
 
 
 def prune(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     config, recovery = prune_configs(args)
-    check_push_arguments(args)
     loading = Loading.of(args, arch_file=config.arch_file)
     pruner = AutoStructPruner.from_config(config)
     # Processes that were started together share the work.

@@ -176,8 +176,10 @@ def test_a_closed_standard_output_is_no_error(folder, monkeypatch):
 def test_a_reader_that_stops_early_is_no_error():
     code = (
         "from argparse import Namespace; from optimum_structprune.commands.cli import execute; import sys; "
-        "from optimum_structprune.commands.output import Result; "
-        "sys.exit(execute(Namespace(run=lambda args: Result('x' * 10**6, {}))))"
+        "from optimum_structprune.commands.arguments import Command; "
+        "from optimum_structprune.commands.output import Result; work = Command('work', '', '', {}, models=()); "
+        "run = lambda args: Result('x' * 10**6, {}); "
+        "sys.exit(execute(Namespace(run=run, command=work, quiet=False, json=False)))"
     )
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" | true; echo ${{PIPESTATUS[0]}}'],
                           capture_output=True, text=True)  # fmt: skip
