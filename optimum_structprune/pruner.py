@@ -118,11 +118,13 @@ class StructPruner:
         described = ModelInfo.of(model, self.config.arch_file)
         config, arch, tokens = self.config, described.arch, None
         if config.leaves_spaces_open and tokenizer is not None and inputs is None:
-            config = self._with_spaces(described, tokenizer)
+            from .vocabulary.choose import with_tokens  # rooms that most runs do without are imported where one enters
+
+            config = with_tokens(config, described, tokenizer)
         widths = widths_of(config, arch, described.plain_model)
         check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
         if VOCAB in widths:
-            from .vocabulary.choose import Tokens  # rooms that most runs do without are imported where one enters
+            from .vocabulary.choose import Tokens
 
             tokens = Tokens.of(config, described, model, tokenizer, widths)
         check_room(config, described, widths, inplace, inputs)
@@ -152,12 +154,6 @@ class StructPruner:
         self._remember(run)
         return run.model
 
-    def _with_spaces(self, described: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> StructPruneConfig:
-        """The config with the spaces that it leaves open."""
-        from .vocabulary.choose import with_tokens
-
-        return with_tokens(self.config, described, tokenizer)
-
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs; warn
         of a target that was missed.
@@ -185,20 +181,15 @@ class StructPruner:
             widths: The final widths.
         """
         steps: list[Step] = []
-        for kind in WHOLE_MODEL:
-            if kind in widths:
-                target = {kind: widths[kind]}
-                steps += [Step(kind, each) for each in (self._rounds(arch, target) if kind == LAYER else [target])]
+        if LAYER in widths:
+            from .widths.schedule import round_widths
+
+            steps += [Step(LAYER, each) for each in round_widths(self.config, arch, {LAYER: widths[LAYER]})]
+        steps += [Step(kind, {kind: widths[kind]}) for kind in (EXPERT, HIDDEN) if kind in widths]
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside:
             steps.append(Step(UNITS if self.config.rounds == 1 else ROUNDS, inside))
         return steps
-
-    def _rounds(self, arch: ArchSpec, widths: Widths) -> Sequence[Widths]:
-        """The widths after each round that takes out layers."""
-        from .widths.schedule import round_widths
-
-        return round_widths(self.config, arch, widths)
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""

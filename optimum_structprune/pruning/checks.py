@@ -24,6 +24,7 @@ from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
+from ..system.disk import check_folder
 
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
@@ -56,14 +57,12 @@ def check(
         if not has_inputs:
             check_reads_text(described.plain_model)
         _check_text(has_tokenizer, has_inputs, VOCAB in widths)
-    if use == PRUNE and (config.checkpoint_dir or config.losses_dir):
         _check_folders(config)
     if use == PRUNE and config.recovery is not None:
         from ..recovery.checks import check_recovery  # training libraries take seconds to import
 
         check_recovery(config.recovery, config, described.plain_model)
-    unused = [*without_effect(config, widths)] if use in (PRUNE, DRY_RUN) else []
-    if unused:
+    if use != TRAINER and (unused := [*without_effect(config, widths)]):
         warn(f"These options have no effect here: {'; '.join(unused)}.")
     if ahead := layers_ahead(text_config(described.plain_model.config)):
         warn(
@@ -194,19 +193,14 @@ def _check_text(has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool) -> No
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
     """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
-    if config.judges_experts:
-        if others := [name for name in widths if name not in (EXPERT, VOCAB)]:
-            raise StructPruneError(
-                f"criterion={config.criterion!r} judges whole experts, and nothing else; prune {EXPERT!r} in a run of "
-                f"its own, or choose a criterion for {others[0]!r}: {EXPERT!r} is judged by "
-                f"{EXPERT_SCORES[0]!r} then."
-            )
-    elif not config.judges_layers:
+    if not (config.judges_experts or config.judges_layers):
         CRITERIA.get(config.scored_by).check(config, arch, use)
-    elif others := [name for name in widths if name not in (LAYER, VOCAB)]:
+        return
+    whole, score = (EXPERT, EXPERT_SCORES[0]) if config.judges_experts else (LAYER, BLOCK_INFLUENCE)
+    if others := [name for name in widths if name not in (whole, VOCAB)]:
         raise StructPruneError(
-            f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run "
-            f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
+            f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of its "
+            f"own, or choose a criterion for {others[0]!r}: {whole!r} is judged by {score!r} then."
         )
 
 
@@ -252,8 +246,6 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 def _check_folders(config: StructPruneConfig) -> None:
     """Refuse to put what a run remembers beside a model, or where nothing can be written."""
-    from ..system.disk import check_folder
-
     for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
         check_folder(folder)
         if Path(folder, "config.json").is_file():

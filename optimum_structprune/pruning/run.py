@@ -66,7 +66,10 @@ class Run:
         inplace: bool = True,
         report: Report | None = None,
     ):
-        self.model, self.dense_model = _to_change(model, inplace)
+        if is_quantized(model):
+            self.model, self.dense_model = dequantized(model, inplace), None
+        else:
+            self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)
         vars(self.model).pop("prune_result", None)  # that of an earlier run, if there was one
         self.data = data
         self.tokenizer = self.dense_tokenizer = tokenizer
@@ -182,25 +185,13 @@ class Run:
             return
         reason = str(error) or type(error).__name__
         text = f"Pruning stopped ({reason}), and the model had already begun to change: load it again."
-        refuse_saving_(self.model, text)
+
+        def save_pretrained(*args: Any, **kwargs: Any) -> None:  # which `Trainer.save_model` and checkpoints call too
+            raise InPlaceError(text)
+
+        self.model.save_pretrained = save_pretrained  # type: ignore[method-assign]
         if isinstance(error, Exception):
             raise InPlaceError(text) from error
-
-
-def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The model to change, and the dense model where that is another object that stays as it is, else None."""
-    if is_quantized(model):
-        return dequantized(model, inplace), None
-    return (model, None) if inplace else (deepcopy(model), model)
-
-
-def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
-    """Make `model.save_pretrained`, and with it `Trainer.save_model` and checkpoints, raise an `InPlaceError`."""
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        raise InPlaceError(reason)
-
-    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def prune_units_(run: Run, step: Step) -> Plan:

@@ -35,7 +35,7 @@ def training(**fields) -> RecoveryConfig:
 
 PERPLEXITY = "goes by perplexity, which a model of type 'bert' does not have"
 UNIFORM = {"allocation": "search_uniform", "round_to": 4}
-ONLY_LAYERS = "judges whole layers, and nothing inside them"
+ONLY_LAYERS = "judges whole layers, and nothing else"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
     # the model
