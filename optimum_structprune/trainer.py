@@ -96,7 +96,7 @@ class StructPruneCallback(TrainerCallback):
         self.hooks.close()
         _check_run(args, model, _inner(optimizer))
         # What is trained a second time goes on from its dense widths.
-        if self._dense is None or (state.global_step == 0 and not self._is_pruned(model)):
+        if self._dense is None or (state.global_step == 0 and not self._is_pruned(model, self._dense[0])):
             self.begin(model)
         check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
@@ -194,11 +194,9 @@ class StructPruneCallback(TrainerCallback):
             warn(f"{here} holds no text, so that removals are calibrated on what is trained on after it.")
         return plan
 
-    def _is_pruned(self, model: PreTrainedModel) -> bool:
+    def _is_pruned(self, model: PreTrainedModel, dense: ArchSpec) -> bool:
         """Whether a model is narrower somewhere than the dense one."""
-        if self._dense is None:
-            return False
-        arch, dense = describe(model, self.config.arch_file), self._dense[0]
+        arch = describe(model, self.config.arch_file)
         return any(arch.widths(name) != dense.widths(name) for name in dense.names)
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:

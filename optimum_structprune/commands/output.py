@@ -22,6 +22,10 @@ from ..plain_json import to_json
 
 # The first key of a result as JSON.
 MARK = "structprune"
+# Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.
+OF_NO_USE = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
+# The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
+WITH_BAR = "transformers.training_args"
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,11 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))
-        stack.enter_context(_widths_by_layer())
+        for name in OF_NO_USE:
+            stack.enter_context(_at_level(name, logging.ERROR))
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.command.reads_text))
+            stack.enter_context(_at_level(WITH_BAR, logging.ERROR))
             if not args.quiet:
                 stack.enter_context(_stages_announced())
         if args.quiet:  # what libraries tell their own users
@@ -92,30 +98,25 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
 @contextmanager
 def _stages_announced() -> Iterator[None]:
     """Print a line for each stage of the work when it begins, in the place of bars."""
-    source = logging.getLogger(f"{__package__.partition('.')[0]}.system.stages")
-    lines, level = logging.StreamHandler(sys.stderr), source.level
-    source.addHandler(lines)
-    source.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        source.setLevel(level)
-        source.removeHandler(lines)
+    lines = logging.StreamHandler(sys.stderr)
+    with _at_level(f"{__package__.partition('.')[0]}.system.stages", logging.INFO) as source:
+        source.addHandler(lines)
+        try:
+            yield
+        finally:
+            source.removeHandler(lines)
 
 
 @contextmanager
-def _widths_by_layer() -> Iterator[None]:
-    """Leave out warnings, which no user can do anything about, of widths that a config has for each layer too."""
-    source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Reading global config value for per-layer attribute")
-
-    source.addFilter(wanted)
+def _at_level(name: str, level: int) -> Iterator[logging.Logger]:
+    """A logger that has another level inside `with`."""
+    logger = logging.getLogger(name)
+    former = logger.level
+    logger.setLevel(level)
     try:
-        yield
+        yield logger
     finally:
-        source.removeFilter(wanted)
+        logger.setLevel(former)
 
 
 @contextmanager
@@ -134,11 +135,6 @@ def _no_bars(reads_text: bool) -> Iterator[None]:
 
         switches.append((data.is_progress_bar_enabled(), data.enable_progress_bars, data.disable_progress_bars))
     with ExitStack() as stack:
-        # The bar of transformers' Trainer has no switch; it is left out where the first of these shows errors only.
-        # The second speaks of the clock of the disk.
-        for logger in map(logging.getLogger, ("transformers.training_args", "transformers.trainer_utils")):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
         for shows, enable, disable in switches:
             if shows:
                 stack.callback(enable)

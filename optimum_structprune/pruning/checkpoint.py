@@ -33,15 +33,9 @@ def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> st
 class LayerCheckpoint:
     """The layers of one run that are finished, in a folder."""
 
-    def __init__(self, folder: Path, key: str):
-        self.resume = Resume(folder, key, "layer")
-
-    @classmethod
-    def of(cls, run: Run, folder: str, target: Widths) -> LayerCheckpoint:
-        """The one in a folder for a run with these widths; that of another run is refused."""
-        checkpoint = cls(Path(folder), run_key(run.data, run.model, target))
-        run.report.resumed = checkpoint.resume.check() is not None
-        return checkpoint
+    def __init__(self, run: Run, folder: str, target: Widths):
+        self.resume = Resume(Path(folder), run_key(run.data, run.model, target), "layer")
+        run.report.resumed = self.resume.check() is not None  # that of another run is refused
 
     def take_over_(
         self, run: Run, source: Source, keep: dict[tuple[int, str], tuple[int, ...]], smaller: PreTrainedModel

@@ -203,7 +203,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
     if run.config.checkpoint_dir is not None:
         from .checkpoint import LayerCheckpoint
 
-        checkpoint = LayerCheckpoint.of(run, run.config.checkpoint_dir, step.widths)
+        checkpoint = LayerCheckpoint(run, run.config.checkpoint_dir, step.widths)
     try:
         with run.report.timed("round 1"):
             method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))

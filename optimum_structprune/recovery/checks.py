@@ -24,7 +24,7 @@ from .text import LEFT_OUT, text_config
 from .trainer import training_arguments
 
 
-def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None) -> None:
+def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:
     """Refuse a recovery that would fail later."""
     check_launch()
     if config.training.get("deepspeed"):  # before transformers sets up anything for it
@@ -34,8 +34,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
             "gradients and the optimizer over them."
         )
     text = text_config(config, pruning)
-    if model is not None:
-        _check_model(model, config, text.seq_length)
+    _check_model(model, config, text.seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)
     left_out = [] if config.left_out is None else [DomainConfig(name=LEFT_OUT, source=config.left_out)]
@@ -43,11 +42,11 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     adapter = lora_config(config)
-    if model is not None and config.train == "lora":
+    if config.train == "lora":
         check_fits(model, adapter, config.merge)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is not None and model.device.type != "meta":
-        device = model.device.type
+    device = model.device.type
+    if device == "meta":  # it has no weights yet
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
     check_sharding(arguments, device)
     if "output_dir" in config.training:

@@ -163,10 +163,10 @@ class Output:
                 f"The folder {self.target} exists and is not empty; choose another, or overwrite it (--overwrite)."
             )
         for name in self.used:
-            if name and (relation := _relation(folder, name)):
+            if name and _shares_files(folder, name):
                 raise StructPruneError(
-                    f"{folder} {relation} {name}, which this run reads, so it is not overwritten; {_lost(folder)}. "
-                    "Name another output folder."
+                    f"{folder} shares files with {name}, which this run reads, so it is not overwritten; "
+                    f"{_lost(folder)}. Name another output folder."
                 )
         if not written_files(folder):
             raise StructPruneError(
@@ -326,28 +326,20 @@ def _owner(lock: Path) -> str:
     return "?"
 
 
-def _relation(folder: Path, name: str | Path) -> str:
-    """How a folder lies to something that is read: it `is`, `holds` or `lies in` it, or `holds files of` it, to which
-    links lead; empty if it does none of these.
-    """
+def _shares_files(folder: Path, name: str | Path) -> bool:
+    """Whether a folder is, holds or lies in something that is read, or holds a file to which a link in that leads."""
     try:
         read = Path(os.path.abspath(os.path.expanduser(name)))
         if not read.exists():
-            return ""
+            return False
         # A link counts at its own place too: with the folder it would go.
-        for path in (read.resolve(), read):
-            if path == folder:
-                return "is"
-            if folder in path.parents:
-                return "holds"
-            if path in folder.parents and path != Path(path.anchor):
-                return "lies in"
-        links = (Path(os.path.realpath(path)) for path in read.rglob("*") if path.is_symlink())
-        if any(folder in (place, *place.parents) for place in links):
-            return "holds files of"
+        places = [read, read.resolve()]
+        if any(place in folder.parents and place != Path(place.anchor) for place in places):
+            return True
+        places += [Path(os.path.realpath(path)) for path in read.rglob("*") if path.is_symlink()]
+        return any(folder in (place, *place.parents) for place in places)
     except (OSError, ValueError, RuntimeError):  # a text that is no path
-        pass
-    return ""
+        return False
 
 
 def _lost(folder: Path) -> str:
