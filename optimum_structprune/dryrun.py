@@ -156,9 +156,7 @@ def checked_without_weights(
     use: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[ModelInfo, StructPruneConfig, Widths]:
-    """A model that has no weights, the config with the spaces that it takes, and the widths that it gives the model,
-    which are checked as with weights.
-    """
+    """A model without weights, the config with the spaces that it takes, and its widths, checked as with weights."""
     check_config_kind(config)
     PRUNERS.get(config.method)  # refuses a method that is not registered
     saved_dtype = dtype or model_config.dtype or torch.float32

@@ -155,9 +155,7 @@ class StructPruner:
         return run.model
 
     def _remember(self, run: Run) -> None:
-        """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs; warn
-        of a target that was missed.
-        """
+        """Keep the records of a run here and with its model, and warn of a target that was missed."""
         # Once tokens are gone, the run's config says only what is left to do.
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)

@@ -139,9 +139,7 @@ class StructPruneCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Put the number of parameters and the widths into what the Trainer logs; the metrics that an evaluation or a
-        whole training returns, which an objective may sum up, are left alone.
-        """
+        """Put the parameters and the widths into what the Trainer logs, not into metrics that it returns."""
         arch = describe(model, self.config.arch_file)
         names = next(iter(self.steps.values()), {})
         values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}

@@ -36,9 +36,8 @@ ALIASES = {
 # The fields that hold configs of their own, by the class of these.
 PARTS = {"DomainConfig": "domains", "RecoveryConfig": "recovery"}
 # The groups of the help of what prunes, flags and fields: what most people need first. All others are for experts.
-MOST_USED = "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite"
 GROUPS = {
-    "most used": MOST_USED,
+    "most used": "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite",
     "how much goes": "budget rounds round_to --cost",
     "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text objective seed",
@@ -178,9 +177,7 @@ def _divided(text: str, form: str) -> tuple[str, str]:
 
 
 def setting(text: str, example: str = "") -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`, `lr_scheduler_type=linear`. With an
-    example, a value that is text is refused.
-    """
+    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`; with an example, text is refused."""
     name, value = _divided(text, f"NAME=VALUE{f', such as {example}' if example else ''}")
     read = yaml_value(value)
     if example and isinstance(read, str):

@@ -25,9 +25,7 @@ DEBUG = "STRUCTPRUNE_DEBUG"
 
 
 class CommandParser(ArgumentParser):
-    """A parser of one command, whose arguments are declared when it is first used, because reading them off the
-    configs takes longer than other calls of `optimum-cli` should wait.
-    """
+    """A parser of one command, which reads its arguments off the configs when it is first used, since that is slow."""
 
     declare: Callable[[ArgumentParser], None] | None = None
 

@@ -128,9 +128,7 @@ class Loading:
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
     def check(self, name: str, config: StructPruneConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Refuse what a pruning would refuse, before weights are loaded; the model without weights as it is, and as it
-        comes out where layers are alike.
-        """
+        """Refuse what a pruning would refuse; the model without weights, as it is and as it comes out."""
         model_config = self.config(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
@@ -150,9 +148,7 @@ class Loading:
 
 
 def usable_device(name: str | None) -> str:
-    """The device that `--device` names; without a name, cuda where there is one, and the CPU otherwise. Of several
-    processes on a machine, each gets a GPU of its own.
-    """
+    """The device that `--device` names; without one, a GPU of the process's own if there is one, else the CPU."""
     if name is None:
         cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return cuda if torch.cuda.is_available() else "cpu"

@@ -31,14 +31,9 @@ from .output import Result
 
 logger = logging.getLogger(__name__)
 
-# Where `--prompt` is not given; a default of argparse would stay beside what is given.
-PROMPTS = [128]
-
 
 def evaluate(args: Namespace) -> Result:
-    """Check all models by their configs, measure one after the other, then all in turns where speed is asked for, and
-    write the files that are asked for.
-    """
+    """Check all models by their configs, measure them, and write the files that are asked for."""
     is_judged = bool(args.domain or args.answers)
     if args.html:
         _check_page(args, is_judged)
@@ -95,9 +90,7 @@ def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Resu
 def _check_quality(
     args: Namespace, loading: Loading, paths: Mapping[str, str]
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Refuse what cannot be measured; the first model's tokenizer, by whose tokens perplexity is counted where there
-    are several models, and a note where another one differs.
-    """
+    """Refuse what cannot be measured; the tokenizer in whose tokens models are compared, and notes on others."""
     first, reader, notes = next(iter(paths.values())), None, []
     if len(paths) > 1:
         tokenizers = [loading.tokenizer(model) for model in args.models]
@@ -162,7 +155,8 @@ def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
             f"--device {args.device} spreads a model, and the time of one device is measured: name one."
         )
     settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "threads", "clock")}
-    settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or PROMPTS}
+    # A default of argparse would stay beside what is given.
+    settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or [128]}
     named = zip(names_of([*paths.values()]), paths.values(), strict=True)
     shapes = {name: loading.without_weights(path) for name, path in named}
     check_speed(shapes, **settings, device=str(loading.device))

@@ -38,9 +38,7 @@ class Result:
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:
-    """Refuse a file whose folder does not exist, and one that exists and may not be replaced; whose it is, its content
-    cannot say.
-    """
+    """Refuse a file whose folder does not exist, and one that exists and may not be replaced, whatever is in it."""
     path = Path(file)
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")

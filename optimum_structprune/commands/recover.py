@@ -70,7 +70,9 @@ def recover_and_save(
     args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Result:
     """What came of a training with the arguments of `recover`, once it is saved."""
-    earlier = _earlier_answers(args.model)
+    earlier: Items = []
+    with suppress(StructPruneError):  # the pruning has no record, or one that cannot be read
+        earlier = read_json(Path(args.model, REPORT_NAME)).get("answers") or []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingGainedWarning)  # the report says it
@@ -91,13 +93,6 @@ def recover_and_save(
     if recovery.config.training["output_dir"] == (checkpoints := _checkpoints(args.output)):
         remove_checkpoints(checkpoints)
     return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
-
-
-def _earlier_answers(pruned: str) -> Items:
-    """The answers that the record of a pruning holds."""
-    with suppress(StructPruneError):  # it has no record, or one that cannot be read
-        return read_json(Path(pruned, REPORT_NAME)).get("answers") or []
-    return []
 
 
 def _say_how_to_go_on(args: Namespace) -> None:

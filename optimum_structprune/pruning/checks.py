@@ -205,9 +205,7 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
 
 
 def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
-    """Refuse spaces that a Trainer does not prune, and options that do not go with those that shrink, or with the type
-    of the model.
-    """
+    """Refuse spaces that a Trainer does not prune, and options that do not go with the spaces or the type of model."""
     of_model = [space.name for space in arch.model_spaces if space.name in widths]
     if use == TRAINER and of_model:
         raise StructPruneError(

@@ -144,9 +144,7 @@ def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
 
 @torch.no_grad()
 def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The losses of the samples of each of several texts, shape `(seq_length,)`; see `row_losses`. Every layer is
-    brought in once for all of them.
-    """
+    """The `row_losses` of the samples of several texts; every layer is brought in once for all of them."""
     from ..sources.offloaded import Offloaded
 
     batches = [Batch(number, row[None]) for number, text in enumerate(texts) for row in text]

@@ -69,9 +69,7 @@ class Need:
 def need_of(
     config: StructPruneConfig, described: ModelInfo, widths: Widths, offload: str | None = None, inputs: Inputs = None
 ) -> Need:
-    """The memory that a pruning to these widths takes in each process; shapes of the model are enough. Its layers will
-    be on the `cpu` or the `disk` with `offload`.
-    """
+    """The memory that a pruning takes in each process, by shapes alone; `offload` says where its layers are to be."""
     if inputs is not None:  # what is no text has as many tokens as the model makes of it, which shapes do not say
         from ..domains.load import given_domains
 

@@ -101,7 +101,8 @@ def prompts_of(
         builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
         conversations = read_prompts(path) if path else builtin
         read = [(messages[-1]["content"], _ids(messages, tokenizer)) for messages in conversations]
-    asked = [_words(text) for line in QUESTIONS.read_text("utf-8").splitlines() for text in _texts(json.loads(line))]
+    questions, fields = whole_lines(QUESTIONS), ("prompt", "opening")
+    asked = [_words(question[name]) for question in questions for name in fields if name in question]
     longest = min(LONGEST, positions_of(model) // 2)
     kept = [ids for text, ids in read if 1 < len(ids) <= longest and not _is_like(_words(text), asked)]
     kept = [list(ids) for ids in dict.fromkeys(map(tuple, kept))]
@@ -119,10 +120,6 @@ def _ids(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
         return tokenize_with_prefix(messages[-1]["content"], tokenizer)
     text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _texts(question: dict[str, Any]) -> list[str]:
-    return [question[name] for name in ("prompt", "opening") if name in question]
 
 
 def _words(text: str) -> set[str]:
@@ -172,10 +169,7 @@ class Answers:
 
 
 def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:
-    """The file of what the model with these weights (a `fingerprint`) answers to prompts, up to one of the end tokens.
-
-    All trainings with that model share the file, which need not exist.
-    """
+    """The file of what the model with these weights (a `fingerprint`) answers to prompts; all trainings share it."""
     settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends]]
     digest = sha256(json.dumps([weights, *settings, [*map(list, prompts)]]).encode()).hexdigest()
     return Path(constants.HF_HOME, "structprune", f"answers-{digest[:24]}.jsonl").expanduser()

@@ -45,9 +45,7 @@ def check_sharding(arguments: TrainingArguments, device: str) -> None:
 
 @contextmanager
 def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
-    """The model that the Trainer gets: itself, or with FSDP, whose shards stay shards, a copy that it takes over at
-    the end of `with`, where all processes have to come.
-    """
+    """The model that the Trainer gets: itself, or with FSDP a copy in shards, from which it takes the values over."""
     if not arguments.fsdp:
         yield model
         return

@@ -112,9 +112,7 @@ class BestCheckpoint(TrainerCallback):
 
 
 class DistillTrainer(Trainer):
-    """Trains what is trainable of a model on samples, and measures at each checkpoint how far it is from its teacher:
-    `distance` takes the model, and is lower the nearer it is.
-    """
+    """Trains what is trainable of a model, and measures its `distance` from the teacher at each checkpoint."""
 
     def __init__(
         self,
@@ -178,9 +176,7 @@ class DistillTrainer(Trainer):
         )
 
     def tokens_seen(self) -> int:
-        """The number of tokens that counted in the loss, each sample once an epoch also where the last batch of
-        several processes is filled up with it.
-        """
+        """The number of tokens that counted in the loss; a sample that fills up a last batch counts once an epoch."""
         arguments, samples = self.args, cast("Any", self.train_dataset)
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         seen = min(self.state.global_step * batch, len(samples) * ceil(self.state.epoch or 0))

@@ -100,9 +100,7 @@ def names_in(file: str | Path) -> set[str]:
 
 
 def check_reachable(model: nn.Module) -> None:
-    """Refuse a model without weights, such as one on the meta device, and from then on offloaded weights whose file
-    changes.
-    """
+    """Refuse a model without weights, and from then on offloaded weights whose file changes."""
     for weights in _held_by(model):
         if isinstance(weights, OffloadedWeightsLoader) and not isinstance(weights.index, _SameFiles):
             weights.index = _SameFiles(weights.index)
@@ -233,12 +231,9 @@ def _next_file(model: Any) -> Path:
     """A new file in a folder that goes when the model does."""
     folder = getattr(model, "_structprune_folder", None)
     if folder is None:
-        folder = model._structprune_folder = tempfile.mkdtemp(prefix="structprune-", dir=_scratch(model))
+        # Where accelerate offloads to, if that exists.
+        offload = (getattr(weights, "save_folder", None) for weights in _held_by(model))
+        scratch = next((place for place in offload if place is not None and Path(place).is_dir()), None)
+        folder = model._structprune_folder = tempfile.mkdtemp(prefix="structprune-", dir=scratch)
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return Path(folder) / f"{sum(1 for _ in Path(folder).iterdir())}.safetensors"
-
-
-def _scratch(model: nn.Module) -> str | None:
-    """The folder that accelerate offloads to, if it exists."""
-    folders = (getattr(weights, "save_folder", None) for weights in _held_by(model))
-    return next((str(folder) for folder in folders if folder is not None and Path(folder).is_dir()), None)

@@ -21,9 +21,7 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """What a store holds: how many layers are finished, values as JSON gives them back (text as keys, lists for
-    tuples), and the tensors of this process alone.
-    """
+    """What a store holds: the number of finished layers, values as JSON has them, and this process's own tensors."""
 
     number: int
     values: dict[str, Any]
@@ -47,9 +45,7 @@ class Resume:
         tensors: Mapping[str, Tensor] | None = None,
         local: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep what `number` layers have reached: `tensors` beside those of the layers before, and `local`, which
-        differs from process to process, in the place of the former one.
-        """
+        """Keep what `number` layers have reached: `tensors` of the last one, and `local` ones of each process."""
         processes = None if local is None else process_count()
         state = {"key": self.key, "number": number, "values": values, "processes": processes}
         try:

@@ -47,9 +47,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Give a line to the logger of this module where its level shows it; else, where transformers shows progress bars,
-    write it to the standard error.
-    """
+    """Give a line to the logger here where its level shows it, else to the standard error where bars are shown."""
     _said[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
@@ -60,9 +58,7 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:
-    """The progress bar of transformers, or where there is neither a terminal nor a notebook, lines. It takes
-    what tqdm takes.
-    """
+    """The progress bar of transformers, which takes what tqdm takes, or where no bar can be drawn, lines."""
     bars = _bars()
     if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
         return bars.tqdm(iterable, **how)

@@ -34,9 +34,7 @@ def pruned(run, tmp_path):
 def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     pruner, _ = run
     folder, model = pruned
-    with pytest.raises(
-        StructPruneError, match="pruned shares files with .*pruned, which this run"
-    ):
+    with pytest.raises(StructPruneError, match="pruned shares files with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.parameters["before"]
