@@ -72,9 +72,8 @@ def note(args: Namespace, text: str) -> None:
 
 @contextmanager
 def working(args: Namespace, silent: bool = False) -> Iterator[None]:
-    """Keep the standard output free for the result while a command works: what libraries print goes to the standard
-    error, or nowhere with `--quiet`. Bars appear only on a terminal; elsewhere each stage prints a line when it
-    begins.
+    """Keep the standard output free for the result: what libraries print goes to the standard error, or nowhere with
+    `--quiet`. Bars appear only on a terminal; elsewhere each stage prints a line when it begins.
     """
     args.quiet = args.quiet or silent
     with ExitStack() as stack:

@@ -40,9 +40,8 @@ def check(
     has_tokenizer: bool = True,
     has_inputs: bool = False,
 ) -> None:
-    """Refuse whatever cannot be met with the final widths, and warn of options that have no effect.
-
-    Where calibration will choose the widths, others of the same total stand for them.
+    """Refuse whatever cannot be met with the final widths, for which others of the same total stand where calibration
+    will choose them, and warn of options that have no effect.
     """
     arch = described.arch
     if use != DRY_RUN:
@@ -133,9 +132,6 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, torch.Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
-    if samples.layout != torch.strided or samples.is_meta:
-        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
-        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
     if reads_images(model):
         expected = tuple(few_inputs(model).shape[1:])
         if samples.shape[1:] != expected or not samples.is_floating_point():

@@ -133,9 +133,7 @@ class Measure:
 
 
 def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
-    """About so many tokens of samples, shape `(samples, seq_length)`, in rows that are enough for a standard error. As
-    a sample does, each begins with the prefix; the beginnings of all samples come first.
-    """
+    """Rows of about so many tokens in all, each behind the prefix, of samples of shape `(samples, seq_length)`."""
     length = min(max(tokens // FEWEST, SHORTEST), samples.shape[1])
     parts = samples[:, 1:].split(max(length - 1, 1), 1)
     rows = [torch.cat([samples[:, :1], part], 1) for part in parts if part.shape[1] == length - 1]

@@ -69,9 +69,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         )
 
     def last_checkpoint(self, folder: str) -> str:
-        """The last checkpoint of this training in a folder; one that a kill or a full disk has cut short has no state,
-        which the Trainer writes last, and is passed over, as is one that lacks what it would begin anew.
-        """
+        """The last checkpoint of this training in a folder; one that a kill or full disk cut short is passed over."""
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
                 state = read_json(Path(checkpoint, TRAINER_STATE_NAME))

@@ -88,9 +88,7 @@ def _check_use(training: Mapping[str, Any]) -> None:
 
 
 class BestCheckpoint(TrainerCallback):
-    """Has the last step measured too, lets no checkpoint count that is no nearer to the teacher than the model was
-    `before`, and ends a training that comes no nearer for long.
-    """
+    """Measures the last step too, counts no checkpoint that brought nothing, and ends a training that goes on so."""
 
     def __init__(self, before: float):
         self.before = before

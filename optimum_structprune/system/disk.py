@@ -181,9 +181,7 @@ class Output:
 
 
 class GGUFOutput(Output):
-    """A GGUF file that a run makes; it becomes part of the result that it lies in, if any. With `overwrite` any
-    file is replaced: that one is named, and what lies in a folder is not.
-    """
+    """A GGUF file that a run makes, as part of the result that it lies in; `overwrite` replaces any file."""
 
     def _staging(self, folder: Path) -> Path:
         return super()._staging(folder) / self.path.name

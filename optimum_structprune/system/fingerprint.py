@@ -34,9 +34,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def weights_hash(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits: the same in float32 and in
-    bfloat16, and where accelerate has put some of them on the disk.
-    """
+    """The SHA-256 of a model's type and its weights as bfloat16: the same in float32, and with some on the disk."""
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in _weights(model):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
