@@ -35,6 +35,10 @@ from .text import left_out_text, training_text
 from .trainer import BestCheckpoint, DistillTrainer, NothingGainedWarning, RecoveryOutcome, training_arguments
 
 
+class _NothingGainedError(Exception):
+    """A training brought a model no nearer to its teacher, and is taken back."""
+
+
 class Recovery:
     """Trains a pruned causal language model.
 
@@ -108,10 +112,7 @@ class Recovery:
             if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
                 self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
             name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
-            inputs = [] if self._inputs is None else [self._inputs]
-            checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
-            listeners = [*self.callbacks, *inputs]
-            recovered, outcome = _trained(model, config, seed, curriculum, arguments, listeners, checkpoint)
+            recovered, outcome = self._trained(model, seed, curriculum, arguments, resume)
             wait_for_everyone()
         self.report, self.domains = replace(outcome, teacher=name), domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
@@ -121,6 +122,36 @@ class Recovery:
         if outcome.stopped or not outcome.kept_step:
             warn(outcome.stopped or outcome.kept, NothingGainedWarning)
         return recovered
+
+    def _trained(
+        self, model: PreTrainedModel, seed: int, curriculum: Curriculum, arguments: TrainingArguments, resume: bool
+    ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
+        """The trained model, with its adapter merged or on it, or the model as it was if that is nearer."""
+        config, inputs = self.config, [] if self._inputs is None else [self._inputs]
+        checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
+        before = curriculum.measure(model)
+        start, outcome = curriculum.distance_in(before), RecoveryOutcome()
+        best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
+        adapter = None if config.train == "full" else lora_config(config)
+        set_seed(seed)  # of the adapter's values
+        try:
+            ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)
+            with ready as trained, to_train(trained, arguments) as whole:
+                listeners = [*self.callbacks, *inputs, *best]
+                trainer = DistillTrainer(whole, arguments, curriculum, config.kl_weight, listeners)
+                trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+                outcome = trainer.outcome(trained_for)
+                if trainer.nearest() >= start:
+                    raise _NothingGainedError
+        except _NothingGainedError:
+            trained, outcome = model, replace(outcome, kept_step=0)
+            if adapter is not None and not config.merge:  # a new adapter changes nothing
+                with fresh_adapter(model, adapter, merge=False) as trained:
+                    pass
+        if config.merge and isinstance(trained, PeftModel):
+            trained = trained.merge_and_unload()
+        outcome.enter(before, curriculum.measure(trained))
+        return trained, outcome
 
     def save(
         self,
@@ -173,45 +204,6 @@ class Recovery:
         with based_on(model, base) if isinstance(model, PeftModel) else nullcontext():
             used = [base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
-
-
-class _NothingGainedError(Exception):
-    """A training brought a model no nearer to its teacher, and is taken back."""
-
-
-def _trained(
-    model: PreTrainedModel,
-    config: RecoveryConfig,
-    seed: int,
-    curriculum: Curriculum,
-    arguments: TrainingArguments,
-    listeners: Sequence[TrainerCallback],
-    checkpoint: str | None,
-) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
-    """The trained model, with its adapter merged or on it, or the model as it was if that is nearer to the teacher."""
-    before = curriculum.measure(model)
-    start, outcome = curriculum.distance_in(before), RecoveryOutcome()
-    best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
-    adapter = None if config.train == "full" else lora_config(config)
-    set_seed(seed)  # of the adapter's values
-    try:
-        ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)
-        with ready as trained, to_train(trained, arguments) as whole:
-            parts = curriculum.lessons, config.kl_weight, curriculum.teacher, curriculum.distance
-            trainer = DistillTrainer(whole, arguments, *parts, [*listeners, *best])
-            trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-            outcome = trainer.outcome(trained_for)
-            if trainer.nearest() >= start:
-                raise _NothingGainedError
-    except _NothingGainedError:
-        trained, outcome = model, replace(outcome, kept_step=0)
-        if adapter is not None and not config.merge:  # a new adapter changes nothing
-            with fresh_adapter(model, adapter, merge=False) as trained:
-                pass
-    if config.merge and isinstance(trained, PeftModel):
-        trained = trained.merge_and_unload()
-    outcome.enter(before, curriculum.measure(trained))
-    return trained, outcome
 
 
 def recover(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
@@ -22,8 +22,8 @@ from ..forward.metrics import divergence, evaluating, perplexity_errors, perplex
 from ..record.report import RecoveryReport
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
-from .samples import IGNORED, Sample, collate, logits_at
-from .teacher import Teacher
+from .lessons import Curriculum
+from .samples import IGNORED, collate, logits_at
 from .text import ANSWERS, LEFT_OUT
 
 
@@ -110,24 +110,17 @@ class BestCheckpoint(TrainerCallback):
 
 
 class DistillTrainer(Trainer):
-    """Trains what is trainable of a model, and measures its `distance` from the teacher at each checkpoint."""
+    """Trains what is trainable of a model, and measures its distance from the teacher at each checkpoint."""
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        arguments: TrainingArguments,
-        samples: Sequence[Sample],
-        kl_weight: float,
-        teacher: Teacher | None,
-        distance: Callable[[Any], float],
-        callbacks: list[TrainerCallback],
+        self, model: Any, arguments: TrainingArguments, curriculum: Curriculum, kl_weight: float, callbacks: list[Any]
     ):
         # The Trainer asks for the second of these and does not use it.
-        data: Any = {"train_dataset": samples, "eval_dataset": samples, "data_collator": collate}
-        super().__init__(model=model, args=arguments, callbacks=callbacks, **data)
+        samples: Any = {"train_dataset": curriculum.lessons, "eval_dataset": curriculum.lessons}
+        super().__init__(model=model, args=arguments, callbacks=callbacks, data_collator=collate, **samples)
         # The loss is a mean over as many places in each sample, so the Trainer may average over accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.kl_weight, self.teacher, self.distance = kl_weight, teacher, distance
+        self.curriculum, self.teacher, self.kl_weight = curriculum, curriculum.teacher, kl_weight
         self.stopped, self.begun = "", False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +195,7 @@ class DistillTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the distance, as `Trainer.evaluate` would a loss."""
-        metrics = {"eval_distance": self.distance(self.model)}
+        metrics = {"eval_distance": self.curriculum.distance(self.model)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -210,7 +203,7 @@ class DistillTrainer(Trainer):
     def nearest(self) -> float:
         """The least distance of a checkpoint, or where none is compared, that of the model."""
         best = self.args.load_best_model_at_end
-        return cast("float", self.state.best_metric) if best else self.distance(self.model)
+        return cast("float", self.state.best_metric) if best else self.curriculum.distance(self.model)
 
     def _check(self, loss: Tensor) -> None:
         self.begun = True
