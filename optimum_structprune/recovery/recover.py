@@ -71,10 +71,9 @@ class Recovery:
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.domains: list[Domain] = []
         self._manifest: Manifest | None = None
-        self._pruned = pruned
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
-        self._base = ""
+        self._pruned, self._base = pruned, ""
         self.report: RecoveryOutcome | None = None
         self._inputs: TrainingInputs | None = None
 
@@ -98,7 +97,7 @@ class Recovery:
             taught_by = load_teacher(teacher, model, *readers, trust_remote_code, arch_file)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
-        self._base, seen = source_of(model), Manifest.seen_by(model)
+        self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
         seed = self.pruning.seed if config.seed is None else config.seed
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
@@ -200,9 +199,8 @@ class Recovery:
 
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         # An adapter is of no use without the model under it.
-        base = str(self._pruned or self._base)
-        with based_on(model, base) if isinstance(model, PeftModel) else nullcontext():
-            used = [base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
+        with based_on(model, self._base) if isinstance(model, PeftModel) else nullcontext():
+            used = [self._base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 

@@ -174,11 +174,7 @@ class DistillTrainer(Trainer):
         return seen * int((samples[0]["targets"] != IGNORED).sum()) if seen else 0
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """The divergence from the teacher, mixed with cross-entropy where the config says so."""
         logits, weight = logits_at(model, inputs), self.kl_weight if self.teacher else 0

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from glob import escape, glob
 from pathlib import Path
@@ -59,11 +59,7 @@ class Output:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs from the same output, for all processes, and clear away what killed ones left."""
-        if is_first_rank():
-            with self._locked():
-                wait_for_all()
-                yield
-        else:
+        with self._locked() if is_first_rank() else nullcontext():
             wait_for_all()  # so that no working folder is taken for one that was left
             yield
 
