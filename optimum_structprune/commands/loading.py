@@ -81,11 +81,10 @@ class Loading:
 
     def model(self, name: str, scratch: Path | None = None) -> PreTrainedModel:
         """A model without its tokenizer."""
-        if self.offload is not None:
-            _check_readable_by_layer(name)
         config = self.config(name)
         places: str | dict[str, str] | None = self.device
         if self.offload is not None:
+            _check_readable_by_layer(name)
             places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
         try:
             model, loaded = model_class(config, self.arch_file).from_pretrained(

@@ -50,10 +50,7 @@ def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
     document = to_json({MARK: __version__, **result.values})
     if isinstance(args.json, str):
-        try:
-            Path(args.json).write_text(document + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StructPruneError(f"--json {args.json} cannot be written: {error.strerror}.") from error
+        Path(args.json).write_text(document + "\n", encoding="utf-8")
     try:
         encoding = sys.stdout.encoding or "utf-8"
         text = document if args.json is True else result.text
