@@ -144,8 +144,7 @@ class StructPruneCallback(TrainerCallback):
         names = next(iter(self.steps.values()), {})
         values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}
         values["structprune/params"] = model.num_parameters()
-        if state.log_history:
-            state.log_history[-1].update(values)
+        state.log_history[-1].update(values)
         if logs is not None and "loss" in logs:
             logs.update(values)
 

@@ -20,8 +20,6 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 
 
-# The first key of a result as JSON.
-MARK = "structprune"
 # Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.
 OF_NO_USE = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
 # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
@@ -48,7 +46,7 @@ def check_file(file: str, label: str, overwrite: bool = False) -> None:
 
 def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
-    document = to_json({MARK: __version__, **result.values})
+    document = to_json({"structprune": __version__, **result.values})
     if isinstance(args.json, str):
         Path(args.json).write_text(document + "\n", encoding="utf-8")
     try:

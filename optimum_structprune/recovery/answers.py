@@ -47,7 +47,6 @@ TEMPERATURE = 0.7
 AT_ONCE = 32
 # Writes behind prompts of token ids, so many tokens at most, by a seed.
 Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
-Conversation = tuple[Sequence[int], Sequence[int]]
 
 
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -148,7 +147,7 @@ class Answers:
         self.prompts, self.write, self.file, self.seed = prompts, write, file, seed
         self._kept = {batch["batch"]: batch["answers"] for batch in whole_lines(file)}
 
-    def conversations(self, length: int) -> Iterator[Conversation]:
+    def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         """Prompts and answers of so many tokens at most, without end."""
         start = LENGTHS.index(length) * len(self.prompts) // len(LENGTHS)
         for number in count():
