@@ -24,7 +24,6 @@ from ..criteria import CRITERIA
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
-from ..system.disk import check_folder
 
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
@@ -56,7 +55,8 @@ def check(
         if not has_inputs:
             check_reads_text(described.plain_model)
         _check_text(has_tokenizer, has_inputs, VOCAB in widths)
-        _check_folders(config)
+        if config.checkpoint_dir or config.losses_dir:
+            _check_folders(config)
     if use == PRUNE and config.recovery is not None:
         from ..recovery.checks import check_recovery  # training libraries take seconds to import
 
@@ -240,6 +240,8 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 def _check_folders(config: StructPruneConfig) -> None:
     """Refuse to put what a run remembers beside a model, or where nothing can be written."""
+    from ..system.disk import check_folder
+
     for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
         check_folder(folder)
         if Path(folder, "config.json").is_file():
