@@ -28,15 +28,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A table of classes or functions of one kind.
-
-    Built-in entries register with the decorator. Third parties do the same, or declare an entry point in the group
-    `optimum_structprune.<kind>s`, which is imported only when its name is asked for.
-
-    Args:
-        kind: What the entries are, in the singular ("criterion"), for messages.
-        group: The name of the entry-point group.
-        built_in: Names that are legal before the modules that register them are imported.
+    """A table of classes or functions of one `kind`, such as "criterion": built-in ones register with the decorator.
+    Third parties do the same, or declare an entry point in its `group`, which is imported when its name is asked for.
+    The names in `built_in` are legal before the modules that register them are imported.
     """
 
     def __init__(self, kind: str, group: str, built_in: Iterable[str] = ()):
@@ -68,11 +62,7 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """What is registered under `name`.
-
-        Raises:
-            StructPruneError: If nothing is; the message proposes the nearest name.
-        """
+        """What is registered under `name`; where nothing is, the error proposes the nearest name."""
         if name not in self._entries:
             points = {point.name: point for point in _declared(self.group)}
             if name not in points:
@@ -85,11 +75,7 @@ class Registry(Generic[T]):
         return sorted({*self.built_in, *self._entries, *(point.name for point in _declared(self.group))})
 
     def check(self, name: str) -> None:
-        """Refuse a name that nothing is registered under, without importing anything.
-
-        Raises:
-            ValueError: If there is no such name; the message proposes the nearest one.
-        """
+        """Refuse a name that nothing is registered under with a ValueError, without importing anything."""
         if name not in self.names():
             raise ValueError(f"has to name a registered {self.kind}, got {name!r}.{did_you_mean(name, self.names())}")
 
