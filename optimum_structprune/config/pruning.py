@@ -48,7 +48,7 @@ ALLOCATIONS: Registry[Any] = Registry(
 BLOCK_INFLUENCE = "block_influence"
 LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
 # The criteria that score whole experts, and nothing else; the first is the default.
-EXPERT_SCORES = ("reap_sum", "reap", "reap_normalised")
+EXPERT_SCORES = ("reap", "reap_sum", "reap_normalised")
 EXPERT_CRITERIA: Registry[Any] = Registry("expert criterion", "optimum_structprune.expert_criteria", EXPERT_SCORES)
 # The languages of which there are texts, by their codes (ISO 639-1).
 LANGUAGES = {
@@ -103,7 +103,7 @@ class StructPruneConfig(Serialisable):
             None stands for those whose script the domains show, without the general text. Units inside the layers are
             calibrated on a little built-in text in each, with a tenth of the weight.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
-            refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap_sum` is the
+            refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap` is the
             default, and whole layers too.
         refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
