@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 
@@ -23,6 +23,7 @@ BUILTIN = "builtin:"
 # The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
 GENERAL, ANY = "general", "any"
 CHAT = "chat"
+Config = TypeVar("Config", bound="WithDomains")
 
 
 class Reiterable:
@@ -130,24 +131,30 @@ def as_domain(item: Any, owner: str) -> DomainConfig:
     return DomainConfig.from_dict(item)
 
 
-def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """The fields of a config, with every entry of `domains` as a `DomainConfig`, where it lists any."""
-    domains = mapping_of(data, owner).get("domains")
-    if not isinstance(domains, list):
-        return data
-    return {**data, "domains": [as_domain(item, owner) for item in domains]}
+class WithDomains(Serialisable):
+    """A config that names domains, or none."""
 
+    domains: list[DomainConfig] | None
 
-def check_names(domains: Iterable[DomainConfig]) -> None:
-    """Refuse a list of domains that is empty or has two of the same name."""
-    domains = [*domains]
-    names = [domain.name for domain in domains]
-    if not finite(sum(domain.weight for domain in domains)):
-        raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
-    if not names:
-        raise ValueError("domains has to name at least one domain, got []")
-    if len(set(names)) < len(names):
-        raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
+    @classmethod
+    def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
+        """Inverse of `to_dict`; domains may be mappings."""
+        domains = mapping_of(data, cls.__name__).get("domains")
+        if isinstance(domains, list):
+            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        return super().from_dict(data)
+
+    def validate_domains(self) -> None:
+        """Refuse an empty list of domains, and two of the same name."""
+        if self.domains is None:
+            return
+        names = [domain.name for domain in self.domains]
+        if not finite(sum(domain.weight for domain in self.domains)):
+            raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
+        if not names:
+            raise ValueError("domains has to name at least one domain, got []")
+        if len(set(names)) < len(names):
+            raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
 
 
 def is_general(domain: DomainConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What every config is made of: strict fields, plain values in and out, and the domain that several of them name."""
+"""What every config is made of: strict fields, and plain values in and out."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json

@@ -10,16 +10,16 @@ from huggingface_hub.dataclasses import strict, validated_field
 
 from ..plain_json import replace_json, versioned
 from ..registry import Registry, did_you_mean
-from .domains import GENERAL, DomainConfig, check_names, is_general, with_domains
+from .domains import GENERAL, DomainConfig, WithDomains, is_general
 from .fields import (
     FieldError,
     Number,
-    Serialisable,
     below_one,
     by_layer,
     config_class,
     filled,
     finite,
+    mapping_of,
     positive,
     proportion,
     read_json,
@@ -77,7 +77,7 @@ def _codes(languages: Sequence[str]) -> tuple[str, ...]:
 @config_class
 @strict
 @dataclass(kw_only=True)
-class StructPruneConfig(Serialisable):
+class StructPruneConfig(WithDomains):
     """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
 
     Args:
@@ -200,8 +200,7 @@ class StructPruneConfig(Serialisable):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
         """Inverse of `to_dict`; domains and recovery may be mappings."""
-        data = with_domains(data, cls.__name__)
-        if isinstance(recovery := data.get("recovery"), Mapping):
+        if isinstance(recovery := mapping_of(data, cls.__name__).get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
 
@@ -270,11 +269,6 @@ class StructPruneConfig(Serialisable):
     def validate_amount(self) -> None:
         """Check that exactly one of `sparsity`, `widths` and `budget` is given, and that numbers are positive."""
         _check_amount(self)
-
-    def validate_domains(self) -> None:
-        """Check that there is at least one domain, and that no two have the same name."""
-        if self.domains is not None:
-            check_names(self.domains)
 
     def validate_together(self) -> None:
         """Check that no two fields contradict each other."""

@@ -1,14 +1,13 @@
 """How a pruned model is trained afterwards: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from .domains import DomainConfig, check_names, with_domains
-from .fields import Number, Serialisable, config_class, filled, finite_inside, positive, seed_of_all
+from .domains import DomainConfig, WithDomains
+from .fields import Number, config_class, filled, finite_inside, positive, proportion, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -29,15 +28,10 @@ SHORT, BATCH_SIZE = 50_000, 4
 RATES = {"lora": 1e-3, "full": 1e-4}
 
 
-def _share(value: Any) -> None:
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f"has to lie between 0 and 1, got {value}")
-
-
 @config_class
 @strict
 @dataclass(kw_only=True)
-class RecoveryConfig(Serialisable):
+class RecoveryConfig(WithDomains):
     """How a pruned model is trained, with or without a teacher.
 
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
@@ -78,27 +72,17 @@ class RecoveryConfig(Serialisable):
     train: Literal["lora", "full"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
-    answer_share: Number = validated_field(_share, default=0.5)
+    answer_share: Number = validated_field(proportion, default=0.5)
     prompts: str | None = validated_field(filled, default=None)
     left_out: str | None = validated_field(filled, default=None)
-    kl_weight: Number = validated_field(_share, default=1.0)
+    kl_weight: Number = validated_field(proportion, default=1.0)
     merge: bool = True
     seed: int | None = validated_field(seed_of_all, default=None)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
-        """Inverse of `to_dict`; domains may be mappings."""
-        return super().from_dict(with_domains(data, cls.__name__))
 
     @property
     def distils(self) -> bool:
         """Whether the loss compares the model with a teacher."""
         return bool(self.kl_weight)
-
-    def validate_domains(self) -> None:
-        """Refuse an empty list of domains, and two of the same name."""
-        if self.domains is not None:
-            check_names(self.domains)
 
     def validate_train(self) -> None:
         """Refuse what belongs to another way of training."""
