@@ -8,8 +8,7 @@ import torch
 from models import build, config, token_ids, tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.config.domains import check_names
+from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.criteria import CRITERIA, Criterion, register_criterion
 from optimum_structprune.domains.sources import documents as read
@@ -81,7 +80,7 @@ def test_odd_texts(tmp_path):
     with pytest.raises(StructPruneError, match="half a character"):
         [*read(DomainConfig("a", ["whole", "half \ud800"]), 0)]
     with pytest.raises(ValueError, match="add up to infinity"):
-        check_names([DomainConfig("a", ["x"], weight=1e308), DomainConfig("b", ["x"], weight=1e308)])
+        RecoveryConfig(domains=[DomainConfig("a", ["x"], weight=1e308), DomainConfig("b", ["x"], weight=1e308)])
     with pytest.raises(StructPruneError, match="is empty"):
         read_heldout(DomainConfig("a", []), tokenizer(), 8)
     (tmp_path / "empty.csv").write_text("")
