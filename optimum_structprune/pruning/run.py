@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from copy import deepcopy
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
-from ..errors import InPlaceError, StructPruneError
+from ..errors import InPlaceError
 from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
 from ..record.plan import Plan
@@ -25,7 +24,7 @@ from ..sources.data import CalibrationData, method_of
 from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
-from ..widths.budget import biased_spaces, large_vocabulary
+from ..widths.budget import biased_spaces
 from .measure import Measure
 
 
@@ -160,20 +159,6 @@ class Run:
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
         self.report.target = self.config.sparsity
-        self._note_unread()
-
-    def _note_unread(self) -> None:
-        """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
-        space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
-        if self.counted or self.tokenizer is None or space is None:
-            return
-        from ..vocabulary.choose import token_shares, unread
-        from ..vocabulary.tokens import Vocabulary
-
-        with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
-            vocabulary = Vocabulary.of(self.tokenizer)
-            tokens = unread(vocabulary, token_shares(self.data.domains, vocabulary.size))
-            self.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
 
     def __enter__(self) -> Run:
         return self

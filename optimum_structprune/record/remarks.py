@@ -19,8 +19,6 @@ MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
 MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
-# Tokens that the text never shows are named where they have more than this part of the parameters.
-LEAST_SHOWN = 0.01
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
 NAMES = {
@@ -154,11 +152,7 @@ def speed_remark(record: Mapping[str, Any]) -> str:
 
 
 def _languages(report: Mapping[str, Any]) -> Iterator[str]:
-    """How much of a vocabulary the text has no use for, and which scripts and languages a smaller one is hard on."""
-    unread = report.get("unread") or {"tokens": 0, "parameters": 0}
-    if (share := unread["parameters"] / report["parameters"]["after"] if unread["tokens"] else 0.0) > LEAST_SHOWN:
-        tokens = f"{unread['tokens']:,} tokens, {share:.0%} of the parameters"
-        yield f"{tokens}, are of scripts that the text next to never shows; --target vocab with a budget removes such"
+    """Which scripts and languages a smaller vocabulary is hard on."""
     scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
     if scripts:
         shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])

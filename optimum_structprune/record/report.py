@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import Record
-from ..system.stages import model_bytes, peak_memory, stage
+from ..system.stages import model_bytes, stage
 from .plan import Plan
 
 
@@ -86,13 +86,11 @@ class Report(Record):
     balances: list[dict[str, Any]] = field(default_factory=list)
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
     trimmed: dict[str, int] = field(default_factory=dict)
     changed: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     removed_layers: list[int] = field(default_factory=list)
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
     resumed: bool = False
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
@@ -114,22 +112,14 @@ class Report(Record):
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time spent inside `with` to a stage, without that of stages inside it, and note the memory taken."""
+        """Add the time spent inside `with` to a stage, without that of stages inside it."""
         with stage(name, self.seconds):
             yield
-        self.memory[name] = peak_memory()
 
     @property
     def sparsity(self) -> float:
         """The share of the layers' parameters that was removed."""
         return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
-
-    def missed_target(self) -> str:
-        """What was asked for and what was removed, where they are far apart; else nothing."""
-        from .remarks import target_summary
-
-        _, warns, missed = target_summary(self.to_dict()).rpartition("warning: ")
-        return missed if warns else ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -1,4 +1,4 @@
-"""What a run costs: its stages, which are announced and timed, how far they are, and the memory that it takes."""
+"""What a run costs: its stages, which are announced and timed, how far they are, and the size of its weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-
-try:
-    import resource
-except ImportError:  # Windows has no such module
-    resource = None  # type: ignore[assignment]
 
 
 UNITS = ("bytes", "kB", "MB", "GB")
@@ -97,20 +92,6 @@ class _Lines:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-def peak_memory() -> dict[str, int]:
-    """The most bytes that this process has held at a time, on the `cpu` and on `cuda`, as far as it can be known."""
-    import torch
-
-    peaks = {}
-    if resource is not None:
-        # Linux counts in kB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peaks["cuda"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    return peaks
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -89,7 +89,9 @@ class Tokens:
         vocabulary, space = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0]
         competes = config.widths is None and len(widths) > 1
         ids = range(max(space.size, vocabulary.size))
-        always = {*ids[space.size :], *_always(config, model, tokenizer, vocabulary)}
+        always = {*ids[space.size :], *vocabulary.always, *named_ids(model)}
+        if config.keep_tokens is not None:
+            always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
         always = with_needs(always, vocabulary.needs) & {*ids}
         tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
         may = tokens.may
@@ -118,16 +120,6 @@ class Tokens:
         """
         padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
         return keep_tokens(self.rows + self.beyond, [*padding[::-1], *order], number + self.beyond)
-
-
-def _always(
-    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> set[int]:
-    """The tokens that stay whatever the text is: those of the tokenizer, of the configs and of `keep_tokens`."""
-    always = {*vocabulary.always, *named_ids(model)}
-    if config.keep_tokens is not None:
-        always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-    return always
 
 
 def _lines(path: str) -> list[str]:
@@ -270,12 +262,6 @@ def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) 
     guess = number**-1 if predicted is None else evidence**0.5 * number**-0.75
     guess = guess * _by_script(vocabulary, evidence) ** 0.5
     return shares.double() + GUESSED * guess / guess.sum()
-
-
-def unread(vocabulary: Vocabulary, shares: Tensor) -> int:
-    """The number of tokens of scripts that a text hardly ever shows; `shares` holds the share of each token in it."""
-    rare = (_by_script(vocabulary, shares.double()) < NEVER).nonzero().flatten().tolist()
-    return len(set(rare) - set(vocabulary.always))
 
 
 def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:

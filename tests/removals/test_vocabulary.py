@@ -125,14 +125,6 @@ def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_witho
     kept.save(small, tmp_path / "out")
 
 
-def test_the_report_says_what_of_a_large_vocabulary_the_text_has_no_use_for():
-    pruner, small = pruned(widths={"mlp": 32})
-    tokens = pruner.report.unread["tokens"]
-    assert pruner.report.unread["parameters"] == tokens * 2 * 32
-    pruner.report.unread = {"tokens": 100, "parameters": small.num_parameters() // 4}
-    assert "100 tokens, 25% of the parameters, are of scripts that the text" in str(pruner.report)
-
-
 def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
     larger = deepcopy(reader())
     larger.add_tokens(["<image>"])

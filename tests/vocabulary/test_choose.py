@@ -22,7 +22,6 @@ from optimum_structprune.vocabulary.choose import (
     predicted_shares,
     removal_order,
     token_shares,
-    unread,
     wanted_shares,
 )
 from optimum_structprune.vocabulary.languages import (
@@ -131,11 +130,6 @@ def test_a_tokenizer_is_left_with_what_is_chosen():
     number = (len(vocabulary.always) + vocabulary.size) // 2
     keep = chosen(vocabulary, torch.rand(vocabulary.size), number)
     assert len(vocabulary.smaller(keep)) == len(keep) == number
-
-
-def test_tokens_of_scripts_that_the_text_never_shows_are_counted():
-    assert unread(WORDS, torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0]) / 4) == 1  # one of the two always stays
-    assert unread(WORDS, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 0])) == 4
 
 
 def test_every_language_that_a_config_may_name_has_both_texts_and_they_differ():
