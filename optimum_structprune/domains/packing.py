@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain, islice
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
 from ..errors import StructPruneError
-from .templates import Document
+from .templates import Document, chat_text
 
 
 DOCUMENTS_PER_CALL = 32
@@ -145,8 +145,16 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a text behind that at its head."""
-    prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
+    prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if prefix is None else [prefix, *ids]
+
+
+def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a model answers: messages in its chat template, or an opening where it has none."""
+    if not tokenizer.chat_template:
+        return tokenize_with_prefix(opening, tokenizer)
+    text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def tokenised(

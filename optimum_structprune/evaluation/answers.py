@@ -15,9 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of, predicts_next
-from ..domains.packing import tokenize_with_prefix
+from ..domains.packing import prompt_ids
 from ..domains.passages import shared_tokens
-from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continued
 from ..forward.metrics import divergence, evaluating, standard_error
@@ -62,10 +61,7 @@ class Question:
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens that a model answers."""
-        if not tokenizer.chat_template:
-            return tokenize_with_prefix(self.opening, tokenizer)
-        text = chat_text(tokenizer, self.messages, add_generation_prompt=True, enable_thinking=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt_ids(self.messages, self.opening, tokenizer)
 
 
 def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:

@@ -20,8 +20,7 @@ from ..arch.meta import positions_of
 from ..arch.modules import blocks
 from ..config.domains import template_fields
 from ..config.fields import read_yaml
-from ..domains.packing import tokenize_with_prefix
-from ..domains.templates import chat_text
+from ..domains.packing import prompt_ids
 from ..errors import StructPruneError
 from ..forward.generation import sampled
 from ..forward.metrics import evaluating
@@ -99,7 +98,7 @@ def prompts_of(
     else:
         builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
         conversations = read_prompts(path) if path else builtin
-        read = [(messages[-1]["content"], _ids(messages, tokenizer)) for messages in conversations]
+        read = [(of[-1]["content"], prompt_ids(of, of[-1]["content"], tokenizer)) for of in conversations]
     questions, fields = whole_lines(QUESTIONS), ("prompt", "opening")
     asked = [_words(question[name]) for question in questions for name in fields if name in question]
     longest = min(LONGEST, positions_of(model) // 2)
@@ -112,13 +111,6 @@ def prompts_of(
         )
     Random(seed).shuffle(kept)
     return kept
-
-
-def _ids(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenize_with_prefix(messages[-1]["content"], tokenizer)
-    text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _words(text: str) -> set[str]:

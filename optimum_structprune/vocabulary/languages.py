@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
-from ..domains.packing import prefix_token
+from ..domains.packing import tokenize_with_prefix
 from ..forward.metrics import row_losses
 from .tokens import Vocabulary
 
@@ -38,9 +38,7 @@ def texts(name: str = SAME) -> dict[str, str]:
 
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:
     """The tokens of the text in each of 30 languages, by their codes, behind the token at the head of a text."""
-    prefix, by_code = prefix_token(tokenizer), texts(name)
-    rows = tokenizer([*by_code.values()], add_special_tokens=False, verbose=False)["input_ids"]
-    return {code: [*([] if prefix is None else [prefix]), *ids] for code, ids in zip(by_code, rows, strict=True)}
+    return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
