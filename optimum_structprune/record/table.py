@@ -141,7 +141,9 @@ def speed_rows(record: Record) -> list[Row]:
             ratios = {model: one["speedup"] for model, one in list(of.items())[1:]}
             rows.append(_row(f"{work} tokens/s, {shape}", rates, models, 1))
             if ratios:
-                medians = {model: ratio["median"] for model, ratio in ratios.items() if is_shown(ratio)}
+                medians = {
+                    model: ratio["median"] for model, ratio in ratios.items() if not ratio["low"] <= 1 <= ratio["high"]
+                }
                 note = "" if models[-1] in medians else "not shown"
                 quartiles = {model: [ratio["low"], ratio["high"]] for model, ratio in ratios.items()}
                 rows += [
@@ -151,11 +153,6 @@ def speed_rows(record: Record) -> list[Row]:
     return rows + [
         _row(f"memory, {shape}", of, models, change=PERCENT) for shape, of in (record.get("run_memory") or {}).items()
     ]
-
-
-def is_shown(speedup: Mapping[str, float]) -> bool:
-    """Whether the quartiles of a speed-up lie on one side of 1."""
-    return not speedup["low"] <= 1 <= speedup["high"]
 
 
 def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.llama_cpp import layer_configs
 from ..arch.load import describe
 from ..arch.meta import check_plain, dequantized, meta_model
-from ..arch.nemotron_nas import CODE, FORM, check_nemotron_nas, llama_config, nemotron_nas_fields, padded, sizes_of
+from ..arch.nemotron_nas import CODE, check_nemotron_nas, llama_config, nemotron_nas_fields, padded, sizes_of
 from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
 from ..plain_json import replace_json
@@ -25,9 +25,6 @@ from ..system.disk import Output
 from ..system.stages import model_bytes
 from .card import leave_card
 from .save import RECORD_NAMES, check_reload, save_checked
-
-
-EXPORT_NAME = "structprune_export.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def export_uniform(
     pad_(uniform, describe(uniform, arch_file))
 
     def write(folder: Path) -> None:
-        _copy_records(model, folder, "uniform", padding)
+        _copy_records(model, folder)
         leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
 
     padding = _padding(model, uniform)
@@ -135,7 +132,7 @@ def export_nemotron_nas(
 
     def write(folder: Path) -> None:
         check_reload(model, folder, type(llama))
-        _copy_records(model, folder, FORM, padding)
+        _copy_records(model, folder)
         replace_json(folder / "config.json", nemotron_nas_fields(config))
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
         shutil.copyfile(CODE, folder / CODE.name)
@@ -150,12 +147,10 @@ def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:
     return Padding(model.num_parameters(), filled.num_parameters(), dense, added)
 
 
-def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padding) -> None:
+def _copy_records(model: PreTrainedModel, folder: Path) -> None:
     for name in RECORD_NAMES:
         if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
             shutil.copyfile(record, folder / name)
-    parameters = {"before": padding.before, "after": padding.after}
-    replace_json(folder / EXPORT_NAME, {"form": form, "parameters": parameters})
 
 
 def _dense_parameters(folder: str | None) -> int | None:

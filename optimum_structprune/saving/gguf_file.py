@@ -294,7 +294,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     if pieces:
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     else:
-        writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     _add_special(writer, tokenizer)
 
 
@@ -365,14 +365,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
     return texts, types
 
 
-def _merges(model: Mapping[str, Any]) -> list[list[str]]:
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-
-
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
     """What llama.cpp joins pieces by, the highest first: minus the number of the first merge that makes a piece."""
     rank: dict[str, int] = {}
-    for number, pair in enumerate(_merges(model)):
+    for number, pair in enumerate(model["merges"]):
         rank.setdefault("".join(pair), number)
     return [-float(rank[name]) if name in rank else NO_MERGE for name in names]
 
