@@ -236,9 +236,7 @@ def to_yaml(value: Any) -> str:
 
 
 def parse_yaml(text: str, aliases: bool = False) -> Any:
-    """The value of a YAML document; aliases, with which a short text can stand for endless values, are refused unless
-    they are allowed.
-    """
+    """The value of a YAML document; aliases, by which a short text may be endless, have to be allowed."""
     try:
         if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, PlainLoader)):
             raise yaml.YAMLError("it has an alias (*name); write the value out")

@@ -58,9 +58,7 @@ PATIENCE = 120
 def self_documents(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int, tokens: int
 ) -> Iterator[str]:
-    """Documents that a model writes, without end, the same for a seed and a number of `tokens` that are needed;
-    batches are kept on the disk for next time.
-    """
+    """Documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk."""
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
@@ -214,9 +212,7 @@ def _varied(ids: Sequence[int]) -> bool:
 
 
 def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[Document]]:
-    """The first of some batches, and those after it: each process writes one of them, and the first process keeps all
-    on the disk.
-    """
+    """The first of some batches and those after it, one written by each process, which are kept on the disk."""
     own = batches[process_index() : process_index() + 1]
     with unshared():
         documents = [author.write(batch) for batch in own]

@@ -29,9 +29,7 @@ class Passages:
         return float(losses.mean()) * len(self.texts) / log(2) / self.bytes if self.bytes else nan
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:
-        """The samples as a model with this tokenizer reads them: ids of shape `(tokens,)`, in numbers that differ. As
-        in packed text, each begins with the prefix, and EOS lies between two documents.
-        """
+        """The samples as ids of another tokenizer in packed text, shape `(tokens,)`, in numbers that differ."""
         prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
         if prefix is None:
             raise StructPruneError(

@@ -22,9 +22,7 @@ def note_reader(model: Module, tokenizer: Any) -> None:
 
 
 def reader_of(model: Module, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, as it was noted or from the place that the model was loaded from; None where there is
-    none, or the model has had another number of tokens there.
-    """
+    """The tokenizer noted for a model, or the one where it was loaded from if the number of tokens is the same."""
     name = getattr(model, "name_or_path", None)
     if model in _READERS or not name:
         return _READERS.get(model)
@@ -50,9 +48,7 @@ def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, s
 
 
 def check_tokens(model: Module, tokenizer: Any) -> None:
-    """Refuse a tokenizer that means other tokens by its ids than the one of the model, where that is known, or that
-    has tokens of its own which the model has no rows for.
-    """
+    """Refuse a tokenizer that means other tokens by its ids than the model's own, or that the model lacks rows for."""
     known = reader_of(model) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     if known is None or known is tokenizer:
         return

@@ -21,9 +21,7 @@ BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
 
 
 def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
-    """Replace presets by what they stand for, under the fields that a domain sets itself; a preset with `mix` gives
-    one domain `NAME-PART` for each of its parts, which share the weight equally.
-    """
+    """Replace presets by the domains that they stand for, where a domain's own fields come first."""
     resolved = [part for domain in domains for part in _resolved(domain)]
     names = [domain.name for domain in resolved]
     for name in names:
@@ -99,9 +97,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """A config whose general text is written by the model, unless the config says otherwise: where it names domains
-    that are no general text themselves and leave samples for it.
-    """
+    """A config whose general text the model writes, where it names other text and says nothing of general text."""
     domains = config.domains or []
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:

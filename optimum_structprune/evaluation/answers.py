@@ -193,9 +193,7 @@ def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answe
 
 
 class ShortCheck:
-    """Asks the models of one run, which reads so many tokens, the same few questions; a model that cannot answer ends
-    the check.
-    """
+    """Asks the models of a run that reads so many tokens the same few questions, until one cannot answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
         self.tokenizer = tokenizer

@@ -78,9 +78,7 @@ class Judged:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
     def figures(self, batch_size: int) -> dict[str, Any]:
-        """What an `Evaluation` holds of one domain, by field: beside a dense model, the divergence and the agreement
-        too, as far as the vocabularies allow.
-        """
+        """What an `Evaluation` holds of one domain, by field, as far as models and vocabularies allow."""
         models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, None
         if self.rows:
             known = {"dense": self.known}

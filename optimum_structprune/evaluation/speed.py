@@ -195,9 +195,7 @@ class _Runs:
 
 
 def _figures(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, Any]]:
-    """The seconds of each model, its tokens per second, and how many times as fast as the first model it is in each
-    pair.
-    """
+    """The seconds of each model, its tokens per second, and its speed-up over the first in each pair."""
     first = next(iter(seconds.values()))
     ratios = {name: [there / here for there, here in zip(first, own, strict=True)] for name, own in seconds.items()}
     return {

@@ -22,9 +22,7 @@ HELPS = "train the model (--recover), remove tokens in place of channels (--targ
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """How often chance alone gives a difference as large between models that are alike, of which each wins half of the
-    items that tell them apart (McNemar's exact test).
-    """
+    """How often chance alone gives such a difference between models that are alike (McNemar's exact test)."""
     apart = better + worse
     tail = sum(comb(apart, wins) for wins in range(min(better, worse) + 1)) / 2**apart
     return min(1.0, 2 * tail)

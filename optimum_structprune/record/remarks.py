@@ -129,9 +129,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def measured(record: Mapping[str, Any]) -> str:
-    """What an evaluation, a measurement of speed, or both in one record say: a table, what it means, some answers, and
-    the warnings.
-    """
+    """What an evaluation, a measurement of speed, or both say: a table, what it means, some answers, and warnings."""
     lines = [as_text(record)]
     if record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
@@ -163,9 +161,7 @@ def _languages(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the pruning costs the languages to keep, and those that the dense model knew: bits per byte, or tokens of
-    models that do not predict the next one.
-    """
+    """What the pruning costs the languages to keep and those that were known, in bits per byte or in tokens."""
     by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
     if not by_code:
         return
@@ -215,9 +211,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
-    """The languages that the pruning has made worse, of those to keep, or where none was named, of all that
-    the dense model knew; empty where there are none.
-    """
+    """The languages that the pruning has made worse, of those to keep or else of those that were known."""
     wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}
     lost = [LANGUAGES[code] for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
@@ -237,9 +231,7 @@ def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _answers(report: Mapping[str, Any]) -> tuple[float, float, str]:
-    """The share of the first model's right answers that the last keeps, the share of the questions that it loops on
-    beyond the first, and both in words; empty where nothing was asked.
-    """
+    """The share of right answers that is kept, that of questions which loop anew, and both in words, if any."""
     items = (report.get("recovery") or {}).get("answers") or report.get("answers") or []
     if not items:
         return 1.0, 0.0, ""

@@ -54,9 +54,7 @@ STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What was written for llama.cpp: its name of the architecture, gguf's name for the type of the matrices (vectors
-    are F32 always), the number of values, and the size of the file.
-    """
+    """What was written: llama.cpp's and gguf's names for architecture and type, and how many values and bytes."""
 
     architecture: str
     dtype: str
@@ -299,9 +297,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
 
 
 def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
-    """The model of a tokenizer in the words of the tokenizers library, and llama.cpp's name for what comes before the
-    merges, None for SentencePiece's pieces; what llama.cpp does not have is refused.
-    """
+    """A tokenizer's model, and llama.cpp's name for its steps before the merges, None for SentencePiece's pieces."""
     if not tokenizer.is_fast:
         raise StructPruneError(
             f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."

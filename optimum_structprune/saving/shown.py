@@ -120,9 +120,7 @@ MARKDOWN = _environment(
 
 
 def shown_of(records: Records, dense: str, dense_path: str, folder: str, again: str) -> dict[str, Any]:
-    """The values of `result.jinja`: `dense` is the name of the dense model; in commands it is `dense_path`, the result
-    `folder`, and what they make `again`.
-    """
+    """The values of `result.jinja`; `dense_path`, `folder` and `again` stand in its commands."""
     report, recovery, evaluation = records.report, records.report["recovery"], records.evaluation
     sizes, measured = size_rows(report), {"Held out of the calibration": report, "Held out of the training": recovery}
     measured |= {"Measured later": evaluation, "Speed": records.speed}

@@ -115,9 +115,7 @@ class Tokens:
         return range(len(self.always) - self.beyond, self.rows + 1)
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of the tokens of which `number` have weights, once others have gone in an order; rows
-        without a token go first.
-        """
+        """The ascending ids of tokens, of which `number` have weights, after rows without a token and others went."""
         padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
         return keep_tokens(self.rows + self.beyond, [*padding[::-1], *order], number + self.beyond)
 
@@ -193,9 +191,7 @@ def token_shares(domains: Sequence[Domain], size: int) -> Tensor:
 
 
 def predicted_shares(model: PreTrainedModel, domains: Sequence[Domain], size: int) -> Tensor:
-    """The share that a causal model expects each token to have where the calibration text goes on, domains by their
-    weights, shape `(size,)`, float64. A few thousand tokens tell it for all tokens, also those that they do not hold.
-    """
+    """The share of each token that a causal model expects in the text, by domain weights, shape `(size,)`, float64."""
     shares = torch.zeros(size, dtype=torch.float64)
     for domain in domains:
         count = max(1, round(ENOUGH * domain.weight / domain.samples.shape[1]))
@@ -242,9 +238,7 @@ def removal_order(
 
 
 def keep_tokens(size: int, order: Sequence[int], number: int) -> tuple[int, ...]:
-    """The ascending ids of `number` of `size` tokens, or of all if there are fewer, once the others have gone in an
-    order; see `removal_order`.
-    """
+    """The ascending ids of `number` of `size` tokens, or all, once others have gone in a `removal_order`."""
     return tuple(sorted({*range(size)} - {*order[: max(size - number, 0)]}))
 
 
@@ -254,9 +248,7 @@ def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Colle
 
 
 def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) -> Tensor:
-    """The share that each token is expected to have in text of all kinds, shape `(size,)`: what was counted, and a
-    guess at the rest, which weighs what the model expects, the token's number, and the share of its script.
-    """
+    """The share of each token expected in text of all kinds, shape `(size,)`: what was counted, and a guess."""
     evidence = (shares if predicted is None else predicted).double()
     number = torch.arange(vocabulary.size, dtype=torch.float64) + ALIKE
     guess = number**-1 if predicted is None else evidence**0.5 * number**-0.75

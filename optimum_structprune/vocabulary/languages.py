@@ -29,9 +29,7 @@ KNOWN = 2.0
 
 @cache
 def texts(name: str = SAME) -> dict[str, str]:
-    """The text in each of 30 languages, by their codes, of a file: the same text, or `CHOOSING`, which tokens are
-    chosen by.
-    """
+    """The texts of a file by language code: the same text in each of 30 languages, or `CHOOSING`."""
     lines = Path(__file__).with_name(f"{name}.txt").read_text("utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
@@ -56,9 +54,7 @@ def cost_by_language(
     codes: Collection[str],
     most: float = MOST_TOKENS,
 ) -> dict[str, float]:
-    """What the same text takes a model in some languages, by their codes: bits per byte of a `causal` one, or tokens.
-    Those after the first `most` tokens, or whose text is longer than the model reads, are left out.
-    """
+    """Bits per byte of the same text in some languages, as far as it is read, or tokens if a model is not `causal`."""
     rows, read = tokens_by_language(tokenizer), 0
     if not causal:
         return {code: len(rows[code]) for code in codes}
@@ -74,9 +70,7 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """What the same text takes a dense model `before` something goes, in each language by its code: first those that
-    are wanted, then those of few tokens.
-    """
+    """What the same text takes a dense model by language: first the wanted ones, then those of few tokens."""
     rows = tokens_by_language(tokenizer)
     codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
     costs = cost_by_language(model, tokenizer, causal, codes)
@@ -93,18 +87,14 @@ def with_costs_after(
     tokenizer: PreTrainedTokenizerBase,
     causal: bool,
 ) -> dict[str, dict[str, Any]]:
-    """What is known of languages by their codes, and what the same text takes the smaller model `after`, in those to
-    keep and those that the dense model knew.
-    """
+    """The same costs with those of the smaller model, for languages to keep and those that the dense one knew."""
     codes = [code for code, of in languages.items() if of["wanted"] or of.get("known", True)]
     after = cost_by_language(model, tokenizer, causal, codes, most=inf)
     return {code: {**of, "after": after.get(code)} for code, of in languages.items()}
 
 
 def known(bits: Mapping[str, float]) -> set[str]:
-    """The languages that a model knows, by the bits per byte that the same text takes in each: the whole text takes at
-    most twice the bits of the best language.
-    """
+    """The languages in which the same text takes at most `KNOWN` times the bits of the best one."""
     of_text = {code: of * len(texts()[code].encode()) for code, of in bits.items()}
     return {code for code, of in of_text.items() if of <= KNOWN * min(of_text.values())}
 
