@@ -17,10 +17,11 @@ from transformers import PretrainedConfig
 from ..arch.meta import model_class
 from ..arch.spec import VOCAB
 from ..config.fields import read_json
+from ..domains.sources import READERS
 from ..record.report import RECOVERY_CONFIG_NAME
 from ..system.disk import CARD, resolved
 from ..written import replace_text, warn_on_error, written_files
-from .shown import HUB_CACHE, MARKDOWN, TEXT_FILES, Records, short_name, shown_of
+from .page import HUB_CACHE, MARKDOWN, Records, short_name, shown_of
 
 
 # The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
@@ -141,7 +142,7 @@ def _datasets(folder: Path, records: Records) -> list[str]:
         domains += read_json(path).get("domains") or []
     sources = {str(origin.get("source", "")) for origin in domains}
     return sorted(
-        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in TEXT_FILES
+        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in READERS
     )
 
 
