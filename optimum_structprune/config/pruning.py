@@ -74,6 +74,82 @@ def _codes(languages: Sequence[str]) -> tuple[str, ...]:
     return codes
 
 
+def _check_amount(config: "StructPruneConfig") -> None:
+    """Refuse all but one amount, and numbers that are not positive."""
+    given = {name: getattr(config, name) for name in AMOUNTS}
+    if sum(value is not None for value in given.values()) != 1:
+        fields = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise ValueError(
+            f"exactly one of sparsity, widths and budget says how much to remove, got {fields or 'none'}; "
+            "budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths of a model"
+        )
+    for name, limit in (config.budget or {}).items():
+        if name not in BUDGETS:
+            raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
+        if not (finite(limit) and limit > 0):
+            raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
+    if config.budget is not None and len(config.budget) != 1:
+        raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {config.budget}")
+    for name, width in (config.widths or {}).items():
+        by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
+        if min(by_layer, default=0) < 1:
+            raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
+    if config.widths == {}:
+        raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
+
+
+def _check_together(config: "StructPruneConfig") -> None:
+    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning/checks.py`."""
+    recovery = config.recovery
+    if config.objective == "worst" and not config.searches and config.rounds < 2:
+        raise ValueError(
+            f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; "
+            "set rounds=3"
+        )
+    by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
+    if by_layer and (config.allocation != "uniform" or config.skip_layers):
+        raise ValueError(
+            f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
+            f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number "
+            "per space"
+        )
+    if config.general_text is not None and config.general_share == 0:
+        raise ValueError(
+            f"general_text={config.general_text!r} has no share of the tokens, since general_share="
+            f"{config.general_share}; set general_share=0.2, or leave general_text out"
+        )
+    if bool(config.general_share or config.general_text) and any(map(is_general, config.domains or ())):
+        raise ValueError(
+            f"general_share={config.general_share} adds a domain {GENERAL!r} of text of every kind, and domains has "
+            "one; take it out, or leave general_share out"
+        )
+    if config.widths is not None and config.allocation == "search_uniform":
+        raise ValueError(
+            f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much "
+            "with sparsity or budget"
+        )
+    if bool(config.skip_layers) and config.allocation == "search_uniform":
+        raise ValueError(
+            f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
+            "looks for one shape of all layers; choose allocation='search'"
+        )
+    if config.losses_dir is not None and not config.searches:
+        raise ValueError(
+            f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
+            f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
+        )
+    if config.checkpoint_dir is not None and config.rounds > 1:
+        raise ValueError(
+            f"checkpoint_dir={config.checkpoint_dir!r} remembers layers that are finished, and with rounds="
+            f"{config.rounds} none is before the last round; set rounds=1, or leave checkpoint_dir (--resume) out"
+        )
+    if recovery is not None and not recovery.merge:
+        raise ValueError(
+            "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
+            "call recover"
+        )
+
+
 @config_class
 @strict
 @dataclass(kw_only=True)
@@ -186,6 +262,10 @@ class StructPruneConfig(WithDomains):
     seed: int = validated_field(seed_of_all, default=0)
     arch_file: str | None = None
 
+    # `strict` calls what has such a name once all fields have their values.
+    validate_amount = _check_amount
+    validate_together = _check_together
+
     def __post_init__(self) -> None:
         self.targets = self.targets and tuple(self.targets)
         self.skip_layers = tuple(self.skip_layers)
@@ -266,14 +346,6 @@ class StructPruneConfig(WithDomains):
         """Whether widths or shares of domains follow from measurements, on text set aside."""
         return self.searches or self.reweights
 
-    def validate_amount(self) -> None:
-        """Check that exactly one of `sparsity`, `widths` and `budget` is given, and that numbers are positive."""
-        _check_amount(self)
-
-    def validate_together(self) -> None:
-        """Check that no two fields contradict each other."""
-        _check_together(self)
-
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""
         folder = Path(save_directory)
@@ -293,79 +365,3 @@ class StructPruneConfig(WithDomains):
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
         """Read a YAML file."""
         return cls.from_dict(read_yaml(path))
-
-
-def _check_amount(config: StructPruneConfig) -> None:
-    """Refuse all but one amount, and numbers that are not positive."""
-    given = {name: getattr(config, name) for name in AMOUNTS}
-    if sum(value is not None for value in given.values()) != 1:
-        fields = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-        raise ValueError(
-            f"exactly one of sparsity, widths and budget says how much to remove, got {fields or 'none'}; "
-            "budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths of a model"
-        )
-    for name, limit in (config.budget or {}).items():
-        if name not in BUDGETS:
-            raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-        if not (finite(limit) and limit > 0):
-            raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
-    if config.budget is not None and len(config.budget) != 1:
-        raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {config.budget}")
-    for name, width in (config.widths or {}).items():
-        by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
-        if min(by_layer, default=0) < 1:
-            raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
-    if config.widths == {}:
-        raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
-
-
-def _check_together(config: StructPruneConfig) -> None:
-    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning/checks.py`."""
-    recovery = config.recovery
-    if config.objective == "worst" and not config.searches and config.rounds < 2:
-        raise ValueError(
-            f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; "
-            "set rounds=3"
-        )
-    by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
-    if by_layer and (config.allocation != "uniform" or config.skip_layers):
-        raise ValueError(
-            f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
-            f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number "
-            "per space"
-        )
-    if config.general_text is not None and config.general_share == 0:
-        raise ValueError(
-            f"general_text={config.general_text!r} has no share of the tokens, since general_share="
-            f"{config.general_share}; set general_share=0.2, or leave general_text out"
-        )
-    if bool(config.general_share or config.general_text) and any(map(is_general, config.domains or ())):
-        raise ValueError(
-            f"general_share={config.general_share} adds a domain {GENERAL!r} of text of every kind, and domains has "
-            "one; take it out, or leave general_share out"
-        )
-    if config.widths is not None and config.allocation == "search_uniform":
-        raise ValueError(
-            f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much "
-            "with sparsity or budget"
-        )
-    if bool(config.skip_layers) and config.allocation == "search_uniform":
-        raise ValueError(
-            f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
-            "looks for one shape of all layers; choose allocation='search'"
-        )
-    if config.losses_dir is not None and not config.searches:
-        raise ValueError(
-            f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
-            f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
-        )
-    if config.checkpoint_dir is not None and config.rounds > 1:
-        raise ValueError(
-            f"checkpoint_dir={config.checkpoint_dir!r} remembers layers that are finished, and with rounds="
-            f"{config.rounds} none is before the last round; set rounds=1, or leave checkpoint_dir (--resume) out"
-        )
-    if recovery is not None and not recovery.merge:
-        raise ValueError(
-            "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
-            "call recover"
-        )

@@ -6,7 +6,7 @@ import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 
@@ -121,8 +121,8 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
             raise StructPruneError(
                 f"inputs[{name!r}] has {len(samples)} samples, of which {used} are held out; {used + 1} is the least."
             )
-        domain = Domain(name, 1 / len(inputs), samples[used:], samples[:aside])
-        domains.append(replace(domain, probe=samples[aside:used]) if probe else domain)
+        probed = samples[aside:used] if probe else None
+        domains.append(Domain(name, 1 / len(inputs), samples[used:], samples[:aside], probe=probed))
     return domains
 
 

@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import Record
 from ..system.stages import model_bytes, stage
+from .answers import remark
 from .plan import Plan
+from .remarks import remarks, verdict
+from .table import as_text
 
 
 REPORT_NAME = "report.json"
@@ -40,9 +43,6 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         """Perplexity and KL to the teacher by kind of text, as a table, and the cost."""
-        from .answers import remark  # what makes text is imported where text is asked for
-        from .table import as_text
-
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s; {self.kept}"
         lines = [
             as_text(asdict(self)),
@@ -127,10 +127,6 @@ class Report(Record):
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table, what else there is to say, and a verdict."""
-        from .answers import remark
-        from .remarks import remarks, verdict
-        from .table import as_text
-
         values = self.to_dict()
         recovery = [] if self.recovery is None else ["", str(self.recovery)]
         return "\n".join([as_text(values), *remarks(values), *remark(self.answers), *recovery, *verdict(values)])
