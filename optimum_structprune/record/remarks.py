@@ -32,14 +32,8 @@ NAMES = {
 
 
 class Rule(NamedTuple):
-    """What a model may lose at most for one advice.
-
-    Attributes:
-        advice: What the model is good for.
-        mean: The most that perplexity may grow, as a factor, in the geometric mean over the kinds of text.
-        worst: The same for each single kind.
-        kept: The least share of the right answers of the dense model that are still right.
-        loops: The most that may loop beyond those of the dense model, as a share of the questions.
+    """An advice, and what a model may lose at most for it: factors of perplexity in the geometric mean over kinds of
+    text and on the worst kind, the least share of right answers kept, and the most that loop anew, as a share of all.
     """
 
     advice: str

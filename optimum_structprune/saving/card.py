@@ -26,7 +26,6 @@ from .page import HUB_CACHE, MARKDOWN, Records, short_name, shown_of
 
 # The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
 NEMOTRON_NAS_CODE = "configuration_nemotron_nas.py"
-TAGS = ("structured-pruning", "pruned", "optimum-structprune")
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
@@ -112,7 +111,7 @@ def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> Mode
     return ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
-        tags=list(TAGS),
+        tags=["structured-pruning", "pruned", "optimum-structprune"],
         datasets=_datasets(folder, records) or None,
         language=origin.language,
         pipeline_tag="text-generation" if causal else None,
