@@ -110,8 +110,7 @@ class StructPruneCallback(TrainerCallback):
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
             check_tokenizer(tokenizer := kwargs["processing_class"], model)
-            vocab_size = model.config.get_text_config().vocab_size
-            self._domains = load_domains(self.config, tokenizer, vocab_size, model=model)
+            self._domains = load_domains(self.config, tokenizer, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""

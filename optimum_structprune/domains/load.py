@@ -6,7 +6,7 @@ import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
@@ -53,9 +53,8 @@ def calibration_domains(
     says so. With `counts` there is spare text to count tokens in.
     """
     written = with_written_text(config) if can_write(model, tokenizer) else config
-    vocab_size = model.config.get_text_config().vocab_size
     seen = Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, vocab_size=vocab_size, model=model, seen=seen, counts=counts)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, counts=counts)
     try:
         return written, load(written)
     except StructPruneError as error:
@@ -71,9 +70,8 @@ def calibration_domains(
 def load_domains(
     config: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int | None = None,
-    heldout_samples: int | None = None,
     model: PreTrainedModel | None = None,
+    heldout_samples: int | None = None,
     seen: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
     counts: bool = False,
@@ -92,7 +90,8 @@ def load_domains(
     uses = {} if seen is None else seen.uses()
     if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
-    packer = _Packer(config, domains, frame, heldout_samples, uses, counts)
+    vocab_size = None if model is None else model.config.get_text_config().vocab_size
+    packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size, counts)
     write = None
     if model is not None and any(map(written_by_model, domains)):
         from .generated import self_documents
@@ -107,7 +106,7 @@ def load_domains(
                 texts = documents(domain, config.seed, tokenizer, write_all)
                 at_once = 1 if written else DOCUMENTS_PER_CALL
                 shelves[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
-        loaded |= packer.load(shelves, vocab_size)
+        loaded |= packer.load(shelves)
     return [loaded[index] for index in range(len(domains))]
 
 
@@ -139,17 +138,18 @@ class _Packer:
     domains: Sequence[DomainConfig]
     frame: SampleFormat
     num_heldout: int | None
-    uses: dict[str, str] = field(default_factory=dict)
-    counts: bool = False
+    uses: dict[str, str]
+    vocab_size: int | None
+    counts: bool
 
-    def load(self, shelves: Mapping[int, DocumentPool], vocab_size: int | None) -> dict[int, Domain]:
+    def load(self, shelves: Mapping[int, DocumentPool]) -> dict[int, Domain]:
         """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
         before = dict(self.uses)
         texts = self._divided(shelves, self.config.num_samples, self.uses)
         for index in shelves:
             if not self._suffices(texts[index], self.config.num_samples, index):
                 raise StructPruneError(self._too_little(index, shelves, before))
-        return {index: self._packed(index, texts[index], vocab_size) for index in shelves}
+        return {index: self._packed(index, texts[index]) for index in shelves}
 
     def _divided(
         self, shelves: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
@@ -163,7 +163,7 @@ class _Packer:
                 texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
         return texts
 
-    def _packed(self, index: int, texts: Sequence[Sequence[Tokens]], vocab_size: int | None) -> Domain:
+    def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
         domain, frame = self.domains[index], self.frame
         needs = self._needs(self.config.num_samples, index)
         heldout, packed, *others = (
@@ -171,7 +171,7 @@ class _Packer:
         )
         probes, more, spares = ([part] if len(part.samples) else [] for part in others)
         largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares, *more))
-        check_vocabulary(largest, vocab_size)
+        check_vocabulary(largest, self.vocab_size)
         if packed.mask is not None and not packed.mask.any():
             raise StructPruneError(
                 f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."

@@ -81,8 +81,7 @@ def training_text(
 ) -> list[Domain]:
     """Read the text that is trained on and the held-out text; neither has had the other's use before."""
     text = text_config(config, pruning)
-    vocab_size = model.config.get_text_config().vocab_size
-    return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model, seen)
+    return load_domains(text, tokenizer, model, heldout_samples(pruning, text.seq_length), seen)
 
 
 def left_out_text(

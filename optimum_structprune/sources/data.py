@@ -87,8 +87,8 @@ class CalibrationData:
         """
         from ..domains.load import load_domains
 
-        seen, vocab_size = self.manifest(tokenizer).after(seen), model.config.get_text_config().vocab_size
-        return replace(self, domains=load_domains(self.config, reader, vocab_size, None, model, seen, tokenizer))
+        seen = self.manifest(tokenizer).after(seen)
+        return replace(self, domains=load_domains(self.config, reader, model, seen=seen, writer=tokenizer))
 
     @classmethod
     def of(cls, config: StructPruneConfig, domains: Sequence[Domain]) -> CalibrationData:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.config.pruning import StructPruneConfig
@@ -431,6 +431,7 @@ def test_what_would_do_counts_the_other_domains():
 def test_the_tokenizer_of_another_model():
     (domain,) = load_domains(make(numbered()), tokenizer())
     largest = int(max(domain.samples.max(), domain.heldout.max()))
-    assert load_domains(make(numbered()), tokenizer(), vocab_size=largest + 1)
+    fits, too_small = (Mock(config=LlamaConfig(vocab_size=size)) for size in (largest + 1, largest))
+    assert load_domains(make(numbered()), tokenizer(), fits)
     with pytest.raises(StructPruneError, match=f"not belong to this model: token id {largest}, vocabulary {largest}"):
-        load_domains(make(numbered()), tokenizer(), vocab_size=largest)
+        load_domains(make(numbered()), tokenizer(), too_small)
