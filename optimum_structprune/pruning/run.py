@@ -13,7 +13,7 @@ from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
-from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
+from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
 from ..errors import InPlaceError
 from ..forward.metrics import ENOUGH
@@ -156,8 +156,6 @@ class Run:
         note_reader(self.dense_model or self.model, self.dense_tokenizer)
         note_reader(self.model, self.tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
-        calibrated = self.manifest().of_use(CALIBRATED)
-        self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
         self.report.target = self.config.sparsity
 
     def __enter__(self) -> Run:

@@ -71,7 +71,6 @@ class Report(Record):
     layer_parameters: dict[str, int] = field(default_factory=dict)
     widths: dict[str, dict[int, int]] = field(default_factory=dict)
     dense_widths: dict[str, int] = field(default_factory=dict)
-    calibration_tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)

@@ -266,7 +266,6 @@ def test_a_manifest_is_saved_with_the_model_and_read_back(saved):
     manifest = Manifest.load(folder / "out")
     assert manifest == pruner.manifest == Manifest.load(folder / "out" / "calibration_manifest.json")
     assert [entry.name for entry in manifest.domains] == ["a", "b"]
-    assert manifest.domains[0].calibration_tokens == pruner.report.calibration_tokens["a"]
     assert manifest.domains[1].origin["source"] == "memory:list"
     same, other = (replace(pruner.config, seed=seed) for seed in (0, 1))
     assert Manifest.of(same, load_domains(same, tokenizer()), tokenizer()) == manifest

@@ -105,7 +105,6 @@ def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_l
         small = pruner.prune_model(build("llama-tied"), READER)
     ran = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
     assert list(ran.values()) == [24 * max(of) for of in zip(*counts, strict=True)]
-    assert pruner.report.calibration_tokens == ran
     shares = pruner.report.rounds[-1]["shares"]
     assert {entry.name: entry.weight for entry in pruner.manifest.domains} == shares and len(set(shares.values())) > 1
     pruner.save(small, tmp_path / "out", READER)
