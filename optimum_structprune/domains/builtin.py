@@ -22,9 +22,7 @@ PART = 800
 
 
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
-    """The documents of a built-in text, in an order that the seed chooses; of several kinds of text, parts of about
-    `PART` characters, as much of each kind as of the others, so that a few samples hold something of all of them.
-    """
+    """The documents of a built-in text in a seeded order; of several kinds of text, as much of each, in turns."""
     names = kinds(name)
     if len(names) == 1:
         return _documents(names[0], Random(seed))

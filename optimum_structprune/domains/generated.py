@@ -94,9 +94,7 @@ def self_documents(
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens of a vocabulary that a text may begin with: words of two letters or more with a capital, or of a
-    script that has none; where there are no such tokens, all that are not empty.
-    """
+    """The words of a vocabulary that a text may begin with; all its tokens, where there are no such words."""
     special = set(tokenizer.all_special_ids)
     tokens = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special]
     words = [token for token in tokens if len(token) > 1 and token.isalpha() and not token[0].islower()]
@@ -167,9 +165,7 @@ class _TextGenerator:
 
 
 class _Sampler:
-    """Draws the tokens of several rows, of which greedy search then has no other choice, and shows how far it is;
-    `losses` has their losses in nats, shape `(rows, 1)` for each token in turn.
-    """
+    """Draws tokens and leaves greedy search no other choice; `losses` has theirs in nats, shape `(rows, 1)` each."""
 
     def __init__(self, bar: Any):
         self.bar = bar

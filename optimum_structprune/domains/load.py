@@ -49,9 +49,7 @@ def calibration_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     counts: bool = False,
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """The domains of a config, with general text beside them that the model writes, where it can; and the config that
-    says so. With `counts` there is spare text to count tokens in.
-    """
+    """The domains of a config, with general text that the model writes where it can, and the config that says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
     seen = Manifest.seen_by(model)
     load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, counts=counts)

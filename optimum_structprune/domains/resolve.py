@@ -81,9 +81,7 @@ def builtin_domains() -> list[DomainConfig]:
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a config, or the built-in ones where it names none, followed by the general text, which has text
-    in several languages where tokens stay that they need.
-    """
+    """The domains of a config, or the built-in ones, followed by the general text where it has a share."""
     domains = builtin_domains() if config.domains is None else config.domains
     share = config.general_share
     if share is None:

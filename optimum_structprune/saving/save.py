@@ -80,9 +80,7 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, card and tokenizer; folders that the run has read are never replaced. The
-    records say so where the weights are not those of the `checksums` that were measured.
-    """
+    """Save a pruned model with its records, card and tokenizer; they say if the weights are not those `measured`."""
     from .card import leave_card  # imported here, since only a save needs it
 
     used = [model.name_or_path, *used_paths(config)]

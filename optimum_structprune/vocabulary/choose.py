@@ -45,10 +45,7 @@ ENOUGH = 8192
 def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
-    """The config with the tokens among its targets where a budget names none, and they are a large part of a model:
-    measured losses then say how many go, or the text where losses cannot be measured. A tokenizer that cannot lose
-    tokens keeps them all.
-    """
+    """The config with the tokens among its targets, where a budget names none and they are a large part of a model."""
     arch, model = described.arch, described.plain_model
     if not config.leaves_spaces_open or described.offloaded:
         return config
