@@ -23,7 +23,6 @@ from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import ROUNDS, UNITS, Run, Step
 from .record.plan import Plan
-from .record.remarks import target_summary
 from .record.report import Report
 from .registry import Registry
 from .sources.data import CalibrationData
@@ -167,9 +166,8 @@ class StructPruner:
             self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
         )
         run.model.prune_result = self.result  # type: ignore[assignment]  # typed as Tensor | Module
-        summary = target_summary(run.report.to_dict())
-        if summary.startswith("warning: "):
-            warn(summary.removeprefix("warning: "))
+        if missed := run.report.missed_target():
+            warn(missed)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the

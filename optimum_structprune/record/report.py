@@ -12,10 +12,7 @@ from transformers import PreTrainedModel
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import Record
 from ..system.stages import model_bytes, stage
-from .answers import remark
 from .plan import Plan
-from .remarks import remarks, verdict
-from .table import as_text
 
 
 REPORT_NAME = "report.json"
@@ -43,6 +40,9 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         """Perplexity and KL to the teacher by kind of text, as a table, and the cost."""
+        from .answers import remark  # what makes text is imported where text is asked for
+        from .table import as_text
+
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s; {self.kept}"
         lines = [
             as_text(asdict(self)),
@@ -120,12 +120,23 @@ class Report(Record):
         """The share of the layers' parameters that was removed."""
         return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
 
+    def missed_target(self) -> str:
+        """What was asked for and what was removed, where they are far apart; else nothing."""
+        from .remarks import target_summary
+
+        _, warns, missed = target_summary(self.to_dict()).rpartition("warning: ")
+        return missed if warns else ""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {**super().to_dict(), "sparsity": self.sparsity}
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table, what else there is to say, and a verdict."""
+        from .answers import remark
+        from .remarks import remarks, verdict
+        from .table import as_text
+
         values = self.to_dict()
         recovery = [] if self.recovery is None else ["", str(self.recovery)]
         return "\n".join([as_text(values), *remarks(values), *remark(self.answers), *recovery, *verdict(values)])
