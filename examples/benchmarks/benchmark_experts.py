@@ -41,11 +41,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "reap + refit, error_feedback=1": {"criterion": "reap", "error_feedback": 1.0},
     "reap_normalised + refit": {"criterion": "reap_normalised"},
     "reap_sum + refit": {"criterion": "reap_sum"},
-    "reap_sum + refit + distilled": {"criterion": "reap_sum", "recovery": DISTILLED},
+    "reap + refit + distilled": {"criterion": "reap", "recovery": DISTILLED},
     "reap, little text": {"criterion": "reap", **PLAIN, **SHORT},
     "reap + refit, little text": {"criterion": "reap", **SHORT},
     "reap_sum + refit, little text": {"criterion": "reap_sum", **SHORT},
-    "reap_sum + refit, code alone": {"criterion": "reap_sum", "domains": ["code"]},
+    "reap + refit, code alone": {"criterion": "reap", "domains": ["code"]},
 }
 
 
