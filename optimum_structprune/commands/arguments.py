@@ -56,8 +56,8 @@ Flags = Mapping[str, str | Mapping[str, Any]]
 @dataclass(frozen=True)
 class Command:
     """A command: its word, its help, the function that does it, and what `add_argument` takes; each field of `config`
-    is a flag too, and `models` are the arguments that name models. Where it `reads_text`, `datasets` may be imported;
-    with `json_file`, `--json` can name a file.
+    is a flag too, but those of `without`, and `models` are the arguments that name models. Where it `reads_text`,
+    `datasets` may be imported; with `json_file`, `--json` can name a file.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Command:
     help: str
     flags: Flags
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
+    without: Collection[str] = ()
     models: Collection[str] = ("model",)
     reads_text: bool = True
     json_file: bool = False
@@ -81,7 +82,7 @@ class Command:
         if self.config is not None:
             import optimum_structprune
 
-            _declare_fields(group, getattr(optimum_structprune, self.config))
+            _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
         for name, how in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
@@ -108,12 +109,14 @@ def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
     return lambda name: places.get(name, groups["for experts"])
 
 
-def _declare_fields(group: Callable[[str], Any], config_class: type) -> None:
+def _declare_fields(group: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
     """Declare `--config`, and one flag for each field of a config."""
     text = f"A YAML file with fields of {config_class.__name__}; flags override it."
     group("--config").add_argument("--config", metavar="FILE", help=text)
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     for field in fields(config_class):
+        if field.name in without:
+            continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
         name = f"--{field.name.replace('_', '-')}"

@@ -64,11 +64,13 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
     """The conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
     try:
-        lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The prompts {path} cannot be read: {error}; name a file of questions.") from error
     conversations = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row: Any = json.loads(line) if path.endswith((".jsonl", ".json")) else {"prompt": line}
             messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]

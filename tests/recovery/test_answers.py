@@ -65,13 +65,13 @@ def test_prompts_of_a_file(chats, tmp_path):
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.txt").write_text("Why do apples fall down?\n\nHi\n")
-    (tmp_path / "bad.jsonl").write_text('{"question": "Why?"}')
+    (tmp_path / "bad.jsonl").write_text('\n{"question": "Why?"}')
     (tmp_path / "none.txt").write_text("\n")
     found = [prompts_of(str(tmp_path / f"own.{kind}"), *chats, token_ids(), 0) for kind in ("jsonl", "txt")]
     texts = [sorted(map(chats[1].decode, ids)) for ids in found]
     assert texts[0] == texts[1] == [f"<s>user\n{q}</s>\n<s>assistant\n" for q in ("Hi", "Why do apples fall down?")]
     for name, message in (
-        ("bad.jsonl", "line 1, is no prompt"),
+        ("bad.jsonl", "line 2, is no prompt"),
         ("none.txt", "no prompts"),
         ("gone", "cannot be read"),
     ):
