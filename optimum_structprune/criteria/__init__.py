@@ -42,7 +42,7 @@ class Criterion(ABC):
         Args:
             config: The config of the run.
             arch: The description of the model.
-            use: What the model is for: "prune", "dry run", "trainer" or "calibrate".
+            use: What the model is for: "prune", "dry run" or "trainer".
 
         Raises:
             StructPruneError: If the criterion cannot score this; the message proposes another one.

@@ -71,10 +71,13 @@ class Gain(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments that the model calls one layer with behind the hidden states."""
+    """The arguments that the model calls one layer with, without the hidden states, which are given `by_name`, as
+    `hidden_states`, or as the first argument.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    by_name: bool
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
@@ -119,13 +122,13 @@ def capture(
     outputs: list[Tensor] = []
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = hooks.hidden_states_of(args, kwargs)
+        by_name, hidden = "hidden_states" in kwargs, hooks.hidden_states_of(args, kwargs)
         options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
         if not index:
             first.append(hidden)
-        calls.append(Call(args[1:], options))
+        calls.append(Call(args if by_name else args[1:], options, by_name))
         # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
         if not whole or len(calls) == arch.num_layers:
             raise hooks.StopForward
@@ -230,7 +233,7 @@ class InMemory:
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with hooks.in_fast_dtype([module]):
-            output = module(hidden, *args, **kwargs)
+            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
         self.extras[layer] = output[1:] if isinstance(output, tuple) else None
         return hooks.first_of(output)
 

@@ -92,7 +92,7 @@ for number, moment in enumerate(moments):
 def entries(path: Path) -> dict:
     """A record of a run, without what depends on the clock and on the process."""
     found = json.loads(path.read_text())
-    return {name: value for name, value in found.items() if name not in ("seconds", "memory", "resumed")}
+    return {name: value for name, value in found.items() if name not in ("seconds", "resumed")}
 
 
 @pytest.fixture(scope="module")

@@ -256,6 +256,8 @@ WRONG = [
     ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS + 1000}}, "those of this model lie between 0 and"),
     ({"inputs": {1: IDS}}, "names of domains as text, got 1"),
+    ({"inputs": {"a": IDS.to_sparse()}}, "layout torch.sparse_coo; pass a dense tensor"),
+    ({"inputs": {"a": IDS.to("meta")}}, "on the meta device; pass a dense tensor with values"),
     ({"inputs": {"a": IDS.repeat(1, 5)}}, "samples of 80 tokens, and the model has 64 positions"),
     ({"inputs": {"a": IDS[None]}}, r"shape \(1, 12, 16\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
