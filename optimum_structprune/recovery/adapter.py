@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +22,7 @@ from peft import (
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
@@ -38,9 +39,48 @@ PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, Im
 LIBRARY_ERRORS = (*PEFT_ERRORS, OSError, SafetensorError)
 
 
-def lora_config(config: RecoveryConfig) -> LoraConfig:
-    """The adapter that a recovery trains: `config.lora` laid over the defaults."""
-    return build(LoraConfig, {**LORA, **config.lora})
+def lora_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig:
+    """The adapter that a recovery trains: `config.lora` laid over the defaults, of which "all linear layers" takes in
+    what a mixture stacks in one parameter, and leaves out what is not called as a linear layer.
+    """
+    kind: LoraConfig = build(LoraConfig, {**LORA, **config.lora})
+    if kind.target_modules == LORA["target_modules"]:
+        experts, routers = _of_experts(model)
+        # peft knows the experts of some types of model by itself; its stacked adapters take neither of these options.
+        if kind.target_parameters is None and not (kind.lora_dropout or kind.use_dora):
+            kind.target_parameters = sorted(experts | routers) or None
+        if kind.exclude_modules is None:
+            kind.exclude_modules = _not_called(model, routers) or None
+    return kind
+
+
+def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """The stacked matrices of experts, and those of the routers beside them that are no plain linear layers, by their
+    names inside a layer.
+    """
+    experts, routers = set[str](), set[str]()
+    for name, module in model.named_modules():
+        stacked = [leaf for leaf, each in module.named_parameters(recurse=False) if each.ndim == 3]
+        if isinstance(module, nn.Conv1d) or not stacked:
+            continue
+        inside = re.sub(r"^.*?\.\d+\.", "", name)
+        experts |= {f"{inside}.{leaf}" for leaf in stacked}
+        for leaf, beside in model.get_submodule(name.rpartition(".")[0]).named_children():
+            weight = getattr(beside, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and type(beside).forward is not nn.Linear.forward:
+                routers.add(f"{inside.rpartition('.')[0]}.{leaf}.weight")
+    return experts, routers
+
+
+def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
+    """The linear layers that give more than a tensor, and those whose weights Mamba's kernels read without a call."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight".endswith(tuple(f".{each}" for each in routers)):
+            names.append(name)
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            names += [f"{name}.{part}" for part in ("dt_proj", "out_proj") if hasattr(module, part)]
+    return names
 
 
 @contextmanager
@@ -119,6 +159,8 @@ def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         # It looks up by itself how a module stores its weight, and says so.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        # It has patterns of its own for the experts that it knows, some of which it then does not use.
+        warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match.*")
         try:
             return get_peft_model(model, config)
         except PEFT_ERRORS as error:

@@ -41,7 +41,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     for domain in [*texts_of(text), *left_out]:
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
-    adapter = lora_config(config)
+    adapter = lora_config(config, model)
     if config.train == "lora":
         check_fits(model, adapter, config.merge)
     device = model.device.type

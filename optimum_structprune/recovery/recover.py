@@ -131,7 +131,7 @@ class Recovery:
         before = curriculum.measure(model)
         start, outcome = curriculum.distance_in(before), RecoveryOutcome()
         best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
-        adapter = None if config.train == "full" else lora_config(config)
+        adapter = None if config.train == "full" else lora_config(config, model)
         set_seed(seed)  # of the adapter's values
         try:
             ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)

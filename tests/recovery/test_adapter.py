@@ -7,9 +7,11 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import failing, logits, recovery_config, same_weights
-from models import build, config, tokenizer
+from models import CASES, build, config, tokenizer
 
 from optimum_structprune import Recovery, StructPruneError, load_adapter, prune_model, recover
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import EXPERT
 from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
 from optimum_structprune.recovery.resume import INPUTS_NAME
 from optimum_structprune.recovery.trainer import DistillTrainer
@@ -93,7 +95,7 @@ def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_w
 ])  # fmt: skip
 def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
     model = deepcopy(pruned)
-    settings = lora_config(recovery_config(lora={"r": 2, **lora}))
+    settings = lora_config(recovery_config(lora={"r": 2, **lora}), model)
     with pytest.raises(
         StructPruneError, match=r"would train (model.embed_tokens|lm_head).weight, which is one tensor with"
     ):
@@ -108,7 +110,7 @@ def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
 def test_an_adapter_that_fails_halfway_is_taken_off(pruned, training):
     model = deepcopy(pruned).train(training)
     model.lm_head.requires_grad_(False)
-    half, flags = lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]})), flags_of(model)
+    half, flags = lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]}), model), flags_of(model)
     with pytest.raises(StructPruneError, match="peft cannot put the adapter on"), fresh_adapter(model, half):
         pytest.fail("peft put an adapter on a norm")
     assert {*map(type, model.modules())} == {*map(type, pruned.modules())}
@@ -134,3 +136,28 @@ def test_untied_embeddings_are_trained_and_merged(recwarn):
     lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}
     recover(model, tokenizer(), recovery_config(tokens=96, lora=lora))
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]
+
+
+# Routers of three forms beside stacked experts, and Mamba layers of two kinds.
+FORMS = ("gpt_oss", "phimoe", "jamba", "nemotron_h")
+RUNNING = [case for case in CASES if case != "zamba2"]  # whose small model does not run
+
+
+@pytest.mark.parametrize(
+    "case", [each if each in FORMS else pytest.param(each, marks=pytest.mark.long) for each in RUNNING]
+)
+def test_the_default_adapter_trains_what_the_merged_model_has(case):
+    model = build(case)
+    dense, spaces = deepcopy(model), describe(model).of(EXPERT)
+    with fresh_adapter(model, lora_config(recovery_config(lora={}), model), merge=False) as adapted:
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        before = logits(adapted.eval())
+        merged = adapted.merge_and_unload()
+    assert torch.allclose(logits(merged), before, atol=1e-5)
+    matrices = {axis.param for space in spaces for axis in space.axes if "bias" not in axis.param}
+    for name in matrices:
+        assert merged.get_parameter(name).ndim < 2 or not torch.equal(
+            merged.get_parameter(name), dense.get_parameter(name)
+        )
