@@ -19,7 +19,6 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
-from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, need_of
@@ -27,6 +26,7 @@ from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.choose import with_tokens
 from .widths.budget import biased_spaces, large_vocabulary, widths_of
 from .widths.kernels import lost_kernels
+from .written import Record
 
 
 # How much longer a token takes to write than to read.

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..written import to_json
 
 
 # Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.

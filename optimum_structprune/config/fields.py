@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
 from ..errors import StructPruneError, one_line
-from ..plain_json import unversioned
 from ..registry import did_you_mean
+from ..written import unversioned
 
 
 T = TypeVar("T", bound=type)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from ..plain_json import replace_json, versioned
 from ..registry import Registry, did_you_mean
+from ..written import replace_json, versioned
 from .domains import GENERAL, DomainConfig, WithDomains, is_general
 from .fields import (
     FieldError,

@@ -28,11 +28,11 @@ from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
-from ..plain_json import append_line, whole_lines
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import progress, stage
+from ..written import append_line, whole_lines
 from .packing import tokenize_with_prefix
 from .templates import Document, chat_text
 

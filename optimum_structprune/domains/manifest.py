@@ -21,8 +21,8 @@ from ..config.domains import DomainConfig
 from ..config.fields import Number, read_json
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
-from ..plain_json import Record
 from ..system.fingerprint import tensor_hash
+from ..written import Record
 from .packing import HELDOUT, PROBE, USED, Domain
 
 

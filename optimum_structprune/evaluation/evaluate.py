@@ -18,10 +18,10 @@ from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
-from ..plain_json import Record
 from ..record.answers import SHOWN, paired
 from ..record.remarks import measured
 from ..system.fingerprint import vocabulary_hash
+from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
 from .heldout import Heldout, Judged, read_heldout
 

@@ -21,8 +21,8 @@ from ..arch.meta import positions_of, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
-from ..plain_json import Record
 from ..record.remarks import measured
+from ..written import Record
 
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.

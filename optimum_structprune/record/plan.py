@@ -14,8 +14,8 @@ from ..arch.load import describe
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
 from ..config.fields import by_layer, read_json
 from ..errors import StructPruneError
-from ..plain_json import versioned
 from ..system.fingerprint import fingerprint
+from ..written import versioned
 
 
 PLAN_NAME = "pruning_plan.json"

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..plain_json import Record
 from ..system.stages import model_bytes, stage
+from ..written import Record
 from .plan import Plan
 
 

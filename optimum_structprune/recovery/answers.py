@@ -24,10 +24,10 @@ from ..domains.packing import prompt_ids
 from ..errors import StructPruneError
 from ..forward.generation import sampled
 from ..forward.metrics import evaluating
-from ..plain_json import append_line, whole_lines
 from ..system.processes import is_first_rank
 from ..system.stages import stage
 from ..vocabulary.languages import tokens_by_language
+from ..written import append_line, whole_lines
 from .samples import Sample, answer_samples
 
 

@@ -20,11 +20,11 @@ from ..domains.packing import Domain
 from ..domains.readers import check_tokens, note_reader
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
-from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
+from ..written import replace_json
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, source_of
 from .checks import check_recovery
 from .lessons import Curriculum

@@ -16,8 +16,8 @@ from transformers.trainer_utils import sort_checkpoints
 from ..config.fields import read_json
 from ..config.recovery import LORA, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, warn
-from ..plain_json import plain, replace_json
 from ..system.fingerprint import tensor_hash, weights_hash
+from ..written import plain, replace_json
 
 
 INPUTS_NAME = "recovery_inputs.json"

@@ -18,11 +18,11 @@ from ..arch.meta import check_plain, dequantized, meta_model
 from ..arch.nemotron_nas import CODE, check_nemotron_nas, llama_config, nemotron_nas_fields, padded, sizes_of
 from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
-from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
 from ..removals.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
+from ..written import replace_json
 from .card import leave_card
 from .save import RECORD_NAMES, check_reload, save_checked
 

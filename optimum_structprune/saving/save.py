@@ -26,7 +26,6 @@ from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import few_inputs, outputs_for
-from ..plain_json import replace_json
 from ..record.plan import PLAN_NAME, Plan
 from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, Report
@@ -35,7 +34,7 @@ from ..system.fingerprint import checksums
 from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
-from ..written import written_files
+from ..written import replace_json, written_files
 
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.evaluate import Evaluation
-from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import RecoveryReport, Report
 from optimum_structprune.recovery.resume import TrainingInputs
 from optimum_structprune.recovery.trainer import RecoveryOutcome
 from optimum_structprune.saving.page import write_report
+from optimum_structprune.written import plain, to_json
 
 
 SCHEMAS = {
