@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 
 
 @dataclass

@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from trl import SFTConfig, SFTTrainer
 
 from optimum_structprune import StructPruneConfig, attach_pruner
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 
 
 def main(argv: list[str] | None = None) -> None:

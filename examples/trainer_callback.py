@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from optimum_structprune import StructPruneConfig, attach_pruner
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 
 
 def main(argv: list[str] | None = None) -> None:

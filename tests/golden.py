@@ -77,7 +77,7 @@ def text_fields(trained: bool) -> dict:
     from models import documents
 
     from optimum_structprune import DomainConfig
-    from optimum_structprune.domains.builtin import TEXTS
+    from optimum_structprune.domains.sources import TEXTS
 
     def read(name: str) -> list[str]:
         return (TEXTS / f"{name}.txt").read_text("utf-8").split("\n%\n")

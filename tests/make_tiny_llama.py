@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from optimum_structprune.domains.builtin import TEXTS
+from optimum_structprune.domains.sources import TEXTS
 
 
 LENGTH, BATCH, STEPS, RATE = 128, 16, 1500, 4e-3

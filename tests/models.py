@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from optimum_structprune import DomainConfig, StructPruneConfig
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 
 
 VOCAB = 96

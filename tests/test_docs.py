@@ -25,7 +25,7 @@ import optimum_structprune
 from optimum_structprune import StructPruneConfig
 from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]

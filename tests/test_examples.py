@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_structprune import StructPruner
-from optimum_structprune.domains.builtin import builtin_documents
 from optimum_structprune.domains.load import given_domains
+from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.sources.data import batches_of
 
 

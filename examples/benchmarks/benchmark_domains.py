@@ -47,8 +47,8 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, perplexity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import BUILTIN
-from optimum_structprune.domains.builtin import kinds
 from optimum_structprune.domains.resolve import texts_of
+from optimum_structprune.domains.sources import builtin_kinds
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
 
@@ -180,7 +180,7 @@ def without(args: Namespace, config: StructPruneConfig, left_out: str) -> Struct
     domains = []
     for domain in texts_of(replace(config, domains=own)):
         if domain.source.startswith(BUILTIN):
-            names = [name for name in kinds(domain.source.removeprefix(BUILTIN)) if name not in near]
+            names = [name for name in builtin_kinds(domain.source.removeprefix(BUILTIN)) if name not in near]
             domains += [replace(domain, source=BUILTIN + "+".join(names))] if names else []
         elif domain.name in args.domains:
             domains.append(replace(domain, source=aside(args, domain.name)[0]))

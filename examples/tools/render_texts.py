@@ -22,7 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 from random import Random
 
-from optimum_structprune.domains.builtin import BETWEEN, TEXTS, sections
+from optimum_structprune.domains.sources import BETWEEN, TEXTS, sections
 
 
 TEMPLATES = Path(__file__).with_name("word_problems.txt")

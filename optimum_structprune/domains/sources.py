@@ -1,22 +1,26 @@
-"""Where a domain's documents come from: files, folders, the Hub, built-in text, or an object in memory."""
+"""Where a domain's documents come from: files, folders, the Hub, built-in text (in `texts`, see its README), or an
+object in memory.
+"""
 
 from __future__ import annotations
 
+import gzip
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
+from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, SELF, DomainConfig
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
-from .builtin import builtin_documents, kinds, sections
 from .templates import Row, rendered, string
 
 
@@ -28,6 +32,12 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 HUB_BUFFER = 10_000
 LOCAL_BUFFER = 100_000
+TEXTS = Path(__file__).with_name("texts")
+BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
+SECTION, PART = (
+    4_000,
+    800,
+)  # characters of the parts that long texts are cut into, and of those that kinds take turns by
 T = TypeVar("T")
 
 
@@ -54,7 +64,7 @@ def check_source(domain: DomainConfig) -> None:
     """Refuse a source by which no text is found, before anything is read."""
     source = domain.source
     if isinstance(source, str) and source.startswith(BUILTIN):
-        kinds(source.removeprefix(BUILTIN))
+        builtin_kinds(source.removeprefix(BUILTIN))
     elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
         if (files := _files(domain)) and not any(os.path.getsize(file) for file in files):
             raise StructPruneError(f"The domain {domain.name!r} is empty: there is no text in {source}.")
@@ -242,3 +252,66 @@ def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
         rng.shuffle(buffer)
         stream = iter(buffer)
     yield from stream
+
+
+def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
+    """The documents of a built-in text in a seeded order; of several kinds of text, as much of each, in turns."""
+    names = builtin_kinds(name)
+    if len(names) == 1:
+        return _of_kind(names[0], Random(seed))
+    Random(seed).shuffle(names)
+    whole = [_of_kind(kind, Random(seed)) for kind in names]
+    return _evenly([(part for document in documents for part in sections(document, PART)) for documents in whole])
+
+
+def builtin_kinds(name: str) -> list[str]:
+    """The kinds of text that a name of built-in text stands for."""
+    available = sorted(path.name.partition(".")[0] for path in TEXTS.glob("*.txt*"))
+    first, *others = name.split("-")
+    named = others if first == GENERAL else name.split("+")
+    for kind in named:
+        if kind not in available:
+            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*available, GENERAL])}")
+    return [kind for kind in available if kind not in named] if first == GENERAL else named
+
+
+def read_kind(kind: str) -> list[str]:
+    """The documents of one kind of text, as its file has them."""
+    path = TEXTS / f"{kind}.txt"
+    text = path.read_bytes() if path.exists() else gzip.decompress(path.with_suffix(".txt.gz").read_bytes())
+    return text.decode().strip("\n").split(BETWEEN)
+
+
+def _of_kind(kind: str, rng: Random) -> Iterator[str]:
+    documents = read_kind(kind)
+    rng.shuffle(documents)
+    # Breadth first: a small sample holds something of many documents, and seldom two sections of the same one.
+    queue = deque(map(sections, documents))
+    while queue:
+        stream = queue.popleft()
+        if (part := next(stream, None)) is not None:
+            queue.append(stream)
+            yield part
+
+
+def sections(text: str, size: int = SECTION) -> Iterator[str]:
+    """Cut a text of more than `2 * size` characters into parts of `size / 2` to `size` characters, the last one up to
+    `2 * size`: on a blank line where there is one, else on the end of a line, else on a space.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        places = (text.rfind(mark, start + size // 2, start + size) for mark in ("\n\n", "\n", " "))
+        cut = next((place for place in places if place > 0), start + size)
+        yield text[start:cut].strip("\n")
+        start = cut
+    yield text[start:].strip("\n")
+
+
+def _evenly(streams: list[Iterator[str]]) -> Iterator[str]:
+    # The next part is of the kind that has given the fewest characters.
+    heap = [(0, number, stream) for number, stream in enumerate(streams)]
+    while heap:
+        characters, number, stream = heappop(heap)
+        if (part := next(stream, None)) is not None:
+            heappush(heap, (characters + len(part), number, stream))
+            yield part

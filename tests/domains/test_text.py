@@ -22,11 +22,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.domains import builtin, sources
-from optimum_structprune.domains.builtin import builtin_documents, sections
+from optimum_structprune.domains import sources
 from optimum_structprune.domains.load import load_domains, num_heldout, split_samples
 from optimum_structprune.domains.packing import prefix_token
-from optimum_structprune.domains.sources import documents
+from optimum_structprune.domains.sources import builtin_documents, documents, sections
 from optimum_structprune.errors import StructPruneError
 
 
@@ -106,20 +105,20 @@ def test_builtin_text_is_plenty_and_distinct(name, least):
     assert first == again != other
     if name in ("prose", "code", "math"):  # the others are made of parts of documents
         assert len(set(texts)) == len(texts)
-        assert all(100 <= len(text) <= 2 * builtin.SECTION for text in texts)
+        assert all(100 <= len(text) <= 2 * sources.SECTION for text in texts)
 
 
 def test_general_text_is_of_every_kind_that_there_is():
-    files = [path.stem for path in builtin.TEXTS.glob("*.txt")]
-    assert set(builtin.kinds("general")) == {"prose", "code", "math", "records", *files}
-    assert set(builtin.kinds("general-math-code")) == set(builtin.kinds("general")) - {"math", "code"}
-    about = (builtin.TEXTS / "README.md").read_text()
+    files = [path.stem for path in sources.TEXTS.glob("*.txt")]
+    assert set(sources.builtin_kinds("general")) == {"prose", "code", "math", "records", *files}
+    assert set(sources.builtin_kinds("general-math-code")) == set(sources.builtin_kinds("general")) - {"math", "code"}
+    about = (sources.TEXTS / "README.md").read_text()
     assert len(files) > 10 and all(f"{name}.txt" in about for name in ("countries", "prose", "code", "math"))
-    assert sum(path.stat().st_size for path in builtin.TEXTS.iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in sources.TEXTS.iterdir()) < 1_500_000
     for name in files:
         texts = list(builtin_documents(name))
         assert len(set(texts)) == len(texts) >= 8, name
-        assert all(text == text.strip() and 100 < len(text) < 2 * builtin.PART for text in texts)
+        assert all(text == text.strip() and 100 < len(text) < 2 * sources.PART for text in texts)
 
 
 def test_several_kinds_have_equal_shares_of_the_characters():
@@ -129,7 +128,7 @@ def test_several_kinds_have_equal_shares_of_the_characters():
     for part in itertools.islice(builtin_documents("+".join(names), 3), 30):
         (kind,) = (name for name in names if part in whole[name])
         given[kind] += len(part)
-    assert max(given.values()) - min(given.values()) <= 2 * builtin.PART
+    assert max(given.values()) - min(given.values()) <= 2 * sources.PART
 
 
 def test_prose_reads_other_files_than_code():
@@ -141,7 +140,7 @@ def test_prose_reads_other_files_than_code():
 
 
 def test_built_in_code_is_of_many_files_not_of_their_tops_and_has_no_licence_of_its_own():
-    long = [text for text in builtin.read_kind("code") if len(text) > 2 * builtin.SECTION]
+    long = [text for text in sources.read_kind("code") if len(text) > 2 * sources.SECTION]
     heads = [re.match(r'r?"""|#!|import |from ', text) is not None for text in long]
     assert len(long) > 50 and sum(heads) < len(long) / 2
     assert not any(render_texts.NOTICE.search(text) for kind in ("code", "prose") for text in builtin_documents(kind))
@@ -149,14 +148,14 @@ def test_built_in_code_is_of_many_files_not_of_their_tops_and_has_no_licence_of_
 
 def test_two_sections_of_a_document_lie_far_apart():
     order = list(builtin_documents("code", 1))
-    longest = max(builtin.read_kind("code"), key=len)
+    longest = max(sources.read_kind("code"), key=len)
     places = [order.index(part) for part in sections(longest)]
     assert len(places) > 4 and min(b - a for a, b in itertools.pairwise(places)) > 10
 
 
 @pytest.mark.parametrize("kind", ["math", "records"])
 def test_what_is_made_by_rule_is_the_same_again(kind):
-    assert list(dict.fromkeys(render_texts.KINDS[kind](random.Random(0)))) == builtin.read_kind(kind)
+    assert list(dict.fromkeys(render_texts.KINDS[kind](random.Random(0)))) == sources.read_kind(kind)
 
 
 def test_unknown_builtin_proposes_the_nearest():

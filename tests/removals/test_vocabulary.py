@@ -23,10 +23,10 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.domains.builtin import builtin_documents
 from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
+from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from optimum_structprune import StructPruneError, StructPruner, export_gguf
 from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS, gguf_architecture, gguf_refusal
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.saving.gguf_file import pre_tokenizer
 
 
