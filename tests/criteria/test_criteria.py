@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.producers import producer_norms
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.domains.resolve import MOST, reweighted
 from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.method.score import producer_norms
 
 
 @pytest.fixture

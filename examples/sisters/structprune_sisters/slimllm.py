@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_structprune import register_criterion
-from optimum_structprune.arch.producers import matrices, norms_by_unit
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import Criterion
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.linalg import submatrix
+from optimum_structprune.method.score import matrices, norms_by_unit
 from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.processes import all_reduce_
