@@ -11,6 +11,7 @@ from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
+from optimum_structprune.trainer import RecentText
 
 
 # Newer versions of transformers call it the first; the old name warns.
@@ -367,3 +368,14 @@ def test_bad_input(tmp_path):
         setattr(run.args, name, value)
         with pytest.raises(StructPruneError, match=f"{what} fixes the shapes.*prune first"):
             callback.on_train_begin(run.args, run.state, run.control, model=run.model, optimizer=None)
+
+
+def test_padding_is_no_calibration_text_and_memory_of_the_text_is_bounded():
+    text = RecentText(num_samples=1, seq_length=4)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    text.add_call((), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": mask})
+    assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
+    text = RecentText(num_samples=8, seq_length=24)
+    for _ in range(100):
+        text.add(token_ids(4, 24))
+    assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)

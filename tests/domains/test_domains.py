@@ -19,7 +19,6 @@ from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
-from optimum_structprune.domains.recent import RecentText
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 from optimum_structprune.domains.templates import Document, chat_document
@@ -318,14 +317,3 @@ def test_a_frame_tells_which_documents_its_samples_hold():
         words = {f"w{token}" for token in packed.samples.flatten().tolist() if token > 2}
         assert [document_hash(text) for text in texts if words & set(text.split())] == [*packed.hashes]
         assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)
-
-
-def test_padding_is_no_calibration_text_and_memory_of_the_text_is_bounded():
-    text = RecentText(num_samples=1, seq_length=4)
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    text.add_call((), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": mask})
-    assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
-    text = RecentText(num_samples=8, seq_length=24)
-    for _ in range(100):
-        text.add(token_ids(4, 24))
-    assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)
