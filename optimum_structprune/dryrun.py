@@ -14,7 +14,7 @@ from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
 from .arch.modules import blocks
 from .arch.shrink import legal_sizes, shrunk_config, text_config
-from .arch.spec import VOCAB, ArchSpec, Widths
+from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
@@ -25,7 +25,6 @@ from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.choose import with_tokens
 from .widths.budget import biased_spaces, large_vocabulary, widths_of
-from .widths.kernels import lost_kernels
 from .written import Record
 
 
@@ -34,6 +33,14 @@ WRITING = 1.8
 # A pruning takes about as many operations as so many forward passes of the layers over the text, one more where error
 # feedback runs the dense layers too, and with widths by measured loss so many times as many; see docs/benchmarks.md.
 PASSES, MEASURING = 2, 4
+# Widths of channels have to be multiples of the number; where a matrix is spread over devices, of as many more.
+KERNELS = (
+    (8, True, "tensor cores in half precision"),
+    (32, False, "llama.cpp's Q8_0 and Q4_0, which leave other rows in 16 bits"),
+    (64, True, "Marlin, the 4-bit kernel of vLLM and SGLang"),
+    (128, True, "GPTQ and AWQ in groups of 128"),
+    (256, False, "llama.cpp's K-quants, which leave other rows in more bits"),
+)
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -256,6 +263,29 @@ def _notes(
                 f"writing: {written:.0%} of the text is the model's own, which takes about as long as {passes:.1f} "
                 "forward passes over all of it; further runs use it again"
             )
+
+
+def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
+    """What runs with the present widths of each kind of space and not with `widths`, in one sentence for each kind."""
+    parts = config.tensor_parallel
+    for name in widths:
+        spaces = arch.of(name)
+        pairs = {(space.width, space.width_in(widths)) for space in spaces}
+        needs = [
+            (number * (parts if spread else 1), loss) for number, spread, loss in KERNELS if spaces[0].unit == CHANNEL
+        ]
+        if spaces[0].unit == GROUP:
+            needs = [(parts, "tensor parallelism")]
+        if spaces[0].unit == EXPERT:  # such as vLLM's, whose issue 51521 has counts that one of them refuses
+            needs = [(config.expert_parallel, "expert parallelism"), (8, "fused router kernels of some engines")]
+        lost = {
+            f"{loss} (multiples of {number})": min(after for full, after in pairs if after % number)
+            for number, loss in needs
+            if any(after % number and not full % number for full, after in pairs)
+        }
+        options = "expert_parallel" if spaces[0].unit == EXPERT else "round_to and tensor_parallel"
+        if lost:
+            yield f"warning: {name} {min(lost.values())} has no {', no '.join(lost)}; see {options}"
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:

@@ -13,11 +13,10 @@ from optimum_structprune import StructPruneConfig, StructPruneError, StructPrune
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.packing import Domain
-from optimum_structprune.dryrun import dry_run
+from optimum_structprune.dryrun import dry_run, lost_kernels
 from optimum_structprune.search.ranking import dense_scores
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.allocation import LEAST_KEPT, multiple_of, ranked_widths, widths_for_sparsity
-from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
 
