@@ -16,7 +16,7 @@ from ..domains.resolve import resolve, texts_of
 from ..domains.sources import documents
 from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
-from ..recovery.checks import check_recovery
+from ..recovery.recover import check_recovery
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
-from ..recovery.checks import check_recovery
+from ..recovery.recover import check_recovery
 from ..system.disk import Output, check_apart, unchanging, used_paths
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes

@@ -1,7 +1,7 @@
 """Refuses what cannot be done, before any text is read or any weight is touched.
 
 A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
-optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.checks` and `trainer`.
+optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.recover` and `trainer`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check(
         if config.checkpoint_dir or config.losses_dir:
             _check_folders(config)
     if use == PRUNE and config.recovery is not None:
-        from ..recovery.checks import check_recovery  # training libraries take seconds to import
+        from ..recovery.recover import check_recovery  # training libraries take seconds to import
 
         check_recovery(config.recovery, config, described.plain_model)
     if use != TRAINER and (unused := [*without_effect(config, widths)]):

@@ -9,7 +9,7 @@ from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, prune_model, recover
-from optimum_structprune.recovery.checks import check_recovery
+from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.trainer import training_arguments
 from optimum_structprune.system.processes import across_processes
 

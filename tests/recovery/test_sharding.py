@@ -11,7 +11,7 @@ from torch.distributed import HashStore, destroy_process_group, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from optimum_structprune import StructPruneError, prune_model
-from optimum_structprune.recovery.checks import check_recovery
+from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.sharding import check_sharding, take_over_
 
 
