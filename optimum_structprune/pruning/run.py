@@ -20,7 +20,7 @@ from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
 from ..record.plan import Plan
 from ..record.report import Report
-from ..sources.data import CalibrationData, method_of
+from ..sources.data import CalibrationData
 from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
@@ -189,8 +189,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
         checkpoint = LayerCheckpoint(run, run.config.checkpoint_dir, step.widths)
     try:
         with run.report.timed("round 1"):
-            method = method_of(run.config, data.shares, statistics=data.whole_model_statistics(model, arch))
-            source = data.source(model, arch, run.config.feedback)
+            method, source = data.method(model, arch), data.source(model, arch, run.config.feedback)
             done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
             layers = progress(
                 range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"

@@ -21,7 +21,7 @@ from ..method.loop import Method, choose_units, refit_consumers, score_units
 from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from ..pruning.run import Run, Step
 from ..record.plan import Plan
-from ..sources.data import CalibrationData, Source, method_of
+from ..sources.data import CalibrationData, Source
 from ..sources.offloaded import layer_in_memory
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
@@ -117,8 +117,7 @@ class MaskedPruning:
 
     def method(self, data: CalibrationData) -> Method:
         """How units are scored and refitted, by this data."""
-        statistics = data.whole_model_statistics(self.model, self.arch)
-        return method_of(self.config, data.shares, self.refit, statistics)
+        return data.method(self.model, self.arch, self.refit)
 
     def run_(
         self,

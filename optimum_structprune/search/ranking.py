@@ -14,7 +14,7 @@ from ..method.calibrate import mixed
 from ..method.loop import Method
 from ..method.score import check_scores
 from ..method.shrink import read_consumer
-from ..sources.data import CalibrationData, Source, method_of
+from ..sources.data import CalibrationData, Source
 from ..system.stages import progress
 
 
@@ -34,8 +34,7 @@ def dense_scores(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, 
     Returns:
         By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
     """
-    method = method_of(data.config, data.shares, statistics=data.whole_model_statistics(model, arch))
-    source, scores = data.source(model, arch, fixed=True), {}
+    method, source, scores = data.method(model, arch), data.source(model, arch, fixed=True), {}
     for layer in progress(range(arch.num_layers), desc="ranking", unit="layer"):
         with source.at(layer):
             for space in arch.at(layer):

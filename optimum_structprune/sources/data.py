@@ -148,11 +148,24 @@ class CalibrationData:
         """The source of the activations of a model as it is now."""
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
-    def whole_model_statistics(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
-        """What the criterion makes of passes through the whole model, by module, shape `(n,)`, if it does."""
-        watch = CRITERIA.get(self.config.scored_by).whole_model_statistics
-        by_domain = {} if watch is None else watch(model, arch, self)
-        return {module: self.mean(values) for module, values in by_domain.items()}
+    def method(self, model: PreTrainedModel, arch: ArchSpec, refit: str | None = None) -> Method:
+        """How the config has the units of a model scored and refitted, or with another refit; the criterion may run
+        the whole model for that.
+        """
+        config, kind, refit = self.config, CRITERIA.get(self.config.scored_by), refit or self.config.refit
+        by_domain = {} if kind.whole_model_statistics is None else kind.whole_model_statistics(model, arch, self)
+        return Method(
+            # Made anew for each layer, so that its random draws do not depend on the layers in front: a run that goes
+            # on where another was killed does not score those again.
+            criterion=lambda layer: kind(replace(config, seed=(config.seed + layer) % 2**32)),
+            refit=REFITS.get(refit),
+            shares=self.shares,
+            damping=float(config.damping),
+            gram=kind.needs_gram or config.refit_reads_gram,
+            unfitted=refit == "none",
+            name=config.scored_by,
+            statistics={module: self.mean(values) for module, values in by_domain.items()},
+        )
 
     def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
         """The evidence of the next round, in which a domain that has lost more counts more."""
@@ -178,28 +191,6 @@ class CalibrationData:
 def _counts(domains: Sequence[Domain], shares: Sequence[float]) -> list[int]:
     """The number of samples that a round with these shares runs, by domain, where they change between rounds."""
     return split_samples(sum(len(domain.samples) for domain in domains), shares)
-
-
-def method_of(
-    config: StructPruneConfig,
-    shares: tuple[float, ...],
-    refit: str | None = None,
-    statistics: Mapping[str, Tensor] | None = None,
-) -> Method:
-    """The method that a config names, with these weights of the domains."""
-    refit, kind = refit or config.refit, CRITERIA.get(config.scored_by)
-    return Method(
-        # Made anew for each layer, so that its random draws do not depend on the layers in front: a run that goes on
-        # where another was killed does not score those again.
-        criterion=lambda layer: kind(replace(config, seed=(config.seed + layer) % 2**32)),
-        refit=REFITS.get(refit),
-        shares=shares,
-        damping=float(config.damping),
-        gram=kind.needs_gram or config.refit_reads_gram,
-        unfitted=refit == "none",
-        name=config.scored_by,
-        statistics=statistics or {},
-    )
 
 
 class AcrossProcesses(OneProcess):

@@ -17,7 +17,7 @@ from optimum_structprune.method.layers import Batch, InMemory, NotSequentialErro
 from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.removals.layers import Norm
 from optimum_structprune.sources import data as calibration_data
-from optimum_structprune.sources.data import layers_of, method_of, source_of
+from optimum_structprune.sources.data import layers_of, source_of
 from optimum_structprune.sources.whole_model import WholeModel
 
 
@@ -140,7 +140,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
     source, smaller = data.source(model, arch, data.config.feedback), shrunk_skeleton(model, arch, widths)
-    prune_layers_(model, arch, source, method_of(data.config, data.shares), widths, smaller, {})
+    prune_layers_(model, arch, source, data.method(model, arch), widths, smaller, {})
     entering = []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():

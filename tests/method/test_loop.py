@@ -15,7 +15,6 @@ from optimum_structprune.arch.modules import adopt_config_, layer_list
 from optimum_structprune.criteria import CRITERIA, per_unit
 from optimum_structprune.method.layers import InMemory
 from optimum_structprune.method.loop import prune_layers_
-from optimum_structprune.sources.data import method_of
 from optimum_structprune.widths.budget import biased_spaces
 
 
@@ -24,7 +23,7 @@ def pruned_by_hand(model, settings, **how):
     data, arch, widths, keep = data_of(settings), describe(model), settings.widths, {}
     smaller = shrunk_skeleton(model, arch, widths, biased_spaces(settings, arch, widths))
     source = InMemory(model, arch, data.own_batches, data.config.feedback)
-    prune_layers_(model, arch, source, method_of(settings, data.shares), widths, smaller, keep, **how)
+    prune_layers_(model, arch, source, data.method(model, arch), widths, smaller, keep, **how)
     adopt_config_(model, smaller)
     return keep
 
