@@ -42,12 +42,6 @@ def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -
     modules.extend(layers)
 
 
-def put_layer_(model: nn.Module, arch: ArchSpec, layer: int, module: nn.Module) -> None:
-    """Replace a layer of a model by a module."""
-    path, index = arch.place(layer)
-    _layers_at(model, path)[index] = module
-
-
 def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     layers = model.get_submodule(path)
     if not isinstance(layers, nn.ModuleList):

@@ -179,13 +179,8 @@ class ArchSpec:
 
     def layer_prefix(self, layer: int) -> str:
         """The prefix of the state-dict names of layer `layer`, with the dot."""
-        path, index = self.place(layer)
-        return f"{path}.{index}."
-
-    def place(self, layer: int) -> tuple[str, int]:
-        """The path of the list that holds layer `layer`, and its index there."""
         for path, count in self.stacks:
             if layer < count:
-                return path, layer
+                return f"{path}.{layer}."
             layer -= count
         raise IndexError(layer)

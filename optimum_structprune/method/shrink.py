@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arch.modules import layer_list, put_layer_, replace_
+from ..arch.modules import layer_list, replace_
 from ..arch.spec import ArchSpec, Axis, Space
 from ..errors import StructPruneError
 
@@ -114,7 +114,7 @@ def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
     device = next(old.parameters()).device
     replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
-    put_layer_(model, arch, layer, new)
+    model.set_submodule(arch.layer_prefix(layer)[:-1], new)
 
 
 def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
