@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -41,24 +41,20 @@ class Dense:
     licence: Mapping[str, Any]
     language: Any = None
 
-    def with_overrides(self, model: Mapping[str, Any]) -> Dense:
-        """The same with the id and the licence that the user has named."""
-        base, licence = model.get("base_model"), model.get("license")
-        named = self if base is None else replace(self, name=base, base_model=base)
-        return named if licence is None else replace(named, licence={"license": licence})
-
     @classmethod
-    def of(cls, source: str) -> Dense:
-        """What the card of a model says."""
+    def of(cls, source: str, named: Mapping[str, Any]) -> Dense:
+        """What the card of a model says, but for the id and the licence that the user has `named`."""
         folder = Path(source)
         card = _card(source) if source else None
         fields: dict[str, Any] = {} if card is None else card.to_dict()
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
+        licence = {"license": named["license"]} if named.get("license") else licence
         base: Any = short_name(source)
         if folder.is_dir() and not HUB_CACHE.search(source):
             # A folder has no id. What this package has pruned before says in its card what it comes from.
             base = fields.get("base_model") if written_files(folder) else None
+        base = named.get("base_model") or base
         name = str(base or short_name(source))
         return cls(name, base if _is_id(base) else None, licence, fields.get("language"))
 
@@ -77,16 +73,17 @@ def model_card(
     """The model card of a result."""
     records = Records.read(folder)
     model = records.report.get("model") or {}
-    origin = Dense.of(records.dense or dense or "").with_overrides(model)
+    origin = Dense.of(records.dense or dense or "", model)
     kind = model_class(config, arch_file).__name__
     shown = shown_of(records, origin.name, origin.base_model or "DENSE", ".", "again")
-    causal = kind == "AutoModelForCausalLM"
+    causal, texts = kind == "AutoModelForCausalLM", (name, *shown["commands"], *shown["configs"].values())
     card = MARKDOWN.get_template("card.md.jinja").render(
         **shown,
         title=name,
         card_data=_fields(folder, records, origin, causal).to_yaml(),
         shell_name=quote(name),
-        fence=_fence(name, *shown["commands"], *shown["configs"].values()),
+        # What stands around blocks of code, such that none of the texts in them ends one.
+        fence="`" * max(3, *(len(run) + 1 for text in texts for run in re.findall("`+|$", text))),
         licence=origin.licence,
         kind=kind,
         causal=causal,
@@ -99,11 +96,6 @@ def model_card(
         **_llama_cpp(config, records.report),
     )
     return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
-
-
-def _fence(*texts: str) -> str:
-    """What stands around blocks of code, such that none of the texts in them ends one."""
-    return "`" * max(3, *(len(run) + 1 for text in texts for run in re.findall("`+|$", text)))
 
 
 def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> ModelCardData:
