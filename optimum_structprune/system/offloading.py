@@ -25,7 +25,7 @@ from ..written import identity
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
-    return bool(_offloading(model))
+    return any(hook.offload for module in model.modules() for hook in _hooks_of(module))
 
 
 def places(model: nn.Module) -> dict[str, str]:
@@ -139,10 +139,6 @@ def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
-def _offloading(layer: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
-    return [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
-
-
 def _held_by(model: nn.Module) -> Iterator[Any]:
     """What holds the offloaded weights of each module."""
     for module in model.modules():
@@ -178,7 +174,7 @@ def _held(weights: Any, name: str) -> Tensor:
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
     """Give a layer what is offloaded of it, and keep its hooks from dropping it; these hooks are returned."""
-    offloading = _offloading(layer)
+    offloading = [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
     # Copies, on the same device too: a layer may be changed in place, and the stored weights must not be.
     fetched = [
         (module, name, _held(hook.weights_map, name).to(hook.execution_device, copy=True))
