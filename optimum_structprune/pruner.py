@@ -156,6 +156,8 @@ class StructPruner:
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and with its model, and warn of a target that was missed."""
+        from .record.remarks import target_summary
+
         # Once tokens are gone, the run's config says only what is left to do.
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
@@ -166,8 +168,8 @@ class StructPruner:
             self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
         )
         run.model.prune_result = self.result  # type: ignore[assignment]  # typed as Tensor | Module
-        if missed := run.report.missed_target():
-            warn(missed)
+        if (summary := target_summary(self.report.to_dict())).startswith("warning: "):
+            warn(summary.removeprefix("warning: "))
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the

@@ -54,7 +54,12 @@ def check(
     if use == PRUNE:
         if not has_inputs:
             check_reads_text(described.plain_model)
-        _check_text(has_tokenizer, has_inputs, VOCAB in widths)
+        elif VOCAB in widths:
+            raise StructPruneError(
+                f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
+            )
+        if not (has_tokenizer or has_inputs):
+            raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
         if config.checkpoint_dir or config.losses_dir:
             _check_folders(config)
     if use == PRUNE and config.recovery is not None:
@@ -178,16 +183,6 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
     longest = positions_of(described.plain_model)
     if not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-
-
-def _check_text(has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool) -> None:
-    """Refuse text that nothing was passed to read it with, and `inputs` that do not fit the rest of the config."""
-    if has_inputs and fewer_tokens:
-        raise StructPruneError(
-            f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
-        )
-    if not (has_tokenizer or has_inputs):
-        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:

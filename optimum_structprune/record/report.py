@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -109,23 +109,14 @@ class Report(Record):
             self.dense_widths[name] = max(full.values())
         self.removed_layers = sorted({*range(dense_arch.num_layers)} - kept)
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent inside `with` to a stage, without that of stages inside it."""
-        with stage(name, self.seconds):
-            yield
+        return stage(name, self.seconds)
 
     @property
     def sparsity(self) -> float:
         """The share of the layers' parameters that was removed."""
         return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
-
-    def missed_target(self) -> str:
-        """What was asked for and what was removed, where they are far apart; else nothing."""
-        from .remarks import target_summary
-
-        _, warns, missed = target_summary(self.to_dict()).rpartition("warning: ")
-        return missed if warns else ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
