@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
 from .arch.modules import blocks
-from .arch.shrink import legal_sizes, shrunk_config, text_config
+from .arch.shrink import legal_sizes, shrunk_config
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
@@ -289,7 +289,7 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
-    if not text_config(small.config).is_heterogeneous:
+    if not small.config.get_text_config().is_heterogeneous:
         return (f"plain transformers, {auto}.from_pretrained",)
     return (
         f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",

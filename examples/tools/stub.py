@@ -19,7 +19,6 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from optimum_structprune.arch.families import BUILTIN, builtin_families
 from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.arch.shrink import text_config
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
 from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.errors import StructPruneError
@@ -39,7 +38,7 @@ def stub(model: PreTrainedModel) -> str:
     The package never uses a stub by itself: the plan does not say how rows fall into units or what else is coupled.
     Matrices that no space takes are listed as comments.
     """
-    config = text_config(model.config)
+    config = model.config.get_text_config()
     shapes = {
         name.removeprefix(f"{model.base_model_prefix}."): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()

@@ -16,7 +16,6 @@ from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .meta import check_plain, is_quantized, skeleton
 from .modules import layer_list
-from .shrink import text_config
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
@@ -31,7 +30,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     prefix = f"{base}." if base and hasattr(model, base) else ""
     family = family_of(config.model_type, arch_file)
     if family.text is not None:
-        config, prefix = text_config(config), f"{prefix}{family.text}."
+        config, prefix = config.get_text_config(), f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
         family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -51,7 +51,7 @@ def shrunk_config(
     less. `stay` are the layers or the tokens that stay; None stands for the first ones.
     """
     new = deepcopy(config)
-    text = text_config(new)
+    text = new.get_text_config()
     per_layer: dict[int, dict[str, Any]] = {
         int(layer): dict(values) for layer, values in (text.to_dict().get("per_layer_config") or {}).items()
     }
@@ -116,11 +116,6 @@ def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]]
         text.allow_global_per_layer_attribute_access = True
 
 
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a multimodal model's config that describes its text model; a plain config as it is."""
-    return getattr(config, "text_config", None) or config
-
-
 def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int]:
     """Every width that a plain config of this model can express for the space `name`, and that the model runs with,
     ascending.
@@ -135,9 +130,9 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
     step = 1
     if name == HIDDEN:
         # A class that refuses one channel less wants a multiple of the number of heads.
-        step = 1 if _accepts(config, arch, {name: space.size - 1}) else text_config(config).num_attention_heads
+        step = 1 if _accepts(config, arch, {name: space.size - 1}) else config.get_text_config().num_attention_heads
         if any(other.experts is not None for other in arch.spaces):
-            dtype = text_config(config).dtype or config.dtype
+            dtype = config.get_text_config().dtype or config.dtype
             step = lcm(step, max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE

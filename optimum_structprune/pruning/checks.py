@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
-from ..arch.shrink import layers_ahead, text_config
+from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
 from ..criteria import CRITERIA
@@ -68,7 +68,7 @@ def check(
         check_recovery(config.recovery, config, described.plain_model)
     if use != TRAINER and (unused := [*without_effect(config, widths)]):
         warn(f"These options have no effect here: {'; '.join(unused)}.")
-    if ahead := layers_ahead(text_config(described.plain_model.config)):
+    if ahead := layers_ahead(described.plain_model.config.get_text_config()):
         warn(
             f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so the "
             "result has none, and its config says 0."
