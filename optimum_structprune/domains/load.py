@@ -31,7 +31,6 @@ from .packing import (
     SampleFormat,
     Tokens,
     check_vocabulary,
-    prefix_token,
     tokenised,
 )
 from .resolve import MOST, resolve, split_samples, texts_of, with_written_text
@@ -79,12 +78,7 @@ def load_domains(
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    frame = SampleFormat(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
-    if frame.body < 1:
-        raise StructPruneError(
-            f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
-        )
-    domains = resolve(texts_of(config))
+    frame, domains = SampleFormat.of(tokenizer, config.seq_length), resolve(texts_of(config))
     uses = {} if seen is None else seen.uses()
     if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}

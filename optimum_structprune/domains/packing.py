@@ -51,6 +51,13 @@ class SampleFormat:
     prefix: int | None
     eos: int | None
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> SampleFormat:
+        """The samples of so many tokens that a tokenizer makes; a length that leaves nothing to predict is refused."""
+        if seq_length < 2:
+            raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
+        return cls(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+
     @property
     def body(self) -> int:
         """The number of tokens of text in a sample: all but the prefix."""

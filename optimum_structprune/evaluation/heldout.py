@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from ..domains.packing import SampleFormat, check_vocabulary, prefix_token, tokenised
+from ..domains.packing import SampleFormat, check_vocabulary, tokenised
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
@@ -36,9 +36,7 @@ def read_heldout(
             f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "
             "(num_samples)."
         )
-    frame = SampleFormat(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
-    if seq_length < 2:
-        raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
+    frame = SampleFormat.of(tokenizer, seq_length)
     most = sys.maxsize if num_samples is None else num_samples
     texts = frame.take(tokenised(documents(domain, None, tokenizer), tokenizer), most * frame.body)
     if not texts:

@@ -13,7 +13,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import load_domains, num_heldout, split_samples
 from ..domains.manifest import Manifest
-from ..domains.packing import Domain, SampleFormat, prefix_token, tokenised
+from ..domains.packing import Domain, SampleFormat, tokenised
 from ..domains.resolve import WRITTEN, builtin_beside, resolve, texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
@@ -92,7 +92,7 @@ def left_out_text(
     text = text_config(config, pruning)
     domains = text.domains or []
     source = config.left_out or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
-    frame = SampleFormat(text.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=LEFT_OUT, source=source), text.seed, tokenizer), tokenizer)
     samples = frame.pack(frame.take(read, COMPARED), max(1, COMPARED // text.seq_length)).samples
     if not len(samples):

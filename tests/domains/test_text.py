@@ -398,7 +398,7 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
     ({"source": iter(())}, "The domain 'd' is empty; a generator gives its text only once[.]"),
     ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Give it more documents"),
-    ({"source": numbered(), "seq_length": 1}, "seq_length=1 has no room"),
+    ({"source": numbered(), "seq_length": 1}, "seq_length=1 leaves nothing"),
     ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2 .* 3 domains .* 3 is the least"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip
 def test_text_that_makes_no_samples(fields, message):
