@@ -5,11 +5,9 @@ section 3.1).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import pairwise
 from math import ceil, inf, log
 from pathlib import Path
@@ -18,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +26,7 @@ from ..errors import StructPruneError
 from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
-from ..system.fingerprint import fingerprint
+from ..system.fingerprint import fingerprint, kept_text
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import progress, stage
 from ..written import append_line, whole_lines
@@ -118,9 +115,7 @@ class _TextGenerator:
         """The file of what this model writes of a kind; it need not exist."""
         settings = [MAX_TOKENS, MIN_TOKENS, MIN_P, RUN, MIN_DISTINCT, MAX_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        key = [fingerprint(self.model), *reader, *settings, self.prompts[:MOST], self.seed]
-        digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return Path(constants.HF_HOME, "structprune", f"{name}-{digest[:24]}.jsonl").expanduser()
+        return kept_text(name, fingerprint(self.model), *reader, *settings, self.prompts[:MOST], self.seed)
 
     def write(self, batch: range) -> list[Document]:
         """The documents of these numbers that pass the filters."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from ..domains.packing import prompt_ids
 from ..errors import StructPruneError
 from ..forward.generation import sampled
 from ..forward.metrics import evaluating
+from ..system.fingerprint import kept_text
 from ..system.processes import is_first_rank
 from ..system.stages import stage
 from ..vocabulary.languages import tokens_by_language
@@ -163,6 +163,4 @@ class Answers:
 
 def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:
     """The file of what the model with these weights (a `fingerprint`) answers to prompts; all trainings share it."""
-    settings = [LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends]]
-    digest = sha256(json.dumps([weights, *settings, [*map(list, prompts)]]).encode()).hexdigest()
-    return Path(constants.HF_HOME, "structprune", f"answers-{digest[:24]}.jsonl").expanduser()
+    return kept_text("answers", weights, LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends], [*map(list, prompts)])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from math import log
 from typing import TYPE_CHECKING, Any, Union
 
@@ -25,7 +23,7 @@ from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
 from ..method.loop import Method
 from ..method.refit import bias_refit, least_squares, no_refit
-from ..system.fingerprint import fingerprint
+from ..system.fingerprint import fingerprint, json_hash
 from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
 
@@ -175,8 +173,7 @@ class CalibrationData:
     def key(self, model: PreTrainedModel, *more: Any) -> str:
         """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
         entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
-        parts = [fingerprint(model), entries, *more]
-        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return json_hash([fingerprint(model), entries, *more])
 
     def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
         """The record of what was calibrated on, in rounds with these shares of the domains."""

@@ -1,14 +1,16 @@
-"""Hashes that tell models, samples and vocabularies apart by what they hold."""
+"""Hashes that tell models, samples and vocabularies apart by what they hold, and files that are named by such."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +61,17 @@ def computing(config: PretrainedConfig) -> dict[str, Any]:
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
-    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return json_hash(sorted(tokenizer.get_vocab().items()))
+
+
+def json_hash(value: Any) -> str:
+    """The SHA-256 of a value that JSON can hold, in hexadecimal digits."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def kept_text(kind: str, *key: Any) -> Path:
+    """The file that keeps text of a kind which a model has written, by all that it depends on; it need not exist."""
+    return Path(constants.HF_HOME, "structprune", f"{kind}-{json_hash(key)[:24]}.jsonl").expanduser()
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -27,7 +27,7 @@ def writer():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """The folder of what models write, which is short here."""
-    monkeypatch.setattr(generated.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     return tmp_path / "structprune"

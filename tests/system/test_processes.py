@@ -169,7 +169,7 @@ def pruned(case):
 def on_text_of_its_own():
     model, reader = real_text_model()
     short = patch.multiple(generated, FEWEST=2, MOST=4, MAX_TOKENS=40, MIN_TOKENS=8)
-    with TemporaryDirectory() as home, patch.object(generated.constants, "HF_HOME", home), short:
+    with TemporaryDirectory() as home, patch("huggingface_hub.constants.HF_HOME", home), short:
         pruner = StructPruner(config(domains=[DomainConfig(name="own", source="self:code")], num_samples=4))
         return pruner, pruner.prune_model(model, reader)
 
