@@ -44,7 +44,13 @@ class Passages:
             for _ in texts[1:]:
                 ids += [*([] if eos is None else [eos]), *next(encoded)]
             rows.append(torch.tensor(ids))
-        self._check(rows, model)
+        most, longest = max(map(len, rows)), positions_of(model)
+        check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
+        if most > longest:
+            raise StructPruneError(
+                f"A sample of seq_length={self.seq_length} takes {most} tokens of the model's own tokenizer, and the "
+                f"model has {longest} positions; try seq_length={self.seq_length * longest // most}."
+            )
         return rows
 
     def shared_rows(
@@ -60,15 +66,6 @@ class Passages:
         numbers = torch.full((size,), -1).scatter(0, shared[which], torch.arange(shared.shape[1]))
         rows = [numbers[row] for row in self.rows(tokenizers[which], models[which])]
         return (rows, [*shared]) if all((row >= 0).all() for row in rows) else None
-
-    def _check(self, rows: Sequence[Tensor], model: PreTrainedModel) -> None:
-        most, longest = max(map(len, rows)), positions_of(model)
-        check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
-        if most > longest:
-            raise StructPruneError(
-                f"A sample of seq_length={self.seq_length} takes {most} tokens of the model's own tokenizer, and the "
-                f"model has {longest} positions; try seq_length={self.seq_length * longest // most}."
-            )
 
 
 def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], models: Sequence[PreTrainedModel]) -> Tensor | None:

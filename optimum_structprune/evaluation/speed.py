@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ..arch.meta import positions_of, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
-from ..forward.metrics import evaluating, input_device
+from ..forward.metrics import evaluating
+from ..method.layers import input_device
 from ..record.remarks import measured
 from ..written import Record
 

@@ -16,8 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..arch.hooks import in_fast_dtype
 from ..arch.modules import blocks
 from ..arch.spec import EXPERT, ArchSpec
-from ..errors import StructPruneError
-from .metrics import input_device
+from ..method.layers import input_device
 
 
 # What `forward` calls the cache, in newer and in older releases of transformers.
@@ -239,26 +238,6 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     except (RuntimeError, TypeError):
         return None
     return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
-
-
-def checked_cache(model: PreTrainedModel, arch: ArchSpec) -> int:
-    """The number of values that generation keeps per token; a model of which it cannot be told is refused."""
-    if not (values := cached_values(model, arch)):
-        raise StructPruneError(
-            f"How much a {arch.model_type} model keeps per token cannot be told without running it; give the budget "
-            "in parameters or bytes."
-        )
-    return values
-
-
-def checked_flops(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
-    """The operations of `flops_per_token`; a model of which they are not known is refused."""
-    if reason := why_not_counted(model, arch):
-        raise StructPruneError(
-            f"The operations of this {arch.model_type} model are not known: {reason}; give the budget in parameters "
-            "or bytes."
-        )
-    return flops_per_token(model, arch, tokens)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

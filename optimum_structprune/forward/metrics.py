@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..arch.hooks import in_fast_dtype, is_emulated
 from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
-from ..method.layers import run_model
+from ..method.layers import input_device, run_model
 from ..system.stages import progress
 
 
@@ -31,12 +31,6 @@ TOKENS_AT_ONCE = 128
 ENOUGH = 4000
 FEWEST = 5  # samples; a standard error over so many is itself known to a third of it, and over two to nothing
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
-
-
-def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
-    """The device that a model takes its inputs on: the CPU where accelerate has put weights on the meta device."""
-    device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def outputs_of(output: Any) -> Tensor:

@@ -91,13 +91,17 @@ def equal(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
 
 
+def input_device(model: Any) -> torch.device:
+    """The device that a model takes its inputs on: the CPU where accelerate has put weights on the meta device."""
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
     reads on both sides.
     """
-    device, config = torch.device(model.device), model.config
-    # Accelerate takes inputs on the CPU where it has put weights on the meta device.
-    ids = ids.to("cpu" if device.type == "meta" else device, model.dtype if ids.is_floating_point() else None)
+    config, ids = model.config, ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
     if config.is_encoder_decoder:
         options |= {"decoder_input_ids": ids, "use_cache": False}
     elif hasattr(config.get_text_config(), "use_cache"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..forward.metrics import input_device
+from ..method.layers import input_device
 
 
 # The target of a place whose next token does not count, as everywhere in torch.

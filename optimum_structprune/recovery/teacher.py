@@ -23,10 +23,10 @@ from ..forward.metrics import (
     divergence,
     evaluating,
     few_inputs,
-    input_device,
     outputs_for,
     plain_head,
 )
+from ..method.layers import input_device
 from ..removals.resize import drop_tokens_
 from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage

@@ -31,7 +31,9 @@ ANSWERS, LEFT_OUT, OTHER_KIND = "answers", "left out", f"{BUILTIN}news"
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
     """What to read for the training; the seed is the pruning's, which decides which documents are held out."""
     seq_length = config.seq_length or min(pruning.seq_length, LENGTH)
-    domains = resolve(config.domains or _domains_of(pruning))
+    if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
+        pruning = replace(pruning, general_share=0.0, general_text=None)
+    domains = resolve(config.domains or texts_of(pruning))
     if config.left_out is None and _is_mixed(domains):  # of which one kind is left out
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
         domains = [replace(of, source=f"{of.source}{without}") if _is_mixed([of]) else of for of in domains]
@@ -52,13 +54,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
         objective="mean",
         allocation="uniform",
     )
-
-
-def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a pruning; what the model wrote beside them takes long and won nothing (benchmarks/LOG.md)."""
-    if pruning.general_text == WRITTEN:
-        pruning = replace(pruning, general_share=0.0, general_text=None)
-    return texts_of(pruning)
 
 
 def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:

@@ -59,8 +59,10 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
-    source, reached = _gap_source(model, arch, data), 0
-    if source is not None:
+    source = layers_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
+    if isinstance(source, InMemory):
+        source.find_other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+        reached = 0
         for layer, behind in pairwise((*keep, arch.num_layers)):
             for other in range(reached, behind):
                 with source.at(other):
@@ -88,15 +90,6 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
         with source.at(layer):
             hidden = source.output(layer, 0, hidden)
     return hidden
-
-
-def _gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
-    """The source for `_refit_before_gap_`; None where nothing makes up for a removed layer."""
-    source = layers_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
-    if not isinstance(source, InMemory):
-        return None
-    source.find_other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
-    return source
 
 
 def _refit_before_gap_(

@@ -225,8 +225,11 @@ def refits_of(
         dense, made = [pruning.consumers.dense(axis)[0] for axis in space.consumers], {}
         for units in removed:
             values = pruning.trial(method, space, gathered, scores, (width - units) * space.scale)
-            changes = [before - values[axis][0].float() for axis, before in zip(space.consumers, dense, strict=True)]
-            made[units] = values, sum(map(lost_energy, changes, gathered))
+            error = 0.0  # the energy of what the change does to the outputs, over all tokens
+            for axis, before, moments in zip(space.consumers, dense, gathered, strict=True):
+                change = before - values[axis][0].float()
+                error += output_energy(change, replace(moments, energy=None)) * moments.count
+            made[units] = values, error
         return made
 
     if len(spaces) == 1:
@@ -239,11 +242,6 @@ def refits_of(
             others, total = by_units.get(units, ({}, 0.0))
             by_units[units] = {**others, **values}, total + error
     return lambda: by_units
-
-
-def lost_energy(change: Tensor, moments: Moments) -> float:
-    """The energy of what a change of a consumer's weight, shape `(out, n)`, does to its outputs, over all tokens."""
-    return output_energy(change, replace(moments, energy=None)) * moments.count
 
 
 def trial_losses(pruning: MaskedPruning, refits: Refits, probe: Probe) -> dict[int, Tensor]:

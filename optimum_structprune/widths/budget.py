@@ -203,13 +203,21 @@ def _cost_of(
             return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
         dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
         return lambda widths: size * (dense - removed_parameters(arch, widths))
-    from ..forward.generation import checked_cache, checked_flops
+    from ..forward.generation import cached_values, flops_per_token, why_not_counted
 
-    count: Callable[[PreTrainedModel], float] = {
-        CACHE: lambda smaller: model.dtype.itemsize * checked_cache(smaller, arch),
-        "flops_per_token": lambda smaller: checked_flops(smaller, arch, config.seq_length),
-    }[name]
-    return lambda widths: count(shrunk_skeleton(model, arch, widths))
+    def cost(widths: Widths) -> float:
+        smaller = shrunk_skeleton(model, arch, widths)
+        if name == CACHE and (values := cached_values(smaller, arch)):
+            return model.dtype.itemsize * values
+        reason = "it cannot be run without weights" if name == CACHE else why_not_counted(smaller, arch)
+        if reason:
+            raise StructPruneError(
+                f"The {name} of this {arch.model_type} model are not known: {reason}; give the budget in parameters "
+                "or bytes."
+            )
+        return flops_per_token(smaller, arch, config.seq_length)
+
+    return cost
 
 
 def budget_without_vocab(
