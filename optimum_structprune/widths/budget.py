@@ -209,8 +209,8 @@ def _cost_of(
         smaller = shrunk_skeleton(model, arch, widths)
         if name == CACHE and (values := cached_values(smaller, arch)):
             return model.dtype.itemsize * values
-        reason = "it cannot be run without weights" if name == CACHE else why_not_counted(smaller, arch)
-        if reason:
+        no_cache = "it does not generate, or does not run without weights"
+        if reason := no_cache if name == CACHE else why_not_counted(smaller, arch):
             raise StructPruneError(
                 f"The {name} of this {arch.model_type} model are not known: {reason}; give the budget in parameters "
                 "or bytes."

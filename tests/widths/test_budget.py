@@ -165,7 +165,7 @@ def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
     with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
         widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
     bert = build("bert")
-    with pytest.raises(StructPruneError, match="are not known: it cannot be run without weights"):
+    with pytest.raises(StructPruneError, match="are not known: it does not generate"):
         widths_of(asking("cache_bytes_per_token", 10, targets=("mlp",)), describe(bert), bert)
     for budget, message in (
         ({"parameter": 9}, "no 'parameter'. Did you mean 'parameters'"),
