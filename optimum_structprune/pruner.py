@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,31 +22,11 @@ from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import ROUNDS, UNITS, Run, Step
 from .record.plan import Plan
-from .record.report import Report
+from .record.report import PruneResult, Report
 from .registry import Registry
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
 from .widths.budget import widths_of
-
-
-class PruneResult(NamedTuple):
-    """What a pruning gives beside the model, which carries it as `model.prune_result`.
-
-    Attributes:
-        config: The config, which says what general text has been read.
-        plan: The units of the dense model that are kept.
-        report: The numbers of the run.
-        manifest: The text that was used, and what the dense model comes from.
-        tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
-        measured: The checksums of the weights that the report speaks of.
-    """
-
-    config: StructPruneConfig
-    plan: Plan
-    report: Report
-    manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase | None
-    measured: Mapping[str, Any]
 
 
 # The function that takes each kind of step, with its module, which is imported when there is such a step.
@@ -238,18 +217,17 @@ class StructPruner:
         """
         from .saving.save import save_pruned
 
-        result: Any = vars(model).get("prune_result")
+        result: PruneResult | None = vars(model).get("prune_result")
         if result is None:
             raise StructPruneError(
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        config, plan, report, manifest, own, measured = result
-        if own is not None:
-            kept = [*plan.keep[MODEL, VOCAB]]
-            if tokenizer is None or ids_in(tokenizer, own, len(kept)) == kept:
-                tokenizer = own
-        save_pruned(model, save_directory, config, plan, report, manifest, measured, tokenizer, overwrite)
+        if result.tokenizer is not None:
+            kept = [*result.plan.keep[MODEL, VOCAB]]
+            if tokenizer is None or ids_in(tokenizer, result.tokenizer, len(kept)) == kept:
+                tokenizer = result.tokenizer
+        save_pruned(model, save_directory, result, tokenizer, overwrite)
 
 
 class AutoStructPruner:

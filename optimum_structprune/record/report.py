@@ -1,15 +1,17 @@
-"""The numbers of a run and of a training."""
+"""The numbers of a run and of a training, and all that a run leaves beside its model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..config.pruning import StructPruneConfig
+from ..domains.manifest import Manifest
 from ..system.stages import model_bytes, stage
 from ..written import Record
 from .plan import Plan
@@ -131,3 +133,23 @@ class Report(Record):
         values = self.to_dict()
         recovery = [] if self.recovery is None else ["", str(self.recovery)]
         return "\n".join([as_text(values), *remarks(values), *remark(self.answers), *recovery, *verdict(values)])
+
+
+class PruneResult(NamedTuple):
+    """What a pruning gives beside the model, which carries it as `model.prune_result`.
+
+    Attributes:
+        config: The config, which says what general text has been read.
+        plan: The units of the dense model that are kept.
+        report: The numbers of the run.
+        manifest: The text that was used, and what the dense model comes from.
+        tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
+        measured: The checksums of the weights that the report speaks of.
+    """
+
+    config: StructPruneConfig
+    plan: Plan
+    report: Report
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase | None
+    measured: Mapping[str, Any]

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,14 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.per_layer import heterogeneous
-from ..config.pruning import CONFIG_NAME, StructPruneConfig
-from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..config.pruning import CONFIG_NAME
+from ..domains.manifest import MANIFEST_NAME
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import few_inputs, outputs_for
-from ..record.plan import PLAN_NAME, Plan
+from ..record.plan import PLAN_NAME
 from ..record.remarks import CHANGED
-from ..record.report import REPORT_NAME, Report
+from ..record.report import REPORT_NAME, PruneResult
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
 from ..system.offloading import declared, is_offloaded, places
@@ -71,28 +71,25 @@ SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
 def save_pruned(
     model: PreTrainedModel,
     save_directory: str | Path,
-    config: StructPruneConfig,
-    plan: Plan,
-    report: Report,
-    manifest: Manifest,
-    measured: Mapping[str, Any],
+    result: PruneResult,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, card and tokenizer; they say if the weights are not those `measured`."""
+    """Save a pruned model with its records, card and tokenizer; they say if its weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
+    config, report = result.config, result.report
     used = [model.name_or_path, *used_paths(config)]
-    if checksums(model) != measured:
+    if checksums(model) != result.measured:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
         report = replace(report, changed=True)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
-        plan.save(folder / PLAN_NAME)
+        result.plan.save(folder / PLAN_NAME)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         replace(report, weights={**report.weights, "after": size}).save(folder / REPORT_NAME)
-        manifest.save(folder / MANIFEST_NAME)
+        result.manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
