@@ -160,9 +160,9 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
         stored.clear()
 
     with ExitStack() as stack:
-        stack.callback(restore)
         for module in modules:
             if any(map(is_emulated, module.parameters())):
+                stack.callback(restore)
                 stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
                 # In front of the other hooks, so that they see what the next module gets.
                 stack.enter_context(module.register_forward_hook(leave, prepend=True))

@@ -18,7 +18,7 @@ from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
-from ..record.remarks import measured
+from ..record.remarks import measurements_text
 from ..record.table import as_csv, side_by_side
 from ..saving.page import EVALUATION_NAME, PAGE_NAME, SPEED_NAME, check_result, write_report
 from ..system.disk import check_folder, unchanging
@@ -56,7 +56,7 @@ def evaluate(args: Namespace) -> Result:
     values = {**record, **shown, "notes": notes}
     if args.csv is not None:
         Path(args.csv).write_text(as_csv(values), encoding="utf-8")
-    text = "\n".join([measured(shown), *notes])
+    text = "\n".join([measurements_text(shown), *notes])
     return _with_page(args, text, values) if args.html else Result(text, values)
 
 

@@ -23,7 +23,7 @@ from ..arch.meta import positions_of, predicts_next
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..forward.generation import continued, end_tokens
+from ..forward.generation import continuations, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, kept_text
@@ -148,7 +148,7 @@ class _TextGenerator:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
             sampler, settings = _Sampler(bar), {"max_new_tokens": room, "use_cache": True}
-            texts = continued(self.model, self.tokenizer, rows, settings, [sampler])
+            texts = continuations(self.model, self.tokenizer, rows, settings, [sampler])
         losses = torch.cat(sampler.losses, 1)
         return [(text, float(losses[row, : len(text)].mean())) for row, text in enumerate(texts)]
 

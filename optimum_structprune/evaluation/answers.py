@@ -18,7 +18,7 @@ from ..arch.meta import positions_of, predicts_next
 from ..domains.packing import prompt_ids
 from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line, warn
-from ..forward.generation import continued
+from ..forward.generation import continuations
 from ..forward.metrics import divergence, evaluating, standard_error
 from ..method.layers import run_model
 from ..record.answers import Items
@@ -119,7 +119,7 @@ def ask(
         for room in progress(rooms, desc="answering"):
             for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
                 rows = [[*prompts[n], *answers[n]] for n in batch]
-                texts = continued(model, tokenizer, rows, {**GREEDY, "max_new_tokens": room})
+                texts = continuations(model, tokenizer, rows, {**GREEDY, "max_new_tokens": room})
                 for n, ids in zip(batch, texts, strict=True):
                     answers[n] += ids
                     ended |= {n} if len(ids) < room else set()

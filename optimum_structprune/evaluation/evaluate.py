@@ -19,7 +19,7 @@ from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..record.answers import SHOWN, paired
-from ..record.remarks import measured
+from ..record.remarks import measurements_text
 from ..system.fingerprint import vocabulary_hash
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
@@ -77,7 +77,7 @@ class Evaluation(Record):
 
     def __str__(self) -> str:
         """A table of all figures, some answers, and the warnings."""
-        return measured(self.to_dict())
+        return measurements_text(self.to_dict())
 
 
 class Dense:

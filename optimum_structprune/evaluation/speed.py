@@ -22,7 +22,7 @@ from ..errors import StructPruneError
 from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..record.remarks import measured
+from ..record.remarks import measurements_text
 from ..written import Record
 
 
@@ -64,7 +64,7 @@ class Speed(Record):
 
     def __str__(self) -> str:
         """A table of tokens per second, speed-ups and memory, and what they mean."""
-        return measured(self.to_dict())
+        return measurements_text(self.to_dict())
 
 
 def measure_speed(

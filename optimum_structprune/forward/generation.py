@@ -53,7 +53,7 @@ def generating(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def continued(
+def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -74,7 +74,7 @@ def continued(
 
 
 @torch.no_grad()
-def sampled(
+def sampled_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -133,12 +133,12 @@ def _copied_cache(model: PreTrainedModel, ids: list[int], count: int) -> Cache |
 def _generated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], seed: int, **how: Any
 ) -> list[list[int]]:
-    """The same as `sampled` gives, by the model's own generation, which every model has."""
+    """The same as `sampled_continuations` gives, by the model's own generation, which every model has."""
     settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True, **how}
     device = input_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        texts = continued(model, tokenizer, prompts, settings)
+        texts = continuations(model, tokenizer, prompts, settings)
     return [text + end_tokens(model, tokenizer)[:1] * (len(text) < how["max_new_tokens"]) for text in texts]
 
 

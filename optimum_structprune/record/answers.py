@@ -48,7 +48,7 @@ def outcome(answer: Mapping[str, Any]) -> str:
     return ", ".join(["right" if answer["right"] else "wrong", *troubles])
 
 
-def written(item: Mapping[str, Any]) -> str:
+def as_lines(item: Mapping[str, Any]) -> str:
     """A question, and what each model answers, as lines of text."""
     answers = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
     return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *answers])

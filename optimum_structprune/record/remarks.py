@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
-from .answers import SHOWN, counts, sample_items, written
+from .answers import SHOWN, as_lines, counts, sample_items
 from .table import as_number, as_text
 
 
@@ -52,7 +52,7 @@ RULES = (
 LAST = "do not use it: remove less, or take it as the beginning of a long training"
 
 
-def removed(report: Mapping[str, Any]) -> Iterator[str]:
+def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
     """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
     for kind, by_layer in sorted((report.get("widths") or {}).items()):
         full, name = report["dense_widths"][kind], NAMES.get(kind, f"units of {kind}")
@@ -122,14 +122,14 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"shares in the last round: {shares}"
 
 
-def measured(record: Mapping[str, Any]) -> str:
+def measurements_text(record: Mapping[str, Any]) -> str:
     """What an evaluation, a measurement of speed, or both say: a table, what it means, some answers, and warnings."""
     lines = [as_text(record)]
     if record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
         lines.append(f"± is the standard error over {FEWEST} samples or more of {record['seq_length']} tokens{head}")
     lines += [speed_remark(record)] if record.get("run_memory") else []
-    answers = map(written, sample_items(record.get("answers") or (), record.get("show", SHOWN)))
+    answers = map(as_lines, sample_items(record.get("answers") or (), record.get("show", SHOWN)))
     warnings = map("warning: {}".format, record.get("warnings") or ())
     return "\n\n".join(["\n".join(lines), *answers, *warnings])
 

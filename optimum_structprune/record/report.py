@@ -144,7 +144,7 @@ class PruneResult(NamedTuple):
         report: The numbers of the run.
         manifest: The text that was used, and what the dense model comes from.
         tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
-        measured: The checksums of the weights that the report speaks of.
+        checksums: The dtype, shape and CRC-32 of each weight that the report speaks of, by name.
     """
 
     config: StructPruneConfig
@@ -152,4 +152,4 @@ class PruneResult(NamedTuple):
     report: Report
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase | None
-    measured: Mapping[str, Any]
+    checksums: Mapping[str, Any]

@@ -21,7 +21,7 @@ from ..config.domains import template_fields
 from ..config.fields import read_yaml
 from ..domains.packing import prompt_ids
 from ..errors import StructPruneError
-from ..forward.generation import sampled
+from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
 from ..system.fingerprint import kept_text
 from ..system.processes import is_first_rank
@@ -129,7 +129,7 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
     def write(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         room = int(min(length, positions_of(model) - max(map(len, prompts))))
         with evaluating(model), in_fast_dtype(blocks(model)), stage("writing"):
-            return sampled(model, tokenizer, prompts, room, TEMPERATURE, seed)
+            return sampled_continuations(model, tokenizer, prompts, room, TEMPERATURE, seed)
 
     return write
 

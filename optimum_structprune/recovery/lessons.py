@@ -18,7 +18,7 @@ from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
 from .answers import Answers, answers_file, prompts_of, writer_of
 from .samples import Sample, answer_samples, text_sample
-from .teacher import Teacher, measured
+from .teacher import Teacher, measure_samples
 from .text import ANSWERS, LEFT_OUT, MEASURED
 
 
@@ -73,12 +73,13 @@ class Curriculum:
         return torch.cat([sample[name] for sample in samples for name in ("input_ids", "targets")])
 
     def measure(self, model: Any) -> dict[str, dict[str, Tensor]]:
-        """How a model does on each probe; see `measured`."""
-        return {name: measured(model, samples, self.teacher) for name, samples in self.probes.items()}
+        """How a model does on each probe; see `measure_samples`."""
+        return {name: measure_samples(model, samples, self.teacher) for name, samples in self.probes.items()}
 
     def distance(self, model: Any) -> float:
         """How far a model is; see `distance_in`."""
-        return self.distance_in({name: measured(model, self.probes[name], self.teacher) for name in self.compared})
+        found = {name: measure_samples(model, self.probes[name], self.teacher) for name in self.compared}
+        return self.distance_in(found)
 
     def distance_in(self, found: dict[str, dict[str, Tensor]]) -> float:
         """The divergence from the teacher on text of a kind that is left out and along its answers, by their shares of

@@ -140,7 +140,7 @@ class Teacher:
 
 
 @torch.no_grad()
-def measured(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
+def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
     """The number of counted `tokens` of each sample, the mean `loss` over them, and with a teacher its loss as `dense`
     and the mean KL(teacher‖model) in nats as `divergence`, each of shape `(samples,)`, fp64, on the CPU.
     """

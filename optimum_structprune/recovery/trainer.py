@@ -226,7 +226,7 @@ class RecoveryOutcome(RecoveryReport):
     teacher: str = ""
 
     def enter(self, before: Mapping[str, Mapping[str, Tensor]], after: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Enter what `measured` found by kind of text before and after."""
+        """Enter what `measure_samples` found by kind of text before and after."""
         for name, of in before.items():
             losses = {"dense": of["dense"]} if "dense" in of else {}
             losses |= {"pruned": of["loss"], "recovered": after[name]["loss"]}

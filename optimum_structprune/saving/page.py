@@ -24,7 +24,7 @@ from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED
 from ..domains.sources import READERS
 from ..errors import StructPruneError
 from ..record.answers import Items, outcome, remark, sample_items
-from ..record.remarks import remarks, removed, speed_remark, verdict
+from ..record.remarks import remarks, removal_phrases, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..record.table import Row, cells, escaped, markdown, models_of, quality_rows, size_rows, speed_rows
 from ..system.processes import is_first_rank
@@ -140,7 +140,7 @@ def shown_of(records: Records, dense: str, dense_path: str, folder: str, again: 
     measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --speed --html"
     return {
         "dense": dense,
-        "removed": list(removed(report)),
+        "removed": list(removal_phrases(report)),
         "counts": report.get("parameters"),
         "verdict": list(map(sentence, verdict(report))) if report.get("parameters") else [],
         "sizes": _table(report, sizes, recovery) if sizes else [],

@@ -80,7 +80,7 @@ def save_pruned(
 
     config, report = result.config, result.report
     used = [model.name_or_path, *used_paths(config)]
-    if checksums(model) != result.measured:
+    if checksums(model) != result.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
         report = replace(report, changed=True)
 

@@ -208,8 +208,8 @@ class AcrossProcesses(OneProcess):
         all_reduce_(tensors)
         return moments
 
-    def agreed(self, tensor: Tensor) -> Tensor:
-        """See `OneProcess.agreed`."""
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """See `OneProcess.of_first`."""
         return broadcast_(tensor)
 
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_structprune import prune_model
 from optimum_structprune.arch import hooks
 from optimum_structprune.arch.modules import blocks
-from optimum_structprune.forward.generation import continued
+from optimum_structprune.forward.generation import continuations
 from optimum_structprune.method.layers import run_model
 
 
@@ -67,5 +67,5 @@ def test_a_model_is_pruned_and_writes_in_fp32_and_keeps_its_dtype(monkeypatch):
     assert dtypes(pruned) == dtypes(model) == {torch.bfloat16} and count_hooks(pruned) == count_hooks(model) == 0
     linear, seen = pruned.get_submodule("model.layers.0.mlp.down_proj"), []
     with hooks.intercept([linear], lambda *_: seen.append(linear.weight.dtype)):
-        (text,) = continued(pruned, tokenizer(), [[1, 5, 7]], {"max_new_tokens": 4, "do_sample": False})
+        (text,) = continuations(pruned, tokenizer(), [[1, 5, 7]], {"max_new_tokens": 4, "do_sample": False})
     assert {*seen} == {torch.float32} and 0 < len(text) <= 4

@@ -264,7 +264,7 @@ def test_a_run_is_checked_unless_it_reads_next_to_nothing(writer, monkeypatch):
     later.ask("recovered", model)
     assert [*later.items(items)[0]["answers"]] == ["dense", "pruned", "recovered"]
     assert [*later.items(items[:3])[0]["answers"]] == ["recovered"]
-    monkeypatch.setattr(answers, "continued", lambda *rest: 1 / 0)
+    monkeypatch.setattr(answers, "continuations", lambda *rest: 1 / 0)
     with pytest.warns(UserWarning, match="no answers of the dense model: division"):
         later.ask("dense", model)
     assert later.items() == []

@@ -14,12 +14,12 @@ from transformers import TrainerCallback
 
 from optimum_structprune import Recovery, StructPruneError, prune_model, recover
 from optimum_structprune.evaluation.answers import read_questions
-from optimum_structprune.forward.generation import sampled
+from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.forward.metrics import divergence
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import Answers, builtin_prompts, prompts_of
 from optimum_structprune.recovery.samples import answer_samples, collate, logits_at, text_sample
-from optimum_structprune.recovery.teacher import Teacher, load_teacher, measured
+from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
 from optimum_structprune.recovery.trainer import DistillTrainer
 
 
@@ -100,8 +100,8 @@ def test_writing_in_a_batch_is_writing_alone(chats):
     model = deepcopy(chats[0])
     with torch.no_grad():
         model.lm_head.weight[2] = 1.05 * model.lm_head.weight[prompts[0][-1] :].mean(0)  # some answers end
-    together = sampled(model, chats[1], prompts, 12, 1e-6, seed=0)
-    alone = [sampled(model, chats[1], [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
+    together = sampled_continuations(model, chats[1], prompts, 12, 1e-6, seed=0)
+    alone = [sampled_continuations(model, chats[1], [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
     assert together == alone and all(text.index(2) == len(text) - 1 for text in together if 2 in text)
     expected = model.generate(torch.tensor([prompts[1]]), max_new_tokens=12, do_sample=False)[0, 6:].tolist()
     assert together[1] == expected[: len(together[1])]
@@ -111,7 +111,7 @@ def test_writing_in_a_batch_is_writing_alone(chats):
 def test_models_of_other_caches_write_too(case):
     """A state of linear attention is no cache of keys and values, of which rows can be taken."""
     model = build(case).eval()
-    texts = sampled(model, tokenizer(), [[1, 5, 6, 7], [1, 5, 8, 9], [1, 5, 8]], 6, 1e-6, seed=0)
+    texts = sampled_continuations(model, tokenizer(), [[1, 5, 6, 7], [1, 5, 8, 9], [1, 5, 8]], 6, 1e-6, seed=0)
     expected = model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=6, do_sample=False)[0, 4:].tolist()
     assert texts[0] == expected[: len(texts[0])] and all(1 <= len(text) <= 6 for text in texts)
 
@@ -158,7 +158,7 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
     expected = teacher(token_ids(3, 9)[:, :-1]).logits.flatten(0, 1)
     torch.testing.assert_close(kept.logits(collate(samples)), expected)
     torch.testing.assert_close(kept.logits(collate(files)), expected, atol=0.02, rtol=0.02)
-    found = measured(model, samples, kept)
+    found = measure_samples(model, samples, kept)
     straight = divergence(logits_at(model, collate(samples)), expected)
     torch.testing.assert_close(found["divergence"].mean().float(), straight)
 
