@@ -99,8 +99,8 @@ def _replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
 def cached_outputs(
     layer: nn.Module, names: Sequence[str], changed: Collection[str], keep: Callable[[str, Any], None], device: Any
 ) -> Iterator[None]:
-    """Call `keep(name, output)` with a copy, on a device, of what each part of a layer gives that runs once and in
-    front of all `changed` parts: in the smaller layer it is the same.
+    """Call `keep(name, output)` with a copy of the output of each part of a layer that runs once and before all
+    `changed` parts: the smaller layer gives the same there. The copy lies on `device`.
     """
     order: list[str] = []
 

@@ -115,7 +115,7 @@ class DocumentPool:
 
     def take(self, frame: SampleFormat, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
         """Documents with `need` tokens or more for one use, as far as there are any; `uses` is by hash, and grows.
-        What is set aside is so once, however often the text repeats it.
+        A document is set aside once, however often the text repeats it.
         """
         passed: list[Tokens] = []
         taken = frame.take(self._fitting(use, uses, passed), need)

@@ -1,1 +1,1 @@
-"""One pruning run: its checks, its evidence, its steps. The verbs at the root call it."""
+"""One pruning run: its checks, its measurements, its steps. What stands at the root calls it."""

@@ -113,7 +113,7 @@ class Run:
         self.measure = Measure(self.model, self.data.domains, self.arch)
 
     def find_teacher(self) -> None:
-        """Keep what recovery learns from before units go: the dense model where it is the same, else a copy."""
+        """Keep the teacher of the recovery before units go: the dense model, or a copy where it changes."""
         assert self.config.recovery is not None
         if self.config.recovery.distils:
             dense = None if self.changed else self.dense_model

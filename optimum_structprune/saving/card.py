@@ -147,7 +147,7 @@ def _is_id(name: Any) -> bool:
 
 
 def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether only our own file runs in llama.cpp, and why not even that, unless the dense model's own way does."""
+    """Whether only the file that we write runs in llama.cpp, and why not even that, where its own converter fails."""
     if not config.get_text_config().is_heterogeneous and {*(report.get("widths") or [""])} <= {"mlp", VOCAB}:
         return {"by_layer": False, "gguf_refusal": ""}
     from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal

@@ -73,7 +73,7 @@ class Records:
         )
 
     def commands(self, folder: str, dense: str, again: str) -> list[str]:
-        """What makes the model again from the configs in a folder; nothing where a program gave it text."""
+        """The commands that make the model again from the configs in a folder; none where a program gave text."""
         configs = (self.config, self.training)
         sources = [str(domain.get("source", "")) for of in configs for domain in of.get("domains") or ()]
         named = all(entry.get("origin") for entry in self.domains)

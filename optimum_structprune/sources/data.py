@@ -62,8 +62,8 @@ class CalibrationData:
         inputs: Mapping[str, Tensor] | None = None,
         counts: bool = False,
     ) -> CalibrationData:
-        """Read the evidence that a config names; its own config says which general text was read. With `counts` the
-        pools hold more text, in which tokens are counted.
+        """Read the text that a config names; the config of the data says which general text was read. With `counts`
+        the pools hold more text, in which tokens are counted.
         """
         if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
             model = dequantized(model, inplace=False)
@@ -80,8 +80,8 @@ class CalibrationData:
         reader: PreTrainedTokenizerBase,
         seen: Manifest | None,
     ) -> CalibrationData:
-        """The evidence of the same text in tokens of the `reader`, without what is held out here; the model writes
-        with the `tokenizer` that has read it first, and has `seen` the text of earlier runs.
+        """The same text in tokens of the `reader`, without what is held out here; the model writes with the
+        `tokenizer` that has read it first, and has `seen` the text of earlier runs.
         """
         from ..domains.load import load_domains
 
@@ -90,7 +90,7 @@ class CalibrationData:
 
     @classmethod
     def of(cls, config: StructPruneConfig, domains: Sequence[Domain]) -> CalibrationData:
-        """The evidence in domains that are read already."""
+        """The calibration data of domains that are read already."""
         shares = tuple(domain.weight for domain in domains)
         return cls(config, domains, shares, config.samples_at_once)
 
@@ -138,7 +138,7 @@ class CalibrationData:
         return batches_of(domains, self.batch_size)
 
     def portion(self, tokens: int) -> CalibrationData:
-        """The evidence cut to at most `tokens` tokens, as many samples in each domain."""
+        """The calibration data cut to at most `tokens` tokens, as many samples in each domain."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
         return replace(self, domains=[domain.portion(most) for domain in self.domains])
 
@@ -166,7 +166,7 @@ class CalibrationData:
         )
 
     def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
-        """The evidence of the next round, in which a domain that has lost more counts more."""
+        """The calibration data of the next round, in which a domain that has lost more counts more."""
         losses = [log(ratio) for ratio in ratios.values()]
         return replace(self, shares=reweighted(self.shares, [domain.weight for domain in self.domains], losses))
 

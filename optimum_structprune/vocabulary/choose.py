@@ -112,7 +112,7 @@ class Tokens:
         return range(len(self.always) - self.beyond, self.rows + 1)
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of tokens, of which `number` have weights, after rows without a token and others went."""
+        """The ascending ids of tokens that stay, `number` with weights; rows without a token go before `order`."""
         padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
         return keep_tokens(self.rows + self.beyond, [*padding[::-1], *order], number + self.beyond)
 
