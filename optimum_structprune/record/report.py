@@ -39,6 +39,8 @@ class RecoveryReport:
     kept_step: int = 0
     stopped: str = ""
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    learning_rate: float = 0.0
+    teacher: str = ""
 
     def __str__(self) -> str:
         """Perplexity and KL to the teacher by kind of text, as a table, and the cost."""

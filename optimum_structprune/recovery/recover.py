@@ -24,7 +24,7 @@ from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import check_folder, used_paths
 from ..system.offloading import is_offloaded
@@ -38,7 +38,13 @@ from .resume import TrainingInputs
 from .sharding import check_sharding, to_train
 from .teacher import load_teacher
 from .text import LEFT_OUT, left_out_text, text_config, training_text
-from .trainer import BestCheckpoint, DistillTrainer, NothingGainedWarning, RecoveryOutcome, training_arguments
+from .trainer import (
+    BestCheckpoint,
+    DistillTrainer,
+    NothingGainedWarning,
+    enter_measurements,
+    training_arguments,
+)
 
 
 class _NothingGainedError(Exception):
@@ -80,7 +86,7 @@ class Recovery:
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
         self._pruned, self._base = pruned, ""
-        self.report: RecoveryOutcome | None = None
+        self.report: RecoveryReport | None = None
         self._inputs: TrainingInputs | None = None
 
     @own_settings()
@@ -130,12 +136,12 @@ class Recovery:
 
     def _trained(
         self, model: PreTrainedModel, seed: int, curriculum: Curriculum, arguments: TrainingArguments, resume: bool
-    ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
+    ) -> tuple[PreTrainedModel | PeftModel, RecoveryReport]:
         """The trained model, with its adapter merged or on it, or the model as it was if that is nearer."""
         config, inputs = self.config, [] if self._inputs is None else [self._inputs]
         checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
         before = curriculum.measure(model)
-        start, outcome = curriculum.distance_in(before), RecoveryOutcome()
+        start, outcome = curriculum.distance_in(before), RecoveryReport()
         best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
         adapter = None if config.train == "full" else lora_config(config, model)
         set_seed(seed)  # of the adapter's values
@@ -155,7 +161,7 @@ class Recovery:
                     pass
         if config.merge and isinstance(trained, PeftModel):
             trained = trained.merge_and_unload()
-        outcome.enter(before, curriculum.measure(trained))
+        enter_measurements(outcome, before, curriculum.measure(trained))
         return trained, outcome
 
     def save(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any, cast, get_type_hints
@@ -155,9 +154,9 @@ class DistillTrainer(Trainer):
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
-    def outcome(self, seconds: float) -> RecoveryOutcome:
+    def outcome(self, seconds: float) -> RecoveryReport:
         """What a training of so many seconds did, which step was kept, and why it stopped."""
-        return RecoveryOutcome(
+        return RecoveryReport(
             tokens=self.tokens_seen(),
             steps=self.state.global_step,
             seconds=seconds,
@@ -218,22 +217,17 @@ class NothingGainedWarning(UserWarning):
     """A training brought a model no nearer to its teacher, or ended early."""
 
 
-@dataclass
-class RecoveryOutcome(RecoveryReport):
-    """What a training did, at which rate and with which teacher."""
-
-    learning_rate: float = 0.0
-    teacher: str = ""
-
-    def enter(self, before: Mapping[str, Mapping[str, Tensor]], after: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Enter what `measure_samples` found by kind of text before and after."""
-        for name, of in before.items():
-            losses = {"dense": of["dense"]} if "dense" in of else {}
-            losses |= {"pruned": of["loss"], "recovered": after[name]["loss"]}
-            if name not in (ANSWERS, LEFT_OUT):
-                self.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
-                self.perplexity_stderr[name] = perplexity_errors(losses)
-                self.perplexity_tokens[name] = int(of["tokens"].sum())
-            if "divergence" in of:
-                pair = {"pruned": of, "recovered": after[name]}
-                self.divergence[name] = {when: float(each["divergence"].mean()) for when, each in pair.items()}
+def enter_measurements(
+    report: RecoveryReport, before: Mapping[str, Mapping[str, Tensor]], after: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Enter what `measure_samples` found by kind of text before and after a training."""
+    for name, of in before.items():
+        losses = {"dense": of["dense"]} if "dense" in of else {}
+        losses |= {"pruned": of["loss"], "recovered": after[name]["loss"]}
+        if name not in (ANSWERS, LEFT_OUT):
+            report.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
+            report.perplexity_stderr[name] = perplexity_errors(losses)
+            report.perplexity_tokens[name] = int(of["tokens"].sum())
+        if "divergence" in of:
+            pair = {"pruned": of, "recovered": after[name]}
+            report.divergence[name] = {when: float(each["divergence"].mean()) for when, each in pair.items()}

@@ -17,7 +17,6 @@ from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.record.report import RecoveryReport, Report
 from optimum_structprune.recovery.resume import TrainingInputs
-from optimum_structprune.recovery.trainer import RecoveryOutcome
 from optimum_structprune.saving.page import write_report
 from optimum_structprune.written import plain, to_json
 
@@ -133,11 +132,12 @@ def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
     ratios = {"shares": {"a": 1.0}, "widths": {"mlp": {0: 8}}, "perplexity_ratio": {"a": bad, "b": 1.5}}
     sizes = {"before": 4, "after": 2}
     report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, rounds=[ratios])
-    report.recovery = RecoveryOutcome(perplexity={"a": {"pruned": 2.0, "recovered": bad}})
+    report.recovery = RecoveryReport(perplexity={"a": {"pruned": 2.0, "recovered": bad}})
     report.save(tmp_path / "report.json")
     read = strict((tmp_path / "report.json").read_text())
     assert read["rounds"][0]["perplexity_ratio"] == {"a": None, "b": 1.5}
     assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
+    Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
     Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")
     assert strict((tmp_path / "evaluation.json").read_text())["divergence"] == {"a": None}
     TrainingInputs({"learning_rate": bad, "names": {"b", "a"}}).save(tmp_path)
