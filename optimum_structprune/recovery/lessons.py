@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Curriculum:
         tokenizer: PreTrainedTokenizerBase | None,
         seeds: tuple[int, int],
         scratch: Path,
+        batch_size: int = 1,
     ):
         order, text_seed = seeds
         self.teacher = None if taught_by is None else Teacher(taught_by)
@@ -61,7 +62,7 @@ class Curriculum:
             prompts = prompts_of(config.prompts, taught_by, tokenizer, spare, text_seed)
             self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
-        self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers)
+        self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
         if self.teacher is not None:
             self.teacher.note(self.lessons, scratch / "states")
             self.teacher.note([sample for samples in self.probes.values() for sample in samples])
@@ -107,8 +108,13 @@ def _written(
     return measured_on, [*asked.samples(len(spare), places)]
 
 
-def _mixed(texts: Sequence[Sample], answers: Sequence[Sample]) -> list[Sample]:
-    """Texts and answers, each in their order and evenly mixed."""
-    number = len(texts) + len(answers)
-    ends = pairwise(row * len(answers) // number for row in range(number + 1))
-    return [texts[row - start] if start == end else answers[start] for row, (start, end) in enumerate(ends)]
+def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
+    """Texts and answers, each in their order, in batches of one kind that are evenly mixed; those not full come last.
+    With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
+    """
+    batches: list[tuple[bool, float, Sequence[Sample]]] = []
+    for samples in (texts, answers):
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            batches.append((len(batch) < batch_size, start / len(samples), batch))
+    return [sample for *_, batch in sorted(batches, key=lambda of: of[:2]) for sample in batch]

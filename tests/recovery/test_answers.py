@@ -221,3 +221,19 @@ def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, m
         recover(deepcopy(pruned), reader, settings, teacher)
     resumed = recover(deepcopy(pruned), reader, settings, teacher, resume=True)
     assert torch.equal(logits(resumed), logits(whole)) and not torch.equal(logits(whole), logits(pruned))
+
+
+def test_batches_are_of_texts_or_of_answers_and_none_is_lost(monkeypatch):
+    shares, original = [], DistillTrainer.compute_loss
+
+    def noted(self, model, inputs, *arguments, **more):
+        shares.append((inputs["targets"] != -100).float().mean(1).tolist())
+        return original(self, model, inputs, *arguments, **more)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", noted)
+    pruned = prune_model(build("llama-tied", seed=1), config(), tokenizer())
+    recover(pruned, tokenizer(), recovery_config(tokens=24 * 22), build("llama-tied"))
+    # Of a text every place counts; so many of both that the last batch has one of each.
+    kinds = [{share == 1.0 for share in batch} for batch in shares]
+    assert sum(map(len, shares)) == 22 and all(len(kind) == 1 for kind in kinds[:-1])
+    assert kinds[:4] == [{True}, {False}, {True}, {False}]
