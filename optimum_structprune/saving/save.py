@@ -118,6 +118,8 @@ def save_checked(
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see _shards
             model.save_pretrained(str(staging), **_shards(model))
         if tokenizer is not None:
+            if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
+                tokenizer.init_kwargs["legacy"] = tokenizer.legacy
             tokenizer.save_pretrained(staging)
         if model.name_or_path and not isinstance(model, PeftModel):
             copy_extra_files(model, staging, tokenizer)

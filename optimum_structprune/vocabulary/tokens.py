@@ -238,13 +238,16 @@ class Vocabulary:
     def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
         """The tokenizer with only some tokens, ascending, which are numbered by their positions in `keep`."""
         new = {old: number for number, old in enumerate(keep)}
+        if hasattr(self._tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
+            self._tokenizer.init_kwargs["legacy"] = self._tokenizer.legacy
         with TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder, legacy_format=False)
             path = Path(folder, "tokenizer.json")
             described = rewritten(json.loads(path.read_text("utf-8")), self._spelling, new)
             path.write_text(json.dumps(described, ensure_ascii=False), "utf-8")
             smaller = type(self._tokenizer).from_pretrained(folder)
-        smaller.name_or_path = self._tokenizer.name_or_path
+        for name in ("name_or_path", "padding_side", "truncation_side"):  # what was set since it was loaded counts
+            setattr(smaller, name, getattr(self._tokenizer, name))
         loaded = json.loads(smaller.backend_tokenizer.to_str())
         for part in described.keys() - {"truncation", "padding"}:
             if loaded[part] != described[part]:

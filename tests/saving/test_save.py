@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import contents
 from models import build, config, documents, token_ids, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner, write_report
 from optimum_structprune.saving.save import check_reload, copy_extra_files, forget_code
@@ -116,6 +116,16 @@ def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypat
     with pytest.raises(StructPruneError, match="gives other outputs"):
         pruner.save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_llama_marks_spaces_where_it_did(tmp_path):
+    reader = LlamaTokenizer({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "▁": 4, "▁a": 5}, [("▁", "a")], legacy=True)
+    pruner = StructPruner(StructPruneConfig(widths={"mlp": 24}))
+    pruned = pruner.prune_model(build("llama-tied"), inputs={"ids": token_ids(8, 24)})
+    pruner.save(pruned, tmp_path / "out", reader)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again("a</s>a").input_ids == reader("a</s>a").input_ids
+    assert again.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
 
 
 def test_a_half_precision_model_with_its_own_attention_is_saved(tmp_path):

@@ -234,6 +234,23 @@ def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
     assert again.backend_tokenizer.to_str() == less.backend_tokenizer.to_str()
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
+    reader = transformers.LlamaTokenizer(*pieces(), legacy=legacy)
+    vocabulary = Vocabulary.of(reader)
+    less = vocabulary.smaller(keep := sorted(vocabulary.always))
+    vocabulary.check(less, keep, ["cats</s>sat", *TEXT])
+    scheme = json.loads(less.backend_tokenizer.to_str())["pre_tokenizer"]["prepend_scheme"]
+    assert scheme == {True: "always", False: "first"}[legacy]
+
+
+def test_a_smaller_tokenizer_pads_and_cuts_where_the_dense_one_does_now():
+    vocabulary, reader = copy.deepcopy(dense("byte level"))
+    vocabulary, reader.padding_side, reader.truncation_side = Vocabulary.of(reader), "left", "left"
+    less = vocabulary.smaller(sorted(vocabulary.always))
+    assert (less.padding_side, less.truncation_side) == ("left", "left")
+
+
 def test_files_of_other_forms_are_not_saved_again(tmp_path):
     dense("byte fallback")[1].save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.model").write_bytes(b"SentencePiece")
