@@ -204,7 +204,7 @@ def closeness(
 @contextmanager
 def own_settings() -> Iterator[None]:
     """Use torch's own defaults inside `with` or a decorated function, whatever the caller has set: fp32 as the default
-    dtype, no autocast, no inference mode, and gradients on.
+    dtype, new tensors on the CPU, no autocast, no inference mode, and gradients on.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -212,6 +212,8 @@ def own_settings() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
             stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield

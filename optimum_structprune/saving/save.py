@@ -25,7 +25,7 @@ from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, some_of, warn
-from ..forward.metrics import few_inputs, outputs_for
+from ..forward.metrics import few_inputs, outputs_for, own_settings
 from ..record.plan import PLAN_NAME
 from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
@@ -158,6 +158,7 @@ def forget_code(path: Path) -> None:
         replace_json(path, config if kept else {name: value for name, value in config.items() if name != "auto_map"})
 
 
+@own_settings()
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None) -> None:
     """Load a saved model, by default as one of its own class, and compare logits, or hidden states without a head."""

@@ -123,6 +123,7 @@ MODES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
+    "device": lambda: torch.device("meta"),  # in the place of a GPU
 }
 
 
