@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from typing import Any, cast, get_type_hints
@@ -130,7 +131,8 @@ class DistillTrainer(Trainer):
             # is published has others for the experts of a mixture.
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
-            with evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])):
+            teachers = [self.teacher.model] if self.teacher and self.teacher.model is not None else []
+            with evaluating(*teachers), _without_checkpointing_afterwards(model):
                 return super().train(*args, **kwargs)
         except StructPruneError:
             raise
@@ -211,6 +213,21 @@ class DistillTrainer(Trainer):
             raise StructPruneError(message)
         self.stopped = f"{message} Training stopped there, and the best checkpoint before it was kept."
         self.control.should_training_stop = True
+
+
+@contextmanager
+def _without_checkpointing_afterwards(model: Any) -> Iterator[None]:
+    """Take off what a Trainer puts on a model for gradient checkpointing, unless it was there before."""
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [module for module in bare.modules() if hasattr(module, "gradient_checkpointing")]
+    before = any(module.gradient_checkpointing for module in modules)
+    try:
+        yield
+    finally:
+        if not before and any(module.gradient_checkpointing for module in modules):
+            for module in modules:
+                module.gradient_checkpointing = False
+            bare.disable_input_require_grads()
 
 
 class NothingGainedWarning(UserWarning):

@@ -79,6 +79,16 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned)
     assert all(parameter.requires_grad for parameter in recovered.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("fields", [{}, {"train": "full", "lora": {}}])
+def test_gradient_checkpointing_ends_with_the_training(pruned, fields):
+    fields = {**fields, "training": {"gradient_checkpointing": True}}
+    recovered = recover(pruned, tokenizer(), recovery_config(**fields)).train()
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in recovered.modules())
+    hidden = recovered.requires_grad_(False).get_input_embeddings()(torch.tensor([[3, 4]]))
+    assert not hidden.requires_grad, "no hook is left"
+
+
 @pytest.mark.long
 def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
     few = {"tokens": 192}
