@@ -76,6 +76,7 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned)
     assert watch.steps == recovery.report.steps == 4
     assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
     assert not same_weights(recovered, before) and recovered.training == before.training
+    assert recovered.config.to_dict() == before.config.to_dict() and recovered.config.use_cache
     assert all(parameter.requires_grad for parameter in recovered.parameters())
 
 
