@@ -253,5 +253,5 @@ samples = st.builds(lambda shape, dtype, form: form(torch.ones(shape, dtype=dtyp
 @given(st.sampled_from(["llama-tied", "gpt2-tied", "bert", "vit"]), st.dictionaries(st.text() | leaves, samples))
 def test_inputs(case, inputs):
     model = build(case)
-    small = handled(prune_model, model, config(), inputs=inputs)
+    small = handled(prune_model, model, config(widths={"mlp": 16}), inputs=inputs)  # the ViT has 24 channels
     assert same_weights(model, build(case)) and (small is None or small.num_parameters() < model.num_parameters())
