@@ -34,10 +34,8 @@ HUB_BUFFER = 10_000
 LOCAL_BUFFER = 100_000
 TEXTS = Path(__file__).with_name("texts")
 BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
-SECTION, PART = (
-    4_000,
-    800,
-)  # characters of the parts that long texts are cut into, and of those that kinds take turns by
+SECTION = 4_000  # characters of the parts that long texts are cut into
+PART = 800  # characters of the parts by which kinds of text take turns
 T = TypeVar("T")
 
 
