@@ -207,15 +207,16 @@ def _cost_of(
 
     def cost(widths: Widths) -> float:
         smaller = shrunk_skeleton(model, arch, widths)
-        if name == CACHE and (values := cached_values(smaller, arch)):
-            return model.dtype.itemsize * values
-        no_cache = "it does not generate, or does not run without weights"
-        if reason := no_cache if name == CACHE else why_not_counted(smaller, arch):
-            raise StructPruneError(
-                f"The {name} of this {arch.model_type} model are not known: {reason}; give the budget in parameters "
-                "or bytes."
-            )
-        return flops_per_token(smaller, arch, config.seq_length)
+        if name == CACHE:
+            reason = "it does not generate, or does not run without weights"
+            if values := cached_values(smaller, arch):
+                return model.dtype.itemsize * values
+        elif not (reason := why_not_counted(smaller, arch)):
+            return flops_per_token(smaller, arch, config.seq_length)
+        raise StructPruneError(
+            f"The {name} of this {arch.model_type} model are not known: {reason}; give the budget in parameters or "
+            "bytes."
+        )
 
     return cost
 
