@@ -24,12 +24,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.domains.resolve import WRITTEN
@@ -145,7 +145,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     """Prune once."""
     clock = CLOCKS[args.clock]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with TemporaryDirectory() as empty, patch.object(generated.constants, "HF_HOME", empty):
+    with TemporaryDirectory() as empty, patch.object(constants, "HF_HOME", empty):
         author, start = load(args, layers), clock()
         domains = divided(load_domains(settings, tokenizer, model=author), count)
         writing = clock() - start if args.general_share else 0.0

@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import torch
 from benchmark_cost import forward_seconds
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains import generated
 from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.system import stages
 
@@ -47,7 +47,7 @@ def run(args: Namespace) -> None:
         text = {"domains": builtin_domains(), "num_samples": args.num_samples, "seq_length": args.seq_length}
         pruner = StructPruner(StructPruneConfig(**text, **fields[name]))
         before = forward_seconds(model, samples, 4, process_time)
-        with TemporaryDirectory() as home, patch.object(generated.constants, "HF_HOME", home):
+        with TemporaryDirectory() as home, patch.object(constants, "HF_HOME", home):
             with patch.object(stages, "perf_counter", process_time):
                 start = process_time()
                 pruner.prune_model(model, tokenizer)
