@@ -50,15 +50,9 @@ def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]
 positive = _range(lambda value: value > 0, "has to be greater than 0, got {}")
 strength = _range(lambda value: 0 <= value <= 1e6, "has to be 0 or more, up to 1e6, got {}")
 seed_of_all = _range(lambda value: 0 <= value < 2**32, "has to lie between 0 and 4294967295, got {}")
+share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 is a fifth")
 proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
 below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (excluded), got {}")
-
-
-def share(value: Any) -> None:
-    """A number between 0 and 1, both excluded; whatever is no number passes."""
-    if isinstance(value, (int, float)) and not (finite(value) and 0 < value < 1):
-        meant = f"{value} % are {value / 100:g}" if 2 <= value < 100 else "0.2 is a fifth"
-        raise ValueError(f"has to lie between 0 and 1 (both excluded), got {value}; {meant}")
 
 
 def filled(value: Any) -> None:
