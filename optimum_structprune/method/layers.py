@@ -55,7 +55,7 @@ class OneProcess:
         """Make moments those of the samples of all processes, and return them."""
         return moments
 
-    def of_first(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """The values that the first process has."""
         return tensor
 
@@ -161,8 +161,8 @@ def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     plain = source.output(layer, 0)[:1].float()
     with hooks.adding(source.module(layer).get_submodule(name), noise.expand(hidden.shape)):
         change = (source.output(layer, 0)[:1].float() - plain).to(noise.device)
-    gain = float(source.ranks.of_first((change * noise).sum() / noise.square().sum()))
-    deviation = float(source.ranks.of_first((change - gain * noise).norm() / noise.norm()))
+    gain = float(source.ranks.broadcast((change * noise).sum() / noise.square().sum()))
+    deviation = float(source.ranks.broadcast((change - gain * noise).norm() / noise.norm()))
     return gain if deviation < MAX_DEVIATION * abs(gain) else None
 
 

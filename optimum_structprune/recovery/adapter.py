@@ -56,7 +56,7 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig:
 
 def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """The stacked matrices of experts, and those of the routers beside them that are no plain linear layers, by their
-    names inside a layer.
+    names inside a layer. Shapes tell them: models that no family describes are trained as well.
     """
     experts, routers = set[str](), set[str]()
     for name, module in model.named_modules():
@@ -74,9 +74,9 @@ def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
 def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
     """The linear layers that give more than a tensor, and those whose weights Mamba's kernels read without a call."""
-    names: list[str] = []
+    names, ends = list[str](), tuple(f".{router}" for router in routers)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.weight".endswith(tuple(f".{each}" for each in routers)):
+        if isinstance(module, nn.Linear) and f"{name}.weight".endswith(ends):
             names.append(name)
         if hasattr(module, "A_log") and hasattr(module, "D"):
             names += [f"{name}.{part}" for part in ("dt_proj", "out_proj") if hasattr(module, part)]

@@ -40,7 +40,7 @@ class Curriculum:
         tokenizer: PreTrainedTokenizerBase | None,
         seeds: tuple[int, int],
         scratch: Path,
-        batch_size: int = 1,
+        batch_size: int,
     ):
         order, text_seed = seeds
         self.teacher = None if taught_by is None else Teacher(taught_by)

@@ -279,9 +279,8 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     for domain in [*texts_of(text), *left_out]:
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
-    adapter = lora_config(config, model)
     if config.train == "lora":
-        check_fits(model, adapter, config.merge)
+        check_fits(model, lora_config(config, model), config.merge)
     device = model.device.type
     if device == "meta":  # it has no weights yet
         device = "cuda" if torch.cuda.is_available() else "cpu"

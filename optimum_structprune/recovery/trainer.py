@@ -117,10 +117,10 @@ class DistillTrainer(Trainer):
     ):
         # The Trainer asks for the second of these and does not use it.
         samples: Any = {"train_dataset": curriculum.lessons, "eval_dataset": curriculum.lessons}
-        cached = getattr(model.config, "use_cache", None)
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=arguments, callbacks=callbacks, data_collator=collate, **samples)
-        if cached is not None:
-            model.config.use_cache = cached  # the Trainer turns it off for good; samples do for each call
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer turns it off for good; samples do for each call
         # The loss is a mean over as many places in each sample, so the Trainer may average over accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.curriculum, self.teacher, self.kl_weight = curriculum, curriculum.teacher, kl_weight

@@ -169,8 +169,8 @@ class Norm(NamedTuple):
             with adding(module.get_submodule(name), given, replace=True), observe(module, may, see):
                 outputs.append(source.output(layer, 0)[:1].float())
         change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
-        weight = source.ranks.of_first((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))
-        deviation = float(source.ranks.of_first((change - weight * unit).norm() / change.norm()))
+        weight = source.ranks.broadcast((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))
+        deviation = float(source.ranks.broadcast((change - weight * unit).norm() / change.norm()))
         if len(behind) != 2 or deviation > MAX_DEVIATION:
             return None
         return cls(f"{source.arch.layer_prefix(layer)}{behind[0]}", weight)

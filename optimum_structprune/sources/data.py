@@ -208,8 +208,8 @@ class AcrossProcesses(OneProcess):
         all_reduce_(tensors)
         return moments
 
-    def of_first(self, tensor: Tensor) -> Tensor:
-        """See `OneProcess.of_first`."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """See `OneProcess.broadcast`."""
         return broadcast_(tensor)
 
 
