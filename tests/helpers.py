@@ -22,6 +22,10 @@ from hypothesis import strategies as st
 from models import build, config, documents, token_ids, tokenizer
 from tokenizers import Tokenizer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedTokenizerFast
 
@@ -337,6 +341,44 @@ def failing(function, number, error):
         return result
 
     return call
+
+
+# A type of device that torch knows in every build.
+CARD = torch.device("lazy", 0)
+
+
+class Card(TorchDispatchMode):
+    """Follows how many bytes tensors of a card without values hold at most, inside `with card()`."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device == CARD:
+                storage = tensor.untyped_storage()
+                self.held[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.now())
+        return result
+
+    def now(self):
+        self.held = {ref: size for ref, size in self.held.items() if not ref.expired()}
+        return sum(self.held.values())
+
+
+@contextmanager
+def card():
+    with FakeTensorMode(allow_non_fake_inputs=True), Card() as found:
+        yield found
+
+
+def put_on_card_(model):
+    """Give a model parameters without values on the card."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=CARD)))
 
 
 class Killed(Exception):

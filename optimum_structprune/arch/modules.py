@@ -49,8 +49,11 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     return layers
 
 
-def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
-    """Fill a module without weights, and make it take over everything else from the module that it replaces."""
+def replace_(model: nn.Module, path: str, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
+    """Fill a module without weights, put it into the model, and make it take over everything else from the module that
+    it replaces, which is left as it was where `state` does not fit.
+    """
+    old = model.get_submodule(path)
     # The strict load proves that no coupled tensor was forgotten.
     try:
         new.load_state_dict(state, strict=True, assign=True)
@@ -59,6 +62,7 @@ def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: 
             f"The description of {arch.model_type!r} does not fit this model: {one_line(error)}"
         ) from error
     new.train(old.training)
+    model.set_submodule(path, new)  # first, so that the model has all weights of one of them whatever ends the rest
     _move_tensors(old, new)
     modules = dict(new.named_modules())
     for name, module in old.named_modules():
@@ -69,7 +73,10 @@ def _move_tensors(old: nn.Module, new: nn.Module) -> None:
     """Move the parameter objects, and the buffers that no state dict holds."""
     for name, parameter in old.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        parameter.data, parameter.grad = new.get_parameter(name).data, None
+        data, device = new.get_parameter(name).data, parameter.device
+        # The old data goes first: where the new is in the CPU's memory, the device never has both.
+        parameter.data, parameter.grad = data.new_empty(0, device=device), None
+        parameter.data = data.to(device)
         setattr(new.get_submodule(owner), leaf, parameter)
     saved = set(old.state_dict())
     for name, buffer in old.named_buffers():

@@ -70,25 +70,30 @@ class Cut(NamedTuple):
     part: int | None = None
 
 
-def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], keep: Keep) -> dict[str, Tensor]:
-    """Cut tensors, by the names of parameters, down to the units that are kept."""
+def slice_tensors(
+    tensors: Mapping[str, Tensor], spaces: Collection[Space], keep: Keep, device: str | None = None
+) -> dict[str, Tensor]:
+    """Cut tensors, by the names of parameters, down to the units that are kept; the results are on the `device`, and
+    where none is given, each stays where it is.
+    """
     cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
         for axis in space.axes if space.key in keep else ():
             cuts_of_param = cuts.setdefault(axis.param, {})
             cuts_of_param.setdefault(Cut(axis.dim, axis.part), []).extend(axis.indices(keep[space.key]))
-    return {name: _sliced(tensor, cuts.get(name, {})) for name, tensor in tensors.items()}
+    return {name: _sliced(tensor, cuts.get(name, {}), device) for name, tensor in tensors.items()}
 
 
-def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
+def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: str | None) -> Tensor:
     """A tensor cut down to the given indices; stacked matrices are cut one by one, and only those that are kept."""
-    if any(cut.part is not None for cut in cuts):
+    if any(cut.part is not None for cut in cuts) or tensor.ndim > 2 and Cut(0) in cuts:
         kept = cuts.get(Cut(0), range(len(tensor)))
         by_part: dict[int | None, dict[Cut, Sequence[int]]] = {}
         for cut, indices in cuts.items():
             by_part.setdefault(cut.part, {})[Cut(cut.dim - 1)] = indices
-        tensor = torch.stack([_sliced(tensor[part], by_part.get(part, {})) for part in kept])
+        tensor = torch.stack([_sliced(tensor[part], by_part.get(part, {}), device) for part in kept])
         cuts = {cut: indices for cut, indices in cuts.items() if cut.part is None and cut.dim}
+    tensor = tensor if device is None else tensor.to(device)
     for cut, indices in cuts.items():
         tensor = tensor.index_select(cut.dim, torch.tensor(indices, device=tensor.device))
     return tensor
@@ -98,23 +103,26 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
 def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
     """Replace one layer by that of a `smaller` model without weights, which gets the kept units; the parameters are
     the same objects with less data in them, so that an optimizer still holds them.
+
+    The smaller layer is made in the CPU's memory, so another device never has both, and an error leaves the whole one.
     """
     prefix = arch.layer_prefix(layer)
     full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}
-    state = tensors_under(slice_tensors(full, list(arch.at(layer)), keep), prefix)
+    state = tensors_under(slice_tensors(full, list(arch.at(layer)), keep, "cpu"), prefix)
+    del full  # it holds the weights that are about to go
     for name, tensor in layer_list(smaller, arch)[layer].state_dict().items():
         if name not in state and name.endswith(".bias"):
-            weight = state[name.removesuffix("bias") + "weight"]
-            state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
+            state[name] = torch.zeros(tensor.shape, dtype=state[name.removesuffix("bias") + "weight"].dtype)
     fill_layer_(model, arch, layer, state, smaller)
 
 
 def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: nn.Module) -> None:
     """Replace one layer by that of a `smaller` model, which gets the tensors of `state`; see `shrink_layer_`."""
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
-    device = next(old.parameters()).device
-    replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
-    model.set_submodule(arch.layer_prefix(layer)[:-1], new)
+    weights = dict(old.named_parameters())
+    device = next(iter(weights.values())).device
+    state = {name: tensor if name in weights else tensor.to(device) for name, tensor in state.items()}
+    replace_(model, arch.layer_prefix(layer)[:-1], new, state, arch)
 
 
 def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

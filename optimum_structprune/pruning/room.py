@@ -92,21 +92,32 @@ def need_of(
     # the head runs on a whole sample.
     part, domains = min(TOKENS_AT_ONCE, length), len(inputs or texts_of(config))
     loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32)
-    working = max(loss, _of_layer(config, described.arch, widths, domains, itemsize, channels)) + BESIDE
+    on_cpu = described.device.type == "cpu"
+    working = max(loss, _of_layer(config, described.arch, widths, domains, itemsize, channels, on_cpu)) + BESIDE
     return Need(itemsize * weights, itemsize * hidden, working, itemsize * host)
 
 
 def _of_layer(
-    config: StructPruneConfig, arch: ArchSpec, widths: Widths, domains: int, itemsize: int, channels: int
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    widths: Widths,
+    domains: int,
+    itemsize: int,
+    channels: int,
+    on_cpu: bool,
 ) -> int:
-    """The most bytes that a layer takes at a time while it is pruned."""
+    """The most bytes that a layer takes at a time while it is pruned, on top of its own when it is whole."""
     widest = max([channels, *(space.size * axis.per_unit for space in arch.spaces for axis in space.consumers)])
     at_once = min(config.samples_at_once, ceil(config.num_samples / domains)) * config.seq_length
     batch, tokens = itemsize * at_once * (WIDE * widest + 2 * channels), config.num_samples * config.seq_length
-    steps = [batch]
-    for layer, parameters in enumerate(arch.layer_params):  # a smaller layer beside the one that goes
+    steps, gone = [batch], []
+    for layer, parameters in enumerate(arch.layer_params):
         units = [((space.width - space.width_in(widths)) * space.scale, space.unit_params) for space in arch.at(layer)]
-        steps.append(itemsize * (parameters - sum(count * each for count, each in units)))
+        gone.append(itemsize * sum(count * each for count, each in units))
+        if on_cpu:  # where smaller layers are made, so that both are there
+            steps.append(itemsize * parameters - gone[-1])
+    if EXPERT in widths:  # what enters the experts and what they are to give, while all of them are there
+        steps.append((itemsize + FP32 * config.fits) * tokens * channels + batch)
     reads_gram = (
         config.refit_reads_gram or config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).needs_gram
     )
@@ -115,8 +126,10 @@ def _of_layer(
         gram, weight = size * size if reads_gram else 0, channels * size
         error = weight if config.feedback and not of_experts else 0
         kept = itemsize * tokens * channels if of_experts else 0  # what enters the experts, until all are done
-        if of_experts and EXPERT in widths:  # what they are to give, what one reads, and what the ridge pulls toward
-            kept += FP32 * tokens * (2 * channels + size) + itemsize * max(arch.layer_params) // 3
+        if of_experts and EXPERT in widths:  # what they are to give and what one reads, when the layer has shrunk
+            kept += FP32 * tokens * (2 * channels + size) - min(filter(None, gone), default=0)
+            # What the ridge pulls toward is in the CPU's memory.
+            kept += (itemsize * max(arch.layer_params) - max(gone)) // 3 if on_cpu else 0
         steps.append(2 * FP32 * (gram + error + weight) + kept + (batch if domains > 1 else 0))
     return max(steps)
 

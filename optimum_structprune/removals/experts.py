@@ -90,9 +90,10 @@ def refit_blocks_(
     which count as much as `prior` tokens for each column. `residual` holds one tensor per call, shape `(tokens, out)`,
     in fp32, from which is taken what the change gives.
     """
-    before = [read_consumer(model, block.axis, dtype=None)[0] for block in blocks]
+    before = [read_consumer(model, block.axis, dtype=None)[0].cpu() for block in blocks]
     for block, old in list(zip(blocks, before, strict=True)) * SWEEPS:
-        start, (present, bias) = old.float(), read_consumer(model, block.axis)
+        present, bias = read_consumer(model, block.axis)
+        start = old.to(present.device).float()
         columns = torch.arange(start.shape[1], device=start.device)
         moments = Moments.empty(len(columns), True, start.device, len(start))
         read = [block.inputs(number) for number in range(len(residual))]

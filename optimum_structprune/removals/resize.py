@@ -48,7 +48,7 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
     with rebuilding_(model, config) as shorter:
         old, new = layer_list(model, arch), layer_list(shorter, arch)
         for index, layer in zip(keep, new, strict=True):
-            replace_(old[index], layer, old[index].state_dict(), arch)
+            replace_(model, f"{arch.layer_path}.{index}", layer, old[index].state_dict(), arch)
         put_layers_(model, arch, new)
 
 
@@ -183,11 +183,10 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
         for path in (path for path in modules if not path.startswith(f"{arch.layer_path}.")):
             old, new = model.get_submodule(path), narrower.get_submodule(path)
             fresh = {name: buffer for name, buffer in new.named_buffers() if name not in new.state_dict()}
-            replace_(old, new, tensors_under(state, f"{path}."), arch)
+            replace_(model, path, new, tensors_under(state, f"{path}."), arch)
             for name, buffer in fresh.items():
                 owner, _, leaf = name.rpartition(".")
                 setattr(new.get_submodule(owner), leaf, buffer.to(old.get_buffer(name).device))
-            model.set_submodule(path, new)
         replace_layers_(model, arch, narrower, state)
 
 

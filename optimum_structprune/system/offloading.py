@@ -175,11 +175,13 @@ def _held(weights: Any, name: str) -> Tensor:
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
     """Give a layer what is offloaded of it, and keep its hooks from dropping it; these hooks are returned."""
     offloading = [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
-    # Copies, on the same device too: a layer may be changed in place, and the stored weights must not be.
+    # Copies, on the CPU too: a layer may be changed in place, and the stored weights must not be. What accelerate has
+    # read from the disk onto another device is a copy, and of a large tensor there must not be two.
     fetched = [
-        (module, name, _held(hook.weights_map, name).to(hook.execution_device, copy=True))
+        (module, name, held.to(hook.execution_device, copy=held.device.type == "cpu"))
         for module, hook in offloading
         for name in _tensors_of(module, hook)
+        for held in [_held(hook.weights_map, name)]
     ]
     for module, name, value in fetched:
         set_module_tensor_to_device(module, name, value.device, value=value)

@@ -6,12 +6,24 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import logits, masked, outputs, random_plan, shrunk, with_long
+from helpers import (
+    CARD,
+    card,
+    failing,
+    logits,
+    masked,
+    outputs,
+    put_on_card_,
+    random_plan,
+    same_weights,
+    shrunk,
+    with_long,
+)
 from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer
 
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.meta import shrunk_skeleton, skeleton
 from optimum_structprune.arch.modules import adopt_config_, layer_list
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.method.shrink import shrink_layer_, slice_tensors
@@ -74,6 +86,39 @@ def test_tensors_that_stack_matrices_lose_experts_and_their_channels_at_once():
     sliced = slice_tensors(tensors, list(arch.at(0)), plan.keep)
     expected = torch.stack([tensors[name][1][:, [0, 5]], tensors[name][3][:, [2, 4]]])
     assert torch.equal(sliced[name], expected) and sliced["model.norm.weight"] is tensors["model.norm.weight"]
+
+
+@pytest.mark.parametrize(("case", "names"), [("mixtral", ["expert"]), ("gpt_oss", ["mlp"]), ("llama-bias", ["mlp"])])
+def test_a_card_never_holds_more_than_the_whole_layer(case, names):
+    model = build(case)
+    arch = describe(model)
+    plan = random_plan(arch, names)
+    small, expected = (shrunk_skeleton(model, arch, plan.widths()), shrunk(model, arch, plan).num_parameters())
+    with card() as found:
+        put_on_card_(model)
+        found.peak = whole = found.now()
+        shrink_layer_(model, arch, 0, plan.keep, small)
+        assert found.peak == whole > found.now()
+        shrink_layer_(model, arch, 1, plan.keep, small)
+    assert {parameter.device for parameter in model.parameters()} == {CARD}
+    assert found.now() == 4 * expected
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_the_whole_layer_or_the_smaller_one(kind, monkeypatch):
+    model = build("mixtral")
+    arch = describe(model)
+    plan = random_plan(arch, ["expert"])
+    small = shrunk(model, arch, plan)
+    owners = {"while it is cut": (torch, "stack"), "while it is replaced": (torch.Tensor, "new_empty")}
+    for when, (owner, name) in owners.items():
+        dense = deepcopy(model)
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name), 2, kind(when)))
+        with pytest.raises(kind, match=when):
+            shrink_layer_(dense, arch, 0, plan.keep, shrunk_skeleton(model, arch, plan.widths()))
+        monkeypatch.undo()
+        expected = model if when == "while it is cut" else small
+        assert same_weights(layer_list(dense, arch)[0], layer_list(expected, arch)[0])
 
 
 @pytest.mark.parametrize("widths", [{"mlp": 24, "attention": 2}, {"hidden": 24}, {"layer": 1}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import same_weights
 from models import build, config, documents, tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
@@ -63,6 +63,19 @@ def test_layers_that_are_offloaded_do_not_count():
     host = [away.host, needed(half(), dense, "cpu").host]
     assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
     assert 0 < host[0] < host[1] and inside.host == 0
+
+
+def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
+    dense = OlmoeConfig(
+        hidden_size=1024, intermediate_size=512, num_hidden_layers=1, num_experts=64, num_attention_heads=2
+    )
+    config = StructPruneConfig(widths={"expert": 48}, num_samples=2, seq_length=8)
+    model = meta_model(dense)
+    described = ModelInfo(describe(model), model, model.device)
+    on_cpu = replace(described, device=torch.device("cpu"))
+    smaller = 4 * 48 * 3 * 1024 * 512
+    card, cpu = (need_of(config, info, config.widths).working for info in (described, on_cpu))
+    assert card < smaller < cpu < 2 * smaller
 
 
 def test_without_gram_matrices_the_need_is_linear_in_the_width():

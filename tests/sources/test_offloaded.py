@@ -7,15 +7,17 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers import failing, logits, with_long
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from helpers import CARD, card, failing, logits, with_long
 from models import build, config, tokenizer
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.sources.offloaded import Offloaded, layer_in_memory
-from optimum_structprune.system.offloading import is_offloaded, weight_of
+from optimum_structprune.system.offloading import bring_in, is_offloaded, weight_of
 
 
 def offloaded(case, place, folder):
@@ -137,6 +139,18 @@ def test_no_layer_but_the_one_in_use_is_in_memory(tmp_path):
     with pytest.raises(KeyboardInterrupt), layer_in_memory(model, arch, 0):
         raise KeyboardInterrupt
     assert all(tensor.is_meta for layer in layers for tensor in layer.parameters())
+
+
+def test_a_card_holds_what_is_read_from_the_disk_once():
+    class Disk(dict):
+        def __getitem__(self, name):
+            return torch.empty(64, 64, device=CARD)
+
+    layer = nn.Linear(64, 64, bias=False, device="meta")
+    with card() as found:
+        hook = AlignDevicesHook(execution_device=CARD, offload=True, weights_map=Disk())
+        bring_in(add_hook_to_module(layer, hook))
+    assert found.peak == found.now() == 4 * 64 * 64
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
