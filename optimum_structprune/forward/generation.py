@@ -87,7 +87,7 @@ def sampled_continuations(
     """
     ends, device = end_tokens(model, tokenizer), input_device(model)
     longest, shared = max(map(len, prompts)), len(commonprefix([[*prompt[:-1]] for prompt in prompts]))
-    cache = _copied_cache(model, [*prompts[0][:shared]], len(prompts))
+    cache = copied_cache(model, [*prompts[0][:shared]], len(prompts))
     if cache is None:
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         return _generated(model, tokenizer, prompts, seed, **how)
@@ -119,7 +119,7 @@ def sampled_continuations(
     return texts
 
 
-def _copied_cache(model: PreTrainedModel, ids: list[int], count: int) -> Cache | None:
+def copied_cache(model: PreTrainedModel, ids: list[int], count: int) -> Cache | None:
     """The cache of a text, so many times; None where there is no text, or a layer keeps more than keys and values."""
     if not ids or cache_name(model) is None:
         return None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config.recovery import RecoveryConfig
 from ..domains.packing import Domain
 from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
-from .answers import Answers, answers_file, prompts_of, writer_of
-from .samples import Sample, answer_samples, text_sample
+from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
+from .samples import Sample, answer_samples, reads_common_beginning, text_sample
 from .teacher import Teacher, measure_samples
 from .text import ANSWERS, LEFT_OUT, MEASURED
 
@@ -36,11 +36,12 @@ class Curriculum:
         config: RecoveryConfig,
         domains: Sequence[Domain],
         left_out: Tensor | None,
+        model: PreTrainedModel,
         taught_by: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         seeds: tuple[int, int],
         scratch: Path,
-        batch_size: int,
+        arguments: TrainingArguments,
     ):
         order, text_seed = seeds
         self.teacher = None if taught_by is None else Teacher(taught_by)
@@ -60,11 +61,12 @@ class Curriculum:
         if len(spare):
             assert taught_by is not None and tokenizer is not None  # only a teacher has answers
             prompts = prompts_of(config.prompts, taught_by, tokenizer, spare, text_seed)
-            self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed)
+            common = _common(prompts, model, taught_by)
+            self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed, common)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
-        self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
+        self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, arguments.train_batch_size)
         if self.teacher is not None:
-            self.teacher.note(self.lessons, scratch / "states")
+            self.teacher.note(self.lessons, scratch / "states", arguments.bf16)
             self.teacher.note([sample for samples in self.probes.values() for sample in samples])
             self.teacher.release()
 
@@ -91,6 +93,13 @@ class Curriculum:
         return mean if isfinite(mean) else inf
 
 
+def _common(prompts: Sequence[Sequence[int]], *models: PreTrainedModel) -> int:
+    """How many tokens all prompts begin with, as the turn of the system, if all models can read them once."""
+    same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
+    common = min(same, min(map(len, prompts)) - 1)
+    return common if all(reads_common_beginning(model, LONGEST + LENGTHS[-1]) for model in models) else 0
+
+
 def _written(
     prompts: Sequence[Sequence[int]],
     model: PreTrainedModel,
@@ -98,14 +107,15 @@ def _written(
     spare: Tensor,
     most: int,
     seed: int,
+    common: int,
 ) -> tuple[list[Sample], list[Sample]]:
     """Samples of answers that a model writes: so many at most that are set aside, and one for each spare text."""
     places, count = spare.shape[1] - 1, min(ASIDE, len(prompts) // 2)
     write, known, ends = writer_of(model, tokenizer), fingerprint(model), end_tokens(model, tokenizer)
     parts = prompts[:count], prompts[count:]
     aside, asked = (Answers(part, write, answers_file(known, ends, part, seed), seed) for part in parts)
-    measured_on = [*islice(answer_samples(aside.conversations(ASIDE_TOKENS), places), most)]
-    return measured_on, [*asked.samples(len(spare), places)]
+    measured_on = [*islice(answer_samples(aside.conversations(ASIDE_TOKENS), places, common), most)]
+    return measured_on, [*asked.samples(len(spare), places, common)]
 
 
 def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:

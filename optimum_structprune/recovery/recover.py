@@ -118,10 +118,8 @@ class Recovery:
             with stage("domains", {}):
                 domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
                 left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
-            seeds = seed, self.pruning.seed
-            curriculum = Curriculum(
-                config, domains, left_out, taught_by, tokenizer, seeds, Path(scratch), arguments.train_batch_size
-            )
+            seeds, folder = (seed, self.pruning.seed), Path(scratch)
+            curriculum = Curriculum(config, domains, left_out, model, taught_by, tokenizer, seeds, folder, arguments)
             if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
                 self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
             name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None

@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from ..arch.meta import positions_of
+from ..forward.generation import copied_cache
+from ..forward.metrics import evaluating
 from ..method.layers import input_device
+from ..method.shrink import check_same
 
 
 # The target of a place whose next token does not count, as everywhere in torch.
@@ -27,18 +31,21 @@ def text_sample(ids: Tensor) -> Sample:
     return {"input_ids": ids[:-1], "position_ids": torch.arange(len(ids) - 1), "targets": ids[1:]}
 
 
-def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int) -> Iterator[Sample]:
+def answer_samples(
+    conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int, common: int = 0
+) -> Iterator[Sample]:
     """Samples of prompts and answers as token ids, of which the answers alone count: so many tokens in each sample,
-    whose last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart.
+    whose last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart; the
+    first `common` tokens, which all prompts have, are read once in a sample, and positions go on from them.
     """
     parts: list[list[Tensor]] = []
     room = places
     for prompt, answer in conversations:
-        kept = [*answer[:room]]
+        kept, start = [*answer[:room]], common if parts else 0
         ids = torch.tensor([*prompt, *kept])
         targets = ids[1:].clone()
         targets[: len(prompt) - 1] = IGNORED
-        parts.append([ids[:-1], torch.arange(len(ids) - 1), targets])
+        parts.append([ids[start:-1], torch.arange(start, len(ids) - 1), targets[start:]])
         room -= len(kept)
         if not room:
             names = ("input_ids", "position_ids", "targets")
@@ -71,7 +78,47 @@ def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model takes of a batch: without a mask, so that positions alone tell conversations apart."""
-    known = signature(model.forward).parameters
-    inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "position_ids") if name in known}
-    return {**inputs, "use_cache": False}
+    """What a model takes of a batch: a mask where conversations go on from a common beginning, else none, so that
+    positions alone tell them apart.
+    """
+    device, known = input_device(model), signature(model.forward).parameters
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in known}
+    if (mask := _mask(batch["position_ids"])) is not None:
+        inputs["attention_mask"] = mask
+    return {**{name: value.to(device) for name, value in inputs.items()}, "use_cache": False}
+
+
+def _mask(positions: Tensor) -> Tensor | None:
+    """Which places each place sees, shape `(batch, 1, tokens, tokens)`, if one conversation begins at a position above
+    0: its own conversation up to itself, and as many places from the first on as lie before that position.
+    """
+    places = torch.arange(positions.shape[1], device=positions.device)
+    begins = positions.diff(dim=1, prepend=positions[:, :1]) != 1
+    start = torch.where(begins, places, 0).cummax(1).values
+    first = positions.gather(1, start)
+    if not first.any():
+        return None
+    own = (start[:, :, None] == start[:, None]) & (places <= places[:, None])
+    return (own | (places < first[:, :, None]))[:, None]
+
+
+@torch.no_grad()
+def reads_common_beginning(model: PreTrainedModel, length: int) -> bool:
+    """Whether a model predicts the same for conversations of so many tokens at most where their common beginning is
+    read once: not if it keeps a state of the text or a short window, nor if its attention takes no mask that we make.
+    """
+    text = model.config.get_text_config()
+    length = int(min(length, positions_of(model)))
+    ids = torch.randint(text.vocab_size, (2 * length,), generator=torch.Generator()).tolist()
+    common, half = length // 4, length // 2
+    first, second = (ids[:half], ids[:1]), ([*ids[:common], *ids[length : -half - common]], ids[-half:])
+    try:
+        with evaluating(model):
+            if text._attn_implementation != "sdpa" or copied_cache(model, ids[:1], 1) is None:
+                return False
+            samples = [*answer_samples([second], half), *answer_samples([first, second], half + 1, common)]
+            alone, joined = (logits_at(model, collate([sample])) for sample in samples)
+        check_same("", alone, joined[1:])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+    return True

@@ -112,8 +112,10 @@ class Teacher:
             self.model = None
 
     @torch.no_grad()
-    def note(self, samples: Sequence[Sample], file: Path | None = None) -> None:
-        """Add the `states` to samples; a file keeps them in bfloat16, which takes half of the room."""
+    def note(self, samples: Sequence[Sample], file: Path | None = None, bf16: bool = False) -> None:
+        """Add the `states` to samples, computed in mixed precision with `bf16`; a file keeps them in bfloat16, which
+        takes half of the room.
+        """
         if self.head is None or self.model is None:
             return
         base: Any = self.model.base_model
@@ -123,7 +125,8 @@ class Teacher:
             stored = torch.empty(total, width, dtype=self.model.dtype)
         else:
             stored = torch.from_file(str(file), shared=True, size=total * width, dtype=torch.bfloat16)
-        with evaluating(self.model), stage("teacher"):
+        mixed = torch.autocast(self.model.device.type, torch.bfloat16, enabled=bf16)
+        with evaluating(self.model), stage("teacher"), mixed:
             for sample, states in zip(samples, stored.view(total, width).split(places), strict=True):
                 counted = sample["targets"][None] != IGNORED
                 hidden = base(**model_inputs(base, {name: value[None] for name, value in sample.items()}))[0]

@@ -18,7 +18,13 @@ from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.forward.metrics import divergence
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import Answers, builtin_prompts, prompts_of
-from optimum_structprune.recovery.samples import answer_samples, collate, logits_at, text_sample
+from optimum_structprune.recovery.samples import (
+    answer_samples,
+    collate,
+    logits_at,
+    reads_common_beginning,
+    text_sample,
+)
 from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
 from optimum_structprune.recovery.trainer import DistillTrainer
 
@@ -144,6 +150,23 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
     found = logits_at(model, collate([sample, text_sample(token_ids(1, 9)[0])]))
     alone = [model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] for prompt, answer in pairs]
     torch.testing.assert_close(found[:8], torch.cat(alone)[:8])
+
+
+def test_a_common_beginning_is_read_once_and_changes_nothing():
+    """Where a state or a window carries text on, or attention takes no mask, it is read with each conversation."""
+    pairs = [([5, 6, 7, 20], [8, 9, 2]), ([5, 6, 10], [11, 2]), ([5, 6, 12, 13], [15, 16, 17, 18])]
+    (each,), (once,) = (answer_samples(pairs, 8, common) for common in (0, 2))
+    assert len(once["input_ids"]) == len(each["input_ids"]) - 4
+    for case in ("llama-tied", "qwen2_moe", "gpt2-tied"):
+        model = build(case).eval()
+        assert reads_common_beginning(model, 64)
+        text = text_sample(token_ids(1, 9)[0])
+        found = [logits_at(model, collate([sample, text])) for sample in (each, once)]
+        torch.testing.assert_close(*found)
+    assert not any(
+        reads_common_beginning(build(case).eval(), 64) for case in ("mistral", "gemma2", "lfm2", "falcon-alibi")
+    )
+    assert reads_common_beginning(build("mistral").eval(), 4)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
