@@ -177,7 +177,7 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
     kept, files = Teacher(teacher), [dict(sample) for sample in samples]
     assert (kept.head is None) is (case == "gemma2")
     kept.note(samples)
-    kept.note(files, tmp_path / "states")
+    kept.note(files, tmp_path / "states", bf16=True)
     expected = teacher(token_ids(3, 9)[:, :-1]).logits.flatten(0, 1)
     torch.testing.assert_close(kept.logits(collate(samples)), expected)
     torch.testing.assert_close(kept.logits(collate(files)), expected, atol=0.02, rtol=0.02)
