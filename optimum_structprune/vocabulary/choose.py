@@ -92,7 +92,7 @@ class Tokens:
         always = with_needs(always, vocabulary.needs) & {*ids}
         tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
         may = tokens.may
-        if tokens.number is None:
+        if config.budget is not None:
             check_fewest_tokens(config, described.arch, described.plain_model, may)
         elif tokens.number not in may:
             raise StructPruneError(

@@ -237,6 +237,10 @@ def test_users_keep_tokens_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
+    (
+        {"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)},
+        "budget parameters=[0-9,]+ cannot be met: with all that may go from vocab the model still has",
+    ),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
     (
