@@ -89,25 +89,29 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    trims = VOCAB in (config.widths or config.shrinking)
-    source = config.general_text or builtin_beside(domains) + ("-languages" if trims else "")
+    source = config.general_text or builtin_beside(domains, VOCAB in (config.widths or config.shrinking))
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """A config whose general text the model writes, where it names other text and says nothing of general text."""
+    """A config with general text, where it names other text and says nothing of general text: the model writes it, or
+    it is built-in where tokens go, since a model writes in all languages that it knows.
+    """
     domains = config.domains or []
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:
         return config
-    return replace(config, general_text=WRITTEN)
+    trims = VOCAB in (config.widths or config.shrinking)
+    return replace(config, general_text=builtin_beside(domains, trims) if trims else WRITTEN)
 
 
-def builtin_beside(domains: list[DomainConfig]) -> str:
-    """The built-in text of all kinds but those of the domains, so that no document is in two domains."""
+def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
+    """The built-in text of all kinds but those of the domains, so that no document is in two domains, and where a run
+    `trims` the vocabulary, but text in many languages.
+    """
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
-    return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+"))])
+    return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+")), *["languages"] * trims])
 
 
 # The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,

@@ -33,6 +33,8 @@ def test_general_text_adds_a_domain_and_leaves_the_others_as_they_are():
     written = replace(alone, general_text="self:any")
     assert texts_of(written) == [*kept, DomainConfig("general", "self:any", 0.75)]
     assert with_written_text(alone) == written
+    trimmed = with_written_text(replace(alone, sparsity=None, widths={"vocab": 300}))
+    assert texts_of(trimmed) == [*kept, DomainConfig("general", "builtin:general-languages", 0.75)]
     quarter = with_written_text(replace(alone, general_share=0.25))
     assert texts_of(quarter)[-1] == DomainConfig("general", "self:any", 1.0)
 
