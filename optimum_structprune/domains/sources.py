@@ -191,7 +191,7 @@ def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    return sections(path.read_text(encoding="utf-8"))
+    return sections(path.read_text(encoding="utf-8-sig"))
 
 
 def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
@@ -216,7 +216,8 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         return
     except Exception as error:  # a reader passes on whatever its parser or its HTTP client raises
         reason = one_line(error) or type(error).__name__
-        raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}") from error
+        advice = "; save it as UTF-8" * isinstance(error, UnicodeDecodeError)
+        raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}{advice}") from error
 
 
 def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[str]:

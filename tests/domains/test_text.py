@@ -214,6 +214,8 @@ def test_a_source_gives_all_its_texts_in_an_order_of_the_seed(tmp_path, source):
 
 def test_a_text_file_is_one_document_unless_it_is_large(tmp_path):
     assert read(str(write(tmp_path / "small.txt", TEXTS))) == ["\n\n".join(TEXTS)]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read(str(tmp_path / "windows.txt")) == ["one\ntwo"]
     paragraphs = [f"paragraph {i} " * 20 for i in range(400)]
     parts = read(str(write(tmp_path / "large.txt", paragraphs)))
     assert len(parts) > 10
@@ -293,7 +295,8 @@ def test_a_hub_dataset(monkeypatch):
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
     ("broken.parquet", "broken.parquet cannot be read: Parquet"),
-    ("latin.txt", "latin.txt cannot be read: 'utf-8' codec"),
+    ("latin.txt", "latin.txt cannot be read: 'utf-8' codec .*; save it as UTF-8"),
+    ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
@@ -304,6 +307,7 @@ def test_files_that_will_not_do(tmp_path, name, message):
     (tmp_path / "broken.jsonl").write_text('{"text": broken')
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "utf16.csv").write_text("text\ncafé\n", encoding="utf-16")
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
 
