@@ -154,7 +154,8 @@ class WithDomains(Serialisable):
         if not names:
             raise ValueError("domains has to name at least one domain, got []")
         if len(set(names)) < len(names):
-            raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"domains has two entries of the name {twice!r}; rename one (--domain NAME=FILE)")
 
 
 def is_general(domain: DomainConfig) -> bool:

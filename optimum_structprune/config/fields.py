@@ -134,9 +134,10 @@ def config_class(cls: T) -> T:
         except StrictDataclassFieldValidationError as error:
             field = str(error).split("'")[1]  # which only the message says
             reason = one_line(error.__cause__).removeprefix(f"Field {field!r} ").partition(". Errors: ")[0]
-            reason = re.sub(r"<class '(\w+)'>|typing\.", r"\1", reason)
+            reason = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", reason)
+            reason = re.sub(r"optimum_structprune\.[\w.]+\.", "", reason)
             reason = re.sub(
-                r"with value (.*) doesn't match any type in \((.*?)(, NoneType)?\)$", r"takes \2; got \1", reason
+                r"with value (.{,80}).* doesn't match any type in \((.*?)(, NoneType)?\)$", r"takes \2; got \1", reason
             )
             raise FieldError(cls.__name__, field, reason) from error
         except (StrictDataclassError, TypeError) as error:

@@ -94,7 +94,7 @@ def test_round_trips(config, tmp_path_factory):
     ({"sparsity": 0.2, "languages": []}, "'languages'.*at least one"),
     ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),
     ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the same name: a, a"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the name 'a'; rename one"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
     ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
@@ -104,6 +104,12 @@ def test_bad_values_name_the_field_and_the_value(fields, message):
     with pytest.raises(StructPruneError, match=message) as caught:
         StructPruneConfig.from_dict(fields)
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_another_kind_is_refused_in_a_short_line():
+    with pytest.raises(StructPruneError, match=r"'domains' takes list\[DomainConfig\]; got \[{'name'") as caught:
+        StructPruneConfig(sparsity=0.2, domains=[{"name": "a", "source": ["text"] * 1000}])
+    assert len(str(caught.value)) < 160
 
 
 def test_assignment_is_checked_too_lists_become_tuples_and_sources_in_memory_are_named():
