@@ -154,8 +154,10 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
 
 def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
     if column not in row:
+        flag = f" (--domain '{{name: {domain.name}, source: {domain.source}, {field}: …}}')"
+        flag *= isinstance(domain.source, str)
         raise StructPruneError(
-            f"The domain {domain.name!r} has no column {column!r}; set {field}.{did_you_mean(column, row)}"
+            f"The domain {domain.name!r} has no column {column!r}; set {field}{flag}.{did_you_mean(column, row)}"
         )
     value = row[column]
     return "" if value is None else string(value, domain, f"the column {column!r}")

@@ -110,7 +110,7 @@ MODEL = [
     (f"{PRUNE} --width 'mlp={{99: 24}}'", "99"),
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),
     (f"{PRUNE} --budget bytes=75", "a share of the dense model lies below 1"),
-    (f"{SHARE} --domain a=columns.jsonl", "has no column 'text'; set text_column. Did you mean 'texts'?"),
+    (f"{SHARE} --domain a=columns.jsonl", "set text_column (--domain '{name: a, source: columns.jsonl, text_column: …}'). Did"),
     (f"{SHARE} --skip-layer 99", "skip_layers names layer 99"),
     (f"{SHARE} --criterion wanda2", "There is no criterion 'wanda2'"),
     (f"{SHARE} --method itertive", "There is no pruner 'itertive'"),
