@@ -12,7 +12,7 @@ from ..arch.meta import model_class
 from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.resolve import resolve, texts_of
+from ..domains.resolve import resolve, split_samples, texts_of
 from ..domains.sources import documents
 from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
@@ -63,7 +63,9 @@ def _check_folders(
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
         check_gguf(small.config, args.gguf, tokenizer)
-    for domain in resolve(texts_of(config)):
+    domains = resolve(texts_of(config))
+    split_samples(config.num_samples, [domain.weight for domain in domains])
+    for domain in domains:
         if not written_by_model(domain):
             next(documents(domain, None, tokenizer), None)  # a text without its column, or that no template takes
     check_apart(args.output, config, recovery)
