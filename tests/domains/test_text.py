@@ -291,7 +291,7 @@ def test_a_hub_dataset(monkeypatch):
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
     ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
     ("*.md", "the pattern '.*\\*.md' gives no file of the kinds"),
-    ("other.jsonl", "no column 'text'; set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
+    ("other.jsonl", "set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
     ("broken.parquet", "broken.parquet cannot be read: Parquet"),
