@@ -64,8 +64,8 @@ AUTO = "auto"
 
 
 def _codes(languages: Sequence[str]) -> tuple[str, ...]:
-    """Languages by their codes, of which one or several with commas stand in each string."""
-    codes = tuple(code.strip().lower() for of in languages for code in of.split(","))
+    """Languages by their codes, of which one or several with commas stand in each string; a region is left out."""
+    codes = tuple(code.strip().lower().partition("-")[0] for of in languages for code in of.split(","))
     for code in codes:
         if code not in LANGUAGES:
             known = [f"{of} ({name})" for of, name in LANGUAGES.items()]

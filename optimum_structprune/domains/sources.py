@@ -217,6 +217,7 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
     except Exception as error:  # a reader passes on whatever its parser or its HTTP client raises
         reason = one_line(error) or type(error).__name__
         advice = "; save it as UTF-8" * isinstance(error, UnicodeDecodeError)
+        advice += '; each row has to be an object, such as {"text": "…"}' * ("JSON parse error" in reason)
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}{advice}") from error
 
 

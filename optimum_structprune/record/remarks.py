@@ -19,6 +19,7 @@ MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
 MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
+_UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
 NAMES = {
@@ -165,7 +166,10 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
 
     def shown(codes: Sequence[str]) -> str:
         pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
-        return ", ".join(f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}" for name, of in pairs)
+        return ", ".join(
+            f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}{_UNKNOWN * (not of.get('known', True))}"
+            for name, of in pairs
+        )
 
     if wanted := [code for code, of in by_code.items() if of["wanted"]]:
         yield f"{unit} in the languages to keep: {shown(wanted)}"
@@ -205,9 +209,13 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
-    """The languages that the pruning has made worse, of those to keep or else of those that were known."""
+    """The languages that the pruning has made worse, of those to keep or else of those that were known, and those to
+    keep that were not known.
+    """
     wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}
-    lost = [LANGUAGES[code] for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
+    unknown = [code for code, of in by_code.items() if of["wanted"] and not of.get("known", True)]
+    worse = [code for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
+    lost = [LANGUAGES[code] for code in worse + unknown]
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
     return f"; not in {', '.join(lost[:MOST_NAMED])}{more}" if lost else ""
 

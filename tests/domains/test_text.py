@@ -293,7 +293,7 @@ def test_a_hub_dataset(monkeypatch):
     ("*.md", "the pattern '.*\\*.md' gives no file of the kinds"),
     ("other.jsonl", "set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
-    ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
+    ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("broken.parquet", "broken.parquet cannot be read: Parquet"),
     ("latin.txt", "latin.txt cannot be read: 'utf-8' codec .*; save it as UTF-8"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),

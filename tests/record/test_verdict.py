@@ -82,7 +82,7 @@ def test_it_names_the_languages_that_lose_of_those_to_keep_or_of_all_that_were_k
     }
     line = verdict({**report([1.0]), "languages": languages})[-1]
     assert line == "verdict: use it as it is; not in Greek, German, French and 1 more"
-    for code, says in (("en", ""), ("fr", "; not in French")):
+    for code, says in (("en", ""), ("fr", "; not in French"), ("nl", "; not in Dutch")):
         wish = {**languages, code: {**languages[code], "wanted": True}}
         assert verdict({**report([1.0]), "languages": wish})[-1] == f"verdict: use it as it is{says}"
 
