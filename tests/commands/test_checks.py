@@ -97,6 +97,7 @@ FLAGS = [
     (f"{RECOVER} --tokens 0", "error: --tokens has to be greater than 0"),
     (f"{RECOVER} --domain a=none.txt", "there is no file or folder none.txt"),
     ("evaluate model --domain a=none.txt", "there is no file or folder none.txt"),
+    ("evaluate model --text a.jsonl none.txt", "there is no file or folder none.txt"),
     ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
     ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
     ("evaluate model --answers --show -1", "argument --show: expected a whole number, 0 or more, got '-1'"),
