@@ -154,11 +154,11 @@ class Answers:
                     append_line(self.file, {"batch": key, "answers": self._kept[key]})
             yield from zip(prompts, self._kept[key], strict=True)
 
-    def samples(self, number: int, places: int, common: int = 0) -> Iterator[Sample]:
+    def samples(self, number: int, places: int, shared: int = 0) -> Iterator[Sample]:
         """So many samples, each with so many tokens of answers, which grow; see `answer_samples`."""
         ends = [number * part // len(LENGTHS) for part in range(len(LENGTHS) + 1)]
         for length, start, end in zip(LENGTHS, ends, ends[1:], strict=False):
-            yield from islice(answer_samples(self.conversations(length), places, common), end - start)
+            yield from islice(answer_samples(self.conversations(length), places, shared), end - start)
 
 
 def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:

@@ -17,7 +17,7 @@ from ..domains.packing import Domain
 from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
 from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
-from .samples import Sample, answer_samples, reads_common_beginning, text_sample
+from .samples import Sample, answer_samples, reads_shared_prefix, text_sample
 from .teacher import Teacher, measure_samples
 from .text import ANSWERS, LEFT_OUT, MEASURED
 
@@ -61,8 +61,8 @@ class Curriculum:
         if len(spare):
             assert taught_by is not None and tokenizer is not None  # only a teacher has answers
             prompts = prompts_of(config.prompts, taught_by, tokenizer, spare, text_seed)
-            common = _common(prompts, model, taught_by)
-            self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed, common)
+            shared = _shared_prefix(prompts, model, taught_by)
+            self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed, shared)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
         self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, arguments.train_batch_size)
         if self.teacher is not None:
@@ -93,11 +93,11 @@ class Curriculum:
         return mean if isfinite(mean) else inf
 
 
-def _common(prompts: Sequence[Sequence[int]], *models: PreTrainedModel) -> int:
+def _shared_prefix(prompts: Sequence[Sequence[int]], *models: PreTrainedModel) -> int:
     """How many tokens all prompts begin with, as the turn of the system, if all models can read them once."""
     same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
-    common = min(same, min(map(len, prompts)) - 1)
-    return common if all(reads_common_beginning(model, LONGEST + LENGTHS[-1]) for model in models) else 0
+    shared = min(same, min(map(len, prompts)) - 1)
+    return shared if all(reads_shared_prefix(model, LONGEST + LENGTHS[-1]) for model in models) else 0
 
 
 def _written(
@@ -107,15 +107,15 @@ def _written(
     spare: Tensor,
     most: int,
     seed: int,
-    common: int,
+    shared: int,
 ) -> tuple[list[Sample], list[Sample]]:
     """Samples of answers that a model writes: so many at most that are set aside, and one for each spare text."""
     places, count = spare.shape[1] - 1, min(ASIDE, len(prompts) // 2)
     write, known, ends = writer_of(model, tokenizer), fingerprint(model), end_tokens(model, tokenizer)
     parts = prompts[:count], prompts[count:]
     aside, asked = (Answers(part, write, answers_file(known, ends, part, seed), seed) for part in parts)
-    measured_on = [*islice(answer_samples(aside.conversations(ASIDE_TOKENS), places, common), most)]
-    return measured_on, [*asked.samples(len(spare), places, common)]
+    measured_on = [*islice(answer_samples(aside.conversations(ASIDE_TOKENS), places, shared), most)]
+    return measured_on, [*asked.samples(len(spare), places, shared)]
 
 
 def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:

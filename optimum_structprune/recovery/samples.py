@@ -32,16 +32,16 @@ def text_sample(ids: Tensor) -> Sample:
 
 
 def answer_samples(
-    conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int, common: int = 0
+    conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int, shared: int = 0
 ) -> Iterator[Sample]:
     """Samples of prompts and answers as token ids, of which the answers alone count: so many tokens in each sample,
     whose last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart; the
-    first `common` tokens, which all prompts have, are read once in a sample, and positions go on from them.
+    first `shared` tokens, which all prompts have, are read once in a sample, and positions go on from them.
     """
     parts: list[list[Tensor]] = []
     room = places
     for prompt, answer in conversations:
-        kept, start = [*answer[:room]], common if parts else 0
+        kept, start = [*answer[:room]], shared if parts else 0
         ids = torch.tensor([*prompt, *kept])
         targets = ids[1:].clone()
         targets[: len(prompt) - 1] = IGNORED
@@ -78,7 +78,7 @@ def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model takes of a batch: a mask where conversations go on from a common beginning, else none, so that
+    """What a model takes of a batch: a mask where conversations go on from a shared prefix, else none, so that
     positions alone tell them apart.
     """
     device, known = input_device(model), signature(model.forward).parameters
@@ -103,20 +103,20 @@ def _mask(positions: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def reads_common_beginning(model: PreTrainedModel, length: int) -> bool:
-    """Whether a model predicts the same for conversations of so many tokens at most where their common beginning is
+def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
+    """Whether a model predicts the same for conversations of so many tokens at most where their shared prefix is
     read once: not if it keeps a state of the text or a short window, nor if its attention takes no mask that we make.
     """
     text = model.config.get_text_config()
     length = int(min(length, positions_of(model)))
     ids = torch.randint(text.vocab_size, (2 * length,), generator=torch.Generator()).tolist()
-    common, half = length // 4, length // 2
-    first, second = (ids[:half], ids[:1]), ([*ids[:common], *ids[length : -half - common]], ids[-half:])
+    shared, half = length // 4, length // 2
+    first, second = (ids[:half], ids[:1]), ([*ids[:shared], *ids[length : -half - shared]], ids[-half:])
     try:
         with evaluating(model):
             if text._attn_implementation != "sdpa" or copied_cache(model, ids[:1], 1) is None:
                 return False
-            samples = [*answer_samples([second], half), *answer_samples([first, second], half + 1, common)]
+            samples = [*answer_samples([second], half), *answer_samples([first, second], half + 1, shared)]
             alone, joined = (logits_at(model, collate([sample])) for sample in samples)
         check_same("", alone, joined[1:])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):

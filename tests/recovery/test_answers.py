@@ -22,7 +22,7 @@ from optimum_structprune.recovery.samples import (
     answer_samples,
     collate,
     logits_at,
-    reads_common_beginning,
+    reads_shared_prefix,
     text_sample,
 )
 from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
@@ -152,21 +152,21 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
     torch.testing.assert_close(found[:8], torch.cat(alone)[:8])
 
 
-def test_a_common_beginning_is_read_once_and_changes_nothing():
+def test_a_shared_prefix_is_read_once_and_changes_nothing():
     """Where a state or a window carries text on, or attention takes no mask, it is read with each conversation."""
     pairs = [([5, 6, 7, 20], [8, 9, 2]), ([5, 6, 10], [11, 2]), ([5, 6, 12, 13], [15, 16, 17, 18])]
     (each,), (once,) = (answer_samples(pairs, 8, common) for common in (0, 2))
     assert len(once["input_ids"]) == len(each["input_ids"]) - 4
     for case in ("llama-tied", "qwen2_moe", "gpt2-tied"):
         model = build(case).eval()
-        assert reads_common_beginning(model, 64)
+        assert reads_shared_prefix(model, 64)
         text = text_sample(token_ids(1, 9)[0])
         found = [logits_at(model, collate([sample, text])) for sample in (each, once)]
         torch.testing.assert_close(*found)
     assert not any(
-        reads_common_beginning(build(case).eval(), 64) for case in ("mistral", "gemma2", "lfm2", "falcon-alibi")
+        reads_shared_prefix(build(case).eval(), 64) for case in ("mistral", "gemma2", "lfm2", "falcon-alibi")
     )
-    assert reads_common_beginning(build("mistral").eval(), 4)
+    assert reads_shared_prefix(build("mistral").eval(), 4)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
