@@ -13,8 +13,8 @@ from optimum_structprune.removals import layers, resize, vocabulary
 def mixed_up(slice_tensors):
     """What is cut, in the opposite order."""
 
-    def sliced(tensors, spaces, keep):
-        smaller = slice_tensors(tensors, spaces, keep)
+    def sliced(tensors, spaces, keep, *more):
+        smaller = slice_tensors(tensors, spaces, keep, *more)
         return {name: of if of.shape == tensors[name].shape else of.flip(0) for name, of in smaller.items()}
 
     return sliced
