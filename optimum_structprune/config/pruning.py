@@ -202,7 +202,8 @@ class StructPruneConfig(WithDomains):
             a fifth beside domains where there is `general_text`.
         general_text: The source of the general text, such as `self:any`, `builtin:general` or `preset:general`. None
             stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
-            model is in memory and can write, and otherwise for `builtin:general` if `general_share` asks for it.
+            model is in memory and can write and no tokens go, and otherwise for `builtin:general` if `general_share`
+            asks for it.
         objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
             with an allocation that measures losses the widths follow the domain that loses most. `mean` leaves the
             weights as they are.

@@ -61,7 +61,7 @@ class Curriculum:
         if len(spare):
             assert taught_by is not None and tokenizer is not None  # only a teacher has answers
             prompts = prompts_of(config.prompts, taught_by, tokenizer, spare, text_seed)
-            shared = _shared_prefix(prompts, model, taught_by)
+            shared = _shared_prefix(prompts, texts.shape[1], model, taught_by)
             self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed, shared)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
         self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, arguments.train_batch_size)
@@ -93,11 +93,14 @@ class Curriculum:
         return mean if isfinite(mean) else inf
 
 
-def _shared_prefix(prompts: Sequence[Sequence[int]], *models: PreTrainedModel) -> int:
-    """How many tokens all prompts begin with, as the turn of the system, if all models can read them once."""
+def _shared_prefix(prompts: Sequence[Sequence[int]], seq_length: int, *models: PreTrainedModel) -> int:
+    """How many tokens all prompts begin with, as the turn of the system, if all models can read them once, beside text
+    of `seq_length` tokens too.
+    """
     same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
     shared = min(same, min(map(len, prompts)) - 1)
-    return shared if all(reads_shared_prefix(model, LONGEST + LENGTHS[-1]) for model in models) else 0
+    longest = max(LONGEST + LENGTHS[-1], seq_length)
+    return shared if all(reads_shared_prefix(model, longest) for model in models) else 0
 
 
 def _written(

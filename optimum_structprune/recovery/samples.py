@@ -104,19 +104,19 @@ def _mask(positions: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Whether a model predicts the same for conversations of so many tokens at most where their shared prefix is
-    read once: not if it keeps a state of the text or a short window, nor if its attention takes no mask that we make.
+    """Whether a model predicts the same for text of so many tokens at most where a prefix of conversations is read
+    once: not if it keeps a state of the text or a short window, nor if its attention takes no mask that we make.
     """
     text = model.config.get_text_config()
     length = int(min(length, positions_of(model)))
     ids = torch.randint(text.vocab_size, (2 * length,), generator=torch.Generator()).tolist()
-    shared, half = length // 4, length // 2
-    first, second = (ids[:half], ids[:1]), ([*ids[:shared], *ids[length : -half - shared]], ids[-half:])
+    shared = length // 4
+    first, second = (ids[: length // 2], ids[:1]), ([*ids[:shared], *ids[length:-shared]], ids[:1])
     try:
         with evaluating(model):
             if text._attn_implementation != "sdpa" or copied_cache(model, ids[:1], 1) is None:
                 return False
-            samples = [*answer_samples([second], half), *answer_samples([first, second], half + 1, shared)]
+            samples = [*answer_samples([second], 1), *answer_samples([first, second], 2, shared)]
             alone, joined = (logits_at(model, collate([sample])) for sample in samples)
         check_same("", alone, joined[1:])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
