@@ -125,8 +125,7 @@ def _declare_fields(group: Callable[[str], Any], config_class: type, without: Co
             group(field.name).add_argument(flag, dest=field.name, help=shown, default=SUPPRESS, **how)
         if field.name == "domains":
             text = "Your own text: files, each of which is a domain of its name. The short form of --domain."
-            how = {"action": "extend", "nargs": "+", "type": text_file, "metavar": "FILE"}
-            group("domains").add_argument("--text", dest="domains", help=text, default=SUPPRESS, **how)
+            group("domains").add_argument("--text", dest="domains", help=text, default=SUPPRESS, **text_files())
 
 
 def first_sentences(config_class: type) -> dict[str, str]:
@@ -235,6 +234,11 @@ def text_file(path: str) -> dict[str, Any]:
     place = os.path.basename(path.removeprefix("builtin:").rstrip("/"))
     name = re.sub(r"\W+", "-", place.partition(".")[0]).strip("-")
     return {"name": name or "text", "source": path}
+
+
+def text_files() -> dict[str, Any]:
+    """What `--text` is declared with in every command."""
+    return {"action": "extend", "nargs": "+", "type": text_file, "metavar": "FILE"}
 
 
 def pruning_config(args: Namespace) -> StructPruneConfig:

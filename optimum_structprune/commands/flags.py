@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..saving.gguf_types import GGUF_TYPES
-from .arguments import SOURCES, Command, Flags, domain, text_file, whole, yaml_value
+from .arguments import SOURCES, Command, Flags, domain, text_files, whole, yaml_value
 
 
 def switch(text: str) -> dict[str, Any]:
@@ -64,13 +64,7 @@ QUALITY: Flags = {
         type=domain,
         **{"action": "append", "default": []},
     ),
-    "--text": named(
-        "FILE",
-        "Files of your own text. The short form of --domain.",
-        type=text_file,
-        dest="domain",
-        **{"action": "extend", "nargs": "+"},
-    ),
+    "--text": {"help": "Files of your own text. The short form of --domain.", "dest": "domain", **text_files()},
     "--answers": {
         "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},

@@ -86,7 +86,7 @@ def slice_tensors(
 
 def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: str | None) -> Tensor:
     """A tensor cut down to the given indices; stacked matrices are cut one by one, and only those that are kept."""
-    if any(cut.part is not None for cut in cuts) or tensor.ndim > 2 and Cut(0) in cuts:
+    if any(cut.part is not None for cut in cuts) or device is not None and tensor.ndim > 2 and Cut(0) in cuts:
         kept = cuts.get(Cut(0), range(len(tensor)))
         by_part: dict[int | None, dict[Cut, Sequence[int]]] = {}
         for cut, indices in cuts.items():

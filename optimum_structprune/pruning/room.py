@@ -92,21 +92,13 @@ def need_of(
     # the head runs on a whole sample.
     part, domains = min(TOKENS_AT_ONCE, length), len(inputs or texts_of(config))
     loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32)
-    on_cpu = described.device.type == "cpu"
-    working = max(loss, _of_layer(config, described.arch, widths, domains, itemsize, channels, on_cpu)) + BESIDE
+    working = max(loss, _of_layer(config, described, widths, domains, channels)) + BESIDE
     return Need(itemsize * weights, itemsize * hidden, working, itemsize * host)
 
 
-def _of_layer(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    widths: Widths,
-    domains: int,
-    itemsize: int,
-    channels: int,
-    on_cpu: bool,
-) -> int:
+def _of_layer(config: StructPruneConfig, described: ModelInfo, widths: Widths, domains: int, channels: int) -> int:
     """The most bytes that a layer takes at a time while it is pruned, on top of its own when it is whole."""
+    arch, itemsize, on_cpu = described.arch, described.plain_model.dtype.itemsize, described.device.type == "cpu"
     widest = max([channels, *(space.size * axis.per_unit for space in arch.spaces for axis in space.consumers)])
     at_once = min(config.samples_at_once, ceil(config.num_samples / domains)) * config.seq_length
     batch, tokens = itemsize * at_once * (WIDE * widest + 2 * channels), config.num_samples * config.seq_length

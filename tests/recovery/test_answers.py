@@ -155,7 +155,7 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
 def test_a_shared_prefix_is_read_once_and_changes_nothing():
     """Where a state or a window carries text on, or attention takes no mask, it is read with each conversation."""
     pairs = [([5, 6, 7, 20], [8, 9, 2]), ([5, 6, 10], [11, 2]), ([5, 6, 12, 13], [15, 16, 17, 18])]
-    (each,), (once,) = (answer_samples(pairs, 8, common) for common in (0, 2))
+    (each,), (once,) = (answer_samples(pairs, 8, shared) for shared in (0, 2))
     assert len(once["input_ids"]) == len(each["input_ids"]) - 4
     for case in ("llama-tied", "qwen2_moe", "gpt2-tied"):
         model = build(case).eval()
