@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
-from .pruning.run import ROUNDS, UNITS, Run, Step
+from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report
 from .registry import Registry
@@ -29,14 +28,6 @@ from .system.fingerprint import checksums
 from .widths.budget import widths_of
 
 
-# The function that takes each kind of step, with its module, which is imported when there is such a step.
-REMOVERS = {
-    LAYER: "removals.layers:remove_layers_",
-    EXPERT: "removals.experts:remove_experts_",
-    HIDDEN: "removals.channels:remove_channels_",
-    UNITS: "pruning.run:prune_units_",
-    ROUNDS: "search.masked:prune_in_rounds_",
-}
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
 
@@ -167,17 +158,29 @@ class StructPruner:
         steps += [Step(kind, {kind: widths[kind]}) for kind in (EXPERT, HIDDEN) if kind in widths]
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside:
-            steps.append(Step(UNITS if self.config.rounds == 1 else ROUNDS, inside))
+            steps.append(Step(UNITS, inside))
         return steps
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
-        if step.kind in (UNITS, ROUNDS) and run.config.languages:
+        if step.kind == UNITS and run.config.languages:
             run.data = run.data.with_languages(run.tokenizer)
         with evaluating(run.model):
-            module, name = REMOVERS[step.kind].split(":")
-            remove_ = getattr(import_module(f".{module}", __package__), name)
-            run.plan = run.plan.then(remove_(run, step))
+            if step.kind == UNITS:
+                kept = prune_units_(run, step)
+            elif step.kind == LAYER:
+                from .removals.layers import remove_layers_
+
+                kept = remove_layers_(run, step)
+            elif step.kind == EXPERT:
+                from .removals.experts import remove_experts_
+
+                kept = remove_experts_(run, step)
+            else:
+                from .removals.channels import remove_channels_
+
+                kept = remove_channels_(run, step)
+            run.plan = run.plan.then(kept)
         run.arch = run.described()
 
     @own_settings()

@@ -104,7 +104,7 @@ def test_every_criterion_scores_the_channels_of_an_ffn():
     moments = Moments.empty(FFN, gram=True).update(inputs(FFN))
     weight = torch.randn(16, FFN, generator=torch.Generator().manual_seed(2))
     for name in ("flap", "magnitude", "obs", "obs_drive", "random", "wanda"):
-        scores = CRITERIA.get(name)(config(criterion=name)).score(weight, moments, 1)
+        scores = CRITERIA.get(name)(weight, moments, 1, config(criterion=name))
         assert scores.shape == (FFN,) and torch.isfinite(scores).all(), name
 
 

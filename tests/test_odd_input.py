@@ -10,11 +10,10 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.config.fields import parse_yaml, to_yaml
-from optimum_structprune.criteria import CRITERIA, Criterion, register_criterion
+from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import perplexity
-from optimum_structprune.removals.layer_criteria import LAYER_CRITERIA, LayerCriterion
 from optimum_structprune.saving.gguf_file import export_gguf
 
 
@@ -62,7 +61,7 @@ def test_odd_criteria(give, allocation, monkeypatch):
     for name in ("", "  ", None):
         with pytest.raises(StructPruneError, match="takes a name"):
             register_criterion(name)
-    register_criterion("odd")(type("Odd", (Criterion,), {"score": lambda self, weight, *_: give(weight)}))
+    register_criterion("odd")(lambda weight, *_: give(weight))
     fields = {} if allocation == "uniform" else {"sparsity": 0.2, "allocation": "global", "round_to": 1}
     with pytest.raises(StructPruneError, match="'odd' has to give"):
         pruned({"a": token_ids(8, 8)}, criterion="odd", **fields)
@@ -70,8 +69,8 @@ def test_odd_criteria(give, allocation, monkeypatch):
 
 @pytest.mark.parametrize("scores", [None, torch.ones(3), torch.tensor([1.0, torch.nan])])
 def test_odd_criteria_of_layers(scores, monkeypatch):
-    monkeypatch.setattr(LAYER_CRITERIA, "_entries", dict(LAYER_CRITERIA._entries))
-    LAYER_CRITERIA.register("odd")(type("Odd", (LayerCriterion,), {"score": lambda *_: scores}))
+    monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
+    register_criterion("odd", judges="layer")(lambda *_: scores)
     with pytest.raises(StructPruneError, match="'odd' has to give 2 finite scores, one per unit, at model.layers"):
         pruned({"a": token_ids(8, 8)}, criterion="odd", widths={"layer": 1})
 

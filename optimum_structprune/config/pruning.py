@@ -44,12 +44,6 @@ REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none",
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
 )
-# The criteria that score whole layers, and nothing inside them.
-BLOCK_INFLUENCE = "block_influence"
-LAYER_CRITERIA: Registry[Any] = Registry("layer criterion", "optimum_structprune.layer_criteria", (BLOCK_INFLUENCE,))
-# The criteria that score whole experts, and nothing else; the first is the default.
-EXPERT_SCORES = ("reap", "reap_sum", "reap_normalised")
-EXPERT_CRITERIA: Registry[Any] = Registry("expert criterion", "optimum_structprune.expert_criteria", EXPERT_SCORES)
 # The languages of which there are texts, by their codes (ISO 639-1).
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "de": "German", "el": "Greek", "en": "English",
@@ -306,16 +300,6 @@ class StructPruneConfig(WithDomains):
     def scored_by(self) -> str:
         """The criterion, named or not."""
         return self.criterion or ("obs_drive" if self.fits else "wanda")
-
-    @property
-    def judges_layers(self) -> bool:
-        """Whether the criterion scores whole layers, and nothing inside them."""
-        return self.scored_by in LAYER_CRITERIA.names()
-
-    @property
-    def judges_experts(self) -> bool:
-        """Whether the criterion scores whole experts, and nothing else."""
-        return self.scored_by in EXPERT_CRITERIA.names()
 
     @property
     def fits(self) -> bool:

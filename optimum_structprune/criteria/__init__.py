@@ -1,141 +1,273 @@
-"""Criteria: they turn weights and moments into one score per unit (higher = keep)."""
+"""Criteria: each a function that turns weights and activations into scores, higher = keep, with the paper it is from.
+
+`Criterion` in `method.score` says what such a function is given, and what else it may need.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec, Space
+from ..arch.hooks import first_of, hidden_states_of, intercept
+from ..arch.modules import layer_list
+from ..arch.spec import CHANNEL, EXPERT, LAYER, ArchSpec, Axis, Space
+from ..errors import StructPruneError
 from ..method.calibrate import Moments
-from ..method.score import SCORES, per_unit
+from ..method.layers import Batch, run_model
+from ..method.linalg import ridge_strength, with_damped_factor
+from ..method.score import Criterion
 from ..registry import Registry
+from ..system.processes import all_reduce_
 
 
-class Criterion(ABC):
-    """Scores the units of a space by the weights that consume them and by the moments of what these weights consume.
-
-    Args:
-        config: The config of the run, for the options that a criterion reads, such as `damping` or `seed`.
-
-    Attributes:
-        needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        damped: Whether `score` damps a Gram matrix by `config.damping`.
-        whole_model_statistics: A function of the model, its description and the calibration data, which runs the
-            whole model before each round and gives one tensor per consumer, by module, shape `(domains, n)`, fp64, of
-            which the mean by the weights of the domains becomes `moments.prior`; None where nothing does.
-    """
-
-    needs_gram: ClassVar[bool] = False
-    damped: ClassVar[bool] = False
-    whole_model_statistics: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
-
-    def __init__(self, config: Any):
-        self.config = config
-
-    @classmethod  # noqa: B027  # most refuse nothing
-    def check(cls, config: Any, arch: ArchSpec, use: str) -> None:
-        """Refuse what the criterion cannot score, before any text is read; here nothing.
-
-        Args:
-            config: The config of the run.
-            arch: The description of the model.
-            use: What the model is for: "prune", "dry run" or "trainer".
-
-        Raises:
-            StructPruneError: If the criterion cannot score this; the message proposes another one.
-        """
-
-    @abstractmethod
-    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        """One score per unit, higher = keep.
-
-        Args:
-            weight: The weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
-            moments: The moments of the consumer's input, with `units * columns_per_unit` components.
-            columns_per_unit: The number of columns that a unit owns.
-
-        Returns:
-            The scores, shape `(units,)`.
-        """
-
-    def prior(self, model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
-        """What the weights alone say of each component of the consumers' inputs, shape `(n,)`, which becomes
-        `moments.prior`; here nothing.
-
-        Args:
-            model: The model that is pruned.
-            arch: Its description.
-            space: The space whose units are scored.
-        """
-        return None
-
-    def refine_selection(
-        self, keep: tuple[int, ...], removed: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
-    ) -> tuple[int, ...]:
-        """The units to keep, where a set of units is judged otherwise than by the sum of their scores.
-
-        Args:
-            keep: The units with the highest scores, ascending.
-            removed: The units that would go.
-            weight: The dense weight of the consumer, shape `(out, n)`, fp32.
-            moments: The moments of its input, of the domain mixture.
-            columns_per_unit: The number of columns that a unit owns.
-
-        Returns:
-            As many units, ascending; here those with the highest scores.
-        """
-        return keep
-
-    def unfitted_weight(self, weight: Tensor, moments: Moments) -> Tensor:
-        """The weight whose kept columns stay as they are with `refit="none"`; here the dense one.
-
-        Args:
-            weight: The dense weight of the consumer, shape `(out, n)`, fp32.
-            moments: The moments of its input, of the domain mixture.
-        """
-        return weight
+# The number of columns of an inverse that are in memory at a time.
+COLUMNS = 512
+# The number of inputs of a producer that are in memory a second time.
+INPUTS = 1024
+CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
+# What scores whole layers and whole experts where the config names a criterion for something else.
+DEFAULTS = {LAYER: "block_influence", EXPERT: "reap"}
 
 
-CRITERIA: Registry[type[Criterion]] = Registry("criterion", "optimum_structprune.criteria")
-
-
-def register_criterion(name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Give a decorator that enters a criterion under a name: a subclass of `Criterion`, or a score function.
+def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., Tensor]], Criterion]:
+    """Give a decorator that makes a `Criterion` of a score function and enters it under a name.
 
     Args:
         name: The name that `StructPruneConfig.criterion` takes.
-        attributes: Attributes and methods of the criterion that a function becomes, such as `needs_gram=True`; the
-            function is `(weight, moments, columns_per_unit, options)`, see `method.score`.
+        attributes: The other fields of the `Criterion`, such as `needs_gram=True`.
 
     Raises:
         StructPruneError: If the name is empty, or already stands for another criterion.
     """
-
     register = CRITERIA.register(name)  # which refuses names that are none, before there is a criterion
-
-    def enter(criterion: Any) -> Any:
-        register(criterion if isinstance(criterion, type) else _class_of(criterion, attributes))
-        return criterion
-
-    return enter
+    return lambda score: register(Criterion(name, score, **attributes))
 
 
-def _class_of(score: Callable[..., Tensor], attributes: dict[str, Any]) -> type[Criterion]:
-    """The criterion whose scores are those of a function."""
-
-    def method(self: Criterion, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        return score(weight, moments, columns_per_unit, self.config)
-
-    own = {name: staticmethod(value) if callable(value) else value for name, value in attributes.items()}
-    names = {"__doc__": score.__doc__, "__module__": score.__module__, "__qualname__": score.__qualname__}
-    return type(score.__name__, (Criterion,), {**names, **own, "score": method})
+def criterion_of(name: str, judged: str) -> Criterion:
+    """The criterion with a name where it scores what is `judged`, whole layers or experts, and else their default."""
+    criterion = CRITERIA.get(name)
+    return criterion if criterion.judges == judged else CRITERIA.get(DEFAULTS[judged])
 
 
-for _name, (_score, _attributes) in SCORES.items():
-    register_criterion(_name, **_attributes)(_score)
+def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
+    """The sum over the columns of each unit, shape `(units,)`, of values of shape `(units * columns_per_unit,)`."""
+    return columns.reshape(-1, columns_per_unit).sum(1)
 
 
-__all__ = ["CRITERIA", "Criterion", "per_unit", "register_criterion"]
+@register_criterion("wanda", paper="Wanda, Sun et al. 2023, arXiv 2306.11695")
+def wanda(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The score is √(Σ_j ‖W_:j‖² · E[x_j²]) over the columns j of a unit.
+
+    For one column it is ‖W_:j‖ · √E[x_j²], eq. 1 of Wanda (Sun et al. 2023) per column.
+    """
+    energy = weight.square().sum(0) * moments.square.to(weight)
+    return per_unit(energy, columns_per_unit).sqrt()
+
+
+@register_criterion("flap", paper="FLAP, An et al. 2023, arXiv 2312.11983")
+def flap(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The score is Var[x_j] · ‖W_:j‖², summed over the columns j of a unit (FLAP, An et al. 2023, eq. 5)."""
+    return per_unit(moments.variance.to(weight) * weight.square().sum(0), columns_per_unit)
+
+
+@register_criterion("magnitude")
+def magnitude(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The score is ‖W_:u‖, the norm of the columns that consume the unit u."""
+    return per_unit(weight.square().sum(0), columns_per_unit).sqrt()
+
+
+@register_criterion("random")
+def random(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The scores are uniform random numbers from the seed."""
+    generator = torch.Generator().manual_seed(options.seed)
+    return torch.rand(weight.shape[1] // columns_per_unit, generator=generator).to(weight)
+
+
+@register_criterion("obs", paper="ZipLM, Kurtic et al. 2023, arXiv 2302.04089", needs_gram=True, damped=True)
+def obs(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j: the
+    error that remains after the best refit of the other columns.
+
+    It is eq. 2 of ZipLM (Kurtic et al. 2023), with H = E[x xᵀ] damped as in the refit.
+    """
+    gram = moments.full_gram()
+    diagonal = gram.diagonal()
+    if float(diagonal.sum()) <= 0:
+        return weight.new_zeros(len(gram) // columns_per_unit)
+    return with_damped_factor(
+        lambda dtype: gram.to(weight.device, dtype, copy=True),
+        diagonal,
+        ridge_strength(float(options.damping), len(gram), moments.count),
+        lambda factor: _losses(weight, factor, columns_per_unit),
+    )
+
+
+def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
+    """Σ_W √Σ_i W_ji² γ_i² of each channel j of a space, over the producers W that give it, shape `(units,)`.
+
+    γ is the weight of the norm that a producer reads from, and 1 where the residual stream of the model is not
+    described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
+    alike, so it needs no text. None where the units are no single channels, or no producer is a matrix.
+    """
+    axes = [axis for axis in space.producers if space.unit == CHANNEL and _matrix(model, axis).ndim == 2]
+    norms = [norms_by_unit(model, space, axis, _norm_before(model, arch, space, axis).square()) for axis in axes]
+    return torch.stack(norms).sum(0) if norms else None
+
+
+@torch.no_grad()
+def norms_by_unit(model: nn.Module, space: Space, axis: Axis, squares: Tensor) -> Tensor:
+    """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel. `squares` has the shape `(…,
+    n)`, the result `(…, units)`, in the dtype and on the device of `squares`.
+    """
+    matrix = _matrix(model, axis)
+    total = squares.new_zeros(*squares.shape[:-1], matrix.shape[1])
+    for inputs, of_inputs in zip(matrix.split(INPUTS), squares.split(INPUTS, -1), strict=True):
+        total += of_inputs @ inputs.to(squares).square()
+    return total[..., axis.indices(range(space.size))].sqrt().unflatten(-1, (space.size, -1)).sum(-1)
+
+
+def _matrix(model: nn.Module, axis: Axis) -> Tensor:
+    """The parameter of a producer, of one expert where the axis names one, with the units along its last dimension."""
+    parameter, dim = model.get_parameter(axis.param).detach(), axis.dim
+    if axis.part is not None:
+        parameter, dim = parameter[axis.part], dim - 1
+    return parameter.movedim(dim, -1)
+
+
+def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> Tensor:
+    """The weight of the norm that a producer reads from, or ones, shape `(n,)`, fp32."""
+    for read in arch.residual.reads if arch.residual is not None else ():
+        if read.norm and read.layer == space.layer and any(reader.param == axis.param for reader in read.readers):
+            weight = getattr(model.get_submodule(read.tap), "weight", None)
+            if weight is not None and arch.residual is not None:
+                return weight.detach().float() + arch.residual.norm_offset
+    matrix = _matrix(model, axis)
+    return torch.ones(len(matrix), device=matrix.device)
+
+
+@register_criterion(
+    "obs_drive",
+    paper="SlimLLM, Guo et al. 2025, arXiv 2505.22689",
+    needs_gram=True,
+    damped=True,
+    prior=producer_norms,
+)
+def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
+    """The score is that of `obs` and the producer norm of a channel, each relative to its mean over the channels.
+
+    With o_j the score of `obs`, d_j the norm of `producer_norms`, and means over the channels, it is
+    (√o_j + d_j · mean(√o) / mean(d))² / 4. The norm says how strongly its producers drive a channel: where
+    they do, it says less of other text that the channel has done little on the calibration text. SlimLLM (Guo et al.,
+    ICML 2025, arXiv 2505.22689) adds a similar term to its score. Units of several columns are scored as by `obs`.
+    """
+    losses = obs.score(weight, moments, columns_per_unit, options)
+    if moments.prior is None or columns_per_unit > 1:
+        return losses
+    norms, roots = moments.prior.to(losses), losses.clamp(min=0).sqrt()
+    scale = roots.mean() / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+    return (roots + norms * scale).square() / 4
+
+
+@register_criterion(DEFAULTS[LAYER], judges=LAYER, paper="ShortGPT, Men et al. 2024, arXiv 2403.03853")
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
+    """The score is the mean of 1 - cos(input, output) of a layer over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
+    lost: list[list[Tensor]] = [[] for _ in range(arch.num_layers)]
+    inputs: dict[int, Tensor] = {}
+    count, batch = 0, batches[0]
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[index] = hidden_states_of(args, kwargs)
+
+    def after(index: int, output: Any) -> None:
+        states = (inputs.pop(index), first_of(output))
+        entering, leaving = (batch.counted(x.double()) for x in states)
+        lost[index].append((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
+
+    with intercept(layer_list(model, arch), before, after):
+        for batch in batches:
+            run_model(model, batch.ids)
+            count += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
+    total = torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost])
+    tokens = torch.tensor(float(count), dtype=torch.float64)
+    all_reduce_([total, tokens])
+    return total / tokens
+
+
+@register_criterion(DEFAULTS[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+def reap(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
+    """The score is the mean of g · ‖f(x)‖ over the tokens that chose an expert f with the gate g (REAP, eq. 8)."""
+    return norms * gates
+
+
+@register_criterion("reap_normalised", judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+def reap_normalised(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
+    """The score is that of `reap` with the gates of a token divided by their sum, as its authors do since."""
+    return norms * gates / sums
+
+
+@register_criterion("reap_sum", judges=EXPERT, summed=True, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+def reap_sum(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
+    """The score is the sum of `reap`, and not the mean: what an expert adds in all, however many tokens share it."""
+    return norms * gates
+
+
+def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
+    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`. `weight` has the shape `(out, n)`, `factor` `(n,
+    n)`.
+    """
+    out, size = weight.shape
+    step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
+    losses = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        units = (stop - start) // columns_per_unit
+        # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
+        inverse = _inverse_columns(factor, start, stop)
+        if columns_per_unit == 1:
+            # The general way would factor one matrix of one number per column, which threads make very slow.
+            losses.append(0.5 * weight[:, start:stop].double().square().sum(0) / inverse.double().square().sum(0))
+            continue
+        columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
+        # Shape (units, columns_per_unit, out).
+        dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
+        # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
+        tiles = _factors(columns @ columns.mT)
+        solution = torch.linalg.solve_triangular(tiles, dense, upper=False)
+        losses.append(0.5 * solution.square().sum((1, 2)))
+    return torch.cat(losses).to(weight)
+
+
+def _inverse_columns(factor: Tensor, start: int, stop: int) -> Tensor:
+    """Columns of the inverse of a lower triangular matrix, from their first row that is not zero on.
+
+    A block of rows follows from those above it, so that no part of the factor larger than a block is copied, which a
+    solver would do. `factor` has the shape `(n, n)`, the result `(n - start, stop - start)`.
+    """
+    size = len(factor)
+    columns = factor.new_zeros(size - start, stop - start)
+    columns[: stop - start].fill_diagonal_(1)
+    for first in range(start, size, COLUMNS):
+        last = min(first + COLUMNS, size)
+        rows = columns[first - start : last - start]
+        rows.sub_(factor[first:last, start:first] @ columns[: first - start])
+        rows.copy_(torch.linalg.solve_triangular(factor[first:last, first:last], rows, upper=False))
+    return columns
+
+
+def _factors(tiles: Tensor) -> Tensor:
+    """The lower Cholesky factors of positive definite matrices, shape `(units, n, n)`.
+
+    Where rounding has made a matrix indefinite, all get a ridge relative to their diagonals, as small as possible.
+    """
+    diagonal = torch.diag_embed(tiles.diagonal(dim1=1, dim2=2))
+    for ridge in (0.0, *(10.0**power for power in range(-8, 1))):
+        factors, info = torch.linalg.cholesky_ex(tiles + ridge * diagonal)
+        if not info.any():
+            return factors
+    raise StructPruneError("The inverse of a Gram matrix has no positive diagonal; the activations are broken.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import convert_to_fp32, recursively_apply, send_to_device
@@ -173,7 +173,46 @@ def noise_like(hidden: Tensor) -> Tensor:
     return noise * hidden.float().std()
 
 
-class InMemory:
+class Source(Protocol):
+    """Where activations come from, layer by layer: what the loop asks for. A source that has nothing to do for some of
+    it derives from this class.
+    """
+
+    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
+        """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
+        return nullcontext()
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
+        consumer of these kinds of space writes straight to the residual stream, and no whole experts go.
+        """
+        return None
+
+    def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
+
+        A Gram matrix of a large model takes gigabytes, so those of a domain are let go before the next is asked for.
+        """
+        ...
+
+    def same_outputs(self, layer: int) -> AbstractContextManager[None]:
+        """Refuse what changes, inside `with`, the outputs of a layer for a few tokens."""
+        ...
+
+    def advance(self, layer: int) -> None:
+        """Go on to the next layer; `layer` has its final weights."""
+        return None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What has been reached: hidden states by name, and numbers as JSON takes them; None if nothing is kept."""
+        return None
+
+    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what another source over the same samples has reached."""
+        return None
+
+
+class InMemory(Source):
     """Runs one layer at a time on the stored outputs of the pruned layers in front of it; a model whose layers hand on
     more than hidden states is refused.
 
@@ -221,10 +260,6 @@ class InMemory:
             self.hidden.append(self._kept(hidden))
         self.dense = list(self.hidden)
 
-    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
-        """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
-        return nullcontext()
-
     @torch.no_grad()
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
         """What a layer gives for one batch, in the layer's own precision; `hidden` takes the place of its inputs."""
@@ -242,9 +277,6 @@ class InMemory:
         return hooks.first_of(output)
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
-        consumer of these kinds of space writes straight to the residual stream, and no whole experts go.
-        """
         if self.error_feedback and layer == 0 and EXPERT not in kinds:
             spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
             if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.consumers):
@@ -253,10 +285,6 @@ class InMemory:
             self.dense = [self._kept(self.output(layer, index, dense)) for index, dense in enumerate(self.dense)]
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
-
-        A Gram matrix of a large model takes gigabytes, so those of a domain are let go before the next is asked for.
-        """
         axes = {self._local(layer, axis.module): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
@@ -301,7 +329,6 @@ class InMemory:
             moments[name].update(*paths[name].to_fit(x, error, product))
 
     def advance(self, layer: int) -> None:
-        """Go on to the next layer; `layer` has its final weights."""
         if len(self.outputs) == len(self.hidden):
             self.hidden = [self.outputs[index] for index in range(len(self.hidden))]
         elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
@@ -319,14 +346,12 @@ class InMemory:
                 self.hidden[index] = self._kept(self.output(layer, index))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What has been reached: hidden states by name, and numbers as JSON takes them."""
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
         if self.error_feedback:
             tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
         return tensors, {"gains": self.gains, "error_feedback": self.error_feedback}
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on from what another source over the same samples has reached."""
         for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
             for index, before in enumerate(stored):
                 stored[index] = tensors.get(f"{name}.{index}", before).to(before.device)
@@ -335,7 +360,6 @@ class InMemory:
     @contextmanager
     @torch.no_grad()
     def same_outputs(self, layer: int) -> Iterator[None]:
-        """Refuse what changes, inside `with`, the outputs of a layer for a few tokens."""
         hidden, calls = self.few
         before = self._run(layer, hidden, calls[layer])
         yield

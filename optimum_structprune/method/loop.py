@@ -17,7 +17,7 @@ Lifecycle of `prune_layers_`, for each layer in turn:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,127 +25,137 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec, Axis, Space, Widths
+from ..arch.spec import Space, Widths
 from .calibrate import Moments, mixed
+from .layers import Source
 from .linalg import ridge_strength
-from .score import best_units, check_scores
-from .shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
+from .score import Criterion, best_units, check_scores
+from .shrink import Masks, Values, read_consumer, shrink_layer_, units_to_columns
 
 
 @dataclass(frozen=True)
 class Method:
     """How units are scored, and what makes up for those that are removed."""
 
-    criterion: Callable[[int], Any]  # gives the `Criterion` of a layer, by its index
+    criterion: Criterion
+    options: Callable[[int], Any]  # the config that the criterion reads in a layer, by the layer's index
     refit: Callable[..., Values]  # a function such as `refit.least_squares`
     shares: tuple[float, ...]  # the weights of the domains, which sum to 1
     damping: float  # the ridge of the refit; see `linalg.ridge_strength`
     gram: bool  # whether Gram matrices are gathered
-    unfitted: bool = False  # whether the kept columns stay as the criterion's `unfitted_weight` has them
-    name: str = ""  # the name of the criterion, for messages
+    # The weight, shape `(out, n)`, whose kept columns the refit begins with, if not the dense one.
+    unfitted_weight: Callable[[Tensor, Moments], Tensor] | None = None
     # What the criterion made of passes through the whole model, by module, shape `(n,)`.
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def prior(self, criterion: Any, model: PreTrainedModel, arch: ArchSpec, space: Space, axis: Axis) -> Tensor | None:
-        """What the criterion knows of each component that a consumer reads, beside its moments, shape `(n,)`."""
-        return self.statistics.get(axis.module, criterion.prior(model, arch, space))
-
 
 def prune_layers_(
-    model: PreTrainedModel,
-    arch: ArchSpec,
-    source: Any,
+    masks: Masks,
+    source: Source,
     method: Method,
     widths: Widths,
-    smaller: PreTrainedModel,
-    keep: dict[tuple[int, str], tuple[int, ...]],
-    layers: Sequence[int] | None = None,
+    smaller: PreTrainedModel | None = None,
+    layers: Iterable[int] | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
     """Bring every layer of a model, or some `layers`, to their widths; each is fitted to what it reads behind the
-    smaller layers before it.
+    pruned layers before it.
 
-    `source` is `layers.InMemory`, or what has its methods. Layers of the `smaller` model, which has no weights, take
-    the places of those of the model, and the units that they keep are added to `keep`. `on_layer` is called with the
-    index of each layer that is finished.
+    The units that are kept are those of `masks`, which hold the model. Without a `smaller` model all others are only
+    masked. With one, which has no weights, its layers take the places of those of the model. `on_layer` is called with
+    the index of each layer that is finished.
     """
+    model, arch = masks.model, masks.arch
     for layer in range(arch.num_layers) if layers is None else layers:
+        axes = [axis for space in arch.at(layer) for axis in space.consumers]
         with source.at(layer, changes=True):
-            source.advance_dense(layer, widths.keys())
+            with masks.lifted(axes):
+                source.advance_dense(layer, widths.keys())
             for space in arch.at(layer):
                 if (width := space.width_in(widths) * space.scale) < space.size:
-                    prune_space_(model, arch, source, method, space, width, keep)
-            with source.same_outputs(layer):
-                shrink_layer_(model, arch, layer, keep, smaller)
+                    prune_space_(masks, source, method, space, width)
+            if smaller is not None:
+                masks.lost = True
+                with source.same_outputs(layer):
+                    shrink_layer_(model, arch, layer, masks.keep, smaller)
             source.advance(layer)
             on_layer(layer)
 
 
-def prune_space_(
-    model: PreTrainedModel,
-    arch: ArchSpec,
-    source: Any,
-    method: Method,
-    space: Space,
-    width: int,
-    keep: dict[tuple[int, str], tuple[int, ...]],
-) -> None:
-    """Choose the units of one space that stay, refit the columns that read them, and make all others zero."""
-    criterion, values = method.criterion(space.layer), [read_consumer(model, axis) for axis in space.consumers]
-    by_domain = source.moments(space.layer, space, method.gram)
-    moments = mixed(by_domain, method.shares, [weight for weight, _ in values])
+def prune_space_(masks: Masks, source: Source, method: Method, space: Space, width: int) -> None:
+    """Choose the units of one space that stay, refit the columns that read them, and mask all others.
+
+    Every refit starts from the dense weights, so no error of an earlier round is fitted again. Scores are those of the
+    present weights, in which a kept unit already makes up for units that an earlier round has masked.
+    """
+    dense, moments = calibrate(masks, source, method, space)
+    weights, left, present = [weight for weight, _ in dense], moments, masks.keep.get(space.key, range(space.size))
+    if space.key in masks.keep:
+        weights = [read_consumer(masks.model, axis)[0] for axis in space.consumers]
+        pairs = zip(space.consumers, weights, strict=True)
+        columns = [units_to_columns(present, axis, weight.device) for axis, weight in pairs]
+        weights = [weight[:, kept] for weight, kept in zip(weights, columns, strict=True)]
+        left = [of_consumer.select(kept) for of_consumer, kept in zip(moments, columns, strict=True)]
+    scores = torch.stack(consumer_scores(method, space, weights, left)).sum(0)
+    keep = choose_units(method, space, scores, width, present, dense, moments)
+    for axis, refitted in zip(space.consumers, refit_consumers(method, space, keep, dense, moments), strict=True):
+        masks.write_(axis, *refitted)
+    masks.keep[space.key] = keep
+
+
+def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tuple[list[Values], list[Moments]]:
+    """The dense values of the consumers of a space, and the moments of what they read, in the domain mixture."""
+    model, arch, criterion, statistics = masks.model, masks.arch, method.criterion, method.statistics
+    dense = [masks.dense(axis) for axis in space.consumers]
+    # A refit starts from the dense weights, so error feedback has to see the error that these leave.
+    with masks.lifted(space.consumers):
+        by_domain = source.moments(space.layer, space, method.gram)
+        moments = mixed(by_domain, method.shares, [weight for weight, _ in dense])
+        prior = None if criterion.prior is None else criterion.prior(model, arch, space)
     for axis, of_consumer in zip(space.consumers, moments, strict=True):
-        of_consumer.prior = method.prior(criterion, model, arch, space, axis)
-    scores = score_units(criterion, space, [weight for weight, _ in values], moments, method.name)
-    keep[space.key] = choose_units(criterion, space, scores, width, range(space.size), values, moments)
-    refitted = refit_consumers(criterion, space, keep[space.key], values, moments, method)
-    for axis, columns in zip(space.consumers, refitted, strict=True):
-        write_consumer_(model, axis, *columns)
+        of_consumer.prior = statistics.get(axis.module, prior)
+    return dense, moments
 
 
-def score_units(
-    criterion: Any, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments], name: str
-) -> Tensor:
-    """The scores of the units of a space, summed over its consumers, shape `(units,)`."""
-    scores = []
+def consumer_scores(
+    method: Method, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments], by_column: bool = False
+) -> list[Tensor]:
+    """The scores that each consumer of a space gives its units, shape `(units,)`, or each of its columns."""
+    options, scores = method.options(space.layer), list[Tensor]()
     for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
-        scores.append(criterion.score(weight, of_consumer, axis.per_unit))
-        check_scores(scores[-1], weight.shape[1] // axis.per_unit, name, axis.module)
-    return torch.stack(scores).sum(0)
+        columns_per_unit = 1 if by_column else axis.per_unit
+        scores.append(method.criterion.score(weight, of_consumer, columns_per_unit, options))
+        check_scores(scores[-1], weight.shape[1] // columns_per_unit, method.criterion.name, axis.module)
+    return scores
 
 
 def choose_units(
-    criterion: Any,
+    method: Method,
     space: Space,
     scores: Tensor,
     width: int,
     present: Sequence[int],
-    values: Sequence[Values],
+    dense: Sequence[Values],
     moments: Sequence[Moments],
 ) -> tuple[int, ...]:
     """The units with the highest scores of those that are `present`, or those that the criterion takes in their place.
-    `values` and `moments` are those of the dense consumers.
+    `dense` are the values of the dense consumers, and `moments` of what they read.
     """
     keep = tuple(present[unit] for unit in best_units(scores, width))
-    if len(space.consumers) > 1:  # what a set of units is worth is known of one consumer, not of several
+    refine = method.criterion.refine_selection
+    if refine is None or len(space.consumers) > 1:  # what a set of units is worth is known of one consumer only
         return keep
-    removed = sorted({*present} - {*keep})
-    return criterion.refine_selection(keep, removed, values[0][0], moments[0], space.consumers[0].per_unit)
+    return refine(keep, sorted({*present} - {*keep}), dense[0][0], moments[0], space.consumers[0].per_unit)
 
 
 def refit_consumers(
-    criterion: Any,
-    space: Space,
-    keep: Sequence[int],
-    values: Sequence[Values],
-    moments: Sequence[Moments],
-    method: Method,
+    method: Method, space: Space, keep: Sequence[int], dense: Sequence[Values], moments: Sequence[Moments]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias."""
     refitted = []
-    for axis, (weight, bias), of_consumer in zip(space.consumers, values, moments, strict=True):
+    for axis, (weight, bias), of_consumer in zip(space.consumers, dense, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
-        start = criterion.unfitted_weight(weight, of_consumer) if method.unfitted else weight
+        start = weight if method.unfitted_weight is None else method.unfitted_weight(weight, of_consumer)
         ridge = ridge_strength(method.damping, len(columns), of_consumer.count)
         refitted.append((columns, *method.refit(start, bias, of_consumer, columns, ridge)))
     return refitted

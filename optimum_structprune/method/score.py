@@ -1,50 +1,77 @@
-"""Scores: one number per unit from the weights that read it and the moments of what they read; higher means keep.
-
-A score is a function `(weight, moments, columns_per_unit, options)`: the weight of a consumer, shape `(out, units *
-columns_per_unit)`, fp32; the moments of its input; the number of columns that a unit owns; and the config of the run,
-for `damping` and `seed`. It gives the scores, shape `(units,)`.
-"""
+"""Scores: one number for each of what may go, higher = keep, and the choice by them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arch.spec import CHANNEL, ArchSpec, Axis, Space
 from ..errors import StructPruneError
-from .calibrate import Moments
-from .linalg import ridge_strength, with_damped_factor
 
 
-# The number of columns of an inverse that are in memory at a time.
-COLUMNS = 512
-# The number of inputs of a producer that are in memory a second time.
-INPUTS = 1024
-# The score functions by the name of their criterion, and the attributes of `Criterion` that go with each.
-SCORES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {}
+@dataclass(eq=False)
+class Criterion:
+    """A function that scores what may go, and what it needs; `criteria.register_criterion` makes one of a function.
 
+    Args:
+        name: What `StructPruneConfig.criterion` calls it.
+        score: For units inside the layers, a function `(weight, moments, columns_per_unit, options)`: of the weight of
+            a consumer, shape `(out, units * columns_per_unit)`, fp32; of the moments of its input, with as many
+            components as the weight has columns; of the number of columns that a unit owns; and of the config of the
+            run, whose `seed` is another one in each layer. It gives one score per unit, shape `(units,)`.
+            For whole layers, a function `(model, arch, batches)` of the model in eval mode, its description, and text
+            of one domain. It gives one positive score per layer, shape `(layers,)`, fp64. Of several processes that
+            share the samples each has its own batches: a mean over all text takes `system.processes.all_reduce_`.
+            For whole experts, a function `(norms, gates, sums)` of the norms of what an expert gives for the tokens
+            that chose it, of its weights for them, and of the sums of the weights of all experts that each of them
+            chose, shape `(tokens,)` each. It gives one number per token, and the score is their mean.
+        judges: What is scored: "unit" (inside the layers), "layer" or "expert" (both whole).
+        paper: Where it is published.
+        needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
+        damped: Whether `score` damps a Gram matrix by `options.damping`.
+        summed: Whether the score of an expert is the sum over its tokens, and not the mean.
+        prior: A function `(model, arch, space)` of what the weights alone say of each component of the consumers'
+            inputs, shape `(n,)` or None, which becomes `moments.prior`.
+        whole_model_statistics: A function `(model, arch, data)` that runs the whole model before each round, and gives
+            one tensor per consumer, by module, shape `(domains, n)`, fp64; the mean by the weights of the domains
+            becomes `moments.prior`.
+        check: A function `(config, arch, use)` that raises a StructPruneError, before any text is read, if the
+            criterion cannot score this model; `use` is "prune", "dry run" or "trainer".
+        refine_selection: A function `(keep, removed, weight, moments, columns_per_unit)` of the units with the highest
+            scores, of those that would go, both ascending, and of the dense weight. It gives as many units to keep,
+            ascending, where a set of units is judged otherwise than by the sum of their scores.
+        unfitted_weight: A function `(weight, moments)` that gives the weight whose kept columns stay as they are with
+            `refit="none"`, where that is not the dense one.
+    """
 
-def criterion(name: str, **attributes: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Enter a score function under a name, with the attributes of its `Criterion`, such as `needs_gram=True`."""
+    name: str
+    score: Callable[..., Tensor]
+    judges: str = "unit"
+    paper: str = ""
+    needs_gram: bool = False
+    damped: bool = False
+    summed: bool = False
+    prior: Callable[..., Tensor | None] | None = None
+    whole_model_statistics: Callable[..., dict[str, Tensor]] | None = None
+    check: Callable[..., None] | None = None
+    refine_selection: Callable[..., tuple[int, ...]] | None = None
+    unfitted_weight: Callable[..., Tensor] | None = None
 
-    def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        SCORES[name] = score, attributes
-        return score
+    def __post_init__(self) -> None:
+        update_wrapper(self, self.score)
 
-    return enter
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Give the scores, as the function that was decorated does."""
+        return self.score(*arguments)
 
 
 def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
     """The units with the highest scores, ascending. `scores` has the shape `(units,)`."""
     return tuple(scores.topk(width).indices.sort().values.tolist())
-
-
-def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
-    """The sum over the columns of each unit, shape `(units,)`, of values of shape `(units * columns_per_unit,)`."""
-    return columns.reshape(-1, columns_per_unit).sum(1)
 
 
 def check_scores(scores: object, count: int, name: str, where: str) -> None:
@@ -59,172 +86,3 @@ def check_scores(scores: object, count: int, name: str, where: str) -> None:
         f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a real tensor; it "
         f"gives {kind}."
     )
-
-
-@criterion("wanda")
-def wanda(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The score is √(Σ_j ‖W_:j‖² · E[x_j²]) over the columns j of a unit.
-
-    For one column it is ‖W_:j‖ · √E[x_j²], eq. 1 of Wanda (Sun et al. 2023) per column.
-    """
-    energy = weight.square().sum(0) * moments.square.to(weight)
-    return per_unit(energy, columns_per_unit).sqrt()
-
-
-@criterion("flap")
-def flap(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The score is Var[x_j] · ‖W_:j‖², summed over the columns j of a unit (FLAP, An et al. 2023, eq. 5)."""
-    return per_unit(moments.variance.to(weight) * weight.square().sum(0), columns_per_unit)
-
-
-@criterion("magnitude")
-def magnitude(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The score is ‖W_:u‖, the norm of the columns that consume the unit u."""
-    return per_unit(weight.square().sum(0), columns_per_unit).sqrt()
-
-
-@criterion("random")
-def random(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The scores are uniform random numbers from the seed."""
-    generator = torch.Generator().manual_seed(options.seed)
-    return torch.rand(weight.shape[1] // columns_per_unit, generator=generator).to(weight)
-
-
-@criterion("obs", needs_gram=True, damped=True)
-def obs(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j: the
-    error that remains after the best refit of the other columns.
-
-    It is eq. 2 of ZipLM (Kurtic et al. 2023), with H = E[x xᵀ] damped as in the refit.
-    """
-    gram = moments.full_gram()
-    diagonal = gram.diagonal()
-    if float(diagonal.sum()) <= 0:
-        return weight.new_zeros(len(gram) // columns_per_unit)
-    return with_damped_factor(
-        lambda dtype: gram.to(weight.device, dtype, copy=True),
-        diagonal,
-        ridge_strength(float(options.damping), len(gram), moments.count),
-        lambda factor: _losses(weight, factor, columns_per_unit),
-    )
-
-
-def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
-    """Σ_W √Σ_i W_ji² γ_i² of each channel j of a space, over the producers W that give it, shape `(units,)`.
-
-    γ is the weight of the norm that a producer reads from, and 1 where the residual stream of the model is not
-    described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
-    alike, so it needs no text. None where the units are no single channels, or no producer is a matrix.
-    """
-    axes = matrices(model, space.producers) if space.unit == CHANNEL else []
-    norms = [norms_by_unit(model, space, axis, _norm_before(model, arch, space, axis).square()) for axis in axes]
-    return torch.stack(norms).sum(0) if norms else None
-
-
-@torch.no_grad()
-def norms_by_unit(model: nn.Module, space: Space, axis: Axis, squares: Tensor) -> Tensor:
-    """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel. `squares` has the shape `(…,
-    n)`, the result `(…, units)`, in the dtype and on the device of `squares`.
-    """
-    matrix = _matrix(model, axis)
-    total = squares.new_zeros(*squares.shape[:-1], matrix.shape[1])
-    for inputs, of_inputs in zip(matrix.split(INPUTS), squares.split(INPUTS, -1), strict=True):
-        total += of_inputs @ inputs.to(squares).square()
-    return total[..., axis.indices(range(space.size))].sqrt().unflatten(-1, (space.size, -1)).sum(-1)
-
-
-def matrices(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
-    """Those of some axes that lie in matrices, and not in vectors such as biases."""
-    return [axis for axis in axes if _matrix(model, axis).ndim == 2]
-
-
-def _matrix(model: nn.Module, axis: Axis) -> Tensor:
-    """The parameter of a producer, of one expert where the axis names one, with the units along its last dimension."""
-    parameter, dim = model.get_parameter(axis.param).detach(), axis.dim
-    if axis.part is not None:
-        parameter, dim = parameter[axis.part], dim - 1
-    return parameter.movedim(dim, -1)
-
-
-def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> Tensor:
-    """The weight of the norm that a producer reads from, or ones, shape `(n,)`, fp32."""
-    for read in arch.residual.reads if arch.residual is not None else ():
-        if read.norm and read.layer == space.layer and any(reader.param == axis.param for reader in read.readers):
-            weight = getattr(model.get_submodule(read.tap), "weight", None)
-            if weight is not None and arch.residual is not None:
-                return weight.detach().float() + arch.residual.norm_offset
-    matrix = _matrix(model, axis)
-    return torch.ones(len(matrix), device=matrix.device)
-
-
-@criterion("obs_drive", needs_gram=True, damped=True, prior=producer_norms)
-def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
-    """The score is that of `obs` and the producer norm of a channel, each relative to its mean over the channels.
-
-    With o_j the score of `obs`, d_j the norm of `producer_norms`, and means over the channels, it is
-    (√o_j + d_j · mean(√o) / mean(d))² / 4. The norm says how strongly its producers drive a channel: where
-    they do, it says less of other text that the channel has done little on the calibration text. SlimLLM (Guo et al.,
-    ICML 2025, arXiv 2505.22689) adds a similar term to its score. Units of several columns are scored as by `obs`.
-    """
-    losses = obs(weight, moments, columns_per_unit, options)
-    if moments.prior is None or columns_per_unit > 1:
-        return losses
-    norms, roots = moments.prior.to(losses), losses.clamp(min=0).sqrt()
-    scale = roots.mean() / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
-    return (roots + norms * scale).square() / 4
-
-
-def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
-    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`. `weight` has the shape `(out, n)`, `factor` `(n,
-    n)`.
-    """
-    out, size = weight.shape
-    step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
-    losses = []
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        units = (stop - start) // columns_per_unit
-        # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
-        inverse = _inverse_columns(factor, start, stop)
-        if columns_per_unit == 1:
-            # The general way would factor one matrix of one number per column, which threads make very slow.
-            losses.append(0.5 * weight[:, start:stop].double().square().sum(0) / inverse.double().square().sum(0))
-            continue
-        columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
-        # Shape (units, columns_per_unit, out).
-        dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
-        # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
-        tiles = _factors(columns @ columns.mT)
-        solution = torch.linalg.solve_triangular(tiles, dense, upper=False)
-        losses.append(0.5 * solution.square().sum((1, 2)))
-    return torch.cat(losses).to(weight)
-
-
-def _inverse_columns(factor: Tensor, start: int, stop: int) -> Tensor:
-    """Columns of the inverse of a lower triangular matrix, from their first row that is not zero on.
-
-    A block of rows follows from those above it, so that no part of the factor larger than a block is copied, which a
-    solver would do. `factor` has the shape `(n, n)`, the result `(n - start, stop - start)`.
-    """
-    size = len(factor)
-    columns = factor.new_zeros(size - start, stop - start)
-    columns[: stop - start].fill_diagonal_(1)
-    for first in range(start, size, COLUMNS):
-        last = min(first + COLUMNS, size)
-        rows = columns[first - start : last - start]
-        rows.sub_(factor[first:last, start:first] @ columns[: first - start])
-        rows.copy_(torch.linalg.solve_triangular(factor[first:last, first:last], rows, upper=False))
-    return columns
-
-
-def _factors(tiles: Tensor) -> Tensor:
-    """The lower Cholesky factors of positive definite matrices, shape `(units, n, n)`.
-
-    Where rounding has made a matrix indefinite, all get a ridge relative to their diagonals, as small as possible.
-    """
-    diagonal = torch.diag_embed(tiles.diagonal(dim1=1, dim2=2))
-    for ridge in (0.0, *(10.0**power for power in range(-8, 1))):
-        factors, info = torch.linalg.cholesky_ex(tiles + ridge * diagonal)
-        if not info.any():
-            return factors
-    raise StructPruneError("The inverse of a Gram matrix has no positive diagonal; the activations are broken.")

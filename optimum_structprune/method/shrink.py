@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.modules import layer_list, replace_
 from ..arch.spec import ArchSpec, Axis, Space
@@ -61,6 +63,70 @@ def _views(model: nn.Module, axis: Axis) -> Values:
     if axis.part is None:
         return weight.movedim(axis.dim, -1), bias
     return weight[axis.part].movedim(axis.dim - 1, -1), None if bias is None else bias[axis.part]
+
+
+class Masks:
+    """The units of a model that are kept so far; the columns of all others are zero.
+
+    Where masks are `undoable`, the dense values of all that changes are remembered in the model's own dtype. What is
+    read or changed has to be in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, undoable: bool = True):
+        self.model, self.arch, self.undoable = model, arch, undoable
+        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
+        self.lost = False  # whether the model has lost something that cannot be put back
+        self._dense: dict[Axis, Values] = {}
+
+    def dense(self, axis: Axis) -> Values:
+        """Copies of the values that a consumer had before any change, in fp32."""
+        if axis not in self._dense:
+            return read_consumer(self.model, axis)
+        weight, bias = self._dense[axis]
+        return weight.to(torch.float32, copy=True), None if bias is None else bias.to(torch.float32, copy=True)
+
+    def write_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the kept columns of a consumer new values, and mask all others; see `write_consumer_`."""
+        self.lost = self.lost or not self.undoable
+        if self.undoable and axis not in self._dense:
+            self._dense[axis] = read_consumer(self.model, axis, dtype=None)
+        write_consumer_(self.model, axis, columns, weight, bias)
+
+    def present(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
+        """Copies of the present values of some consumers, in the model's dtype."""
+        return {axis: read_consumer(self.model, axis, dtype=None) for axis in axes}
+
+    @contextmanager
+    def holding(self, values: Mapping[Axis, Values]) -> Iterator[None]:
+        """Give consumers other values, in the model's dtype, inside `with`."""
+        present = self.present(values)
+        self._put_(values)
+        try:
+            yield
+        finally:
+            self._put_(present)
+
+    def lifted(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
+        """Give consumers their dense values inside `with`."""
+        values = {axis: self._dense[axis] for axis in axes if axis in self._dense}
+        return self.holding(values) if values else nullcontext()
+
+    def undo_(self, at: Callable[[int], AbstractContextManager[None]]) -> None:
+        """Make every consumer dense again, unless something has been lost; `at` brings the weights of a layer in."""
+        for layer in () if self.lost else range(self.arch.num_layers):
+            prefix = self.arch.layer_prefix(layer)
+            if values := {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}:
+                with at(layer):
+                    self._put_(values)
+        self._dense = {}
+
+    @torch.no_grad()
+    def _put_(self, values: Mapping[Axis, Values]) -> None:
+        for axis, (weight, bias) in values.items():
+            write_consumer_(self.model, axis, torch.arange(weight.shape[1], device=weight.device), weight, bias)
+            module = self.model.get_submodule(axis.module)
+            if bias is None and axis.part is None and getattr(module, "bias", None) is not None:
+                module.bias = None  # type: ignore[assignment]  # a refit added it
 
 
 class Cut(NamedTuple):

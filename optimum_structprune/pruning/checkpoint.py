@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from ..arch.modules import layer_list
 from ..arch.spec import Widths
+from ..method.layers import Source
 from ..method.shrink import fill_layer_
 from ..record.plan import Plan
-from ..sources.data import CalibrationData, Source
+from ..sources.data import CalibrationData
 from ..system.resume import Resume
 
 
@@ -47,6 +48,7 @@ class LayerCheckpoint:
         with self.resume.readable():
             keep |= Plan.from_dict(saved.values["plan"]).keep
             reached = dict(saved.values["passes"])
+        run.changed = run.changed or saved.number > 0
         for layer in range(saved.number):
             with source.at(layer, changes=True):
                 fill_layer_(run.model, run.arch, layer, self.resume.tensors(layer + 1), smaller)

@@ -19,8 +19,8 @@ from ..arch.load import ModelInfo
 from ..arch.meta import positions_of, reads_images
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
-from ..config.pruning import BLOCK_INFLUENCE, EXPERT_SCORES, StructPruneConfig
-from ..criteria import CRITERIA
+from ..config.pruning import StructPruneConfig
+from ..criteria import CRITERIA, DEFAULTS
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.metrics import few_inputs
@@ -187,10 +187,12 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
     """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
-    if not (config.judges_experts or config.judges_layers):
-        CRITERIA.get(config.scored_by).check(config, arch, use)
+    criterion = CRITERIA.get(config.scored_by)
+    if criterion.check is not None:
+        criterion.check(config, arch, use)
+    if criterion.judges not in DEFAULTS:
         return
-    whole, score = (EXPERT, EXPERT_SCORES[0]) if config.judges_experts else (LAYER, BLOCK_INFLUENCE)
+    whole, score = criterion.judges, DEFAULTS[criterion.judges]
     if others := [name for name in widths if name not in (whole, VOCAB)]:
         raise StructPruneError(
             f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of its "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..domains.readers import note_reader
 from ..errors import InPlaceError
 from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
+from ..method.shrink import Masks
 from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
@@ -28,13 +30,12 @@ from ..widths.budget import biased_spaces
 from .measure import Measure
 
 
-# The kinds of step inside the layers: all at once, and in rounds. Those before are named as the spaces.
+# The kind of step inside the layers; those before are named as the spaces.
 UNITS = "units"
-ROUNDS = "rounds"
 
 
 class Step(NamedTuple):
-    """One step of calibrate → score → remove, of a kind in `pruner.REMOVERS`: it ends at `widths`."""
+    """One step of calibrate → score → remove, of a kind that `StructPruner.apply_step_` knows: it ends at `widths`."""
 
     kind: str
     widths: Widths
@@ -178,30 +179,58 @@ class Run:
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
-    """Bring all layers to the widths of a step, each as soon as it is its turn; see `method.loop.prune_layers_`."""
-    model, arch, data = run.model, run.arch, run.data
-    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(run.config, arch, step.widths))
-    keep: dict[tuple[int, str], tuple[int, ...]] = {}
-    checkpoint = None
-    if run.config.checkpoint_dir is not None:
+    """Bring all layers to the widths of a step, in one round or several; see `method.loop.prune_layers_`.
+
+    All rounds but the last only mask units. The last one shrinks each layer as soon as it is finished.
+    """
+    model, arch, config = run.model, run.arch, run.config
+    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(config, arch, step.widths))
+    rounds, source, checkpoint = [step.widths], None, None
+    if config.rounds > 1:
+        from ..widths.schedule import round_widths
+
+        rounds = round_widths(config, arch, step.widths)
+    if config.checkpoint_dir is not None:
         from .checkpoint import LayerCheckpoint
 
-        checkpoint = LayerCheckpoint(run, run.config.checkpoint_dir, step.widths)
+        checkpoint = LayerCheckpoint(run, config.checkpoint_dir, step.widths)
+    masks, count, every = Masks(model, arch, undoable=len(rounds) > 1), arch.num_layers, len(rounds) * arch.num_layers
+
+    def finished(layer: int) -> None:
+        give_back_free_memory()
+        if checkpoint is not None and source is not None:
+            checkpoint.save(run, layer, masks.keep, source)
+
     try:
-        with run.report.timed("round 1"):
-            method, source = data.method(model, arch), data.source(model, arch, run.config.feedback)
-            done = 0 if checkpoint is None else checkpoint.take_over_(run, source, keep, smaller)
-            layers = progress(
-                range(done, arch.num_layers), desc="pruning", initial=done, total=arch.num_layers, unit="layer"
-            )
-
-            def finished(layer: int) -> None:
-                give_back_free_memory()
-                if checkpoint is not None:
-                    checkpoint.save(run, layer, keep, source)
-
-            prune_layers_(model, arch, source, method, step.widths, smaller, keep, layers, finished)
+        for number, widths in enumerate(rounds):
+            is_last = number + 1 == len(rounds)
+            with run.report.timed(f"round {number + 1}"):
+                method, source = run.data.method(model, arch), run.data.source(model, arch, config.feedback)
+                done = 0 if checkpoint is None else checkpoint.take_over_(run, source, masks.keep, smaller)
+                # The bar counts the layers of all rounds, for the time that is left.
+                name = "pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}"
+                bar = {"desc": name, "initial": number * count + done, "total": every, "unit": "layer"}
+                layers = progress(range(done, count), **bar)
+                prune_layers_(masks, source, method, widths, smaller if is_last else None, layers, finished)
+            if config.reweights:
+                weigh_domains_(run, widths, is_last)
+    except BaseException:  # Ctrl-C too
+        if source is not None:
+            masks.undo_(partial(source.at, changes=True))
+        raise
     finally:
-        run.changed = run.changed or bool(keep)
+        run.changed = run.changed or masks.lost
     adopt_config_(model, smaller)
-    return Plan(arch.model_type, keep)
+    return Plan(arch.model_type, masks.keep)
+
+
+def weigh_domains_(run: Run, widths: Widths, is_last: bool) -> None:
+    """Enter a round into the report, and weigh the domains anew for the next one by what they have lost."""
+    ratios: dict[str, float] = {}
+    if run.measure is not None and not is_last:
+        with run.report.timed("perplexity"):
+            ratios = run.measure.ratios(run.model, run.arch)
+    shares = {domain.name: share for domain, share in zip(run.data.domains, run.data.shares, strict=True)}
+    run.report.rounds.append({"widths": dict(widths), "shares": shares, "perplexity_ratio": ratios})
+    if ratios:
+        run.data = run.data.reweighted(ratios)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..arch.hooks import observe
 from ..arch.shrink import shrunk_config
-from ..arch.spec import Axis, Space
-from ..config.pruning import EXPERT_CRITERIA, EXPERT_SCORES
+from ..arch.spec import EXPERT, Axis, Space
+from ..criteria import criterion_of
 from ..method.calibrate import Moments
 from ..method.layers import Gain, InMemory, OneProcess
 from ..method.refit import least_squares
@@ -45,7 +45,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     """
     with run.report.timed("experts"):
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
-        criterion = EXPERT_CRITERIA.get(run.config.scored_by if run.config.judges_experts else EXPERT_SCORES[0])
+        criterion = criterion_of(run.config.scored_by, EXPERT)
         source = run.data.source(model, arch, run.config.feedback)
         assert isinstance(source, WithExperts)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
@@ -122,17 +122,17 @@ class ExpertRefit:
         self.source, self.data, self.layer, self.name = source, data, space.layer, str(space.experts)
         self.gain = self._gain(self.name)
         self.targets: list[Tensor] = []
-        self.energy = torch.zeros(source.num_domains, 2, dtype=torch.float64)
+        self.energy = torch.zeros(source.layers.num_domains, 2, dtype=torch.float64)
 
     def _gain(self, module: str) -> float | None:
         """What a module's output is multiplied by on its way into the layer's; None where it takes another path."""
-        layers = self.source.source
+        layers = self.source.layers
         path = layers.residual_path(self.layer, module) if isinstance(layers, InMemory) else None
         return path.factor if isinstance(path, Gain) else None
 
     def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
         """Note what the experts make of a batch, shape `(tokens, hidden)`, while all of them are there."""
-        batch, layers, target = self.source.batches[number], self.source.source, routed.float()
+        batch, layers, target = self.source.layers.batches[number], self.source.layers, routed.float()
         energy = target.square().sum(dtype=torch.float64)
         self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(target))]).cpu()
         if self.gain is not None and isinstance(layers, InMemory) and layers.error_feedback:
@@ -150,11 +150,11 @@ class ExpertRefit:
         weights = torch.tensor(self.data.shares).double() * count / energy.where(energy > 0, torch.inf)
         weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
         roots = (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
-        return [roots[batch.domain] for batch in self.source.batches]
+        return [roots[batch.domain] for batch in self.source.layers.batches]
 
     def fit_(self, kept: int) -> None:
         """Refit the layer, which has only the `kept` experts now."""
-        experts, scales, shared = self.source.model.get_submodule(self.name), self.scales(), self._shared()
+        experts, scales, shared = self.source.layers.model.get_submodule(self.name), self.scales(), self._shared()
         residual: list[Tensor] = []
         seen: dict[str, list[Tensor]] = {axis.module: [] for axis, _ in shared}
 
@@ -162,9 +162,9 @@ class ExpertRefit:
             residual.append((self.targets[number] - routed.float()) * scales[number])
 
         def see_shared(module: str, x: Tensor) -> None:
-            seen[module].append(self.source.batches[len(seen[module])].counted(x.detach()))
+            seen[module].append(self.source.layers.batches[len(seen[module])].counted(x.detach()))
 
-        with observe(self.source.model, seen, see_shared):
+        with observe(self.source.layers.model, seen, see_shared):
             calls = self.source.route(self.layer, experts, see)
         self.targets = []
 
@@ -177,10 +177,12 @@ class ExpertRefit:
             return torch.arange(len(x), device=x.device), x
 
         blocks = [Block(axis, partial(of_shared, axis.module, gain)) for axis, gain in shared]
-        inside = [space for space in self.source.arch.at(self.layer) if space.inside and space.experts is not None]
+        inside = [
+            space for space in self.source.layers.arch.at(self.layer) if space.inside and space.experts is not None
+        ]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
             blocks.append(Block(space.consumers[0], partial(of_expert, expert, space)))
-        refit_blocks_(self.source.model, blocks, residual, self.source.ranks)
+        refit_blocks_(self.source.layers.model, blocks, residual, self.source.layers.ranks)
 
     def _shared(self) -> list[tuple[Axis, float]]:
         """The consumers of the shared experts, which are in the same module as the experts, and their gains as
@@ -188,7 +190,7 @@ class ExpertRefit:
         """
         prefix = f"{self.name.rpartition('.')[0]}."
         found: list[tuple[Axis, float]] = []
-        for space in self.source.arch.at(self.layer) if self.gain is not None else ():
+        for space in self.source.layers.arch.at(self.layer) if self.gain is not None else ():
             if space.inside and space.experts is None and space.consumers[0].module.startswith(prefix):
                 gain = self._gain(space.consumers[0].module)
                 found += [] if gain is None else [(space.consumers[0], gain / (self.gain or 1.0))]

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..arch.hooks import adding, observe
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
-from ..config.pruning import BLOCK_INFLUENCE, LAYER_CRITERIA, REFITS, StructPruneConfig
+from ..config.pruning import REFITS, StructPruneConfig
+from ..criteria import criterion_of
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
@@ -24,7 +25,6 @@ from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
 from ..system.processes import broadcast_
-from . import layer_criteria as layer_criteria  # registers the built-in one
 from .resize import drop_layers_
 
 
@@ -48,11 +48,10 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 
 def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
-    name, scores_by_domain = run.config.scored_by if run.config.judges_layers else BLOCK_INFLUENCE, []
-    criterion = LAYER_CRITERIA.get(name)()
+    criterion, scores_by_domain = criterion_of(run.config.scored_by, LAYER), []
     for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
         scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
-        check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
+        check_scores(scores_by_domain[-1], run.arch.num_layers, criterion.name, run.arch.layer_path)
     scores = broadcast_(run.data.combined(torch.stack(scores_by_domain)))
     return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
 

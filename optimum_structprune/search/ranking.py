@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec, Space
+from ..arch.spec import ArchSpec
 from ..config.pruning import ALLOCATIONS
-from ..method.calibrate import mixed
-from ..method.loop import Method
-from ..method.score import check_scores
-from ..method.shrink import read_consumer
-from ..sources.data import CalibrationData, Source
+from ..method.loop import calibrate, consumer_scores
+from ..method.shrink import Masks
+from ..sources.data import CalibrationData
 from ..system.stages import progress
 
 
@@ -34,27 +33,21 @@ def dense_scores(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, 
     Returns:
         By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
     """
-    method, source, scores = data.method(model, arch), data.source(model, arch, fixed=True), {}
+    method, source, scores = data.method(model, arch), data.source(model, arch, fixed=True), Scores()
+    method = replace(method, gram=method.criterion.needs_gram)  # no refit reads it
+    masks = Masks(model, arch)
     for layer in progress(range(arch.num_layers), desc="ranking", unit="layer"):
         with source.at(layer):
             for space in arch.at(layer):
                 if space.kind in names:
-                    scores[space.key] = _comparable(model, arch, space, source, method)
+                    dense, moments = calibrate(masks, source, method, space)
+                    weights = [weight for weight, _ in dense]
+                    by_consumer = consumer_scores(method, space, weights, moments, by_column=True)
+                    pairs = zip(by_consumer, space.consumers, strict=True)
+                    comparable = [standardised(columns, axis.per_unit).cpu() for columns, axis in pairs]
+                    scores[space.key] = torch.stack(comparable).mean(0)
             source.advance(layer)
     return scores
-
-
-def _comparable(model: PreTrainedModel, arch: ArchSpec, space: Space, source: Source, method: Method) -> Tensor:
-    """Scores of the units of a space that compare over layers, shape `(units,)`."""
-    criterion, by_consumer = method.criterion(space.layer), []
-    weights = [read_consumer(model, axis)[0] for axis in space.consumers]
-    moments = mixed(source.moments(space.layer, space, criterion.needs_gram), method.shares, weights)
-    for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
-        of_consumer.prior = method.prior(criterion, model, arch, space, axis)
-        columns = criterion.score(weight, of_consumer, 1)
-        check_scores(columns, weight.shape[1], method.name, axis.module)
-        by_consumer.append(standardised(columns, axis.per_unit).cpu())
-    return torch.stack(by_consumer).mean(0)
 
 
 def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:

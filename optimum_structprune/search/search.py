@@ -7,7 +7,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise, product
 from math import inf, isnan
 
@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import ALLOCATIONS
 from ..forward.metrics import evaluating
+from ..method.loop import prune_layers_
+from ..method.shrink import Masks
 from ..pruning.run import Run
 from ..sources.data import CalibrationData
 from ..system.processes import broadcast_object
+from ..system.stages import progress
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
 from . import ranking as ranking  # registers `global`
-from .masked import MaskedPruning
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
 
 
@@ -105,7 +107,8 @@ class Search:
         # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
         refit = "none" if self.config.refit == "bias" else self.config.refit
         return Trials(
-            MaskedPruning(self.model, self.arch, self.config, refit),
+            Masks(self.model, self.arch),
+            refit,
             self.data,
             Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
             self._spaces,
@@ -199,13 +202,14 @@ class Search:
         """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN. The
         model is only masked, and comes back as it was.
         """
-        data = self.data.portion(TRIAL_TOKENS)
-        pruning = MaskedPruning(self.model, self.arch, self.config)
+        data, masks = self.data.portion(TRIAL_TOKENS), Masks(self.model, self.arch)
+        source = data.source(self.model, self.arch, data.config.feedback)
+        layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
         try:
-            pruning.run_(data.source(self.model, self.arch, data.config.feedback), pruning.method(data), widths)
+            prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)
             total = data.total_loss(probe.losses(self.model))
         finally:
-            pruning.consumers.undo_()
+            masks.undo_(partial(source.at, changes=True))
         return inf if isnan(total) else total
 
 

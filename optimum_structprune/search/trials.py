@@ -17,15 +17,14 @@ from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.calibrate import Moments, output_energy
-from ..method.layers import Batch, InMemory, run_model
-from ..method.loop import Method
-from ..method.shrink import Values
+from ..method.layers import Batch, InMemory, Source, run_model
+from ..method.loop import Method, calibrate, choose_units, consumer_scores, refit_consumers
+from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
-from ..sources.data import CalibrationData, Source, batches_of, layers_of
+from ..sources.data import CalibrationData, batches_of, layers_of
 from ..system.processes import all_reduce_, gather_objects, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
-from .masked import MaskedPruning
 
 
 # The shares of a space that are removed in the trials. The last is measured, and the loss of the other follows from
@@ -44,9 +43,9 @@ Key = tuple[int, str]  # a layer and a kind of space
 Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
-# Gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the number of
-# units removed.
-Refits = Callable[[], Mapping[int, tuple[Mapping[Axis, Values], float]]]
+# The values of the consumers of one kind of space in one layer, and the error of their outputs.
+Refit = tuple[Mapping[Axis, Values], float]
+Refits = Callable[[], Mapping[int, Refit]]  # by the number of units removed
 
 
 class Probe:
@@ -111,7 +110,8 @@ class Probe:
 class Trials:
     """What the model loses when one layer alone gives up a part of its units."""
 
-    pruning: MaskedPruning  # without the error feedback of the run
+    masks: Masks  # those that each trial puts on and takes off
+    refit: str  # the name of the refit
     data: CalibrationData
     probe: Probe
     spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
@@ -129,13 +129,13 @@ class Trials:
 
     def _store(self) -> Resume | None:
         """What keeps losses for other targets of the same model and text."""
-        config = self.pruning.config
+        config = self.data.config
         folder = config.losses_dir or config.checkpoint_dir
         if folder is None:
             return None
-        refit = (self.pruning.refit, config.damping, config.error_feedback)
+        refit = (self.refit, config.damping, config.error_feedback)
         way = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
-        key = self.data.key(self.pruning.model, way, self.data.shares)
+        key = self.data.key(self.masks.model, way, self.data.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
@@ -143,16 +143,16 @@ class Trials:
 
         Of as many layers as there are processes, all processes gather the moments together; then each tries one.
         """
-        pruning = self.pruning
-        method, num_layers = pruning.method(self.data), pruning.arch.num_layers
-        source = self.data.source(pruning.model, pruning.arch, fixed=True)
+        masks, model, arch = self.masks, self.masks.model, self.masks.arch
+        method, num_layers = self.data.method(model, arch, self.refit), arch.num_layers
+        source = self.data.source(model, arch, fixed=True)  # a trial has no errors that error feedback could see
         for first in progress(range(0, num_layers, process_count()), desc="measuring losses"):
             layers = range(first, min(first + process_count(), num_layers))
             refits: dict[Key, Refits] = {}
             for layer in layers:
                 with source.at(layer):
                     for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
-                        made = refits_of(pruning, self.spaces[key], source, method, _is_own(layer))
+                        made = refits_of(masks, self.spaces[key], source, method, _is_own(layer))
                         if _is_own(layer):
                             refits[key] = made
                     source.advance(layer)
@@ -161,7 +161,7 @@ class Trials:
                 with source.at(layer):
                     if _is_own(layer):
                         # Popped, because the moments of a space are let go with its trials.
-                        measured |= {key: trial_losses(pruning, refits.pop(key), self.probe) for key in [*refits]}
+                        measured |= {key: trial_losses(masks, refits.pop(key), self.probe) for key in [*refits]}
                     self.probe.advance()
             for of_process in gather_objects(measured):
                 losses |= of_process
@@ -178,13 +178,13 @@ class Trials:
         With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that
         loses most in all trials.
         """
-        config, shares = self.pruning.config, torch.tensor(self.data.shares)
+        config, shares = self.data.config, torch.tensor(self.data.shares)
         if config.objective == "worst":
             totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
             shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
         # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
         # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
-        feedback, last = config.error_feedback if config.fits else 0.0, max(self.pruning.arch.num_layers - 1, 1)
+        feedback, last = config.error_feedback if config.fits else 0.0, max(self.masks.arch.num_layers - 1, 1)
         totals_by_key = {
             key: {
                 units: (1 - feedback * (1 - key[0] / last)) * float(by_domain @ shares)
@@ -209,9 +209,7 @@ def _is_own(layer: int) -> bool:
     return layer % process_count() == process_index()
 
 
-def refits_of(
-    pruning: MaskedPruning, spaces: Sequence[Space], source: Source, method: Method, own: bool = True
-) -> Refits:
+def refits_of(masks: Masks, spaces: Sequence[Space], source: Source, method: Method, own: bool = True) -> Refits:
     """What gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the
     number of units removed.
 
@@ -219,32 +217,44 @@ def refits_of(
     may be too much for the memory, it holds the values, which are made where this process tries the layer.
     """
 
-    def refits(space: Space, gathered: Sequence[Moments]) -> dict[int, tuple[dict[Axis, Values], float]]:
-        width, scores = space.width, pruning.score(method, space, gathered)
-        removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-        dense, made = [pruning.consumers.dense(axis)[0] for axis in space.consumers], {}
-        for units in removed:
-            values = pruning.trial(method, space, gathered, scores, (width - units) * space.scale)
+    def refits(space: Space, dense: Sequence[Values], moments: Sequence[Moments]) -> Mapping[int, Refit]:
+        width, weights, made = space.width, [weight for weight, _ in dense], dict[int, Refit]()
+        scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
+        for units in sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0}):
+            left = width - units
+            keep = choose_units(method, space, scores, left * space.scale, range(space.size), dense, moments)
+            values = tried(masks, space, refit_consumers(method, space, keep, dense, moments))
             error = 0.0  # the energy of what the change does to the outputs, over all tokens
-            for axis, before, moments in zip(space.consumers, dense, gathered, strict=True):
+            for axis, before, of_consumer in zip(space.consumers, weights, moments, strict=True):
                 change = before - values[axis][0].float()
-                error += output_energy(change, replace(moments, energy=None)) * moments.count
+                error += output_energy(change, replace(of_consumer, energy=None)) * of_consumer.count
             made[units] = values, error
         return made
 
     if len(spaces) == 1:
-        gathered = pruning.gather(source, method, spaces[0])
-        return lambda: refits(spaces[0], gathered)
-    by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
+        calibrated = calibrate(masks, source, method, spaces[0])
+        return lambda: refits(spaces[0], *calibrated)
+    by_units: dict[int, Refit] = {}
     for space in spaces:
-        gathered = pruning.gather(source, method, space)
-        for units, (values, error) in (refits(space, gathered) if own else {}).items():
+        calibrated = calibrate(masks, source, method, space)
+        for units, (values, error) in (refits(space, *calibrated) if own else {}).items():
             others, total = by_units.get(units, ({}, 0.0))
             by_units[units] = {**others, **values}, total + error
     return lambda: by_units
 
 
-def trial_losses(pruning: MaskedPruning, refits: Refits, probe: Probe) -> dict[int, Tensor]:
+def tried(
+    masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> Mapping[Axis, Values]:
+    """The values of the consumers of a space with these columns, in the model's dtype; the model is left as it is."""
+    present = masks.present(space.consumers)
+    with masks.holding(present):
+        for axis, columns in zip(space.consumers, refitted, strict=True):
+            write_consumer_(masks.model, axis, *columns)
+        return masks.present(space.consumers)
+
+
+def trial_losses(masks: Masks, refits: Refits, probe: Probe) -> dict[int, Tensor]:
     """The losses by domain, shape `(domains,)`, with some units removed from one kind of space in one layer, by their
     number: measured where most go, and with fewer gone in proportion to the energy that the outputs lose, since for
     small changes the divergence is a square of them.
@@ -254,7 +264,7 @@ def trial_losses(pruning: MaskedPruning, refits: Refits, probe: Probe) -> dict[i
     if not most:
         return {}
     values, largest = made[most]
-    with pruning.consumers.holding(values):
+    with masks.holding(values):
         measured = probe.losses()
     return {units: measured * (error / largest if largest else 1.0) for units, (_, error) in made.items()}
 

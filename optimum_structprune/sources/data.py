@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import log
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
 from ..domains.resolve import reweighted, split_samples, texts_of
 from ..method.calibrate import Moments
-from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
+from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess, Source
 from ..method.loop import Method
 from ..method.refit import bias_refit, least_squares, no_refit
 from ..system.fingerprint import fingerprint, json_hash
@@ -32,14 +32,10 @@ for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares"
     REFITS.register(_name)(_refit)
 
 if TYPE_CHECKING:
-    from .experts import WithExperts
     from .whole_model import WholeModel
 
 # The share of the calibration that text of the languages to keep has.
 LANGUAGES_WEIGHT = 0.1
-# What gives activations, layer by layer: `InMemory` names the methods that all of them have. The others are imported
-# where a run has such a source.
-Source = Union["InMemory", "WholeModel", "WithExperts"]
 
 
 @dataclass(frozen=True)
@@ -150,18 +146,20 @@ class CalibrationData:
         """How the config has the units of a model scored and refitted, or with another refit; the criterion may run
         the whole model for that.
         """
-        config, kind, refit = self.config, CRITERIA.get(self.config.scored_by), refit or self.config.refit
-        by_domain = {} if kind.whole_model_statistics is None else kind.whole_model_statistics(model, arch, self)
+        config, refit = self.config, refit or self.config.refit
+        criterion = CRITERIA.get(config.scored_by)
+        whole = criterion.whole_model_statistics
+        by_domain = {} if whole is None else whole(model, arch, self)
         return Method(
-            # Made anew for each layer, so that its random draws do not depend on the layers in front: a run that goes
-            # on where another was killed does not score those again.
-            criterion=lambda layer: kind(replace(config, seed=(config.seed + layer) % 2**32)),
+            criterion=criterion,
+            # So that random draws do not depend on the layers in front: a run that goes on where another was killed
+            # does not score those again.
+            options=lambda layer: replace(config, seed=(config.seed + layer) % 2**32),
             refit=REFITS.get(refit),
             shares=self.shares,
             damping=float(config.damping),
-            gram=kind.needs_gram or config.refit_reads_gram,
-            unfitted=refit == "none",
-            name=config.scored_by,
+            gram=criterion.needs_gram or config.refit_reads_gram,
+            unfitted_weight=criterion.unfitted_weight if refit == "none" else None,
             statistics={module: self.mean(values) for module, values in by_domain.items()},
         )
 
@@ -195,7 +193,6 @@ class AcrossProcesses(OneProcess):
 
     @torch.no_grad()
     def sum_(self, moments: Moments) -> Moments:
-        """See `OneProcess.sum_`."""
         local_count = moments.count
         totals = torch.tensor([local_count, moments.energy is not None], device=moments.mean.device)
         all_reduce_([totals])
@@ -209,7 +206,6 @@ class AcrossProcesses(OneProcess):
         return moments
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """See `OneProcess.broadcast`."""
         return broadcast_(tensor)
 
 
@@ -239,7 +235,7 @@ def layers_of(
 
 def source_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
-) -> InMemory | WholeModel | WithExperts:
+) -> Source:
     """The source of the activations of a model, those of single experts too where it has any."""
     source = layers_of(model, arch, batches, feedback, fixed)
     if not any(space.experts for space in (*arch.spaces, *arch.model_spaces)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..arch.hooks import intercept
 from ..arch.spec import Space
-from ..config.pruning import EXPERT_CRITERIA
 from ..method.calibrate import Moments
-from ..method.layers import InMemory
+from ..method.layers import InMemory, Source
+from ..method.score import Criterion
 from ..system.processes import all_reduce_
 from .whole_model import WholeModel
 
@@ -39,39 +39,49 @@ class Routed(NamedTuple):
         return tokens, self.hidden[tokens], self.gates[tokens, slot]
 
 
-class WithExperts:
+class WithExperts(Source):
     """A source that also gives what single experts read, which their stacked forward hides; it asks another one for
     everything else. In memory is what is routed to the experts of one layer, and the moments of only one expert.
     """
 
     def __init__(self, source: InMemory | WholeModel):
-        self.source = source
+        self.layers = source
         self.routed: tuple[int, tuple[Routed, ...]] = (-1, ())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
+        return self.layers.at(layer, changes)
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        self.layers.advance_dense(layer, kinds)
+
+    def same_outputs(self, layer: int) -> AbstractContextManager[None]:
+        return self.layers.same_outputs(layer)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.layers.state()
+
+    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.layers.resume_(tensors, values)
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        """See `InMemory.moments`."""
         if space.experts is None:
             self.routed = -1, ()
-            yield from self.source.moments(layer, space, gram)
+            yield from self.layers.moments(layer, space, gram)
             return
-        experts = self.source.model.get_submodule(space.experts)
+        experts = self.layers.model.get_submodule(space.experts)
         if self.routed[0] != layer:  # the experts of a layer read the same tokens, whichever is pruned first
             self.routed = layer, self.route(layer, experts)
-        yield from inner_moments(experts, space, self.routed[1], gram, self.source)
+        yield from inner_moments(experts, space, self.routed[1], gram, self.layers)
 
-    def contributions(self, layer: int, space: Space, criterion: ExpertCriterion, see: See | None = None) -> Tensor:
+    def contributions(self, layer: int, space: Space, criterion: Criterion, see: See | None = None) -> Tensor:
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`; see `route`."""
-        experts = self.source.model.get_submodule(str(space.experts))
+        experts = self.layers.model.get_submodule(str(space.experts))
         calls = self.route(layer, experts, see)
-        return contributions(experts, space.size, calls, self.source.num_domains, criterion)
+        return contributions(experts, space.size, calls, self.layers.num_domains, criterion)
 
     def advance(self, layer: int) -> None:
-        """See `InMemory.advance`."""
         self.routed = -1, ()
-        self.source.advance(layer)
+        self.layers.advance(layer)
 
     @torch.no_grad()
     def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
@@ -80,15 +90,15 @@ class WithExperts:
         """
         calls: list[Routed] = []
         outputs: list[Tensor] = []
-        batch = self.source.batches[0]
+        batch = self.layers.batches[0]
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
             calls.append(Routed(batch.domain, *tokens))
 
         with intercept([experts], before, None if see is None else lambda _, output: outputs.append(output)):
-            for index, batch in enumerate(self.source.batches):
-                output = self.source.output(layer, index)
+            for index, batch in enumerate(self.layers.batches):
+                output = self.layers.output(layer, index)
                 if see is not None:
                     see(index, batch.counted(outputs.pop()), output)
         return tuple(calls)
@@ -133,33 +143,9 @@ def inner_moments(
         yield [moments.checked(space.consumers[0].module, domain)]
 
 
-@dataclass(frozen=True)
-class ExpertCriterion:
-    """A score of whole experts: a sum over the tokens that chose an expert, or its mean where it is `per_token`.
-
-    Attributes:
-        value: A function of the norms of what the expert gives for these tokens, of its weights for them, and of the
-            sums of the weights of all experts that each token chose, shape `(tokens,)` each, which gives one number
-            per token.
-        per_token: Whether the sum is divided by the number of these tokens.
-    """
-
-    value: Callable[[Tensor, Tensor, Tensor], Tensor]
-    per_token: bool
-
-
-# REAP is eq. 8 of Lasby et al. 2025 (arXiv 2510.13999). Its authors have since divided the gates of a token by their
-# sum. Without the mean, what counts is what an expert adds in all, however many tokens share it.
-EXPERT_CRITERIA.register("reap")(ExpertCriterion(lambda norms, gates, sums: norms * gates, per_token=True))
-EXPERT_CRITERIA.register("reap_normalised")(
-    ExpertCriterion(lambda norms, gates, sums: norms * gates / sums, per_token=True)
-)
-EXPERT_CRITERIA.register("reap_sum")(ExpertCriterion(lambda norms, gates, sums: norms * gates, per_token=False))
-
-
 @torch.no_grad()
 def contributions(
-    experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int, criterion: ExpertCriterion
+    experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int, criterion: Criterion
 ) -> Tensor:
     """How much each of `size` experts contributes, shape `(domains, experts)`; 0 for an expert that no token chose."""
     total = torch.zeros(num_domains, size, dtype=torch.float64)
@@ -169,8 +155,8 @@ def contributions(
         if len(hidden):
             index = torch.full((len(hidden), 1), expert, device=hidden.device)
             norms = experts(hidden, index, torch.ones_like(gates)[:, None]).norm(dim=-1)
-            values = criterion.value(norms, gates, call.gates[tokens].sum(1))
+            values = criterion.score(norms, gates, call.gates[tokens].sum(1))
             total[call.domain, expert] += float(values.double().sum())
             count[call.domain, expert] += len(hidden)
     all_reduce_([total, count])
-    return total / count.clamp(min=1) if criterion.per_token else total
+    return total if criterion.summed else total / count.clamp(min=1)

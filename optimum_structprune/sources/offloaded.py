@@ -82,11 +82,9 @@ class Offloaded(InMemory):
 
     @property
     def device(self) -> torch.device:
-        """See `InMemory.device`."""
         return compute_device(self.model)
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
-        """See `InMemory.at`."""
         return layer_in_memory(self.model, self.arch, layer, changes)
 
 

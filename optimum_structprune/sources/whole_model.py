@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments
-from ..method.layers import Batch, OneProcess, run_model
+from ..method.layers import Batch, OneProcess, Source, run_model
 from ..method.shrink import check_same
 
 
-class WholeModel:
+class WholeModel(Source):
     """Observes every consumer in the same pass, on the model as it stands when the first moments are asked for; the
-    moments of all domains and layers are in memory, and nothing new is reached between layers. See
-    `method.layers.InMemory` for its methods.
+    moments of all domains and layers are in memory, and nothing new is reached between layers.
     """
 
     error_feedback = 0.0
@@ -34,31 +33,13 @@ class WholeModel:
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.gathered: list[dict[str, Moments]] = []
 
-    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
-        """See `InMemory.at`."""
-        return nullcontext()
-
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """See `InMemory.advance_dense`."""
-
-    def advance(self, layer: int) -> None:
-        """See `InMemory.advance`."""
-
     @contextmanager
     def same_outputs(self, layer: int) -> Iterator[None]:
-        """See `InMemory.same_outputs`; here of the whole model."""
         before = outputs_for(self.model)
         yield
         check_same(f"The model with layer {layer} cut", before, outputs_for(self.model))
 
-    def state(self) -> None:
-        """See `InMemory.state`; a run cannot go on at a layer."""
-
-    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `InMemory.resume_`."""
-
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        """See `InMemory.moments`."""
         if not self.gathered:
             self._gather(gram)
         for domain, of_domain in enumerate(self.gathered):

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.criteria import CRITERIA, producer_norms
 from optimum_structprune.domains.resolve import MOST, reweighted
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.method.score import producer_norms
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def case():
 
 def score(name, case, columns_per_unit=1, **fields):
     weight, _, moments = case
-    return CRITERIA.get(name)(config(criterion=name, **fields)).score(weight, moments, columns_per_unit)
+    return CRITERIA.get(name)(weight, moments, columns_per_unit, config(criterion=name, **fields))
 
 
 def test_magnitude_wanda_and_flap_are_their_definitions(case):

@@ -8,9 +8,9 @@ import torch
 from accelerate import disk_offload
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruneError, StructPruner, registry
+from optimum_structprune import StructPruneError, StructPruner, register_criterion, registry
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS
-from optimum_structprune.criteria import CRITERIA, Criterion, per_unit
+from optimum_structprune.criteria import CRITERIA, per_unit
 from optimum_structprune.registry import Registry
 
 
@@ -18,22 +18,20 @@ WATCHED = {"criterion": "watched", "allocation": "by_layer", "refit": "halved", 
 SEEN = []
 
 
-class Watched(Criterion):
+def places(model, arch, data):
     """The first units are worth most; the run remembers that it was watched."""
+    SEEN.append(data.cache.setdefault("watched", len(SEEN)))
+    sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.consumers}
+    return {name: -torch.arange(n).double().expand(len(data.domains), -1) for name, n in sizes.items()}
 
-    @staticmethod
-    def whole_model_statistics(model, arch, data):
-        SEEN.append(data.cache.setdefault("watched", len(SEEN)))
-        sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.consumers}
-        return {name: -torch.arange(n).double().expand(len(data.domains), -1) for name, n in sizes.items()}
 
-    @classmethod
-    def check(cls, config, arch, use):
-        if not arch.causal:
-            raise StructPruneError("watched is for decoders")
+def check(config, arch, use):
+    if not arch.causal:
+        raise StructPruneError("watched is for decoders")
 
-    def score(self, weight, moments, columns_per_unit):
-        return per_unit(moments.prior.to(weight), columns_per_unit)
+
+def watched(weight, moments, columns_per_unit, options):
+    return per_unit(moments.prior.to(weight), columns_per_unit)
 
 
 def by_layer(model, arch, data, names):
@@ -53,13 +51,11 @@ def halved(weight, bias, moments, keep, damping):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     SEEN.clear()
-    for where, name, entry in (
-        (CRITERIA, "watched", Watched),
-        (ALLOCATIONS, "by_layer", by_layer),
-        (REFITS, "halved", halved),
-    ):
-        monkeypatch.setattr(where, "_entries", dict(where._entries))
-        where.register(name)(entry)
+    for table in (CRITERIA, ALLOCATIONS, REFITS):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
+    register_criterion("watched", whole_model_statistics=places, check=check)(watched)
+    ALLOCATIONS.register("by_layer")(by_layer)
+    REFITS.register("halved")(halved)
 
 
 def test_all_three_are_used():
@@ -73,23 +69,23 @@ def test_all_three_are_used():
     assert SEEN == [0, 0], "once before each round, with the cache of the run"
 
 
-class Reversed(Watched):
+@pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])
+def test_scores_choices_and_weights_go_by_the_same_prior(more):
     """Everything that a criterion is asked goes by the prior, whose last components are worth most."""
 
-    def score(self, weight, moments, columns_per_unit):
-        return per_unit(-moments.prior.to(weight), columns_per_unit)
-
-    def refine_selection(self, keep, removed, weight, moments, columns_per_unit):
+    def refine(keep, removed, weight, moments, columns_per_unit):
         order = moments.prior.argsort().tolist()
         return tuple(sorted(sorted({*keep, *removed}, key=order.index)[: len(keep)]))
 
-    def unfitted_weight(self, weight, moments):
-        return weight * moments.prior.to(weight)
+    @register_criterion(
+        "reversed",
+        whole_model_statistics=places,
+        refine_selection=refine,
+        unfitted_weight=lambda weight, moments: weight * moments.prior.to(weight),
+    )
+    def score(weight, moments, columns_per_unit, options):
+        return per_unit(-moments.prior.to(weight), columns_per_unit)
 
-
-@pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])
-def test_scores_choices_and_weights_go_by_the_same_prior(more):
-    CRITERIA.register("reversed")(Reversed)
     model = build("llama-tied")
     pruner = StructPruner(config(criterion="reversed", refit="none", **more))
     small = pruner.prune_model(model, tokenizer())

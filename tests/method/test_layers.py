@@ -12,9 +12,10 @@ from optimum_structprune.arch.hooks import cached_outputs, hidden_states_of, int
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
-from optimum_structprune.config.pruning import EXPERT_CRITERIA
+from optimum_structprune.criteria import reap
 from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, gain_of, run_model
 from optimum_structprune.method.loop import prune_layers_
+from optimum_structprune.method.shrink import Masks
 from optimum_structprune.removals.layers import Norm
 from optimum_structprune.sources import data as calibration_data
 from optimum_structprune.sources.data import layers_of, source_of
@@ -37,7 +38,6 @@ def test_layer_by_layer_equals_whole_model(case, fixed):
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
-                reap = EXPERT_CRITERIA.get("reap")
                 by_layer, at_once = (each.contributions(layer, space, reap) for each in (layers, whole))
                 torch.testing.assert_close(by_layer, at_once)
                 continue
@@ -140,8 +140,8 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
     source, smaller = data.source(model, arch, data.config.feedback), shrunk_skeleton(model, arch, widths)
-    prune_layers_(model, arch, source, data.method(model, arch), widths, smaller, {})
-    entering = []
+    prune_layers_(Masks(model, arch, undoable=False), source, data.method(model, arch), widths, smaller)
+    source, entering = getattr(source, "layers", source), []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():
         for batch in source.batches:

@@ -15,17 +15,19 @@ from optimum_structprune.arch.modules import adopt_config_, layer_list
 from optimum_structprune.criteria import CRITERIA, per_unit
 from optimum_structprune.method.layers import InMemory
 from optimum_structprune.method.loop import prune_layers_
+from optimum_structprune.method.shrink import Masks
 from optimum_structprune.widths.budget import biased_spaces
 
 
 def pruned_by_hand(model, settings, **how):
     """Prune a model with the loop alone, on the samples of a config, and return the kept units."""
-    data, arch, widths, keep = data_of(settings), describe(model), settings.widths, {}
+    data, arch, widths = data_of(settings), describe(model), settings.widths
     smaller = shrunk_skeleton(model, arch, widths, biased_spaces(settings, arch, widths))
     source = InMemory(model, arch, data.own_batches, data.config.feedback)
-    prune_layers_(model, arch, source, data.method(model, arch), widths, smaller, keep, **how)
+    masks = Masks(model, arch, undoable=False)
+    prune_layers_(masks, source, data.method(model, arch), widths, smaller, **how)
     adopt_config_(model, smaller)
-    return keep
+    return masks.keep
 
 
 @pytest.mark.parametrize(("case", "fields"), [

@@ -27,7 +27,7 @@ def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, s
 
 
 def scores_of(shares, criterion, weight, moments, columns_per_unit=1):
-    return criterion.score(weight, mixture_of(moments, shares, weight), columns_per_unit)
+    return criterion(weight, mixture_of(moments, shares, weight), columns_per_unit, config())
 
 
 @pytest.fixture
@@ -41,17 +41,17 @@ def parts():
 @pytest.mark.parametrize("name", ["wanda", "flap", "obs", "magnitude"])
 def test_the_mean_of_energies_is_taken_over_moments(parts, name):
     weight, moments = parts
-    criterion = CRITERIA.get(name)(config(criterion=name))
+    criterion = CRITERIA.get(name)
     shares = zip((0.3, 0.7), moments, strict=True)
     expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
     torch.testing.assert_close(mixture_of(moments, (0.3, 0.7), weight).gram, expected.gram)
     found = scores_of((0.3, 0.7), criterion, weight, moments, 2)
-    torch.testing.assert_close(found, criterion.score(weight, expected, 2))
+    torch.testing.assert_close(found, criterion(weight, expected, 2, config()))
 
 
 def test_a_domain_that_never_came_here_has_no_say(parts):
     weight, moments = parts
-    wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
+    wanda, shares = CRITERIA.get("wanda"), [2 / 7, 5 / 7]
     two = scores_of(shares, wanda, weight, moments)
     silent = Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))
     for place, part in product(range(3), silent):

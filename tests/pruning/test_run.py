@@ -1,5 +1,6 @@
 """What an error leaves behind: a model as it was, or one that cannot be taken for a finished one."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -12,13 +13,11 @@ from torch import nn
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.method import loop
+from optimum_structprune.method import loop, shrink
 from optimum_structprune.method.layers import InMemory
-from optimum_structprune.method.shrink import read_consumer
+from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.removals import channels, experts, layers
-from optimum_structprune.search import masked as masked_pruning
-from optimum_structprune.search.masked import Consumers, MaskedPruning
 
 
 def assert_refused(prune, model, message, folder):
@@ -46,13 +45,13 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
     model = build(case)
     last = describe(model).of("mlp")[-1]
     model.get_parameter(last.producers[0].param).data[..., -1] = float("nan")
-    masked, undo = [], MaskedPruning.undo_
+    masked, undo = [], Masks.undo_
 
-    def noted(self):
+    def noted(self, at):
         masked.append(deepcopy(self.model))
-        undo(self)
+        undo(self, at)
 
-    monkeypatch.setattr(MaskedPruning, "undo_", noted)
+    monkeypatch.setattr(Masks, "undo_", noted)
 
     def prune(model):
         data = data_of(config(refit=refit, rounds=2))
@@ -68,9 +67,9 @@ def test_a_criterion_that_fails_in_a_later_layer(monkeypatch, tmp_path):
     calls, wanda = [], CRITERIA.get("wanda")
     score = wanda.score
 
-    def scores(self, *args):
+    def scores(*args):
         calls.append(args)
-        return score(self, *args) * (float("nan") if len(calls) == 2 else 1.0)
+        return score(*args) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(wanda, "score", scores)
     prune = in_place(criterion="wanda", rounds=2, refit="bias")
@@ -90,9 +89,9 @@ def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
 
 # The module whose function fails, the function, at which call, and the config.
 SHRUNK = {
-    "one consumer": (loop, "write_consumer_", 1, {}),
+    "one consumer": (shrink, "write_consumer_", 1, {}),
     "last layer": (loop, "shrink_layer_", 2, {"refit": "none"}),
-    "rounds": (masked_pruning, "shrink_layer_", 1, {"rounds": 2}),
+    "rounds": (loop, "shrink_layer_", 1, {"rounds": 2}),
     "experts": (experts, "shrink_layer_", 1, {"widths": {"expert": 3}}),
     "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
     "channels": (channels, "narrow_", 1, {"widths": {"hidden": 24}}),
@@ -158,11 +157,11 @@ def test_a_quantized_model_stays_packed_where_a_wish_is_refused():
 
 @pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "gpt2-tied", "mixtral", "gpt_oss"])
-def test_consumers_are_undone_exactly(case, dtype, biased):
+def test_masks_are_undone_exactly(case, dtype, biased):
     """Whichever way round a weight is stored, of one expert or of all, with a bias of its own or one that is added."""
     model = build(case).to(dtype)
     dense, arch = deepcopy(model), describe(model)
-    consumers = Consumers(model, arch)
+    masks = Masks(model, arch)
     axes = [axis for space in arch.spaces if space.inside for axis in space.consumers]
     for turn in (1, 2):  # the second change does not take the first one for dense
         for axis in axes:
@@ -170,17 +169,17 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
             columns = torch.arange(0, weight.shape[1], 2)
             if biased and (bias is not None or axis.part is None):
                 bias = torch.zeros(len(weight)) + turn if bias is None else bias + turn
-            consumers.mask_(axis, columns, weight[:, columns] * (turn + 1), bias)
+            masks.write_(axis, columns, weight[:, columns] * (turn + 1), bias)
             present = read_consumer(model, axis)[0]
             assert (present[:, 1::2] == 0).all() and (present[:, 0] != 0).any()
-            for ours, theirs in zip(consumers.dense(axis), read_consumer(dense, axis), strict=True):
+            for ours, theirs in zip(masks.dense(axis), read_consumer(dense, axis), strict=True):
                 assert (ours is None and theirs is None) or torch.equal(ours, theirs)
     assert not same_weights(model, dense)
     parameters = {name: parameter for name, parameter in dense.named_parameters()}
-    consumers.undo_()
+    masks.undo_(nullcontext)
     assert same_weights(model, dense) and dict(model.named_parameters()).keys() == parameters.keys()
     assert torch.equal(logits(model), logits(dense))
-    consumers.undo_()
+    masks.undo_(nullcontext)
     assert same_weights(model, dense), "what is undone is dense from then on: nothing of it comes back"
 
 

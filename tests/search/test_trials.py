@@ -14,11 +14,11 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.shrink import read_consumer
+from optimum_structprune.method.loop import calibrate, choose_units, consumer_scores, prune_layers_, refit_consumers
+from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.masked import MaskedPruning
 from optimum_structprune.search.search import Search, choose_shape
-from optimum_structprune.search.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
+from optimum_structprune.search.trials import STRIDE, Probe, refits_of, trial_losses, tried, unit_losses
 from optimum_structprune.sources.data import batches_of
 from optimum_structprune.widths.budget import widths_of
 
@@ -30,10 +30,12 @@ def domains():
     ]
 
 
-def tried(pruning, method, space, source, width):
+def cut_on_trial(masks, method, space, source, width):
     """The values of the consumers of a space that is cut to a width on trial."""
-    moments = pruning.gather(source, method, space)
-    return pruning.trial(method, space, moments, pruning.score(method, space, moments), width)
+    dense, moments = calibrate(masks, source, method, space)
+    scores = torch.stack(consumer_scores(method, space, [weight for weight, _ in dense], moments)).sum(0)
+    keep = choose_units(method, space, scores, width, range(space.size), dense, moments)
+    return tried(masks, space, refit_consumers(method, space, keep, dense, moments))
 
 
 def snapshot(model):
@@ -73,15 +75,15 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
     dense = [model(batch.ids).logits for batch in batches]
     data = data_of(config(error_feedback=0.0), domains())
-    pruning = MaskedPruning(model, arch, data.config)
-    method, source, probe = pruning.method(data), data.source(model, arch), Probe(model, arch, batches)
+    masks = Masks(model, arch)
+    method, source, probe = data.method(model, arch), data.source(model, arch), Probe(model, arch, batches)
     for layer in range(arch.num_layers):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
         for space in [space for space in arch.at(layer) if space.kind in free_spaces(arch)]:
             width = space.size // (2 * space.scale) * space.scale
-            values = tried(pruning, method, space, source, width)
+            values = cut_on_trial(masks, method, space, source, width)
             assert_untouched(model, before)
-            with pruning.consumers.holding(values):
+            with masks.holding(values):
                 torch.testing.assert_close(probe.losses(), divergences(model, dense, batches), atol=1e-6, rtol=1e-3)
         source.advance(layer)
         probe.advance()
@@ -92,16 +94,16 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     model = build("llama-tied")
     arch, before = describe(model), snapshot(model)
     data = data_of(config(error_feedback=0.0), domains())
-    pruning = MaskedPruning(model, arch, data.config)
-    method, source, space = pruning.method(data), data.source(model, arch), arch.of("mlp")[0]
+    masks = Masks(model, arch)
+    method, source, space = data.method(model, arch), data.source(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(pruning, refits_of(pruning, [space], source, method), probe)
+    losses = trial_losses(masks, refits_of(masks, [space], source, method), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
-    values = tried(pruning, method, space, source, 20)
+    values = cut_on_trial(masks, method, space, source, 20)
     assert_untouched(model, before)
-    assert pruning.plan.keep == {}
-    pruning.run_(data.source(model, arch), method, {"mlp": 20})
+    assert masks.keep == {} and not masks.lost
+    prune_layers_(masks, data.source(model, arch), method, {"mlp": 20})
     ((axis, (weight, _)),) = values.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20
 

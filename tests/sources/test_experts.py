@@ -7,7 +7,7 @@ from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.config.pruning import EXPERT_CRITERIA
+from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.sources.data import source_of
 from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
@@ -56,7 +56,7 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
     space = describe(model).of("expert")[0]
     experts = model.get_submodule(space.experts)
     calls = routed(model, space)
-    found = contributions(experts, space.size, calls, 2, EXPERT_CRITERIA.get(name))
+    found = contributions(experts, space.size, calls, 2, CRITERIA.get(name))
     for domain in range(2):
         for expert in range(space.size):
             values = []
@@ -128,7 +128,7 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     experts = model.get_submodule(space.experts)
     calls = [call for call in routed(model, space) if not (call.chosen == 1).any()]
     source = source_of(model, describe(model), batches())
-    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, source)]
+    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, source.layers)]
     weight, _ = read_consumer(model, space.consumers[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(mixture_of(moments, (0.5, 0.5), weight).full_gram(), torch.eye(space.size))

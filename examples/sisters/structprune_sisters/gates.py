@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
 from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
-from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.criteria import per_unit
 from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
@@ -331,50 +331,47 @@ def multiplying(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[Non
         yield
 
 
-@register_criterion(DDP)
-class LearnedGates(Criterion):
+def gates_by_module(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> dict[str, Tensor]:
+    """The gate of every column of the consumers, by module, the same for all domains, shape `(domains, n)`."""
+    gates, domains = gates_of(model, arch, data), len(data.domains)
+    return {
+        axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
+        for space in arch.spaces
+        if (space.layer, space.name) in gates
+        for axis in space.consumers
+    }
+
+
+def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+    if use == "trainer":
+        raise StructPruneError(
+            "criterion='ddp' learns gates for the final widths before anything is removed, and a Trainer prunes "
+            "in steps of its own; choose another criterion, or prune first (`structprune prune`)."
+        )
+    if config.allocation not in ("uniform", LEARNED):
+        raise StructPruneError(
+            "criterion='ddp' learns gates for widths that are known, or for one budget over all layers, and "
+            f"allocation={config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'."
+        )
+    check_learnable(config, arch)
+
+
+def _folded(weight: Tensor, moments: Moments) -> Tensor:
+    """The weight with its columns multiplied by their gates."""
+    assert moments.prior is not None
+    return weight * moments.prior.to(weight).clamp(min=0)
+
+
+@register_criterion(DDP, whole_model_statistics=gates_by_module, check=_check, unfitted_weight=_folded)
+def ddp(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The score of a unit is its gate z, learned as in Deterministic Differentiable Pruning (Huang et al., ICML 2026,
     arXiv 2603.08065).
 
     A gate also scales: with `refit="none"` the columns of a kept unit are multiplied by max(z, 0), as that paper's
     code does when it folds gates into weights. Every other refit starts from the dense weights.
     """
-
-    @staticmethod
-    def whole_model_statistics(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> dict[str, Tensor]:
-        """The gate of every column of the consumers, by module, the same for all domains, shape `(domains, n)`."""
-        gates, domains = gates_of(model, arch, data), len(data.domains)
-        return {
-            axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
-            for space in arch.spaces
-            if (space.layer, space.name) in gates
-            for axis in space.consumers
-        }
-
-    @classmethod
-    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
-        """See `Criterion.check`."""
-        if use == "trainer":
-            raise StructPruneError(
-                "criterion='ddp' learns gates for the final widths before anything is removed, and a Trainer prunes "
-                "in steps of its own; choose another criterion, or prune first (`structprune prune`)."
-            )
-        if config.allocation not in ("uniform", LEARNED):
-            raise StructPruneError(
-                "criterion='ddp' learns gates for widths that are known, or for one budget over all layers, and "
-                f"allocation={config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'."
-            )
-        check_learnable(config, arch)
-
-    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        """See `Criterion.score`."""
-        assert moments.prior is not None
-        return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit
-
-    def unfitted_weight(self, weight: Tensor, moments: Moments) -> Tensor:
-        """See `Criterion.unfitted_weight`."""
-        assert moments.prior is not None
-        return weight * moments.prior.to(weight).clamp(min=0)
+    assert moments.prior is not None
+    return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit
 
 
 @ALLOCATIONS.register(LEARNED)

@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.spec import ArchSpec
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.criteria import per_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import all_reduce_
@@ -147,37 +147,27 @@ def check_gradients(arch: ArchSpec) -> None:
         )
 
 
-class OfGradients(Criterion):
-    """The score is `moments.prior`, summed over the columns of a unit."""
-
-    @classmethod
-    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
-        """See `Criterion.check`."""
-        check_gradients(arch)
-
-    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        """See `Criterion.score`."""
-        assert moments.prior is not None
-        return per_unit(moments.prior.to(weight), columns_per_unit)
+def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+    check_gradients(arch)
 
 
-@register_criterion("taylor")
-class Taylor(OfGradients):
+@register_criterion("taylor", whole_model_statistics=of_samples(saliencies), check=_check)
+def taylor(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """First-order Taylor: the score is E|x_j · ∂L/∂x_j|, summed over the columns j of a unit.
 
     It is eq. 8 of Molchanov et al. (2019), and eq. 5 of LLM-Pruner (Ma et al. 2023) on activations.
     """
+    assert moments.prior is not None
+    return per_unit(moments.prior.to(weight), columns_per_unit)
 
-    whole_model_statistics = staticmethod(of_samples(saliencies))
 
-
-@register_criterion("pip")
-class PerturbedViews(OfGradients):
+@register_criterion("pip", whole_model_statistics=of_samples(contrasts), check=_check)
+def pip(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The score is E|g_j(sample) - g_j(perturbed sample)|, summed over the columns j of a unit.
 
     g_j is the gradient of the loss by a gate on x_j. PIP (Cao et al., Findings of EMNLP 2025, arXiv 2501.15278) prunes
     what struggles to distinguish two such views, in rounds of at most 5 %. Its formula, its perturbation and its unit
     were in no source at hand, so this is our interpretation; see `contrasts`.
     """
-
-    whole_model_statistics = staticmethod(of_samples(contrasts))
+    assert moments.prior is not None
+    return per_unit(moments.prior.to(weight), columns_per_unit)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import ArchSpec, Axis
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.criteria import per_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import all_reduce_, process_count
@@ -99,8 +99,12 @@ def _weight(model: PreTrainedModel, axis: Axis) -> Tensor:
     return weight if axis.dim == 1 else weight.T
 
 
-@register_criterion("iterative_norm")
-class IterativeNorm(Criterion):
+def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+    check_dense(arch)
+
+
+@register_criterion("iterative_norm", whole_model_statistics=of_samples(removal_orders), check=_check)
+def iterative_norm(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The score is the place of a unit in the order in which units are removed.
 
     Those go first whose removal changes the output least, by the mean of ‖r_t + W_u x_tu‖ over tokens t, where r_t is
@@ -109,15 +113,5 @@ class IterativeNorm(Criterion):
     one sample after the other; see `removal_orders`. There the units are channels; for KV groups the
     formula is ours.
     """
-
-    whole_model_statistics = staticmethod(of_samples(removal_orders))
-
-    @classmethod
-    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
-        """See `Criterion.check`."""
-        check_dense(arch)
-
-    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        """See `Criterion.score`."""
-        assert moments.prior is not None
-        return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit
+    assert moments.prior is not None
+    return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit

@@ -9,14 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_structprune import register_criterion
-from optimum_structprune.arch.spec import CHANNEL, ArchSpec
+from optimum_structprune.arch.spec import CHANNEL, ArchSpec, Axis, Space
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
-from optimum_structprune.criteria import Criterion
+from optimum_structprune.criteria import block_influence, norms_by_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.linalg import submatrix
-from optimum_structprune.method.score import matrices, norms_by_unit
-from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.processes import all_reduce_
 
@@ -43,7 +41,7 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
         sums = batch.counted(x).double().square().sum(0).cpu()
         squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
 
-    producers = sorted({axis.module for space in channels for axis in matrices(model, space.producers)})
+    producers = sorted({axis.module for space in channels for axis in _matrices(model, space)})
     for batch in batches:
         counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
     run_watched(model, producers, batches, see)
@@ -56,13 +54,55 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
     }
     for space in channels:
         for axis in space.consumers:
-            for producer in matrices(model, space.producers):
+            for producer in _matrices(model, space):
                 found[axis.module] += norms_by_unit(model, space, producer, means[producer.module])
     return found
 
 
-@register_criterion("slimllm")
-class SlimLLM(Criterion):
+def _matrices(model: PreTrainedModel, space: Space) -> list[Axis]:
+    return [axis for axis in space.producers if model.get_parameter(axis.param).ndim == 2]
+
+
+def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+    check_dense(arch)
+
+
+def _exchanged(
+    keep: tuple[int, ...], removed: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
+) -> tuple[int, ...]:
+    """The groups to keep, exchanged as long as the output of the kept ones comes nearer to that of all."""
+    if columns_per_unit == 1 or not removed:
+        return keep
+    shares, between = _of_units(weight, moments, columns_per_unit)
+    total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(removed)
+    best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
+    # Every exchange brings the output nearer, so none comes back.
+    while True:
+        sums = between[:, kept].sum(1)
+        products = shares[:, kept].sum(1)[:, None, None] - shares[:, kept, None] + shares[:, None, gone]
+        squares = (
+            sums[:, kept].sum(1)[:, None, None]
+            + (own - 2 * sums)[:, kept, None]
+            + (own + 2 * sums)[:, None, gone]
+            - 2 * between[:, kept][:, :, gone]
+        )
+        found = _similarity(products, squares, total[:, None, None]).sum(0)
+        nearest = int(found.argmax())
+        if not float(found.flatten()[nearest]) > float(best) + 1e-6 * abs(float(best)):
+            return tuple(sorted(kept))
+        best, (i, j) = found.flatten()[nearest], divmod(nearest, len(gone))
+        kept[i], gone[j] = gone[j], kept[i]
+
+
+@register_criterion(
+    "slimllm",
+    paper="SlimLLM, Guo et al. 2025, arXiv 2505.22689",
+    needs_gram=True,
+    whole_model_statistics=of_samples(inflows),
+    check=_check,
+    refine_selection=_exchanged,
+)
+def slimllm(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The scores of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), as in its published code.
 
     A channel j scores I_d + I_g + I_u. I_d is ‖|W_:jᵀ V| · w‖ √E[x_j²], where V and λ are the eigenvectors and
@@ -74,54 +114,17 @@ class SlimLLM(Criterion):
     ones comes nearer to T. The published code has single heads; groups of query heads that share a KV head are ours.
     The 1 % of channels with the lowest scores, which it keeps, go like others.
     """
-
-    needs_gram = True
-    whole_model_statistics = staticmethod(of_samples(inflows))
-
-    @classmethod
-    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
-        """See `Criterion.check`."""
-        check_dense(arch)
-
-    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
-        """See `Criterion.score`."""
-        if columns_per_unit > 1:
-            shares, between = _of_units(weight, moments, columns_per_unit)
-            own, total = between.diagonal(dim1=1, dim2=2), shares.sum(1, keepdim=True)
-            return -_similarity(total - shares, total - 2 * shares + own, total).abs().sum(0)
-        assert moments.prior is not None
-        mean = weight @ moments.mean.to(weight)
-        covariance = (weight @ moments.full_gram().to(weight) @ weight.T).addr_(mean, mean, alpha=-1)
-        values, directions = torch.linalg.eigh(covariance.double())
-        importance = torch.sigmoid(values.abs() / values.abs().mean().clamp(min=torch.finfo(values.dtype).tiny))
-        columns = ((directions.T @ weight.double()).abs() * importance[:, None]).norm(dim=0)
-        return (columns * moments.square.to(columns).sqrt() + moments.prior.to(columns)).to(weight)
-
-    def refine_selection(
-        self, keep: tuple[int, ...], removed: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
-    ) -> tuple[int, ...]:
-        """See `Criterion.refine_selection`."""
-        if columns_per_unit == 1 or not removed:
-            return keep
+    if columns_per_unit > 1:
         shares, between = _of_units(weight, moments, columns_per_unit)
-        total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(removed)
-        best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
-        # Every exchange brings the output nearer, so none comes back.
-        while True:
-            sums = between[:, kept].sum(1)
-            products = shares[:, kept].sum(1)[:, None, None] - shares[:, kept, None] + shares[:, None, gone]
-            squares = (
-                sums[:, kept].sum(1)[:, None, None]
-                + (own - 2 * sums)[:, kept, None]
-                + (own + 2 * sums)[:, None, gone]
-                - 2 * between[:, kept][:, :, gone]
-            )
-            found = _similarity(products, squares, total[:, None, None]).sum(0)
-            nearest = int(found.argmax())
-            if not float(found.flatten()[nearest]) > float(best) + 1e-6 * abs(float(best)):
-                return tuple(sorted(kept))
-            best, (i, j) = found.flatten()[nearest], divmod(nearest, len(gone))
-            kept[i], gone[j] = gone[j], kept[i]
+        own, total = between.diagonal(dim1=1, dim2=2), shares.sum(1, keepdim=True)
+        return -_similarity(total - shares, total - 2 * shares + own, total).abs().sum(0)
+    assert moments.prior is not None
+    mean = weight @ moments.mean.to(weight)
+    covariance = (weight @ moments.full_gram().to(weight) @ weight.T).addr_(mean, mean, alpha=-1)
+    values, directions = torch.linalg.eigh(covariance.double())
+    importance = torch.sigmoid(values.abs() / values.abs().mean().clamp(min=torch.finfo(values.dtype).tiny))
+    columns = ((directions.T @ weight.double()).abs() * importance[:, None]).norm(dim=0)
+    return (columns * moments.square.to(columns).sqrt() + moments.prior.to(columns)).to(weight)
 
 
 def _of_units(weight: Tensor, moments: Moments, columns_per_unit: int) -> tuple[Tensor, Tensor]:
@@ -155,9 +158,9 @@ def cosine_scores(
     These are the layer ratios of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), which has the same ones for heads
     and channels, and leaves out the layers that change the residual stream most; here all layers take part.
     """
-    judge, batches = LAYER_CRITERIA.get(BLOCK_INFLUENCE)(), data.own_batches
+    batches = data.own_batches
     by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(data.domains))]
-    lost = [judge.score(model, arch, of_domain) for of_domain in by_domain]
+    lost = [block_influence(model, arch, of_domain) for of_domain in by_domain]
     shares = torch.tensor(data.shares, dtype=torch.float64)
     ratios = torch.softmax(-SHARPNESS * (shares @ torch.stack(lost)), 0)
     # Where a threshold cuts off a multiple of its ratio from every layer, the widths are in these proportions.

@@ -8,9 +8,9 @@ from structprune_sisters.slimllm import SHARPNESS, slope_refit
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
+from optimum_structprune.criteria import block_influence
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.search.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 
@@ -27,9 +27,8 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
     data, arch = data_of(settings), describe(model)
     widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model))
     removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
-    judge = LAYER_CRITERIA.get(BLOCK_INFLUENCE)()
     by_domain = [[batch for batch in data.own_batches if batch.domain == domain] for domain in (0, 1)]
-    lost = torch.stack([judge.score(model, arch, batches) for batches in by_domain]).mean(0)
+    lost = torch.stack([block_influence(model, arch, batches) for batches in by_domain]).mean(0)
     expected = torch.softmax(SHARPNESS * (1 - lost), 0)
     assert removed.sum() == 20 and removed[0] > removed[1]
     torch.testing.assert_close(removed / 20, expected, atol=0.05, rtol=0)

@@ -6,11 +6,10 @@ from helpers import batches, count_hooks
 from models import build, config, token_ids, tokenizer
 from structprune_sisters.gradients import NOISE, contrasts
 from structprune_sisters.iterative_norm import removal_effects, removal_orders
-from structprune_sisters.slimllm import inflows
+from structprune_sisters.slimllm import inflows, slimllm
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 
@@ -51,7 +50,7 @@ def pearson(left, right):
 def test_slimllm_scores_channels_in_the_principal_directions_of_the_output():
     weight, x, moments = case(6, 1)
     moments.prior = torch.rand(6, dtype=torch.float64)
-    found = CRITERIA.get("slimllm")(config()).score(weight, moments, 1)
+    found = slimllm(weight, moments, 1, config())
     values, directions = torch.linalg.eigh(torch.cov((x @ weight.T).T, correction=0))
     importance = torch.sigmoid(values.abs() / values.abs().mean())
     for j in range(6):
@@ -61,7 +60,7 @@ def test_slimllm_scores_channels_in_the_principal_directions_of_the_output():
 
 def test_slimllm_scores_groups_by_the_similarity_of_what_is_left():
     weight, x, moments = case(4, 3)
-    found = CRITERIA.get("slimllm")(config()).score(weight, moments, 3)
+    found = slimllm(weight, moments, 3, config())
     for unit in range(4):
         left = x.clone()
         left[:, 3 * unit : 3 * unit + 3] = 0
@@ -80,7 +79,7 @@ def test_slimllm_exchanges_groups_until_no_exchange_helps(seed):
         left, total = left - left.mean(0), total - total.mean(0)
         return float(((left * total).sum(0) / left.norm(dim=0) / total.norm(dim=0)).sum())
 
-    found = CRITERIA.get("slimllm")(config()).refine_selection(keep, others, weight, moments, 2)
+    found = slimllm.refine_selection(keep, others, weight, moments, 2)
     assert len(found) == 3 and similarity(found) >= similarity(keep) - 1e-4
     for out in found:
         for new in set(range(6)) - set(found):
