@@ -30,6 +30,10 @@ SUMMED_KEYS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 _USER_FAMILIES: dict[str, Family] = {}
 
 
+class UndescribedError(StructPruneError):
+    """Says that the layers of a model are not described, so that only tokens can go from it."""
+
+
 @dataclass(frozen=True)
 class Template:
     """One space of a family, with names relative to a layer; `families.yaml` says what the fields mean."""
@@ -172,7 +176,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     """The family of a model type."""
     families = {**builtin_families(), **(user_families(arch_file) if arch_file else {})}
     if model_type not in families:
-        raise StructPruneError(
+        raise UndescribedError(
             f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, families)} "
             "examples/tools/stub.py of the repository prints a description to check and to pass as --arch."
         )

@@ -13,33 +13,49 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device, is_offloaded
-from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
-from .meta import check_plain, is_quantized, skeleton
+from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
+from .meta import check_plain, is_quantized, reads_forward, skeleton
 from .modules import layer_list
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
-from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
+from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
+OTHER_HEAD = "the model has no head that predicts tokens, and what reads the residual stream then is not described"
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
-    """What may shrink in `model`."""
+    """Finds the spaces of a model. Tokens can go from any model that embeds them; other spaces take a description."""
     config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
-    family = family_of(config.model_type, arch_file)
-    if family.text is not None:
-        config, prefix = config.get_text_config(), f"{prefix}{family.text}."
+    try:
         family = family_of(config.model_type, arch_file)
-        family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    arch = resolve(family, config, shapes, prefix)
+        if family.text is not None:
+            config, prefix = config.get_text_config(), f"{prefix}{family.text}."
+            family = family_of(config.model_type, arch_file)
+            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
+        if family.hidden is not None and model.get_output_embeddings() is None:
+            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: OTHER_HEAD})
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        arch = resolve(family, config, shapes, prefix)
+    except UndescribedError as error:
+        return _of_tokens_alone(model, error)
+    arch = replace(arch, causal=arch.causal and reads_forward(model))
     if VOCAB not in family.missing and (vocabulary := vocabulary_of(model, config)) is not None:
         arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
     if config is model.config:
         return arch
     return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
+
+
+def _of_tokens_alone(model: PreTrainedModel, error: StructPruneError) -> ArchSpec:
+    """Describes the tokens of a model whose layers are not described, or refuses a model that embeds none."""
+    if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
+        raise error
+    missing = tuple((name, str(error)) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER))
+    causal = reads_forward(model)
+    return ArchSpec(model.config.model_type, (), (), (), missing, causal, (vocabulary,), uniform=UNDESCRIBED)
 
 
 @dataclass(frozen=True)
@@ -69,10 +85,8 @@ class ModelInfo:
 
 
 def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model that lacks its head, could not be saved, or whose layers share weights."""
+    """Refuse a model that could not be saved, or whose layers share weights."""
     name = type(model).__name__
-    if arch.causal and model.get_output_embeddings() is None:
-        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
     layer_of: dict[int, int] = {}
     for layer, module in enumerate(layer_list(model, arch)):
         for parameter_name, parameter in module.named_parameters():
@@ -101,18 +115,19 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
     for path in family.layer_path:
         full_path = f"{prefix}{path}"
         params_here = _layer_params(full_path, shapes)
-        if not params_here:
-            raise StructPruneError(
-                f"A {config.model_type} model should have its layers at {full_path!r}; nothing is there."
-            )
         for index in range(len(params_here)):
             for name, template in family.spaces.items():
                 if template.within in (None, path):
                     layer = len(layer_params) + index
                     layer_config = config.per_layer_config[layer] if config.is_heterogeneous else config
                     spaces += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, layer_config)
-        stacks.append((full_path, len(params_here)))
+        if params_here:  # half of an encoder-decoder has one list of the two
+            stacks.append((full_path, len(params_here)))
         layer_params += params_here
+    if not stacks:
+        raise UndescribedError(
+            f"A {config.model_type} model should have its layers at {full_path!r}; nothing is there."
+        )
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     whole_layers = _depth(family.layer, config, layer_params, places, shapes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from copy import deepcopy
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
@@ -24,17 +26,31 @@ from .shrink import shrunk_config
 from .spec import ArchSpec, Widths
 
 
+# The file by which sentence-transformers knows its folders.
+EMBEDDER = "modules.json"
+
+
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
-    """The class that loads a model: the causal language model of its type, or for an encoder, an encoder-decoder and a
-    multimodal model the class that it was saved as.
+    """Finds the class that loads a model: the one that it was saved as, and the causal language model of its type.
+
+    What sentence-transformers reads is loaded without its head.
     """
+    saved = getattr(transformers, (config.architectures or [""])[0], None)
     try:
         family = family_of(config.model_type, arch_file)
     except StructPruneError:
-        return AutoModelForCausalLM
-    if family.causal and family.text is None:
-        return AutoModelForCausalLM
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
+        return saved or AutoModelForCausalLM
+    if not family.causal or family.text is not None:
+        return saved or AutoModel
+    if saved is not None and not saved.can_generate():
+        return saved
+    return AutoModel if is_embedder(config.name_or_path) else AutoModelForCausalLM
+
+
+@lru_cache
+def is_embedder(name: str) -> bool:
+    """Tells whether a folder, or a model of the Hub, holds the modules of sentence-transformers."""
+    return bool(name and cached_file(name, EMBEDDER, _raise_exceptions_for_missing_entries=False))
 
 
 def meta_model(
@@ -174,6 +190,12 @@ def _unpacked(model: PreTrainedModel) -> bool:
 def predicts_next(model: PreTrainedModel) -> bool:
     """Whether a model predicts the next token of a text."""
     return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def reads_forward(model: PreTrainedModel) -> bool:
+    """Tells whether a model predicts each token from those before it alone, as causal language models do."""
+    sees_all = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+    return predicts_next(model) and sees_all not in (True, "all")
 
 
 def reads_images(model: nn.Module) -> bool:

@@ -17,9 +17,10 @@ SIZE_PER_LAYER = "vocab_size_per_layer_input"
 # The fields of a config, and of the config of generation, that hold ids of tokens.
 IDS = re.compile(
     r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
+    r"|(lang|task)_to_id"
 )
-# Those that hold pairs, and which part of a pair is ids: the other is a bias, or a position.
-PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1}
+# Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
+PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
 
 
 def renumber_(
@@ -66,7 +67,7 @@ def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, 
 def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
     """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
     if isinstance(value, dict):
-        return {_mapped(ids, change): bias for ids, bias in value.items()}
+        return {_mapped(key, change): _mapped(of, change) if place == 1 else of for key, of in value.items()}
     if isinstance(value, (list, tuple)) and place is not None:
         return [[_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value]
     if isinstance(value, (list, tuple)):

@@ -86,6 +86,7 @@ class Loading:
         if self.offload is not None:
             _check_readable_by_layer(name)
             places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
+        torch.manual_seed(0)  # what the files lack, as a pooler, is the same in each run
         try:
             model, loaded = model_class(config, self.arch_file).from_pretrained(
                 name,
@@ -192,7 +193,10 @@ def _check_readable_by_layer(name: str) -> None:
 
 def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
     """Refuse a model whose weights are not all those of its files."""
-    if missing := sorted(loaded["missing_keys"]):
+    poolers = {key for key in loaded["missing_keys"] if key.startswith("pooler.")}
+    if poolers:  # sentence-transformers reads none, so that many of its models come without
+        logger.warning("%r has no pooler; one that is random and that nobody reads is saved.", name)
+    if missing := sorted({*loaded["missing_keys"]} - poolers):
         raise StructPruneError(
             f"{name!r} lacks weights that its config asks for, which would be random: {some_of(missing)}. The config "
             "and the weights have to be of the same model."

@@ -120,7 +120,8 @@ class Report(Record):
     @property
     def sparsity(self) -> float:
         """The share of the layers' parameters that was removed."""
-        return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
+        before = self.layer_parameters["before"]  # 0 where the layers are not described
+        return 1 - self.layer_parameters["after"] / before if before else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -39,7 +39,6 @@ ONLY_LAYERS = "judges whole layers, and nothing else"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
     # the model
-    ("headless", {}, "no language-model head; load it with AutoModelForCausalLM"),
     ("adapted", {}, "carries a PEFT adapter"),
     ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     ("mpt", {"widths": {"layer": 1}, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
@@ -103,7 +102,7 @@ REFUSED = [
 def made(case):
     if case == "adapted":
         return get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
-    return build("llama-tied").model if case == "headless" else build(case)
+    return build(case)
 
 
 @pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
@@ -113,7 +112,7 @@ def test_it_is_refused_before_text_is_read(case, fields, message):
     with pytest.raises(StructPruneError, match=message) as refused:
         prune_model(model, blind(**fields), tokenizer(), inplace=True)
     assert not isinstance(refused.value, InPlaceError) and same_weights(model, before)
-    if case not in ("headless", "adapted") and not {"recovery", "seq_length"} & set(fields):
+    if case != "adapted" and not {"recovery", "seq_length"} & set(fields):
         model.config.architectures = [type(model).__name__]
         with pytest.raises(StructPruneError, match=message):
             dry_run(model.config, blind(**fields))
