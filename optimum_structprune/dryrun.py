@@ -19,12 +19,12 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
-from .pruner import PRUNERS
+from .pruner import PRUNERS, with_widths
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
-from .vocabulary.choose import with_tokens
-from .widths.budget import biased_spaces, large_vocabulary, widths_of
+from .vocabulary.amount import large_vocabulary
+from .widths.budget import biased_spaces
 from .written import Record
 
 
@@ -171,8 +171,7 @@ def checked_without_weights(
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
     described = ModelInfo(describe(dense, config.arch_file), dense, dense.device)
-    config = with_tokens(config, described, tokenizer)
-    widths = widths_of(config, described.arch, dense)
+    config, widths = with_widths(config, described, tokenizer)
     check(config, described, widths, use)
     return described, config, widths
 
@@ -244,12 +243,11 @@ def _operations(config: StructPruneConfig, arch: ArchSpec, dense: PreTrainedMode
 def _notes(
     model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
 ) -> Iterator[str]:
-    if (tokens := large_vocabulary(arch, dense.num_parameters())) and VOCAB not in (config.widths or config.shrinking):
+    if (tokens := large_vocabulary(arch, dense.num_parameters())) and not config.trims:
         part = tokens.size * tokens.unit_params / dense.num_parameters()
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
-    if VOCAB in config.shrinking and len(config.shrinking) > 1 and config.budget is not None:
-        says = "measured losses say" if arch.causal else "the text says"
-        yield f"{says} how many tokens go; the other widths are those with all tokens"
+    if config.trims and len(config.shrinking) > 1 and config.budget is not None:
+        yield "the text says how many tokens go; the other widths are those with all tokens"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):

@@ -86,29 +86,26 @@ class StructPruner:
         """
         check_arguments(model, tokenizer, inputs, inplace)
         described = ModelInfo.of(model, self.config.arch_file)
-        config, arch, tokens = self.config, described.arch, None
-        if config.leaves_spaces_open and tokenizer is not None and inputs is None:
-            from .vocabulary.choose import with_tokens  # rooms that most runs do without are imported where one enters
-
-            config = with_tokens(config, described, tokenizer)
-        widths = widths_of(config, arch, described.plain_model)
+        arch, fewer_tokens = described.arch, None
+        config, widths = with_widths(
+            self.config, described, tokenizer, has_text=tokenizer is not None and inputs is None
+        )
         check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
         if VOCAB in widths:
-            from .vocabulary.choose import Tokens
+            from .vocabulary.choose import VocabularyRequest
 
-            tokens = Tokens.of(config, described, model, tokenizer, widths)
+            fewer_tokens = VocabularyRequest.of(config, described, model, tokenizer, widths)
         check_room(config, described, widths, inplace, inputs)
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            data = CalibrationData.read(config, model, tokenizer, inputs, counts=tokens is not None)
+            data = CalibrationData.read(config, model, tokenizer, inputs, counts=fewer_tokens is not None)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
-            run.start(vocabulary_changes=tokens is not None)
-            if tokens is not None:
-                from .removals.vocabulary import remove_tokens_
-                from .search.tokens_or_layers import best_number
+            run.start(vocabulary_changes=fewer_tokens is not None)
+            if fewer_tokens is not None:
+                from .removals.vocabulary import prune_vocabulary_
 
-                widths = remove_tokens_(run, tokens, widths, best_number)
+                widths = prune_vocabulary_(run, fewer_tokens)
             if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
@@ -181,7 +178,7 @@ class StructPruner:
 
                 kept = remove_channels_(run, step)
             run.plan = run.plan.then(kept)
-        run.arch = run.described()
+        run.arch = describe(run.model, run.config.arch_file)
 
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
@@ -231,6 +228,20 @@ class StructPruner:
             if tokenizer is None or ids_in(tokenizer, result.tokenizer, len(kept)) == kept:
                 tokenizer = result.tokenizer
         save_pruned(model, save_directory, result, tokenizer, overwrite)
+
+
+def with_widths(
+    config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, has_text: bool = True
+) -> tuple[StructPruneConfig, Widths]:
+    """The config with the spaces that it takes, tokens among them where a model has text for these, and its widths."""
+    arch, model = described.arch, described.plain_model
+    if config.trims or has_text and config.trims is None:
+        from .vocabulary.amount import widths_with_tokens, with_tokens  # which most runs do without
+
+        config = with_tokens(config, described, tokenizer)
+        if config.trims:
+            return config, widths_with_tokens(config, arch, model)
+    return config, widths_of(config, arch, model)
 
 
 class AutoStructPruner:

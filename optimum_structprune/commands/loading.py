@@ -32,7 +32,7 @@ from ..pruning.room import check_room
 from ..sources.offloaded import check_offloaded, layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
-from ..vocabulary.choose import Tokens
+from ..vocabulary.choose import VocabularyRequest
 from ..widths.budget import biased_spaces
 
 
@@ -132,12 +132,12 @@ class Loading:
         model_config = self.config(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            tokenizer = self.tokenizer(name) if config.leaves_spaces_open else None
+            tokenizer = self.tokenizer(name) if config.trims is None else None
             found, config, widths = checked_without_weights(
                 model_config, config, self.torch_dtype, self.trust_remote_code, PRUNE, tokenizer
             )
         if VOCAB in widths:
-            Tokens.of(config, found, found.plain_model, tokenizer or self.tokenizer(name), widths)
+            VocabularyRequest.of(config, found, found.plain_model, tokenizer or self.tokenizer(name), widths)
         if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
             placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
             if placed.offloaded:

@@ -291,10 +291,12 @@ class StructPruneConfig(WithDomains):
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
-    def leaves_spaces_open(self) -> bool:
-        """Whether a budget may be divided between tokens and layers."""
-        asks = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
-        return asks and (self.searches or self.allocation == "uniform")
+    def trims(self) -> bool | None:
+        """Whether tokens go; None where a budget may be divided between tokens and layers."""
+        open_to_both = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
+        if open_to_both and (self.searches or self.allocation == "uniform"):
+            return None
+        return "vocab" in (self.widths or self.shrinking)
 
     @property
     def scored_by(self) -> str:

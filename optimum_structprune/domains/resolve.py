@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..arch.spec import VOCAB
 from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
@@ -89,7 +88,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains, VOCAB in (config.widths or config.shrinking))
+    source = config.general_text or builtin_beside(domains, bool(config.trims))
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
@@ -101,8 +100,7 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:
         return config
-    trims = VOCAB in (config.widths or config.shrinking)
-    return replace(config, general_text=builtin_beside(domains, trims) if trims else WRITTEN)
+    return replace(config, general_text=builtin_beside(domains, True) if config.trims else WRITTEN)
 
 
 def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:

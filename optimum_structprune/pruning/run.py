@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import describe
 from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
@@ -53,7 +52,7 @@ class Run:
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
-        counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
+        entries, seen: The text that chose the tokens or was trained on, and that the dense model has seen.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -79,8 +78,7 @@ class Run:
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
-        self.counted: list[Entry] = []
-        self.trained: list[Entry] = []
+        self.entries: list[Entry] = []
         self.seen: Manifest | None = None
         self.changed = False
 
@@ -88,10 +86,6 @@ class Run:
     def config(self) -> StructPruneConfig:
         """The config of the calibration data."""
         return self.data.config
-
-    def described(self) -> ArchSpec:
-        """The description of the model as it is now."""
-        return describe(self.model, self.config.arch_file)
 
     def start(self, vocabulary_changes: bool = False) -> None:
         """Measure the dense model, and begin the records; `vocabulary_changes` where tokens are to go."""
@@ -102,11 +96,12 @@ class Run:
             tokens = sum(domain.samples.numel() for domain in domains)
             most = None if self.config.reweights else min(ENOUGH, round(self.config.holdout * tokens))
             self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
-        if self.config.languages and tokenizer is not None and self.arch.causal:
+        wanted = self.config.languages or ()
+        if tokenizer is not None and (vocabulary_changes or wanted and self.arch.causal):
             from ..vocabulary.languages import costs_before
 
             with self.report.timed("languages"):
-                self.report.languages = costs_before(self.model, tokenizer, True, self.config.languages)
+                self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
 
     def measure_anew(self) -> None:
@@ -138,12 +133,12 @@ class Run:
             recovery.recover_model(self.model, self.tokenizer, self.teacher)
             assert recovery.report is not None
             self.report.recovery = recovery.report
-            self.trained = [Entry.of(domain, TRAINED) for domain in recovery.domains]
+            self.entries += [Entry.of(domain, TRAINED) for domain in recovery.domains]
 
     def manifest(self) -> Manifest:
         """The record of all text that this run used, and earlier runs that the dense model comes from."""
         rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
-        return self.data.manifest(self.tokenizer, rounds).with_entries([*self.counted, *self.trained]).after(self.seen)
+        return self.data.manifest(self.tokenizer, rounds).with_entries(self.entries).after(self.seen)
 
     def finish(self) -> None:
         """Complete the report, and remember which tokenizers go with the models."""

@@ -99,17 +99,10 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if broken := sorted({name for name, of in measured if {None, inf} & {*of.values()}}):
         yield f"warning: a perplexity is infinite on {', '.join(broken)}; the model is of no use there"
-    for of in report.get("balances") or ():
-        layers = of["layers_loss"]  # null in JSON where it is infinite
-        known = "" if layers == 0 or of.get("measured", True) else ", as predicted"
-        too_much = layers in (None, inf)
-        rest = "asks more of the layers than they have" if too_much else f"{layers:.4f} in the layers{known}"
-        kept = f"{of['tokens']:,} tokens kept loses {of['tokens_loss']:.4f} nats, and {rest}"
-        yield f"{'taken' if of['chosen'] else 'compared'}: {kept}"
-    if (of := report.get("trimmed") or {}).get("tokens"):
-        which = f"{of['used']:,} of which the text uses" if of["used"] else "which the text does not use"
-        rest = "channels give the rest" if len(report["widths"]) > 1 else "no channels go"
-        yield f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go, {which}; {rest}"
+    if of := report.get("trimmed"):
+        rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
+        gone = f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
+        yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():

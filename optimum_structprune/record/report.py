@@ -86,10 +86,9 @@ class Report(Record):
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    balances: list[dict[str, Any]] = field(default_factory=list)
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
-    trimmed: dict[str, int] = field(default_factory=dict)
+    trimmed: dict[str, Any] = field(default_factory=dict)
     changed: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)

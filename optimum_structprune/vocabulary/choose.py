@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -10,10 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
@@ -23,12 +23,10 @@ from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
-from ..widths.budget import check_fewest_tokens, large_vocabulary
-from .languages import CHOOSING, script, tokens_by_language
+from .amount import Room
+from .languages import CHOOSING, script, scripts_of, tokens_by_language
 from .tokens import Vocabulary, with_needs
 
-
-logger = logging.getLogger(__name__)
 
 # The weight of what is expected of other text against what was counted: of rare tokens a count tells little.
 GUESSED = 3.0
@@ -40,37 +38,26 @@ NEVER = 1e-4
 LANGUAGES_SHARE = 0.5
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
-
-
-def with_tokens(
-    config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
-) -> StructPruneConfig:
-    """The config with the tokens among its targets, where a budget names none and they are a large part of a model."""
-    arch, model = described.arch, described.plain_model
-    if not config.leaves_spaces_open or described.offloaded:
-        return config
-    if large_vocabulary(arch, model.num_parameters()) is None:
-        return config
-    try:
-        if tokenizer is not None:
-            Vocabulary.of(tokenizer)
-    except StructPruneError as error:
-        logger.info("No tokens go: %s", error)
-        return config
-    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.shrinking)) or arch.channels)))
+# What a token of text loses on average, in nats, where it is spelled by others, and what layers lose that give up a
+# share of themselves: a factor times a power of it. See examples/benchmarks/LOG.md.
+RESPELLED_LOSS = 7.0
+LAYERS_LOSS, LAYERS_POWER = 3.0, 1.25
+# Tokens that lose fewer nats than this are not weighed against layers, which always lose some.
+FREE = 2e-3
 
 
 @dataclass(frozen=True)
-class Tokens:
+class VocabularyRequest:
     """The tokens of a model that is to have fewer: it has `rows` of weights, and `always` stay, among them those that
-    only the tokenizer knows, and rows that only a config names. `number` of the rows are to stay; None where measured
-    losses choose it.
+    only the tokenizer knows, and rows that only a config names. `number` of the rows are to stay; None where text and
+    the `room` in a budget say how many.
     """
 
     vocabulary: Vocabulary
     rows: int
     always: frozenset[int]
     number: int | None
+    room: Room | None = None
 
     @classmethod
     def of(
@@ -80,41 +67,115 @@ class Tokens:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         widths: Widths,
-    ) -> Tokens:
+    ) -> VocabularyRequest:
         """The tokens of a dense model; a number that it cannot keep, or a budget that takes fewer, is refused."""
         assert tokenizer is not None  # `check` has refused that
-        vocabulary, space = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0]
-        competes = config.widths is None and len(widths) > 1
-        ids = range(max(space.size, vocabulary.size))
-        always = {*ids[space.size :], *vocabulary.always, *named_ids(model)}
+        vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
+        ids = range(max(rows, vocabulary.size))
+        always = {*ids[rows:], *vocabulary.always, *named_ids(model)}
         if config.keep_tokens is not None:
             always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
         always = with_needs(always, vocabulary.needs) & {*ids}
-        tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
-        may = tokens.may
+        request = cls(vocabulary, rows, frozenset(always), cast("int", widths[VOCAB]))
         if config.budget is not None:
-            check_fewest_tokens(config, described.arch, described.plain_model, may)
-        elif tokens.number not in may:
+            room = Room.of(config, described.arch, described.plain_model, request.may)
+            return replace(request, room=room, number=None if room.smallest else request.number)
+        if request.number not in request.may:
             raise StructPruneError(
-                f"vocab={tokens.number:,} is no number of tokens that this model can keep: {may.start:,} of "
-                f"{may.stop - 1:,} always stay."
+                f"vocab={request.number:,} is no number of tokens that this model can keep: {request.may.start:,} of "
+                f"{rows:,} always stay."
             )
-        return tokens
-
-    @property
-    def beyond(self) -> int:
-        """The number of tokens that the tokenizer names and that have no weights; their ids come after all others."""
-        return max(self.vocabulary.size - self.rows, 0)
+        return request
 
     @property
     def may(self) -> range:
         """The numbers of rows that the model can keep."""
-        return range(len(self.always) - self.beyond, self.rows + 1)
+        return range(len(self.always) - self._beyond, self.rows + 1)
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
         """The ascending ids of tokens that stay, `number` with weights; rows without a token go before `order`."""
+        return tuple(sorted({*range(self.rows + self._beyond)} - {*self.removed(order)[: self.rows - number]}))
+
+    def removed(self, order: Sequence[int]) -> list[int]:
+        """The order in which rows go: those without a token first."""
         padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
-        return keep_tokens(self.rows + self.beyond, [*padding[::-1], *order], number + self.beyond)
+        return [*padding[::-1], *order]
+
+    @property
+    def _beyond(self) -> int:
+        """The number of tokens that the tokenizer names and that have no weights; their ids come after all others."""
+        return max(self.vocabulary.size - self.rows, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens that stay, as ascending ids of which the first `number` have weights, the tokenizer that has no
+    others, and by how many of the others are of each script.
+    """
+
+    keep: tuple[int, ...]
+    number: int
+    tokenizer: PreTrainedTokenizerFast
+    scripts: dict[str, int]
+    trimmed: dict[str, float]
+
+
+def choose_tokens(
+    request: VocabularyRequest,
+    config: StructPruneConfig,
+    reader: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[Domain],
+) -> Choice | None:
+    """The tokens that stay of a model, with the tokenizer that is left, proved on all text; None if all stay."""
+    vocabulary = request.vocabulary
+    shares, predicted = wanted_shares(reader, config, domains, tokenizer, vocabulary)
+    order = removal_order(vocabulary, shares, request.always, predicted)
+    lost = _lost_shares(request, order, domains)
+    number = request.number
+    if number is None:
+        number = number_within(cast("Room", request.room), lost)
+    if number == request.rows:
+        return None
+    keep = request.keep(order, number)
+    smaller = vocabulary.smaller(keep)
+    texts = (str(tokenizer.decode(ids)) for domain in domains for ids in domain.pool)
+    vocabulary.check(smaller, keep, texts)
+    gone = {*range(vocabulary.size)} - {*keep}
+    trimmed = {"tokens": request.rows - number, "respelled": float(lost[request.rows - number])}
+    return Choice(keep, number, smaller, dict(scripts_of(vocabulary, gone)), trimmed)
+
+
+def number_within(room: Room, lost: Tensor) -> int:
+    """The number of tokens of the least expected loss within a budget: of text whose tokens are gone, `lost` by how
+    many go, and of what the other spaces then give up.
+    """
+    most, fewest = room.largest(room.smallest), room.largest({})
+    numbers = [number for number in room.numbers if fewest <= number <= most] or [most]
+    size = room.size
+    budget = room.budget
+    dense, with_fewest = budget.cost({}), budget.cost({VOCAB: numbers[0]})
+    each = (dense - with_fewest) / max(size - numbers[0], 1)
+
+    def loss(number: int) -> float:
+        tokens = RESPELLED_LOSS * float(lost[size - number])
+        share = max(0.0, dense - (size - number) * each - budget.limit) / (dense - size * each)
+        return tokens + LAYERS_LOSS * share**LAYERS_POWER
+
+    if loss(numbers[0]) < FREE:
+        return numbers[0]
+    return min(numbers, key=lambda number: (loss(number), -number))
+
+
+def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
+    """The share of held-out text whose tokens are gone, by the number of rows that go, shape `(rows + 1,)`."""
+    size = request.rows + request._beyond
+    shares = torch.zeros(size, dtype=torch.float64)
+    for domain in domains:
+        counts = torch.bincount(domain.trial[:, 1:].flatten(), minlength=size)
+        shares += domain.weight * counts / counts.sum()
+    gone = shares[request.removed(order)].cumsum(0)
+    return torch.cat([gone.new_zeros(1), gone])
 
 
 def _lines(path: str) -> list[str]:
@@ -232,11 +293,6 @@ def removal_order(
             if not wholes[part] and part not in fixed:
                 heappush(heap, entry(part))
     return order
-
-
-def keep_tokens(size: int, order: Sequence[int], number: int) -> tuple[int, ...]:
-    """The ascending ids of `number` of `size` tokens, or all, once others have gone in a `removal_order`."""
-    return tuple(sorted({*range(size)} - {*order[: max(size - number, 0)]}))
 
 
 def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Collection[int]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
-from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
+from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, TOKEN, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, CACHE, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -144,7 +144,7 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
     if config.allocation in ONE_WIDTH and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
         cause = f"widths={config.widths}"
-    for name in (name for name in names if name != VOCAB):  # it lies in no layer
+    for name in names:
         if reason := arch.uniform or arch.of(name)[0].uniform:
             raise StructPruneError(
                 f"{cause} makes layers of different widths, which {name!r} of a {arch.model_type} model cannot have: "
@@ -168,15 +168,6 @@ def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
 
 
 def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    compete = config.searches or config.allocation == "uniform"
-    if VOCAB in names and (config.budget is None or len(names) > 1 and not compete):
-        example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}"
-        raise StructPruneError(
-            f"targets={list(names)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share of those "
-            f"says how much of it goes; give {example} or another number, beside the widths of other spaces, or "
-            f"target {VOCAB!r} with a budget, alone or with an allocation that measures losses or is uniform."
-        )
-    names = [name for name in names if name != VOCAB]
     of_model = [space.name for space in arch.model_spaces if space.name in names]
     if of_model and len(names) > 1:
         raise StructPruneError(
@@ -330,7 +321,7 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
         return {GROUP: parts, EXPERT: config.expert_parallel}.get(spaces[0].unit, 1)
     if config.round_to != AUTO:
         return int(config.round_to)
-    if name == VOCAB:
+    if spaces[0].unit == TOKEN:
         return OF_TOKENS
     unit = sum(space.unit_params * space.scale for space in spaces)
     largest = 2 * MOST_OFF * sum(arch.layer_params) / unit

@@ -5,21 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Space, Width, Widths
+from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
-
-
-# A vocabulary is large where its rows are more than this share of a model.
-LARGE_VOCABULARY = 0.2
 
 
 def widths_of(
@@ -32,8 +28,6 @@ def widths_of(
     legal = legal_widths(config, arch, model.config)
     if config.budget is not None:
         widths = _within_budget(config, arch, model, legal, scores)
-    elif VOCAB in (config.widths or ()):
-        widths = _with_fewer_tokens(config, arch, legal, scores)
     else:
         widths = target_widths(config, arch, legal, scores)
     biased = biased_spaces(config, arch, widths)
@@ -55,23 +49,15 @@ def _within_budget(
     cost, dense, limit = budget.cost, budget.dense, budget.limit
     if budget.name == CACHE:
         saves = [kind for kind in legal if cost(smallest_widths(config, arch, {kind: legal[kind]})) < dense]
-        if VOCAB in legal and VOCAB not in saves:
-            raise StructPruneError(f"Tokens take no part of the {CACHE}; leave {VOCAB!r} out of targets.")
         legal = {kind: legal[kind] for kind in saves}
     check_may_differ(config, arch, list(legal))
     smallest = smallest_widths(config, arch, legal)
-    _check_reach(config, budget, cost(smallest), list(legal), arch)
+    check_reach(config, budget, cost(smallest), list(legal), arch)
 
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
 
-    if VOCAB in legal and len(legal) > 1:  # measured losses are to say how many tokens go: none yet
-        rest = {name: width for name, width in smallest.items() if name != VOCAB}
-        others = widths_of(replace(config, targets=tuple(rest)), arch, model) if fits(rest) else rest
-        return {VOCAB: arch.of(VOCAB)[0].size, **others}
     best = _filled_up(smallest, config, arch, legal, fits)
-    if VOCAB in legal:
-        return best
 
     # A bisection over the number of parameters to remove, until the bounds are closer than what goes with a unit. The
     # widths for a number lie on either side of it, so the largest that fit are not always those for the smallest one.
@@ -87,20 +73,6 @@ def _within_budget(
             too_little = trial
         trial = (too_little + enough) / 2
     return best
-
-
-def _with_fewer_tokens(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    legal: Mapping[str, Sequence[int]],
-    scores: Mapping[tuple[int, str], Tensor] | None,
-) -> Widths:
-    """The given widths where tokens are among them: these go first, and all others are of a model without them."""
-    given = config.widths or {}
-    tokens = {VOCAB: cast("Width", given[VOCAB])}
-    others = {name: width for name, width in given.items() if name != VOCAB}
-    rest = {name: sizes for name, sizes in legal.items() if name != VOCAB}
-    return {**tokens, **(target_widths(replace(config, widths=others), arch, rest, scores) if others else {})}
 
 
 def _filled_up(
@@ -151,24 +123,8 @@ def budget_of(
     return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
 
 
-def check_fewest_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range) -> None:
-    """Refuse a budget that is not met with the fewest tokens of `may` and all that may go from the other spaces."""
-    legal = legal_widths(config, arch, model.config)
-    budget, fewest = budget_of(config, arch, model, legal), token_numbers(config, arch, legal, may)[0]
-    least = budget.cost({**smallest_widths(config, arch, legal), VOCAB: fewest})
-    _check_reach(config, budget, least, list(legal), arch)
-
-
-def token_numbers(
-    config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]], may: range
-) -> list[int]:
-    """The numbers of tokens in `may` that a budget may choose, ascending; where there are none, that of all tokens."""
-    return [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [
-        arch.of(VOCAB)[0].size
-    ]
-
-
-def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
+def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
+    """Refuse a budget that the dense model meets, or that is below the `least` with all that may go from `names`."""
     name, limit, dense, _ = budget
     if limit >= dense:
         raise StructPruneError(
@@ -198,7 +154,7 @@ def _cost_of(
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
         size, biased = model.dtype.itemsize if name == "bytes" else 1, biased_spaces(config, arch, names)
-        if any(space.layer == MODEL for kind in names if kind != VOCAB for space in arch.of(kind)):
+        if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
         dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
@@ -221,20 +177,6 @@ def _cost_of(
     return cost
 
 
-def budget_without_vocab(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, cut: bool = True
-) -> StructPruneConfig | None:
-    """The config of what the other spaces still have to give up for a budget once only `number` tokens are there; None
-    where that is nothing. It is for the model without the others, or where `cut` is false, for the one that has them.
-    """
-    others = tuple(name for name in config.shrinking if name != VOCAB)
-    name, limit, dense, cost = budget_of(config, arch, model, config.shrinking)
-    smaller = cost({VOCAB: number})
-    if smaller <= limit or not others:
-        return None
-    return replace(config, targets=others, budget={name: limit if cut else limit + dense - smaller})
-
-
 def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose at given widths."""
     spaces = (*arch.model_spaces, *arch.spaces)
@@ -253,10 +195,3 @@ def biased_spaces(config: StructPruneConfig, arch: ArchSpec, names: Collection[s
                 "express; use refit='least_squares' or 'none'."
             )
     return inside
-
-
-def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
-    return next(
-        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
-    )

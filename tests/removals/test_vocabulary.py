@@ -1,6 +1,7 @@
 """A smaller vocabulary: what its model computes, what it is chosen by, what is saved, and layers beside it."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from itertools import islice, permutations
 from math import exp, inf, log
@@ -23,6 +24,7 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
+from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
@@ -30,9 +32,9 @@ from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
-from optimum_structprune.search import tokens_or_layers
-from optimum_structprune.search.search import Search
 from optimum_structprune.system.resume import Resume
+from optimum_structprune.vocabulary.amount import Room
+from optimum_structprune.vocabulary.choose import number_within
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
 
@@ -330,19 +332,29 @@ JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_unif
     ("allocation", "share"),
     with_long([("uniform", 0.75), ("search_uniform", 0.75), ("search_uniform", 0.97)], ["uniform"]),
 )
-def test_tokens_and_layers_compete_for_one_budget(share, allocation):
+def test_tokens_and_layers_share_one_budget(share, allocation):
     model, budget = text_model(), {"parameters": share}
     pruner, small = pruned(model, **{**JOINT, "allocation": allocation}, budget=budget)
-    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
-    losses = [balance["tokens_loss"] + balance["layers_loss"] for balance in pruner.report.balances]
-    assert chosen["measured"] and chosen["tokens_loss"] + chosen["layers_loss"] == min(
-        loss for loss, balance in zip(losses, pruner.report.balances, strict=True) if balance["measured"]
-    )
-    assert len({balance["tokens"] for balance in pruner.report.balances}) == len(losses)
-    assert small.config.vocab_size == len(pruner.tokenizer) == chosen["tokens"]
+    gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
+    assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
-    assert (small.config.intermediate_size == model.config.intermediate_size) == (chosen["layers_loss"] == 0)
-    assert pruner.used_config.budget == budget and f"{chosen['tokens']:,} tokens" in str(pruner.report)
+    assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
+    read = [load_domains(pruner.config, reader())[at].trial[:, 1:].flatten() for at in range(2)]
+    shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
+    assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
+    assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_as_many_tokens_go_for_a_budget_as_cost_less_than_the_layers(share):
+    """Where text uses none of the others, all that meet the budget; where it uses all of them, the fewest that may."""
+    model, fields = build("llama-tied"), config(**{**JOINT, "budget": {"parameters": 0.9}, "sparsity": None})
+    room = Room.of(replace(fields, round_to=1), ModelInfo.of(model).arch, model)
+    alone, most = room.largest({}), room.largest(room.smallest)
+    lost = share * torch.arange(room.size + 1) / room.size
+    number = number_within(room, lost)
+    assert number == (alone if share == 0 else most if share == 1 else number) and alone <= number <= most
+    assert share != 0.02 or alone < number < most
 
 
 def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
@@ -350,7 +362,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     pruner, small = pruned(model, **fields)
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
-    assert pruner.used_config.targets is None and pruner.report.balances
+    assert pruner.used_config.targets is None and pruner.report.trimmed
     outcome = dry_run(model.config, asking(**fields))
     assert {choice.name for choice in outcome.spaces} == {"vocab", "mlp"} and "how many tokens go" in str(outcome)
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
@@ -369,52 +381,21 @@ def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_giv
     ]
     fields = {"widths": None, "round_to": 8, "domains": [DomainConfig(name="a", source=texts)]}
     pruner, small = pruned(model, **fields, budget={"parameters": share})
-    gone, trimmed = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}, pruner.report.trimmed
-    read = {*reader()(texts[0])["input_ids"]}
+    gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
+    used = gone & {*reader()(texts[0])["input_ids"]}
     assert small.num_parameters() <= share * model.num_parameters()
-    assert trimmed == {"tokens": len(gone), "used": len(gone & read)}
-    assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(trimmed["used"]) == (share < 0.75)
-    rest = "channels give the rest" if share < 0.95 else "no channels go"
-    which = "which the text does not use" if share > 0.55 else f"{trimmed['used']} of which the text uses"
-    assert f"{len(gone)} of 400 tokens go, {which}; {rest}" in str(pruner.report)
-
-
-@pytest.mark.parametrize("times", [1.0, 1000.0])
-def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tokens(times, monkeypatch):
-    taken = []
-
-    def loss(search, shape, probe):
-        taken.append(search.plain)
-        return times * 0.01
-
-    monkeypatch.setattr(Search, "loss", loss)
-    pruner, _ = pruned(text_model(), **JOINT, budget={"parameters": 0.9})
-    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
-    assert taken and chosen["layers_loss"] in (0.0, times * 0.01)
-    measured = {balance["layers_loss"] for balance in pruner.report.balances if balance["measured"]}
-    assert chosen["measured"] and times * 0.01 in measured <= {0.0, times * 0.01}
-    fewest = min(balance["tokens"] for balance in pruner.report.balances)
-    assert times == 1 or chosen["tokens"] == fewest
-
-
-def test_tokens_that_cost_nothing_go_without_a_look_at_the_layers(monkeypatch):
-    monkeypatch.setattr(tokens_or_layers, "token_losses", lambda *arguments: torch.zeros(1, dtype=torch.float64))
-    monkeypatch.setattr(Search, "loss", None)
-    model = text_model()
-    pruner, small = pruned(model, **JOINT, budget={"parameters": 0.9})
-    (only,) = pruner.report.balances
-    assert only["chosen"] and only["tokens"] == small.config.vocab_size < model.config.vocab_size
-    assert small.num_parameters() <= 0.9 * model.num_parameters()
-    assert small.config.intermediate_size == model.config.intermediate_size
+    assert pruner.report.trimmed["tokens"] == len(gone) and (pruner.report.trimmed["respelled"] > 0) == bool(used)
+    assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(used) == (share < 0.75)
+    rest = "channels give the rest" if share < 0.95 else "nothing else goes"
+    assert f"held-out text; {rest}" in str(pruner.report)
 
 
 def test_rows_that_no_token_has_are_no_tokens_to_compare():
     model = text_model()
     model.resize_token_embeddings(464)
     pruner, small = pruned(model, **JOINT, budget={"parameters": 0.97})
-    (chosen,) = pruner.report.balances
-    assert chosen["tokens_loss"] == 0 and chosen["tokens"] < 464
-    assert chosen["tokens"] == small.config.vocab_size and len(pruner.tokenizer) == min(chosen["tokens"], 400)
+    assert pruner.report.trimmed == {"tokens": 464 - small.config.vocab_size, "respelled": 0}
+    assert 0 < 464 - small.config.vocab_size and len(pruner.tokenizer) == min(small.config.vocab_size, 400)
 
 
 def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():

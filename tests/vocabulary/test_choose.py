@@ -17,8 +17,7 @@ from optimum_structprune.domains.load import given_domains
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import (
-    Tokens,
-    keep_tokens,
+    VocabularyRequest,
     predicted_shares,
     removal_order,
     token_shares,
@@ -62,7 +61,8 @@ class Words:
 
 
 def chosen(vocabulary, shares, number, always=(), predicted=None):
-    return keep_tokens(vocabulary.size, removal_order(vocabulary, shares, always, predicted), number)
+    order = removal_order(vocabulary, shares, always, predicted)
+    return tuple(sorted({*range(vocabulary.size)} - {*order[: vocabulary.size - number]}))
 
 
 def kept(words, counts, number, always=(), predicted=None):
@@ -195,7 +195,9 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
     model.get_input_embeddings().weight.data = dense.clone()
     for at, (name, form) in enumerate(fields.items()):
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
-    tokens = Tokens.of(config(widths={"vocab": rows}), ModelInfo.of(model), model, reader(), {"vocab": rows})
+    tokens = VocabularyRequest.of(
+        config(widths={"vocab": rows}), ModelInfo.of(model), model, reader(), {"vocab": rows}
+    )
     left = data.draw(st.sampled_from(tokens.may))
     keep = tokens.keep(removal_order(tokens.vocabulary, torch.rand(400), tokens.always), left)
     drop_tokens_(model, ModelInfo.of(model).arch, keep)

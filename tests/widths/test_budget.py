@@ -12,7 +12,7 @@ from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.forward.generation import cached_values
-from optimum_structprune.vocabulary.choose import with_tokens
+from optimum_structprune.vocabulary.amount import with_tokens
 from optimum_structprune.widths.allocation import legal_widths
 from optimum_structprune.widths.budget import widths_of
 

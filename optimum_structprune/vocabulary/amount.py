@@ -1,0 +1,120 @@
+"""How much of a vocabulary may go, from a config and a model without weights."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.load import ModelInfo
+from ..arch.spec import VOCAB, ArchSpec, Space, Widths
+from ..config.pruning import CACHE, StructPruneConfig
+from ..errors import StructPruneError
+from ..widths.allocation import check_may_differ, choices, legal_widths, smallest_widths
+from ..widths.budget import Budget, budget_of, check_reach, widths_of
+from .tokens import Vocabulary
+
+
+logger = logging.getLogger(__name__)
+# A vocabulary is large where its rows are more than this share of a model.
+LARGE_VOCABULARY = 0.2
+
+
+def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
+    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
+    return next(
+        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
+    )
+
+
+def with_tokens(
+    config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
+) -> StructPruneConfig:
+    """The config with the tokens among its targets, where a budget names none and they are a large part of a model."""
+    arch, model = described.arch, described.plain_model
+    if config.trims is not None or described.offloaded:
+        return config
+    if large_vocabulary(arch, model.num_parameters()) is None:
+        return config
+    try:
+        if tokenizer is not None:
+            Vocabulary.of(tokenizer)
+    except StructPruneError as error:
+        logger.info("No tokens go: %s", error)
+        return config
+    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.shrinking)) or arch.channels)))
+
+
+def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
+    """The config of what else is to go, within a `limit` if given; None where that is nothing."""
+    if config.widths is not None:
+        widths = {name: width for name, width in config.widths.items() if name != VOCAB}
+        return replace(config, widths=widths) if widths else None
+    targets = tuple(name for name in config.shrinking if name != VOCAB)
+    budget = config.budget if limit is None else dict.fromkeys(config.budget or {}, limit)
+    return replace(config, targets=targets, budget=budget) if targets else None
+
+
+def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
+    """The final widths, tokens among them: as given, or the largest within a budget. Where other spaces give up
+    something for that too, text says how many tokens go: none yet.
+    """
+    rest = without_tokens(config)
+    if config.widths is not None:
+        legal_widths(replace(config, widths={VOCAB: config.widths[VOCAB]}), arch, model.config)  # refuses others
+        return {VOCAB: cast("int", config.widths[VOCAB]), **({} if rest is None else widths_of(rest, arch, model))}
+    if config.budget is None or rest and not (config.searches or config.allocation == "uniform"):
+        example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}" if arch.of(VOCAB) else "widths"
+        raise StructPruneError(
+            f"targets={list(config.shrinking)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share "
+            f"of those says how much of it goes; give {example} or another number, beside the widths of other spaces, "
+            f"or target {VOCAB!r} with a budget, alone or with an allocation that measures losses or is uniform."
+        )
+    room = Room.of(config, arch, model)
+    if rest is None:
+        return {VOCAB: room.largest({})}
+    fits = room.budget.cost(room.smallest) <= room.budget.limit
+    return {VOCAB: room.size, **(widths_of(rest, arch, model) if fits else room.smallest)}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget leaves to the tokens: the numbers that may stay, ascending, and the `smallest` other widths."""
+
+    budget: Budget
+    numbers: Sequence[int]
+    smallest: Widths
+    size: int
+
+    @classmethod
+    def of(cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range | None = None) -> Room:
+        """The numbers within `may`, if given; a budget that the fewest do not meet is refused."""
+        rest, alone = without_tokens(config), replace(config, targets=(VOCAB,))
+        sizes = legal_widths(alone, arch, model.config)[VOCAB]
+        others = {} if rest is None else legal_widths(rest, arch, model.config)
+        if CACHE in (config.budget or {}):
+            raise StructPruneError(f"Tokens take no part of the {CACHE}; leave {VOCAB!r} out of targets.")
+        if rest is not None:
+            check_may_differ(rest, arch, list(others))
+        size = arch.of(VOCAB)[0].size
+        numbers = [number for number in choices(config, arch, VOCAB, sizes) if may is None or number in may] or [size]
+        smallest = {} if rest is None else smallest_widths(rest, arch, others)
+        budget = budget_of(config, arch, model, list(others))
+        check_reach(config, budget, budget.cost({**smallest, VOCAB: numbers[0]}), [VOCAB, *others], arch)
+        return cls(budget, numbers, smallest, size)
+
+    def met_by(self, number: int) -> bool:
+        """Whether so many tokens alone keep to the budget."""
+        return self.budget.cost({VOCAB: number}) <= self.budget.limit
+
+    def largest(self, widths: Widths) -> int:
+        """The largest number of tokens that keeps to a budget with other widths; the smallest if none does."""
+
+        def cost(number: int) -> float:
+            return self.budget.cost({**widths, VOCAB: number})
+
+        return self.numbers[max(bisect_right(self.numbers, self.budget.limit, key=cost) - 1, 0)]
