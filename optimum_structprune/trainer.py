@@ -178,8 +178,9 @@ class StructPruneCallback(TrainerCallback):
                 if step == state.global_step:
                     warn(f"The removal at step {step} is put off: {self.text.shortage()}")
                 return
+            # Another callback may have pruned since.
+            self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
             if self.prune_(model, _inner(optimizer), self._due.pop(step)):
-                assert self.plan is not None
                 state.stateful_callbacks[PLAN] = self.plan.to_dict()
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
                 control.should_log = True
@@ -199,6 +200,7 @@ class StructPruneCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off, drop the text, and say what has not been removed."""
         self.hooks.close()
+        self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])  # with what other callbacks have removed
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
         if self._due:
             warn(

@@ -31,7 +31,7 @@ from transformers import Cache, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.meta import shrunk_skeleton
+from optimum_structprune.arch.meta import shrunk_skeleton, skeleton
 from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import outputs_of
@@ -209,6 +209,17 @@ def assert_as_said(outcome, model, small, cache_known=True) -> None:
             each, of_three = cached_bytes(that, 1), cached_bytes(that, 3)
             assert of_three == 3 * each and getattr(outcome.cache_per_token, when) == each
     assert outcome.parameters.after < outcome.parameters.before
+
+
+def remembered(model: nn.Module) -> dict[tuple[str, str], int]:
+    """The whole numbers that the modules of a model hold."""
+    every = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
+    return {(name, key): value for name, key, value in every if type(value) is int}
+
+
+def assert_remembers_its_own_config(model) -> None:
+    """The modules of a model hold the numbers that they would if it was loaded."""
+    assert remembered(model) == remembered(skeleton(model, model.config))
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

@@ -28,7 +28,12 @@ from models import (
     token_ids,
     tokenizer,
 )
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BartForSequenceClassification,
+    BertForMultipleChoice,
+    T5ForSequenceClassification,
+)
 
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
@@ -156,3 +161,18 @@ def test_output_error_falls_with_a_refit():
         pruner.prune_model(build("bert"), tokenizer())
         errors.append(sum(pruner.report.output_error.values()))
     assert errors[1] < errors[0]
+
+
+HEADS = {
+    BartForSequenceClassification: ("bart", {"encoder_mlp": 24}),
+    T5ForSequenceClassification: ("t5", {"mlp": 24}),
+    BertForMultipleChoice: ("bert", {"mlp": 24, "layer": 1}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_that_ask_for_an_end_of_sequence_or_several_texts_are_pruned_and_saved(head, tmp_path):
+    case, widths = HEADS[head]
+    pruner = StructPruner(config(widths=widths))
+    pruner.save(pruner.prune_model(head(build(case).config), tokenizer()), tmp_path / "out")
+    assert describe(head.from_pretrained(tmp_path / "out")).of(next(iter(widths)))[0].width == 24

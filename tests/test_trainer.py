@@ -171,6 +171,20 @@ def test_the_plan_speaks_of_the_dense_model_after_a_resume_too(tmp_path):
         assert run.model.config.intermediate_size == 24 and describes(callback.plan, run.model)
 
 
+@pytest.mark.parametrize("second", [{"mlp": 12}, {"attention": 2}], ids=str)
+def test_two_pruners_of_one_trainer_share_one_plan_of_the_dense_model(second, tmp_path):
+    for step in (None, 4):
+        run = saved(tmp_path)
+        callbacks = [
+            attach_pruner(run, config(**{**SERIES, "rounds": 1, "widths": widths}), at)
+            for widths, at in (({"mlp": 24}, 2), (second, 6))
+        ]
+        run.train(resume_from_checkpoint=step and str(tmp_path / f"checkpoint-{step}"))
+        first, later = (callback.plan for callback in callbacks)
+        assert first == later and {name for _, name in first.keep} == {"mlp", *second}
+        assert describes(first, run.model)
+
+
 def test_a_run_resumes_with_the_model_that_it_began_with(tmp_path):
     """That of a checkpoint has lost what the run has removed so far, and would lose it a second time."""
     run = saved(tmp_path)

@@ -44,7 +44,8 @@ def observe_products(
         for name in names:
 
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-                linear = isinstance(module, (nn.Linear, Conv1D))
+                # A subclass, such as a router, may return something else.
+                linear = type(module).forward in (nn.Linear.forward, Conv1D.forward)
                 bias = getattr(module, "bias", None)
                 see(name, args[0], None if not linear else output if bias is None else output - bias)
 

@@ -15,7 +15,6 @@ from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
 from .meta import check_plain, is_quantized, reads_forward, skeleton
-from .modules import layer_list
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
@@ -85,16 +84,8 @@ class ModelInfo:
 
 
 def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model that could not be saved, or whose layers share weights."""
+    """Refuse a model that could not be saved."""
     name = type(model).__name__
-    layer_of: dict[int, int] = {}
-    for layer, module in enumerate(layer_list(model, arch)):
-        for parameter_name, parameter in module.named_parameters():
-            if (first := layer_of.setdefault(id(parameter), layer)) != layer:
-                raise StructPruneError(
-                    f"The layers {first} and {layer} share {parameter_name}, and layers are pruned apart; give each "
-                    "its own with copy.deepcopy."
-                )
     try:
         if model.can_generate() and model.generation_config is not None:
             # As transformers does at save: what is as it was loaded is only warned of.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from copy import deepcopy
 from functools import lru_cache
+from inspect import unwrap
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -104,32 +105,44 @@ def check_plain(model: PreTrainedModel) -> None:
             f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
         )
+    if any(parameter.is_complex() for parameter in model.parameters()):
+        raise StructPruneError(f"The weights of this {type(model).__name__} are complex numbers; pass real ones.")
     check_reachable(model)
     _check_stock(model)
 
 
 def _check_stock(model: PreTrainedModel) -> None:
-    """Refuse modules of other classes than the model's own code builds, and any with a `forward` of its own: what is
-    pruned is built anew from those classes. Unpacking brings them back in a quantized model.
+    """Refuse modules of other classes than the model's own code builds, any with a `forward` of its own, and weights
+    that are shared where that code shares none: what is pruned is built anew from those classes. Unpacking brings them
+    back in a quantized model.
     """
     if is_quantized(model):
         return
-    stock = dict(skeleton(model, model.config).named_modules())
-    for name, module in [*model.named_modules()][1:]:
+    plain = skeleton(model, model.config)
+    stock, weights, own = dict(plain.named_modules()), dict(plain.named_parameters()), dict(model.named_parameters())
+    for name, module in model.named_modules():
         kind, held = type(module), vars(module)
-        # A hook of accelerate keeps what it replaces; kernels of the Hub compute the same.
-        forward = held.get("_old_forward", held.get("forward"))
+        # Accelerate keeps what it replaces, and puts it back without decorators; kernels of the Hub compute the same.
+        forward = held.get("_original_forward", held.get("_old_forward", held.get("forward")))
         kernel = getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name")
         if (expected := type(stock.get(name))) is not kind:
             found = f"is a {kind.__name__} in place of a {expected.__name__}"
-        elif forward is not None and getattr(forward, "__func__", None) is not kind.forward and not kernel:
+        elif getattr(forward, "__func__", forward) not in (None, kind.forward, unwrap(kind.forward)) and not kernel:
             found = "has a `forward` of its own"
         else:
             continue
         raise StructPruneError(
-            f"{name} {found}, and pruning builds this {type(model).__name__} anew from the classes of its type, which "
-            "would compute something else; undo that, and compile, parametrize or patch the pruned model."
+            f"{name or 'The model'} {found}, and pruning builds this {type(model).__name__} anew from the classes of "
+            "its type, which would compute something else; undo that, and compile, parametrize or patch the pruned "
+            "model."
         )
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name in weights and name not in own:
+            raise StructPruneError(
+                f"{name} is the same tensor as another one, and not in a {type(model).__name__} of this config, nor "
+                "once it is saved and loaded; give each its own with copy.deepcopy, or for the head of a language "
+                "model set config.tie_word_embeddings=True."
+            )
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:

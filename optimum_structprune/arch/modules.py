@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from .spec import ArchSpec
@@ -114,8 +114,10 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
                 f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}; "
                 f"the description of {smaller.config.model_type!r} is incomplete."
             )
-    # Some models give a part of theirs a config of its own: a copy, or that of the text model of a multimodal one.
+    # Modules remember sizes and ids, such as that of the padding, and some hold a config of their own: a copy, or that
+    # of the text model of a multimodal one.
     twins = dict(smaller.named_modules())
     for name, module in model.named_modules():
-        if hasattr(module, "config") and hasattr(twins[name], "config"):
-            setattr(module, "config", twins[name].config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
+        for key, value in vars(twins[name]).items():
+            if key in vars(module) and (type(value) is int or isinstance(value, PretrainedConfig)):
+                setattr(module, key, value)

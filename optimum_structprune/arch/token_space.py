@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
@@ -51,6 +52,13 @@ def named_ids(model: PreTrainedModel) -> set[int]:
         for _, key, value in _fields(config):
             _mapped(value, ids.add, PAIRS.get(key))
     return ids
+
+
+def counted_from(model: PreTrainedModel) -> int:
+    """The id of the padding where positions are counted from it, and 0 elsewhere."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max((table.padding_idx or 0 for table in tables if table.num_embeddings != rows), default=0)
 
 
 def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, str, Any]]:

@@ -191,7 +191,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
 
     with intercept(layer_list(model, arch), before, after):
         for batch in batches:
-            run_model(model, batch.ids)
+            run_model(model.base_model, batch.ids)  # type: ignore[arg-type]
             count += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
     total = torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost])
     tokens = torch.tensor(float(count), dtype=torch.float64)

@@ -339,14 +339,19 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def few_inputs(model: PreTrainedModel) -> Tensor:
-    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image."""
+    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image; the last one ends a sequence,
+    which some heads look for, and a head that chooses among sequences gets one, shape `(1, 1, 16)`.
+    """
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if reads_images(model) and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
-    length = int(min(16, positions_of(model)))
-    return torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)
+    text, length = config.get_text_config(), int(min(16, positions_of(model)))
+    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+    if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
+        ids[0, -1] = end
+    return ids[None] if type(model).__name__.endswith("ForMultipleChoice") else ids
 
 
 @torch.no_grad()

@@ -200,7 +200,9 @@ def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
     """Refuse what gives other outputs, shape `(…, tokens, channels)`, than it gave while its units were masked."""
     eps = torch.finfo(pruned.dtype).eps
     masked, pruned = masked.float(), pruned.float()
-    errors, limit = (pruned - masked).norm(dim=-1) / masked.norm(dim=-1), max(TOLERANCE, STEPS * eps)
+    # Two states that are both zero are the same.
+    norms, limit = masked.norm(dim=-1).clamp(min=torch.finfo(masked.dtype).tiny), max(TOLERANCE, STEPS * eps)
+    errors = (pruned - masked).norm(dim=-1) / norms
     if masked.isfinite().all() and not (error := float(errors.median())) <= limit:
         raise StructPruneError(
             f"{what} gives other outputs than with the removed units masked: they differ by {error:.2g} of their "

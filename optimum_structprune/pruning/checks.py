@@ -22,8 +22,8 @@ from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, DEFAULTS
 from ..domains.readers import check_tokens
-from ..errors import StructPruneError, warn
-from ..forward.metrics import few_inputs
+from ..errors import StructPruneError, one_line, warn
+from ..forward.metrics import few_inputs, outputs_for
 
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
@@ -52,9 +52,7 @@ def check(
     _check_criterion(config, arch, widths, use)
     _check_spaces(config, arch, widths, use)
     if use == PRUNE:
-        if not has_inputs:
-            check_reads_text(described.plain_model)
-        elif VOCAB in widths:
+        if has_inputs and VOCAB in widths:
             raise StructPruneError(
                 f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
             )
@@ -95,6 +93,11 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
     if not (isinstance(model, nn.Module) and getattr(model, "config", None) is not None):
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
+        )
+    if "_original_forward" in vars(model):
+        raise StructPruneError(
+            "model computes in mixed precision, as accelerate prepared it, and what is saved would not; pass "
+            "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`, of a Trainer `trainer.accelerator`."
         )
     check_tokenizer(tokenizer, model)
     if inplace and any(parameter.is_inference() for parameter in model.parameters()):
@@ -171,7 +174,9 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
 
 
 def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_inputs: bool) -> None:
-    """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
+    """Refuse a Trainer on weights that are packed or offloaded, samples that are too long for the model, and a head
+    that cannot be asked, as it will be once the model has shrunk.
+    """
     if use == TRAINER and described.quantized:
         raise StructPruneError(
             f"{described.name} is quantized; prune `model.dequantize()`, or load it without quantization."
@@ -183,6 +188,16 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
     longest = positions_of(described.plain_model)
     if not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
+    if use == PRUNE and not has_inputs:
+        check_reads_text(described.plain_model)
+    if use == PRUNE and not (described.quantized or described.offloaded):
+        try:
+            outputs_for(described.plain_model)
+        except Exception as error:  # every model class raises its own errors
+            raise StructPruneError(
+                f"{described.name} does not take a few tokens or an image alone, with which it is compared before it "
+                f"is saved ({one_line(error)}); prune its base model, and give the head the result."
+            ) from error
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:

@@ -144,7 +144,7 @@ def mask_channels_(model: PreTrainedModel, residual: ResidualStream, keep: Seque
     for axis in residual.space.producers:
         if axis.param in (residual.embed, *residual.writers):
             weight = model.get_parameter(axis.param)
-            weight.index_fill_(axis.dim, torch.tensor(gone, device=weight.device), 0)
+            weight.index_fill_(axis.dim, torch.tensor(gone, dtype=torch.long, device=weight.device), 0)
 
 
 @contextmanager
@@ -228,13 +228,7 @@ def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
     config = shrunk_config(model.config, arch, {VOCAB: bisect_left(keep, space.size)}, stay=keep)
     if (generation := getattr(model, "generation_config", None)) is not None:
         renumber_(generation, keep, space.size)
-    with rebuilding_(model, config) as smaller:
+    with rebuilding_(model, config):
         for tensor, dim in {id(tensors[axis.param]): (tensors[axis.param], axis.dim) for axis in space.axes}.values():
             rows = torch.tensor([token for token in keep if token < tensor.shape[dim]], device=tensor.device)
             tensor.data, tensor.grad = tensor.data.index_select(dim, rows), None
-        # Modules remember sizes and ids, such as that of the padding.
-        for name, module in smaller.named_modules():
-            old = model.get_submodule(name)
-            for key, value in vars(module).items():
-                if type(value) is int and key in vars(old):
-                    setattr(old, key, value)

@@ -54,7 +54,8 @@ def _cut_(run: Run, choice: Choice) -> None:
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
-    ids, tokens = few_inputs(run.model) % choice.number, torch.tensor(kept)
+    tokens = torch.tensor(kept)
+    ids = torch.searchsorted(tokens, few_inputs(run.model)) % choice.number  # the same tokens, where they stay
     outputs = outputs_for(run.model, tokens[ids])
     drop_tokens_(run.model, run.arch, choice.keep)
     predicts = run.model.get_output_embeddings() is not None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
-from ..arch.token_space import named_ids
+from ..arch.token_space import counted_from, named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
@@ -75,15 +75,17 @@ class VocabularyRequest:
         always = {*ids[rows:], *vocabulary.always, *named_ids(model)}
         if config.keep_tokens is not None:
             always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-        always = with_needs(always, vocabulary.needs) & {*ids}
+        below = {*range(padding := counted_from(model))} - always  # the padding has to keep its id
+        always = with_needs(always | below, vocabulary.needs) & {*ids}
         request = cls(vocabulary, rows, frozenset(always), cast("int", widths[VOCAB]))
         if config.budget is not None:
             room = Room.of(config, described.arch, described.plain_model, request.may)
             return replace(request, room=room, number=None if room.smallest else request.number)
         if request.number not in request.may:
+            why = f", since it counts positions from the id of its padding, {padding}" if below else ""
             raise StructPruneError(
                 f"vocab={request.number:,} is no number of tokens that this model can keep: {request.may.start:,} of "
-                f"{rows:,} always stay."
+                f"{rows:,} always stay{why}."
             )
         return request
 

@@ -10,8 +10,9 @@ from types import MethodType
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from helpers import logits, with_long
+from helpers import logits, same_weights, unread, with_long
 from models import build, config, documents, real_text_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -154,6 +155,43 @@ def test_a_module_of_a_layer_that_is_not_the_stock_one_is_refused(case, name, ch
         prune_model(model, settings, tokenizer(), inplace=True)
     assert not isinstance(refused.value, InPlaceError) and next(text) == documents()[0]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_model_with_a_forward_of_its_own_or_of_mixed_precision_is_refused():
+    model, settings = build("llama-tied"), config(domains=[DomainConfig("a", unread())])
+    with_forward_of_mine(model, "")
+    with pytest.raises(StructPruneError, match="^The model has a `forward` of its own"):
+        prune_model(model, settings, tokenizer())
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(build("llama-tied"))
+    with pytest.raises(StructPruneError, match="^model computes in mixed precision.*pass `(.*)`, of a Tr") as refused:
+        prune_model(model, settings, tokenizer())
+    plain = eval(re.search("`(.*?)`", str(refused.value))[1], {"accelerator": accelerator, "model": model})
+    assert same_weights(
+        prune_model(plain, config(), tokenizer()), prune_model(build("llama-tied"), config(), tokenizer())
+    )
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("lm_head", "model.embed_tokens"), ("model.layers.1", "model.layers.0"),
+    ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+])  # fmt: skip
+def test_weights_that_only_this_model_shares_are_refused(one, other):
+    model = build("llama-untied")
+    if one == "model.layers.1":
+        model.set_submodule(one, model.get_submodule(other))
+    else:
+        model.get_submodule(one).weight = model.get_submodule(other).weight
+    with pytest.raises(StructPruneError, match=rf"^{one}.* is the same tensor as another one.*copy.deepcopy, or"):
+        prune_model(model, config(domains=[DomainConfig("a", unread())]), tokenizer())
+    if one == "lm_head":
+        model.config.tie_word_embeddings = True
+        prune_model(model, config(), tokenizer())
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are complex numbers; pass real ones"):
+        check_plain(build("llama-tied").to(torch.complex64))
 
 
 def test_hooks_of_accelerate_present_or_gone_and_kernels_of_the_hub_are_no_forward_of_ones_own(monkeypatch):

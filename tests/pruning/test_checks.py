@@ -8,7 +8,7 @@ import pytest
 from helpers import recovery_config, same_weights
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
+from transformers import AutoModelForCausalLM, BertForMaskedLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, dry_run, prune_model
 from optimum_structprune.arch.load import ModelInfo
@@ -277,3 +277,12 @@ def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
     assert prune_model(build("llama-tied"), too_long, inputs={"a": IDS}).config.intermediate_size == 24
     with pytest.raises(StructPruneError, match="seq_length=65 is longer than the model's 64 positions"):
         prune_model(build("llama-tied"), too_long, tokenizer())
+
+
+def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
+    class Picky(BertForMaskedLM):
+        def forward(self, input_ids, extra, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    with pytest.raises(StructPruneError, match="Picky does not take a few tokens .*'extra'.*prune its base model"):
+        prune_model(Picky(build("bert").config), blind(), tokenizer())

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import batches, logits
+from helpers import assert_remembers_its_own_config, batches, logits
 from models import STRUCTURES, build, config, token_ids, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +51,7 @@ def test_pruned_equals_masked_and_reloads(case, tmp_path):
     assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
     tied = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (model, small)]
     assert tied[0] == tied[1]
+    assert_remembers_its_own_config(small)
     small.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is type(model) and again.config.hidden_size == WIDTH
@@ -70,6 +71,18 @@ def test_dead_channels_go_first_and_nothing_changes(case, refit):
 
 
 @torch.no_grad()
+def test_a_reader_that_returns_more_than_its_product_is_refitted_too():
+    small = prune_model(build("llama4_text"), config(widths={"hidden": WIDTH}), tokenizer())
+    assert small.config.hidden_size == WIDTH and logits(small).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2", "mixtral"])
+def test_with_all_channels_nothing_changes(case):
+    model = build(case)
+    small = prune_model(model, config(widths={"hidden": 32}, refit="none"), tokenizer())
+    torch.testing.assert_close(logits(small), logits(model), atol=1e-6, rtol=0)
+
+
 def test_energies_are_means_over_tokens_wherever_the_residual_stream_is_read():
     model = build("llama-tied")
     found = channel_energies(model, describe(model).residual, batches(), 2)

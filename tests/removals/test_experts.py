@@ -40,6 +40,18 @@ def test_the_refit_makes_up_for_the_experts_that_are_gone(case):
     assert errors["least_squares"] < 0.95 * errors["none"]
 
 
+@pytest.mark.parametrize("case", with_long(["mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "jamba"], ["mixtral"]))
+def test_the_loss_of_the_router_is_the_same_reloaded(case, tmp_path):
+    small = prune_model(build(case), config(widths={"expert": 3}, refit="none"), tokenizer())
+    small.save_pretrained(tmp_path)
+    ids = token_ids()
+    losses = [
+        model(ids, labels=ids, output_router_logits=True).loss
+        for model in (small, type(small).from_pretrained(tmp_path))
+    ]
+    torch.testing.assert_close(*losses)
+
+
 def test_only_what_the_experts_and_the_shared_ones_give_is_refitted():
     model = build("deepseek_v2")
     plain, fitted = (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import same_weights
+from helpers import assert_remembers_its_own_config, same_weights
 from models import CASES, OTHER_STRUCTURES, OTHERS, STRUCTURES, VOCAB, build
 
 from optimum_structprune.arch.load import describe
@@ -48,6 +48,7 @@ def same_outputs(model, small, keep, atol=0.0):
 def test_what_stays_is_computed_as_before_and_reloads(case, tmp_path):
     model, small, keep = fewer(case)
     same_outputs(model, small, keep)
+    assert_remembers_its_own_config(small)
     space, left = describe(model).of("vocab")[0], describe(small).of("vocab")[0]
     assert (space.size, left.size) == (VOCAB, len(keep)) and left.unit_params == space.unit_params
     assert model.num_parameters() - small.num_parameters() == space.unit_params * (VOCAB - len(keep))
