@@ -102,6 +102,7 @@ class StructPruner:
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=fewer_tokens is not None)
+            run.find_teacher()
             if fewer_tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
 
@@ -110,8 +111,6 @@ class StructPruner:
                 from .search.search import choose_shape
 
                 widths = choose_shape(run, widths)
-            if run.config.recovery is not None:
-                run.find_teacher()
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.apply_step_(run, step)
             run.compare()

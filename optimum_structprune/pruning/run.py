@@ -109,11 +109,9 @@ class Run:
         self.measure = Measure(self.model, self.data.domains, self.arch)
 
     def find_teacher(self) -> None:
-        """Keep the teacher of the recovery before units go: the dense model, or a copy where it changes."""
-        assert self.config.recovery is not None
-        if self.config.recovery.distils:
-            dense = None if self.changed else self.dense_model
-            self.teacher = deepcopy(self.model) if dense is None else dense
+        """Keep the teacher of the recovery: the dense model, or a copy where it changes."""
+        if self.config.recovery is not None and self.config.recovery.distils:
+            self.teacher = self.dense_model or deepcopy(self.model)
 
     def compare(self) -> None:
         """Measure the model as it is now."""
@@ -130,7 +128,7 @@ class Run:
         with self.report.timed("recovery"), unshared():
             self.manifest().note(self.model)
             recovery = Recovery(self.config.recovery, self.config)
-            recovery.recover_model(self.model, self.tokenizer, self.teacher)
+            recovery.recover_model(self.model, self.tokenizer, self.teacher, teacher_tokenizer=self.dense_tokenizer)
             assert recovery.report is not None
             self.report.recovery = recovery.report
             self.entries += [Entry.of(domain, TRAINED) for domain in recovery.domains]

@@ -39,11 +39,19 @@ PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, Im
 LIBRARY_ERRORS = (*PEFT_ERRORS, OSError, SafetensorError)
 
 
-def lora_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig:
+def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:
     """The adapter that a recovery trains: `config.lora` laid over the defaults, of which "all linear layers" takes in
-    what a mixture stacks in one parameter, and leaves out what is not called as a linear layer.
+    what a mixture stacks in one parameter, and leaves out what is not called as a linear layer. Where tokens have
+    gone, the rows of the others are trained too, as they mean more than before.
     """
     kind: LoraConfig = build(LoraConfig, {**LORA, **config.lora})
+    if fewer_tokens and kind.trainable_token_indices is None and not kind.modules_to_save:
+        table: Any = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        # A tied head peft trains with the embedding, and of one with a bias it would lose that.
+        apart = isinstance(head, nn.Linear) and head.weight is not table.weight and head.bias is None
+        names = [name for name, each in model.named_modules() if each is table or (apart and each is head)]
+        kind.trainable_token_indices = {name: [*range(len(table.weight))] for name in names}
     if kind.target_modules == LORA["target_modules"]:
         experts, routers = _of_experts(model)
         # peft knows the experts of some types of model by itself; its stacked adapters take neither of these options.
@@ -169,13 +177,14 @@ def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 def _check_tied(adapted: PeftModel) -> None:
     # What peft merges into a tied weight changes it in all of its places, and was trained in one of them. Its
-    # `ensure_weight_tying` trains in both and merges both, one on top of the other.
+    # `ensure_weight_tying` trains in both and merges both, one on top of the other. Rows of tokens it does tie.
     names: dict[int, list[str]] = {}
     for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for shared in names.values():
         plain = [re.sub(r"\.(base_layer|original_module)\.", ".", name) for name in shared]
-        wrapped = [name for name, full in zip(plain, shared, strict=True) if name != full]
+        pairs = zip(plain, shared, strict=True)
+        wrapped = [name for name, full in pairs if name != full and ".token_adapter." not in full]
         if len(shared) > 1 and wrapped:
             others = ", ".join(name for name in plain if name != wrapped[0])
             raise StructPruneError(

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..arch.meta import positions_of
 from ..config.recovery import RecoveryConfig
 from ..domains.packing import Domain
+from ..errors import StructPruneError
 from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
 from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
-from .samples import Sample, answer_samples, reads_shared_prefix, text_sample
+from .samples import Sample, answer_samples, in_parts, reads_shared_prefix, text_sample
 from .teacher import Teacher, measure_samples
 from .text import ANSWERS, LEFT_OUT, MEASURED
 
@@ -37,15 +39,14 @@ class Curriculum:
         domains: Sequence[Domain],
         left_out: Tensor | None,
         model: PreTrainedModel,
-        taught_by: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        teacher: Teacher | None,
         seeds: tuple[int, int],
         scratch: Path,
         arguments: TrainingArguments,
     ):
         order, text_seed = seeds
-        self.teacher = None if taught_by is None else Teacher(taught_by)
-        share = 0.0 if taught_by is None else float(config.answer_share)
+        self.teacher = teacher
+        share = 0.0 if teacher is None else float(config.answer_share)
         counts = [round((1 - share) * len(domain.samples)) for domain in domains]
         texts = torch.cat([domain.samples[:count] for domain, count in zip(domains, counts, strict=True)])
         spare = torch.cat([domain.samples[count:] for domain, count in zip(domains, counts, strict=True)])
@@ -59,16 +60,28 @@ class Curriculum:
         self.compared = {name: count / sum(weights.values()) for name, count in weights.items() if count}
         answers: list[Sample] = []
         if len(spare):
-            assert taught_by is not None and tokenizer is not None  # only a teacher has answers
+            assert teacher is not None and teacher.model is not None  # only a teacher has answers
+            taught_by, tokenizer = teacher.model, teacher.tokenizer
+            assert tokenizer is not None  # it has read the text
             prompts = prompts_of(config.prompts, taught_by, tokenizer, spare, text_seed)
             shared = _shared_prefix(prompts, texts.shape[1], model, taught_by)
             self.probes[ANSWERS], answers = _written(prompts, taught_by, tokenizer, spare, most, text_seed, shared)
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order))
         self.lessons = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, arguments.train_batch_size)
-        if self.teacher is not None:
-            self.teacher.note(self.lessons, scratch / "states", arguments.bf16)
-            self.teacher.note([sample for samples in self.probes.values() for sample in samples])
-            self.teacher.release()
+        if teacher is not None:
+            teacher.note(self.lessons, scratch / "states", arguments.bf16)
+            teacher.note([sample for samples in self.probes.values() for sample in samples])
+            teacher.release()
+        if teacher is not None and (parts := teacher.parts) is not None:
+            self.lessons = [in_parts(sample, parts) for sample in self.lessons]
+            self.probes = {name: [in_parts(each, parts) for each in samples] for name, samples in self.probes.items()}
+            every = [*self.lessons, *(sample for samples in self.probes.values() for sample in samples)]
+            longest = 1 + max(int(sample["position_ids"].max()) for sample in every)
+            if longest > (room := positions_of(model)):
+                raise StructPruneError(
+                    f"A sample of seq_length={texts.shape[1]} takes {longest} of the tokens that stay, and the model "
+                    f"has {room:.0f} positions; lower seq_length to {texts.shape[1] * room // longest:.0f}."
+                )
 
     def ids(self) -> Tensor:
         """All that decides what is learnt and what is kept, as one row of token ids."""

@@ -105,8 +105,9 @@ class Recovery:
         check_tokens(model, tokenizer)
         taught_by = None
         if teacher is not None and config.distils:
-            arch_file, readers = self.pruning.arch_file, (tokenizer, teacher_tokenizer)
-            taught_by = load_teacher(teacher, model, *readers, trust_remote_code, arch_file)
+            taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
+        # A teacher reads text in its own tokens, also where the model has lost some.
+        dense, reader = (None, tokenizer) if taught_by is None else (taught_by.model, taught_by.tokenizer)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
         self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
@@ -116,13 +117,13 @@ class Recovery:
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
             with stage("domains", {}):
-                domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
-                left_out = left_out_text(config, self.pruning, tokenizer) if taught_by is not None else None
+                domains = training_text(config, self.pruning, reader, dense or model, seen)
+                left_out = left_out_text(config, self.pruning, reader) if dense is not None else None
             seeds, folder = (seed, self.pruning.seed), Path(scratch)
-            curriculum = Curriculum(config, domains, left_out, model, taught_by, tokenizer, seeds, folder, arguments)
+            curriculum = Curriculum(config, domains, left_out, model, taught_by, seeds, folder, arguments)
             if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
-                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), taught_by)
-            name, taught_by = "" if taught_by is None else taught_by.name_or_path or "", None
+                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), dense)
+            name, dense = "" if dense is None else dense.name_or_path or "", None
             recovered, outcome = self._trained(model, seed, curriculum, arguments, resume)
             wait_for_everyone()
         self.report, self.domains = replace(outcome, teacher=name), domains
@@ -143,7 +144,8 @@ class Recovery:
         before = curriculum.measure(model)
         start, outcome = curriculum.distance_in(before), RecoveryReport()
         best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
-        adapter = None if config.train == "full" else lora_config(config, model)
+        fewer_tokens = curriculum.teacher is not None and curriculum.teacher.parts is not None
+        adapter = None if config.train == "full" else lora_config(config, model, fewer_tokens)
         set_seed(seed)  # of the adapter's values
         try:
             ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)

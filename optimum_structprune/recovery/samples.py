@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from ..forward.generation import copied_cache
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
 from ..method.shrink import check_same
+from ..vocabulary.parts import Parts
 
 
 # The target of a place whose next token does not count, as everywhere in torch.
 IGNORED = -100
 # Token ids and their positions, each of shape `(tokens,)`, and the targets: the next token of a place, or `IGNORED`.
-# `states` are the teacher's last hidden states at the places that count, shape `(places, channels)`.
-Sample = dict[str, Tensor]
+# `states` are the teacher's last hidden states at the places that count, shape `(places, channels)`. In a sample for a
+# model with fewer tokens, `dense` is the same text in the teacher's, and `rows` and `nodes` say what it expects of the
+# targets, see `Parts.spelled`.
+Sample = dict[str, Any]
 
 
 def text_sample(ids: Tensor) -> Sample:
@@ -53,15 +57,61 @@ def answer_samples(
             parts, room = [], places
 
 
-def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """A batch of samples that have equally many places, with padding behind the shorter ones."""
+def in_parts(sample: Sample, parts: Parts) -> Sample:
+    """The sample as a model reads it that has fewer tokens than the teacher."""
+    positions, ids, targets = (sample[name].tolist() for name in ("position_ids", "input_ids", "targets"))
+    begins = [at for at, position in enumerate(positions) if not at or position != positions[at - 1] + 1]
+    columns: list[list[list[int]]] = []
+    seen, at_position = 0, [0]
+    for start, end in pairwise([*begins, len(ids)]):
+        counted = [target != IGNORED for target in targets[start:end]]
+        last = targets[end - 1 : end] if counted[-1] else []
+        text = [*ids[start:end], *last]
+        spelled = parts.spelled(text, [False, *counted][: len(text)], seen)
+        if not columns:  # what conversations share lies in the first one
+            at_position = [0, *accumulate(len(parts.spellings[token]) for token in text)]
+        first, seen = at_position[positions[start]], seen + sum(counted)
+        columns.append([
+            [now[0], place, following[0] if following[1] >= 0 else IGNORED, *following[1:]]
+            for place, (now, following) in enumerate(pairwise(spelled), start=first)
+        ])  # fmt: skip
+    names = ("input_ids", "position_ids", "targets", "rows", "nodes")
+    values = torch.tensor([row for rows in columns for row in rows]).unbind(1)
+    return {**dict(zip(names, values, strict=True)), "dense": sample}
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """A batch of samples of equally many tokens that count, with padding behind the shorter ones."""
     longest = max(len(sample["input_ids"]) for sample in samples)
-    fill = {"input_ids": 0, "position_ids": 0, "targets": IGNORED}
-    batch = {
+    batch: Sample = {
         name: torch.stack([pad(sample[name], (0, longest - len(sample[name])), value=value) for sample in samples])
-        for name, value in fill.items()
+        for name, value in {"input_ids": 0, "position_ids": 0, "targets": IGNORED, "rows": 0, "nodes": 0}.items()
+        if name in samples[0]
     }
-    return {**batch, **({"states": torch.stack([s["states"] for s in samples])} if "states" in samples[0] else {})}
+    if "states" in samples[0]:
+        batch["states"] = torch.stack([sample["states"] for sample in samples])
+    if "dense" in samples[0]:
+        batch["dense"] = collate([sample["dense"] for sample in samples])
+        batch["rows"] += torch.arange(len(samples))[:, None] * tokens_in(samples[0])
+    return batch
+
+
+def tokens_in(sample: Sample) -> int:
+    """The number of tokens of a sample that count, of the teacher's where it has others."""
+    return int((sample.get("dense", sample)["targets"] != IGNORED).sum())
+
+
+def counted(batch: Sample, logits: Tensor) -> Tensor:
+    """The targets of a batch that count, shape `(places,)`, where its logits are."""
+    return batch["targets"][batch["targets"] != IGNORED].to(logits.device)
+
+
+def by_token(values: Tensor, batch: Sample) -> Tensor:
+    """Values of the places of a batch that count, summed over the parts of each token of the teacher."""
+    if "dense" not in batch:
+        return values
+    rows = batch["rows"][batch["targets"] != IGNORED].to(values.device)
+    return values.new_zeros(tokens_in(batch)).index_add(0, rows, values)
 
 
 def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
-"""The teacher of a recovery: a model of the same tokens, what it predicts, and how far another model is from it."""
+"""The teacher of a recovery, what it predicts, and how far another model is from it, which may have fewer tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import describe
 from ..arch.meta import predicts_next
-from ..arch.token_space import named_ids
-from ..domains.readers import ids_in, reader_of
+from ..domains.readers import reader_of
 from ..errors import StructPruneError
 from ..forward.metrics import (
     HEAD_TOKENS,
@@ -27,10 +24,10 @@ from ..forward.metrics import (
     plain_head,
 )
 from ..method.layers import input_device
-from ..removals.resize import drop_tokens_
 from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage
-from .samples import IGNORED, Sample, collate, logits_at, model_inputs
+from ..vocabulary.parts import Parts
+from .samples import IGNORED, Sample, by_token, collate, counted, logits_at, model_inputs, tokens_in
 
 
 def load_teacher(
@@ -39,10 +36,9 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
-    arch_file: str | None = None,
-) -> PreTrainedModel:
-    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Where the model
-    has lost tokens, a teacher loses them too, or a copy of it. Teachers of unknown tokens are taken at their number.
+) -> Teacher:
+    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Teachers of
+    unknown tokens are taken at their number.
     """
     argument = teacher
     if isinstance(teacher, (str, Path)):
@@ -63,27 +59,14 @@ def load_teacher(
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     reader = teacher_tokenizer or reader_of(teacher, trust_remote_code)
     if taught == learnt and None in (reader, tokenizer):
-        return teacher
-    sizes = f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}"
+        return Teacher(teacher, tokenizer)
     if reader is None or tokenizer is None:
         raise StructPruneError(
-            f"{sizes}, and nothing says which are the same; pass its tokenizer (teacher_tokenizer)."
+            f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, and nothing says which "
+            "are the same; pass its tokenizer (teacher_tokenizer)."
         )
-    keep = ids_in(reader, tokenizer, learnt)
-    if learnt < taught:  # of rows without a token, those stay that the configs name, and then the first ones
-        own, theirs = (1 + max(of.get_vocab().values()) for of in (tokenizer, reader))
-        padding, named = range(theirs, taught), named_ids(teacher)
-        keep[own:] = sorted(sorted(padding, key=lambda row: row not in named)[: max(learnt - own, 0)])
-    # What is left of a vocabulary is in the same order.
-    if -1 in keep or len(keep) < learnt or keep != sorted({*keep}) or keep[-1] >= taught:
-        raise StructPruneError(
-            f"{sizes}, and by the same ids they mean other tokens, so their predictions cannot be compared; take the "
-            "model that was pruned as the teacher, or leave the teacher out."
-        )
-    if learnt < taught:
-        teacher = deepcopy(teacher) if teacher is argument else teacher
-        drop_tokens_(teacher, describe(teacher, arch_file), keep)
-    return teacher
+    parts = Parts.between(teacher, reader, model, tokenizer)
+    return Teacher(teacher, tokenizer) if parts.change_nothing() else Teacher(teacher, reader, parts)
 
 
 def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
@@ -92,17 +75,21 @@ def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
 
 
 class Teacher:
-    """What a teacher predicts for samples. Where its head makes the logits of its last hidden states alone, these are
-    computed once and kept in a file, and the rest of the teacher is needed no more; else it runs each time.
+    """What a teacher predicts for samples of text in its own tokens, and with `parts` in those of a model that lacks
+    some. Where its head makes the logits of its last hidden states alone, these are computed once and kept in a file,
+    and the rest of the teacher is needed no more; else it runs each time.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, parts: Parts | None = None
+    ):
         if not outputs_for(model).isfinite().all():
             raise StructPruneError(
                 "The teacher's logits are not finite, for a weight is not or its dtype is too narrow; load it again, "
                 "in float32 or bfloat16, or leave the teacher out."
             )
         self.model: PreTrainedModel | None = model
+        self.tokenizer, self.parts = tokenizer, parts
         few = few_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
         self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
 
@@ -119,7 +106,7 @@ class Teacher:
         if self.head is None or self.model is None:
             return
         base: Any = self.model.base_model
-        places = [int((sample["targets"] != IGNORED).sum()) for sample in samples]
+        places = [tokens_in(sample) for sample in samples]
         total, width = sum(places), self.head.weight.shape[1]
         if file is None:
             stored = torch.empty(total, width, dtype=self.model.dtype)
@@ -133,19 +120,28 @@ class Teacher:
                 sample["states"] = states.copy_(hidden[counted.to(hidden.device)])
 
     @torch.no_grad()
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The logits for the places of a batch that count, shape `(places, vocab)`."""
+    def logits(self, batch: Sample) -> Tensor:
+        """The logits for the tokens of a batch that count, shape `(tokens, vocab)`."""
+        batch = batch.get("dense", batch)
         if self.head is None:
             assert self.model is not None
             return logits_at(self.model, batch)
         weight = self.head.weight
         return self.head(batch["states"].flatten(0, 1).to(weight.device, weight.dtype))
 
+    def divergence(self, logits: Tensor, taught: Tensor, batch: Sample) -> Tensor:
+        """The KL(teacher‖model) of each token of a batch that counts in nats, from the model's logits and its own."""
+        if self.parts is None:
+            return divergence(logits, taught, mean=False)
+        counted = batch["targets"] != IGNORED
+        return self.parts.divergence(logits, taught, batch["rows"][counted], batch["nodes"][counted])
+
 
 @torch.no_grad()
 def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
     """The number of counted `tokens` of each sample, the mean `loss` over them, and with a teacher its loss as `dense`
-    and the mean KL(teacher‖model) in nats as `divergence`, each of shape `(samples,)`, fp64, on the CPU.
+    and the mean KL(teacher‖model) in nats as `divergence`, each of shape `(samples,)`, fp64, on the CPU. Tokens are
+    the teacher's where it has others.
     """
     found: dict[str, list[Tensor]] = {}
     at_once = max(1, TOKENS_AT_ONCE // max(len(sample["input_ids"]) for sample in samples))
@@ -153,12 +149,13 @@ def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | No
         for start in range(0, len(samples), at_once):
             batch = collate(samples[start : start + at_once])
             logits = logits_at(model, batch).float()
-            targets = batch["targets"][batch["targets"] != IGNORED].to(logits.device)
-            values = {"loss": cross_entropy(logits, targets, reduction="none"), "tokens": torch.ones_like(targets)}
+            losses = by_token(cross_entropy(logits, counted(batch, logits), reduction="none"), batch)
+            values = {"loss": losses, "tokens": torch.ones_like(losses)}
             if teacher is not None:
                 dense = teacher.logits(batch).to(logits.device).float()
-                values["dense"] = cross_entropy(dense, targets, reduction="none")
-                values["divergence"] = divergence(logits, dense, mean=False)
+                own = counted(batch.get("dense", batch), logits)
+                values["dense"] = cross_entropy(dense, own, reduction="none")
+                values["divergence"] = teacher.divergence(logits, dense, batch)
             for name, value in values.items():
                 by_sample = value.double().view(len(batch["targets"]), -1).cpu()
                 found.setdefault(name, []).append(by_sample.sum(1) if name == "tokens" else by_sample.mean(1))

@@ -18,18 +18,20 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..config.fields import build
 from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.metrics import divergence, evaluating, perplexity_errors, perplexity_of
+from ..forward.metrics import evaluating, perplexity_errors, perplexity_of
 from ..record.report import RecoveryReport
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
 from .lessons import Curriculum
-from .samples import IGNORED, collate, logits_at
+from .samples import by_token, collate, counted, logits_at, tokens_in
 from .text import ANSWERS, LEFT_OUT
 
 
 # The best checkpoint is given back, and a training ends that has brought nothing for so many checkpoints.
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
 PATIENCE = 4
+# The name of what peft trains of rows of tokens, and their learning rate as a share of that of the adapter.
+ROWS, ROWS_SHARE = "trainable_tokens_delta", 0.3
 LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
 
 
@@ -159,6 +161,19 @@ class DistillTrainer(Trainer):
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer as `Trainer.create_optimizer` does, in which rows of tokens move less."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model: Any = self.model
+        rows = {id(of) for name, of in model.named_parameters() if ROWS in name}
+        for group in [] if made else [*optimizer.param_groups]:
+            own = [of for of in group["params"] if id(of) in rows]
+            if own:
+                group["params"] = [of for of in group["params"] if id(of) not in rows]
+                optimizer.add_param_group({**group, "params": own, "lr": ROWS_SHARE * group["lr"]})
+        return optimizer
+
     def outcome(self, seconds: float) -> RecoveryReport:
         """What a training of so many seconds did, which step was kept, and why it stopped."""
         return RecoveryReport(
@@ -175,7 +190,7 @@ class DistillTrainer(Trainer):
         arguments, samples = self.args, cast("Any", self.train_dataset)
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         seen = min(self.state.global_step * batch, len(samples) * ceil(self.state.epoch or 0))
-        return seen * int((samples[0]["targets"] != IGNORED).sum()) if seen else 0
+        return seen * tokens_in(samples[0]) if seen else 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
@@ -184,12 +199,12 @@ class DistillTrainer(Trainer):
         logits, weight = logits_at(model, inputs), self.kl_weight if self.teacher else 0
         loss = logits.new_zeros(())
         if weight < 1:
-            targets = inputs["targets"][inputs["targets"] != IGNORED].to(logits.device)
-            loss = (1 - weight) * cross_entropy(logits.float(), targets)
+            losses = cross_entropy(logits.float(), counted(inputs, logits), reduction="none")
+            loss = (1 - weight) * by_token(losses, inputs).mean()
         if self.teacher is not None and weight:
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher.logits(inputs).to(logits.device)
-            loss = loss + weight * divergence(logits, taught)
+            loss = loss + weight * self.teacher.divergence(logits, taught, inputs).mean()
         self._check(loss.detach())
         return (loss, logits) if return_outputs else loss
 

@@ -9,7 +9,7 @@ import torch
 from helpers import failing, logits, recovery_config, same_weights
 from models import CASES, build, config, tokenizer
 
-from optimum_structprune import Recovery, StructPruneError, load_adapter, prune_model, recover
+from optimum_structprune import Recovery, RecoveryConfig, StructPruneError, load_adapter, prune_model, recover
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import EXPERT
 from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
@@ -161,3 +161,21 @@ def test_the_default_adapter_trains_what_the_merged_model_has(case):
         assert merged.get_parameter(name).ndim < 2 or not torch.equal(
             merged.get_parameter(name), dense.get_parameter(name)
         )
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "gemma3_text", "codegen"])
+def test_where_tokens_have_gone_the_rows_of_the_others_are_trained_and_merged(case):
+    """A head that is the embedding moves with it, one of its own too; one with a bias stays."""
+    model = build(case).eval()
+    before, table, head = logits(model), model.get_input_embeddings(), model.get_output_embeddings()
+    old, own = table.weight.clone(), head.weight.clone()
+    with fresh_adapter(model, lora_config(RecoveryConfig(), model, fewer_tokens=True)) as adapted:
+        torch.testing.assert_close(logits(adapted.eval()), before)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+        trained = logits(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained)
+    assert not torch.equal(table.weight, old) and torch.equal(head.weight, own) is (case == "codegen")
+    assert (head.weight is table.weight) is (case not in ("llama-untied", "codegen"))

@@ -21,12 +21,14 @@ from optimum_structprune.recovery.answers import Answers, builtin_prompts, promp
 from optimum_structprune.recovery.samples import (
     answer_samples,
     collate,
+    in_parts,
     logits_at,
     reads_shared_prefix,
     text_sample,
 )
 from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
 from optimum_structprune.recovery.trainer import DistillTrainer
+from optimum_structprune.vocabulary.parts import Parts
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,30 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing():
     assert reads_shared_prefix(build("mistral").eval(), 4) and not reads_shared_prefix(build("mistral").eval(), 5)
 
 
+def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_together_as_alone():
+    """Also with a prefix that is read once, and of a teacher that runs each time."""
+    pairs = [([5, 80, 7, 61, 20], [70, 9, 2]), ([5, 80, 90], [11, 95]), ([5, 80, 12, 13], [15, 66, 17, 18])]
+    parts = Parts(
+        [*((token,) for token in range(60)), *((token % 8, token % 5, token % 3) for token in range(36))], 60
+    )
+    for case in ("llama-tied", "gemma2"):
+        student = build(case, seed=1)
+        student.resize_token_embeddings(60)
+        teacher, found = Teacher(build(case), tokenizer(), parts), []
+        for shared, chosen in ((0, pairs), (2, pairs), *((0, [pair]) for pair in pairs)):
+            if shared and case == "gemma2":
+                continue
+            dense = [*answer_samples(chosen, sum(len(answer) for _, answer in chosen), shared)]
+            teacher.note(dense)
+            found.append(measure_samples(student, [in_parts(sample, parts) for sample in dense], teacher))
+        alone = found[-3:]
+        for name in ("divergence", "loss", "dense"):
+            expected = sum(of["tokens"] * of[name] for of in alone) / sum(of["tokens"] for of in alone)
+            for together in found[:-3]:
+                torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5)
+        assert found[0]["tokens"].tolist() == [9] and found[0]["divergence"] > 0.01
+
+
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
 def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
     """A head that caps its logits runs again, any other one on hidden states that were kept."""
@@ -196,7 +222,7 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
 
     def noted(*args, **kwargs):
         teacher = load_teacher(*args, **kwargs)
-        loaded.append(ref(teacher))
+        loaded.append(ref(teacher.model))
         return teacher
 
     class Watch(TrainerCallback):

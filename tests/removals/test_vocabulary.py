@@ -152,7 +152,8 @@ def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_pat
         names = {keep[small.config.pad_token_id], *(keep[end] for end in small.generation_config.eos_token_id)}
         assert names == {463, 2, 450}
         same_as_dense(pruner, small, model)
-        same_as_dense(pruner, load_teacher(tmp_path / "dense", small, pruner.tokenizer), model)
+        spelled = load_teacher(tmp_path / "dense", small, pruner.tokenizer).parts.spellings
+        assert [spelled[token] for token in keep] == [(new,) for new in range(number)] and len(spelled) == 464
     pruner.save(small, tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert again.config.pad_token_id == small.config.pad_token_id
@@ -285,30 +286,31 @@ def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, mo
 
 
 @pytest.mark.long
-def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_one(tmp_path):
+def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     model = text_model()
     for part in (model, reader()):
         part.save_pretrained(tmp_path / "dense")
     training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
-    pruner, small = pruned(model, recovery=training)
-    assert {"dense", "pruned", "recovered"} == pruner.report.recovery.perplexity["a"].keys()
+    pruner, small = pruned(model, recovery=training, widths={"vocab": 320, "mlp": 24})
+    report = pruner.report.recovery
+    assert {"dense", "pruned", "recovered"} == report.perplexity["a"].keys()
+    assert all(0 < far["recovered"] < far["pruned"] for far in report.divergence.values())
     keep = pruner.plan.keep[-1, "vocab"]
-    taught = load_teacher(tmp_path / "dense", small, pruner.tokenizer)
-    same_as_dense(pruner, taught, model)
-    again = load_teacher(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), small, pruner.tokenizer)
-    assert again.config.vocab_size == len(keep) and model.config.vocab_size == 400
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
-    # A model in memory comes from no place where its tokenizer lies; the run has seen that of this one.
-    same_as_dense(pruner, load_teacher(model, small, pruner.tokenizer), model)
     unknown = deepcopy(model)
     with pytest.raises(
         StructPruneError, match=r"nothing says which are the same; pass its tokenizer \(teacher_tokenizer"
     ):
         recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
-    same_as_dense(pruner, load_teacher(unknown, small, pruner.tokenizer, reader()), model)
+    # A model in memory comes from no place where its tokenizer lies; the run has seen that of this one.
+    for teacher, theirs in ((tmp_path / "dense", None), (model, None), (unknown, reader())):
+        taught = load_teacher(teacher, small, pruner.tokenizer, theirs)
+        assert [taught.parts.spellings[token] for token in keep] == [(new,) for new in range(320)]
+        assert same_weights(taught.model, model)
     # The model that the first run has left as it was, with its tokenizer, loses both in place.
-    assert same_weights(StructPruner(asking(recovery=training)).prune_model(model, reader(), inplace=True), small)
+    inplace = StructPruner(asking(recovery=training, widths={"vocab": 320, "mlp": 24}))
+    assert same_weights(inplace.prune_model(model, reader(), inplace=True), small)
 
 
 def test_both_models_are_measured_on_the_same_text_per_dense_token():

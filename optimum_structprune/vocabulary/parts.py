@@ -1,0 +1,171 @@
+"""The tokens of a dense model spelled by those that stay, and what it expects next in these: its words are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.token_space import named_ids
+from ..domains.readers import ids_in
+from ..errors import StructPruneError
+from ..forward.metrics import outputs_for
+from .tokens import Vocabulary
+
+
+# So many places are compared at a time, as the probabilities of a large vocabulary take much memory.
+PLACES_AT_ONCE = 64
+LEAST = 1e-38  # what divides a sum that may be zero
+
+
+class Parts:
+    """How each token of a dense model is spelled by the tokens of a smaller vocabulary, its parts.
+
+    The spellings form a tree. Its nodes are the beginnings with which a longer spelling goes on; the branches of a
+    node are the tokens that begin so, each with the part that follows, or `size` where the token ends.
+
+    Args:
+        spellings: The parts of each dense token, by its id; none where nothing spells it.
+        size: The number of tokens in the smaller vocabulary.
+    """
+
+    def __init__(self, spellings: Sequence[tuple[int, ...]], size: int):
+        self.spellings, self.size = spellings, size
+        self.first = torch.tensor([parts[0] if parts else size for parts in spellings])
+        beginnings = dict.fromkeys(parts[:end] for parts in spellings for end in range(1, len(parts)))
+        self.nodes = {beginning: number for number, beginning in enumerate(beginnings)}
+        branches = [
+            (self.nodes[parts[:end]], token, parts[end] if end < len(parts) else size)
+            for token, parts in enumerate(spellings)
+            for end in range(1, len(parts) + 1)
+            if parts[:end] in self.nodes
+        ]
+        node, self.tokens, self.following = torch.tensor(sorted(branches)).view(-1, 3).long().unbind(1)
+        self.counts = node.bincount(minlength=len(self.nodes))
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    @classmethod
+    def between(
+        cls,
+        dense: PreTrainedModel,
+        dense_tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Parts:
+        """The parts of a dense model's tokens in the vocabulary of one that has lost some or none."""
+        rows, size = (of.config.get_text_config().vocab_size for of in (dense, model))
+        theirs, own = (1 + max(of.get_vocab().values()) for of in (dense_tokenizer, tokenizer))
+        keep, named = ids_in(dense_tokenizer, tokenizer, min(own, size)), named_ids(dense)
+        # Of rows without a token, those stay that the configs name, and then the first ones.
+        keep += sorted(sorted(range(theirs, rows), key=lambda row: row not in named)[: max(size - own, 0)])
+        if keep != sorted({*keep} - {-1}) or keep[-1] >= rows:  # what is left is in the same order
+            raise StructPruneError(
+                f"The dense model has a vocabulary of {rows} tokens and the model one of {size}, and by the same ids "
+                "they mean other tokens, so their predictions cannot be compared; take the model that was pruned."
+            )
+        new = {old: number for number, old in enumerate(keep)}
+        spellings: list[tuple[int, ...]] = [(new[token],) if token in new else () for token in range(rows)]
+        if gone := {*range(min(theirs, rows))} - new.keys():
+            vocabulary = Vocabulary.of(dense_tokenizer)
+            for token in gone:
+                parts = vocabulary.parts(token, new)
+                spellings[token] = tuple(new[part] for part in parts) if new.keys() >= {*parts} else ()
+        return cls(spellings, size)
+
+    def change_nothing(self) -> bool:
+        """Whether each token is its own only part, under the same id."""
+        return self.size == len(self.spellings) and torch.equal(self.first, torch.arange(self.size))
+
+    def spelled(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:
+        """The parts of a text of dense tokens. Beside each stand the number of its token among those that are counted,
+        from `seen` on, or -1; and the node of what was read of that token so far, for a first part of the token
+        before, or -1 if nothing is expected of it.
+        """
+        spelled, before = [], -1
+        for token, counts in zip(ids, counted, strict=True):
+            if not (parts := self.spellings[token]):
+                raise StructPruneError(f"The token {token} of the dense model cannot be spelled without itself.")
+            nodes = [before, *(self.nodes[parts[:end]] for end in range(1, len(parts)))]
+            spelled += [(part, seen if counts else -1, node) for part, node in zip(parts, nodes, strict=True)]
+            # What else the token may have begun is known where the dense model's expectation of it is.
+            before, seen = self.nodes.get(parts, -1) if counts else -1, seen + counts
+        return spelled
+
+    @torch.no_grad()
+    def expected(self, probabilities: Tensor, rows: Tensor, first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities of the next part at each place, shape `(places, size)`, and how sure it is that one of
+        them follows, shape `(places,)`: less than 1 inside a token where another one may have ended, behind which
+        nobody has read on.
+
+        Args:
+            probabilities: What the dense model expects, shape `(tokens, dense size)`.
+            rows: The row of `probabilities` for the token that a place is part of; the row before is the token before.
+            first: At which places that token begins.
+            nodes: The nodes of `spelled`.
+        """
+        device, size = probabilities.device, self.size
+        whole = probabilities.new_zeros(len(probabilities), size + 1)
+        whole = whole.scatter_add_(1, self.first.to(device).expand_as(probabilities), probabilities)[:, :size]
+        whole = whole / whole.sum(1, keepdim=True)
+        at = (nodes >= 0).nonzero()[:, 0]
+        counts, starts = (of.to(device)[nodes[at]] for of in (self.counts, self.starts))
+        branch = torch.arange(int(counts.sum()), device=device)
+        branch += (starts + counts - counts.cumsum(0)).repeat_interleave(counts)
+        place, token, part = (
+            at.repeat_interleave(counts),
+            self.tokens.to(device)[branch],
+            self.following.to(device)[branch],
+        )
+        begun = probabilities.new_zeros(len(rows), size + 1)
+        begun.index_put_((place, part), probabilities[(rows - first.long())[place], token], accumulate=True)
+        goes_on = begun[:, :size].sum(1)
+        share = (goes_on / (goes_on + begun[:, size])).nan_to_num()  # 0 where neither can be
+        inside = begun[:, :size] / goes_on.clamp_min(LEAST)[:, None]
+        ends = torch.where(first, 1 - share, 0.0)
+        return ends[:, None] * whole[rows] + (1 - ends)[:, None] * inside, torch.where(first, 1.0, share)
+
+    def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
+        """The KL divergence from the dense model's words in nats, summed over the parts of each dense token, shape
+        `(tokens,)`, fp32. Where a token may have ended that was not read, the smaller model is taken to be right.
+
+        Args:
+            logits: Those of the smaller model, shape `(places, size)`.
+            dense: Those of the dense model for the tokens that are counted, shape `(tokens, dense size)`.
+            rows, nodes: What `spelled` says of the part that comes after each place, shape `(places,)`.
+        """
+        rows, nodes = rows.to(logits.device), nodes.to(logits.device)
+        first, each = rows.diff(prepend=rows.new_tensor([-1])) != 0, []
+        for values, *places in zip(*(of.split(PLACES_AT_ONCE) for of in (logits, rows, first, nodes)), strict=True):
+            start, end = max(int(places[0][0]) - 1, 0), int(places[0][-1]) + 1
+            taught = dense[start:end].to(logits.device).float().softmax(-1)
+            expected, sure = self.expected(taught, places[0] - start, *places[1:])
+            log = values.float().log_softmax(-1)
+            each.append(sure * (torch.special.xlogy(expected, expected) - expected * log).sum(-1))
+        return logits.new_zeros(len(dense), dtype=torch.float32).index_add(0, rows, torch.cat(each))
+
+
+@torch.no_grad()
+def divergence_from_dense(
+    dense: PreTrainedModel,
+    dense_tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+) -> Tensor:
+    """The mean KL divergence per dense token in nats of each text, shape `(texts,)`, fp64, on the CPU, of a model that
+    may have lost tokens from the dense one; see `Parts.divergence`.
+
+    Raises:
+        StructPruneError: If the smaller tokenizer has other tokens than the dense one, or in another order.
+    """
+    parts, found = Parts.between(dense, dense_tokenizer, model, tokenizer), []
+    for text in texts:
+        ids = dense_tokenizer(text, verbose=False).input_ids
+        read, rows, nodes = torch.tensor(parts.spelled(ids, [False, *[True] * (len(ids) - 1)])).unbind(1)
+        logits, counted = outputs_for(model, read[None])[0, :-1], rows[1:] >= 0
+        expected = outputs_for(dense, torch.tensor([ids]))[0, :-1]
+        each = parts.divergence(logits[counted.to(logits.device)], expected, rows[1:][counted], nodes[1:][counted])
+        found.append(each.double().mean().cpu())
+    return torch.stack(found)
