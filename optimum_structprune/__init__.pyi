@@ -18,7 +18,6 @@ from .forward.metrics import perplexity as perplexity
 from .pruner import AutoStructPruner as AutoStructPruner
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
-from .pruner import register_pruner as register_pruner
 from .record.plan import Plan as Plan
 from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery

@@ -19,7 +19,7 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
-from .pruner import PRUNERS, with_widths
+from .pruner import with_widths
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
@@ -166,7 +166,6 @@ def checked_without_weights(
 ) -> tuple[ModelInfo, StructPruneConfig, Widths]:
     """A model without weights, the config with the spaces that it takes, and its widths, checked as with weights."""
     check_config_kind(config)
-    PRUNERS.get(config.method)  # refuses a method that is not registered
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)

@@ -22,17 +22,11 @@ from .pruning.room import check_room, with_batch_size
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report
-from .registry import Registry
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
 from .widths.budget import widths_of
 
 
-PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
-register_pruner = PRUNERS.register
-
-
-@register_pruner("iterative")
 class StructPruner:
     """Prunes a model by calibration, scoring, removal and refit, in one step or several.
 
@@ -244,17 +238,16 @@ def with_widths(
 
 
 class AutoStructPruner:
-    """Finds the pruner class for a config by its `method`."""
+    """Makes the pruner of a config."""
 
     @staticmethod
     def from_config(config: StructPruneConfig) -> StructPruner:
-        """The pruner that `config.method` names.
+        """The pruner of a config.
 
         Raises:
-            StructPruneError: If no pruner is registered under that name.
+            StructPruneError: If `config` is no `StructPruneConfig`.
         """
-        check_config_kind(config)
-        return PRUNERS.get(config.method)(config)
+        return StructPruner(config)
 
 
 def prune_model(
@@ -265,7 +258,7 @@ def prune_model(
     inputs: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
-    pruned = AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
+    pruned = StructPruner(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
     if vars(pruned)["prune_result"].tokenizer is not None:
         warn("The model has a smaller vocabulary, and so another tokenizer: `model.prune_result.tokenizer`.")
     return pruned

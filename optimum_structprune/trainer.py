@@ -21,7 +21,7 @@ from .config.pruning import StructPruneConfig
 from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
-from .pruner import AutoStructPruner
+from .pruner import StructPruner
 from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer
 from .record.plan import Plan
 from .removals.resize import check_state, resize_, slice_state_
@@ -257,7 +257,7 @@ class StructPruneCallback(TrainerCallback):
         if not smaller:
             return False
         check_state(optimizer)
-        pruner = AutoStructPruner.from_config(replace(self.config, rounds=1))
+        pruner = StructPruner(replace(self.config, rounds=1))
         plan = pruner.prune_to_(model, self._domains or [self.text.domain()], smaller)
         slice_state_(optimizer, model, arch, plan)
         self.plan = plan if self.plan is None else self.plan.then(plan)

@@ -9,11 +9,10 @@ from helpers import count_hooks, failing, logits, modes, same_weights
 from models import build, config, token_ids, tokenizer
 from torch import nn
 
-from optimum_structprune import AutoStructPruner, StructPruner, prune_model, register_pruner
+from optimum_structprune import AutoStructPruner, StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.forward.metrics import sample_losses, standard_error
-from optimum_structprune.pruner import PRUNERS
 
 
 @pytest.mark.parametrize(
@@ -141,16 +140,12 @@ def test_what_was_asked_and_what_was_removed_are_said(recwarn):
     assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["target"] == 0.1
 
 
-def test_pruners_resolve_by_method(monkeypatch):
-    monkeypatch.setattr(PRUNERS, "_entries", dict(PRUNERS._entries))
-
-    @register_pruner("test-pruner")
-    class Mine(StructPruner):
-        pass
-
-    assert type(AutoStructPruner.from_config(config(method="test-pruner"))) is Mine
-    with pytest.raises(StructPruneError, match=r"no pruner 'test-prunner'. Did you mean 'test-pruner'\?"):
-        AutoStructPruner.from_config(config(method="test-prunner"))
+def test_a_config_makes_its_pruner():
+    settings = config()
+    pruner = AutoStructPruner.from_config(settings)
+    assert type(pruner) is StructPruner and pruner.config is settings
+    with pytest.raises(StructPruneError, match="StructPruneConfig"):
+        AutoStructPruner.from_config({"sparsity": 0.2})
 
 
 @pytest.mark.parametrize(("case", "weight", "message"), [

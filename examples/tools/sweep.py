@@ -24,7 +24,7 @@ from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.pruner import AutoStructPruner
+from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.checkpoint import run_key
 from optimum_structprune.pruning.checks import check, check_arguments
 from optimum_structprune.record.table import as_csv, as_text, side_by_side
@@ -110,7 +110,7 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
 def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> dict[str, Any]:
     """Prune to one size, and save the model if there is a folder; the report, with the perplexity after a training."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
-    pruner = AutoStructPruner.from_config(config)
+    pruner = StructPruner(config)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     if folder is not None:
         # A model without a place on the curve is left from a sweep that was killed.

@@ -15,7 +15,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.resolve import resolve, split_samples, texts_of
 from ..domains.sources import documents
 from ..evaluation.answers import ShortCheck
-from ..pruner import AutoStructPruner, StructPruner
+from ..pruner import StructPruner
 from ..recovery.recover import check_recovery
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
@@ -32,7 +32,7 @@ def prune(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     config, recovery = prune_configs(args)
     loading = Loading.of(args, arch_file=config.arch_file)
-    pruner = AutoStructPruner.from_config(config)
+    pruner = StructPruner(config)
     # Processes that were started together share the work.
     output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
     with across_processes(), output.locked():

@@ -151,7 +151,6 @@ class StructPruneConfig(WithDomains):
     """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
 
     Args:
-        method: The registered pruner that does it.
         sparsity: The share of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so it is
             less of the whole model, and the FFN loses a larger share of its channels: 0.2 of SmolLM2-135M are 27 % of
             these and 16 % of all parameters.
@@ -226,7 +225,6 @@ class StructPruneConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    method: str = "iterative"
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, Number] | None = None
@@ -274,9 +272,10 @@ class StructPruneConfig(WithDomains):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings."""
+        """Inverse of `to_dict`; domains and recovery may be mappings. The only `method` that there was is left out."""
         if isinstance(recovery := mapping_of(data, cls.__name__).get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
+        data = {name: value for name, value in data.items() if (name, value) != ("method", "iterative")}
         return super().from_dict(data)
 
     @property

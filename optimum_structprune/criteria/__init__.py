@@ -59,7 +59,7 @@ def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
     return columns.reshape(-1, columns_per_unit).sum(1)
 
 
-@register_criterion("wanda", paper="Wanda, Sun et al. 2023, arXiv 2306.11695")
+@register_criterion("wanda", paper="Sun et al. 2023, arXiv:2306.11695")
 def wanda(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
     """The score is √(Σ_j ‖W_:j‖² · E[x_j²]) over the columns j of a unit.
 
@@ -69,7 +69,7 @@ def wanda(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any)
     return per_unit(energy, columns_per_unit).sqrt()
 
 
-@register_criterion("flap", paper="FLAP, An et al. 2023, arXiv 2312.11983")
+@register_criterion("flap", paper="An et al. 2023, arXiv:2312.11983")
 def flap(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
     """The score is Var[x_j] · ‖W_:j‖², summed over the columns j of a unit (FLAP, An et al. 2023, eq. 5)."""
     return per_unit(moments.variance.to(weight) * weight.square().sum(0), columns_per_unit)
@@ -88,7 +88,7 @@ def random(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any
     return torch.rand(weight.shape[1] // columns_per_unit, generator=generator).to(weight)
 
 
-@register_criterion("obs", paper="ZipLM, Kurtic et al. 2023, arXiv 2302.04089", needs_gram=True, damped=True)
+@register_criterion("obs", paper="ZipLM, Kurtic et al. 2023, arXiv:2302.04089", needs_gram=True, damped=True)
 def obs(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
     """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j: the
     error that remains after the best refit of the other columns.
@@ -152,7 +152,7 @@ def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> 
 
 @register_criterion(
     "obs_drive",
-    paper="SlimLLM, Guo et al. 2025, arXiv 2505.22689",
+    paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689",
     needs_gram=True,
     damped=True,
     prior=producer_norms,
@@ -173,7 +173,7 @@ def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: 
     return (roots + norms * scale).square() / 4
 
 
-@register_criterion(DEFAULTS[LAYER], judges=LAYER, paper="ShortGPT, Men et al. 2024, arXiv 2403.03853")
+@register_criterion(DEFAULTS[LAYER], judges=LAYER, paper="ShortGPT, Men et al. 2024, arXiv:2403.03853")
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
     """The score is the mean of 1 - cos(input, output) of a layer over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
@@ -199,19 +199,19 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
     return total / tokens
 
 
-@register_criterion(DEFAULTS[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+@register_criterion(DEFAULTS[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
 def reap(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
     """The score is the mean of g · ‖f(x)‖ over the tokens that chose an expert f with the gate g (REAP, eq. 8)."""
     return norms * gates
 
 
-@register_criterion("reap_normalised", judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+@register_criterion("reap_normalised", judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
 def reap_normalised(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
     """The score is that of `reap` with the gates of a token divided by their sum, as its authors do since."""
     return norms * gates / sums
 
 
-@register_criterion("reap_sum", judges=EXPERT, summed=True, paper="REAP, Lasby et al. 2025, arXiv 2510.13999")
+@register_criterion("reap_sum", judges=EXPERT, summed=True, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
 def reap_sum(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
     """The score is the sum of `reap`, and not the mean: what an expert adds in all, however many tokens share it."""
     return norms * gates

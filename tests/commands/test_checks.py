@@ -117,7 +117,6 @@ MODEL = [
     ),
     (f"{SHARE} --skip-layer 99", "skip_layers names layer 99"),
     (f"{SHARE} --criterion wanda2", "There is no criterion 'wanda2'"),
-    (f"{SHARE} --method itertive", "There is no pruner 'itertive'"),
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{SHARE} --num-samples 2", "num_samples=2 does not give each of the 4 domains a sample; 4 is the least"),
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),

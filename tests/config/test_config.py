@@ -65,6 +65,13 @@ def test_round_trips(config, tmp_path_factory):
     assert StructPruneConfig.from_yaml(folder / "run.yaml") == config
 
 
+def test_a_saved_config_that_names_the_method_loads():
+    """Of which there was one."""
+    assert StructPruneConfig.from_dict({"method": "iterative", "sparsity": 0.2}) == StructPruneConfig(sparsity=0.2)
+    with pytest.raises(StructPruneError, match="no field 'method'"):
+        StructPruneConfig.from_dict({"method": "other", "sparsity": 0.2})
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({}, "exactly one of sparsity, widths and budget .* got none; budget={'parameters': 0.8}"),
     ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),

@@ -1,6 +1,7 @@
 """Criteria against their definitions."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_obs_judges_groups_as_large_as_those_of_real_models(columns, threads):
         fitted = x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
         expected = 0.5 * float((target - fitted).square().sum(1).mean())
         assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_criterion_has_its_row_with_its_paper():
+    page = (Path(__file__).parents[2] / "docs" / "how_it_works.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    for name in CRITERIA.names():
+        criterion = CRITERIA.get(name)
+        assert criterion.name == name and criterion.paper in rows[name], name
+        assert criterion.paper or name in ("magnitude", "random")
+        assert len(rows[name].split("|")[3].split()) <= 11
 
 
 shares_and_losses = st.integers(1, 5).flatmap(

@@ -96,7 +96,7 @@ def _exchanged(
 
 @register_criterion(
     "slimllm",
-    paper="SlimLLM, Guo et al. 2025, arXiv 2505.22689",
+    paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689",
     needs_gram=True,
     whole_model_statistics=of_samples(inflows),
     check=_check,
