@@ -55,7 +55,12 @@ class Moments:
         self.count += len(x)
         share = len(x) / self.count
         x = operand(x.to(self.mean.device))
-        mean, square = _precise_means(x)
+        mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        for part in x.split(PRECISE_TOKENS):
+            precise = part.double()
+            share_of_each = precise.new_full((len(part),), 1 / len(x))
+            mean.add_(share_of_each @ precise)
+            square.add_(share_of_each @ precise.square_())
         self.mean.lerp_(mean, share)
         self.square.lerp_(square, share)
         if self.gram is not None:
@@ -101,17 +106,6 @@ class Moments:
                 "or check its weights."
             )
         return self
-
-
-def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
-    """E[x] and E[x²] over tokens in fp64, shape `(n,)` each."""
-    mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-    for part in x.split(PRECISE_TOKENS):
-        precise = part.double()
-        share = precise.new_full((len(part),), 1 / len(x))
-        mean.add_(share @ precise)
-        square.add_(share @ precise.square_())
-    return mean, square
 
 
 def output_energy(weight: Tensor, moments: Moments) -> float:

@@ -257,7 +257,7 @@ class InMemory(Source):
             recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
-            self.hidden.append(self._kept(hidden))
+            self.hidden.append(hidden.to(device=self.keep_on))
         self.dense = list(self.hidden)
 
     @torch.no_grad()
@@ -282,7 +282,9 @@ class InMemory(Source):
             if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.consumers):
                 self.error_feedback = 0.0
         if self.error_feedback:
-            self.dense = [self._kept(self.output(layer, index, dense)) for index, dense in enumerate(self.dense)]
+            self.dense = [
+                self.output(layer, index, dense).to(device=self.keep_on) for index, dense in enumerate(self.dense)
+            ]
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         axes = {self._local(layer, axis.module): axis for axis in space.consumers}
@@ -321,7 +323,7 @@ class InMemory(Source):
         with hooks.observe_products(self.module(layer), moments, see):
             output = self.output(layer, index)
         if self.fixed:
-            self.outputs[index] = self._kept(output)
+            self.outputs[index] = output.to(device=self.keep_on)
         if waiting:
             dense = self.dense[index].to(output.device)
             error = batch.counted(self.error_feedback * (dense.float() - output.float()))
@@ -343,7 +345,7 @@ class InMemory(Source):
             device = next(module.parameters()).device
             outputs = [send_to_device(output, device) for output in cached.values()]
             with hooks.replaying([module.get_submodule(name) for name in cached], outputs):
-                self.hidden[index] = self._kept(self.output(layer, index))
+                self.hidden[index] = self.output(layer, index).to(device=self.keep_on)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
@@ -409,9 +411,6 @@ class InMemory(Source):
         if not parts:
             return nullcontext()
         return hooks.cached_outputs(self.module(layer), parts, self.changed, keep, self.keep_on)
-
-    def _kept(self, hidden: Tensor) -> Tensor:
-        return hidden if self.keep_on is None else hidden.to(self.keep_on)
 
     def _local(self, layer: int, name: str) -> str:
         return name.removeprefix(self.arch.layer_prefix(layer))

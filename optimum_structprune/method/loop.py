@@ -9,8 +9,9 @@ Lifecycle of `prune_layers_`, for each layer in turn:
     - score: the criterion scores the units by the weights that read them and by the moments (score.py).
     - choose: the units with the highest scores stay.
     - refit: the columns of the kept units make up for the removed ones and for the error of the layers in front
-      (refit.py, linalg.py); the columns of the others become zero.
-- `shrink_layer_` replaces the layer by a smaller one (shrink.py), and `source.same_outputs` compares the two.
+      (refit.py, linalg.py); the columns of the others are masked, which means that they become zero.
+- Where the layer is cut, `shrink_layer_` replaces it by a smaller one (shrink.py), and `source.same_outputs` compares
+  the two. A round before the last, and a pruning on trial, leave it masked.
 - `source.advance` takes the hidden states of the samples through it, to the next layer.
 - `on_layer` is told; that is where progress, records and checkpoints hang.
 """
@@ -61,9 +62,9 @@ def prune_layers_(
     """Bring every layer of a model, or some `layers`, to their widths; each is fitted to what it reads behind the
     pruned layers before it.
 
-    The units that are kept are those of `masks`, which hold the model. Without a `smaller` model all others are only
-    masked. With one, which has no weights, its layers take the places of those of the model. `on_layer` is called with
-    the index of each layer that is finished.
+    `masks` hold the model, and get the units that are kept. Without a `smaller` model all others are only masked. With
+    one, which has no weights, its layers take the places of those of the model. `on_layer` is called with the index of
+    each layer that is finished.
     """
     model, arch = masks.model, masks.arch
     for layer in range(arch.num_layers) if layers is None else layers:

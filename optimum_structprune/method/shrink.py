@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ def _views(model: nn.Module, axis: Axis) -> Values:
     return weight[axis.part].movedim(axis.dim - 1, -1), None if bias is None else bias[axis.part]
 
 
+@dataclass
 class Masks:
     """The units of a model that are kept so far; the columns of all others are zero.
 
@@ -72,11 +74,12 @@ class Masks:
     read or changed has to be in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, undoable: bool = True):
-        self.model, self.arch, self.undoable = model, arch, undoable
-        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
-        self.lost = False  # whether the model has lost something that cannot be put back
-        self._dense: dict[Axis, Values] = {}
+    model: PreTrainedModel
+    arch: ArchSpec
+    undoable: bool = True
+    keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    lost: bool = False  # whether the model has lost something that cannot be put back
+    _dense: dict[Axis, Values] = field(default_factory=dict)
 
     def dense(self, axis: Axis) -> Values:
         """Copies of the values that a consumer had before any change, in fp32."""

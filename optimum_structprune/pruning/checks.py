@@ -269,7 +269,7 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
     explicit, gram = config.widths is not None, config.fits
-    damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
+    damped = CRITERIA.get(config.scored_by).damped
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),

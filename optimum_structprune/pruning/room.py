@@ -110,9 +110,7 @@ def _of_layer(config: StructPruneConfig, described: ModelInfo, widths: Widths, d
             steps.append(itemsize * parameters - gone[-1])
     if EXPERT in widths:  # what enters the experts and what they are to give, while all of them are there
         steps.append((itemsize + FP32 * config.fits) * tokens * channels + batch)
-    reads_gram = (
-        config.refit_reads_gram or config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).needs_gram
-    )
+    reads_gram = config.refit_reads_gram or CRITERIA.get(config.scored_by).needs_gram
     for size, of_experts in _consumers(config, arch, widths):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         gram, weight = size * size if reads_gram else 0, channels * size
