@@ -13,18 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
 from .arch.modules import blocks
-from .arch.shrink import legal_sizes, shrunk_config
+from .arch.shrink import legal_sizes
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
-from .pruner import with_widths
-from .pruning.checks import DRY_RUN, check, check_config_kind
+from .pruning.request import DRY_RUN, Request, ask, check_config_kind
 from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
-from .widths.budget import biased_spaces
 from .written import Record
 
 
@@ -156,23 +154,23 @@ class DryRun(Record):
         )
 
 
-def checked_without_weights(
+def ask_without_weights(
     model_config: PretrainedConfig,
     config: StructPruneConfig,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     use: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[ModelInfo, StructPruneConfig, Widths]:
-    """A model without weights, the config with the spaces that it takes, and its widths, checked as with weights."""
+    device: torch.device | None = None,
+    offloaded: bool = False,
+) -> Request:
+    """Gives what is asked of a model that is not loaded, checked as with weights, which are to be on a `device`."""
     check_config_kind(config)
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
-    described = ModelInfo(describe(dense, config.arch_file), dense, dense.device)
-    config, widths = with_widths(config, described, tokenizer)
-    check(config, described, widths, use)
-    return described, config, widths
+    described = ModelInfo(describe(dense, config.arch_file), dense, device or dense.device, offloaded=offloaded)
+    return ask(config, described, tokenizer, use=use)
 
 
 def dry_run(
@@ -199,10 +197,9 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    described, config, widths = checked_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
-    dense, arch, dtype = described.plain_model, described.arch, described.plain_model.dtype
-    new_config = shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths))
-    small = meta_model(new_config, config.arch_file, dtype, trust_remote_code)
+    request = ask_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
+    config, arch, widths = request.config, request.described.arch, request.widths
+    dense, small, dtype = request.described.plain_model, request.smaller, request.described.plain_model.dtype
 
     def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
         before, after = count(dense), count(small)
@@ -223,7 +220,7 @@ def dry_run(
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
-        need=need_of(config, described, widths, offload) if cost else None,
+        need=need_of(request, offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),

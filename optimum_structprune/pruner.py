@@ -17,14 +17,13 @@ from .domains.packing import Domain
 from .domains.readers import ids_in
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
-from .pruning.checks import check, check_arguments, check_config_kind
+from .pruning.request import ask, check_arguments, check_config_kind
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
-from .widths.budget import widths_of
 
 
 class StructPruner:
@@ -79,28 +78,20 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
-        described = ModelInfo.of(model, self.config.arch_file)
-        arch, fewer_tokens = described.arch, None
-        config, widths = with_widths(
-            self.config, described, tokenizer, has_text=tokenizer is not None and inputs is None
-        )
-        check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-        if VOCAB in widths:
-            from .vocabulary.choose import VocabularyRequest
-
-            fewer_tokens = VocabularyRequest.of(config, described, model, tokenizer, widths)
-        check_room(config, described, widths, inplace, inputs)
+        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), tokenizer, inputs)
+        check_room(request, inplace)
+        config, arch, widths, tokens = request.config, request.described.arch, request.widths, request.tokens
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            data = CalibrationData.read(config, model, tokenizer, inputs, counts=fewer_tokens is not None)
+            data = CalibrationData.read(config, model, tokenizer, inputs, counts=tokens is not None)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
-            run.start(vocabulary_changes=fewer_tokens is not None)
+            run.start(vocabulary_changes=tokens is not None)
             run.find_teacher()
-            if fewer_tokens is not None:
+            if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
 
-                widths = prune_vocabulary_(run, fewer_tokens)
+                widths = prune_vocabulary_(run, tokens)
             if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
@@ -221,20 +212,6 @@ class StructPruner:
             if tokenizer is None or ids_in(tokenizer, result.tokenizer, len(kept)) == kept:
                 tokenizer = result.tokenizer
         save_pruned(model, save_directory, result, tokenizer, overwrite)
-
-
-def with_widths(
-    config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, has_text: bool = True
-) -> tuple[StructPruneConfig, Widths]:
-    """The config with the spaces that it takes, tokens among them where a model has text for these, and its widths."""
-    arch, model = described.arch, described.plain_model
-    if config.trims or has_text and config.trims is None:
-        from .vocabulary.amount import widths_with_tokens, with_tokens  # which most runs do without
-
-        config = with_tokens(config, described, tokenizer)
-        if config.trims:
-            return config, widths_with_tokens(config, arch, model)
-    return config, widths_of(config, arch, model)
 
 
 class AutoStructPruner:

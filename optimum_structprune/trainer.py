@@ -22,10 +22,9 @@ from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import StructPruner
-from .pruning.checks import TRAINER, check, check_config_kind, check_reads_text, check_tokenizer
+from .pruning.request import TRAINER, ask, check_config_kind, check_reads_text, check_tokenizer
 from .record.plan import Plan
 from .removals.resize import check_state, resize_, slice_state_
-from .widths.budget import widths_of
 from .widths.schedule import legal_round_widths, removal_steps
 
 
@@ -216,11 +215,9 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
-        described = ModelInfo.of(model, self.config.arch_file)
-        widths = widths_of(self.config, described.arch, described.plain_model)
-        check(self.config, described, widths, TRAINER)
-        self._dense = described.arch, widths
-        self.plan = Plan.of(model, described.arch)
+        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
+        self._dense = request.described.arch, request.widths
+        self.plan = Plan.of(model, request.described.arch)
 
     def _resumed(self, state: Any) -> Plan:
         """The plan of a checkpoint, which says what is gone of the model that its run began with."""

@@ -26,13 +26,12 @@ from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.checkpoint import run_key
-from optimum_structprune.pruning.checks import check, check_arguments
+from optimum_structprune.pruning.request import ask, check_arguments
 from optimum_structprune.record.table import as_csv, as_text, side_by_side
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_index
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.widths.budget import widths_of
 from optimum_structprune.written import replace_text
 
 
@@ -88,8 +87,8 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
 def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, and a folder of something else, before a model is loaded."""
     loading, output = Loading.of(args), Path(args.output)
-    checked = [loading.check(args.model, config) for config in configs.values()]
-    sizes = [small.num_parameters() * model.dtype.itemsize for model, small in checked]
+    asked = [loading.ask(args.model, config) for config in configs.values()]
+    sizes = [each.smaller.num_parameters() * each.described.plain_model.dtype.itemsize for each in asked]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if output.exists() and not (output / "size.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise StructPruneError(f"{output} holds something else than a sweep; name another output folder.")
@@ -99,8 +98,7 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     check_arguments(model, tokenizer, None)
-    described = ModelInfo.of(model, config.arch_file)
-    check(config, described, widths_of(config, described.arch, described.plain_model))
+    ask(config, ModelInfo.of(model, config.arch_file), tokenizer)
     any_size = replace(
         CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None)
     )

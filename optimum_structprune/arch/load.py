@@ -77,7 +77,10 @@ class ModelInfo:
         """Describe a model, and refuse what cannot be pruned whatever is asked for."""
         check_plain(model)
         quantized = is_quantized(model)
-        plain_model = skeleton(model, model.config) if quantized else model
+        plain_model = model
+        if quantized:
+            plain_model = skeleton(model, model.config)
+            plain_model.generation_config = model.generation_config
         arch = describe(plain_model, arch_file)
         _check_whole(plain_model, arch)
         return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))

@@ -221,3 +221,9 @@ def positions_of(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
     return next(filter(None, (getattr(config, name, None) for name in names)), inf)
+
+
+def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Refuses what takes more tokens in a row than a model reads."""
+    if tokens > (longest := positions_of(model)):
+        raise StructPruneError(f"{what} is longer than the model's {longest} positions.")

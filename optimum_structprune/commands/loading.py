@@ -8,7 +8,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..arch.meta import meta_model, model_class, shrunk_skeleton
+from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
-from ..arch.spec import VOCAB
 from ..config.pruning import StructPruneConfig
-from ..dryrun import checked_without_weights
+from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
-from ..pruning.checks import PRUNE, check_reads_text
+from ..pruning.request import PRUNE, Request, check_reads_text
 from ..pruning.room import check_room
-from ..sources.offloaded import check_offloaded, layer_device_map
+from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
-from ..vocabulary.choose import VocabularyRequest
-from ..widths.budget import biased_spaces
 
 
 logger = logging.getLogger(__name__)
@@ -127,24 +124,24 @@ class Loading:
         """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def check(self, name: str, config: StructPruneConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Refuse what a pruning would refuse; the model without weights, as it is and as it comes out."""
-        model_config = self.config(name)
+    def ask(self, name: str, config: StructPruneConfig) -> Request:
+        """Gives what a pruning will be asked for, or refuses it as that would."""
+        model_config, known = self.config(name), self.device not in SPREAD
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            tokenizer = self.tokenizer(name) if config.trims is None else None
-            found, config, widths = checked_without_weights(
-                model_config, config, self.torch_dtype, self.trust_remote_code, PRUNE, tokenizer
+            request = ask_without_weights(
+                model_config,
+                config,
+                self.torch_dtype,
+                self.trust_remote_code,
+                PRUNE,
+                self.tokenizer(name),
+                torch.device(str(self.device)) if known else None,
+                offloaded=self.offload is not None,
             )
-        if VOCAB in widths:
-            VocabularyRequest.of(config, found, found.plain_model, tokenizer or self.tokenizer(name), widths)
-        if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
-            placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
-            if placed.offloaded:
-                check_offloaded(config, placed, widths)
-            check_room(config, placed, widths, inplace=True)
-        small = shrunk_skeleton(found.plain_model, found.arch, widths, biased_spaces(config, found.arch, widths))
-        return found.plain_model, small
+        if request.widths and known and (self.torch_dtype or model_config.dtype):
+            check_room(request, inplace=True)
+        return request
 
 
 def usable_device(name: str | None) -> str:

@@ -58,7 +58,8 @@ def _check_folders(
     args: Namespace, output: Output, loading: Loading, config: StructPruneConfig, recovery: RecoveryConfig | None
 ) -> None:
     """Refuse what the run would refuse, before a model is loaded in vain."""
-    model, small = loading.check(args.model, config)
+    request = loading.ask(args.model, config)
+    model, small = request.described.plain_model, request.smaller
     output.check(small.num_parameters() * model.dtype.itemsize)
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:

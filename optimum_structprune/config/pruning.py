@@ -93,7 +93,7 @@ def _check_amount(config: "StructPruneConfig") -> None:
 
 
 def _check_together(config: "StructPruneConfig") -> None:
-    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning/checks.py`."""
+    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning.request`."""
     recovery = config.recovery
     if config.objective == "worst" and not config.searches and config.rounds < 2:
         raise ValueError(

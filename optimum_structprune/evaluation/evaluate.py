@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of, predicts_next
+from ..arch.meta import check_positions, predicts_next
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
@@ -239,8 +239,8 @@ def check_evaluation(
     for model in models.values():
         if not predicts_next(model):
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
-        if domains and seq_length > (longest := positions_of(model)):
-            raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
+        if domains:
+            check_positions(model, seq_length, f"seq_length={seq_length}")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(

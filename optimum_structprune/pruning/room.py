@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
 import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.load import ModelInfo
@@ -25,6 +23,7 @@ from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from .measure import PROBE_TOKENS, STRIDE
+from .request import Request
 
 
 FP32 = 4  # bytes
@@ -37,7 +36,6 @@ ERROR = 0.15
 # The most samples in a batch: larger ones brought no more speed wherever it was tried. A CPU computes no faster with
 # more samples of a few hundred tokens, and what asks for too much there is killed.
 MOST, MOST_ON_CPU = 32, 4
-Inputs = Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,9 @@ class Need:
         return aligned([(label, readable_size(size)) for label, size in sizes.items()])
 
 
-def need_of(
-    config: StructPruneConfig, described: ModelInfo, widths: Widths, offload: str | None = None, inputs: Inputs = None
-) -> Need:
+def need_of(request: Request, offload: str | None = None) -> Need:
     """The memory that a pruning takes in each process, by shapes alone; `offload` says where its layers are to be."""
+    config, described, widths, inputs = request.config, request.described, request.widths, request.inputs
     if inputs is not None:  # what is no text has as many tokens as the model makes of it, which shapes do not say
         from ..domains.load import given_domains
 
@@ -144,16 +141,15 @@ def free_bytes(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def check_room(
-    config: StructPruneConfig, described: ModelInfo, widths: Widths, inplace: bool, inputs: Inputs = None
-) -> None:
+def check_room(request: Request, inplace: bool) -> None:
     """Refuse a pruning that takes more memory than its device has free, at the lower end of the estimate's error."""
+    config, described = request.config, request.described
     device, model, away = described.device, described.plain_model, described.offloaded
     if away and not inplace:
         raise StructPruneError(
             f"{described.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
         )
-    need, free = need_of(config, described, widths, inputs=inputs), free_bytes(device)
+    need, free = need_of(request), free_bytes(device)
     copy = 0 if inplace else model.dtype.itemsize * model.num_parameters()
     if free is not None and (least := int(need.above * (1 - ERROR)) + copy) > free:
         advice = {
@@ -188,7 +184,8 @@ def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedMode
 
     size, free = max(min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST), 1), free_bytes(device)
     while size > 1 and free is not None:
-        if need_of(replace(data.config, batch_size=size), described, widths).above * (1 + ERROR) <= free:
+        request = Request(replace(data.config, batch_size=size), described, widths)
+        if need_of(request).above * (1 + ERROR) <= free:
             break
         size //= 2
     try:  # on a CPU no error says that a batch is too large

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from ..arch.meta import positions_of, predicts_next
+from ..arch.meta import check_positions, predicts_next
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -299,10 +299,7 @@ def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int
             f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
             "smaller model."
         )
-    if seq_length > (longest := positions_of(model)):
-        raise StructPruneError(
-            f"The recovery's seq_length={seq_length} is longer than the model's {longest} positions."
-        )
+    check_positions(model, seq_length, f"The recovery's seq_length={seq_length}")
     if config.train == "full" and model.dtype == torch.float16:
         raise StructPruneError(
             f"train='full' moves the weights of {name} in their own float16, which is too coarse for an optimizer; "

@@ -64,12 +64,11 @@ class VocabularyRequest:
         cls,
         config: StructPruneConfig,
         described: ModelInfo,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase,
         widths: Widths,
     ) -> VocabularyRequest:
         """The tokens of a dense model; a number that it cannot keep, or a budget that takes fewer, is refused."""
-        assert tokenizer is not None  # `check` has refused that
+        model = described.plain_model
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
         always = {*ids[rows:], *vocabulary.always, *named_ids(model)}

@@ -14,6 +14,7 @@ from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import room
+from optimum_structprune.pruning.request import Request
 from optimum_structprune.pruning.room import ERROR, need_of, with_batch_size
 from optimum_structprune.sources.data import CalibrationData
 
@@ -28,7 +29,9 @@ def llama(wide=3072):
 
 def needed(config, model_config, offload=None, inputs=None, dtype=torch.float32):
     model = meta_model(model_config, dtype=dtype)
-    return need_of(config, ModelInfo(describe(model), model, model.device), config.widths, offload, inputs)
+    return need_of(
+        Request(config, ModelInfo(describe(model), model, model.device), config.widths, inputs=inputs), offload
+    )
 
 
 def half(wide=3072, **fields):
@@ -74,7 +77,7 @@ def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
     described = ModelInfo(describe(model), model, model.device)
     on_cpu = replace(described, device=torch.device("cpu"))
     smaller = 4 * 48 * 3 * 1024 * 512
-    card, cpu = (need_of(config, info, config.widths).working for info in (described, on_cpu))
+    card, cpu = (need_of(Request(config, info, config.widths)).working for info in (described, on_cpu))
     assert card < smaller < cpu < 2 * smaller
 
 
@@ -168,7 +171,7 @@ def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch)
 
     def above(size):
         settings = replace(data.config, batch_size=size)
-        return need_of(settings, ModelInfo.of(model), data.config.widths).above * (1 + ERROR)
+        return need_of(Request(settings, ModelInfo.of(model), data.config.widths)).above * (1 + ERROR)
 
     def found(free):
         monkeypatch.setattr(room, "free_bytes", lambda device: free)

@@ -195,9 +195,7 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
     model.get_input_embeddings().weight.data = dense.clone()
     for at, (name, form) in enumerate(fields.items()):
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
-    tokens = VocabularyRequest.of(
-        config(widths={"vocab": rows}), ModelInfo.of(model), model, reader(), {"vocab": rows}
-    )
+    tokens = VocabularyRequest.of(config(widths={"vocab": rows}), ModelInfo.of(model), reader(), {"vocab": rows})
     left = data.draw(st.sampled_from(tokens.may))
     keep = tokens.keep(removal_order(tokens.vocabulary, torch.rand(400), tokens.always), left)
     drop_tokens_(model, ModelInfo.of(model).arch, keep)

@@ -1,4 +1,5 @@
-"""Refuses what cannot be done, before any text is read or any weight is touched.
+"""What is asked of a model: computed once, from shapes alone. What cannot be done is refused here, before any text is
+read or any weight is touched.
 
 A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
 optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.recover` and `trainer`.
@@ -7,16 +8,17 @@ optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
-from ..arch.meta import positions_of, reads_images
+from ..arch.meta import check_positions, reads_images, shrunk_skeleton
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
@@ -24,27 +26,65 @@ from ..criteria import CRITERIA, DEFAULTS
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import few_inputs, outputs_for
+from ..widths.budget import biased_spaces, widths_of
+
+
+if TYPE_CHECKING:
+    from ..vocabulary.choose import VocabularyRequest
 
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
 PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
 
 
-def check(
+@dataclass(frozen=True)
+class Request:
+    """What is to go from a model.
+
+    Attributes:
+        config: The config, with the spaces that the model takes.
+        described: The facts about the model.
+        widths: The final widths; where calibration will choose them, others of the same total stand for them.
+        use: What the model is to be used for.
+        inputs: Calibration inputs by domain, in place of text.
+        tokens: The tokens that may go; None where all stay.
+    """
+
+    config: StructPruneConfig
+    described: ModelInfo
+    widths: Widths
+    use: str = PRUNE
+    inputs: Mapping[str, Tensor] | None = None
+    tokens: VocabularyRequest | None = None
+
+    @cached_property
+    def smaller(self) -> PreTrainedModel:
+        """The model with the final widths, without weights."""
+        model, arch = self.described.plain_model, self.described.arch
+        return shrunk_skeleton(model, arch, self.widths, biased_spaces(self.config, arch, self.widths))
+
+
+def ask(
     config: StructPruneConfig,
     described: ModelInfo,
-    widths: Widths,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     use: str = PRUNE,
-    *,
-    has_tokenizer: bool = True,
-    has_inputs: bool = False,
-) -> None:
-    """Refuse whatever cannot be met with the final widths, for which others of the same total stand where calibration
-    will choose them, and warn of options that have no effect.
+) -> Request:
+    """Gives what is asked of a model once it can be met, and warns of options that have no effect.
+
+    Raises:
+        StructPruneError: If it cannot be met; the message names the nearest choice.
     """
-    arch = described.arch
+    arch, model, has_tokenizer = described.arch, described.plain_model, use == DRY_RUN or tokenizer is not None
+    if config.trims or config.trims is None and has_tokenizer and inputs is None:
+        from ..vocabulary.amount import widths_with_tokens, with_tokens  # which most runs do without
+
+        config = with_tokens(config, described, tokenizer)
+    widths = widths_with_tokens(config, arch, model) if config.trims else widths_of(config, arch, model)
+    request = Request(config, described, widths, use, inputs)
     if use != DRY_RUN:
-        _check_model(config, described, use, has_inputs)
+        _check_model(request)
     if described.offloaded:
         from ..sources.offloaded import check_offloaded
 
@@ -52,11 +92,11 @@ def check(
     _check_criterion(config, arch, widths, use)
     _check_spaces(config, arch, widths, use)
     if use == PRUNE:
-        if has_inputs and VOCAB in widths:
+        if inputs is not None and VOCAB in widths:
             raise StructPruneError(
                 f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
             )
-        if not (has_tokenizer or has_inputs):
+        if not has_tokenizer and inputs is None:
             raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
         if config.checkpoint_dir or config.losses_dir:
             _check_folders(config)
@@ -71,10 +111,15 @@ def check(
             f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so the "
             "result has none, and its config says 0."
         )
-    if described.offloaded:  # last, as it runs the model on a few tokens
+    if described.offloaded and described.device.type != "meta":  # last, as it runs the model on a few tokens
         from ..sources.offloaded import check_sequential
 
         check_sequential(described.plain_model, arch)
+    if VOCAB in widths and tokenizer is not None:
+        from ..vocabulary.choose import VocabularyRequest
+
+        return replace(request, tokens=VocabularyRequest.of(config, described, tokenizer, widths))
+    return request
 
 
 def check_config_kind(config: Any) -> None:
@@ -159,11 +204,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         raise StructPruneError(
             f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, which predict nothing; 2 is the least."
         )
-    if samples.shape[1] > (longest := positions_of(model)):
-        raise StructPruneError(
-            f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, and the model has {longest} positions; cut "
-            "them to as many."
-        )
+    check_positions(model, samples.shape[1], f"A sample of inputs[{name!r}], {samples.shape[1]} tokens,")
     vocab_size = model.config.get_text_config().vocab_size
     least, most = (int(samples.min()), int(samples.max())) if len(samples) else (0, 0)
     if not 0 <= least <= most < vocab_size:
@@ -173,10 +214,11 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         )
 
 
-def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_inputs: bool) -> None:
+def _check_model(request: Request) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, samples that are too long for the model, and a head
     that cannot be asked, as it will be once the model has shrunk.
     """
+    config, described, use, has_inputs = request.config, request.described, request.use, request.inputs is not None
     if use == TRAINER and described.quantized:
         raise StructPruneError(
             f"{described.name} is quantized; prune `model.dequantize()`, or load it without quantization."
@@ -185,9 +227,8 @@ def _check_model(config: StructPruneConfig, described: ModelInfo, use: str, has_
         raise StructPruneError(
             f"{described.name} is offloaded, and a Trainer trains weights in memory; load it there."
         )
-    longest = positions_of(described.plain_model)
-    if not has_inputs and config.seq_length > longest:
-        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
+    if not has_inputs:
+        check_positions(described.plain_model, config.seq_length, f"seq_length={config.seq_length}")
     if use == PRUNE and not has_inputs:
         check_reads_text(described.plain_model)
     if use == PRUNE and not (described.quantized or described.offloaded):

@@ -14,7 +14,7 @@ from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPrune
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.pruning.checks import DRY_RUN, check, without_effect
+from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
 
 
 def unread():
@@ -197,7 +197,7 @@ def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
     settings = blind(round_to=8, keep_tokens="a", damping=0.5)
     with pytest.warns(UserWarning) as caught:
-        check(settings, dense, settings.widths, DRY_RUN)
+        ask(settings, dense, use=DRY_RUN)
     (warning,) = caught
     assert str(warning.message) == (
         "These options have no effect here: keep_tokens='a', because no tokens go; name 'vocab' in targets or "
@@ -205,8 +205,8 @@ def test_check_warns_once_of_all_of_them():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(blind(damping=0.5), dense, {"mlp": 24}, DRY_RUN)
-        check(blind(sparsity=0.2, round_to=8, rounds=2), dense, {"mlp": 32}, DRY_RUN)
+        ask(blind(damping=0.5), dense, use=DRY_RUN)
+        ask(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
 def idle_options(settings):
@@ -257,7 +257,7 @@ WRONG = [
     ({"inputs": {1: IDS}}, "names of domains as text, got 1"),
     ({"inputs": {"a": IDS.to_sparse()}}, "layout torch.sparse_coo; pass a dense tensor"),
     ({"inputs": {"a": IDS.to("meta")}}, "on the meta device; pass a dense tensor with values"),
-    ({"inputs": {"a": IDS.repeat(1, 5)}}, "samples of 80 tokens, and the model has 64 positions"),
+    ({"inputs": {"a": IDS.repeat(1, 5)}}, "80 tokens, is longer than the model.s 64 positions"),
     ({"inputs": {"a": IDS[None]}}, r"shape \(1, 12, 16\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
 ]
