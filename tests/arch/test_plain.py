@@ -10,7 +10,6 @@ from types import MethodType
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from helpers import logits, same_weights, unread, with_long
 from models import build, config, documents, real_text_model, tokenizer
@@ -20,7 +19,7 @@ from quantized import Packed, Quantizer, Reversible, quantized
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, export_gguf, prune_model
 from optimum_structprune.arch.meta import check_no_adapter, check_plain
@@ -157,12 +156,12 @@ def test_a_module_of_a_layer_that_is_not_the_stock_one_is_refused(case, name, ch
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_model_with_a_forward_of_its_own_or_of_mixed_precision_is_refused():
+def test_a_model_with_a_forward_of_its_own_or_of_mixed_precision_is_refused(tmp_path):
     model, settings = build("llama-tied"), config(domains=[DomainConfig("a", unread())])
     with_forward_of_mine(model, "")
     with pytest.raises(StructPruneError, match="^The model has a `forward` of its own"):
         prune_model(model, settings, tokenizer())
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, bf16=True)).accelerator
     model = accelerator.prepare(build("llama-tied"))
     with pytest.raises(StructPruneError, match="^model computes in mixed precision.*pass `(.*)`, of a Tr") as refused:
         prune_model(model, settings, tokenizer())
