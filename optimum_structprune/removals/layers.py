@@ -170,7 +170,7 @@ class Norm(NamedTuple):
         change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
         weight = source.ranks.broadcast((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))
         deviation = float(source.ranks.broadcast((change - weight * unit).norm() / change.norm()))
-        if len(behind) != 2 or deviation > MAX_DEVIATION:
+        if len(behind) != 2 or not deviation <= MAX_DEVIATION:  # NaN where nothing comes through
             return None
         return cls(f"{source.arch.layer_prefix(layer)}{behind[0]}", weight)
 

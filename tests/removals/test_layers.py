@@ -182,3 +182,11 @@ def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
     # A gap in front of all layers has none that could make up for it.
     small, without = lost((2, 3, 4)), lost((2, 3, 4), refit="none")
     assert small[1] == without[1] and same_weights(small[0], without[0])
+
+
+def test_a_norm_that_lets_nothing_through_makes_up_for_nothing():
+    model = deep("olmo2")
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.post_feedforward_layernorm.weight)
+    small = prune_model(model, config(widths={"layer": 3}), tokenizer())
+    assert all(parameter.isfinite().all() for parameter in small.parameters())
