@@ -16,9 +16,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
+from optimum_structprune.criteria import block_influence
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.method.layers import Batch, InMemory
-from optimum_structprune.removals.layer_criteria import BlockInfluence
 from optimum_structprune.removals.layers import take_out_layers_
 from optimum_structprune.removals.resize import drop_layers_
 from optimum_structprune.sources.data import CalibrationData, batches_of
@@ -146,7 +146,7 @@ def test_block_influence_is_the_mean_angle():
     model = deep("llama-tied")
     ids, counts = token_ids(3), torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) > 0.5
     pairs = zip(ids.split(2), counts.split(2), strict=True)
-    found = BlockInfluence().score(model, describe(model), [Batch(0, *pair) for pair in pairs])
+    found = block_influence.score(model, describe(model), [Batch(0, *pair) for pair in pairs])
     states = model(ids, output_hidden_states=True).hidden_states
     for index in range(4):  # transformers puts the last one through the final norm
         cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)[counts]
