@@ -110,7 +110,8 @@ class Run:
 
     def find_teacher(self) -> None:
         """Keep the teacher of the recovery: the dense model, or a copy where it changes."""
-        if self.config.recovery is not None and self.config.recovery.distils:
+        assert self.config.recovery is not None
+        if self.config.recovery.distils:
             self.teacher = self.dense_model or deepcopy(self.model)
 
     def compare(self) -> None:
