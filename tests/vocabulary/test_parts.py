@@ -24,28 +24,28 @@ def random_text(data, lost):
     return Parts(spellings, SIZE), ids, counted, torch.randn(sum(counted), len(spellings), generator=generator) * 3
 
 
-def next_part(spellings, now, before, read, of_before):
-    """By enumeration: the probability of each next part and that one of them follows, once `read` is read of the token
-    that `now` is expected of, and of the token before, where that is known, all of `of_before`.
+def next_part(spellings, now, before, read, last):
+    """By enumeration of tokens, and of pairs of them: the probability of each next part, and that one of them follows.
+
+    `now` is expected of the token of which `read` is read, and `before` of the one before it, which was read as all of
+    `last`; None where nobody knows.
     """
-    ways = {}  # what may follow -> its probability, None where it is not known
-    if read:
-        for token, spelling in enumerate(spellings):
-            if spelling[: len(read)] == read:
-                follows = spelling[len(read)] if len(spelling) > len(read) else None
-                ways[follows] = ways.get(follows, 0) + now[token]
-    else:
-        for token, spelling in enumerate(spellings):
-            begins = spelling[: len(of_before)] == of_before if before is not None else False
-            if begins and len(spelling) > len(of_before):
-                follows = spelling[len(of_before)]
-                ways[follows] = ways.get(follows, 0) + before[token]
-            ended = 1.0 if before is None else before[token] * (spelling == of_before)
+    ways = {None: 0.0}  # the probability of what may follow; None is what nobody knows
+
+    def add(follows, chance):
+        ways[follows] = ways.get(follows, 0.0) + chance
+
+    for token, spelling in enumerate(spellings):
+        if read and spelling[: len(read)] == read:
+            add(spelling[len(read)] if len(spelling) > len(read) else None, now[token])
+        elif not read and before is None:
+            add(spelling[0], now[token])
+        elif not read and spelling == last:
             for other, following in enumerate(spellings):
-                ways[following[0]] = ways.get(following[0], 0) + ended * now[other] * (
-                    before is not None or token == 0
-                )
-    total, known = sum(ways.values()), sum(chance for follows, chance in ways.items() if follows is not None)
+                add(following[0], before[token] * now[other])
+        elif not read and spelling[: len(last)] == last:
+            add(spelling[len(last)], before[token])
+    total, known = sum(ways.values()), sum(ways.values()) - ways[None]
     return [ways.get(part, 0) / known if known else 0 for part in range(SIZE)], known / total
 
 
@@ -84,10 +84,10 @@ def test_the_parts_of_a_word_are_together_as_likely_as_the_word(lost, data):
     # Without the token before, a first part is what the next token begins with.
     nodes = nodes.where(~first, -1)
     expected, sure = parts.expected(logits.softmax(-1), rows, first, nodes)
-    chances = torch.ones(len(ids) - 1).index_reduce_(0, rows, expected[range(len(part)), part] * sure, "prod")
+    chances = expected[range(len(part)), part] * sure
     for row, token in enumerate(ids[1:]):
         begins = [spelling[: len(of)] == of for of in [parts.spellings[token]] for spelling in parts.spellings]
-        torch.testing.assert_close(chances[row], logits[row].softmax(-1)[torch.tensor(begins)].sum())
+        torch.testing.assert_close(chances[rows == row].prod(), logits[row].softmax(-1)[torch.tensor(begins)].sum())
 
 
 @pytest.mark.parametrize("tokens", [3, 200])
