@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import GROUPED, random_model
+from transformers import AutoModelForCausalLM
+from vocabulary.test_tokens import TEXT, dense, kinds, smaller
 
+from optimum_structprune import StructPruneError
 from optimum_structprune.forward.metrics import divergence
-from optimum_structprune.vocabulary.parts import Parts
+from optimum_structprune.vocabulary.parts import Parts, divergence_from_dense
 
 
 SIZE = 3
@@ -97,3 +101,25 @@ def test_where_all_tokens_stay_it_is_the_plain_divergence(tokens):
     _, rows, nodes = torch.tensor(parts.spelled(ids, [False, *[True] * 149])[1:]).unbind(1)
     ours, dense = torch.randn(2, 149, tokens)
     torch.testing.assert_close(parts.divergence(ours, dense, rows, nodes), divergence(ours, dense, mean=False))
+
+
+@kinds
+def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
+    reader, (keep, less) = dense(kind)[1], smaller(kind, 1)
+    whole, small = (
+        random_model(AutoModelForCausalLM, "llama", {**GROUPED, "vocab_size": len(of)}) for of in (reader, less)
+    )
+    parts = Parts.between(whole, reader, small, less)
+    assert [parts.spellings[token] for token in keep] == [(new,) for new in range(len(keep))]
+    split = 0
+    for text in TEXT:
+        ids = reader(text).input_ids
+        spelled = [part for part, *_ in parts.spelled(ids, [False] * len(ids))]
+        assert less.decode(spelled) == reader.decode(ids)
+        split += len(spelled) - len(ids)
+    assert split
+    found = divergence_from_dense(whole, reader, small, less, TEXT[:2])
+    assert found.shape == (2,) and (found > 0).all()
+    assert divergence_from_dense(whole, reader, whole, reader, TEXT[:2]).abs().max() < 1e-5
+    with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
+        divergence_from_dense(small, less, whole, reader, TEXT[:1])
