@@ -9,17 +9,19 @@ from math import exp, inf, log
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import recovery_config, same_weights, unread, with_long
+from helpers import failing, recovery_config, same_weights, unread, with_long
 from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from optimum_structprune import (
     DomainConfig,
+    Recovery,
     StructPruneCallback,
     StructPruneError,
     StructPruner,
     dry_run,
+    load_adapter,
     perplexity,
     prune_model,
     recover,
@@ -32,6 +34,7 @@ from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.resume import Resume
 from optimum_structprune.vocabulary.amount import Room
 from optimum_structprune.vocabulary.choose import number_within
@@ -311,6 +314,29 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     # The model that the first run has left as it was, with its tokenizer, loses both in place.
     inplace = StructPruner(asking(recovery=training, widths={"vocab": 320, "mlp": 24}))
     assert same_weights(inplace.prune_model(model, reader(), inplace=True), small)
+
+
+@pytest.mark.long
+def test_a_training_of_rows_goes_on_after_a_kill_and_is_kept_as_an_adapter_too(tmp_path, monkeypatch):
+    pruner, small = pruned(model := text_model())
+    texts = [DomainConfig(name="a", source=[*map(str, documents(200))])]
+    settings = recovery_config(domains=texts, training={"output_dir": str(tmp_path / "run"), "save_steps": 4})
+
+    def trained(resume=False, **fields):
+        recovery = Recovery(replace(settings, **fields))
+        return recovery, recovery.recover_model(deepcopy(small), pruner.tokenizer, model, resume, False, reader())
+
+    _, whole = trained()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
+        trained()
+    assert same_weights(trained(resume=True)[1], whole) and not same_weights(whole, small)
+    recovery, adapted = trained(merge=False)
+    recovery.save(adapted, tmp_path / "adapter")
+    again = load_adapter(deepcopy(small), tmp_path / "adapter")
+    ids = torch.tensor([pruner.tokenizer("The sum of 17 and 25 is 42.")["input_ids"]])
+    for other in (again, whole):
+        torch.testing.assert_close(other(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_both_models_are_measured_on_the_same_text_per_dense_token():
