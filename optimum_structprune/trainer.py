@@ -10,12 +10,14 @@ from statistics import fmean
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from .arch.hooks import before_load, before_next_call
 from .arch.load import ModelInfo, describe
+from .arch.meta import check_no_adapter
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import load_domains
@@ -24,12 +26,9 @@ from .errors import StructPruneError, warn
 from .pruner import StructPruner
 from .pruning.request import TRAINER, ask, check_config_kind, check_reads_text, check_tokenizer
 from .record.plan import Plan
-from .removals.resize import check_state, resize_, slice_state_
+from .removals.resize import cut_state_, resize_
+from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
 from .widths.schedule import legal_round_widths, removal_steps
-
-
-# Optimizers whose state is one number per weight, or one per parameter.
-ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 
 
 # Under which name checkpoints hold the plan. It is no name of a callback, in whose place transformers would put a new
@@ -62,6 +61,12 @@ class RecentText:
     def __len__(self) -> int:
         """The number of tokens."""
         return sum(map(len, self._rows))
+
+    def of_all_processes(self) -> RecentText:
+        """The text of all processes, call by call, as one process would have seen it."""
+        by_process = gather_objects([*self._rows])
+        calls = range(-min(map(len, by_process)), 0)
+        return replace(self, _rows=deque(rows[call] for call in calls for rows in by_process))
 
     def domain(self) -> Domain:
         """The tokens as one domain, of which nothing is held out."""
@@ -129,6 +134,7 @@ class StructPruneCallback(TrainerCallback):
         self._due: dict[int, Widths] = {}
         self._domains: list[Domain] = []
         self.hooks = ExitStack()
+        self.trainer: Trainer | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
@@ -142,10 +148,11 @@ class StructPruneCallback(TrainerCallback):
     ) -> None:
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
         self.hooks.close()
-        _check_run(args, model, _inner(optimizer))
+        _check_run(args, model, self.trainer)
         # What is trained a second time goes on from its dense widths.
         if self._dense is None or (state.global_step == 0 and not self._is_pruned(model, self._dense[0])):
             self.begin(model)
+        _adapt_(self._wrapped(model))  # where the same Trainer has resumed from other widths
         check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
             self.plan = self._resumed(state)
@@ -158,12 +165,13 @@ class StructPruneCallback(TrainerCallback):
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
             check_tokenizer(tokenizer := kwargs["processing_class"], model)
-            self._domains = load_domains(self.config, tokenizer, model)
+            with across_processes():
+                self._domains = load_domains(self.config, tokenizer, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""
         if self.calibration == "batches" and self._due:
-            self.hooks.callback(before_next_call(model, self.text.add_call).remove)
+            self.hooks.callback(before_next_call(self._wrapped(model), self.text.add_call).remove)
 
     on_substep_end = on_step_begin
 
@@ -173,13 +181,16 @@ class StructPruneCallback(TrainerCallback):
         """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
         self.hooks.close()
         for step in [step for step in self._due if step <= state.global_step]:
-            if not self._domains and len(self.text) < self.config.seq_length:
-                if step == state.global_step:
-                    warn(f"The removal at step {step} is put off: {self.text.shortage()}")
-                return
             # Another callback may have pruned since.
             self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
-            if self.prune_(model, _inner(optimizer), self._due.pop(step)):
+            with across_processes():
+                if not self._domains and len(text := self.text.of_all_processes()) < self.config.seq_length:
+                    if step == state.global_step:
+                        warn(f"The removal at step {step} is put off: {text.shortage()}")
+                    return
+                pruned = self.prune_(model, getattr(optimizer, "optimizer", optimizer), self._due.pop(step))
+            if pruned:
+                _adapt_(self._wrapped(model))
                 state.stateful_callbacks[PLAN] = self.plan.to_dict()
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
                 control.should_log = True
@@ -215,6 +226,13 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
+        try:
+            check_no_adapter(model)
+        except StructPruneError as error:
+            raise StructPruneError(
+                "A Trainer does not prune under the adapter that it trains: prune first (or train all weights), then "
+                "train it on the pruned model."
+            ) from error
         request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.described.arch, request.widths
         self.plan = Plan.of(model, request.described.arch)
@@ -253,12 +271,24 @@ class StructPruneCallback(TrainerCallback):
         }
         if not smaller:
             return False
-        check_state(optimizer)
         pruner = StructPruner(replace(self.config, rounds=1))
-        plan = pruner.prune_to_(model, self._domains or [self.text.domain()], smaller)
-        slice_state_(optimizer, model, arch, plan)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        domains = self._domains or [self.text.of_all_processes().domain()]
+        plan = broadcast_object(pruner.prune_to_(model, domains, smaller))
+        for tensor in model.state_dict().values():
+            broadcast_(tensor)  # devices may round in other ways, and DDP does not compare weights again
+        first = self.plan is None or not self.plan.keep
+        if not cut_state_(optimizer, model, arch, plan, shapes) and first:
+            warn(
+                f"The state of {type(optimizer).__name__} cannot be cut, so that of every parameter that is cut begins "
+                "anew; optim='adamw_torch' keeps it for the weights that stay."
+            )
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
+
+    def _wrapped(self, model: nn.Module) -> nn.Module:
+        """A model with what the Trainer has put around it, where the Trainer is known."""
+        return model if self.trainer is None else self.trainer.model_wrapped
 
 
 def attach_pruner(
@@ -276,6 +306,7 @@ def attach_pruner(
         The callback.
     """
     callback = StructPruneCallback(config, start, **schedule)
+    callback.trainer = trainer
     if trainer.model is not None:
         callback.begin(cast("PreTrainedModel", trainer.model))
     trainer.callback_handler.callbacks.insert(0, callback)
@@ -302,17 +333,27 @@ def attach_pruner(
     return callback
 
 
-def _inner(optimizer: Any) -> optim.Optimizer:
-    """The optimizer itself, inside what accelerate makes of it."""
-    return getattr(optimizer, "optimizer", optimizer)
+def _adapt_(wrapped: nn.Module) -> None:
+    """Have torch.compile or DDP, where it is around a model, go by the shapes that the parameters have now."""
+    if hasattr(wrapped, "_orig_mod"):
+        torch.compiler.reset()  # or it would compile for the first few shapes alone
+    elif isinstance(wrapped, DistributedDataParallel):
+        # A static graph is learnt anew; without that, each process would keep its gradients to itself.
+        state = {**wrapped.__getstate__(), "_static_graph_delay_allreduce_enqueued": False}
+        # Autograd keeps to the old shapes for as long as the old reducer waits for gradients.
+        del wrapped.reducer, wrapped.logger
+        wrapped.__setstate__(state)
 
 
-def _check_run(args: TrainingArguments, model: PreTrainedModel, optimizer: optim.Optimizer) -> None:
+def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
+    several = args.parallel_mode != ParallelMode.NOT_PARALLEL
+    ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {
         "FSDP": bool(args.fsdp),
         "DeepSpeed": bool(args.deepspeed),
-        "torch.compile": args.torch_compile or hasattr(model, "_orig_mod"),
-        "training on several devices": args.parallel_mode != ParallelMode.NOT_PARALLEL,
+        "torch.compile before the Trainer, or on several devices,": hasattr(model, "_orig_mod")
+        or (args.torch_compile and several),
+        "training on several devices without DDP (which `evaluate` before `train` keeps away)": several and not ddp,
     }
     for what, present in reasons.items():
         if present:
@@ -320,11 +361,10 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, optimizer: optim
                 f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it: prune first "
                 "(`structprune prune`), then train the pruned model with it."
             )
-    if not isinstance(optimizer, ELEMENTWISE):
-        names = ", ".join(cls.__name__ for cls in ELEMENTWISE)
+    if trainer is None and (args.torch_compile or several):
         raise StructPruneError(
-            f"The state of {type(optimizer).__name__} cannot be cut with its parameters; use optim='adamw_torch', or "
-            f"another of {names}."
+            "A callback does not reach what torch.compile or DDP puts around the model; use attach_pruner(trainer, "
+            "config) in its place."
         )
 
 

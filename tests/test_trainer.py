@@ -1,16 +1,20 @@
 """Pruning inside a Trainer: widths, optimizer state, checkpoints, resuming, and what is refused."""
 
+import json
 from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, logits, same_weights
+import torch._dynamo as dynamo
+from helpers import count_hooks, logits, on_two_ranks, same_weights
 from models import build, config, token_ids, tokenizer
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
+from optimum_structprune.system.fingerprint import weights_hash
 from optimum_structprune.trainer import RecentText
 
 
@@ -347,22 +351,169 @@ def test_what_reporters_see(tmp_path, monkeypatch):
     assert [type(each) for each in run.callback_handler.callbacks if each is not callback] == others
 
 
-def test_optimizers_that_cannot_be_cut_are_refused(tmp_path):
-    run = trainer(tmp_path, callbacks=[pruner()], optim="adafactor")
-    with pytest.raises(StructPruneError, match="state of Adafactor cannot be cut.*adamw_torch"):
-        run.train()
+class Blockwise(torch.optim.AdamW):
+    """Keeps one part of its state in another shape than the weights."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("absmax", torch.ones(7))
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "blockwise"])
+def test_a_state_that_cannot_be_cut_begins_anew_for_what_is_cut(tmp_path, kind):
+    ages = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            ages[state.global_step] = {
+                name: int(optimizer.state[parameter]["step"]) if parameter in optimizer.state else 0
+                for name, parameter in model.named_parameters()
+            }
+
     model = build("llama-tied")
+    run = trainer(tmp_path, model, [Look()], **({"optim": kind} if kind == "adafactor" else {}))
+    if kind == "blockwise":
+        run.optimizer = Blockwise(model.parameters(), lr=1e-3)
+    attach_pruner(run, config(widths={"mlp": 24}, rounds=2), 2, end=5)
+    with pytest.warns(UserWarning, match="state of (Adafactor|Blockwise) cannot be cut") as warned:
+        run.train()
+    assert sum("cannot be cut" in str(each.message) for each in warned) == 1
+    for name, parameter in model.named_parameters():
+        since = {step: ages[step][name] for step in (1, 2, 3, 5, 8)}
+        assert since == ({1: 1, 2: 0, 3: 1, 5: 0, 8: 3} if ".mlp." in name else {step: step for step in since})
+        assert torch.isfinite(parameter).all()
+    assert model.config.intermediate_size == 24
 
-    class Blockwise(torch.optim.AdamW):
-        """Keeps its state in other shapes than the weights."""
 
-    optimizer = Blockwise(model.parameters())
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {"state1": torch.zeros(7)}
-    callback = pruner()
-    with pytest.raises(StructPruneError, match="Blockwise keeps 'state1' of shape"):
-        callback.prune_(model, optimizer, {"mlp": 24})
-    assert model.config.intermediate_size == 40
+def test_a_trainer_of_an_adapter_is_told_to_prune_first(tmp_path):
+    model = get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
+    run = trainer(tmp_path, model)
+    with pytest.raises(StructPruneError, match="under the adapter that it trains.*prune first.*then train it"):
+        attach_pruner(run, config())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_a_model_is_compiled_once_for_each_width(tmp_path, backend):
+    losses = {}
+    for fields in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+        run = trainer(tmp_path, logging_steps=1, **fields)
+        attach_pruner(run, config(widths={"mlp": 24}), 2, end=4, every=1)
+        with dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+            run.train()
+        assert run.model.config.intermediate_size == 24 and (run.model_wrapped is not run.model) == bool(fields)
+        losses[len(fields)] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 8
+
+
+# What two processes train, as `attach_pruner` and as the Trainer take it.
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+TOGETHER = {
+    "checkpoints": ({}, {**CHECKPOINTS, "load_best_model_at_end": True}),
+    "domains": ({"calibration": "domains"}, {}),
+    "accumulation": ({}, {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}),
+    "static graph": ({}, {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
+    "adafactor": ({}, {"optim": "adafactor"}),
+}
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import torch.distributed as dist
+from transformers import TrainerCallback
+from test_trainer import TOGETHER, pruner, trained_together, trainer
+from optimum_structprune import StructPruneError, attach_pruner
+from models import config
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6 and not hasattr(self, "done"):
+            self.done = True
+            raise KeyboardInterrupt
+
+found = {case: trained_together(folder / case, case, 2)[1] for case in TOGETHER}
+run, noted = trained_together(folder / "again", "checkpoints", 2, [Stop()])
+dist.barrier()
+run.train(resume_from_checkpoint=str(folder / "again" / "checkpoint-2"))
+assert run.model.config.intermediate_size == 24
+found["again"] = noted
+for how in ("alone", "evaluated"):
+    run = trainer(folder, callbacks=[pruner()] if how == "alone" else [], eval_strategy="epoch")
+    if how == "evaluated":
+        attach_pruner(run, config(widths={"mlp": 24}), 2)
+        run.evaluate()
+    try:
+        run.train()
+    except StructPruneError as error:
+        found[how] = str(error)
+(folder / f"{rank}.json").write_text(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+def trained_together(folder, case, processes, callbacks=()):
+    """A Trainer that has pruned in two steps, with batches of 4 over all processes, and what it held at each step."""
+    schedule, fields = TOGETHER[case]
+    run = trainer(folder, per_device_train_batch_size=4 // processes, logging_steps=1, **fields)
+    callback = attach_pruner(run, config(widths={"mlp": 24, "attention": 2}, rounds=2), 2, end=5, **schedule)
+    noted = {"weights": {}, "state": {}}
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            states = [optimizer.state[parameter] for parameter in model.parameters() if parameter in optimizer.state]
+            tensors = [
+                value for of in states for value in of.values() if isinstance(value, torch.Tensor) and value.ndim
+            ]
+            noted["weights"][str(state.global_step)] = weights_hash(model)
+            noted["state"][str(state.global_step)] = [[*value.shape, float(value.double().sum())] for value in tensors]
+
+    for each in (Note(), *callbacks):
+        run.add_callback(each)
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        return run, noted
+    noted["loss"] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return run, noted | {"plan": callback.plan.to_dict(), "end": weights_hash(run.model)}
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    done = on_two_ranks(SCRIPT, folder, folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+class TestTwoProcesses:
+    @pytest.mark.parametrize("case", TOGETHER)
+    def test_they_hold_the_same_and_train_as_one_does(self, case, of_two_ranks, tmp_path):
+        first, second = (found[case] for found in of_two_ranks)
+        assert first == second
+        run, alone = trained_together(tmp_path, case, 1)
+        assert run.model.config.intermediate_size == 24 and first["plan"] == alone["plan"]
+        assert first["loss"] == pytest.approx(alone["loss"], rel=1e-5) and len(first["loss"]) == 8
+        for step, tensors in alone["state"].items():
+            theirs = first["state"][step]
+            assert [each[:-1] for each in theirs] == [each[:-1] for each in tensors]
+            sums, expected = ([each[-1] for each in of] for of in (theirs, tensors))
+            assert sums == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+    def test_the_same_trainers_go_on_after_an_interruption(self, of_two_ranks):
+        """The second training begins wider than the first ended, and until the next removal it repeats it."""
+        first, second = of_two_ranks
+        assert first["again"] == second["again"]
+        whole, again = (first[case]["weights"] for case in ("checkpoints", "again"))
+        assert len(again) == 8 and [again[step] for step in "1234"] == [whole[step] for step in "1234"]
+
+    def test_what_is_not_reached_is_refused(self, of_two_ranks):
+        for found in of_two_ranks:
+            assert "attach_pruner(trainer, config) in its place" in found["alone"]
+            assert "without DDP (which `evaluate` before `train` keeps away)" in found["evaluated"]
 
 
 def test_bad_input(tmp_path):
@@ -376,12 +527,13 @@ def test_bad_input(tmp_path):
     attach_pruner(run, config(widths={"mlp": 24}))
     with pytest.raises(StructPruneError, match="ViTForImageClassification reads pixel_values.*inputs="):
         run.train()
-    shards = ("fsdp", "full_shard", "FSDP"), ("deepspeed", "zero3.json", "DeepSpeed")
-    for name, value, what in (*shards, ("torch_compile", True, "torch.compile")):
+    for name, value, what in (("fsdp", "full_shard", "FSDP"), ("deepspeed", "zero3.json", "DeepSpeed")):
         run = trainer(tmp_path, callbacks=[callback := pruner()])
         setattr(run.args, name, value)
         with pytest.raises(StructPruneError, match=f"{what} fixes the shapes.*prune first"):
             callback.on_train_begin(run.args, run.state, run.control, model=run.model, optimizer=None)
+    with pytest.raises(StructPruneError, match=r"callback does not reach what torch.compile.*attach_pruner\(trainer"):
+        trainer(tmp_path, callbacks=[pruner()], torch_compile=True, torch_compile_backend="eager").train()
 
 
 def test_padding_is_no_calibration_text_and_memory_of_the_text_is_bounded():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,6 +23,10 @@ from ..arch.token_space import renumber_
 from ..errors import StructPruneError
 from ..method.shrink import fill_layer_, slice_tensors, tensors_under
 from ..record.plan import Plan
+
+
+# Optimizers whose state is one number per weight, or one per parameter.
+ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 
 
 @contextmanager
@@ -53,25 +57,28 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
 
 
 @torch.no_grad()
-def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan) -> None:
-    """Cut an optimizer's state down with its parameters, so that every kept weight keeps its state."""
+def cut_state_(
+    optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan, shapes: Mapping[str, torch.Size]
+) -> bool:
+    """Cut an optimizer's state down with the parameters that had these shapes, so that every kept weight keeps its
+    state. One that has no state for single weights begins that of the cut parameters anew, and the result is False.
+    """
     states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    for key in {key for state in states.values() for key in state}:
-        held = {name: state[key] for name, state in states.items() if key in state}
-        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor) and value.ndim}
-        for name, tensor in slice_tensors(tensors, arch.spaces, plan.keep).items():
-            states[name][key] = tensor
-
-
-def check_state(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state does not belong to single weights."""
-    for parameter, state in optimizer.state.items():
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, state in states.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise StructPruneError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}, which cannot be cut with it; use optim='adamw_torch'."
-                )
+            if isinstance(value, Tensor) and value.ndim:
+                tensors[key][name] = value
+    alike = all(value.shape == shapes[name] for held in tensors.values() for name, value in held.items())
+    if not (alike and isinstance(optimizer, ELEMENTWISE)):
+        for name, parameter in model.named_parameters():
+            if parameter.shape != shapes[name]:
+                optimizer.state.pop(parameter, None)
+        return False
+    for key, held in tensors.items():
+        for name, tensor in slice_tensors(held, arch.spaces, plan.keep).items():
+            states[name][key] = tensor
+    return True
 
 
 @torch.no_grad()
