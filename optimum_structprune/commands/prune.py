@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import model_class
 from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -17,6 +16,7 @@ from ..domains.sources import documents
 from ..evaluation.answers import ShortCheck
 from ..pruner import StructPruner
 from ..recovery.recover import check_recovery
+from ..saving.card import loader_of
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
@@ -51,7 +51,7 @@ def prune(args: Namespace) -> Result:
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
         del smaller  # what follows reads the folder, which may have been trained
-        return pushed(args, with_gguf(args, result, loading, report.weights["before"]))
+        return pushed(args, with_gguf(args, result, loading, report.parameters["before"]))
 
 
 def _check_folders(
@@ -105,7 +105,7 @@ def _prune_and_save(
 
 
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
-    where = f"saved to {output}; it loads with {model_class(config, arch_file).__name__}.from_pretrained({output!r})"
+    where = f"saved to {output}; it loads with {loader_of(output, config, arch_file)}({output!r})"
     if config.get_text_config().is_heterogeneous:
         where += (
             "\nonce optimum_structprune is imported, or with trust_remote_code=True, since its layers differ in width"

@@ -73,9 +73,10 @@ def _check_amount(config: "StructPruneConfig") -> None:
     given = {name: getattr(config, name) for name in AMOUNTS}
     if sum(value is not None for value in given.values()) != 1:
         fields = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        tokens, flag = ("targets=['vocab'], ", "--target vocab ") if config.languages else ("", "")
         raise ValueError(
             f"exactly one of sparsity, widths and budget says how much to remove, got {fields or 'none'}; "
-            "budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths of a model"
+            f"{tokens}budget={{'parameters': 0.8}} ({flag}--budget parameters=0.8) keeps four fifths of a model"
         )
     for name, limit in (config.budget or {}).items():
         if name not in BUDGETS:

@@ -104,10 +104,6 @@ class Run:
                 self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
 
-    def measure_anew(self) -> None:
-        """Measure the model as it is now in the place of the dense one."""
-        self.measure = Measure(self.model, self.data.domains, self.arch)
-
     def find_teacher(self) -> None:
         """Keep the teacher of the recovery: the dense model, or a copy where it changes."""
         assert self.config.recovery is not None

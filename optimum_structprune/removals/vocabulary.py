@@ -51,7 +51,9 @@ def _cut_(run: Run, choice: Choice) -> None:
     kept = choice.keep[: choice.number]
     with report.timed("domains"):
         run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.seen)
-    if run.measure is not None and run.arch.causal:
+    if not run.arch.causal:
+        run.measure = None  # hidden states of other tokens do not compare
+    elif run.measure is not None:
         run.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)
@@ -65,5 +67,3 @@ def _cut_(run: Run, choice: Choice) -> None:
     note_reader(run.model, choice.tokenizer)
     report.scripts, report.trimmed = choice.scripts, choice.trimmed
     run.entries += [Entry.of(domain, COUNTED) for domain in data.domains]
-    if not run.arch.causal:  # hidden states of other tokens do not compare
-        run.measure_anew()

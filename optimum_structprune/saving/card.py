@@ -26,6 +26,9 @@ from .page import HUB_CACHE, MARKDOWN, Records, short_name, shown_of
 
 # The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
 NEMOTRON_NAS_CODE = "configuration_nemotron_nas.py"
+TAGS = ("structured-pruning", "pruned", "optimum-structprune")
+# The classes of sentence-transformers that read a folder with its modules.
+SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
@@ -33,13 +36,13 @@ NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 @dataclass(frozen=True)
 class Dense:
     """The dense model: its name as people know it (an id on the Hub or the name of a folder, or empty), its id on the
-    Hub, the fields of its card that tell the licence, and the languages that its card names.
+    Hub, the fields of its card that tell the licence, and all of them.
     """
 
     name: str
     base_model: str | None
     licence: Mapping[str, Any]
-    language: Any = None
+    card: Mapping[str, Any]
 
     @classmethod
     def of(cls, source: str, named: Mapping[str, Any]) -> Dense:
@@ -56,7 +59,16 @@ class Dense:
             base = fields.get("base_model") if written_files(folder) else None
         base = named.get("base_model") or base
         name = str(base or short_name(source))
-        return cls(name, base if _is_id(base) else None, licence, fields.get("language"))
+        return cls(name, base if _is_id(base) else None, licence, fields)
+
+
+def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:
+    """The callable that loads a result: where its modules came along, the class of sentence-transformers."""
+    if not Path(folder, "modules.json").is_file():
+        return f"{model_class(config, arch_file).__name__}.from_pretrained"
+    path = Path(folder, "config_sentence_transformers.json")
+    kind = read_json(path).get("model_type") if path.is_file() else None
+    return kind if kind in SENTENCE_CLASSES else SENTENCE_CLASSES[0]
 
 
 def leave_card(
@@ -74,18 +86,21 @@ def model_card(
     records = Records.read(folder)
     model = records.report.get("model") or {}
     origin = Dense.of(records.dense or dense or "", model)
-    kind = model_class(config, arch_file).__name__
+    loads = loader_of(folder, config, arch_file)
+    kind = loads.removesuffix(".from_pretrained")
     shown = shown_of(records, origin.name, origin.base_model or "DENSE", ".", "again")
     causal, texts = kind == "AutoModelForCausalLM", (name, *shown["commands"], *shown["configs"].values())
     card = MARKDOWN.get_template("card.md.jinja").render(
         **shown,
         title=name,
-        card_data=_fields(folder, records, origin, causal).to_yaml(),
+        card_data=_fields(folder, records, origin, kind).to_yaml(),
         shell_name=quote(name),
         # What stands around blocks of code, such that none of the texts in them ends one.
         fence="`" * max(3, *(len(run) + 1 for text in texts for run in re.findall("`+|$", text))),
         licence=origin.licence,
         kind=kind,
+        loads=loads,
+        library="sentence_transformers" if kind == loads else "transformers",
         causal=causal,
         files={path.name for path in folder.iterdir()},
         heterogeneous=config.get_text_config().is_heterogeneous,
@@ -98,15 +113,18 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
 
 
-def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> ModelCardData:
-    """The fields that the Hub reads."""
+def _fields(folder: Path, records: Records, origin: Dense, kind: str) -> ModelCardData:
+    """The fields that the Hub reads; it finds models of sentence-transformers by those of the dense one."""
+    found: dict[str, Any] = {"pipeline_tag": "text-generation" if kind == "AutoModelForCausalLM" else None}
+    if kind in SENTENCE_CLASSES:
+        found = {"library_name": "sentence-transformers", **origin.card}
     return ModelCardData(
         base_model=origin.base_model,
-        library_name="transformers",
-        tags=["structured-pruning", "pruned", "optimum-structprune"],
+        library_name=found.get("library_name", "transformers"),
+        tags=[*dict.fromkeys([*TAGS, *found.get("tags", ())])],
         datasets=_datasets(folder, records) or None,
-        language=origin.language,
-        pipeline_tag="text-generation" if causal else None,
+        language=origin.card.get("language"),
+        pipeline_tag=found.get("pipeline_tag"),
         **origin.licence,
     )
 

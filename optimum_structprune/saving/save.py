@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.families import with_former_rope
 from ..arch.per_layer import heterogeneous
+from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME
 from ..domains.readers import check_tokens
@@ -44,8 +46,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # What a pruning leaves beside its model.
 RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
-# The files that may name code, see `forget_code`.
+# The files that may name code, see `settle`, and what a tokenizer notes of where it was loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+OF_THIS_MACHINE = ("is_local", "local_files_only")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
 TOLERANCE = 1e-4
 STEPS = 4
@@ -55,17 +58,20 @@ OWN = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
     r"(config|generation_config|evaluation|speed|written_files)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
-    r".+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
+    r"(?!\w+_linear\.pt).+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )
+# Heads of another library beside a model, which read its channels.
+HEADS = re.compile(r"\w+_linear\.pt")
 # What a tokenizer writes, or leaves out, beside its vocabulary.
 TOKENIZER = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
 # A vocabulary in other forms, which hold tokens that a smaller one has not, and what tells that it is smaller.
 VOCABULARY = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
-SIZE = re.compile(r'"vocab_size": *\d+')
-# What the config of a module says that it reads of the model.
-CHANNELS = re.compile(r'("(?:word_)?embedding_dimension": *)\d+')
+SIZE = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
+# What the config of a module says that it reads of the model: channels, or logits of all tokens; and ids of tokens.
+WIDTH = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
+IDS = re.compile(r'("keep_only_token_ids": *)(\[[\d,\s]*\])')
 # What is fetched of a model on the Hub, where weights lie in more formats than can be told.
-SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
+SMALL = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
 
 def save_pruned(
@@ -114,9 +120,14 @@ def save_checked(
     with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
         if not is_first_rank():
             return
+        options: dict[str, Any] = {}
+        if is_offloaded(model):  # its weights are read into memory shard by shard, and none of them twice
+            tied = getattr(model, "all_tied_weights_keys", {})
+            state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+            options = {"max_shard_size": SHARD_SIZE, "state_dict": state}
         with heterogeneous(), declared(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see _shards
-            model.save_pretrained(str(staging), **_shards(model))
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see above
+            model.save_pretrained(str(staging), **options)
         if tokenizer is not None:
             if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
                 tokenizer.init_kwargs["legacy"] = tokenizer.legacy
@@ -124,38 +135,37 @@ def save_checked(
         if model.name_or_path and not isinstance(model, PeftModel):
             copy_extra_files(model, staging, tokenizer)
         for name in CONFIGS:
-            forget_code(staging / name)
+            settle(staging / name, type(model.config))
         write(staging)
         check(model, staging)
 
 
-def _shards(model: Any) -> dict[str, Any]:
-    """The options with which offloaded weights are read into memory shard by shard, and none of them twice."""
-    if not is_offloaded(model):
-        return {}
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return {"max_shard_size": SHARD_SIZE, "state_dict": state}
-
-
-def forget_code(path: Path) -> None:
+def settle(path: Path, kind: type[PretrainedConfig]) -> None:
     """Take out of a saved config the code files that it names and its folder lacks, such as those of the dense folder,
     which are not copied where the classes of transformers run; code on the Hub, `owner/name--module.Class`, stays.
+    What transformers 4 knows by other names is said by those too, as long as transformers 5 reads the same.
     """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = config.get("auto_map")
-    if not isinstance(named, dict):
-        return
+    settled = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
 
     def is_there(reference: str | None) -> bool:
         return reference is None or "--" in reference or (path.parent / f"{reference.rpartition('.')[0]}.py").is_file()
 
-    kept = {
-        name: code for name, code in named.items() if all(map(is_there, code if isinstance(code, list) else [code]))
-    }
-    if kept != named:
-        config["auto_map"] = kept
-        replace_json(path, config if kept else {name: value for name, value in config.items() if name != "auto_map"})
+    if isinstance(named := settled.get("auto_map"), dict):
+        kept = {name: of for name, of in named.items() if all(map(is_there, of if isinstance(of, list) else [of]))}
+        settled = {name: of for name, of in {**settled, "auto_map": kept}.items() if of or name != "auto_map"}
+    if settled.get("tokenizer_class") == "TokenizersBackend":
+        settled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settled.get("extra_special_tokens"), list):
+        settled["additional_special_tokens"] = settled.pop("extra_special_tokens")
+    if settled != config:
+        replace_json(path, settled)
+    if (former := with_former_rope(settled)) != settled:
+        known = kind.from_json_file(path).to_dict()
+        replace_json(path, former)
+        again = kind.from_json_file(path).to_dict()
+        if again | known != again:
+            replace_json(path, settled)
 
 
 @own_settings()
@@ -202,11 +212,14 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
     files = tokenizer.vocab_files_names.values() if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     beside = [name for name in _extra_files(source) if files is None or not TOKENIZER.fullmatch(name)]
     new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
-    if _sizes(source) != _sizes(folder):
+    sizes = _sizes(source)
+    changed = {name for name, _ in sizes ^ _sizes(folder)}
+    if "vocab_size" in changed:
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
     result = written_files(source)
     carried = [name for name in new if (source / name).is_file() and not name.endswith(".py")]
+    carried = [name for name in carried if "hidden_size" not in changed or not HEADS.fullmatch(name)]
     carried = [name for name in carried if name in result or not result]
     if others := [name for name in new if name not in carried]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
@@ -214,23 +227,30 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     if modules := [name for name in carried if "/" in name]:
-        _fit_modules(model, folder, modules)
+        _fit_modules(model, folder, modules, sizes)
 
 
-def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None:
-    """Write into the configs of modules how many channels the model has now, and name the weights that do not fit."""
-    narrower = False
+def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: Set[tuple[str, str]]) -> None:
+    """Write into the configs of modules how many channels, or tokens, the model has now where it had `sizes`, and the
+    ids of its tokens; name the weights that do not fit.
+    """
+    narrower, config, result = False, model.config.get_text_config(), getattr(model, "prune_result", None)
+    kept = None if result is None else result.plan.keep.get((MODEL, VOCAB))
+    new = {old: number for number, old in enumerate(kept or ())}
     for path in (folder / name for name in names if name.endswith(".json")):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        fitted = CHANNELS.sub(rf"\g<1>{model.config.get_text_config().hidden_size}", text)
+        of_tokens = any(("vocab_size", number) in sizes for _, number in WIDTH.findall(text))
+        fitted = WIDTH.sub(rf"\g<1>{config.vocab_size if of_tokens else config.hidden_size}", text)
+        narrower |= fitted != text and not of_tokens
+        if new:
+            fitted = IDS.sub(lambda ids: f"{ids[1]}{[new[old] for old in json.loads(ids[2]) if old in new]}", fitted)
         path.write_text(fitted, encoding="utf-8", errors="surrogateescape")
-        narrower |= fitted != text
     if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
 
 
-def _sizes(folder: Path) -> set[str]:
-    """What the config in a folder says of vocabularies, as it is written there."""
+def _sizes(folder: Path) -> set[tuple[str, str]]:
+    """What the config in a folder says of sizes, as it is written there."""
     with suppress(OSError, UnicodeDecodeError):
         return set(SIZE.findall((folder / "config.json").read_text(encoding="utf-8")))
     return set()

@@ -42,14 +42,17 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Give a line to the logger here where its level shows it, else to the standard error where bars are shown."""
+    """Give a line to the logger here where its level shows it, else to the standard error where bars are shown, unless
+    one is being drawn there, such as the Trainer's, which a line would break up.
+    """
     _said[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
     elif _bars() is not None:
         from tqdm.auto import tqdm
 
-        tqdm.write(line, file=sys.stderr)  # beside a bar that is being drawn
+        if not getattr(tqdm, "_instances", ()):
+            print(line, file=sys.stderr)
 
 
 def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:

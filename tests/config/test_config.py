@@ -74,6 +74,7 @@ def test_a_saved_config_that_names_the_method_loads():
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({}, "exactly one of sparsity, widths and budget .* got none; budget={'parameters': 0.8}"),
+    ({"languages": ["en"]}, r"got none; targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
     ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),

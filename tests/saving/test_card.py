@@ -222,3 +222,30 @@ def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):
     compile(re.search(r"```python\n(.*?)```", card.text, re.S)[1], "snippet", "exec")
     row = next(line for line in card.text.splitlines() if "memory:list" in line)
     assert row.replace("\\|", "").count("|") == 5
+
+
+def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_path):
+    out = shutil.copytree(desk / "slim", tmp_path / "out")
+    (out / "modules.json").write_text("[]")
+    about = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["feature-extraction"],
+    }
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(about)}---\n")
+    (out / "report.json").write_text(
+        json.dumps({**json.loads((out / "report.json").read_text()), "model": {"name": str(tmp_path)}})
+    )
+    for kind, loads in (
+        (None, "SentenceTransformer"),
+        ("SparseEncoder", "SparseEncoder"),
+        ("x; y", "SentenceTransformer"),
+    ):
+        (out / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
+        card = ModelCard(model_card(out, "out", AutoConfig.from_pretrained(out)))
+        assert f"from sentence_transformers import {loads}\n" in card.text and f"model = {loads}(name)" in card.text
+        assert (card.data.library_name, card.data.pipeline_tag) == (about["library_name"], about["pipeline_tag"])
+        assert {"feature-extraction", "structured-pruning"} <= {*card.data.tags}
+    (out / "modules.json").unlink()
+    plain = ModelCard(model_card(out, "out", AutoConfig.from_pretrained(out)))
+    assert plain.data.library_name == "transformers" and "feature-extraction" not in plain.data.tags

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import contents
 from models import build, config, documents, token_ids, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PretrainedConfig, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner, write_report
-from optimum_structprune.saving.save import check_reload, copy_extra_files, forget_code
+from optimum_structprune.arch.spec import MODEL, VOCAB
+from optimum_structprune.saving.save import check_reload, copy_extra_files, settle
 from optimum_structprune.written import written_files
 
 
@@ -97,7 +98,7 @@ def test_code_that_is_not_there_is_not_named(run, tmp_path):
     (tmp_path / "configuration_x.py").write_text("")  # code that is there stays named
     text = json.dumps({"auto_map": {"AutoConfig": "configuration_x.Config"}})
     (tmp_path / "config.json").write_text(text)
-    forget_code(tmp_path / "config.json")
+    settle(tmp_path / "config.json", PretrainedConfig)
     assert (tmp_path / "config.json").read_text() == text
 
 
@@ -175,6 +176,7 @@ SIDE = {
     **{name: f"the text of {name}" for name in WORDS},
     "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]),
     "2_Dense/model.safetensors": "weights of another module",
+    "colbert_linear.pt": "a head of another library",
 }
 NAMED = ("onnx/model.onnx", "original/consolidated.pth", "modeling_odd.py")
 STAYS = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.json", "README.md", ".gitattributes")
@@ -260,11 +262,38 @@ def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
     for name, text in files.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
+    for folder, hidden in ((source, 32), (out / "32", 32), (out / "24", 24)):
+        ViTConfig(hidden_size=hidden).save_pretrained(folder)
+    (source / "sparse_linear.pt").write_text("32")
     for hidden in (32, 24):
         copy_extra_files(
             SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden)), out / str(hidden), None
         )
         assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is (hidden == 24)
+        assert (out / str(hidden) / "sparse_linear.pt").exists() is (hidden == 32)
+        assert (f"Not copied from {source}: sparse_linear.pt" in caplog.text) is (hidden == 24)
         for name, text in files.items():
             changed = text.replace("32", str(hidden)) if "Pooling" in name else text
             assert (out / str(hidden) / name).read_text() == changed
+
+
+def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(tmp_path):
+    model = build("bert")
+    model.save_pretrained(tmp_path / "dense")
+    files = {
+        "modules.json": json.dumps([{"path": ""}, {"path": "1_SpladePooling"}, {"path": "2_MultiVectorMask"}]),
+        "1_SpladePooling/config.json": '{"pooling_strategy": "max", "word_embedding_dimension": 96}',
+        "2_MultiVectorMask/config.json": '{"skiplist_words": [], "keep_only_token_ids": [\n  2,\n  80, 95\n ]}',
+    }
+    for name, text in files.items():
+        (tmp_path / "dense" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "dense" / name).write_text(text)
+    (tmp_path / "out").mkdir()
+    model.config.vocab_size, model.name_or_path = 64, str(tmp_path / "dense")
+    model.config.save_pretrained(tmp_path / "out")
+    kept = (*range(62), 80, 95)
+    model.prune_result = SimpleNamespace(plan=Plan("bert", {(MODEL, VOCAB): kept}))
+    copy_extra_files(model, tmp_path / "out", None)
+    splade, mask = (json.loads((tmp_path / "out" / name).read_text()) for name in [*files][1:])
+    assert splade == {"pooling_strategy": "max", "word_embedding_dimension": 64}
+    assert mask == {"skiplist_words": [], "keep_only_token_ids": [2, 62, 63]}

@@ -5,6 +5,7 @@ import sys
 from logging import WARNING
 
 import pytest
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from optimum_structprune.system import stages
@@ -33,6 +34,12 @@ def shown(monkeypatch):
 
 def test_without_a_terminal_a_line_comes_after_ten_seconds(shown):
     assert shown(terminal=False).splitlines() == ["pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
+
+
+def test_no_line_breaks_up_a_bar_that_is_being_drawn(shown):
+    with tqdm(total=2, file=io.StringIO()):  # as the Trainer's
+        assert shown(terminal=False) == ""
+    assert shown(terminal=False)
 
 
 def test_a_terminal_has_bars_and_who_wants_none_has_neither(shown):

@@ -1,0 +1,49 @@
+"""What transformers 4 and onnxruntime make of some folders, for `test_transformers_4.py`; the Python of `make onnx`
+runs this file.
+
+It reads a list of requests, each with a folder, the class that loads it, and tokens or a text, and writes the outputs
+of transformers 4, or an error. Of a text it also writes the tokens, and what onnxruntime gives once optimum has
+exported the folder.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from optimum.onnxruntime import ORTModelForCausalLM
+
+
+def outputs(model, ids):
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        given = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    return (given.logits if hasattr(given, "logits") else given.last_hidden_state).tolist()
+
+
+def answer(folder, kind, ids=None, text=None):
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    if text is None:
+        return {"outputs": outputs(model, torch.tensor(ids))}
+    exported = Path(f"{folder}-onnx")
+    cli = Path(sys.executable).with_name("optimum-cli")
+    line = [cli, "export", "onnx", "--model", folder, "--task", "text-generation-with-past", exported]
+    subprocess.run(line, check=True, capture_output=True)
+    ids = transformers.AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
+    onnx = ORTModelForCausalLM.from_pretrained(exported)
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        logits = onnx(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+    return {"outputs": outputs(model, ids), "onnx": logits.tolist(), "tokens": ids.tolist()}
+
+
+if __name__ == "__main__":
+    answers = []
+    for request in json.load(sys.stdin):
+        try:
+            answers.append(answer(**request))
+        except Exception as error:
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    Path(sys.argv[1]).write_text(json.dumps(answers))
