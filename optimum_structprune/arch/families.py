@@ -216,6 +216,6 @@ def with_former_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
         names = FORMER_ROPES.get(kind, FORMER_ROPE)
         former |= {name: value for name, value in zip(names, values, strict=True) if name and value is not None}
         scaling = {key: value for key, value in whole.items() if key not in FORMER_ROPE}
-        scaling = {key: scaling[key] for key in FORMER_SCALING.get(kind, scaling) if key in scaling}
-        former["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+        known = {key: scaling[key] for key in FORMER_SCALING.get(kind, scaling) if key in scaling}
+        former["rope_scaling"] = None if scaling == {"rope_type": "default"} else known
     return former
