@@ -1,1 +1,1 @@
-"""Widths that follow from measurements: losses of single layers, shapes, rounds with masks."""
+"""Widths that follow from measurements: losses of single layers, and shapes."""

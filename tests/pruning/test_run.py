@@ -1,11 +1,9 @@
 """What an error leaves behind: a model as it was, or one that cannot be taken for a finished one."""
 
-from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
-import torch
-from helpers import count_hooks, data_of, failing, logits, same_weights
+from helpers import count_hooks, data_of, failing, same_weights
 from models import build, config, documents, tokenizer
 from quantized import Packed, Reversible, quantized
 from torch import nn
@@ -15,7 +13,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method import loop, shrink
 from optimum_structprune.method.layers import InMemory
-from optimum_structprune.method.shrink import Masks, read_consumer
+from optimum_structprune.method.shrink import Masks
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.removals import channels, experts, layers
 
@@ -153,34 +151,6 @@ def test_a_quantized_model_stays_packed_where_a_wish_is_refused():
     # And what is granted unpacks it.
     small = prune_model(model, config(), tokenizer(), inplace=True)
     assert small is model and type(model.model.layers[0].mlp.up_proj) is nn.Linear
-
-
-@pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.bfloat16, False)])
-@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "gpt2-tied", "mixtral", "gpt_oss"])
-def test_masks_are_undone_exactly(case, dtype, biased):
-    """Whichever way round a weight is stored, of one expert or of all, with a bias of its own or one that is added."""
-    model = build(case).to(dtype)
-    dense, arch = deepcopy(model), describe(model)
-    masks = Masks(model, arch)
-    axes = [axis for space in arch.spaces if space.inside for axis in space.consumers]
-    for turn in (1, 2):  # the second change does not take the first one for dense
-        for axis in axes:
-            weight, bias = read_consumer(model, axis)
-            columns = torch.arange(0, weight.shape[1], 2)
-            if biased and (bias is not None or axis.part is None):
-                bias = torch.zeros(len(weight)) + turn if bias is None else bias + turn
-            masks.write_(axis, columns, weight[:, columns] * (turn + 1), bias)
-            present = read_consumer(model, axis)[0]
-            assert (present[:, 1::2] == 0).all() and (present[:, 0] != 0).any()
-            for ours, theirs in zip(masks.dense(axis), read_consumer(dense, axis), strict=True):
-                assert (ours is None and theirs is None) or torch.equal(ours, theirs)
-    assert not same_weights(model, dense)
-    parameters = {name: parameter for name, parameter in dense.named_parameters()}
-    masks.undo_(nullcontext)
-    assert same_weights(model, dense) and dict(model.named_parameters()).keys() == parameters.keys()
-    assert torch.equal(logits(model), logits(dense))
-    masks.undo_(nullcontext)
-    assert same_weights(model, dense), "what is undone is dense from then on: nothing of it comes back"
 
 
 def test_the_largest_seed_is_one_for_all_layers():
