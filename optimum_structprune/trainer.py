@@ -280,7 +280,7 @@ class StructPruneCallback(TrainerCallback):
         first = self.plan is None or not self.plan.keep
         if not cut_state_(optimizer, model, arch, plan, shapes) and first:
             warn(
-                f"The state of {type(optimizer).__name__} cannot be cut, so that of every parameter that is cut begins "
+                f"The state of {type(optimizer).__name__} cannot be cut, so that of each parameter that is cut begins "
                 "anew; optim='adamw_torch' keeps it for the weights that stay."
             )
         self.plan = plan if self.plan is None else self.plan.then(plan)
