@@ -236,8 +236,8 @@ def _check_model(request: Request) -> None:
             outputs_for(described.plain_model)
         except Exception as error:  # every model class raises its own errors
             raise StructPruneError(
-                f"{described.name} does not take a few tokens or an image alone, with which it is compared before it "
-                f"is saved ({one_line(error)}); prune its base model, and give the head the result."
+                f"{described.name} cannot run on a few tokens or an image alone, as it does before it is saved "
+                f"({one_line(error)}); if its head asks for more, prune the base model, and give the head the result."
             ) from error
 
 

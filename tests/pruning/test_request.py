@@ -284,5 +284,5 @@ def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
         def forward(self, input_ids, extra, **kwargs):
             return super().forward(input_ids, **kwargs)
 
-    with pytest.raises(StructPruneError, match="Picky does not take a few tokens .*'extra'.*prune its base model"):
+    with pytest.raises(StructPruneError, match="Picky cannot run on a few tokens .*'extra'.*prune the base model"):
         prune_model(Picky(build("bert").config), blind(), tokenizer())
