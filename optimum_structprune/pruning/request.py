@@ -92,14 +92,7 @@ def ask(
     _check_criterion(config, arch, widths, use)
     _check_spaces(config, arch, widths, use)
     if use == PRUNE:
-        if inputs is not None and VOCAB in widths:
-            raise StructPruneError(
-                f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
-            )
-        if not has_tokenizer and inputs is None:
-            raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-        if config.checkpoint_dir or config.losses_dir:
-            _check_folders(config)
+        _check_text(request, has_tokenizer)
     if use == PRUNE and config.recovery is not None:
         from ..recovery.recover import check_recovery  # training libraries take seconds to import
 
@@ -239,6 +232,18 @@ def _check_model(request: Request) -> None:
                 f"{described.name} cannot run on a few tokens or an image alone, as it does before it is saved "
                 f"({one_line(error)}); if its head asks for more, prune the base model, and give the head the result."
             ) from error
+
+
+def _check_text(request: Request, has_tokenizer: bool) -> None:
+    """Refuse inputs that are no text where tokens go, text that no tokenizer reads, and folders that cannot be used."""
+    if request.inputs is not None and VOCAB in request.widths:
+        raise StructPruneError(
+            f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
+        )
+    if not has_tokenizer and request.inputs is None:
+        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
+    if request.config.checkpoint_dir or request.config.losses_dir:
+        _check_folders(request.config)
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:

@@ -52,7 +52,7 @@ def say(line: str) -> None:
         from tqdm.auto import tqdm
 
         if not getattr(tqdm, "_instances", ()):
-            print(line, file=sys.stderr)
+            sys.stderr.write(f"{line}\n")
 
 
 def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:
