@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -48,8 +49,10 @@ class Dense:
     def of(cls, source: str, named: Mapping[str, Any]) -> Dense:
         """What the card of a model says, but for the id and the licence that the user has `named`."""
         folder = Path(source)
-        card = _card(source) if source else None
-        fields: dict[str, Any] = {} if card is None else card.to_dict()
+        fields: dict[str, Any] = {}
+        with suppress(Exception):  # of the network, the Hub, or somebody else's YAML: the licence is unknown then
+            if source and (not folder.is_dir() or (folder / CARD).is_file()):
+                fields = ModelCard.load(folder / CARD if folder.is_dir() else source).data.to_dict()
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
         licence = {"license": named["license"]} if named.get("license") else licence
@@ -132,16 +135,6 @@ def _fields(folder: Path, records: Records, origin: Dense, kind: str) -> ModelCa
 def renamed(card: str, repo_id: str) -> str:
     """A card whose snippet loads the model from the Hub."""
     return NAME_LINE.sub(f'name = "{repo_id}"', card)
-
-
-def _card(source: str) -> ModelCardData | None:
-    """The fields of a model's card; None where there is none, or it cannot be read now."""
-    try:
-        if Path(source).is_dir():
-            return ModelCard.load(Path(source, CARD)).data if Path(source, CARD).is_file() else None
-        return ModelCard.load(source).data
-    except Exception:  # of the network, of the Hub, or of somebody else's YAML: the licence is unknown then
-        return None
 
 
 def _datasets(folder: Path, records: Records) -> list[str]:
