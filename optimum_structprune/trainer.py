@@ -280,13 +280,8 @@ class StructPruneCallback(TrainerCallback):
         first = self.plan is None or not self.plan.keep
         if not cut_state_(optimizer, model, arch, plan, shapes) and first:
             warn(
-<<<<<<< HEAD
-                f"The state of {type(optimizer).__name__} cannot be cut, so that of each parameter that is cut begins "
-                "anew; optim='adamw_torch' keeps it for the weights that stay."
-=======
                 f"The state of {type(optimizer).__name__} cannot be cut, so it begins anew for each parameter that is "
                 "cut; optim='adamw_torch' keeps it for the weights that stay."
->>>>>>> 08cbb8d6 (What the Trainer says of an optimizer's state in fewer words)
             )
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
