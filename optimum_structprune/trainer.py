@@ -98,7 +98,8 @@ class StructPruneCallback(TrainerCallback):
     removal compete, because wider ones are nearly always better. After training, `plan` says what was kept.
 
     A Trainer asks its callbacks in order, and those of `report_to` stand before those in `callbacks=[…]`. So
-    TensorBoard and the like see the widths only where `attach_pruner` has put this callback before them.
+    TensorBoard and the like see the widths only where `attach_pruner` has put this callback before them. It also tells
+    what a Trainer puts around a model, DDP or torch.compile, of each removal.
 
     Args:
         config: What to remove and how. Its `rounds` is the number
