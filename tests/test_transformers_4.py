@@ -53,8 +53,8 @@ SCALED = {
 # transformers 4 refuses these: their configs name fewer experts, and kinds of layers, by words of transformers 5.
 REFUSED = {"qwen3_moe", "granitemoehybrid"}
 # The outer config of these random models ties an embedding that the inner one does not tie, and Zamba 2 of this size
-# is only built, never run.
-ODD = {"internvl", "mistral3", "zamba2"}
+# is only built, never run; transformers 4 rounds the parameters of Apertus' activation to bf16.
+ODD = {"internvl", "mistral3", "zamba2", "apertus"}
 
 
 def with_other_bases(rope):
