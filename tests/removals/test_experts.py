@@ -171,7 +171,8 @@ def test_experts_that_no_token_chose_go_without_a_trace(case, criterion):
     small = pruner.prune_model(model, tokenizer())
     kept = {units for (_, name), units in pruner.plan.keep.items() if name == "expert"}
     assert kept == {(0, 3)}
-    assert torch.equal(logits(small), logits(model))
+    # Products of fewer experts may be summed in another order, as some processors do.
+    torch.testing.assert_close(logits(small), logits(model), atol=1e-6, rtol=1e-6)
 
 
 def test_without_layers_that_run_by_themselves_the_experts_own_output_is_the_target():
