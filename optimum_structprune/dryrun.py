@@ -76,8 +76,8 @@ class SpaceChoice:
         full = max(space.width for space in spaces)
         if not isinstance(width, int):
             return cls(name, full, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
-        nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
-        return cls(name, full, width, tuple(nearest), len(legal))
+        nearest = *legal[: bisect_left(legal, width)][-1:], *legal[bisect_right(legal, width) :][:1]
+        return cls(name, full, width, nearest, len(legal))
 
     def __str__(self) -> str:
         """How many widths there are to choose from, and the nearest ones."""

@@ -76,6 +76,8 @@ def meta_model(
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> PreTrainedModel:
     """A model of the same class with another config, on the meta device: shapes without memory."""
+    if isinstance(config.dtype, str):  # what transformers leaves in the config of a model that it has saved
+        config.dtype = getattr(torch, config.dtype)
     device = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     with device, heterogeneous():
         return type(model)(config)
@@ -145,8 +147,17 @@ def _check_stock(model: PreTrainedModel) -> None:
             )
 
 
+def check_changeable(model: Any) -> None:
+    """Refuse a model whose weights cannot change: it is compiled, has an adapter, or was made for inference alone."""
+    check_no_adapter(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise StructPruneError("model was made inside torch.inference_mode; to change it, pass copy.deepcopy(model).")
+
+
 def check_no_adapter(model: PreTrainedModel) -> None:
-    """Refuse a PEFT model and a model that an adapter was injected into."""
+    """Refuse a compiled model, a PEFT model and a model that an adapter was injected into."""
+    if hasattr(model, "_orig_mod"):
+        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
     # An adapter can only exist where PEFT has been imported, and most runs do without.
     peft = sys.modules.get("peft")
     if peft is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from copy import deepcopy
-from math import lcm
+from math import ceil, lcm
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -116,9 +116,9 @@ def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]]
         text.allow_global_per_layer_attribute_access = True
 
 
-def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int]:
+def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence[int]:
     """Every width that a plain config of this model can express for the space `name`, and that the model runs with,
-    ascending.
+    ascending: a range where there may be very many.
 
     Each number of KV groups or heads is tried against the config class's own validation. Any number of channels,
     experts and layers is legal, but for what the grouped matrix product of experts takes; see `EXPERT_MULTIPLE`.
@@ -136,7 +136,8 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
             step = lcm(step, max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE
-    return [size for size in range(space.min_size, space.width + 1) if size % step == 0 or size == space.width]
+    narrower = range(ceil(space.min_size / step) * step, space.width, step)
+    return [*narrower, space.width] if space.width % step else range(narrower.start, space.width + 1, step)
 
 
 def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from huggingface_hub import hf_hub_download
 
 from ..arch.families import read_families
 from ..config.domains import GENERAL, DomainConfig, as_domain
+from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.resolve import resolve
@@ -43,7 +46,7 @@ def check_flags(args: Namespace) -> None:
     for names in (args, *configs):
         if arch_file := getattr(names, "arch_file", None):
             read_families(arch_file)
-    for texts in [given.get("domain", ()), *map(_texts, configs)] if args.command.reads_text else ():
+    for texts in [given.get("domain", ()), *map(_texts, configs)]:
         for domain in resolve(as_domain(text, args.command.name) for text in texts):
             check_source(domain)
     if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
@@ -149,3 +152,10 @@ def _check_model(name: str) -> None:
                 "folder that this command takes."
             )
         raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json.")
+    for index in Path(name).glob("*.index.json"):
+        outside: list[str] = []
+        with suppress(StructPruneError, LookupError, TypeError, AttributeError):  # loading says what is damaged
+            files = read_mapping(index, json.loads)["weight_map"].values()
+            outside = [file for file in files if os.path.basename(file) != file or file == os.pardir]
+        if outside:
+            raise StructPruneError(f"{index} names {outside[0]!r}, which is no file of its folder and is not read.")

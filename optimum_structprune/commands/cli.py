@@ -14,9 +14,10 @@ from typing import Any
 from .. import __version__
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
+from ..system.processes import launched
 from .arguments import by_flag
 from .flags import COMMANDS
-from .output import Result, show, working
+from .output import Result, show, visible, working
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
@@ -75,8 +76,9 @@ def execute(args: Namespace) -> int:
     """Run the chosen command, show its result or its error, and return its exit code."""
     if "command" not in args:
         return args.run(args)
-    number = int(os.environ.get("RANK", "0"))
+    number = 0
     try:
+        number = launched("RANK", 0)
         from .checks import check_flags  # late, as all that imports a config
 
         check_flags(args)
@@ -92,7 +94,7 @@ def execute(args: Namespace) -> int:
             traceback.print_exc()
         code, text = explained(error, args)
         where = f" in process {number}" if number else ""
-        sys.stderr.write(f"structprune: error{where}: {one_line(text)}\n")
+        sys.stderr.write(f"structprune: error{where}: {visible(one_line(text))}\n")
         return code
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import StructPruneConfig
+from ..domains.readers import has_files
 from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.request import PRUNE, Request, check_reads_text
@@ -31,6 +32,7 @@ from ..pruning.room import check_room
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
+from ..system.processes import launched
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ class Loading:
         try:
             if name not in self.tokenizers:
                 read = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+                if not has_files(read):
+                    raise OSError("it has no files there; save the model's own beside it")
                 self.tokenizers[name] = read
             return self.tokenizers[name]
         except Exception as error:  # tokenizers raises a bare one
@@ -147,7 +151,7 @@ class Loading:
 def usable_device(name: str | None) -> str:
     """The device that `--device` names; without one, a GPU of the process's own if there is one, else the CPU."""
     if name is None:
-        cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        cuda = f"cuda:{launched('LOCAL_RANK', 0)}" if "LOCAL_RANK" in os.environ else "cuda"
         return cuda if torch.cuda.is_available() else "cpu"
     if name in SPREAD:
         return name

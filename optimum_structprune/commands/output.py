@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import Namespace
@@ -44,6 +45,11 @@ def check_file(file: str, label: str, overwrite: bool = False) -> None:
         raise StructPruneError(f"{label} exists; name another file, or replace it with --overwrite.")
 
 
+def visible(text: str) -> str:
+    """A text in which control codes, as in a name or an answer, are spelled out: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda code: repr(code[0])[1:-1], text)
+
+
 def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
     document = to_json({"structprune": __version__, **result.values})
@@ -51,7 +57,7 @@ def show(result: Result, args: Namespace) -> None:
         Path(args.json).write_text(document + "\n", encoding="utf-8")
     try:
         encoding = sys.stdout.encoding or "utf-8"
-        text = document if args.json is True else result.text
+        text = document if args.json is True else visible(result.text)
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
@@ -62,7 +68,7 @@ def show(result: Result, args: Namespace) -> None:
 def note(args: Namespace, text: str) -> None:
     """Tell how the work goes, unless `--quiet` is given."""
     if not args.quiet:
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{visible(text)}\n")
 
 
 @contextmanager

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.resolve import resolve, split_samples, texts_of
-from ..domains.sources import documents
+from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
 from ..pruner import StructPruner
 from ..recovery.recover import check_recovery
@@ -64,14 +62,10 @@ def _check_folders(
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
         check_gguf(small.config, args.gguf, tokenizer)
-    domains = resolve(texts_of(config))
-    split_samples(config.num_samples, [domain.weight for domain in domains])
-    for domain in domains:
-        if not written_by_model(domain):
-            next(documents(domain, None, tokenizer), None)  # a text without its column, or that no template takes
     check_apart(args.output, config, recovery)
     if recovery is not None:
         check_recovery(recovery, config, model)
+    calibration_domains(config, model, tokenizer, writes=False)  # last, as it reads the text
 
 
 def _prune_and_save(

@@ -23,6 +23,7 @@ from .loading import Loading
 from .output import Result
 
 
+MOST_LISTED = 1_000_000  # legal widths of a space that are given one by one
 SIDE = 1024  # of the square matrices whose products tell how fast a machine is
 
 
@@ -39,10 +40,10 @@ def inspect(args: Namespace) -> Result:
     for name in arch.offered:
         spaces = arch.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
-        legal, units = list(legal_sizes(model.config, arch, name)), sorted({space.width for space in spaces})
+        legal, units = legal_sizes(model.config, arch, name), sorted({space.width for space in spaces})
         lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
-        # Every number of tokens is legal, and there are many.
-        listed = _ranges(legal) if name == VOCAB else legal
+        # There may be very many, such as all numbers of tokens.
+        listed = _ranges(legal) if name == VOCAB or len(legal) > MOST_LISTED else [*legal]
         offered[name] = {"units": units, "parameters": parameters, "legal": listed}
     lines += [f"{name:<12}cannot be pruned: {reason}" for name, reason in arch.missing]
     values = {
@@ -58,6 +59,8 @@ def inspect(args: Namespace) -> Result:
 
 def _ranges(sizes: Sequence[int]) -> str:
     """`[1, 2, 3, 6]` as `1-3, 6`; `[9, 18, 27]` as `9-27 in steps of 9`."""
+    if isinstance(sizes, range) and sizes.step == 1 and len(sizes) > 1:
+        return f"{sizes[0]}-{sizes[-1]}"
     steps = {above - below for below, above in pairwise(sizes)}
     if len(steps) == 1 and steps != {1} and len(sizes) > 2:
         return f"{sizes[0]}-{sizes[-1]} in steps of {steps.pop()}"

@@ -142,6 +142,9 @@ def config_class(cls: T) -> T:
             raise FieldError(cls.__name__, field, reason) from error
         except (StrictDataclassError, TypeError) as error:
             raise StructPruneError(f"{cls.__name__}: {one_line(error.__cause__ or error)}") from error
+        for name, value in vars(self).items():  # as of a file whose name is not UTF-8: no card could name it
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise FieldError(cls.__name__, name, f"holds half a character, got {value!r}; rename it in UTF-8")
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls

@@ -47,11 +47,12 @@ def calibration_domains(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     counts: bool = False,
+    writes: bool = True,
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with general text that the model writes where it can, and the config that says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
     seen = Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, counts=counts)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, counts=counts, writes=writes)
     try:
         return written, load(written)
     except StructPruneError as error:
@@ -72,9 +73,11 @@ def load_domains(
     seen: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
     counts: bool = False,
+    writes: bool = True,
 ) -> list[Domain]:
     """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, the
     model writes with the `writer`, by default the tokenizer, and with `counts` there is spare text to count tokens in.
+    Without `writes`, domains that a model writes are left out.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -85,12 +88,12 @@ def load_domains(
     vocab_size = None if model is None else model.config.get_text_config().vocab_size
     packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size, counts)
     write = None
-    if model is not None and any(map(written_by_model, domains)):
+    if model is not None and writes and any(map(written_by_model, domains)):
         from .generated import self_documents
 
         write = partial(self_documents, model, writer or tokenizer)
     loaded: dict[int, Domain] = {}
-    for written in (False, True):  # a model takes long to write, so what can fail before comes first
+    for written in (False, True)[: 1 + writes]:  # a model takes long to write, so what can fail before comes first
         shelves = {}
         for index, domain in enumerate(domains):
             if written_by_model(domain) == written:
@@ -99,7 +102,7 @@ def load_domains(
                 at_once = 1 if written else DOCUMENTS_PER_CALL
                 shelves[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
         loaded |= packer.load(shelves)
-    return [loaded[index] for index in range(len(domains))]
+    return [loaded[index] for index in sorted(loaded)]
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:

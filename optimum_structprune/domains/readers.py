@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import has_file
 
 from ..errors import StructPruneError, some_of
 
@@ -21,7 +22,7 @@ def note_reader(model: Module, tokenizer: Any) -> None:
         _READERS[model] = tokenizer
 
 
-def reader_of(model: Module, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+def reader_of(model: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer noted for a model, or the one where it was loaded from if the number of tokens is the same."""
     name = getattr(model, "name_or_path", None)
     if model in _READERS or not name:
@@ -29,10 +30,16 @@ def reader_of(model: Module, trust_remote_code: bool = False) -> PreTrainedToken
     with suppress(Exception):  # whatever there is in the place of a tokenizer
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         saved = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        # Where there are no files of a tokenizer, transformers makes one of special tokens alone.
-        if _rows(config) == _rows(model.config) and len(saved) > len(saved.all_special_ids):
+        sizes = {each.get_text_config().vocab_size for each in (config, model.config)}
+        if len(sizes) == 1 and has_files(saved):
             return saved
     return None
+
+
+def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer was read from files; where there are none, transformers makes one up for some types."""
+    files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
+    return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
 
 
 def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
@@ -47,12 +54,12 @@ def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, s
     ]
 
 
-def check_tokens(model: Module, tokenizer: Any) -> None:
+def check_tokens(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer that means other tokens by its ids than the model's own, or that the model lacks rows for."""
     known = reader_of(model) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     if known is None or known is tokenizer:
         return
-    rows = _rows(model.config)
+    rows = model.config.get_text_config().vocab_size
     beyond = {number for number in tokenizer.get_vocab().values() if number >= rows} - {*known.get_vocab().values()}
     others = [number for number, same in enumerate(ids_in(known, tokenizer, rows)) if number != same]
     if wrong := [*others, *sorted(beyond)]:
@@ -62,7 +69,3 @@ def check_tokens(model: Module, tokenizer: Any) -> None:
             "there. Pass the model's own (after a pruning, pruner.tokenizer); if it was trained with this one, save "
             "both to one folder and load them."
         )
-
-
-def _rows(config: Any) -> int:
-    return config.get_text_config().vocab_size

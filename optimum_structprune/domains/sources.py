@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from glob import escape, glob
+from glob import escape, glob, has_magic
 from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, SELF, DomainConfig
@@ -163,7 +164,11 @@ def _files(domain: DomainConfig) -> list[Path]:
         # What is hidden are the copies and caches of tools, as in `.ipynb_checkpoints`; a pattern does not find it.
         candidates = [file for file in path.rglob("*") if not f"/{file.relative_to(path)}".count("/.")]
         what = f"the folder {path}"
-    elif "*" in domain.source:
+    elif "://" in domain.source:
+        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address; download it first.")
+    elif os.path.islink(path):
+        raise StructPruneError(f"The domain {domain.name!r}: {path} is a link to {os.readlink(path)}, which is gone.")
+    elif has_magic(domain.source):
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
@@ -197,7 +202,9 @@ def _read_text(path: Path) -> Iterator[str]:
 def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     from datasets import load_dataset
 
-    return load_dataset(kind, data_files=[escape(str(path)) for path in paths], split="train", streaming=True)
+    files = [escape(str(path)) for path in paths]
+    with TemporaryDirectory() as cache:  # for a lock alone; the user's may not be writable
+        return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
 
 
 def _hub_rows(reader: _Reader) -> Iterable[Row]:

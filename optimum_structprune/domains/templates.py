@@ -136,18 +136,27 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
             f"The domain {domain.name!r} has no column of messages; set text_column."
             f"{did_you_mean(domain.text_column, row)}"
         )
+    try:
+        return messages_of(conversation)
+    except StructPruneError as error:
+        raise StructPruneError(f"The domain {domain.name!r}: {error}") from error
+
+
+def messages_of(conversation: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation in the form of `role` and `content`; parts of a content are joined."""
     messages = []
-    for item in conversation or ():
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    single = isinstance(conversation, Mapping) or not isinstance(conversation, Iterable)
+    for item in () if conversation is None else [conversation] if single else conversation:
+        fields: Row = item if isinstance(item, Mapping) else {}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         if isinstance(content, list):  # of parts, whose text is what can be read
-            content = "".join(part.get("text") or "" if isinstance(part, Mapping) else str(part) for part in content)
-        more = {name: item[name] for name in CALLS if item.get(name)}
-        if content is None and {"content", "value"} & set(item):
+            texts = [(part.get("text") if isinstance(part, Mapping) else part) or "" for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
+        if content is None and {"content", "value"} & set(fields):
             content = ""
         if not (isinstance(role, str) and isinstance(content, str)):
-            raise StructPruneError(
-                f"The domain {domain.name!r}: a message needs a role and a text, got {str(item):.60}."
-            )
+            raise StructPruneError(f"a message needs a role and a text, got {item!r:.60}.")
+        more = {name: fields[name] for name in CALLS if fields.get(name)}
         messages.append({"role": ROLES.get(role, role), "content": content, **more})
     return messages
 

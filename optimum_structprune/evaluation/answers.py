@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import positions_of, predicts_next
 from ..domains.packing import prompt_ids
 from ..domains.passages import shared_tokens
+from ..domains.templates import messages_of
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
 from ..forward.metrics import divergence, evaluating, standard_error
@@ -82,8 +83,8 @@ def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrained
 def _question(line: str, place: str) -> Question:
     try:
         row = json.loads(line)
-        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-        messages = tuple({"role": str(message["role"]), "content": str(message["content"])} for message in messages)
+        asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        messages = tuple(messages_of(asked))
         "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         right = re.compile(row["right"], re.IGNORECASE)
         continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
-from ..arch.meta import check_positions, reads_images, shrunk_skeleton
+from ..arch.meta import check_changeable, check_positions, reads_images, shrunk_skeleton
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
@@ -126,8 +126,6 @@ def check_config_kind(config: Any) -> None:
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = False) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
-    if hasattr(model, "_orig_mod"):
-        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
     if not (isinstance(model, nn.Module) and getattr(model, "config", None) is not None):
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
@@ -138,11 +136,8 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
             "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`, of a Trainer `trainer.accelerator`."
         )
     check_tokenizer(tokenizer, model)
-    if inplace and any(parameter.is_inference() for parameter in model.parameters()):
-        raise StructPruneError(
-            "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or leave out "
-            "inplace=True."
-        )
+    if inplace:
+        check_changeable(model)
     if inputs is None:
         return
     if not isinstance(inputs, Mapping):

@@ -20,6 +20,7 @@ from ..arch.modules import blocks
 from ..config.domains import template_fields
 from ..config.fields import read_yaml
 from ..domains.packing import prompt_ids
+from ..domains.templates import messages_of
 from ..errors import StructPruneError
 from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
@@ -73,8 +74,9 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
             continue
         try:
             row: Any = json.loads(line) if path.endswith((".jsonl", ".json")) else {"prompt": line}
-            messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-            messages = [{"role": str(each["role"]), "content": str(each["content"])} for each in messages]
+            asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+            messages = messages_of(asked)
+            "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         except (ValueError, LookupError, TypeError) as error:
             raise StructPruneError(
                 f'{path}, line {number}, is no prompt, which has a "prompt" or "messages"; '

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from ..arch.meta import check_positions, predicts_next
+from ..arch.meta import check_changeable, check_positions, predicts_next
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -101,6 +101,7 @@ class Recovery:
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
         config, self._inputs = self.config, None
+        check_changeable(model)
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
         taught_by = None
@@ -117,7 +118,7 @@ class Recovery:
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
             with stage("domains", {}):
-                domains = training_text(config, self.pruning, reader, dense or model, seen)
+                domains = training_text(config, self.pruning, reader, model if dense is None else dense, seen)
                 left_out = left_out_text(config, self.pruning, reader) if dense is not None else None
             seeds, folder = (seed, self.pruning.seed), Path(scratch)
             curriculum = Curriculum(config, domains, left_out, model, taught_by, seeds, folder, arguments)

@@ -48,6 +48,8 @@ def load_teacher(
             )
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
+    elif hasattr(teacher, "_orig_mod"):
+        raise StructPruneError("teacher is compiled; pass `teacher._orig_mod`.")
     elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
         kind = type(teacher).__name__
         raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
@@ -56,17 +58,30 @@ def load_teacher(
             "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
             "or leave the teacher out."
         )
+    return Teacher(teacher, *reading(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code))
+
+
+def reading(
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedTokenizerBase | None, Parts | None]:
+    """The tokenizer that a teacher reads with, and the parts of its tokens where the model that it teaches lacks some;
+    a teacher of other tokens is refused. Neither needs weights.
+    """
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     reader = teacher_tokenizer or reader_of(teacher, trust_remote_code)
     if taught == learnt and None in (reader, tokenizer):
-        return Teacher(teacher, tokenizer)
+        return tokenizer, None
     if reader is None or tokenizer is None:
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, and nothing says which "
             "are the same; pass its tokenizer (teacher_tokenizer)."
         )
     parts = Parts.between(teacher, reader, model, tokenizer)
-    return Teacher(teacher, tokenizer) if parts.change_nothing() else Teacher(teacher, reader, parts)
+    return (tokenizer, None) if parts.change_nothing() else (reader, parts)
 
 
 def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:

@@ -32,7 +32,17 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "distance", "gr
 PATIENCE = 4
 # The name of what peft trains of rows of tokens, and their learning rate as a share of that of the adapter.
 ROWS, ROWS_SHARE = "trainable_tokens_delta", 0.3
-LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
+LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "seed": 0}
+NOT_TAKEN = {
+    "eval_strategy eval_on_start": "measures on an eval_dataset, and a recovery has none; leave it out, it measures "
+    "how far the model is from its teacher at each checkpoint",
+    "push_to_hub": "would upload what the training writes on its way; leave it out, and push the result with "
+    "push_to_hub or --push-to-hub",
+    "torch_compile torch_compile_backend torch_compile_mode": "hides what the model takes, by which samples are "
+    "passed; leave it out, and compile what comes out",
+    "remove_unused_columns": "would remove what is to be learnt; leave it out",
+    "load_best_model_at_end": "is so by itself, where save_strategy='steps'; leave it out",
+}
 
 
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
@@ -77,16 +87,11 @@ def _check_use(training: Mapping[str, Any]) -> None:
     for name, least in LEAST.items():
         if training.get(name, least) < least:
             raise StructPruneError(f"TrainingArguments: {name} has to be {least} or more, got {training[name]}.")
-    if training.get("eval_on_start") or training.get("eval_strategy", "no") != "no":
-        raise StructPruneError(
-            "TrainingArguments: eval_strategy and eval_on_start measure on an eval_dataset, and a recovery has none; "
-            "leave them out, it measures how far the model is from its teacher at each checkpoint."
-        )
-    if training.get("push_to_hub"):
-        raise StructPruneError(
-            "TrainingArguments: push_to_hub would upload what the training writes on its way; leave it out, and push "
-            "the result with push_to_hub or --push-to-hub."
-        )
+    if training.get("max_steps") == 0:
+        raise StructPruneError("TrainingArguments: max_steps has to be 1 or more, got 0; leave it out.")
+    for names, why in NOT_TAKEN.items():
+        if used := [name for name in names.split() if training.get(name) not in (None, False, "no")]:
+            raise StructPruneError(f"TrainingArguments: {used[0]} {why}.")
 
 
 class BestCheckpoint(TrainerCallback):
@@ -120,7 +125,10 @@ class DistillTrainer(Trainer):
         # The Trainer asks for the second of these and does not use it.
         samples: Any = {"train_dataset": curriculum.lessons, "eval_dataset": curriculum.lessons}
         use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=arguments, callbacks=callbacks, data_collator=collate, **samples)
+        try:
+            super().__init__(model=model, args=arguments, callbacks=callbacks, data_collator=collate, **samples)
+        except LIBRARY_ERRORS as error:
+            raise StructPruneError(f"TrainingArguments: {one_line(error)}") from error
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off for good; samples do for each call
         # The loss is a mean over as many places in each sample, so the Trainer may average over accumulation steps.

@@ -175,7 +175,7 @@ class Search:
         """How much less of what a budget limits there is with each parameter of a kind of space that goes."""
         if (budget := self._budget) is None:
             return dict.fromkeys(self.plain, 1.0)
-        least = {name: {name: min(self.legal[name])} for name in self.plain}
+        least = {name: {name: self.legal[name][0]} for name in self.plain}
         return {
             name: (budget.dense - budget.cost(widths)) / max(removed_parameters(self.arch, widths), 1)
             for name, widths in least.items()

@@ -231,7 +231,11 @@ def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
 def resolved(target: str | Path) -> Path:
     """The absolute path that a name leads to, over all links."""
     try:
-        return Path(os.path.expanduser(target)).resolve()
+        path = Path(os.path.expanduser(target)).resolve()
+        str(path).encode()  # safetensors, for one, takes no other names
+        return path
+    except UnicodeEncodeError as error:
+        raise StructPruneError(f"{str(target)!r} cannot be written: its path is not text in UTF-8.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
 
@@ -282,7 +286,7 @@ def used_paths(*configs: Any) -> list[str]:
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
         names += [*_folders(config).values(), *(getattr(config, name, None) for name in READ)]
     paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
-    return [match for path in paths for match in (glob(path, recursive=True) if "*" in path else [path])]
+    return [match for path in paths for match in (glob(path, recursive=True) or [path])]
 
 
 def check_apart(target: str | Path, *configs: Any) -> None:

@@ -42,13 +42,21 @@ def across_processes() -> Iterator[None]:
     """
     global _together
     check_launch()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a process that is alone may yet choose its device
+    if launched("WORLD_SIZE", 1) > 1:  # a process that is alone may yet choose its device
         import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
     before, _together = _together, _initialized() and _dist().get_world_size() > 1
     try:
         yield
     finally:
         _together = before
+
+
+def launched(variable: str, default: int) -> int:
+    """The number that a launcher of processes has set in the environment, such as that of this process in `RANK`."""
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")
+    return int(text)
 
 
 def check_launch() -> None:
@@ -177,7 +185,7 @@ def _rank_and_count() -> tuple[int, int]:
     if _initialized():
         return _dist().get_rank(), _dist().get_world_size()
     if os.environ.get(AGENT_STORE) == "True" and "RANK" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+        return launched("RANK", 0), launched("WORLD_SIZE", 1)
     return 0, 1
 
 

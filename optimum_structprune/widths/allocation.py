@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import ceil
+from math import ceil, lcm
 from typing import cast
 
 import torch
@@ -58,7 +59,9 @@ def target_widths(
     return widths
 
 
-def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+def legal_widths(
+    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig
+) -> dict[str, Sequence[int]]:
     """The legal widths of the spaces that a config names, ascending, by kind of space; another width is refused."""
     names, asked = _named(config, arch), asked_widths(config, arch) or {}
     legal = {name: legal_sizes(model_config, arch, name) for name in names}
@@ -105,7 +108,7 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
     return widths
 
 
-def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
+def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> Sequence[int]:
     """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
     space = arch.of(name)[0]
     return multiples(legal, space.width, multiple_of(config, arch, name))
@@ -194,10 +197,11 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
                 f"{min(full)} to {max(full)}."
             )
         present = max(full.values()) if layer is None else full[layer]
-        allowed = [size for size in legal if size <= present]
+        allowed = legal[: bisect_right(legal, present)]
         if units in allowed:
             continue
-        nearest = [size for size in allowed if size < units][-1:] + [size for size in allowed if size > units][:1]
+        place = bisect_left(allowed, units)
+        nearest = [*allowed[max(place - 1, 0) : place + 1]]
         where = "" if layer is None else f"[{layer}]"
         raise StructPruneError(
             f"widths[{name!r}]{where} = {units} is not legal for this {arch.model_type} model, which has "
@@ -233,11 +237,13 @@ def widths_for_sparsity(
         rest = order[position + 1 :]
         ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *rest]))
         if rest:
-            room = sum(removable[other] for other in rest)
-            fitting = [width for width in may[name] if goal - cost[name] * (size[name] - width) <= room]
-            widths[name] = next((width for width in fitting if width >= ideal), fitting[-1])
+            room = float(sum(removable[other] for other in rest))
+            fitting = bisect_right(may[name], room, key=lambda width: goal - cost[name] * (size[name] - width))
+            widths[name] = may[name][min(bisect_left(may[name], ideal), fitting - 1)]
         else:
-            widths[name] = min(may[name], key=lambda width: abs(width - ideal))
+            place = bisect_left(may[name], ideal)
+            nearest = may[name][max(place - 1, 0) : place + 1]
+            widths[name] = min(nearest, key=lambda width: abs(width - ideal))
         goal -= cost[name] * (size[name] - widths[name])
     return widths
 
@@ -336,10 +342,17 @@ def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, le
     return [width for width in rounded if width >= ceil(LEAST_KEPT * space.width)][::-1]
 
 
-def multiples(legal: Sequence[int], size: int, multiple: int) -> list[int]:
+def multiples(legal: Sequence[int], size: int, multiple: int) -> Sequence[int]:
     """The multiples among legal widths, and the full width; all legal ones where no multiple is narrower."""
-    narrower = [width for width in legal if width % multiple == 0 and width < size]
-    return [*narrower, size] if narrower else list(legal)
+    narrower: Sequence[int]
+    if isinstance(legal, range):  # which may be very long
+        step = lcm(legal.step, multiple)
+        narrower = range(ceil(legal.start / step) * step, size, step)
+        if narrower and size % step == 0:
+            return range(narrower[0], size + 1, step)
+    else:
+        narrower = [width for width in legal if width % multiple == 0 and width < size]
+    return [*narrower, size] if narrower else legal
 
 
 def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -86,10 +86,11 @@ def _filled_up(
     filled = dict(widths)
     for name, width in widths.items():
         if isinstance(width, int):
-            larger = [choice for choice in choices(config, arch, name, legal[name]) if choice > width]
+            may = choices(config, arch, name, legal[name])
             # What fits comes first: a larger width never takes less.
-            fitting = bisect_left(larger, True, key=lambda choice: not fits({**filled, name: choice}))
-            filled[name] = [width, *larger][fitting]
+            larger = bisect_right(may, width)
+            fitting = bisect_left(may, True, larger, key=lambda choice: not fits({**filled, name: choice}))
+            filled[name] = may[fitting - 1] if fitting > larger else width
     return filled
 
 

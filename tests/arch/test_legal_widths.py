@@ -5,14 +5,18 @@ from runpy import run_path
 
 import pytest
 import torch
-from models import CASES, GROUPED, STRUCTURES, build, token_ids
-from transformers import AutoConfig, AutoModelForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CASES, GROUPED, STRUCTURES, build, config, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from optimum_structprune import StructPruneError, dry_run
 from optimum_structprune.arch.families import builtin_families
-from optimum_structprune.arch.load import describe, resolve
+from optimum_structprune.arch.load import ModelInfo, describe, resolve
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.arch.spec import HIDDEN
+from optimum_structprune.widths.allocation import multiples
 
 
 SHARE = 0.6
@@ -58,7 +62,40 @@ def test_legal_widths_follow_the_config_class():
         ("qwen2", HIDDEN, [*range(1, 33)]),
     ):
         model = build(case)
-        assert legal_sizes(model.config, describe(model), name) == legal
+        assert [*legal_sizes(model.config, describe(model), name)] == legal
+
+
+@pytest.mark.parametrize("size", [10**8, 10**12])
+def test_widths_are_not_listed_one_by_one(size):
+    """As a config may hold any number, mistyped or hostile."""
+    model_config = LlamaConfig(**{**GROUPED, "intermediate_size": size})
+    for fields, width in (
+        ({"sparsity": 0.5}, size // 2),
+        ({"widths": {"mlp": 77}}, 77),
+        ({"widths": {"mlp": 77, "attention": 2}}, 77),
+        ({"budget": {"parameters": 0.5}}, size // 2),
+    ):
+        (space, *_) = dry_run(model_config, config(**{"widths": None, "targets": None, **fields})).spaces
+        assert space.name == "mlp" and space.after == pytest.approx(width, rel=1e-3) and space.legal == size
+    with pytest.raises(StructPruneError, match=f"the nearest legal choice is {size}"):
+        dry_run(model_config, config(widths={"mlp": size + 1}))
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.sampled_from([1, 2, 8, 12]), st.sampled_from([1, 4, 5, 64]))
+def test_multiples_of_a_range_are_those_of_a_list(least, count, step, multiple):
+    legal = range(least * step, (least + count) * step, step)
+    for size in {legal[-1], legal[count // 2]}:
+        assert [*multiples(legal, size, multiple)] == [*multiples([*legal], size, multiple)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_has_been_saved_has_the_same_legal_widths(dtype):
+    """Its config then holds the dtype as text."""
+    model = build("mixtral").to(dtype)
+    model.config.dtype = dtype
+    before = legal_sizes(model.config, ModelInfo.of(model).arch, HIDDEN)
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    assert legal_sizes(model.config, ModelInfo.of(model).arch, HIDDEN) == before
 
 
 # How many of the 196 causal model types of transformers 5.24 are described: the number may not fall.

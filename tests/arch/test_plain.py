@@ -46,6 +46,18 @@ def test_a_gguf_model_is_pruned_and_saved(tmp_path, inplace):
         assert model.hf_quantizer is not None and torch.equal(logits(model), dense)
 
 
+@pytest.mark.parametrize("case", ["apertus", "llama-tied"])
+def test_a_model_that_has_been_saved_is_pruned_as_before(case, tmp_path):
+    """transformers leaves the dtype as text in its config, which activations of some types do not take."""
+    model, pruner = build(case), StructPruner(config())
+    expected = pruner.prune_model(model, tokenizer())
+    pruner.save(expected, tmp_path / "small")
+    model.save_pretrained(tmp_path / "dense")
+    assert model.config.dtype == "float32"
+    assert torch.equal(logits(prune_model(model, config(), tokenizer())), logits(expected))
+    assert prune_model(expected, config(widths={"mlp": 16}), tokenizer()).config.intermediate_size == 16
+
+
 def test_what_transformers_can_undo_is_undone():
     model, plain = quantized(Reversible()), build("llama-tied")
     small = prune_model(model, config(), tokenizer())

@@ -6,7 +6,8 @@ import sys
 from shlex import split
 
 import pytest
-from helpers import save_desk
+from helpers import save_desk, save_with_tokenizer, with_tokens
+from models import build, tokenizer
 
 from optimum_structprune.commands.cli import main
 
@@ -21,6 +22,13 @@ def folder(tmp_path_factory):
     (folder / "own.yaml").write_text("- model_types: 3\n")
     (folder / "empty.txt").touch()
     (folder / "columns.jsonl").write_text('{"texts": "one two"}\n')
+    other, reader = with_tokens(build("llama-tied"), tokenizer(), [0, 1, 2, *range(95, 2, -1)])
+    save_with_tokenizer(other, folder / "other", reader)
+    (folder / "other" / "model.safetensors").unlink()
+    (folder / "outside").mkdir()
+    (folder / "outside" / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
+    (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "run.yaml").write_text("num_samples: 1:30\n")
     return folder
 
@@ -90,6 +98,12 @@ FLAGS = [
     (f"{SHARE} --recovery 'domains=[{{name: 1, source: a.jsonl}}]'", "error: --domain name expected str"),
     (f"{SHARE} --base-model mine", "--base-model 'mine' is no id on the Hub"),
     (f"{SHARE} --private", "--push-to-hub names none; give both"),
+    ("prune model caf\udce9 --sparsity 0.2", "cannot be written: its path is not text in UTF-8"),
+    (f"{SHARE} --text caf\udce9.txt", "--domain source holds half a character, got 'caf\\udce9.txt'"),
+    (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address; download it"),
+    ("plan model --sparsity 0.2 --text none.txt", "there is no file or folder none.txt"),
+    ("plan outside --sparsity 0.2", "names '../elsewhere.safetensors', which is no file of its folder"),
+    ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("prune model full --sparsity 0.2", "exists and is not empty"),
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --format nemotron-nas [--pad]"),
@@ -120,6 +134,8 @@ MODEL = [
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{SHARE} --num-samples 2", "num_samples=2 does not give each of the 4 domains a sample; 4 is the least"),
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
+    (f"{SHARE} --text a.jsonl --num-samples 200 --seq-length 24", "The domain 'a' has "),
+    (f"{RECOVER} --teacher other --tokens 4800 --seq-length 24", "by the same ids they mean other tokens"),
     (f"{SHARE} --losses-dir model --allocation search", "model holds a model"),
     (f"{SHARE} --recovery seq_length=100000 --recovery-tokens 9000000", "The recovery's seq_length=100000 is longer"),
     (f"{SHARE} --recovery 'lora={{rank: 4}}'", "LoraConfig has no field 'rank'"),

@@ -104,6 +104,18 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
         assert not Path(out).exists()
 
 
+@pytest.mark.parametrize("number", ["x", "", "-1", "1.5"])
+def test_a_launcher_sets_numbers(folder, number, capsys, monkeypatch):
+    model = str(folder / "model")
+    monkeypatch.setenv("RANK", number)
+    assert main(["inspect", model]) == 2
+    assert f"The environment has RANK={number!r}, where a launcher sets a number" in error_line(capsys)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", number)
+    assert main(command(folder, "--width", "mlp=24", "--overwrite")) == 2
+    assert f"The environment has WORLD_SIZE={number!r}" in error_line(capsys)
+
+
 def test_argparse_refuses_what_it_cannot_read(capsys):
     for flag, message in (
         (["--width", "mlp"], "argument --width: expected NAME=VALUE, such as mlp=1024, got 'mlp'"),

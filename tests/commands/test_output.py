@@ -167,6 +167,22 @@ def test_numbers_that_json_does_not_have_are_null_and_what_a_terminal_cannot_sho
     assert raw.getvalue() == b"0.5 ? 0.1\n"
 
 
+def test_control_codes_are_spelled_out(capsys):
+    name = "a\x1b[31m\x07\x9b2J\té\n"
+
+    def run(args):
+        output.note(args, name)
+        return Result(name, {"name": name})
+
+    def fail(args):
+        raise StructPruneError(name)
+
+    said = "a\\x1b[31m\\x07\\x9b2J\té\n"
+    assert execute(parsed(run)) == 0
+    assert [*capsys.readouterr()] == [f"{said}\n"] * 2
+    assert execute(parsed(fail)) == 2 and "a\\x1b[31m\\x07\\x9b2J é" in capsys.readouterr().err
+
+
 def test_a_closed_standard_output_is_no_error(folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

@@ -162,10 +162,28 @@ def test_conversations_in_either_form_from_a_file(tmp_path):
     assert answers(found[0]) == ["ho"]
 
 
+def test_parts_are_joined_and_one_message_is_a_conversation():
+    parts = [{"type": "text", "text": "a"}, None, {"type": "image"}, "b", {"type": "text", "text": None}]
+    said = {"role": "user", "content": parts}
+    rows = [{"messages": messages} for messages in ([said], said, [{"from": "human", "value": "ab"}])]
+    domain = DomainConfig("d", rows, template="chat")
+    assert {*documents(domain, 0, chatty(CHATML))} == {"<|user|>ab</s>\n"}
+
+
 def test_rows_and_fields_that_will_not_do():
     for row, fields, message in (
         ({"a": 1}, {"template": "chat"}, "no column of messages; set text_column.* Known: a"),
-        ({"messages": [{"role": "user"}]}, {"template": "chat"}, "a message needs a role and a text"),
+        *(
+            ({"messages": messages}, {"template": "chat"}, f"'d': a message needs a role and a text, got {shown}")
+            for messages, shown in (
+                ([{"role": "user"}], "{'role': 'user'}"),
+                (["hello"], "'hello'"),
+                ([None], "None"),
+                (5, "5"),
+                ([{"role": "user", "content": [{"type": "text", "text": {"value": "x"}}]}], "{'role': 'user'"),
+                ([{"role": "user", "content": [3]}], "{'role': 'user', 'content': \\[3"),
+            )
+        ),
         ({"q": "x"}, {"template": "{q} {answer}"}, "no column 'answer'; set template"),
         ({"q": 3}, {"template": "{q}"}, "the column 'q' holds the int 3"),
         (None, {"template": "no field"}, "'chat' or to hold column names"),

@@ -3,7 +3,7 @@
 from copy import deepcopy
 
 import pytest
-from helpers import recovery_config, save_with_tokenizer, unread, with_tokens
+from helpers import error_line, recovery_config, save_with_tokenizer, unread, with_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, build, config, tokenizer
@@ -20,7 +20,8 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.domains.readers import check_tokens, note_reader, reader_of
+from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.readers import check_tokens, has_files, note_reader, reader_of
 
 
 ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
@@ -99,6 +100,19 @@ def test_a_copy_of_the_tokenizer_is_the_same_and_nothing_is_known_without_files(
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "alone")) == 1 and reader_of(alone) is None
     assert reader_of(deepcopy(model)) is None
+
+
+@pytest.mark.parametrize("case", ["t5", "deberta-v2", "bert", "gpt2-tied"])
+def test_what_transformers_makes_up_where_there_is_no_tokenizer_is_none(case, tmp_path, capsys):
+    model = build(case)
+    model.save_pretrained(tmp_path / "bare")
+    made_up = AutoTokenizer.from_pretrained(tmp_path / "bare")
+    assert not has_files(made_up)
+    check_tokens(type(model).from_pretrained(tmp_path / "bare"), tokenizer())
+    line = ["prune", str(tmp_path / "bare"), str(tmp_path / "out"), "--width", "mlp=24", "--seq-length", "24"]
+    assert main(line) == 2 and "has no files there; save the model's own beside it" in error_line(capsys)
+    made_up.save_pretrained(tmp_path / "bare")
+    assert has_files(AutoTokenizer.from_pretrained(tmp_path / "bare"))
 
 
 def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 from dataclasses import replace
@@ -27,6 +28,7 @@ from optimum_structprune.domains.load import load_domains, num_heldout, split_sa
 from optimum_structprune.domains.packing import prefix_token
 from optimum_structprune.domains.sources import builtin_documents, documents, sections
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.system.disk import used_paths
 
 
 TEXTS = [f"text number {i}" for i in range(30)]
@@ -297,6 +299,9 @@ def test_a_hub_dataset(monkeypatch):
     ("broken.parquet", "broken.parquet cannot be read: Parquet"),
     ("latin.txt", "latin.txt cannot be read: 'utf-8' codec .*; save it as UTF-8"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
+    ("link.jsonl", "link.jsonl is a link to .*gone.jsonl, which is gone"),
+    ("wiki?.jsonl", r"the pattern '.*wiki\?.jsonl' gives no file"),
+    ("x[ab].jsonl", r"the pattern '.*x\[ab\].jsonl' gives no file"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
@@ -308,8 +313,28 @@ def test_files_that_will_not_do(tmp_path, name, message):
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "utf16.csv").write_text("text\ncafé\n", encoding="utf-16")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
+
+
+def test_patterns_of_a_shell_are_patterns_and_an_address_is_none(tmp_path):
+    for name in ("a1.jsonl", "a2.jsonl", "b[1].jsonl"):
+        write(tmp_path / name, [name])
+    for pattern, found in (("a?.jsonl", 2), ("a[2-9].jsonl", 1), ("b[1].jsonl", 1), ("[ab]*.jsonl", 3)):
+        assert len(read(str(tmp_path / pattern))) == found
+        named = used_paths(make(str(tmp_path / pattern)))
+        assert len(named) == found and all(map(os.path.exists, named)), "what a run reads is not replaced"
+    for address in ("https://x/a.jsonl", "https://x/*.txt", "s3://x/a", "hf://datasets/x/y"):
+        with pytest.raises(StructPruneError, match=f"'d': {re.escape(address)} is an address; download it first"):
+            read(address)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_local_text_is_read_without_the_cache_of_the_user(tmp_path, monkeypatch, suffix):
+    path = write(tmp_path / f"a{suffix}", TEXTS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nope")
+    assert sorted(read(str(path))) == sorted(TEXTS)
 
 
 def test_what_is_no_text():

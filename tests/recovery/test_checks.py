@@ -7,8 +7,9 @@ import torch
 from accelerate import cpu_offload
 from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
+from transformers import LlamaForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneError, prune_model, recover
+from optimum_structprune import DomainConfig, StructPruneError, export_gguf, prune_model, recover
 from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.trainer import training_arguments
 from optimum_structprune.system.processes import across_processes
@@ -38,8 +39,14 @@ def unread():
     ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
     ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
     ({"training": {"learning_rate": -1.0}}, "learning_rate has to be 0 or more, got -1.0"),
-    ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave them out"),
+    ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave it out"),
     ({"training": {"push_to_hub": True}}, "push_to_hub would upload"),
+    ({"training": {"max_steps": 0}}, "max_steps has to be 1 or more, got 0"),
+    ({"training": {"seed": -1}}, "seed has to be 0 or more, got -1"),
+    ({"training": {"torch_compile": True}}, "torch_compile hides what the model takes"),
+    ({"training": {"torch_compile_mode": "default"}}, "torch_compile_mode hides what the model takes"),
+    ({"training": {"remove_unused_columns": True}}, "remove_unused_columns would remove what is to be learnt"),
+    ({"training": {"load_best_model_at_end": True, "save_strategy": "no"}}, "load_best_model_at_end is so by itself"),
     ({"training": {"deepspeed": "zero3.json"}}, "deepspeed is not supported"),
     (domain(source="preset:nothing"), "There is no preset 'nothing'"),
     (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
@@ -61,6 +68,31 @@ def test_what_is_right_passes():
         settings = recovery_config(training={"save_strategy": value, "learning_rate": 1, "logging_first_step": False})
         arguments = training_arguments(settings, 0, True, "nowhere")
         assert arguments.save_strategy == "no" and arguments.logging_first_step is False
+
+
+def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
+    with torch.inference_mode():
+        fixed = LlamaForCausalLM(build("llama-tied").config)
+    for model, message in (
+        (torch.compile(build("llama-tied"), backend="eager"), "model is compiled; pass `model._orig_mod`"),
+        (fixed, "inside torch.inference_mode.*pass copy.deepcopy"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            recover(model, tokenizer(), recovery_config(**domain(source=unread())))
+    teacher = torch.compile(build("llama-tied", seed=1), backend="eager")
+    with pytest.raises(StructPruneError, match="teacher is compiled; pass `teacher._orig_mod`"):
+        recover(build("llama-tied"), tokenizer(), recovery_config(**domain(source=unread())), teacher)
+    with pytest.raises(StructPruneError, match="model is compiled; pass `model._orig_mod`"):
+        export_gguf(torch.compile(build("llama-tied"), backend="eager"), "nowhere.gguf", tokenizer())
+
+
+@pytest.mark.parametrize("training", [{"report_to": "nothing"}, {"save_strategy": "best"}])
+def test_what_the_trainer_refuses_is_told_as_a_setting(training):
+    model = prune_model(build("llama-tied"), config(), tokenizer())
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=f"TrainingArguments: .*{[*training.values()][0]}"):
+        recover(model, tokenizer(), recovery_config(tokens=96, training=training))
+    assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
 
 
 @pytest.mark.parametrize("training", [

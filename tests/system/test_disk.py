@@ -53,6 +53,16 @@ def test_what_may_be_written_to_and_is_left_as_it_was(tmp_path):
     Output(result(tmp_path / "out"), True, elsewhere).check()
 
 
+def test_a_name_that_is_not_utf_8_is_refused_for_all_that_is_written(tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    for refused in (Output(f"{tmp_path}/café").check, lambda: Output(name), lambda: check_folder(name)):
+        if refused.__name__ == "check":
+            refused()
+            continue
+        with pytest.raises(StructPruneError, match=r"caf\\udce9' cannot be written: its path is not text in UTF-8"):
+            refused()
+
+
 def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "thesis.txt").write_text("x" * 2000)
