@@ -394,6 +394,7 @@ def test_a_trainer_of_an_adapter_is_told_to_prune_first(tmp_path):
         attach_pruner(run, config())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_a_model_is_compiled_once_for_each_width(tmp_path, backend):
     losses = {}
