@@ -228,7 +228,7 @@ def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
 def _answers(report: Mapping[str, Any]) -> tuple[float, float, str]:
     """The share of right answers that is kept, that of questions which loop anew, and both in words, if any."""
     items = (report.get("recovery") or {}).get("answers") or report.get("answers") or []
-    if not items:
+    if not items or len(items[0]["answers"]) < 2:  # the model before was not asked
         return 1.0, 0.0, ""
     first, *_, last = counts(items, "loops")
     right = [answers[-1]["right"] for answers in ([*of["answers"].values()] for of in items) if answers[0]["right"]]

@@ -47,6 +47,14 @@ def test_known_results_get_the_advice_that_they_deserve(ratios, kept, loops, exp
     assert level(report(ratios, kept, loops=loops)) == expected
 
 
+def test_a_model_that_was_asked_alone_gets_the_verdict_of_one_that_was_not_asked():
+    """As one that a run in Python pruned, once `recover` has trained it."""
+    alone = report((1.0,))
+    for item in alone["answers"]:
+        del item["answers"]["dense"]
+    assert verdict(alone) == verdict({**alone, "answers": []})
+
+
 @given(
     st.lists(st.floats(0.9, 3), min_size=1, max_size=4),
     st.integers(0, 16),
