@@ -69,6 +69,11 @@ QUALITY: Flags = {
         "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
     },
+    "--pairs": named(
+        "FILE",
+        "For encoders: a text and its translation in each line of JSON, which look for each other. Repeatable.",
+        **{"action": "append", "default": []},
+    ),
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
     "--show": number("Answers to show (3).", least=0, default=3),
     "--seq-length": number("Tokens per sample (512).", default=512),

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate(args: Namespace) -> Result:
     """Check all models by their configs, measure them, and write the files that are asked for."""
-    is_judged = bool(args.domain or args.answers)
+    is_judged = bool(args.domain or args.answers or args.pairs)
     if args.html:
         _check_page(args, is_judged)
     loading, paths = Loading.of(args), _paths(args)
@@ -102,7 +102,7 @@ def _check_quality(
     dense = {"dense": loading.without_weights(args.against)} if args.against else {}
     for model in args.models:
         shapes = {**dense, "model": loading.without_weights(model)}
-        check_evaluation(shapes, args.domain, args.answers, args.seq_length, reader)
+        check_evaluation(shapes, args.domain, args.answers, args.seq_length, reader, args.pairs)
     return reader, notes
 
 
@@ -115,7 +115,7 @@ def _measured(
     is_judged: bool,
 ) -> tuple[dict[str, Any], list[Evaluation]]:
     """The sizes of all models, and the evaluations of all but the dense one; each is let go before the next."""
-    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
+    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show", "pairs")
     how = {name: vars(args)[name] for name in settings}
     records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     dense, evaluations = None, []

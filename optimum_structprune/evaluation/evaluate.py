@@ -1,4 +1,4 @@
-"""How good a model is: perplexity by domain, closeness to the dense model, and answers."""
+"""How good a model is: perplexity by domain, closeness to the dense model, vectors of an encoder, and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import check_positions, predicts_next
+from ..arch.meta import check_positions, predicts_next, reads_images
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
@@ -18,12 +18,14 @@ from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
+from ..pruning.embeddings import Embeddings, passages_of
 from ..record.answers import SHOWN, paired
 from ..record.remarks import measurements_text
 from ..system.fingerprint import vocabulary_hash
+from ..vocabulary.languages import costs_before, with_costs_after
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
-from .heldout import Heldout, Judged, read_heldout
+from .heldout import Heldout, Judged, read_heldout, read_pairs
 
 
 KEPT = 2**27  # values of hidden states: half a gigabyte in fp32
@@ -49,6 +51,8 @@ class Evaluation(Record):
             where one vocabulary is within the other, and absent where neither is.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
             there is a divergence.
+        embeddings: How near the vectors of an encoder are to the dense model's, by domain and model.
+        languages: The same of an encoder with another tokenizer, in 30 languages, with the tokens that a text takes.
         warnings: The reasons why these numbers may be too good.
         shared: The domains that share something with what the model was calibrated on; None where that is not known.
         answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`.
@@ -68,6 +72,8 @@ class Evaluation(Record):
     calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shared: list[str] | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -127,8 +133,10 @@ def evaluate(
     answers: str | Path | None = None,
     max_new_tokens: int = 120,
     show: int = SHOWN,
+    pairs: Sequence[str | Path] = (),
 ) -> Evaluation:
-    """Measure a causal language model, by itself and against the dense one.
+    """Measure a causal language model, by itself and against the dense one, or the vectors of an encoder against those
+    of the dense one.
 
     Args:
         model: The model to measure; its training mode is left as it was.
@@ -149,6 +157,7 @@ def evaluate(
         answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
         max_new_tokens: The number of tokens in an answer at most.
         show: The number of answers that the table shows.
+        pairs: For encoders, JSON-lines files with a text and its translation in each line, which look for each other.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
@@ -158,7 +167,7 @@ def evaluate(
     reference = dense if dense is None or isinstance(dense, Dense) else Dense(dense, 0)
     models = {"model": model} if reference is None else {"dense": reference.model, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    check_evaluation(models, named, answers, seq_length, dense_tokenizer)
+    check_evaluation(models, named, answers, seq_length, dense_tokenizer, pairs)
     for which, each in models.items():
         check_tokens(each, readers[which])
     numbers = {"num_samples": num_samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}
@@ -169,8 +178,9 @@ def evaluate(
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
     sizes = {of.config.get_text_config().vocab_size for of in models.values()}
     differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
-    states = None if reference is None else reference.states
-    judged = {text.domain.name: Judged(text.samples, models, readers, differ, states) for text in texts}
+    states, causal = None if reference is None else reference.states, predicts_next(model)
+    judged = {of.domain.name: Judged(of.samples, models, readers, differ, states) for of in texts if causal}
+    translated = {f"pairs {Path(path).stem}": read_pairs(path) for path in pairs}
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(
@@ -185,6 +195,8 @@ def evaluate(
     for name, text in judged.items():
         for figure, value in text.figures(batch_size).items():
             getattr(evaluation, figure)[name] = value
+    if not causal:
+        _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
         how = max_new_tokens, max(batch_size, AT_ONCE)
         written = {} if reference is None else {"dense": reference.ask(readers["dense"], questions, *how)}
@@ -207,6 +219,25 @@ def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[He
     evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
     for warning in evaluation.warnings:
         warn(warning)
+
+
+def _compare_vectors(
+    evaluation: Evaluation,
+    models: Mapping[str, PreTrainedModel],
+    readers: Mapping[str, PreTrainedTokenizerBase],
+    texts: Sequence[Heldout],
+    pairs: Mapping[str, Sequence[str]],
+    tokens_differ: bool,
+) -> None:
+    """Enter how near the vectors of an encoder are to the dense model's."""
+    by_domain = {text.domain.name: passages_of(text.samples, readers["dense"]) for text in texts}
+    measured = Embeddings(models["dense"], {**by_domain, **pairs}, readers["dense"], tokens_differ, pairs)
+    measured.read_by(readers["model"], models["model"])
+    evaluation.embeddings, by_language = measured.figures(models["model"], "dense", "model")
+    if by_language:
+        costs = costs_before(models["dense"], readers["dense"], False, ())
+        costs = with_costs_after(costs, models["model"], readers["model"], False)
+        evaluation.languages = {code: {**of, **by_language[code]} for code, of in costs.items()}
 
 
 def _answer(
@@ -232,13 +263,22 @@ def check_evaluation(
     answers: str | Path | None,
     seq_length: int,
     dense_tokenizer: PreTrainedTokenizerBase | None,
+    pairs: Sequence[str | Path] = (),
 ) -> None:
     """Refuse what cannot be measured, with models that may be without weights."""
-    if not domains and answers is None:
+    if not domains and answers is None and not pairs:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
+    encoders = [model for model in models.values() if not predicts_next(model)]
+    if encoders and (len(encoders) < 2 or answers is not None or reads_images(encoders[0])):
+        raise StructPruneError(
+            f"{type(encoders[0]).__name__} does not predict the next token: its vectors of text (domains, pairs) are "
+            "compared with those of the dense one (--against), which is of this kind too, and nothing else."
+        )
+    if pairs and not encoders:
+        raise StructPruneError(
+            f"{type(models['model']).__name__} predicts the next token, and pairs are for encoders."
+        )
     for model in models.values():
-        if not predicts_next(model):
-            raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
         if domains:
             check_positions(model, seq_length, f"seq_length={seq_length}")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +50,20 @@ def read_heldout(
         )
     packed = frame.pack(texts, most)
     return Heldout(domain, packed.samples, packed.hashes)
+
+
+def read_pairs(path: str | Path) -> list[str]:
+    """The texts of a file with a text and its translation in each line of JSON; all translations come last."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        first, second = zip(*(row.values() if isinstance(row, dict) else row for row in rows), strict=True)
+        if not all(isinstance(text, str) and text.strip() for text in (*first, *second)):
+            raise ValueError("a text is empty or no text")
+    except (OSError, ValueError, TypeError) as error:
+        raise StructPruneError(
+            f'The pairs {path} cannot be read: {error}; each line has two texts, such as {{"en": "…", "de": "…"}}.'
+        ) from error
+    return [*first, *second]
 
 
 class Judged:

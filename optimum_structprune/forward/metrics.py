@@ -1,4 +1,4 @@
-"""Measures of a model on held-out text: perplexity, output error, and its distance from the dense model."""
+"""Measures of a model on held-out text: perplexity, and its distance from the dense model."""
 
 from __future__ import annotations
 
@@ -36,26 +36,6 @@ HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 def outputs_of(output: Any) -> Tensor:
     """The main tensor of a model's output: the logits where there are some, the last hidden states otherwise."""
     return output.logits if getattr(output, "logits", None) is not None else output[0]
-
-
-@torch.no_grad()
-def model_outputs(model: PreTrainedModel, samples: Tensor, batch_size: int = 4) -> Tensor:
-    """The base model's last hidden states, whatever head it has, which `output_error` compares. `samples` has the
-    shape `(samples, ...)`, the result `(samples, seq_length, channels)`, fp32, on the CPU.
-    """
-    base: Any = model.base_model
-    with evaluating(model):
-        outputs = (run_model(base, ids) for ids in samples.split(batch_size))
-        # T5's classes have no base model inside them, so their logits take its place.
-        return torch.cat([getattr(output, "last_hidden_state", output[0]).float().cpu() for output in outputs])
-
-
-def output_error(outputs: Tensor, dense: Tensor) -> float:
-    """The mean squared distance to the dense model's outputs, relative to their variance over tokens. `outputs` has
-    the shape `(samples, ..., channels)`.
-    """
-    spread = (dense - dense.flatten(0, -2).mean(0)).square().mean()
-    return float((outputs - dense).square().mean() / spread)
 
 
 @torch.no_grad()

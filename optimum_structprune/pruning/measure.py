@@ -19,8 +19,6 @@ from ..errors import StructPruneError
 from ..forward.metrics import (
     FEWEST,
     evaluating,
-    model_outputs,
-    output_error,
     perplexity_errors,
     perplexity_of,
     row_losses,
@@ -44,7 +42,7 @@ Rows = Mapping[str, list[Tensor]]
 
 
 class Measure:
-    """Perplexity by domain, or for models that do not predict the next token, the error of the last hidden states.
+    """Perplexity by domain, of models that predict the next token; `Embeddings` is its like for all others.
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
     held-out samples: on about `most` tokens of all domains together, which a run says where no choice is made.
@@ -64,19 +62,18 @@ class Measure:
         self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
         self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
         self.at_once = 1 if most is None else AT_ONCE  # a choice does not depend on how rows are batched
-        if most is not None and arch.causal:
+        if most is not None:
             self.heldout = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
             self.probes = {}
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: list[dict[str, Passages]] = [{}, {}]
-        if tokenizer is not None and arch.causal:
+        if tokenizer is not None:
             for texts, of in zip(self.texts, (self.heldout, self.probes), strict=True):
                 texts |= {name: Passages(rows, tokenizer) for name, rows in of.items()}
             if vocabulary_changes:
                 self.read_by(tokenizer, model)
         self.dense_figures = self._of_all(model, arch)
-        chosen_by = self.probes if arch.causal else {}
-        self.dense_on_probes = self._losses(model, arch, chosen_by) if chosen_by else self.dense_figures
+        self.dense_on_probes = self._losses(model, arch, self.probes) if self.probes else self.dense_figures
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
@@ -94,21 +91,16 @@ class Measure:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
         figures = self._of_all(model, arch)
         for name, before in self.dense_figures.items():
-            if arch.causal:
-                losses = {"before": before, "after": figures[name]}
-                report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
-                report.perplexity_stderr[name] = perplexity_errors(losses)
-                report.perplexity_tokens[name] = self.tokens_predicted[name] * len(self.heldout[name])
-                if passages := self.texts[0].get(name):
-                    report.bits_per_byte[name] = {
-                        when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
-                    }
-            else:
-                report.output_error[name] = output_error(figures[name], before)
+            losses = {"before": before, "after": figures[name]}
+            report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
+            report.perplexity_stderr[name] = perplexity_errors(losses)
+            report.perplexity_tokens[name] = self.tokens_predicted[name] * len(self.heldout[name])
+            if passages := self.texts[0].get(name):
+                report.bits_per_byte[name] = {
+                    when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
+                }
 
     def _of_all(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
-        if not arch.causal:
-            return {name: model_outputs(model, torch.stack(rows)) for name, rows in self.heldout.items()}
         losses = self._losses(model, arch, self.heldout)
         for name, of in losses.items():
             if of.isnan().any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +27,10 @@ from ..system.processes import unshared
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
 from .measure import Measure
+
+
+if TYPE_CHECKING:
+    from .embeddings import Embeddings
 
 
 # The kind of step inside the layers; those before are named as the spaces.
@@ -76,7 +80,7 @@ class Run:
         self.arch = self.dense_arch = arch
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
-        self.measure: Measure | None = None
+        self.measure: Measure | Embeddings | None = None
         self.teacher: PreTrainedModel | None = None
         self.entries: list[Entry] = []
         self.seen: Manifest | None = None
@@ -95,9 +99,15 @@ class Run:
             domains, tokenizer = self.data.domains, self.dense_tokenizer
             tokens = sum(domain.samples.numel() for domain in domains)
             most = None if self.config.reweights else min(ENOUGH, round(self.config.holdout * tokens))
-            self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
-        wanted = self.config.languages or ()
-        if tokenizer is not None and (vocabulary_changes or wanted and self.arch.causal):
+            wanted = self.config.languages or ()
+            if self.arch.causal:
+                self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
+            else:
+                from .embeddings import Embeddings, passages_of
+
+                texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
+                self.measure = Embeddings(self.model, texts, tokenizer, vocabulary_changes or bool(wanted))
+        if tokenizer is not None and (vocabulary_changes or wanted):
             from ..vocabulary.languages import costs_before
 
             with self.report.timed("languages"):
@@ -217,7 +227,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
 def weigh_domains_(run: Run, widths: Widths, is_last: bool) -> None:
     """Enter a round into the report, and weigh the domains anew for the next one by what they have lost."""
     ratios: dict[str, float] = {}
-    if run.measure is not None and not is_last:
+    if isinstance(run.measure, Measure) and not is_last:
         with run.report.timed("perplexity"):
             ratios = run.measure.ratios(run.model, run.arch)
     shares = {domain.name: share for domain, share in zip(run.data.domains, run.data.shares, strict=True)}

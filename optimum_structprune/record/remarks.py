@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 from ..arch.spec import LAYER, MODEL, VOCAB
@@ -19,6 +19,9 @@ MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
 MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
+TEXTS = (
+    "cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; ±: standard error"
+)
 _UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
@@ -50,6 +53,10 @@ RULES = (
     Rule("use it on the kinds of text that you calibrated on, and try it on yours", 1.2, 1.3, 0.85, 1 / 8),
     Rule("train it before you use it: --recover, or `structprune recover`", 1.6, 2.0, 0.4, 1 / 4),
 )
+
+
+# For an encoder, the least share of a text's 10 nearest neighbours that stays, in the mean and on the worst kind.
+VECTOR_LIMITS = ((0.95, 0.93), (0.85, 0.8), (0.6, 0.5))
 LAST = "do not use it: remove less, or take it as the beginning of a long training"
 
 
@@ -91,6 +98,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     for kind, by_layer in sorted((report.get("widths") or {}).items()):
         if len({*by_layer.values()}) > 1:
             yield f"{NAMES.get(kind, kind)} by layer: {' '.join(map(str, by_layer.values()))}"
+    if report.get("embeddings"):
+        yield TEXTS
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
     measured = [
@@ -122,6 +131,7 @@ def measurements_text(record: Mapping[str, Any]) -> str:
     if record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
         lines.append(f"± is the standard error over {FEWEST} samples or more of {record['seq_length']} tokens{head}")
+    lines += [TEXTS, *_languages(record)] if record.get("embeddings") else []
     lines += [speed_remark(record)] if record.get("run_memory") else []
     answers = map(as_lines, sample_items(record.get("answers") or (), record.get("show", SHOWN)))
     warnings = map("warning: {}".format, record.get("warnings") or ())
@@ -161,6 +171,7 @@ def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
         pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
         return ", ".join(
             f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}{_UNKNOWN * (not of.get('known', True))}"
+            + (f" (cosine {as_number(of['cosine'], of['cosine_stderr'], 3)})" if of.get("cosine") else "")
             for name, of in pairs
         )
 
@@ -179,7 +190,9 @@ def _known(by_code: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
-    """The figures that decide, and the advice that follows; nothing where perplexity was not measured."""
+    """The figures that decide, and the advice that follows; nothing where no loss was measured."""
+    if report.get("embeddings"):
+        return _verdict_on_vectors(report)
     ratios = _ratios(report)
     if not ratios:
         return []
@@ -199,6 +212,22 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
     lost = _lost(report["languages"]) if report.get("languages") else ""
     return ["; ".join(filter(None, figures)), f"verdict: {advice}{lost}{unasked}"]
+
+
+def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
+    """The verdict on an encoder; none on less text than has neighbours."""
+    shares = {name: of["after"].get("neighbours") for name, of in report["embeddings"].items()}
+    if None in shares.values():
+        return []
+    mean, kind, parameters = fmean(shares.values()), min(shares, key=shares.__getitem__), report["parameters"]
+    figures = (
+        f"{1 - parameters['after'] / parameters['before']:.1%} smaller; "
+        f"neighbours kept {mean:.2f}, at worst {shares[kind]:.2f} ({kind})"
+    )
+    levels = zip(RULES, VECTOR_LIMITS, strict=True)
+    met = (rule.advice for rule, least in levels if mean >= least[0] and shares[kind] >= least[1])
+    lost = _lost(report["languages"]) if report.get("languages") else ""
+    return [figures, f"verdict: {next(met, LAST)}{lost}"]
 
 
 def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:

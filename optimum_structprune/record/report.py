@@ -81,7 +81,7 @@ class Report(Record):
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     target: float | None = None
     recovery: RecoveryReport | None = None
-    output_error: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)

@@ -30,9 +30,16 @@ COUNTS = {
 }
 # What has one number for each domain and model, as a record names it and as rows do, with the digits that are shown.
 BY_DOMAIN = {
-    "output_error": ("output error", 4, ""),
     "divergence": ("KL", 4, PERCENT),
     "agreement": ("top-1", 3, ""),
+}
+# What a record has of the vectors of texts, by domain and model, with its label.
+EMBEDDINGS = {
+    "cosine": "cosine",
+    "cosine_p5": "cosine, 5th percentile,",
+    "cosine_worst": "cosine, worst,",
+    "neighbours": "neighbours kept",
+    "retrieval": "translations found",
 }
 # Both kinds of work whose speed is measured, as a record names them and as rows do.
 STAGES = {"prefill": "reading", "decode": "writing"}
@@ -94,7 +101,7 @@ def as_number(value: float | Sequence[float] | None, error: float | None = None,
 
 def models_of(record: Record) -> list[str]:
     """The names by which a record calls its models, in its order."""
-    measured = [of for name in ("perplexity", "run_memory") for of in (record.get(name) or {}).values()]
+    measured = [of for name in ("perplexity", "embeddings", "run_memory") for of in (record.get(name) or {}).values()]
     by_model = [record.get("parameters"), *measured, record.get("figures")]
     return list(dict.fromkeys(name for of in by_model for name in of or ()))
 
@@ -109,7 +116,7 @@ def size_rows(record: Record) -> list[Row]:
 
 
 def quality_rows(record: Record) -> list[Row]:
-    """Perplexity by domain and its geometric mean, mean bits per byte, what `BY_DOMAIN` names, figures of answers."""
+    """Perplexity by domain and its geometric mean, bits per byte, what `BY_DOMAIN` and `EMBEDDINGS` name, answers."""
     models, rows = models_of(record), []
     stderr, tokens = record.get("perplexity_stderr") or {}, record.get("perplexity_tokens") or {}
     for group, domains in _groups(record).items():
@@ -129,6 +136,13 @@ def quality_rows(record: Record) -> list[Row]:
     for field, (label, digits, change) in BY_DOMAIN.items():
         for name, of in (record.get(field) or {}).items():
             rows.append(_row(f"{label} {name}", _by_model(of), models, digits, change))
+    for figure, label in EMBEDDINGS.items():
+        for name, by_model in (record.get("embeddings") or {}).items():
+            known, error = (
+                {model: of.get(key) for model, of in by_model.items()} for key in (figure, f"{figure}_stderr")
+            )
+            if {*known.values()} != {None}:
+                rows.append(_row(f"{label} {name}", known, models, 3, "", error))
     return rows + (_figure_rows(record, models) if record.get("figures") else [])
 
 
@@ -231,7 +245,7 @@ def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[st
         for field in (*COUNTS, "figures"):
             if of := record.get(field):
                 joined.setdefault(field, {}).update(named(of))
-        for field in ("widths", "perplexity", "perplexity_stderr", "bits_per_byte", *BY_DOMAIN):
+        for field in ("widths", "perplexity", "perplexity_stderr", "bits_per_byte", "embeddings", *BY_DOMAIN):
             for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
                 joined.setdefault(field, {}).setdefault(key, {}).update(named(of))
         joined["perplexity_tokens"] |= record.get("perplexity_tokens") or {}

@@ -51,9 +51,7 @@ def _cut_(run: Run, choice: Choice) -> None:
     kept = choice.keep[: choice.number]
     with report.timed("domains"):
         run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.seen)
-    if not run.arch.causal:
-        run.measure = None  # hidden states of other tokens do not compare
-    elif run.measure is not None:
+    if run.measure is not None:
         run.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)

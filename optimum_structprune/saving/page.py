@@ -137,7 +137,8 @@ def shown_of(records: Records, dense: str, dense_path: str, folder: str, again: 
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
     training = records.training or records.config.get("recovery") or {}
     seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
-    measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --speed --html"
+    measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
+    measure += " --speed" * (not report.get("embeddings"))
     return {
         "dense": dense,
         "removed": list(removal_phrases(report)),

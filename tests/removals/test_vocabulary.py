@@ -179,11 +179,8 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
 def test_what_is_no_causal_model_can_lose_tokens_too(auto, kind, fields, tmp_path):
     model = text_model(auto, kind, fields)
     pruner, small = pruned(model, widths={"vocab": 350, "mlp": 24} if kind == "bert" else {"vocab": 350})
-    assert small.config.vocab_size == 350
+    assert small.config.vocab_size == 350 and pruner.report.embeddings.keys() == {"math", "prose"}
     pruner.save(small, tmp_path / "out")
-    # Hidden states of other tokens do not compare, so nothing says that this costs nothing.
-    assert not pruner.report.output_error and "output error" not in str(pruner.report)
-    assert "output error" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("fields", [
