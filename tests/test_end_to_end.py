@@ -70,9 +70,7 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     assert count_hooks(small) == count_hooks(model) == 0
     assert_as_said(outcome, model, small, cache_known=case not in NO_CACHE_KNOWN)
     assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
-    measured, kind = (
-        (pruner.report.perplexity, "perplexity") if arch.causal else (pruner.report.embeddings, "cosine")
-    )
+    measured, kind = (pruner.report.perplexity, "perplexity") if arch.causal else (pruner.report.embeddings, "cosine")
     assert {*measured} == {"a", "b"} and f"{kind} a" in str(pruner.report)
     if case in ONCE:  # page, card and records do not depend on the family
         pruner.save(small, tmp_path / "out", tokenizer=tokenizer())

@@ -225,7 +225,7 @@ def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
         f"neighbours kept {mean:.2f}, at worst {shares[kind]:.2f} ({kind})"
     )
     levels = zip(RULES, VECTOR_LIMITS, strict=True)
-    met = (rule.advice for rule, least in levels if mean >= least[0] and shares[kind] >= least[1])
+    met = (rule.advice.partition(":")[0] for rule, least in levels if mean >= least[0] and shares[kind] >= least[1])
     lost = _lost(report["languages"]) if report.get("languages") else ""
     return [figures, f"verdict: {next(met, LAST)}{lost}"]
 
