@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
+from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
@@ -137,7 +138,7 @@ def _measured(
 def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
     """The sizes of a model as a record, in which it has this name."""
     sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": bytes_of(model.parameters())}
-    if cache_name(model) is not None:
+    if predicts_next(model) and cache_name(model) is not None:
         sizes["cache_per_token"] = cache_per_token(model)
     widths = {}
     with suppress(StructPruneError):  # a model that is not described has no widths that are known

@@ -17,7 +17,7 @@ PAIRS = [{"en": text[:40], "xx": text[:40].swapcase()} for text in documents(12)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
     for seed, name in enumerate(("dense", "small", "smaller")):
-        save_with_tokenizer(build("bert", seed), folder / name)
+        save_with_tokenizer(build("bert-no-head", seed), folder / name)
     write_texts(folder / "a.jsonl", documents(60))
     (folder / "xx.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     return folder
@@ -45,6 +45,7 @@ def test_the_command_shows_several_encoders_side_by_side(folder, capsys):
     line += ["--domain", f"a={folder / 'a.jsonl'}", "--pairs", str(folder / "xx.jsonl"), "--seq-length", "48"]
     assert main([*line, "--device", "cpu", "--quiet", "--json", "--csv", str(folder / "out.csv")]) == 0
     values = json.loads(capsys.readouterr().out)
+    assert "cache_per_token" not in values
     assert [*values["embeddings"]["a"]] == [*values["embeddings"]["pairs xx"]] == ["dense", "small", "smaller"]
     head, *rows = [row.split(",") for row in (folder / "out.csv").read_text().splitlines()]
     assert [row[0] for row in rows] == ["dense", "small", "smaller"] and "neighbours kept a" in head
