@@ -18,6 +18,7 @@ from optimum_structprune.pruning.embeddings import (
     Embeddings,
     embed,
     embedding_figures,
+    error_of,
     nearest,
     pooling_of,
     retrieved,
@@ -147,6 +148,12 @@ def test_the_same_vectors_lose_nothing_and_others_what_is_counted():
     assert 0.5 < figures["neighbours"] < 1
     unrelated = embedding_figures(random_vectors(500, seed=2), random_vectors(500, seed=3), others[:0], others[:0])
     assert unrelated["neighbours"] == pytest.approx(NEAREST / 499, abs=4 * unrelated["neighbours_stderr"])
+
+
+def test_the_error_counts_texts_that_resemble_each_other_once():
+    each = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert error_of(each.repeat_interleave(8)) == pytest.approx(float(each.std()) / 4)
+    assert error_of(each) == pytest.approx(float(each.std()) / 4)
 
 
 def test_neighbours_are_the_nearest_of_all_but_the_text_itself():
