@@ -45,7 +45,9 @@ def inspect(args: Namespace) -> Result:
         # There may be very many, such as all numbers of tokens.
         listed = _ranges(legal) if name == VOCAB or len(legal) > MOST_LISTED else [*legal]
         offered[name] = {"units": units, "parameters": parameters, "legal": listed}
-    lines += [f"{name:<12}cannot be pruned: {reason}" for name, reason in arch.missing]
+    for reason in dict.fromkeys(reason for _, reason in arch.missing):
+        names = ", ".join(name for name, of in arch.missing if of == reason)
+        lines.append(f"{names:<11} cannot be pruned: {reason}")
     values = {
         "model": args.model,
         "model_type": arch.model_type,

@@ -26,6 +26,7 @@ from ..criteria import CRITERIA, DEFAULTS
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import few_inputs, outputs_for
+from ..system.offloading import is_offloaded
 from ..widths.budget import biased_spaces, widths_of
 
 
@@ -104,7 +105,7 @@ def ask(
             f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so the "
             "result has none, and its config says 0."
         )
-    if described.offloaded and described.device.type != "meta":  # last, as it runs the model on a few tokens
+    if is_offloaded(described.plain_model):  # last, as it runs the model on a few tokens; one without weights cannot
         from ..sources.offloaded import check_sequential
 
         check_sequential(described.plain_model, arch)

@@ -95,7 +95,7 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
             "LoraConfig has no field 'rank'",
         ),
         (["inspect", str(tmp_path / "missing")], "missing"),
-        (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
+        (["plan", str(tmp_path / "xglm"), "--width", "mlp=4"], "'xglm' is not described"),
         (["inspect", model, "--arch", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
     ]
     for arguments, message in cases:
