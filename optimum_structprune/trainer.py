@@ -375,10 +375,9 @@ def _check_config(config: StructPruneConfig) -> None:
         raise StructPruneError(
             "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
         )
-    if config.objective == "worst" or config.checkpoint_dir is not None:
+    if config.checkpoint_dir is not None:
         raise StructPruneError(
-            "objective and checkpoint_dir span the rounds of one pruning, and a Trainer prunes in steps of its own; "
-            "leave these out."
+            "checkpoint_dir spans the layers of one pruning, and a Trainer prunes in steps of its own; leave it out."
         )
     if config.allocation != "uniform":
         raise StructPruneError(

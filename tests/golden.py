@@ -39,7 +39,6 @@ RUNS = {
         {"budget": {"parameters": 0.9}, "targets": ("vocab", "mlp"), "allocation": "search"},
     ),
     "rounds": ("trained", {"widths": BOTH, "rounds": 3}),
-    "worst": ("trained", {"sparsity": 0.3, "rounds": 3, "objective": "worst"}),
     "no_feedback": ("trained", {"sparsity": 0.3, "error_feedback": 0.0}),
     "wanda": ("trained", {"widths": BOTH, "criterion": "wanda", "refit": "none"}),
     "flap": ("biased", {"widths": {"mlp": 24}, "criterion": "flap", "refit": "bias"}),

@@ -34,6 +34,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton, skeleton
 from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.packing import Domain
 from optimum_structprune.forward.metrics import outputs_of
 from optimum_structprune.method.calibrate import Moments, mixed
 from optimum_structprune.method.layers import InMemory, NotSequentialError, run_model
@@ -148,7 +149,8 @@ def data_of(settings, domains=None) -> CalibrationData:
 
 def weighed(*shares) -> CalibrationData:
     """Calibration data without samples, in domains of these weights."""
-    return CalibrationData(config(), [], shares, 1)
+    nothing = torch.empty(0, 1, dtype=torch.long)
+    return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares], 1)
 
 
 def pruned_on(data, model, widths) -> Run:

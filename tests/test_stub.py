@@ -54,7 +54,10 @@ def test_an_unknown_architecture_from_stub_to_pruned(tmp_path, capsys):
     model = AutoModelForCausalLM.from_config(config)
     save_with_tokenizer(model, tmp_path / "model")
     assert main(["inspect", str(tmp_path / "model")]) == 0
-    assert "mlp, attention, expert, hidden, layer cannot be pruned: The model type 'diffllama' is not described" in capsys.readouterr().out
+    assert (
+        "mlp, attention, expert, hidden, layer cannot be pruned: The model type 'diffllama' is not described"
+        in capsys.readouterr().out
+    )
     stub.main([str(tmp_path / "model")])
     text = capsys.readouterr().out
     assert "check every line" in text and "nearest family by names and shapes is llama" in text

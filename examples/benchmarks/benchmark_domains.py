@@ -61,7 +61,6 @@ SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning
 # What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
-    "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
     "mix + a fifth general": {"general_share": 0.2, "general_text": "builtin:general"},
@@ -122,8 +121,6 @@ NEAR = {
     "web": ("web", "news", "self:prose"),
     "stories": ("fiction", "self:prose"),
 }
-# What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
-ITERATIVE = ("worst-case",)
 
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
@@ -142,7 +139,6 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         for text in texts
         for rounds in ROUNDS
         for method in METHODS
-        if rounds == "iterative" or text not in ITERATIVE or (text == "worst-case" and "sensitivity" in method)
         if rounds != "10 rounds" or "pip" in method
     }
 

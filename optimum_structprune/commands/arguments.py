@@ -40,7 +40,7 @@ GROUPS = {
     "most used": "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite",
     "how much goes": "budget rounds round_to --cost",
     "what goes": "allocation criterion skip_layers keep_tokens languages arch_file",
-    "text": "seq_length general_share general_text objective seed",
+    "text": "seq_length general_share general_text seed",
     "training afterwards": "--recovery-tokens recovery",
     "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
     "large models": "--offload batch_size checkpoint_dir losses_dir",

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
@@ -73,7 +73,13 @@ def finite_inside(value: Any) -> None:
 
 
 class Serialisable:
-    """`to_dict` and `from_dict` with strict keys."""
+    """`to_dict` and `from_dict` with strict keys.
+
+    Attributes:
+        gone: Fields that saved configs may hold, each with the only value that is left of it.
+    """
+
+    gone: ClassVar[Mapping[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
@@ -81,8 +87,12 @@ class Serialisable:
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        return cls(**{str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()})
+        """Inverse of `to_dict`; a field that is gone may hold the value that is left of it."""
+        values = {str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()}
+        for name, left in cls.gone.items():
+            if (value := values.pop(name, left)) != left:
+                raise StructPruneError(f"{cls.__name__}: {name!r} is gone, only {left!r} is left, got {value!r}.")
+        return cls(**values)
 
 
 def changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:

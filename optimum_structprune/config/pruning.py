@@ -96,11 +96,6 @@ def _check_amount(config: "StructPruneConfig") -> None:
 def _check_together(config: "StructPruneConfig") -> None:
     """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning.request`."""
     recovery = config.recovery
-    if config.objective == "worst" and not config.searches and config.rounds < 2:
-        raise ValueError(
-            f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; "
-            "set rounds=3"
-        )
     by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
     if by_layer and (config.allocation != "uniform" or config.skip_layers):
         raise ValueError(
@@ -198,9 +193,6 @@ class StructPruneConfig(WithDomains):
             stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
             model is in memory and can write and no tokens go, and otherwise for `builtin:general` if `general_share`
             asks for it.
-        objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
-            with an allocation that measures losses the widths follow the domain that loses most. `mean` leaves the
-            weights as they are.
         losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
             targets of the same model and text. None stands for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each finished layer; a run that was killed goes on from there. It
@@ -214,8 +206,7 @@ class StructPruneConfig(WithDomains):
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
         holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
             Where that is under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The
-            share is set aside once more where widths or weights of domains follow from measurements, which are made
-            on that instead.
+            share is set aside once more where widths follow from measurements, which are made on that instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the pruning; None leaves it out.
         seed: The seed of everything random.
@@ -225,6 +216,8 @@ class StructPruneConfig(WithDomains):
         StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
             another one. The message names the field and the value.
     """
+
+    gone = {"method": "iterative", "objective": "mean"}
 
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
@@ -242,7 +235,6 @@ class StructPruneConfig(WithDomains):
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None
-    objective: Literal["mean", "worst"] = "mean"
     losses_dir: str | None = None
     checkpoint_dir: str | None = None
     num_samples: int = validated_field(positive, default=128)
@@ -273,10 +265,9 @@ class StructPruneConfig(WithDomains):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings. The only `method` that there was is left out."""
+        """Inverse of `to_dict`; domains and recovery may be mappings."""
         if isinstance(recovery := mapping_of(data, cls.__name__).get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
-        data = {name: value for name, value in data.items() if (name, value) != ("method", "iterative")}
         return super().from_dict(data)
 
     @property
@@ -315,23 +306,13 @@ class StructPruneConfig(WithDomains):
 
     @property
     def searches(self) -> bool:
-        """Whether widths follow from measured losses."""
+        """Whether widths follow from measured losses, on text set aside."""
         return self.allocation in MEASURED
 
     @property
     def refit_reads_gram(self) -> bool:
         """Whether the refit may read Gram matrices, as registered ones may."""
         return self.refit not in ("none", "bias")
-
-    @property
-    def reweights(self) -> bool:
-        """Whether the weights of the domains change from round to round."""
-        return self.rounds > 1 and self.objective == "worst"
-
-    @property
-    def chooses(self) -> bool:
-        """Whether widths or shares of domains follow from measurements, on text set aside."""
-        return self.searches or self.reweights
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""

@@ -33,7 +33,7 @@ from .packing import (
     check_vocabulary,
     tokenised,
 )
-from .resolve import MOST, resolve, split_samples, texts_of, with_written_text
+from .resolve import resolve, split_samples, texts_of, with_written_text
 from .sources import documents
 
 
@@ -83,7 +83,7 @@ def load_domains(
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
     frame, domains = SampleFormat.of(tokenizer, config.seq_length), resolve(texts_of(config))
     uses = {} if seen is None else seen.uses()
-    if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
+    if not config.searches:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
     vocab_size = None if model is None else model.config.get_text_config().vocab_size
     packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size, counts)
@@ -192,16 +192,14 @@ class _Packer:
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """Five numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
         far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
-        calibrate at most), and how many more for a larger weight, or to count tokens in.
+        calibrate at most), and how many more to count tokens in.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
-        spare = self.config.reweights * (min(round(MOST * count), num_samples) - count)
-        if self.counts:
-            spare = (COUNT_TIMES - 1) * count
+        spare = self.counts * (COUNT_TIMES - 1) * count
         enough = min(ceil(ENOUGH / self.frame.body), count // 2)
         beside = (0, 0) if written_by_model(self.domains[index]) else (max(0, enough - aside), spare)
-        numbers = (aside, count, aside * self.config.chooses, *beside)
+        numbers = (aside, count, aside * self.config.searches, *beside)
         return [self.frame.body * number for number in numbers]
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:

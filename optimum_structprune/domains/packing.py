@@ -187,8 +187,8 @@ def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 @dataclass(frozen=True)
 class Domain:
     """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
-    tokens that give evidence, those that are held out for the report, `spare` ones for rounds in which the domain
-    counts more, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
+    tokens that give evidence, those that are held out for the report, `spare` ones that tokens are
+    counted in, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
     domains. The weights of all domains sum to 1, and `origin` is None for inputs that were given.
     """
 
@@ -206,12 +206,12 @@ class Domain:
 
     @property
     def trial(self) -> Tensor:
-        """The samples that a choice is made on, or a round is watched by, shape `(samples, seq_length)`."""
+        """The samples that a choice is made on, shape `(samples, seq_length)`."""
         return self.heldout if self.probe is None else self.probe
 
     @property
     def pool(self) -> Tensor:
-        """All samples that a round may use, the spare ones included, shape `(samples, seq_length)`."""
+        """All samples, the spare ones included, shape `(samples, seq_length)`."""
         return self.samples if self.spare is None else torch.cat([self.samples, self.spare.samples])
 
     def portion(self, count: int) -> Domain:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from math import exp
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
@@ -110,42 +108,6 @@ def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
     return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+")), *["languages"] * trims])
-
-
-# The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,
-# and costs the others four times as much (examples/benchmarks/LOG.md).
-MOST = 2.0
-# Smaller losses, in nats per token, are noise.
-LEAST_LOSS = 1e-6
-# Larger ones, also infinite ones, say no more than that the domain is lost.
-MOST_LOSS = 100.0
-HALVINGS = 100
-
-
-def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
-    """The shares of the next round, which sum to 1: domains that have lost more than the mean count more, by α_k ∝ α_k
-    · exp(loss_k / mean loss - 1), kept within a factor of 2 of their weight in the config.
-    """
-    sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
-    mean = fmean(sizes)
-    moved = [share * exp(size / mean - 1) for share, size in zip(shares, sizes, strict=True)]
-    return within(moved, weights, MOST)
-
-
-def within(values: Sequence[float], weights: Sequence[float], most: float) -> tuple[float, ...]:
-    """Shares in the proportions of `values` that sum to 1, each within a factor `most` of its weight."""
-
-    def clipped(scale: float) -> list[float]:
-        return [
-            min(max(scale * value, share / most), share * most) for value, share in zip(values, weights, strict=True)
-        ]
-
-    # The sum of the clipped shares grows with the scale, from 1 / most to most.
-    low, high = 0.0, most * max(share / value for value, share in zip(values, weights, strict=True))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(clipped(middle)) < 1 else (low, middle)
-    return tuple(clipped(high))
 
 
 def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -44,10 +43,9 @@ Rows = Mapping[str, list[Tensor]]
 class Measure:
     """Perplexity by domain, of models that predict the next token; `Embeddings` is its like for all others.
 
-    Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
-    held-out samples: on about `most` tokens of all domains together, which a run says where no choice is made.
-    Perplexity is per token of the dense model's `tokenizer`. Where another will read the text (`vocabulary_changes`,
-    see `read_by`), the dense model is measured on the same text.
+    It is measured on about `most` held-out tokens of all domains together. Perplexity is per token of the dense
+    model's `tokenizer`. Where another will read the text (`vocabulary_changes`, see `read_by`), the dense model is
+    measured on the same text.
     """
 
     def __init__(
@@ -55,37 +53,22 @@ class Measure:
         model: PreTrainedModel,
         domains: Sequence[Domain],
         arch: ArchSpec,
+        most: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vocabulary_changes: bool = False,
-        most: int | None = None,
     ):
-        self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
-        self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
-        self.at_once = 1 if most is None else AT_ONCE  # a choice does not depend on how rows are batched
-        if most is not None:
-            self.heldout = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
-            self.probes = {}
+        self.heldout: Rows = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
-        self.texts: list[dict[str, Passages]] = [{}, {}]
+        self.texts: dict[str, Passages] = {}
         if tokenizer is not None:
-            for texts, of in zip(self.texts, (self.heldout, self.probes), strict=True):
-                texts |= {name: Passages(rows, tokenizer) for name, rows in of.items()}
+            self.texts = {name: Passages(rows, tokenizer) for name, rows in self.heldout.items()}
             if vocabulary_changes:
                 self.read_by(tokenizer, model)
         self.dense_figures = self._of_all(model, arch)
-        self.dense_on_probes = self._losses(model, arch, self.probes) if self.probes else self.dense_figures
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
-        self.heldout, self.probes = (
-            {name: passages.rows(tokenizer, model) for name, passages in of.items()} for of in self.texts
-        )
-
-    def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
-        """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
-        losses = self._losses(model, arch, self.probes or self.heldout)
-        ratios = {name: perplexity_of(of) / perplexity_of(self.dense_on_probes[name]) for name, of in losses.items()}
-        return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
+        self.heldout = {name: passages.rows(tokenizer, model) for name, passages in self.texts.items()}
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
@@ -95,13 +78,13 @@ class Measure:
             report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
             report.perplexity_stderr[name] = perplexity_errors(losses)
             report.perplexity_tokens[name] = self.tokens_predicted[name] * len(self.heldout[name])
-            if passages := self.texts[0].get(name):
+            if passages := self.texts.get(name):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
                 }
 
     def _of_all(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
-        losses = self._losses(model, arch, self.heldout)
+        losses = self._losses(model, arch)
         for name, of in losses.items():
             if of.isnan().any():
                 raise StructPruneError(
@@ -110,17 +93,17 @@ class Measure:
                 )
         return losses
 
-    def _losses(self, model: PreTrainedModel, arch: ArchSpec, by_domain: Rows) -> dict[str, Tensor]:
+    def _losses(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
         """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
-        texts = [shard(rows) for rows in by_domain.values()]
+        texts = [shard(rows) for rows in self.heldout.values()]
         if is_offloaded(model):
             values = layerwise_losses(model, arch, texts)
         else:
-            values = [row_losses(model, text, tokens=self.at_once) for text in texts]
+            values = [row_losses(model, text, tokens=AT_ONCE) for text in texts]
         by_process = zip(*gather_objects(values), strict=True)
         return {
             name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]
-            for (name, rows), parts in zip(by_domain.items(), by_process, strict=True)
+            for (name, rows), parts in zip(self.heldout.items(), by_process, strict=True)
         }
 
 

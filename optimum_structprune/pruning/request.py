@@ -274,11 +274,6 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use
         )
     if config.searches:
         _check_search(config, arch, widths)
-    if not arch.causal and config.reweights:
-        raise StructPruneError(
-            f"objective='worst' goes by perplexity, which a model of type {arch.model_type!r} does not have; leave it "
-            "out."
-        )
 
 
 def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:

@@ -70,7 +70,7 @@ def need_of(request: Request, offload: str | None = None) -> Need:
     if inputs is not None:  # what is no text has as many tokens as the model makes of it, which shapes do not say
         from ..domains.load import given_domains
 
-        given = [domain.samples for domain in given_domains(inputs, float(config.holdout), config.chooses)]
+        given = [domain.samples for domain in given_domains(inputs, float(config.holdout), config.searches)]
         length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in given)
         config = replace(config, num_samples=sum(map(len, given)), seq_length=length)
     offload = "disk" if described.offloaded else offload

@@ -98,10 +98,10 @@ class Run:
         with self.report.timed("perplexity"):
             domains, tokenizer = self.data.domains, self.dense_tokenizer
             tokens = sum(domain.samples.numel() for domain in domains)
-            most = None if self.config.reweights else min(ENOUGH, round(self.config.holdout * tokens))
+            most = min(ENOUGH, round(self.config.holdout * tokens))
             wanted = self.config.languages or ()
             if self.arch.causal:
-                self.measure = Measure(self.model, domains, self.arch, tokenizer, vocabulary_changes, most)
+                self.measure = Measure(self.model, domains, self.arch, most, tokenizer, vocabulary_changes)
             else:
                 from .embeddings import Embeddings, passages_of
 
@@ -142,8 +142,7 @@ class Run:
 
     def manifest(self) -> Manifest:
         """The record of all text that this run used, and earlier runs that the dense model comes from."""
-        rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
-        return self.data.manifest(self.tokenizer, rounds).with_entries(self.entries).after(self.seen)
+        return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.seen)
 
     def finish(self) -> None:
         """Complete the report, and remember which tokenizers go with the models."""
@@ -212,8 +211,6 @@ def prune_units_(run: Run, step: Step) -> Plan:
                 bar = {"desc": name, "initial": number * count + done, "total": every, "unit": "layer"}
                 layers = progress(range(done, count), **bar)
                 prune_layers_(masks, source, method, widths, smaller if is_last else None, layers, finished)
-            if config.reweights:
-                weigh_domains_(run, widths, is_last)
     except BaseException:  # Ctrl-C too
         if source is not None:
             masks.undo_(partial(source.at, changes=True))
@@ -222,15 +219,3 @@ def prune_units_(run: Run, step: Step) -> Plan:
         run.changed = run.changed or masks.lost
     adopt_config_(model, smaller)
     return Plan(arch.model_type, masks.keep)
-
-
-def weigh_domains_(run: Run, widths: Widths, is_last: bool) -> None:
-    """Enter a round into the report, and weigh the domains anew for the next one by what they have lost."""
-    ratios: dict[str, float] = {}
-    if isinstance(run.measure, Measure) and not is_last:
-        with run.report.timed("perplexity"):
-            ratios = run.measure.ratios(run.model, run.arch)
-    shares = {domain.name: share for domain, share in zip(run.data.domains, run.data.shares, strict=True)}
-    run.report.rounds.append({"widths": dict(widths), "shares": shares, "perplexity_ratio": ratios})
-    if ratios:
-        run.data = run.data.reweighted(ratios)

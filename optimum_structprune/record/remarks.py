@@ -119,10 +119,6 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         widths = ", ".join(f"{name} {as_number(of)}" for name, of in numbers.items())
         loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
         yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
-    rounds = report.get("rounds") or []
-    if rounds and rounds[-1]["shares"] != rounds[0]["shares"]:
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in rounds[-1]["shares"].items())
-        yield f"shares in the last round: {shares}"
 
 
 def measurements_text(record: Mapping[str, Any]) -> str:

@@ -83,7 +83,6 @@ class Report(Record):
     recovery: RecoveryReport | None = None
     embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)

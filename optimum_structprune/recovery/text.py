@@ -51,7 +51,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
         num_samples=samples,
         seq_length=seq_length,
         # Nothing is chosen, so no text is set aside for it.
-        objective="mean",
         allocation="uniform",
     )
 

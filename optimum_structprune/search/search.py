@@ -99,7 +99,7 @@ class Search:
         self.legal = legal_widths(self.config, arch, model.config)
         # What shrinks by default depends on the allocation.
         named = self.config if self.config.widths else replace(self.config, targets=tuple(self.legal))
-        uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
+        uniform = replace(named, allocation="uniform", losses_dir=None)
         self.plain = widths_of(uniform, arch, model)
 
     def trials(self) -> Trials:
@@ -207,7 +207,7 @@ class Search:
         layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
         try:
             prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)
-            total = data.total_loss(probe.losses(self.model))
+            total = float(data.mean(probe.losses(self.model)))
         finally:
             masks.undo_(partial(source.at, changes=True))
         return inf if isnan(total) else total

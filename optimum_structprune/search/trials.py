@@ -173,15 +173,8 @@ class Trials:
                 store.save(layers[-1] + 1, {"losses": rows})
 
     def curves(self, losses: Losses) -> Curves:
-        """The loss of the model by the number of units that a layer gives up.
-
-        With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that
-        loses most in all trials.
-        """
+        """The loss of the model by the number of units that a layer gives up, in the mean over the domains."""
         config, shares = self.data.config, torch.tensor(self.data.shares)
-        if config.objective == "worst":
-            totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
-            shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
         # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
         # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
         feedback, last = config.error_feedback if config.fits else 0.0, max(self.masks.arch.num_layers - 1, 1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
-from ..domains.resolve import reweighted, split_samples, texts_of
+from ..domains.resolve import texts_of
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess, Source
 from ..method.loop import Method
@@ -44,7 +43,6 @@ class CalibrationData:
 
     config: StructPruneConfig
     domains: Sequence[Domain]
-    shares: tuple[float, ...]  # the present weight of each domain; they sum to 1
     batch_size: int
     # What registered criteria and allocations remember during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +64,7 @@ class CalibrationData:
         from ..domains.load import calibration_domains, given_domains
 
         if inputs is not None:
-            return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
+            return cls.of(config, given_domains(inputs, float(config.holdout), config.searches))
         return cls.of(*calibration_domains(config, model, tokenizer, counts))
 
     def read_again(
@@ -87,22 +85,24 @@ class CalibrationData:
     @classmethod
     def of(cls, config: StructPruneConfig, domains: Sequence[Domain]) -> CalibrationData:
         """The calibration data of domains that are read already."""
-        shares = tuple(domain.weight for domain in domains)
-        return cls(config, domains, shares, config.samples_at_once)
+        return cls(config, domains, config.samples_at_once)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each domain; they sum to 1."""
+        return tuple(domain.weight for domain in self.domains)
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
-        """The same with text of the languages to keep beside the domains. None of it is held out, so it has no loss
-        that weights could follow.
-        """
+        """The same with text of the languages to keep beside the domains, of which none is held out."""
         from ..vocabulary.languages import samples_of
 
         codes = self.config.languages or ()
-        if tokenizer is None or self.config.reweights:
+        if tokenizer is None:
             return self
         rows = samples_of(tokenizer, codes, self.config.seq_length)
         domain = Domain(f"languages {','.join(codes)}", LANGUAGES_WEIGHT, rows, rows[:0])
-        shares = (*((1 - LANGUAGES_WEIGHT) * share for share in self.shares), LANGUAGES_WEIGHT)
-        return replace(self, domains=[*self.domains, domain], shares=shares)
+        others = [replace(other, weight=(1 - LANGUAGES_WEIGHT) * other.weight) for other in self.domains]
+        return replace(self, domains=[*others, domain])
 
     def mean(self, by_domain: Tensor) -> Tensor:
         """The mean over the domains by their weights, shape `(...)`, of values of shape `(domains, ...)`."""
@@ -115,22 +115,10 @@ class CalibrationData:
         size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
         return self.mean(contributions / size)
 
-    def total_loss(self, by_domain: Tensor) -> float:
-        """The one loss that choices go by, of the losses by domain, shape `(domains,)`: the highest with the objective
-        `worst`, and the weighted mean otherwise.
-        """
-        worst = self.config.objective == "worst"
-        return float(by_domain.max() if worst else self.mean(by_domain))
-
     @property
     def own_batches(self) -> list[Batch]:
-        """The samples of all domains that this process runs in the next round, one domain after the other."""
-        domains = self.domains
-        if self.config.reweights:  # so that what counts more is known better
-            counts = _counts(self.domains, self.shares)
-            domains = [domain.portion(count) for domain, count in zip(domains, counts, strict=True)]
-        if process_count() > 1:
-            domains = [_own(domain) for domain in domains]
+        """The samples of all domains that this process runs, one domain after the other."""
+        domains = [_own(domain) for domain in self.domains] if process_count() > 1 else self.domains
         return batches_of(domains, self.batch_size)
 
     def portion(self, tokens: int) -> CalibrationData:
@@ -163,29 +151,14 @@ class CalibrationData:
             statistics={module: self.mean(values) for module, values in by_domain.items()},
         )
 
-    def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
-        """The calibration data of the next round, in which a domain that has lost more counts more."""
-        losses = [log(ratio) for ratio in ratios.values()]
-        return replace(self, shares=reweighted(self.shares, [domain.weight for domain in self.domains], losses))
-
     def key(self, model: PreTrainedModel, *more: Any) -> str:
         """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
         entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
         return json_hash([fingerprint(model), entries, *more])
 
-    def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
-        """The record of what was calibrated on, in rounds with these shares of the domains."""
-        domains = self.domains
-        if self.config.reweights:
-            counts = zip(*(_counts(domains, shares) for shares in [*rounds] or [self.shares]), strict=True)
-            domains = [domain.portion(max(of)) for domain, of in zip(domains, counts, strict=True)]
-        used = [replace(of, spare=None, weight=share) for of, share in zip(domains, self.shares, strict=True)]
-        return Manifest.of(self.config, used, tokenizer)
-
-
-def _counts(domains: Sequence[Domain], shares: Sequence[float]) -> list[int]:
-    """The number of samples that a round with these shares runs, by domain, where they change between rounds."""
-    return split_samples(sum(len(domain.samples) for domain in domains), shares)
+    def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
+        """The record of what was calibrated on."""
+        return Manifest.of(self.config, [replace(domain, spare=None) for domain in self.domains], tokenizer)
 
 
 class AcrossProcesses(OneProcess):

@@ -91,7 +91,7 @@ def test_help_comes_from_the_field():
     DECLARE["prune"](parser)
     shown = " ".join(parser.format_help().split())
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
-    assert "--objective {mean,worst}" in shown
+    assert "--round-to {N,auto}" in shown
     for nested in (RecoveryConfig,):
         names = [field.name for field in fields(nested)]
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown

@@ -71,8 +71,6 @@ FLAGS = [
     (f"{SHARE} --general-share 1", "error: --general-share has to lie between 0 and 1"),
     (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no share"),
     (f"{SHARE} --general-text builtin:poems", "There is no built-in text 'poems'"),
-    (f"{SHARE} --objective least", "error: --objective expected one of ('mean', 'worst'), got least"),
-    (f"{SHARE} --objective worst", "objective='worst' weighs the domains anew between rounds"),
     (f"{SHARE} --losses-dir x", "allocation='uniform' measures none"),
     (f"{SHARE} --num-samples 0", "error: --num-samples has to be greater than 0, got 0"),
     (f"{SHARE} --seq-length 0", "error: --seq-length has to be greater than 0, got 0"),

@@ -65,17 +65,17 @@ def test_round_trips(config, tmp_path_factory):
     assert StructPruneConfig.from_yaml(folder / "run.yaml") == config
 
 
-def test_a_saved_config_that_names_the_method_loads():
-    """Of which there was one."""
-    assert StructPruneConfig.from_dict({"method": "iterative", "sparsity": 0.2}) == StructPruneConfig(sparsity=0.2)
-    with pytest.raises(StructPruneError, match="no field 'method'"):
-        StructPruneConfig.from_dict({"method": "other", "sparsity": 0.2})
+@pytest.mark.parametrize("name", StructPruneConfig.gone)
+def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_asked_for(name):
+    left = StructPruneConfig.gone[name]
+    assert StructPruneConfig.from_dict({name: left, "sparsity": 0.2}) == StructPruneConfig(sparsity=0.2)
+    with pytest.raises(StructPruneError, match=f"'{name}' is gone, only {left!r} is left, got 'other'"):
+        StructPruneConfig.from_dict({name: "other", "sparsity": 0.2})
 
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({}, "exactly one of sparsity, widths and budget .* got none; budget={'parameters': 0.8}"),
     ({"languages": ["en"]}, r"got none; targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
-    ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
     ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
@@ -86,7 +86,6 @@ def test_a_saved_config_that_names_the_method_loads():
     ({"sparsity": 0.2, "rounds": 0}, "'rounds'.*greater than 0, got 0"),
     ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
     ({"sparsity": 0.2, "refit": "ls"}, "'refit' has to name a registered refit, got 'ls'.*bias, least_squares, none"),
-    ({"sparsity": 0.2, "objective": "slow"}, "'objective'.*mean.*slow"),
     ({"sparsity": 0.2, "damping": -1}, "'damping'.*0 or more, up to 1e6, got -1"),
     ({"sparsity": 0.2, "damping": 1e300}, "'damping'.*up to 1e6, got 1e.300"),
     ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),

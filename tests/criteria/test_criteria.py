@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA, producer_norms
-from optimum_structprune.domains.resolve import MOST, reweighted
 from optimum_structprune.method.calibrate import Moments
 
 
@@ -93,33 +90,6 @@ def test_every_criterion_has_its_row_with_its_paper():
         assert criterion.name == name and criterion.paper in rows[name], name
         assert criterion.paper or name in ("magnitude", "random")
         assert len(rows[name].split("|")[3].split()) <= 11
-
-
-shares_and_losses = st.integers(1, 5).flatmap(
-    lambda n: st.tuples(
-        *(st.lists(st.floats(low, high), min_size=n, max_size=n) for low, high in ((0.05, 1), (0.05, 1), (-0.2, 3)))
-    )
-)
-
-
-@settings(max_examples=80)
-@given(case=shares_and_losses)
-def test_shares_sum_to_one_and_stay_near_what_was_asked_for(case):
-    asked, losses = [value / sum(case[0]) for value in case[0]], case[2]
-    shares = reweighted([value / sum(case[1]) for value in case[1]], asked, losses)
-    assert sum(shares) == pytest.approx(1)
-    for share, weight in zip(shares, asked, strict=True):
-        assert weight / MOST - 1e-9 <= share <= weight * MOST + 1e-9
-
-
-def test_a_domain_that_loses_more_counts_more():
-    assert reweighted((0.5, 0.3, 0.2), (0.5, 0.3, 0.2), [0.4, 0.4, 0.4]) == pytest.approx((0.5, 0.3, 0.2))
-    assert reweighted((0.5, 0.5), (0.5, 0.5), [-0.1, 0.0]) == pytest.approx((0.5, 0.5))
-    slightly, much = (reweighted((0.5, 0.3, 0.2), (0.5, 0.3, 0.2), losses) for losses in ([2, 3, 4], [1, 2, 60]))
-    assert slightly[0] < 0.5 and 0.2 < slightly[2] < much[2]
-    assert much[2] == pytest.approx(0.4)  # twice what was asked for, and no more
-    unbound = [share * torch.e ** (loss / 3 - 1) for share, loss in zip((5, 3, 2), (2, 3, 4), strict=True)]
-    assert slightly == pytest.approx([float(value / sum(unbound)) for value in unbound])
 
 
 def ffn(model, layer=0):

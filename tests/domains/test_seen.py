@@ -19,7 +19,6 @@ from optimum_structprune.domains.packing import PATIENCE, Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import training_text
 from optimum_structprune.search.search import choose_shape
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -27,7 +26,7 @@ TEXTS = documents(80)
 READER, MODEL = tokenizer(), build("llama-tied")
 # Rows of one pool of texts, repeated and in any order, so that domains overlap in all ways.
 rows = st.lists(st.integers(0, len(TEXTS) - 1), min_size=20, max_size=150)
-choices = st.sampled_from([{}, {"objective": "worst", "rounds": 2}, {"allocation": "sensitivity"}])
+choices = st.sampled_from([{}, {"allocation": "sensitivity"}])
 often = settings(max_examples=25)
 
 
@@ -90,28 +89,6 @@ def test_a_text_that_repeats_itself_forever_ends():
             load_domains(config(domains=[DomainConfig("a", forever())], num_samples=2), READER)
 
 
-def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_last_round(tmp_path):
-    asked = config(widths={"mlp": 20}, rounds=3, objective="worst", num_samples=12)
-    pruner = StructPruner(asked)
-    counts: list[list[int]] = []
-    batches = CalibrationData.own_batches.fget
-
-    def noted(data: CalibrationData):
-        ran = batches(data)
-        counts.append([sum(len(batch.ids) for batch in ran if batch.domain == domain) for domain in range(2)])
-        return ran
-
-    with patch.object(CalibrationData, "own_batches", property(noted)):
-        small = pruner.prune_model(build("llama-tied"), READER)
-    ran = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
-    assert list(ran.values()) == [24 * max(of) for of in zip(*counts, strict=True)]
-    shares = pruner.report.rounds[-1]["shares"]
-    assert {entry.name: entry.weight for entry in pruner.manifest.domains} == shares and len(set(shares.values())) > 1
-    pruner.save(small, tmp_path / "out", READER)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"{share:.2f} | {ran[name]:,} |" in card for name, share in shares.items())
-
-
 def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     first = StructPruner(config(domains=[domain("a", list(range(40)))]))
     first.save(first.prune_model(build("llama-tied"), READER), tmp_path / "once", READER)
@@ -123,11 +100,7 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][1]["documents"])
 
 
-# Everything that lets a measurement decide.
-CHOOSING = [
-    {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4},
-    {"rounds": 3, "objective": "worst"},
-]
+CHOOSING = {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4}
 
 
 def run_on(settings, domains):
@@ -145,19 +118,17 @@ def other(samples):
     return torch.randint(3, 96, samples.shape, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("fields", CHOOSING)
-def test_no_choice_sees_the_text_that_is_reported(fields):
-    settings = config(**fields)
+def test_no_choice_sees_the_text_that_is_reported():
+    settings = config(**CHOOSING)
     domains = load_domains(settings, tokenizer())
     swapped = [replace(domain, heldout=other(domain.heldout)) for domain in domains]
     before, after = run_on(settings, domains), run_on(settings, swapped)
     assert before.plan == after.plan and same_weights(before.model, after.model)
-    assert before.report.rounds == after.report.rounds
     assert before.report.perplexity != after.report.perplexity
 
 
 def test_no_report_measures_the_text_that_was_chosen_on():
-    settings = config(**CHOOSING[-1])
+    settings = config(**CHOOSING)
     domains = load_domains(settings, tokenizer())
     swapped = [replace(domain, probe=other(domain.probe)) for domain in domains]
     dense = [
@@ -176,7 +147,7 @@ def test_no_report_measures_the_text_that_was_chosen_on():
 
 def test_the_manifest_tells_text_that_decided_something(tmp_path):
     source = [f"w3 w{number} " * 12 for number in range(4, 60)]
-    settings = config(domains=[DomainConfig("a", source)], **CHOOSING[0])
+    settings = config(domains=[DomainConfig("a", source)], **CHOOSING)
     pruner = StructPruner(settings)
     pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.manifest.save(tmp_path / "manifest.json")

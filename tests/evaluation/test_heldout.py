@@ -92,11 +92,10 @@ def test_the_commands(tmp_path, capsys):
 def test_a_run_is_measured_per_token_of_the_dense_tokenizer():
     model = build("llama-tied")
     other, renumbered = with_tokens(model, tokenizer(), ORDER)
-    domains, arch = load_domains(config(objective="worst", rounds=2), tokenizer()), describe(model)
-    assert domains[0].probe is not None
-    measure, report = Measure(model, domains, arch, tokenizer(), vocabulary_changes=True), Report("llama", "obs")
+    domains, arch = load_domains(config(), tokenizer()), describe(model)
+    most = sum(domain.heldout.numel() for domain in domains)
+    measure, report = Measure(model, domains, arch, most, tokenizer(), vocabulary_changes=True), Report("llama", "obs")
     measure.read_by(renumbered, other)
-    assert measure.ratios(other, arch) == pytest.approx({"a": 1, "b": 1}, rel=1e-6)
     measure.after(other, arch, report)
     for domain in domains:
         ppl, bits = report.perplexity[domain.name], report.bits_per_byte[domain.name]

@@ -47,7 +47,7 @@ KINDS = {
     "flap": {"criterion": "flap"},
     "global": {"allocation": "global"},
     "sensitivity": {"allocation": "sensitivity"},
-    "rounds": {"rounds": 2, "objective": "worst"},
+    "rounds": {"rounds": 2},
 }
 
 

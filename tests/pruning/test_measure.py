@@ -21,11 +21,7 @@ def test_short_rows_are_few_tokens_of_all_samples_in_rows_enough_for_an_error(sh
     assert len(set(bodies.tolist())) == len(bodies) and (bodies.reshape(-1, length - 1).diff() == 1).all()
 
 
-def test_no_more_is_measured_than_is_asked_for_unless_a_choice_hangs_on_it():
-    def measured(**fields):
-        pruner = StructPruner(config(num_samples=64, holdout=0.25, **fields))
-        pruner.prune_model(build("llama-tied"), tokenizer())
-        return sum(pruner.report.perplexity_tokens.values())
-
-    few, all_held_out = measured(), measured(rounds=2, objective="worst")
-    assert few <= 0.25 * 64 * 24 < all_held_out
+def test_no_more_is_measured_than_is_asked_for():
+    pruner = StructPruner(config(num_samples=64, holdout=0.25))
+    pruner.prune_model(build("llama-tied"), tokenizer())
+    assert 0 < sum(pruner.report.perplexity_tokens.values()) <= 0.25 * 64 * 24

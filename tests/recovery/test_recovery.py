@@ -187,7 +187,7 @@ def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge)
     "fields",
     [
         {},
-        pytest.param({"rounds": 2, "objective": "worst"}, marks=pytest.mark.long),
+        pytest.param({"rounds": 2}, marks=pytest.mark.long),
         pytest.param({"allocation": "sensitivity"}, marks=pytest.mark.long),
     ],
 )

@@ -186,7 +186,7 @@ def test_what_is_no_causal_model_can_lose_tokens_too(auto, kind, fields, tmp_pat
 @pytest.mark.parametrize("fields", [
     {"allocation": "sensitivity", "widths": {"vocab": 320, "mlp": 24}},
     {"widths": {"vocab": 330, "mlp": 24, "attention": 2, "layer": 1, "hidden": 24}},
-    {"rounds": 2, "objective": "worst", "widths": {"vocab": 320, "mlp": 24}},
+    {"rounds": 2, "widths": {"vocab": 320, "mlp": 24}},
 ])  # fmt: skip
 def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fields):
     pruner, small = pruned(**fields)

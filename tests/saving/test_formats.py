@@ -35,7 +35,7 @@ LOADERS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats") / "slim"
-    pruner = StructPruner(config(rounds=2, objective="worst", skip_layers=[]))
+    pruner = StructPruner(config(rounds=2, skip_layers=[]))
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder, tokenizer())
     return pruner, folder
 
@@ -55,7 +55,7 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
 
 @pytest.mark.parametrize("fields", [
     {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
-    {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
+    {"sparsity": 0.2, "allocation": "sensitivity", "criterion": "wanda"},
     {"budget": {"bytes": 10}, "domains": None},
     {"sparsity": 0.2, "allocation": "global", "criterion": "flap", "refit": "bias"},
     {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
@@ -129,13 +129,13 @@ def test_every_value_becomes_json_that_stays_as_it_is(value):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
-    ratios = {"shares": {"a": 1.0}, "widths": {"mlp": {0: 8}}, "perplexity_ratio": {"a": bad, "b": 1.5}}
+    shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": bad, "loss": 1.5}
     sizes = {"before": 4, "after": 2}
-    report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, rounds=[ratios])
+    report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, shapes=[shape])
     report.recovery = RecoveryReport(perplexity={"a": {"pruned": 2.0, "recovered": bad}})
     report.save(tmp_path / "report.json")
     read = strict((tmp_path / "report.json").read_text())
-    assert read["rounds"][0]["perplexity_ratio"] == {"a": None, "b": 1.5}
+    assert read["shapes"][0]["predicted_loss"] is None and read["shapes"][0]["loss"] == 1.5
     assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
     Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
     Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     """A result with every record that there can be, one of whose domains has a hostile name."""
     folder = tmp_path_factory.mktemp("page") / "small & <slim>"
     fields = {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "rounds": 2}
-    pruner = StructPruner(config(**fields, objective="worst"))
+    pruner = StructPruner(config(**fields))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     report = pruner.report
     report.perplexity[HOSTILE] = report.perplexity.pop(next(iter(report.perplexity)))

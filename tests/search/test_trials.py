@@ -161,20 +161,6 @@ def test_a_layer_that_does_little_gives_up_more():
             assert choose_shape(Run(model, arch, data_of(settings)), widths_of(settings, arch, model)) == found
 
 
-def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
-    model = build("llama-tied")
-
-    def total(**fields):
-        curves = curves_on(model, data_of(config(allocation="sensitivity", **fields), domains()))
-        return sum(curve[-1] for curve in curves.values())
-
-    # The same mixture is pruned on, so both judge the same trials.
-    assert total(objective="worst") > total()
-    pruner = StructPruner(config(allocation="sensitivity", objective="worst", round_to=1))
-    pruner.prune_model(model, tokenizer())
-    assert sum(pruner.report.widths["mlp"].values()) == 2 * 24 and pruner.report.rounds == []
-
-
 def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
     model = build("llama-tied")
     before = snapshot(model)

@@ -46,7 +46,7 @@ def in_memory(case, plain=False):
 RUNS = {
     "llama-untied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"widths": {"mlp": 24}, "refit": "bias", "criterion": "flap"},
-    "qwen2": {"widths": {"mlp": 24}, "rounds": 3, "objective": "worst"},
+    "qwen2": {"widths": {"mlp": 24}, "rounds": 3},
     "qwen3": {"sparsity": 0.25, "allocation": "global", "round_to": 1},
     "gemma2": {"sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "gpt2-tied": {"widths": {"mlp": 24}},

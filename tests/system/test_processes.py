@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"criterion": "flap", "refit": "bias"},
-    "qwen3": {"criterion": "flap", "rounds": 2, "objective": "worst"},
+    "qwen3": {"criterion": "flap", "rounds": 2},
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
     "deepseek_v2": {"widths": {"expert": 2}},
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
