@@ -83,7 +83,7 @@ class StructPruner:
         config, arch, widths, tokens = request.config, request.described.arch, request.widths, request.tokens
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            data = CalibrationData.read(config, model, tokenizer, inputs, counts=tokens is not None)
+            data = CalibrationData.read(config, model, tokenizer, inputs)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=tokens is not None)

@@ -164,9 +164,10 @@ class StructPruneConfig(WithDomains):
             budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
-        languages: The languages whose tokens stay longest where a vocabulary gets smaller (`vocab`), such as `de,en`.
-            None stands for those whose script the domains show, without the general text. Units inside the layers are
-            calibrated on a little built-in text in each, with a tenth of the weight.
+        languages: The languages whose words, counted with the package `wordfreq`, say beside text which tokens stay
+            where a vocabulary gets smaller (`vocab`), such as `de,en`. None stands for text alone, and for other text
+            in its scripts. Units inside the layers are calibrated on a little built-in text in each, with a tenth of
+            the weight.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap` is the
             default, and whole layers too.

@@ -38,21 +38,18 @@ from .sources import documents
 
 
 logger = logging.getLogger(__name__)
-# How often tokens occur is counted in so many times the text that calibrates: that is cheap, since no model reads it.
-COUNT_TIMES = 20
 
 
 def calibration_domains(
     config: StructPruneConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    counts: bool = False,
     writes: bool = True,
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with general text that the model writes where it can, and the config that says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
     seen = Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, counts=counts, writes=writes)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
     try:
         return written, load(written)
     except StructPruneError as error:
@@ -72,12 +69,10 @@ def load_domains(
     heldout_samples: int | None = None,
     seen: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
-    counts: bool = False,
     writes: bool = True,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, the
-    model writes with the `writer`, by default the tokenizer, and with `counts` there is spare text to count tokens in.
-    Without `writes`, domains that a model writes are left out.
+    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
+    the model writes with the `writer`, by default the tokenizer. Without `writes`, domains that it writes are left out.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -86,7 +81,7 @@ def load_domains(
     if not config.searches:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
     vocab_size = None if model is None else model.config.get_text_config().vocab_size
-    packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size, counts)
+    packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size)
     write = None
     if model is not None and writes and any(map(written_by_model, domains)):
         from .generated import self_documents
@@ -135,7 +130,6 @@ class _Packer:
     num_heldout: int | None
     uses: dict[str, str]
     vocab_size: int | None
-    counts: bool
 
     def load(self, shelves: Mapping[int, DocumentPool]) -> dict[int, Domain]:
         """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
@@ -153,7 +147,7 @@ class _Packer:
         # so that these are the same text whether something is chosen or not; what there may be much of comes last.
         needs = {index: self._needs(num_samples, index) for index in shelves}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
-        for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT, USED)):
+        for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT)):
             for index, shelf in shelves.items():
                 texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
         return texts
@@ -164,8 +158,8 @@ class _Packer:
         heldout, packed, *others = (
             frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
         )
-        probes, more, spares = ([part] if len(part.samples) else [] for part in others)
-        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares, *more))
+        probes, more = ([part] if len(part.samples) else [] for part in others)
+        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *more))
         check_vocabulary(largest, self.vocab_size)
         if packed.mask is not None and not packed.mask.any():
             raise StructPruneError(
@@ -178,9 +172,8 @@ class _Packer:
             heldout=torch.cat([part.samples for part in (heldout, *more)]),
             mask=packed.mask,
             origin=domain,
-            documents=(*packed.hashes, *(name for part in spares for name in part.hashes)),
+            documents=packed.hashes,
             heldout_documents=tuple(name for part in (heldout, *more) for name in part.hashes),
-            spare=spares[0] if spares else None,
             probe=probes[0].samples if probes else None,
             probe_documents=probes[0].hashes if probes else (),
         )
@@ -190,16 +183,15 @@ class _Packer:
         return sum(self._needs(self.config.num_samples, index)[:3])
 
     def _needs(self, num_samples: int, index: int) -> list[int]:
-        """Five numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
+        """Four numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
         far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
-        calibrate at most), and how many more to count tokens in.
+        calibrate at most).
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
-        spare = self.counts * (COUNT_TIMES - 1) * count
         enough = min(ceil(ENOUGH / self.frame.body), count // 2)
-        beside = (0, 0) if written_by_model(self.domains[index]) else (max(0, enough - aside), spare)
-        numbers = (aside, count, aside * self.config.searches, *beside)
+        more = 0 if written_by_model(self.domains[index]) else max(0, enough - aside)
+        numbers = (aside, count, aside * self.config.searches, more)
         return [self.frame.body * number for number in numbers]
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:

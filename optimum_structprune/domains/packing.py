@@ -187,8 +187,7 @@ def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 @dataclass(frozen=True)
 class Domain:
     """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
-    tokens that give evidence, those that are held out for the report, `spare` ones that tokens are
-    counted in, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
+    tokens that give evidence, those that are held out for the report, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
     domains. The weights of all domains sum to 1, and `origin` is None for inputs that were given.
     """
 
@@ -200,7 +199,6 @@ class Domain:
     origin: DomainConfig | None = None
     documents: tuple[str, ...] = ()
     heldout_documents: tuple[str, ...] = ()
-    spare: Packed | None = None
     probe: Tensor | None = None
     probe_documents: tuple[str, ...] = ()
 
@@ -209,17 +207,9 @@ class Domain:
         """The samples that a choice is made on, shape `(samples, seq_length)`."""
         return self.heldout if self.probe is None else self.probe
 
-    @property
-    def pool(self) -> Tensor:
-        """All samples, the spare ones included, shape `(samples, seq_length)`."""
-        return self.samples if self.spare is None else torch.cat([self.samples, self.spare.samples])
-
     def portion(self, count: int) -> Domain:
-        """The same domain with the first `count` samples of the pool, or all of them where there are fewer."""
-        mask = self.mask
-        if self.spare is not None and mask is not None and self.spare.mask is not None:
-            mask = torch.cat([mask, self.spare.mask])
-        return replace(self, samples=self.pool[:count], mask=None if mask is None else mask[:count])
+        """The same domain with its first `count` samples, or all of them where there are fewer."""
+        return replace(self, samples=self.samples[:count], mask=None if self.mask is None else self.mask[:count])
 
 
 def document_hash(text: str) -> str:

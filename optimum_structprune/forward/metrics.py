@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..arch.hooks import in_fast_dtype, is_emulated
+from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of, reads_images
 from ..errors import StructPruneError
 from ..method.layers import input_device, run_model
@@ -81,34 +81,22 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
 def row_losses(
     model: PreTrainedModel | PeftModel,
     rows: Iterable[Tensor],
-    among: Tensor | None = None,
     known: dict[tuple[int, ...], Tensor] | None = None,
     tokens: int = 1,
 ) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
-    The first token of a row is context only. `among` holds the ids that may be predicted, ascending; None for all.
-    `known` keeps the hidden states of rows, which need not run again where a row comes again. Rows of equal length run
-    together, up to so many `tokens`.
+    The first token of a row is context only. `known` keeps the hidden states of rows, which need not run again where a
+    row comes again. Rows of equal length run together, up to so many `tokens`.
     """
     rows, batches, parts = [*rows], list[Tensor](), list[Tensor]()
     for length, same in groupby(rows, len):
         batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
-        for targets, logits in _predictions([model], [batches], among, known):
-            parts.append(_losses(logits, targets if among is None else torch.searchsorted(among.to(targets), targets)))
+        for targets, logits in _predictions([model], [batches], known):
+            parts.append(_losses(logits, targets))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
     return torch.stack([of_row.sum() for of_row in by_row])
-
-
-@torch.no_grad()
-def mean_probabilities(model: PreTrainedModel, samples: Tensor) -> Tensor:
-    """The mean probability that a causal model gives each token over samples, shape `(vocab,)`, fp64, on the CPU; see
-    `perplexity`.
-    """
-    with evaluating(model):
-        sums = (logits.float().softmax(-1).sum(0) for _, logits in _predictions([model], [samples.split(1)]))
-        return sum(sums, torch.zeros(())).double().cpu() / samples[:, 1:].numel()
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
@@ -223,7 +211,6 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
 def _predictions(
     models: Sequence[Any],
     batches: Sequence[Sequence[Tensor]],
-    among: Tensor | None = None,
     known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Targets of the first model, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few
@@ -231,12 +218,12 @@ def _predictions(
     of the last model.
     """
     first = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
-    heads = [_head(model, ids.to(input_device(model)), among) for model, ids in zip(models, first, strict=True)]
+    heads = [_head(model, ids.to(input_device(model))) for model, ids in zip(models, first, strict=True)]
     every, states = [*zip(*batches, strict=True)], [*[None] * (len(models) - 1), known]
     for batch in progress(every, desc="predictions", unit="batch", leave=False, delay=1):
         targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
         each_model = zip(models, batch, heads, states, strict=True)
-        logits = [_next_token_logits(model, ids, head, among, kept) for model, ids, head, kept in each_model]
+        logits = [_next_token_logits(model, ids, head, kept) for model, ids, head, kept in each_model]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
@@ -245,13 +232,11 @@ def _next_token_logits(
     model: Any,
     ids: Tensor,
     head: Callable[[Tensor], Tensor] | None = None,
-    among: Tensor | None = None,
     known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The logits for all tokens of a batch but the first of each row, for few tokens at a time."""
     if head is None:
-        for logits in run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE):
-            yield logits if among is None else logits[:, among.to(logits.device)]
+        yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
         return
     row = (*ids.shape, *ids.flatten().tolist())
     hidden = None if known is None else known.get(row)
@@ -262,20 +247,11 @@ def _next_token_logits(
     yield from map(head, hidden.split(TOKENS_AT_ONCE))
 
 
-def _head(model: Any, ids: Tensor, among: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """What makes the logits, of some tokens where these are named, of the base model's output; None where the model
-    does more to them than its head, see `plain_head`.
+def _head(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What makes the logits of the base model's output; None where the model does more to them than its head, see
+    `plain_head`.
     """
-    head = model.get_output_embeddings()
-    if not plain_head(model, ids) or (among is not None and type(head) is not nn.Linear):
-        return None
-    if among is None:
-        return partial(_head_logits, head)
-    rows, dtype = among.to(head.weight.device), head.weight.dtype
-    weight, bias = head.weight[rows], None if head.bias is None else head.bias[rows]
-    if is_emulated(weight):
-        weight, bias = weight.float(), None if bias is None else bias.float()
-    return lambda hidden: linear(hidden.to(weight), weight, bias).to(dtype)
+    return partial(_head_logits, model.get_output_embeddings()) if plain_head(model, ids) else None
 
 
 def _head_logits(head: Any, hidden: Tensor) -> Tensor:

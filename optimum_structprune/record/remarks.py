@@ -112,6 +112,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
         gone = f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
         yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
+        counts = sorted(of["reasons"].items(), key=lambda pair: -pair[1])
+        yield f"tokens that stay, by reason: {', '.join(f'{name} {count:,}' for name, count in counts)}"
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():

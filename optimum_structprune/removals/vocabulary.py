@@ -9,7 +9,7 @@ import torch
 
 from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..domains.manifest import COUNTED, Entry
+from ..domains.packing import USED
 from ..domains.readers import note_reader
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
@@ -28,10 +28,12 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest) -> Widths:
     """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
     other spaces to the widths that are returned.
     """
-    tokenizer, reader = run.dense_tokenizer, run.model if run.arch.causal else None
+    data, tokenizer = run.data, run.dense_tokenizer
     assert tokenizer is not None
+    # What is held out, or choices are made on, tells nothing if it is counted.
+    aside = {name for name, use in data.manifest(tokenizer).after(run.seen).uses().items() if use != USED}
     with run.report.timed("vocabulary"):
-        choice = choose_tokens(request, run.config, reader, tokenizer, run.data.domains)
+        choice = choose_tokens(request, run.config, tokenizer, data.domains, aside)
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
         if choice is not None:
             _cut_(run, choice)
@@ -64,4 +66,4 @@ def _cut_(run: Run, choice: Choice) -> None:
     run.arch, run.tokenizer = describe(run.model, run.config.arch_file), choice.tokenizer
     note_reader(run.model, choice.tokenizer)
     report.scripts, report.trimmed = choice.scripts, choice.trimmed
-    run.entries += [Entry.of(domain, COUNTED) for domain in data.domains]
+    run.entries += choice.counted

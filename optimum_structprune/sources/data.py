@@ -54,18 +54,15 @@ class CalibrationData:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
-        counts: bool = False,
     ) -> CalibrationData:
-        """Read the text that a config names; the config of the data says which general text was read. With `counts`
-        the pools hold more text, in which tokens are counted.
-        """
+        """Read the text that a config names; the config of the data says which general text was read."""
         if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
             model = dequantized(model, inplace=False)
         from ..domains.load import calibration_domains, given_domains
 
         if inputs is not None:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.searches))
-        return cls.of(*calibration_domains(config, model, tokenizer, counts))
+        return cls.of(*calibration_domains(config, model, tokenizer))
 
     def read_again(
         self,
@@ -158,7 +155,7 @@ class CalibrationData:
 
     def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
         """The record of what was calibrated on."""
-        return Manifest.of(self.config, [replace(domain, spare=None) for domain in self.domains], tokenizer)
+        return Manifest.of(self.config, self.domains, tokenizer)
 
 
 class AcrossProcesses(OneProcess):

@@ -5,39 +5,45 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import counted_from, named_ids
 from ..config.pruning import StructPruneConfig
+from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..domains.resolve import builtin_domains, resolve
 from ..errors import StructPruneError
-from ..forward.metrics import mean_probabilities
 from .amount import Room
-from .languages import CHOOSING, script, scripts_of, tokens_by_language
+from .count import (
+    MOST_COUNTED,
+    check_word_lists,
+    is_punctuation,
+    language_shares,
+    letters,
+    prior_shares,
+    text_shares,
+)
+from .languages import script, scripts_of
 from .tokens import Vocabulary, with_needs
 
 
-# The weight of what is expected of other text against what was counted: of rare tokens a count tells little.
-GUESSED = 3.0
-# A token's number tells how often it occurred when the vocabulary was made; the first so many count alike.
-ALIKE = 1000
+# The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
+PRIOR = 0.3
+# The part of the weight that the languages to keep have beside text.
+LANGUAGES_SHARE = 0.5
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
-# The part of the weight of the domains that samples of the languages to keep have, where a config names some.
-LANGUAGES_SHARE = 0.5
-# The number of tokens that the model reads to tell what it expects, in all domains together.
-ENOUGH = 8192
+# Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
+ALWAYS, TEXT, LANGUAGE, NEEDED, USUAL = "always", "text", "language", "needed", "usual"
 # What a token of text loses on average, in nats, where it is spelled by others, and what layers lose that give up a
 # share of themselves: a factor times a power of it. See examples/benchmarks/LOG.md.
 RESPELLED_LOSS = 7.0
@@ -72,6 +78,8 @@ class VocabularyRequest:
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
         always = {*ids[rows:], *vocabulary.always, *named_ids(model)}
+        if config.languages is not None:
+            always |= _letters(config.languages, tokenizer, vocabulary)
         if config.keep_tokens is not None:
             always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
         below = {*range(padding := counted_from(model))} - always  # the padding has to keep its id
@@ -93,14 +101,24 @@ class VocabularyRequest:
         """The numbers of rows that the model can keep."""
         return range(len(self.always) - self._beyond, self.rows + 1)
 
-    def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of tokens that stay, `number` with weights; rows without a token go before `order`."""
-        return tuple(sorted({*range(self.rows + self._beyond)} - {*self.removed(order)[: self.rows - number]}))
+    def order(self, scores: Tensor) -> list[int]:
+        """All ids, those first that stay longest: `always`, then those of the highest score, shape `(size,)`, each
+        behind what it is formed from, so that what stays can be formed wherever the order is cut.
+        """
+        ranked = [*sorted(self.always), *torch.argsort(scores, descending=True, stable=True).tolist()]
+        order = dict[int, None]()
+        for token in ranked:
+            waiting = [token]
+            while waiting:
+                lacking = [part for part in self.vocabulary.needs(waiting[-1]) if part not in order]
+                waiting += lacking
+                if not lacking:
+                    order[waiting.pop()] = None
+        return [*order, *(row for row in range(self.vocabulary.size, self.rows) if row not in order)]
 
-    def removed(self, order: Sequence[int]) -> list[int]:
-        """The order in which rows go: those without a token first."""
-        padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
-        return [*padding[::-1], *order]
+    def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
+        """The ascending ids of the first tokens of an order, `number` of which have weights."""
+        return tuple(sorted(order[: number + self._beyond]))
 
     @property
     def _beyond(self) -> int:
@@ -110,73 +128,81 @@ class VocabularyRequest:
 
 @dataclass(frozen=True)
 class Choice:
-    """The tokens that stay, as ascending ids of which the first `number` have weights, the tokenizer that has no
-    others, and by how many of the others are of each script.
+    """The tokens that stay, as ascending ids of which the first `number` have weights, and the tokenizer that has no
+    others; the text that was counted, and what a report says.
     """
 
     keep: tuple[int, ...]
     number: int
     tokenizer: PreTrainedTokenizerFast
+    counted: list[Entry]
     scripts: dict[str, int]
-    trimmed: dict[str, float]
+    trimmed: dict[str, Any]
 
 
 def choose_tokens(
     request: VocabularyRequest,
     config: StructPruneConfig,
-    reader: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
+    aside: Collection[str] = (),
 ) -> Choice | None:
-    """The tokens that stay of a model, with the tokenizer that is left, proved on all text; None if all stay."""
+    """The tokens that stay of a model, with the tokenizer that is left, proved on text; None if all stay. All text of
+    the domains is counted but for the documents set `aside`, by their hashes.
+    """
     vocabulary = request.vocabulary
-    shares, predicted = wanted_shares(reader, config, domains, tokenizer, vocabulary)
-    order = removal_order(vocabulary, shares, request.always, predicted)
+    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, aside)
+    order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
     lost = _lost_shares(request, order, domains)
-    number = request.number
-    if number is None:
-        number = number_within(cast("Room", request.room), lost)
+    number = number_within(request.room, lost) if request.number is None else request.number
     if number == request.rows:
         return None
     keep = request.keep(order, number)
     smaller = vocabulary.smaller(keep)
-    texts = (str(tokenizer.decode(ids)) for domain in domains for ids in domain.pool)
-    vocabulary.check(smaller, keep, texts)
-    gone = {*range(vocabulary.size)} - {*keep}
-    trimmed = {"tokens": request.rows - number, "respelled": float(lost[request.rows - number])}
-    return Choice(keep, number, smaller, dict(scripts_of(vocabulary, gone)), trimmed)
+    vocabulary.check(smaller, keep, (str(tokenizer.decode(ids)) for domain in domains for ids in domain.samples))
+    reasons = [_reason(token, request, shares) for token in keep[:number]]
+    trimmed = {"tokens": request.rows - number, "respelled": float(lost[number]), "reasons": dict(Counter(reasons))}
+    trimmed["reason_of_each"] = "".join(reason[0] for reason in reasons)
+    scripts = scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep})
+    return Choice(keep, number, smaller, counted, dict(scripts), trimmed)
 
 
-def number_within(room: Room, lost: Tensor) -> int:
-    """The number of tokens of the least expected loss within a budget: of text whose tokens are gone, `lost` by how
-    many go, and of what the other spaces then give up.
+def number_within(room: Room | None, lost: Tensor) -> int:
+    """The number of tokens of the least expected loss within a budget: of text whose tokens are gone, `lost` by the
+    number that stays, and of what the other spaces then give up.
     """
-    most, fewest = room.largest(room.smallest), room.largest({})
+    assert room is not None
+    fewest, most = room.largest({}), room.largest(room.smallest)
     numbers = [number for number in room.numbers if fewest <= number <= most] or [most]
-    size = room.size
-    budget = room.budget
-    dense, with_fewest = budget.cost({}), budget.cost({VOCAB: numbers[0]})
-    each = (dense - with_fewest) / max(size - numbers[0], 1)
+    dense, limit = room.budget.cost({}), room.budget.limit
+    of_tokens = (dense - room.budget.cost({VOCAB: numbers[0]})) / max(room.size - numbers[0], 1)
 
     def loss(number: int) -> float:
-        tokens = RESPELLED_LOSS * float(lost[size - number])
-        share = max(0.0, dense - (size - number) * each - budget.limit) / (dense - size * each)
-        return tokens + LAYERS_LOSS * share**LAYERS_POWER
+        share = (dense - (room.size - number) * of_tokens - limit) / (dense - room.size * of_tokens)
+        return RESPELLED_LOSS * float(lost[number]) + LAYERS_LOSS * max(0.0, share) ** LAYERS_POWER
 
-    if loss(numbers[0]) < FREE:
-        return numbers[0]
-    return min(numbers, key=lambda number: (loss(number), -number))
+    return numbers[0] if loss(numbers[0]) < FREE else min(numbers, key=loss)
 
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
-    """The share of held-out text whose tokens are gone, by the number of rows that go, shape `(rows + 1,)`."""
-    size = request.rows + request._beyond
-    shares = torch.zeros(size, dtype=torch.float64)
-    for domain in domains:
-        counts = torch.bincount(domain.trial[:, 1:].flatten(), minlength=size)
-        shares += domain.weight * counts / counts.sum()
-    gone = shares[request.removed(order)].cumsum(0)
-    return torch.cat([gone.new_zeros(1), gone])
+    """The share of held-out text whose tokens are gone, by the number of rows that stay, shape `(rows + 1,)`."""
+    by_domain = [domain.weight * _shares(domain.trial[:, 1:], len(order)) for domain in domains]
+    shares = torch.stack(by_domain).sum(0)
+    kept = torch.cat([torch.zeros(1), shares[torch.tensor(order)].cumsum(0)])
+    return (1 - kept)[len(order) - request.rows :].clamp(min=0)
+
+
+def _shares(ids: Tensor, size: int) -> Tensor:
+    counts = torch.bincount(ids.flatten(), minlength=size).double()
+    return counts / counts.sum()
+
+
+def _reason(token: int, request: VocabularyRequest, shares: Mapping[str, Tensor]) -> str:
+    """Why a token stays."""
+    if token in request.always:
+        return ALWAYS
+    found = (name for name, of in shares.items() if token < len(of) and of[token] > 0)
+    return next(found, NEEDED)
 
 
 def _lines(path: str) -> list[str]:
@@ -187,6 +213,15 @@ def _lines(path: str) -> list[str]:
     if not lines:
         raise StructPruneError(f"keep_tokens={path!r} is empty; write a token or a text in each line.")
     return lines
+
+
+def _letters(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+    """The letters of languages, within a word and at its head, and all marks of punctuation."""
+    check_word_lists(codes)
+    forms = [form for letter in sorted(letters(codes)) for form in (letter, f" {letter}")]
+    spelled = tokenizer(forms, add_special_tokens=False)["input_ids"]
+    marks = {token for token in range(vocabulary.size) if is_punctuation(vocabulary.surface(token).strip())}
+    return marks | {token for row in spelled for token in row}
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
@@ -206,108 +241,31 @@ def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vo
 
 
 def wanted_shares(
-    reader: PreTrainedModel | None,
     config: StructPruneConfig,
     domains: Sequence[Domain],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
-) -> tuple[Tensor, Tensor | None]:
-    """The shares of tokens in text, and those that the `reader` expects, a causal model if there is one, shape
-    `(size,)`. Of the general text behind the named domains, tokens of the scripts count that these show, or samples of
-    the languages to keep.
+    aside: Collection[str] = (),
+) -> tuple[dict[str, Tensor], list[Entry]]:
+    """The shares of each token by reason, shape `(size,)`: in text, in the languages to keep, and in other text; and
+    the record of the text. General text behind the named domains, and other text, count in the scripts that these show
+    or the languages.
     """
-    own, size = domains[: len(resolve(config.domains or builtin_domains()))], vocabulary.size
-    named, general = (
-        [token_shares(text, size), *([] if reader is None else [predicted_shares(reader, text, size)])]
-        for text in (_with_languages(own, config.languages or (), tokenizer), domains[len(own) :])
-    )
-    shown = _by_script(vocabulary, named[0]) >= NEVER
-    shares, *predicted = (of_named + shown * of_general for of_named, of_general in zip(named, general, strict=True))
-    return shares, predicted[0] if predicted else None
-
-
-def _with_languages(
-    domains: Sequence[Domain], languages: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[Domain]:
-    """Domains, and samples of languages with a part of their weight."""
-    share = LANGUAGES_SHARE if languages else 0.0
-    weight = sum(domain.weight for domain in domains)
-    rows = tokens_by_language(tokenizer, CHOOSING) if languages else {}
-    samples = {code: torch.tensor([rows[code]]) for code in languages}
-    return [
-        *(replace(domain, weight=(1 - share) * domain.weight) for domain in domains),
-        *(Domain(code, share * weight / len(samples), ids, ids[:0]) for code, ids in samples.items()),
-    ]
-
-
-def token_shares(domains: Sequence[Domain], size: int) -> Tensor:
-    """The share of each token in the calibration text, domains by their weights, shape `(size,)`, float64."""
-    shares = torch.zeros(size, dtype=torch.float64)
-    for domain in domains:
-        counts = torch.bincount(domain.pool.flatten(), minlength=size)
-        shares += domain.weight * counts / counts.sum()
-    return shares
-
-
-def predicted_shares(model: PreTrainedModel, domains: Sequence[Domain], size: int) -> Tensor:
-    """The share of each token that a causal model expects in the text, by domain weights, shape `(size,)`, float64."""
-    shares = torch.zeros(size, dtype=torch.float64)
-    for domain in domains:
-        count = max(1, round(ENOUGH * domain.weight / domain.samples.shape[1]))
-        of_rows = mean_probabilities(model, domain.samples[:count])[:size]  # of more or fewer tokens than there are
-        shares[: len(of_rows)] += domain.weight * of_rows
-    return shares
-
-
-def removal_order(
-    vocabulary: Vocabulary, shares: Tensor, always: Collection[int] = (), predicted: Tensor | None = None
-) -> list[int]:
-    """The ids of all tokens that may go, those first whose absence costs least, so that what stays can still be formed
-    wherever the removal ends. `shares` are those of the tokens in text, and `predicted` those that a causal model
-    expects, shape `(size,)`; `always` stay, beside those of the vocabulary.
-    """
-    tokens = range(vocabulary.size)
-    needs = [vocabulary.needs(token) for token in tokens]
-    fixed = with_needs({*vocabulary.always, *always}, vocabulary.needs)
-    parts, read = [vocabulary.parts(token) for token in tokens], _expected(vocabulary, shares, predicted).tolist()
-    wholes = Counter(part for of in needs for part in set(of))
-
-    def entry(token: int) -> tuple[float, int]:
-        # Each further token that it is spelled by costs about as much, whatever it is. What has no parts and may go
-        # is never read, if there is a token of that id at all.
-        return (read[token] * max(1, len(parts[token]) - 1) if parts[token] else -1.0), -token
-
-    heap = [entry(token) for token in tokens if not wholes[token] and token not in fixed]
-    heapify(heap)
-    kept, order = set(tokens), list[int]()
-    while heap:
-        cost, token = heappop(heap)
-        if (now := entry(-token))[0] > cost:  # it has taken the place of another since
-            heappush(heap, now)
-            continue
-        kept.remove(-token)
-        order.append(-token)
-        for part in _spelled(parts[-token], parts, kept):
-            read[part] += read[-token]
-        for part in set(needs[-token]):
-            wholes[part] -= 1
-            if not wholes[part] and part not in fixed:
-                heappush(heap, entry(part))
-    return order
-
-
-def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Collection[int]) -> list[int]:
-    """The tokens of `kept` that take the place of tokens."""
-    return [end for part in waiting for end in ([part] if part in kept else _spelled(parts[part], parts, kept))]
-
-
-def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) -> Tensor:
-    """The share of each token expected in text of all kinds, shape `(size,)`: what was counted, and a guess."""
-    evidence = (shares if predicted is None else predicted).double()
-    number = torch.arange(vocabulary.size, dtype=torch.float64) + ALIKE
-    guess = number**-1 if predicted is None else evidence**0.5 * number**-0.75
-    guess = guess * _by_script(vocabulary, evidence) ** 0.5
-    return shares.double() + GUESSED * guess / guess.sum()
+    size, most, named = vocabulary.size, MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
+    of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
+    entries = []
+    for index, domain in enumerate(domains):
+        shares, entry = text_shares(domain, config.seed, tokenizer, size, aside, most)
+        (of_text if index < len(named) else of_general).add_(domain.weight * shares)
+        entries.append(entry)
+    codes = config.languages or ()
+    part = LANGUAGES_SHARE if codes else 0.0
+    of_languages = part * language_shares(codes, tokenizer, size)
+    of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
+    shown = _by_script(vocabulary, of_text + of_languages) >= NEVER
+    other = prior_shares(vocabulary) * shown
+    text = of_text + of_general * shown
+    return {TEXT: text, LANGUAGE: of_languages, USUAL: PRIOR * other / other.sum()}, entries
 
 
 def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain, pairwise, product
+from math import exp
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from ..errors import StructPruneError
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"  # what SentencePiece writes for a space
 DIGITS = frozenset("0123456789")
+ALIKE = 1000  # the first so many tokens of BPE and WordPiece occur alike
 NEVER = 1 << 62  # the rank of a pair that is not merged
 NOWHERE = -float("inf")  # the score of text that no tokens spell
 # What a chat template may be asked to write: conversations of these roles, with and without a tool.
@@ -53,6 +55,10 @@ class Spelling:
     def as_bytes(self, letter: str) -> tuple[int, ...]:
         """The byte tokens of a character, where the tokenizer has them."""
         return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace")) if self.bytes else ()
+
+    def prior(self, token: int) -> float:
+        """How often a token occurs, relative to others: its number tells how often it did when it was made."""
+        return 1 / (token + ALIKE)
 
     def is_irreplaceable(self, token: int) -> bool:
         """Whether nothing else can spell a token."""
@@ -120,6 +126,10 @@ class ScoredSpelling(Spelling):
         self.scores = [score for _, score in model["vocab"]]
         self.longest = max(map(len, ids))
         self.lowest = min(range(len(self.scores)), key=self.scores.__getitem__)
+
+    def prior(self, token: int) -> float:
+        """How often a token occurs, relative to others: its score is the logarithm of that."""
+        return exp(self.scores[token])
 
     def is_irreplaceable(self, token: int) -> bool:
         """Whether nothing else can spell a token, or what no token spells costs by its score."""
@@ -219,6 +229,10 @@ class Vocabulary:
     def needs(self, token: int) -> tuple[int, ...]:
         """The tokens without which a token cannot be formed."""
         return () if token in self._added or token not in self._names else self._spelling.needs(token)
+
+    def prior(self, token: int) -> float:
+        """How often a token occurs in text of all kinds, relative to others, as far as the tokenizer tells."""
+        return 0.0 if token in self._added or token not in self._names else self._spelling.prior(token)
 
     def surface(self, token: int) -> str:
         """The text of a token as it stands in decoded text, with its space."""

@@ -1,5 +1,6 @@
 """A smaller vocabulary: what its model computes, what it is chosen by, what is saved, and layers beside it."""
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -27,8 +28,9 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.arch.load import ModelInfo
-from optimum_structprune.domains.load import COUNT_TIMES, load_domains
+from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
+from optimum_structprune.domains.packing import document_hash
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import row_losses
@@ -92,6 +94,9 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     card = (tmp_path / "1" / "README.md").read_text()
     assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
     assert 0 < pruner.report.scripts["LATIN"] <= 80
+    trimmed = pruner.report.trimmed
+    assert {"always", "text"} <= trimmed["reasons"].keys() and len(trimmed["reason_of_each"]) == 320
+    assert Counter(trimmed["reason_of_each"]) == {name[0]: of for name, of in trimmed["reasons"].items()}
     english = pruner.report.languages["en"]
     assert english["known"] and not english["wanted"] and english["before"] > 0 < english["after"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
@@ -201,9 +206,9 @@ def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
 
     pruner, _ = pruned(domains=[DomainConfig(name="math", source=generated())], widths={"vocab": 320, "mlp": 24})
     counted, calibrated = (pruner.manifest.of_use(use)[0] for use in (COUNTED, "calibrated on"))
-    assert calibrated.documents == counted.documents[: len(calibrated.documents)]
-    assert counted.calibration_tokens == COUNT_TIMES * calibrated.calibration_tokens
-    assert set(calibrated.heldout_documents) <= set(counted.heldout_documents)
+    every = {document_hash(text) for text in builtin_documents("math", 3)}
+    assert {*counted.documents} == every - {*calibrated.heldout_documents} and {*calibrated.documents} <= every
+    assert calibrated.heldout_documents == counted.heldout_documents
     assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
     assert pruner.used_config.domains == pruner.config.domains
 

@@ -7,22 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GROUPED, config, random_model, real_text_model, token_ids
+from models import GROUPED, config, random_model, real_text_model
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
-from optimum_structprune.domains.load import given_domains
-from optimum_structprune.domains.packing import Domain
+from optimum_structprune.domains.manifest import COUNTED
+from optimum_structprune.domains.packing import Domain, document_hash
 from optimum_structprune.removals.resize import drop_tokens_
-from optimum_structprune.vocabulary.choose import (
-    VocabularyRequest,
-    predicted_shares,
-    removal_order,
-    token_shares,
-    wanted_shares,
-)
+from optimum_structprune.vocabulary import count
+from optimum_structprune.vocabulary.choose import LANGUAGE, PRIOR, TEXT, USUAL, VocabularyRequest, wanted_shares
+from optimum_structprune.vocabulary.count import check_word_lists, language_shares, letters, text_shares
 from optimum_structprune.vocabulary.languages import (
     CHOOSING,
     cost_by_language,
@@ -32,7 +28,7 @@ from optimum_structprune.vocabulary.languages import (
     texts,
     tokens_by_language,
 )
-from optimum_structprune.vocabulary.tokens import Vocabulary
+from optimum_structprune.vocabulary.tokens import Vocabulary, with_needs
 
 
 @dataclass
@@ -50,85 +46,118 @@ class Words:
     def size(self):
         return len(self.names)
 
-    def parts(self, token):
+    def needs(self, token):
         name = self.names[token]
         return [self.names.index(part) for part in (name[:-1], name[-1])] if len(name) > 1 else ()
 
-    needs = parts
+    def prior(self, token):
+        return 1 / (1 + token)
 
     def surface(self, token):
         return self.names[token]
 
 
-def chosen(vocabulary, shares, number, always=(), predicted=None):
-    order = removal_order(vocabulary, shares, always, predicted)
-    return tuple(sorted({*range(vocabulary.size)} - {*order[: vocabulary.size - number]}))
+def request_of(vocabulary, always=(), rows=None):
+    ids = with_needs({*vocabulary.always, *always}, vocabulary.needs)
+    return VocabularyRequest(vocabulary, rows or vocabulary.size, frozenset(ids), None)
 
 
-def kept(words, counts, number, always=(), predicted=None):
-    predicted = None if predicted is None else torch.tensor(predicted) * 1.0
-    keep = chosen(words, torch.tensor(counts) * 1.0, number, always, predicted)
-    return " ".join(words.names[token] for token in keep)
+def kept(words, counts, number, always=()):
+    request = request_of(words, always)
+    return " ".join(words.names[token] for token in request.keep(request.order(torch.tensor(counts) * 1.0), number))
 
 
 WORDS = Words("a b c д ab abc abca ca дa", always=(0, 1, 2, 3))
 
 
-def test_rare_tokens_go_first_and_those_of_scripts_that_the_text_never_shows_before_them():
+def test_rare_tokens_go_first_and_of_equal_ones_the_last():
     counts = [9, 9, 9, 0, 5, 3, 2, 1, 0]
     assert kept(WORDS, counts, 9) == WORDS.words
     assert kept(WORDS, counts, 8) == "a b c д ab abc abca ca"
     assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
     assert kept(WORDS, counts, 5) == "a b c д ab"
-    assert kept(Words("a b x ab", (0, 1)), [9, 9, 0, 0], 3) == "a b ab", "what is never read goes before all others"
+    assert kept(Words("a b c d", (0,)), [1, 1, 1, 1], 2) == "a b"
 
 
-def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
-    counts = [9, 9, 9, 0, 1, 1, 50, 3, 0]
-    assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
-    # `abc` alone was read less often than `ca`, but it now also stands for `abca`.
-    assert kept(Words("a b c ab abc abca ca", (0, 1, 2)), [9, 9, 9, 1, 1, 2, 2.5], 5) == "a b c ab abc"
+def test_what_a_token_is_built_from_stays_with_it():
+    assert kept(WORDS, [9, 9, 9, 0, 1, 1, 50, 3, 0], 7) == "a b c д ab abc abca"
     # Tokens of the user stay with their parts.
     assert kept(WORDS, [9, 9, 9, 0, 0, 0, 0, 5, 5], 7, always=[6]) == "a b c д ab abc abca"
 
 
-def test_domains_count_by_their_weights_and_not_by_their_length():
-    domains = given_domains({"long": torch.zeros(9, 4).long(), "short": torch.ones(5, 2).long()}, holdout=0.0)
-    assert token_shares(domains, 3).tolist() == [0.5, 0.5, 0.0]
+@settings(max_examples=50)
+@given(scores=st.lists(st.floats(0, 1), min_size=9, max_size=9), number=st.integers(4, 9))
+def test_wherever_the_order_is_cut_what_stays_can_be_formed(scores, number):
+    request = request_of(WORDS)
+    keep = request.keep(request.order(torch.tensor(scores)), number)
+    assert len(keep) == number and {*keep} >= {*WORDS.always}
+    assert all({*WORDS.needs(token)} <= {*keep} for token in keep)
 
 
-def test_a_token_stays_that_the_model_expects_and_one_of_equal_shares_that_takes_more_tokens_to_spell():
-    counts = [9, 9, 9, 0, 5, 3, 0, 0, 0]
-    assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 1, 0, 0]) == "a b c д ab abc abca"
-    assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 0, 0, 1]) == "a b c д ab abc дa"
-    names = Words("a b c abc ab ba", always=(0, 1, 2))
-    names.parts = lambda token: [names.names.index(letter) for letter in names.names[token]] if token > 2 else ()
-    names.needs = lambda token: ()
-    assert kept(names, [1, 1, 1, 1, 1, 1], 4, predicted=[1] * 6) == "a b c abc"
+def of_text(name, text, weight=1.0):
+    ids = torch.tensor([[WORDS.names.index(word) for word in text.split()]])
+    return Domain(name, weight, ids, ids)
 
 
-def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
-    model, domains = real_text_model()[0], given_domains({"one": token_ids(4, 9), "two": token_ids(4, 9)}, holdout=0.0)
-    shares = predicted_shares(model, domains, model.config.vocab_size)
-    assert shares.sum() == pytest.approx(1) and (shares > 0).all()
-
-
-def test_general_text_counts_in_the_scripts_of_the_named_domains_alone():
-    named, general = (torch.tensor([[WORDS.names.index(word) for word in of.split()]]) for of in ("a ab", "дa c ab b"))
-    domains = [Domain("named", 0.75, named, named), Domain("general", 0.25, general, general)]
-    shares, predicted = wanted_shares(
-        None, config(domains=[DomainConfig("named", "builtin:math")]), domains, None, WORDS
-    )
-    assert predicted is None
-    assert dict(zip(WORDS.names, shares.tolist(), strict=True)) == {
+def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_alone():
+    domains = [of_text("named", "a ab", 0.75), of_text("general", "дa c ab b", 0.25)]
+    asked = config(domains=[DomainConfig("named", "builtin:math")])
+    shares, entries = wanted_shares(asked, domains, None, WORDS)
+    assert dict(zip(WORDS.names, shares[TEXT].tolist(), strict=True)) == {
         **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
     }  # fmt: skip
+    assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares[LANGUAGE].any()
+    other = shares[USUAL]
+    assert other[3] == other[8] == 0 and other.sum() == pytest.approx(PRIOR)
+    assert other[other > 0].tolist() == sorted(other[other > 0], reverse=True)
+
+
+def test_all_text_counts_but_for_documents_that_are_set_aside():
+    texts, tokenizer = ["one two", "three", "three", "four five six"], real_text_model()[1]
+    ids = torch.tensor([[0, 1]])
+    domain = Domain("a", 1.0, ids, ids, origin=DomainConfig("a", source=texts))
+    out = {document_hash(texts[0])}
+    shares, entry = text_shares(domain, 0, tokenizer, len(tokenizer), out, 10**6)
+    read = [token for text in texts[1:] for token in tokenizer(text)["input_ids"]]
+    counts = torch.bincount(torch.tensor(read), minlength=len(tokenizer))
+    torch.testing.assert_close(shares, counts.double() / len(read))
+    assert entry.calibration_tokens == len(read) and {*entry.documents} == {*map(document_hash, texts[1:])}
+    few = text_shares(domain, 0, tokenizer, len(tokenizer), out, 1)[1]
+    assert len(few.documents) == 1
+
+
+def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
+    pytest.importorskip("wordfreq")
+    _, tokenizer = real_text_model()
+    shares = language_shares(["en", "de"], tokenizer, len(tokenizer))
+    assert shares.sum() == pytest.approx(1)
+    english, german = (language_shares([code], tokenizer, len(tokenizer)) for code in ("en", "de"))
+    torch.testing.assert_close(shares, (english + german) / 2)
+    of = tokenizer.get_vocab()
+    assert english[of["Ġthe"]] > english[of["Ġof"]] > 0 and english[of["Ġthe"]] > german[of["Ġthe"]]
+
+
+def test_the_letters_of_languages_stay_small_and_capital():
+    assert letters(["de"]) >= {*"abcäöüßÄÖÜ"} and not letters(["de"]) & {*"жя"}
+    assert letters(["ru"]) >= {*"жяЖЯ"}
+
+
+def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeypatch):
+    monkeypatch.setattr(count, "find_spec", lambda name: None)
+    count._lines.cache_clear()
+    _, tokenizer = real_text_model()
+    with pytest.warns(UserWarning, match=r"pip install 'optimum-structprune\[languages\]'"):
+        check_word_lists(["de"])
+    shares = language_shares(["de"], tokenizer, len(tokenizer))
+    ids = tokenizer(texts(CHOOSING)["de"], add_special_tokens=False)["input_ids"]
+    torch.testing.assert_close(shares, torch.bincount(torch.tensor(ids), minlength=len(tokenizer)).double() / len(ids))
+    count._lines.cache_clear()
 
 
 def test_a_tokenizer_is_left_with_what_is_chosen():
     vocabulary = Vocabulary.of(real_text_model()[1])
-    number = (len(vocabulary.always) + vocabulary.size) // 2
-    keep = chosen(vocabulary, torch.rand(vocabulary.size), number)
+    number, request = (len(vocabulary.always) + vocabulary.size) // 2, request_of(vocabulary)
+    keep = request.keep(request.order(torch.rand(vocabulary.size)), number)
     assert len(vocabulary.smaller(keep)) == len(keep) == number
 
 
@@ -197,7 +226,7 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
     tokens = VocabularyRequest.of(config(widths={"vocab": rows}), ModelInfo.of(model), reader(), {"vocab": rows})
     left = data.draw(st.sampled_from(tokens.may))
-    keep = tokens.keep(removal_order(tokens.vocabulary, torch.rand(400), tokens.always), left)
+    keep = tokens.keep(tokens.order(torch.rand(400)), left)
     drop_tokens_(model, ModelInfo.of(model).arch, keep)
     smaller, weights = tokens.vocabulary.smaller(keep), model.get_input_embeddings().weight
     new = [getattr(model.config, name) for name in ("pad_token_id", "image_token_index")]

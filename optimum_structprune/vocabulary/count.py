@@ -1,0 +1,144 @@
+"""How often tokens occur: in all text that a run names, in the words of languages, and when the tokenizer was made."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..config.domains import written_by_model
+from ..domains.manifest import COUNTED, Entry
+from ..domains.packing import Domain, tokenised
+from ..domains.sources import documents
+from ..errors import warn
+from .languages import CHOOSING, texts
+from .tokens import Vocabulary
+
+
+# So many tokens of the text of all domains together are counted at most; no model reads them.
+MOST_COUNTED = 4_000_000
+# So many tokens are added to the counts at a time.
+AT_ONCE = 100_000
+# The words of a language that count, those that occur most first.
+MOST_WORDS = 60_000
+# What words stand behind, whether with a capital, and how often: within a line, with a capital, and so at its head. In
+# languages that write no spaces, words stand behind what is in no word; the parts of Korean ones are listed as words.
+FORMS = ((" ", False, 0.6), (" ", True, 0.35), ("\n", True, 0.05))
+OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko": ((" ", False, 0.5), ("、", False, 0.5))}
+# A letter with a smaller share of the letters of a language is one of foreign words.
+RARE = 1e-6
+
+
+def text_shares(
+    domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, aside: Collection[str], most: int
+) -> tuple[Tensor, Entry]:
+    """The share of each token in the whole text of a domain, shape `(size,)`, float64, and the record of that text.
+    Documents set `aside` are left out, by their hashes; of what a model has written, the samples count.
+    """
+    if domain.origin is None or written_by_model(domain.origin):
+        counts = torch.bincount(domain.samples.flatten(), minlength=size).double()
+        return counts / counts.sum(), Entry.of(domain, COUNTED)
+    counts, waiting, names = torch.zeros(size, dtype=torch.float64), list[int](), list[str]()
+    for document in tokenised(documents(domain.origin, seed, tokenizer), tokenizer):
+        if document.hash in aside:
+            continue
+        waiting += document.ids
+        names.append(document.hash)
+        if len(waiting) >= AT_ONCE:
+            counts += torch.bincount(torch.tensor(waiting), minlength=size)
+            waiting = []
+        if counts.sum() + len(waiting) >= most:
+            break
+    counts += torch.bincount(torch.tensor(waiting, dtype=torch.int64), minlength=size)
+    tokens = int(counts.sum())
+    entry = replace(
+        Entry.of(domain, COUNTED),
+        calibration_tokens=tokens,
+        evidence_tokens=tokens,
+        documents=[*dict.fromkeys(names)],
+    )
+    return counts / max(tokens, 1), entry
+
+
+def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """The share of each token in languages, which count alike, shape `(size,)`, float64."""
+    shares = torch.zeros(size, dtype=torch.float64)
+    for code in codes:
+        pairs = [*_lines(code)]
+        rows = tokenizer([text for text, _ in pairs], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([token for row in rows for token in row])
+        each = torch.tensor([weight for _, weight in pairs], dtype=torch.float64)
+        counts = torch.bincount(ids, each.repeat_interleave(torch.tensor([*map(len, rows)])), size)
+        shares += counts / counts.sum() / len(codes)
+    return shares
+
+
+def letters(codes: Sequence[str]) -> set[str]:
+    """The letters of languages, small and capital."""
+    found: set[str] = set()
+    for code in codes:
+        counts = defaultdict[str, float](float)
+        for text, weight in _lines(code):
+            for letter, number in Counter(text).items():
+                counts[letter] += weight * number
+        total = sum(counts.values())
+        found |= {letter for letter, count in counts.items() if letter.isalpha() and count > RARE * total}
+    return found | {letter.upper() for letter in found if len(letter.upper()) == 1}
+
+
+def is_punctuation(text: str) -> bool:
+    """Whether a text is one mark of punctuation."""
+    return len(text) == 1 and unicodedata.category(text).startswith("P")
+
+
+def check_word_lists(codes: Sequence[str]) -> None:
+    """Warn where there are no lists of words to count, and so only a few sentences of each language."""
+    if codes and find_spec("wordfreq") is None:
+        warn(
+            "languages counts the words of the package wordfreq, which is not installed, and so only a few sentences "
+            "of each: pip install 'optimum-structprune[languages]'."
+        )
+
+
+def prior_shares(vocabulary: Vocabulary) -> Tensor:
+    """The share of each token in text of all kinds, as the tokenizer tells it, shape `(size,)`, float64."""
+    return torch.tensor([vocabulary.prior(token) for token in range(vocabulary.size)], dtype=torch.float64)
+
+
+@cache
+def _lines(code: str) -> Sequence[tuple[str, float]]:
+    """Texts of a language and how often each occurs: words by their frequency, in each form, or sample sentences."""
+    if find_spec("wordfreq") is None:
+        return [(texts(CHOOSING)[code], 1.0)]
+    return [*_words(code)] or [(texts(CHOOSING)[code], 1.0)]
+
+
+def _words(code: str) -> Iterator[tuple[str, float]]:
+    from wordfreq import available_languages, get_frequency_list
+
+    if code not in available_languages():
+        return
+    count = 0
+    for hundredths, listed in enumerate(get_frequency_list(code)):  # all words of a frequency
+        words = [*_unfolded(listed, code)]
+        for between, capital, share in OTHER_FORMS.get(code, FORMS):
+            text = between.join(["", *(word[:1].upper() + word[1:] if capital else word for word in words)])
+            yield text, share * 10.0 ** (-hundredths / 100)
+        count += len(words)
+        if count >= MOST_WORDS:
+            return
+
+
+def _unfolded(words: Sequence[str], code: str) -> Iterator[str]:
+    """Words as they are written: in the lists, German ones have no ß and Greek ones no final sigma."""
+    for word in words:
+        yield word[:-1] + "ς" if code == "el" and word.endswith("σ") else word
+        if code == "de" and "ss" in word:
+            yield word.replace("ss", "ß")
