@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from copy import deepcopy
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -27,15 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, measure_speed
-from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.token_space import named_ids
-from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses
-from optimum_structprune.removals.resize import drop_tokens_
-from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
-from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
 def files(args: Namespace, folder: str) -> list[DomainConfig]:
@@ -49,16 +42,6 @@ def text(args: Namespace, samples: int) -> dict:
     """The fields that name the calibration text."""
     kinds = files(args, "calibration")
     return {"domains": kinds, "general_share": 0, "num_samples": samples, "seq_length": args.seq_length}
-
-
-def evidence(args: Namespace, model, tokenizer) -> dict:
-    """What the choice goes by."""
-    size = len(tokenizer)
-    config = StructPruneConfig(sparsity=0.1, **text(args, args.calibration))  # nothing is pruned: this names the text
-    domains = load_domains(config, tokenizer, heldout_samples=2, counts=True)
-    start = perf_counter()
-    predicted = predicted_shares(model, domains, size)
-    return {"shares": token_shares(domains, size), "predicted": predicted, "seconds": perf_counter() - start}
 
 
 def passages(args: Namespace, tokenizer) -> dict[str, dict[str, Passages]]:
@@ -89,28 +72,17 @@ def ratios(args: Namespace, dense, after) -> dict[str, float]:
     }
 
 
-def channels_row(args: Namespace, model, tokenizer, parameters: int, texts, dense) -> dict:
-    """The figures where FFN channels go instead, so that so many parameters stay."""
-    config = StructPruneConfig(budget={"parameters": parameters}, targets=("mlp",), **text(args, args.channels))
-    pruner, start = StructPruner(config), perf_counter()
-    small = pruner.prune_model(model, tokenizer)
-    figures = {"widths": pruner.report.widths, "parameters": small.num_parameters() / model.num_parameters() - 1}
-    figures |= {"seconds": perf_counter() - start}
-    return figures | ratios(args, dense, losses(small, tokenizer, texts))
-
-
-def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dense) -> dict:
-    """The figures of one number of tokens; the seconds are those of choosing and cutting."""
+def row(args: Namespace, model, tokenizer, number: int, texts, dense) -> dict:
+    """The figures of one number of tokens, or where FFN channels go instead for as many parameters."""
+    parameters = model.num_parameters() - model.get_input_embeddings().weight[number:].numel()
+    amount = {"budget": {"parameters": parameters}, "targets": ("mlp",)} if args.channels else {}
+    amount = amount or {"widths": {"vocab": number}}
+    pruner = StructPruner(StructPruneConfig(**amount, **text(args, args.channels or args.calibration)))
     start = perf_counter()
-    vocabulary, small = Vocabulary.of(tokenizer), deepcopy(model)
-    always = {*vocabulary.always, *named_ids(model)}
-    order = removal_order(vocabulary, known["shares"], always, known["predicted"])
-    keep = keep_tokens(vocabulary.size, order, number)
-    reader = vocabulary.smaller(keep)
-    drop_tokens_(small, describe(small), keep)
-    seconds = perf_counter() - start
-    figures = {"tokens": number, "parameters": small.num_parameters() / model.num_parameters() - 1, "seconds": seconds}
-    figures |= ratios(args, dense, losses(small, reader, texts))
+    small = pruner.prune_model(model, tokenizer)
+    figures = {"seconds": perf_counter() - start, "widths": pruner.report.widths, "tokens": small.config.vocab_size}
+    figures |= {"parameters": small.num_parameters() / model.num_parameters() - 1}
+    figures |= ratios(args, dense, losses(small, pruner.tokenizer, texts))
     if args.speed:
         speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, threads=1, repeats=5)
         ((_, decode),) = speed.decode.items()
@@ -136,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_what.add_argument("--sizes", nargs="+", type=int)
     of_what.add_argument("--folders", nargs="+", help="models that are pruned already")
     parser.add_argument("--domains", nargs="+", help="names of calibration files; the default is all")
-    parser.add_argument("--calibration", type=int, default=256, help="samples; 20 times as many are counted")
+    parser.add_argument("--calibration", type=int, default=256, help="samples; all text is counted")
     parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--channels", type=int, help="calibration samples, for FFN channels in place of tokens")
@@ -146,22 +118,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    known, texts = {} if args.channels or args.folders else evidence(args, model, tokenizer), passages(args, tokenizer)
+    texts = passages(args, tokenizer)
     dense, rows = losses(model, tokenizer, texts), []
     print("tokens | parameters | held-out | unseen | seconds | decoding")
     for number in args.folders or args.sizes:
         if args.folders:
             of = folder_row(args, model, number, texts, dense)
-        elif args.channels:
-            gone = model.get_input_embeddings().weight[number:].numel()
-            of = channels_row(args, model, tokenizer, model.num_parameters() - gone, texts, dense)
         else:
-            of = row(args, model, tokenizer, number, known, texts, dense)
+            of = row(args, model, tokenizer, number, texts, dense)
         rows.append(of)
         figures = f"{of['parameters']:+.1%} | {of['heldout']:.3f} | {of['unseen']:.3f} | {of['seconds']:.0f}"
         print(f"{of.get('tokens', len(tokenizer)):,} | {figures} | {of.get('speed', float('nan')):.2f}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"expected in": known.get("seconds"), "rows": rows}, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

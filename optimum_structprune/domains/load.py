@@ -72,7 +72,7 @@ def load_domains(
     writes: bool = True,
 ) -> list[Domain]:
     """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
-    the model writes with the `writer`, by default the tokenizer. Without `writes`, domains that it writes are left out.
+    the model writes with the `writer`, by default the tokenizer; without `writes`, such domains are left out.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")

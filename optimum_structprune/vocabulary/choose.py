@@ -160,7 +160,7 @@ def choose_tokens(
     keep = request.keep(order, number)
     smaller = vocabulary.smaller(keep)
     vocabulary.check(smaller, keep, (str(tokenizer.decode(ids)) for domain in domains for ids in domain.samples))
-    reasons = [_reason(token, request, shares) for token in keep[:number]]
+    reasons = _reasons(keep[:number], request, shares)
     trimmed = {"tokens": request.rows - number, "respelled": float(lost[number]), "reasons": dict(Counter(reasons))}
     trimmed["reason_of_each"] = "".join(reason[0] for reason in reasons)
     scripts = scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep})
@@ -188,8 +188,8 @@ def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequ
     """The share of held-out text whose tokens are gone, by the number of rows that stay, shape `(rows + 1,)`."""
     by_domain = [domain.weight * _shares(domain.trial[:, 1:], len(order)) for domain in domains]
     shares = torch.stack(by_domain).sum(0)
-    kept = torch.cat([torch.zeros(1), shares[torch.tensor(order)].cumsum(0)])
-    return (1 - kept)[len(order) - request.rows :].clamp(min=0)
+    lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
+    return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]
 
 
 def _shares(ids: Tensor, size: int) -> Tensor:
@@ -197,12 +197,15 @@ def _shares(ids: Tensor, size: int) -> Tensor:
     return counts / counts.sum()
 
 
-def _reason(token: int, request: VocabularyRequest, shares: Mapping[str, Tensor]) -> str:
-    """Why a token stays."""
-    if token in request.always:
-        return ALWAYS
-    found = (name for name, of in shares.items() if token < len(of) and of[token] > 0)
-    return next(found, NEEDED)
+def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[str, Tensor]) -> list[str]:
+    """Why each token stays."""
+    usual, needs = shares[USUAL].tolist(), request.vocabulary.needs
+    found = {token: NEEDED for token in keep} | {token: USUAL for token in keep if token < len(usual) and usual[token]}
+    found |= {part: NEEDED for token in keep for part in needs(token) if usual[part] < usual[token]}
+    for reason in (LANGUAGE, TEXT):
+        found |= dict.fromkeys(shares[reason].nonzero().flatten().tolist(), reason)
+    found |= dict.fromkeys(request.always, ALWAYS)
+    return [found[token] for token in keep]
 
 
 def _lines(path: str) -> list[str]:
