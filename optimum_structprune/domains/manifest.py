@@ -58,17 +58,16 @@ class Entry:
 
     @classmethod
     def of(cls, domain: Domain, use: str = CALIBRATED) -> "Entry":
-        """The entry of a domain that was loaded, with all samples that it may come to use."""
-        pool = domain.portion(len(domain.pool))
+        """The entry of a domain that was loaded."""
         return cls(
             name=domain.name,
             origin={} if domain.origin is None else domain.origin.to_dict(),
             place_sha256="" if domain.origin is None else _place(domain.origin.source),
             weight=domain.weight,
-            calibration_tokens=_count(pool.samples),
-            evidence_tokens=_count(pool.samples) if pool.mask is None else int(pool.mask.sum()),
+            calibration_tokens=_count(domain.samples),
+            evidence_tokens=_count(domain.samples) if domain.mask is None else int(domain.mask.sum()),
             heldout_tokens=_count(domain.heldout),
-            samples_sha256=tensor_hash(pool.samples),
+            samples_sha256=tensor_hash(domain.samples),
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),
