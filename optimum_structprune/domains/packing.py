@@ -187,8 +187,9 @@ def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 @dataclass(frozen=True)
 class Domain:
     """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
-    tokens that give evidence, those that are held out for the report, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
-    domains. The weights of all domains sum to 1, and `origin` is None for inputs that were given.
+    tokens that give evidence, those that are held out for the report, and the `probe`, which choices are made on.
+    Documents are hashes, and each has one use, in all domains. The weights of all domains sum to 1, and `origin` is
+    None for inputs that were given.
     """
 
     name: str

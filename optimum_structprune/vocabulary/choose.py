@@ -145,13 +145,13 @@ def choose_tokens(
     config: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
-    aside: Collection[str] = (),
+    held_out: Collection[str] = (),
 ) -> Choice | None:
     """The tokens that stay of a model, with the tokenizer that is left, proved on text; None if all stay. All text of
-    the domains is counted but for the documents set `aside`, by their hashes.
+    the domains is counted but for the documents that are `held_out`, by their hashes.
     """
     vocabulary = request.vocabulary
-    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, aside)
+    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, held_out)
     order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
     lost = _lost_shares(request, order, domains)
     number = number_within(request.room, lost) if request.number is None else request.number
@@ -248,7 +248,7 @@ def wanted_shares(
     domains: Sequence[Domain],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
-    aside: Collection[str] = (),
+    held_out: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[Entry]]:
     """The shares of each token by reason, shape `(size,)`: in text, in the languages to keep, and in other text; and
     the record of the text. General text behind the named domains, and other text, count in the scripts that these show
@@ -258,7 +258,7 @@ def wanted_shares(
     of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
     entries = []
     for index, domain in enumerate(domains):
-        shares, entry = text_shares(domain, config.seed, tokenizer, size, aside, most)
+        shares, entry = text_shares(domain, config.seed, tokenizer, size, held_out, most)
         (of_text if index < len(named) else of_general).add_(domain.weight * shares)
         entries.append(entry)
     codes = config.languages or ()

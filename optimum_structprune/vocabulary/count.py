@@ -37,17 +37,17 @@ RARE = 1e-6
 
 
 def text_shares(
-    domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, aside: Collection[str], most: int
+    domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
 ) -> tuple[Tensor, Entry]:
     """The share of each token in the whole text of a domain, shape `(size,)`, float64, and the record of that text.
-    Documents set `aside` are left out, by their hashes; of what a model has written, the samples count.
+    Documents that are `held_out` are left out, by their hashes; of what a model has written, the samples count.
     """
     if domain.origin is None or written_by_model(domain.origin):
         counts = torch.bincount(domain.samples.flatten(), minlength=size).double()
         return counts / counts.sum(), Entry.of(domain, COUNTED)
     counts, waiting, names = torch.zeros(size, dtype=torch.float64), list[int](), list[str]()
     for document in tokenised(documents(domain.origin, seed, tokenizer), tokenizer):
-        if document.hash in aside:
+        if document.hash in held_out:
             continue
         waiting += document.ids
         names.append(document.hash)
