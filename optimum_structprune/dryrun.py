@@ -272,15 +272,14 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
         if spaces[0].unit == GROUP:
             needs = [(parts, "tensor parallelism")]
         if spaces[0].unit == EXPERT:  # such as vLLM's, whose issue 51521 has counts that one of them refuses
-            needs = [(config.expert_parallel, "expert parallelism"), (8, "fused router kernels of some engines")]
+            needs = [(parts, "expert parallelism"), (8, "fused router kernels of some engines")]
         lost = {
             f"{loss} (multiples of {number})": min(after for full, after in pairs if after % number)
             for number, loss in needs
             if any(after % number and not full % number for full, after in pairs)
         }
-        options = "expert_parallel" if spaces[0].unit == EXPERT else "round_to and tensor_parallel"
         if lost:
-            yield f"warning: {name} {min(lost.values())} has no {', no '.join(lost)}; see {options}"
+            yield f"warning: {name} {min(lost.values())} has no {', no '.join(lost)}; see round_to and tensor_parallel"
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:

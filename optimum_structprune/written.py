@@ -44,7 +44,7 @@ def written_files(folder: Path) -> dict[str, str]:
     try:
         files = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"]
         return {name: str(files[name]) for name in files if not {"/", ".."} & set(Path(name).parts)}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 

@@ -232,7 +232,7 @@ def _damaged_files(name: str) -> Iterator[Path]:
     for path in Path(name).glob("*.safetensors.index.json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield path
     yield from (path for path in _weight_files(name) if not names_in(path))
 

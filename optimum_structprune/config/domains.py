@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import Number, Serialisable, config_class, filled, finite, mapping_of, positive
+from .fields import Number, Serialisable, config_class, filled, mapping_of, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -149,8 +149,6 @@ class WithDomains(Serialisable):
         if self.domains is None:
             return
         names = [domain.name for domain in self.domains]
-        if not finite(sum(domain.weight for domain in self.domains)):
-            raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
         if not names:
             raise ValueError("domains has to name at least one domain, got []")
         if len(set(names)) < len(names):

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import wraps
@@ -29,19 +28,11 @@ else:
     Number = float | int
 
 
-def finite(value: float) -> bool:
-    """Whether a number is one that a float can hold: no NaN, no infinity, and no integer of hundreds of digits."""
-    try:
-        return isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
     """A validator that passes finite numbers in a range, and whatever is no number: `strict` checks types."""
 
     def validate(value: Any) -> None:
-        if isinstance(value, (int, float)) and not (finite(value) and allowed(value)):
+        if isinstance(value, (int, float)) and not (isfinite(value) and allowed(value)):
             raise ValueError(what.format(value))
 
     return validate
@@ -59,17 +50,6 @@ def filled(value: Any) -> None:
     """Something that is not empty; None, where the type allows it."""
     if value is not None and not value:
         raise ValueError(f"has to name at least one, got {value!r}")
-
-
-def finite_inside(value: Any) -> None:
-    """A mapping of another library's fields whose numbers are all finite, however deep they lie."""
-    items = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    )
-    for key, item in items:
-        if isinstance(item, (int, float)) and not finite(item):
-            raise ValueError(f"{key} has to be a finite number, got {item}")
-        finite_inside(item)
 
 
 class Serialisable:
@@ -117,11 +97,11 @@ def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
 
 
 def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
-    """A mapping by numbers of layers, of which JSON makes strings; each layer has to be there once."""
-    numbers = [int(key) for key in values if re.fullmatch("-?[0-9]{1,9}", str(key))]
-    if len({*numbers}) < len(values):
-        raise StructPruneError(f"{owner} names layers by their numbers, each once, got {list(values)}.")
-    return dict(zip(numbers, values.values(), strict=True))
+    """A mapping by numbers of layers, of which JSON makes strings."""
+    try:
+        return {int(str(key)): value for key, value in values.items()}
+    except ValueError as error:
+        raise StructPruneError(f"{owner} names layers by their numbers, got {list(values)}.") from error
 
 
 class FieldError(StructPruneError):
@@ -144,8 +124,7 @@ def config_class(cls: T) -> T:
         except StrictDataclassFieldValidationError as error:
             field = str(error).split("'")[1]  # which only the message says
             reason = one_line(error.__cause__).removeprefix(f"Field {field!r} ").partition(". Errors: ")[0]
-            reason = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", reason)
-            reason = re.sub(r"optimum_structprune\.[\w.]+\.", "", reason)
+            reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.|optimum_structprune\.[\w.]+\.", r"\1", reason)
             reason = re.sub(
                 r"with value (.{,80}).* doesn't match any type in \((.*?)(, NoneType)?\)$", r"takes \2; got \1", reason
             )
@@ -183,80 +162,34 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
 
 def read_json(path: str | Path) -> Mapping[str, Any]:
     """The fields in a JSON file, without the version of its form; a version that is not known is refused."""
-    values = read_mapping(Path(path), json.loads)
-    try:
-        return unversioned(values)
-    except StructPruneError as error:
-        raise StructPruneError(f"{path}: {error}") from error
+    return unversioned(read_mapping(Path(path), json.loads))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     """The mapping in a file that `parse` reads."""
     try:
         data = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, Mapping):
         raise StructPruneError(f"{path} has to hold a mapping of fields, found {type(data).__name__}.")
     return data
 
 
-class PlainLoader(yaml.SafeLoader):
-    """Loads plain values only, with the numbers of YAML 1.2, see `NUMBERS`; a date is text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("bool", "null", "merge")]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """See `Composer.compose_mapping_node`; a key that stands twice is refused."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        names = Counter(key.value if key.value == "<<" else self.construct_object(key) for key in keys)
-        for name, count in names.items():
-            if count > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
-                )
-        return node
+class Loader(yaml.SafeLoader):
+    """The safe loader of YAML, to which 1e-4 is a number, as in YAML 1.2."""
 
 
-class PlainDumper(yaml.SafeDumper):
-    """Writes what `PlainLoader` reads as the same values: text that looks like a number of any YAML is quoted."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """See `Representer.ignore_aliases`; `parse_yaml` refuses them."""
-        return True
-
-
-# The numbers of the core schema of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
-NUMBERS = {
-    "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
-    "tag:yaml.org,2002:float": r"([-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|"
-    r"\.(nan|NaN|NAN))$",
-}
-for form in (PlainLoader, PlainDumper):
-    for tag, pattern in NUMBERS.items():
-        form.add_implicit_resolver(tag, re.compile(pattern), None)
-PlainLoader.add_constructor(
-    "tag:yaml.org,2002:int", lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document."""
+    return yaml.load(text, Loader)  # a safe loader
+
+
 def to_yaml(value: Any) -> str:
-    """The YAML document of plain values, which `parse_yaml` reads."""
-    return str(yaml.dump(value, Dumper=PlainDumper, sort_keys=False))
-
-
-def parse_yaml(text: str, aliases: bool = False) -> Any:
-    """The value of a YAML document; aliases, by which a short text may be endless, have to be allowed."""
-    try:
-        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, PlainLoader)):
-            raise yaml.YAMLError("it has an alias (*name); write the value out")
-        return yaml.load(text, PlainLoader)  # a safe loader
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        # What PyYAML makes of a tag that does not fit its value, such as a date of no calendar.
-        raise yaml.YAMLError(f"a value is not what its tag says ({error})") from error
+    """The YAML document of plain values."""
+    return str(yaml.safe_dump(value, sort_keys=False))

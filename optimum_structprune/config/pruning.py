@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from .fields import (
     by_layer,
     config_class,
     filled,
-    finite,
     mapping_of,
     positive,
     proportion,
@@ -81,7 +81,7 @@ def _check_amount(config: "StructPruneConfig") -> None:
     for name, limit in (config.budget or {}).items():
         if name not in BUDGETS:
             raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-        if not (finite(limit) and limit > 0):
+        if not (isfinite(limit) and limit > 0):
             raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
     if config.budget is not None and len(config.budget) != 1:
         raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {config.budget}")
@@ -181,10 +181,8 @@ class StructPruneConfig(WithDomains):
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
         tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
-            Numbers of KV groups that `sparsity` or `budget` chooses are multiples of it, and so are widths with
-            `round_to="auto"`; in models that are large enough, these are multiples of 128 times as much.
-        expert_parallel: How many devices will share the experts of the result, as with vLLM's option of that name.
-            Numbers of experts that `sparsity` or `budget` chooses are multiples of it.
+            Numbers of KV groups and experts that `sparsity` or `budget` chooses are multiples of it, and so are widths
+            with `round_to="auto"`; in models that are large enough, these are multiples of 128 times as much.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
@@ -218,7 +216,7 @@ class StructPruneConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    gone = {"method": "iterative", "objective": "mean"}
+    gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1}
 
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
@@ -232,7 +230,6 @@ class StructPruneConfig(WithDomains):
     allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     tensor_parallel: int = validated_field(positive, default=1)
-    expert_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None

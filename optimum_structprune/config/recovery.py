@@ -1,13 +1,13 @@
 """How a pruned model is trained afterwards: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, WithDomains
-from .fields import Number, config_class, filled, finite_inside, positive, proportion, seed_of_all
+from .fields import Number, config_class, filled, positive, proportion, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -70,8 +70,8 @@ class RecoveryConfig(WithDomains):
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
     train: Literal["lora", "full"] = "lora"
-    lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
-    training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     answer_share: Number = validated_field(proportion, default=0.5)
     prompts: str | None = validated_field(filled, default=None)
     left_out: str | None = validated_field(filled, default=None)

@@ -56,7 +56,7 @@ def documents(
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones."""
-    return (_whole(text, domain) for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+    return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
 
 
 def check_source(domain: DomainConfig) -> None:
@@ -67,18 +67,6 @@ def check_source(domain: DomainConfig) -> None:
     elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
         if (files := _files(domain)) and not any(os.path.getsize(file) for file in files):
             raise StructPruneError(f"The domain {domain.name!r} is empty: there is no text in {source}.")
-
-
-def _whole(text: str, domain: DomainConfig) -> str:
-    """The text itself; half a character, which no tokenizer reads, is refused."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise StructPruneError(
-            f"The domain {domain.name!r}: a text holds half a character, {text[error.start]!r}, at {error.start}; "
-            "pass text.encode(errors='replace').decode()."
-        ) from error
-    return text
 
 
 def endless(domain: DomainConfig) -> bool:

@@ -85,7 +85,6 @@ def _question(line: str, place: str) -> Question:
         row = json.loads(line)
         asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
         messages = tuple(messages_of(asked))
-        "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         right = re.compile(row["right"], re.IGNORECASE)
         continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
         # A question of the user's is its own opening, where it gives no other.

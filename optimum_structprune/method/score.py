@@ -78,11 +78,11 @@ def check_scores(scores: object, count: int, name: str, where: str) -> None:
     """Refuse what a criterion gave, unless it is one finite number for each unit."""
     shape = tuple(getattr(scores, "shape", ()))
     kind = f"the shape {shape}" if isinstance(scores, Tensor) and shape != (count,) else "NaN or infinite values"
-    if not isinstance(scores, Tensor) or scores.is_complex():
+    if not isinstance(scores, Tensor):
         kind = f"the {getattr(scores, 'dtype', type(scores).__name__)} {scores!r:.40}"
     elif shape == (count,) and bool(torch.isfinite(scores).all()):
         return
     raise StructPruneError(
-        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a real tensor; it "
+        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a tensor; it "
         f"gives {kind}."
     )

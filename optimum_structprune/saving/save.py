@@ -259,7 +259,7 @@ def _sizes(folder: Path) -> set[tuple[str, str]]:
 def _extra_files(source: Path) -> Iterator[str]:
     """The files that may come along, with those of modules around the model; other folders end in a slash."""
     modules: set[str] = set()
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # only sentence-transformers has any
+    with suppress(OSError, ValueError, KeyError, TypeError):  # only sentence-transformers has any
         listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
         modules = {str(module["path"]).partition("/")[0] for module in listed}
     for path in sorted(source.iterdir()) if source.is_dir() else []:

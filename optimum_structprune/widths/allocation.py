@@ -318,13 +318,13 @@ def _layer_width(
 
 def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     """What the widths of a space are multiples of where they are chosen: `round_to` for channels and tokens,
-    `tensor_parallel` for KV groups, `expert_parallel` for experts, and 1 for layers.
+    `tensor_parallel` for KV groups and experts, and 1 for layers.
 
     Half of what `auto` gives is at most `MOST_OFF` of the layers' parameters, so that widths come that near to a goal.
     """
     spaces, parts = arch.of(name), config.tensor_parallel
     if spaces[0].unit not in (CHANNEL, TOKEN):
-        return {GROUP: parts, EXPERT: config.expert_parallel}.get(spaces[0].unit, 1)
+        return parts if spaces[0].unit in (GROUP, EXPERT) else 1
     if config.round_to != AUTO:
         return int(config.round_to)
     if spaces[0].unit == TOKEN:

@@ -116,10 +116,5 @@ def test_a_wrong_file_is_refused(tmp_path):
     ):
         with pytest.raises(StructPruneError, match=message):
             read_families(write(tmp_path, {**LLAMA, **change}))
-    for twice in ("layer_path: layers", "spaces: {}", "model_types: [a]"):
-        path = write(tmp_path, LLAMA)
-        path.write_text(path.read_text() + f"  {twice}\n")
-        with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
-            read_families(path)
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")

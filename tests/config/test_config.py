@@ -4,14 +4,12 @@ import json
 from itertools import islice
 
 import pytest
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
-from optimum_structprune.arch.families import read_families
-from optimum_structprune.config.fields import by_layer, parse_yaml, to_yaml
+from optimum_structprune.config.fields import by_layer, parse_yaml
 from optimum_structprune.record.plan import Plan
 
 
@@ -130,69 +128,29 @@ def test_assignment_is_checked_too_lists_become_tuples_and_sources_in_memory_are
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
 
 
-looks_like_numbers = st.text("0123456789:._-+eoxEX", min_size=1, max_size=6)
-
-
-@given(digits=st.from_regex(r"[-+]?[0-9]{1,9}", fullmatch=True), text=looks_like_numbers)
-def test_numbers_are_those_of_yaml_1_2(digits, text):
-    assert parse_yaml(digits) == int(digits) and parse_yaml(f"{digits}e0") == float(int(digits))
-    assert parse_yaml(to_yaml([text])) == [text]
-
-
-@given(numbers=st.lists(st.from_regex("[0-9]{1,3}", fullmatch=True), min_size=2, max_size=3), by=st.sampled_from(":_"))
-def test_what_only_yaml_1_1_takes_for_a_number_is_text(numbers, by):
-    assert parse_yaml(by.join(numbers)) == by.join(numbers)
-
-
-@pytest.mark.parametrize(("text", "value"), [
-    ("0100", 100), ("08", 8), ("0o14", 12), ("0xFf", 255), ("1:30", "1:30"), ("1_000", "1_000"), ("0b1", "0b1"),
-    ("1e3", 1000.0), ("-.5", -0.5), ("1.", 1.0), (".inf", float("inf")), ("2024-01-01", "2024-01-01"), ("=", "="),
-])  # fmt: skip
-def test_examples_of_yaml_1_2(text, value):
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("-2.5E3", -2500.0), ("100", 100), ("a1e4", "a1e4")])
+def test_numbers_with_exponents_are_numbers(text, value):
     assert parse_yaml(text) == value and type(parse_yaml(text)) is type(value)
 
 
-keys = (
-    st.integers(-2, 12) | st.booleans() | st.floats(-2, 12) | st.sampled_from(["0", "00", "7", "x", "", "1.0", " 1"])
-)
+def test_layers_are_named_by_numbers():
+    assert by_layer({"0": 24, 3: 30}, "widths") == {0: 24, 3: 30}
+    for wrong in ("x", None, "1.5", 0.5, True):
+        with pytest.raises(StructPruneError, match=r"widths\['mlp'\] names layers by their numbers, got"):
+            StructPruneConfig(widths={"mlp": {wrong: 24}})
+        with pytest.raises(StructPruneError, match="'mlp' names layers by their numbers, got"):
+            Plan.from_dict({"keep": {"mlp": {wrong: [0]}}})
 
 
-@given(entries=st.lists(st.tuples(keys, st.integers(1, 9)), unique_by=lambda entry: entry[0]))
-def test_layers_are_named_by_whole_numbers_each_once(entries):
-    widths = dict(entries)
-    whole = [layer for layer in widths if type(layer) is int or isinstance(layer, str) and layer.isdecimal()]
-    if len({int(layer) for layer in whole}) == len(widths):
-        taken = by_layer(widths, "widths")
-        assert [*taken] == [int(layer) for layer in widths] and [*taken.values()] == [*widths.values()]
-    else:
-        with pytest.raises(StructPruneError, match=r"widths\['mlp'\] names layers by their numbers, each once"):
-            StructPruneConfig(widths={"mlp": widths})
-        with pytest.raises(StructPruneError, match="layers by their numbers, each once"):
-            Plan.from_dict({"keep": {"mlp": {layer: [0] for layer in widths}}})
-
-
-def test_a_layer_that_yaml_writes_in_two_ways_is_one():
-    for text in ("{0: 24, 00: 30}", "{0: 24, 0x0: 30}", "{1: 24, 1.0: 30}"):
-        with pytest.raises(yaml.YAMLError, match="the key [01] stands 2 times"):
-            parse_yaml(text)
-
-
-# Ten lines that stand for ten thousand million values.
-BOMB = "a0: &a0 []\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11))
-TWICE, CODE = "rounds: 1\nsparsity: 0.2\nrounds: 3\n", "!!python/object/apply:os.system ['true']"
+CODE = "!!python/object/apply:os.system ['true']"
 
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     path = tmp_path / "run.yaml"
-    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", TWICE, CODE):
+    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", CODE):
         path.write_text(content)
         with pytest.raises(StructPruneError, match="run.yaml"):
             StructPruneConfig.from_yaml(path)
-    for content in (BOMB, "widths: &it [*it]"):
-        path.write_text(content)
-        for read in (StructPruneConfig.from_yaml, read_families):
-            with pytest.raises(StructPruneError, match=r"it has an alias \(\*name\); write the value out"):
-                read(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
 

@@ -256,10 +256,6 @@ def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
     ({"token": 5}, "Did you mean 'tokens'"),
     ({"train": "full", "lora": {"r": 4}}, "belongs to train='lora', got train='full'"),
     ({"train": "full", "merge": False}, "merge=False keeps an adapter apart, and train='full' trains"),
-    ({"training": {"learning_rate": float("nan")}}, "learning_rate has to be a finite number, got nan"),
-    ({"training": {"lr_scheduler_kwargs": {"min_lr": float("inf")}}}, "min_lr has to be a finite number, got inf"),
-    ({"lora": {"lora_alpha": float("inf")}}, "'lora'.*lora_alpha has to be a finite number, got inf"),
-    ({"lora": {"rank_pattern": {"x": [1, float("-inf")]}}}, "1 has to be a finite number, got -inf"),
 ])  # fmt: skip
 def test_bad_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):

@@ -232,12 +232,12 @@ def test_what_is_lost(widths, devices, lost):
 def test_numbers_of_experts_suit_engines():
     fields = {"num_experts": 64, "moe_intermediate_size": 8, "hidden_size": 16, "vocab_size": 64}
     wide = Qwen3MoeConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, **fields)
-    share = config(sparsity=0.2, targets=("expert",), expert_parallel=16)
+    share = config(sparsity=0.2, targets=("expert",), tensor_parallel=16)
     (experts,) = (space for space in dry_run(wide, share).spaces if space.name == "expert")
     assert experts.after == 48
     for width, devices, lost in ((50, 4, ["4", "8"]), (48, 16, []), (40, 16, ["16"])):
-        outcome = str(dry_run(wide, config(widths={"expert": width}, expert_parallel=devices)))
-        assert outcome.count("see expert_parallel") == bool(lost)
+        outcome = str(dry_run(wide, config(widths={"expert": width}, tensor_parallel=devices)))
+        assert outcome.count("warning: expert") == bool(lost)
         assert [part.split(")")[0] for part in outcome.split("multiples of ")[1:]] == lost
 
 
