@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     (folder / "outside" / "config.json").write_text("{}")
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
     (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "run.yaml").write_text("num_samples: 1:30\n")
+    (folder / "run.yaml").write_text("num_samples: many\n")
     return folder
 
 
@@ -62,8 +62,8 @@ FLAGS = [
     (f"{PRUNE} --budget bites=8", "budget has no 'bites'. Did you mean 'bytes'?"),
     (f"{SHARE} --refit ls", "error: --refit has to name a registered refit, got 'ls'"),
     (f"{SHARE} --allocation globl", "error: --allocation has to name a registered allocation, got 'globl'"),
-    (f"{SHARE} --rounds 1:30", "error: --rounds expected int, got str (value: '1:30')"),
-    (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: '1:30')"),
+    (f"{SHARE} --rounds two", "error: --rounds expected int, got str (value: 'two')"),
+    (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: 'many')"),
     (f"{SHARE} --config none.yaml", "none.yaml cannot be read"),
     (f"{SHARE} --holdout 2", "error: --holdout has to lie between 0 and 1"),
     (f"{SHARE} --round-to 0", "error: --round-to has to be greater than 0, got 0"),
