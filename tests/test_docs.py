@@ -69,6 +69,7 @@ def with_output(page: Path) -> list[tuple[str, str, str]]:
 def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
     text = re.sub(r" rough\b|warning: |; a smaller .*| in steps of \d+|, each begun with .*", "", text)
+    text = re.sub("model-written|built-in|, which is simpler than most", "", text)  # by the number of samples
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
     text = re.sub(", (calibrated on|other text)", "", text)  # fewer samples may share no document
     text = re.sub(r"(\d+ h )?(\d+ min )?(\d+(\.\d+)?) s\b", r"\3 s", text)

@@ -22,6 +22,8 @@ SELF = "self:"
 BUILTIN = "builtin:"
 # The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
 GENERAL, ANY = "general", "any"
+# Text of many kinds by which a run is judged, and which the run does not read.
+OTHER = "other"
 CHAT = "chat"
 Config = TypeVar("Config", bound="WithDomains")
 

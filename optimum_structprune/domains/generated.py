@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of, predicts_next
-from ..config.domains import ANY, SELF
+from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.generation import continuations, end_tokens
@@ -44,6 +44,8 @@ MAX_TOKENS, MIN_TOKENS = 64, 32
 EXPECTED = 0.9
 # A token is never drawn that is so much less likely than the likeliest.
 MIN_P = 0.02
+# In other text, by which models are judged, rare words have to stand: there it is so much.
+OTHER_MIN_P = 1e-4
 # A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
 RUN, MIN_DISTINCT = 4, 0.5
 # So is one whose perplexity lies above or below the median of its batch by more than this factor.
@@ -53,23 +55,31 @@ PATIENCE = 120
 
 
 def self_documents(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int, tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    seed: int,
+    tokens: int,
+    openings: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk."""
+    """Documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk. With
+    the name `OTHER` they go on from words, or from `openings` that are given, and rare tokens are drawn too.
+    """
     kinds = read_yaml(SEED_PROMPTS)
-    if name not in (*kinds, ANY):
+    if name not in (*kinds, ANY, OTHER):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
     if not predicts_next(model):
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
-    chats = bool(tokenizer.chat_template) and name != ANY
-    if name == ANY:
-        prompts = vocabulary_words(tokenizer)
+    chats = bool(tokenizer.chat_template) and name in kinds
+    if name not in kinds:
+        prompts = [*openings] if openings else vocabulary_words(tokenizer)
     else:
         forms = kinds[name]["ask" if chats else "begin"]
         prompts = [form.replace("{topic}", topic) for form in forms for topic in kinds[name]["topics"]]
+    seed = Random(f"{name} {seed}").getrandbits(32) if name == OTHER else seed  # nothing that is written for others
     Random(seed).shuffle(prompts)
     keeps = not chats or kinds[name].get("keep", False)
-    author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed)
+    author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed, OTHER_MIN_P if name == OTHER else MIN_P)
     path = author.cache(name)
     known = broadcast_object(_read(path))
     written = have = idle = 0  # documents, tokens of those that are kept, documents since the last of them
@@ -110,10 +120,11 @@ class _TextGenerator:
     chats: bool
     keeps: bool
     seed: int
+    min_p: float
 
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
-        settings = [MAX_TOKENS, MIN_TOKENS, MIN_P, RUN, MIN_DISTINCT, MAX_RATIO]
+        settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN, MIN_DISTINCT, MAX_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
         return kept_text(name, fingerprint(self.model), *reader, *settings, self.prompts[:MOST], self.seed)
 
@@ -147,7 +158,7 @@ class _TextGenerator:
         bar = progress(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
-            sampler, settings = _Sampler(bar), {"max_new_tokens": room, "use_cache": True}
+            sampler, settings = _Sampler(bar, self.min_p), {"max_new_tokens": room, "use_cache": True}
             texts = continuations(self.model, self.tokenizer, rows, settings, [sampler])
         losses = torch.cat(sampler.losses, 1)
         return [(text, float(losses[row, : len(text)].mean())) for row, text in enumerate(texts)]
@@ -162,23 +173,23 @@ class _TextGenerator:
 class _Sampler:
     """Draws tokens and leaves greedy search no other choice; `losses` has theirs in nats, shape `(rows, 1)` each."""
 
-    def __init__(self, bar: Any):
-        self.bar = bar
+    def __init__(self, bar: Any, min_p: float):
+        self.bar, self.min_p = bar, min_p
         self.losses: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = drawn(scores)
+        token = drawn(scores, self.min_p)
         self.losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
         self.bar.update()
         return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
 
-def drawn(scores: Tensor) -> Tensor:
-    """A token for each row of logits, shape `(rows, 1)`, by its probability among those that `MIN_P` leaves: where one
+def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
+    """A token for each row of logits, shape `(rows, 1)`, by its probability among those that `min_p` leaves: where one
     uniform number falls on their cumulative sum, which costs less than `multinomial` over the vocabulary.
     """
     highest = scores.max(1, keepdim=True).values
-    row, token = (~(scores < highest + log(MIN_P))).nonzero(as_tuple=True)  # what is NaN is left to later checks
+    row, token = (~(scores < highest + log(min_p))).nonzero(as_tuple=True)  # what is NaN is left to later checks
     sums = (scores[row, token] - highest[row, 0]).exp().double().cumsum(0)
     last = row.bincount(minlength=len(scores)).cumsum(0) - 1
     ends = sums[last]

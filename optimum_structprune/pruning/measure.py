@@ -36,6 +36,8 @@ STRIDE = 4
 SHORTEST = 64
 # Short rows run together, up to so many tokens.
 AT_ONCE = 512
+# The name of other text beside the domains, whose names are not empty.
+OTHER = ""
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
 Rows = Mapping[str, list[Tensor]]
 
@@ -45,7 +47,7 @@ class Measure:
 
     It is measured on about `most` held-out tokens of all domains together. Perplexity is per token of the dense
     model's `tokenizer`. Where another will read the text (`vocabulary_changes`, see `read_by`), the dense model is
-    measured on the same text.
+    measured on the same text. `other` are rows of equal length by which nothing is chosen.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Measure:
         most: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vocabulary_changes: bool = False,
+        other: Sequence[Tensor] = (),
     ):
         self.heldout: Rows = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
+        self.heldout |= {OTHER: [*other]} if other else {}
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: dict[str, Passages] = {}
         if tokenizer is not None:
@@ -75,9 +79,13 @@ class Measure:
         figures = self._of_all(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
-            report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
-            report.perplexity_stderr[name] = perplexity_errors(losses)
-            report.perplexity_tokens[name] = self.tokens_predicted[name] * len(self.heldout[name])
+            perplexity, errors = {when: perplexity_of(of) for when, of in losses.items()}, perplexity_errors(losses)
+            tokens = self.tokens_predicted[name] * len(self.heldout[name])
+            if name == OTHER:
+                report.other |= {"perplexity": perplexity, "stderr": errors, "tokens": tokens}
+                continue
+            report.perplexity[name], report.perplexity_stderr[name] = perplexity, errors
+            report.perplexity_tokens[name] = tokens
             if passages := self.texts.get(name):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
@@ -87,9 +95,10 @@ class Measure:
         losses = self._losses(model, arch)
         for name, of in losses.items():
             if of.isnan().any():
+                which = f"held-out text of the domain {name!r}" if name else "other text"
                 raise StructPruneError(
-                    f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in "
-                    "float32 or bfloat16, or check its weights."
+                    f"The perplexity on {which} is not a number; load the model in float32 or bfloat16, or check its "
+                    "weights."
                 )
         return losses
 

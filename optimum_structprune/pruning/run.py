@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
@@ -26,7 +28,8 @@ from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
-from .measure import Measure
+from .measure import OTHER, Measure
+from .other import other_text, respelled
 
 
 if TYPE_CHECKING:
@@ -101,7 +104,8 @@ class Run:
             most = min(ENOUGH, round(self.config.holdout * tokens))
             wanted = self.config.languages or ()
             if self.arch.causal:
-                self.measure = Measure(self.model, domains, self.arch, most, tokenizer, vocabulary_changes)
+                other = self._other_text()
+                self.measure = Measure(self.model, domains, self.arch, most, tokenizer, vocabulary_changes, other)
             else:
                 from .embeddings import Embeddings, passages_of
 
@@ -114,6 +118,15 @@ class Run:
                 self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
 
+    def _other_text(self) -> Sequence[Tensor]:
+        """Rows of other text, which the dense model may write; none where a program gave inputs."""
+        if self.dense_tokenizer is None or self.data.domains[0].origin is None:
+            return ()
+        with self.report.timed("other text"):
+            where, rows = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
+        self.report.other = {"source": where}
+        return rows
+
     def find_teacher(self) -> None:
         """Keep the teacher of the recovery: the dense model, or a copy where it changes."""
         assert self.config.recovery is not None
@@ -125,6 +138,13 @@ class Run:
         if self.measure is not None:
             with self.report.timed("perplexity"):
                 self.measure.after(self.model, self.arch, self.report)
+                if (
+                    isinstance(self.measure, Measure)
+                    and self.report.trimmed
+                    and (of := self.measure.texts[0].get(OTHER))
+                ):
+                    assert self.dense_tokenizer is not None and self.tokenizer is not None
+                    self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
 
     def recover(self) -> None:
         """Train the model as the config says."""

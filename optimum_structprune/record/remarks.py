@@ -37,21 +37,24 @@ NAMES = {
 
 class Rule(NamedTuple):
     """An advice, and what a model may lose at most for it: factors of perplexity in the geometric mean over kinds of
-    text and on the worst kind, the least share of right answers kept, and the most that loop anew, as a share of all.
+    text, on the worst kind and on other text, the least share of right answers kept, and the most that loop anew, as a
+    share of all.
     """
 
     advice: str
     mean: float
     worst: float
+    other: float
     kept: float
     loops: float
 
 
 # The figures of docs/how_much.md stand behind these limits: two models, with and without their answers.
 RULES = (
-    Rule("use it as it is", 1.05, 1.05, 0.9, 1 / 16),
-    Rule("use it on the kinds of text that you calibrated on, and try it on yours", 1.2, 1.3, 0.85, 1 / 8),
-    Rule("train it before you use it: --recover, or `structprune recover`", 1.6, 2.0, 0.4, 1 / 4),
+    Rule("use it as it is", 1.05, 1.05, 1.05, 0.9, 1 / 16),
+    Rule("use it on the kinds of text that you calibrated on, and try it on yours", 1.2, 1.3, 1.2, 0.85, 1 / 8),
+    Rule("use it on the kinds of text that you calibrated on, not on other text", 1.2, 1.3, inf, 0.85, 1 / 8),
+    Rule("train it before you use it: --recover, or `structprune recover`", 1.6, 2.0, inf, 0.4, 1 / 4),
 )
 
 
@@ -108,6 +111,12 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if broken := sorted({name for name, of in measured if {None, inf} & {*of.values()}}):
         yield f"warning: a perplexity is infinite on {', '.join(broken)}; the model is of no use there"
+    if (other := report.get("other")) and not other.get("tokens"):
+        yield "other text than that of these kinds was not measured: there was none"
+    elif other:
+        simple = ", which is simpler than most" if other["source"] == "built-in" else ""
+        words = f"; {other['respelled']:.1%} of its words are spelled otherwise now" if "respelled" in other else ""
+        yield f"other text is {other['source']}{simple}; nothing was chosen by it{words}".replace("%", " %")
     if of := report.get("trimmed"):
         rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
         gone = f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
@@ -195,17 +204,20 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if not ratios:
         return []
     mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
-    worst = ratios[kind]
-    kept, loops, answers = _answers(report)
+    worst, before = ratios[kind], " before the training" * bool((report.get("recovery") or {}).get("perplexity"))
+    other, kept, loops, answers = _other(report), *_answers(report)
     parameters = report["parameters"]
     figures = [
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
-        f"text x {mean:.2f}, at worst x {worst:.2f} ({kind})",
+        f"your kinds x {mean:.2f}, at worst x {worst:.2f} ({kind})",
+        "" if other is None else f"other text x {other:.2f}{before}",
         answers,
         "speed: structprune evaluate --speed",
     ]
     rules = RULES if answers else RULES[1:]
-    met = (of for of in rules if mean <= of.mean and worst <= of.worst and kept >= of.kept and loops <= of.loops)
+    far = mean if other is None else other
+    of_text = (of for of in rules if mean <= of.mean and worst <= of.worst and far <= of.other)
+    met = (of for of in of_text if kept >= of.kept and loops <= of.loops)
     advice = next((rule.advice for rule in met), LAST)
     unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
     lost = _lost(report["languages"]) if report.get("languages") else ""
@@ -222,7 +234,7 @@ def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller; "
         f"neighbours kept {mean:.2f}, at worst {shares[kind]:.2f} ({kind})"
     )
-    levels = zip(RULES, VECTOR_LIMITS, strict=True)
+    levels = zip((*RULES[:2], RULES[-1]), VECTOR_LIMITS, strict=True)
     met = (rule.advice.partition(":")[0] for rule, least in levels if mean >= least[0] and shares[kind] >= least[1])
     lost = _lost(report["languages"]) if report.get("languages") else ""
     return [figures, f"verdict: {next(met, LAST)}{lost}"]
@@ -250,6 +262,12 @@ def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
         first, *_, last = [inf if value is None else value for value in by_model.values()] or [inf]
         ratios[kind] = last / first if isfinite(last) and 0 < first < inf else inf
     return ratios
+
+
+def _other(report: Mapping[str, Any]) -> float | None:
+    """The perplexity of other text as a multiple of the dense model's; None where it was not measured."""
+    measured = (report.get("other") or {}).get("perplexity")
+    return _ratios({"perplexity": {"": measured}})[""] if measured else None
 
 
 def _answers(report: Mapping[str, Any]) -> tuple[float, float, str]:

@@ -88,6 +88,7 @@ class Report(Record):
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
     trimmed: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
     changed: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)

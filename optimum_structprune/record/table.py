@@ -130,6 +130,9 @@ def quality_rows(record: Record) -> list[Row]:
             columns = zip(*(row.values for row in of_group), strict=True)
             means, errors = tuple(map(_geometric_mean, columns)), (*(None for _ in models), _error_of_mean(of_group))
             rows.append(Row(f"  geometric mean{title}", means, 2, RATIO, errors))
+    if (other := record.get("other") or {}).get("perplexity"):
+        label = f"perplexity other text, {other['source']}"
+        rows.append(_row(label, other["perplexity"], models, 2, RATIO, other["stderr"], tokens=other["tokens"]))
     if bits := record.get("bits_per_byte"):
         of_each = [[of.get(model) for of in bits.values()] for model in models]
         rows.append(Row("bits per byte", tuple(None if None in of else fmean(of) for of in of_each), 3))

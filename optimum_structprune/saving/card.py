@@ -109,7 +109,7 @@ def model_card(
         heterogeneous=config.get_text_config().is_heterogeneous,
         nemotron_nas=(folder / NEMOTRON_NAS_CODE).is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
-        is_measured=bool(records.evaluation),
+        is_measured=bool(records.evaluation or (records.report.get("other") or {}).get("tokens")),
         widths=records.report.get("widths") or {},
         **_llama_cpp(config, records.report),
     )

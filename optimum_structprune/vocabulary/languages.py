@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ from .tokens import Vocabulary
 
 # The files of text, a line for each language: the same text, on which languages are compared, and other text.
 SAME, CHOOSING = "languages", "samples"
+# The words of an opening, and the most letters of a word.
+OPENING, LETTERS = 2, 8
 # A dense model reads languages of so many tokens together: those to keep first, and then those of few tokens.
 MOST_TOKENS = 4096
 # A model knows a language if it reads a text in at most so many times the bits of its best language.
@@ -32,6 +35,12 @@ def texts(name: str = SAME) -> dict[str, str]:
     """The texts of a file by language code: the same text in each of 30 languages, or `CHOOSING`."""
     lines = Path(__file__).with_name(f"{name}.txt").read_text("utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def openings(codes: Iterable[str]) -> list[str]:
+    """The first words of each sentence in some languages, which a text may begin with; of Chinese, the first signs."""
+    sentences = [of for code in codes for of in re.split(r"(?<=[.?!。？！।])\s*", texts(CHOOSING)[code]) if of]
+    return [" ".join(of.split()[:OPENING])[: OPENING * LETTERS] for of in sentences]
 
 
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:

@@ -1,0 +1,113 @@
+"""Other text: a run neither chooses by it nor counts it, and judges the model on it beside the named kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from math import ceil
+
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.domains import OTHER, PRESET, DomainConfig, is_general
+from ..config.pruning import StructPruneConfig
+from ..domains.load import can_write
+from ..domains.packing import Domain, document_hash, tokenize_with_prefix
+from ..domains.resolve import builtin_beside, resolve, texts_of
+from ..domains.sources import documents
+from ..errors import StructPruneError
+from ..forward.metrics import FEWEST
+from ..system.fingerprint import kept_text
+from ..system.processes import broadcast_object, process_index
+from ..written import append_line, whole_lines
+
+
+# So many tokens of other text are measured at most, and in a run that calibrates on few, a third of their number. Each
+# document gives one row, so that the standard error over rows is one over documents.
+MOST, SHARE, ROW = 4096, 3, 57
+# A run that calibrates on fewer tokens is a trial, and no model writes for it.
+LEAST_READ = 4096
+# Of so many times the documents that are needed, some are long enough.
+PATIENCE = 4
+REACHABLE = 3.0  # seconds in which the Hub answers, or does without
+HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
+
+
+def other_text(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain]
+) -> tuple[str, list[Tensor]]:
+    """Where other text is from, and the beginnings of its documents, shape `(tokens,)` behind a prefix; none if no
+    source has enough. Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
+    """
+    used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    read = sum(domain.samples.numel() for domain in domains)
+    row = min(ROW, config.seq_length)
+    count = max(min(MOST, read // SHARE) // (row - 1), FEWEST)
+    sources: dict[str, Callable[[], Iterator[str]]] = {}
+    if read >= LEAST_READ:
+        if not (config.languages or constants.HF_HUB_OFFLINE):
+            sources[HUB] = partial(_from_hub, count)
+        if can_write(model, tokenizer):
+            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * row)
+    named = [of for of in texts_of(config) if not is_general(of)]
+    beside = builtin_beside(named, bool(config.trims) and not config.languages)
+    sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
+    for where, texts in sources.items():
+        with suppress(StructPruneError):  # no network, or a model that writes nothing of use
+            rows = _rows(islice(texts(), PATIENCE * count), tokenizer, row, used)
+            if len(found := [*islice(rows, count)]) >= min(count, FEWEST):
+                return where, found
+    return BUILTIN, []
+
+
+def _rows(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, used: Collection[str]
+) -> Iterator[Tensor]:
+    """The beginnings of texts that are long enough and that no run has `used`, by their hashes."""
+    for text in texts:
+        ids = tokenize_with_prefix(text, tokenizer)
+        if len(ids) >= length and document_hash(text) not in used:
+            yield torch.tensor(ids[:length])
+
+
+def _written(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> Iterator[str]:
+    """What the dense model writes at a temperature of 1, in the languages that a config names."""
+    from ..domains.generated import self_documents
+    from ..vocabulary.languages import openings
+
+    prompts = openings(config.languages) if config.languages else None
+    return self_documents(model, tokenizer, OTHER, config.seed, tokens, prompts)
+
+
+def _from_hub(count: int) -> Iterator[str]:
+    """The first rows of data sets of many kinds, which are kept on the disk."""
+    parts = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
+    path = kept_text(OTHER, count, [part.to_dict() for part in parts])
+    texts = [*whole_lines(path)]
+    if not texts and process_index() == 0:
+        with suppress(Exception):  # of the network, of the Hub, or of the disk
+            from huggingface_hub import HfApi
+
+            HfApi().dataset_info(parts[0].source, timeout=REACHABLE)
+            texts = [text for part in parts for text in islice(documents(part, None), 2 * ceil(count / len(parts)))]
+            for text in texts:
+                append_line(path, text)
+    texts = broadcast_object(texts)
+    if not texts:
+        raise StructPruneError("No text of the Hub can be read.")
+    return iter(texts)
+
+
+def respelled(
+    texts: Sequence[Sequence[str]], before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
+) -> float:
+    """The share of the words of texts that are spelled by other tokens after a trimming."""
+    words = [f" {word}" for parts in texts for text in parts for word in text.split()]
+    spelled = zip(*([reader.tokenize(word) for word in words] for reader in (before, after)), strict=True)
+    return sum(old != new for old, new in spelled) / max(len(words), 1)

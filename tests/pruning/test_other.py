@@ -1,0 +1,135 @@
+"""Other text is none that a run reads, is measured beside the kinds that it reads, and says where it comes from."""
+
+import pytest
+import torch
+from models import real_text_model
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
+from optimum_structprune.domains import generated
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.forward.metrics import FEWEST
+from optimum_structprune.pruning import other
+from optimum_structprune.pruning.other import other_text, respelled
+from optimum_structprune.record.remarks import remarks
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return real_text_model()
+
+
+@pytest.fixture(autouse=True)
+def short(tmp_path, monkeypatch):
+    """Few tokens are written and kept, in a folder of this test, and the Hub is not asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+        monkeypatch.setattr(generated, name, number)
+    for name, number in {"LEAST_READ": 64, "ROW": 17, "MOST": 160}.items():
+        monkeypatch.setattr(other, name, number)
+
+
+def settings(**fields) -> StructPruneConfig:
+    return StructPruneConfig(**{"sparsity": 0.2, "num_samples": 12, "seq_length": 64, **fields})
+
+
+def read(writer, **fields):
+    model, tokenizer = writer
+    config = settings(**fields)
+    domains = load_domains(config, tokenizer, model)
+    return (config, model, tokenizer, domains), other_text(config, model, tokenizer, domains)
+
+
+@pytest.mark.parametrize("reads", [0, 10**9], ids=["model-written", "built-in"])
+@pytest.mark.parametrize("source", ["builtin:math", "builtin:general", "self:any"])
+def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, reads, source):
+    monkeypatch.setattr(other, "LEAST_READ", reads)
+    domains = [DomainConfig(name="a", source=source)]
+    (_, _, tokenizer, loaded), (where, rows) = read(writer, domains=domains, general_share=0.0, rounds=2)
+    assert where == ("built-in" if reads else "model-written")
+    assert len(rows) >= FEWEST and {len(row) for row in rows} == {17}
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.pool, of.trial]))
+    assert [text for row in rows if (text := tokenizer.decode(row[1:])) in chose] == []
+
+
+def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(writer):
+    model, tokenizer = writer
+    full = model.config.intermediate_size
+    pruner = StructPruner(settings(sparsity=None, widths={"mlp": full}))
+    pruner.prune_model(model, tokenizer)
+    measured = pruner.report.other
+    assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
+    assert measured["source"] == "model-written" and measured["tokens"] == 160 and measured["stderr"]["ratio"] < 1e-4
+    assert "perplexity other text, model-written (160 tokens)" in str(pruner.report)
+    assert "other text x 1.00" in str(pruner.report)
+
+
+def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
+    def pruned():
+        pruner = StructPruner(settings(sparsity=None, widths={"vocab": 350, "mlp": 1024}))
+        model = pruner.prune_model(*writer)
+        return model.state_dict(), pruner.report
+
+    before, with_text = pruned()
+    monkeypatch.setattr(other, "PATIENCE", 0)  # no document of any source
+    after, without = pruned()
+    assert all(torch.equal(of, after[name]) for name, of in before.items())
+    assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
+    assert not without.other.get("tokens") and "was not measured" in str(without)
+    assert "other text x" not in str(without)
+
+
+def test_words_that_are_spelled_as_before_do_not_count(writer):
+    _, tokenizer = writer
+    assert respelled([["some words of a text"]], tokenizer, tokenizer) == 0
+    assert respelled([], tokenizer, tokenizer) == 0
+
+
+def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
+    asked = []
+    texts = [
+        f"Text number {n} of the Hub, and it is long enough to be of use: {n * n} and {n**3}." for n in range(120)
+    ]
+
+    def documents(domain, *more):
+        asked.append(domain.source)
+        return iter(texts[len(asked) * 9 :][:9])
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "documents", documents)
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: None)
+        _, (where, rows) = read(writer)
+        assert where == "from the Hub" and len(asked) == 10
+        _, (_, again) = read(writer)  # it is kept on the disk
+        assert len(asked) == 10 and all(map(torch.equal, rows, again))
+        # Text of the Hub is in no language that was named.
+        assert read(writer, languages=["de"])[1][0] == "model-written"
+
+    def refused(*a, **k):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-2")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refused)
+    assert read(writer)[1][0] == "model-written"
+    monkeypatch.setattr(generated, "MIN_TOKENS", 10**6)  # nothing that it writes is of use
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
+    _, (where, rows) = read(writer)
+    assert where == "built-in" and rows
+    built_in = {"other": {"source": where, "tokens": 5}}
+    assert any("simpler than most" in line for line in remarks(built_in))
+
+
+def test_what_a_model_writes_begins_in_the_languages_to_keep(writer, monkeypatch):
+    given = []
+    real = generated.self_documents
+
+    def spy(model, tokenizer, name, seed, tokens, openings=None):
+        given.append(openings)
+        return real(model, tokenizer, name, seed, tokens, openings)
+
+    monkeypatch.setattr(generated, "self_documents", spy)
+    read(writer, languages=["de"])
+    assert all(opening in {"Guten Abend,"} or len(opening.split()) <= 2 for opening in given[-1])
+    assert any("Guten" in opening for opening in given[-1]) and len(set(given[-1])) > 4
