@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
@@ -25,6 +26,7 @@ from .families import family_of
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Widths
+from .token_space import embedding_of
 
 
 # The file by which sentence-transformers knows its folders.
@@ -213,7 +215,7 @@ def _unpacked(model: PreTrainedModel) -> bool:
 
 def predicts_next(model: PreTrainedModel) -> bool:
     """Whether a model predicts the next token of a text."""
-    return model.can_generate() and not model.config.is_encoder_decoder
+    return model.can_generate() and not model.config.is_encoder_decoder and reads_text(model)
 
 
 def reads_forward(model: PreTrainedModel) -> bool:
@@ -222,9 +224,35 @@ def reads_forward(model: PreTrainedModel) -> bool:
     return predicts_next(model) and sees_all not in (True, "all")
 
 
-def reads_images(model: nn.Module) -> bool:
+def reads_text(model: PreTrainedModel) -> bool:
+    """Tells whether a model, or one of its two towers, reads text alone."""
+    return model.main_input_name == "input_ids" or hasattr(model, "get_text_features")
+
+
+def reads_images(model: Any) -> bool:
     """Whether a model reads images alone."""
-    return getattr(model, "main_input_name", "") == "pixel_values"
+    return getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(embedding_of(model), nn.Embedding)
+
+
+def random_image(config: Any, images: int = 1) -> torch.Tensor:
+    """Gives random images of the size that the config of what reads them says, shape `(images, channels, size, size)`."""
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    return torch.randn(
+        images, getattr(config, "num_channels", 3), size, size, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """Gives what a model that does not read text alone asks for beside token ids: random images, or in place of what
+    its encoder reads, random outputs of that.
+    """
+    if reads_text(model):
+        return {}
+    if not model.config.is_encoder_decoder:
+        return {"pixel_values": random_image(model.config.vision_config, len(ids)).to(ids.device, model.dtype)}
+    shape = (len(ids), 16, model.get_encoder().config.hidden_size)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(ids.device, model.dtype)
+    return {"encoder_outputs": BaseModelOutput(states)}
 
 
 def positions_of(model: PreTrainedModel) -> float:

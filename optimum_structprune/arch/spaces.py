@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import StructPruneError
 from .families import ResidualTemplate, Template
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space
-from .token_space import SIZE, SIZE_PER_LAYER
+from .token_space import SIZE, SIZE_PER_LAYER, embedding_of
 
 
 TensorShapes = Mapping[str, tuple[int, ...]]
@@ -273,7 +273,10 @@ def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorSha
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
     """The vocabulary of a model whose text `config` describes; None where it has no rows that tokens could lose."""
-    size, embedding, head = getattr(config, SIZE, None), model.get_input_embeddings(), model.get_output_embeddings()
+    size, embedding, head = getattr(config, SIZE, None), embedding_of(model), model.get_output_embeddings()
+    if head is None:  # BLIP does not name its own
+        linear = (part for part in model.modules() if isinstance(part, nn.Linear))
+        head = next((part for part in linear if part.weight is getattr(embedding, "weight", None)), None)
     tensors = model.state_dict(keep_vars=True)
     rows = {id(module.weight) for module in (embedding, head) if isinstance(getattr(module, "weight", None), Tensor)}
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]

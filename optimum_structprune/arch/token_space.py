@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,17 @@ IDS = re.compile(
 )
 # Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
 PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
+
+# The parts of a config that number the tokens of its model.
+TEXT = ("text_config", "decoder")
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """Finds the embedding of a model's tokens, which the class of a model with two towers does not name."""
+    with suppress(NotImplementedError):
+        return model.get_input_embeddings()
+    size = getattr(model.config.get_text_config(), SIZE, None)
+    return next((part for part in model.modules() if getattr(part, "num_embeddings", 0) == size), None)
 
 
 def renumber_(
@@ -56,7 +68,7 @@ def named_ids(model: PreTrainedModel) -> set[int]:
 
 def counted_from(model: PreTrainedModel) -> int:
     """The id of the padding where positions are counted from it, and 0 elsewhere."""
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    rows = getattr(embedding_of(model), "num_embeddings", 0)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return max((table.padding_idx or 0 for table in tables if table.num_embeddings != rows), default=0)
 
@@ -68,7 +80,7 @@ def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, 
     for key, value in vars(config).items():
         if IDS.fullmatch(key):
             yield config, key, value
-        elif isinstance(value, PretrainedConfig) and (key == "text_config" or not hasattr(value, SIZE)):
+        elif isinstance(value, PretrainedConfig) and (key in TEXT or not hasattr(value, SIZE)):
             yield from _fields(value)
 
 

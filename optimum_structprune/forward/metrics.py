@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..arch.hooks import in_fast_dtype
-from ..arch.meta import positions_of, reads_images
+from ..arch.meta import positions_of, random_image, reads_images
 from ..errors import StructPruneError
 from ..method.layers import input_device, run_model
 from ..system.stages import progress
@@ -301,8 +301,7 @@ def few_inputs(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if reads_images(model) and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
+        return random_image(config).to(model.dtype)
     text, length = config.get_text_config(), int(min(16, positions_of(model)))
     ids = torch.randint(text.vocab_size, (1, length), generator=generator)
     if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch import hooks
+from ..arch.meta import beside_text
 from ..arch.modules import blocks, layer_list
 from ..arch.spec import EXPERT, ArchSpec, Space
 from ..errors import StructPruneError
@@ -99,7 +100,7 @@ def input_device(model: Any) -> torch.device:
 
 def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
-    reads on both sides.
+    reads on both sides. Of a model with two towers that of text runs, and what else a model asks for is random.
     """
     config, ids = model.config, ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
     if config.is_encoder_decoder:
@@ -107,7 +108,11 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     elif hasattr(config.get_text_config(), "use_cache"):
         options |= {"use_cache": False}
     with hooks.in_fast_dtype(blocks(model)):
-        return model(ids, **options)
+        if hasattr(model, "get_text_features"):
+            return model.get_text_features(ids)
+        if ids.is_floating_point() or not (others := beside_text(model, ids)):
+            return model(ids, **options)
+        return model(**others, **({} if config.is_encoder_decoder else {"input_ids": ids}), **options)
 
 
 @torch.no_grad()

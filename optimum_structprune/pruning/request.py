@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
-from ..arch.meta import check_changeable, check_positions, reads_images, shrunk_skeleton
+from ..arch.meta import check_changeable, check_positions, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
@@ -162,7 +162,7 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
 
 def check_reads_text(model: PreTrainedModel) -> None:
     """Refuse a model that the text of domains cannot calibrate."""
-    if model.main_input_name != "input_ids":
+    if not reads_text(model):
         raise StructPruneError(
             f"{type(model).__name__} reads {model.main_input_name}, and domains are text; prune it from Python with "
             "samples of what it reads: StructPruner(config).prune_model(model, inputs={'name': samples})."
@@ -213,7 +213,7 @@ def _check_model(request: Request) -> None:
         )
     if not has_inputs:
         check_positions(described.plain_model, config.seq_length, f"seq_length={config.seq_length}")
-    if use == PRUNE and not has_inputs:
+    if use == PRUNE and not has_inputs and [*request.widths] != [VOCAB]:  # whose text is counted, not run
         check_reads_text(described.plain_model)
     if use == PRUNE and not (
         described.quantized or described.offloaded or described.plain_model.device.type == "meta"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import dequantized, is_quantized, shrunk_skeleton
+from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
@@ -106,7 +106,7 @@ class Run:
             if self.arch.causal:
                 other = self._other_text()
                 self.measure = Measure(self.model, domains, self.arch, most, tokenizer, vocabulary_changes, other)
-            else:
+            elif tokenizer is None or reads_text(self.model):
                 from .embeddings import Embeddings, passages_of
 
                 texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
@@ -138,11 +138,8 @@ class Run:
         if self.measure is not None:
             with self.report.timed("perplexity"):
                 self.measure.after(self.model, self.arch, self.report)
-                if (
-                    isinstance(self.measure, Measure)
-                    and self.report.trimmed
-                    and (of := self.measure.texts[0].get(OTHER))
-                ):
+                of = self.measure.texts.get(OTHER) if isinstance(self.measure, Measure) else None
+                if of is not None and self.report.trimmed:
                     assert self.dense_tokenizer is not None and self.tokenizer is not None
                     self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
 

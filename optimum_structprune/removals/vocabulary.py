@@ -59,8 +59,8 @@ def _cut_(run: Run, choice: Choice) -> None:
     tokens = torch.tensor(kept)
     ids = torch.searchsorted(tokens, few_inputs(run.model)) % choice.number  # the same tokens, where they stay
     outputs = outputs_for(run.model, tokens[ids])
+    predicts = outputs.shape[-1] == run.arch.of(VOCAB)[0].size
     drop_tokens_(run.model, run.arch, choice.keep)
-    predicts = run.model.get_output_embeddings() is not None
     check_same("The model", outputs[..., kept] if predicts else outputs, outputs_for(run.model, ids))
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = describe(run.model, run.config.arch_file), choice.tokenizer
