@@ -25,6 +25,8 @@ OTHER_HEAD = "the model has no head that predicts tokens, and what reads the res
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
     """Finds the spaces of a model. Tokens can go from any model that embeds them; other spaces take a description."""
+    if is_quantized(model):
+        model = skeleton(model, model.config)
     config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
@@ -80,7 +82,7 @@ class ModelInfo:
         plain_model = model
         if quantized:
             plain_model = skeleton(model, model.config)
-            plain_model.generation_config = model.generation_config
+            plain_model.generation_config = getattr(model, "generation_config", None)
         arch = describe(plain_model, arch_file)
         _check_whole(plain_model, arch)
         return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))

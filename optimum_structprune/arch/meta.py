@@ -25,7 +25,7 @@ from ..system.offloading import check_reachable
 from .families import family_of
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
-from .spec import ArchSpec, Widths
+from .spec import ArchSpec, Space, Widths
 from .token_space import embedding_of
 
 
@@ -176,6 +176,17 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether transformers regards the model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
+
+
+def holds_plain(model: PreTrainedModel, space: Space) -> bool:
+    """Tells whether a model, quantized or not, holds what a space numbers in the rows of plain parameters."""
+    tensors = model.state_dict(keep_vars=True)
+    return all(
+        type(tensor := tensors.get(axis.param)) in (nn.Parameter, torch.Tensor)
+        and tensor.is_floating_point()
+        and tensor.itemsize > 1
+        for axis in space.axes
+    )
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:

@@ -105,9 +105,15 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
 
 
 def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Give a model the config of a smaller one without weights, once the shape of every tensor has been compared."""
-    expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Give a model the config of a smaller one without weights, once the shape of every tensor has been compared but
+    of those that are quantized.
+    """
+    twins = dict(smaller.named_modules())
+    packed = tuple(f"{name}." for name, part in model.named_modules() if type(part) is not type(twins.get(name)))
+    expected, shapes = (
+        {name: tuple(tensor.shape) for name, tensor in of.state_dict().items() if not name.startswith(packed)}
+        for of in (smaller, model)
+    )
     for name in sorted({*expected, *shapes}):
         if expected.get(name) != shapes.get(name):
             raise StructPruneError(
@@ -116,8 +122,7 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
             )
     # Modules remember sizes and ids, such as that of the padding, and some hold a config of their own: a copy, or that
     # of the text model of a multimodal one.
-    twins = dict(smaller.named_modules())
     for name, module in model.named_modules():
-        for key, value in vars(twins[name]).items():
+        for key, value in vars(twins.get(name, module)).items():
             if key in vars(module) and (type(value) is int or isinstance(value, PretrainedConfig)):
                 setattr(module, key, value)

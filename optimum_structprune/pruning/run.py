@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton
+from ..arch.meta import dequantized, holds_plain, is_quantized, reads_text, shrunk_skeleton
 from ..arch.modules import adopt_config_
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.readers import note_reader
@@ -72,7 +72,8 @@ class Run:
         inplace: bool = True,
         report: Report | None = None,
     ):
-        if is_quantized(model):
+        only_tokens = {*(data.config.widths or data.config.shrinking)} == {VOCAB} and data.config.recovery is None
+        if is_quantized(model) and not (only_tokens and holds_plain(model, arch.of(VOCAB)[0])):
             self.model, self.dense_model = dequantized(model, inplace), None
         else:
             self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)

@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.families import with_former_rope
+from ..arch.meta import is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
@@ -125,6 +126,8 @@ def save_checked(
             tied = getattr(model, "all_tied_weights_keys", {})
             state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
             options = {"max_shard_size": SHARD_SIZE, "state_dict": state}
+        if is_quantized(model):  # transformers 5 cannot bring back bitsandbytes' tensors from the form that it runs
+            options["save_original_format"] = False
         with heterogeneous(), declared(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see above
             model.save_pretrained(str(staging), **options)
