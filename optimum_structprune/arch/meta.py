@@ -173,20 +173,18 @@ def check_no_adapter(model: PreTrainedModel) -> None:
         raise StructPruneError(f"{name} has a PEFT adapter injected into it; merge it first: `{MERGE_INJECTED}`")
 
 
-def is_quantized(model: PreTrainedModel) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether transformers regards the model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def holds_plain(model: PreTrainedModel, space: Space) -> bool:
     """Tells whether a model, quantized or not, holds what a space numbers in the rows of plain parameters."""
-    tensors = model.state_dict(keep_vars=True)
-    return all(
-        type(tensor := tensors.get(axis.param)) in (nn.Parameter, torch.Tensor)
-        and tensor.is_floating_point()
-        and tensor.itemsize > 1
-        for axis in space.axes
-    )
+    state = model.state_dict(keep_vars=True)
+    tensors = [state[axis.param] for axis in space.axes if axis.param in state]
+    plain = (type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
+    wide = (tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors)
+    return len(tensors) == len(space.axes) and all(plain) and all(wide)
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
@@ -242,11 +240,13 @@ def reads_text(model: PreTrainedModel) -> bool:
 
 def reads_images(model: Any) -> bool:
     """Whether a model reads images alone."""
-    return getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(embedding_of(model), nn.Embedding)
+    return getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(
+        embedding_of(model), nn.Embedding
+    )
 
 
 def random_image(config: Any, images: int = 1) -> torch.Tensor:
-    """Gives random images of the size that the config of what reads them says, shape `(images, channels, size, size)`."""
+    """Gives random images of the size that a config says, shape `(images, channels, size, size)`."""
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     return torch.randn(
         images, getattr(config, "num_channels", 3), size, size, generator=torch.Generator().manual_seed(0)

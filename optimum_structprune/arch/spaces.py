@@ -276,9 +276,9 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     size, embedding, head = getattr(config, SIZE, None), embedding_of(model), model.get_output_embeddings()
     if head is None:  # BLIP does not name its own
         linear = (part for part in model.modules() if isinstance(part, nn.Linear))
-        head = next((part for part in linear if part.weight is getattr(embedding, "weight", None)), None)
+        head = next((part for part in linear if part.weight is getattr(embedding, "weight", None)), None)  # type: ignore[assignment]
     tensors = model.state_dict(keep_vars=True)
-    rows = {id(module.weight) for module in (embedding, head) if isinstance(getattr(module, "weight", None), Tensor)}
+    rows = {id(weight) for part in (embedding, head) if isinstance(weight := getattr(part, "weight", None), Tensor)}
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
     if size is None or not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
         return None
