@@ -26,9 +26,9 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, a third of their number. Each
-# document gives one row, so that the standard error over rows is one over documents.
-MOST, SHARE, ROW = 4096, 3, 57
+# So many tokens of other text are measured at most, and in a run that calibrates on few, a sixth of their number, which
+# takes about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
+MOST, SHARE, ROW = 4096, 6, 57
 # A run that calibrates on fewer tokens is a trial, and no model writes for it.
 LEAST_READ = 4096
 # Of so many times the documents that are needed, some are long enough.
@@ -52,7 +52,7 @@ def other_text(
         if not (config.languages or constants.HF_HUB_OFFLINE):
             sources[HUB] = partial(_from_hub, count)
         if can_write(model, tokenizer):
-            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * row)
+            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (row + 8))
     named = [of for of in texts_of(config) if not is_general(of)]
     beside = builtin_beside(named, bool(config.trims) and not config.languages)
     sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
