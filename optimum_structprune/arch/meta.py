@@ -178,13 +178,14 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
-def holds_plain(model: PreTrainedModel, space: Space) -> bool:
-    """Tells whether a model, quantized or not, holds what a space numbers in the rows of plain parameters."""
-    state = model.state_dict(keep_vars=True)
-    tensors = [state[axis.param] for axis in space.axes if axis.param in state]
-    plain = (type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
-    wide = (tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors)
-    return len(tensors) == len(space.axes) and all(plain) and all(wide)
+def stays_packed(model: PreTrainedModel, space: Space) -> bool:
+    """Tells whether a quantized model can lose what a space numbers as it is: that lies in the rows of plain weights,
+    and what is packed in tensors that can be saved, other than torchao's.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    rows = [tensors.get(axis.param, torch.empty(0, dtype=torch.int8)) for axis in space.axes]
+    plain = all(type(of) in (nn.Parameter, torch.Tensor) and of.is_floating_point() and of.itemsize > 1 for of in rows)
+    return plain and not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values())
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:

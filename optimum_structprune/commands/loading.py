@@ -219,6 +219,8 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
     """The error that says why a model cannot be loaded: which of its files is damaged, or what transformers says."""
     if damaged := next(_damaged_files(name), None):
         return StructPruneError(f"{damaged} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+    if "trust_remote_code" in str(error):
+        return StructPruneError(f"{name!r} runs code of its own; read it, and give --trust-remote-code.")
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
     return StructPruneError(f"{name!r} cannot be loaded: {kind}{_line(error)}")
 

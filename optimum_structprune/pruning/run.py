@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import dequantized, holds_plain, is_quantized, reads_text, shrunk_skeleton
+from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton, stays_packed
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
@@ -73,7 +73,7 @@ class Run:
         report: Report | None = None,
     ):
         only_tokens = {*(data.config.widths or data.config.shrinking)} == {VOCAB} and data.config.recovery is None
-        if is_quantized(model) and not (only_tokens and holds_plain(model, arch.of(VOCAB)[0])):
+        if is_quantized(model) and not (only_tokens and stays_packed(model, arch.of(VOCAB)[0])):
             self.model, self.dense_model = dequantized(model, inplace), None
         else:
             self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)

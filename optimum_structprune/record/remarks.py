@@ -120,6 +120,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if of := report.get("trimmed"):
         rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
         gone = f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
+        if not (measured or report.get("embeddings")):
+            rest += "; no loss was measured, as the model reads more than text"
         yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
         counts = sorted(of["reasons"].items(), key=lambda pair: -pair[1])
         yield f"tokens that stay, by reason: {', '.join(f'{name} {count:,}' for name, count in counts)}"
