@@ -38,8 +38,6 @@ from .tokens import Vocabulary, with_needs
 
 # The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
 PRIOR = 0.3
-# The part of the weight that the languages to keep have beside text.
-LANGUAGES_SHARE = 0.5
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
 # Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
@@ -262,7 +260,7 @@ def wanted_shares(
         (of_text if index < len(named) else of_general).add_(domain.weight * shares)
         entries.append(entry)
     codes = config.languages or ()
-    part = LANGUAGES_SHARE if codes else 0.0
+    part = len(codes) / (1 + len(codes))  # each counts as much as the text
     of_languages = part * language_shares(codes, tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
     shown = _by_script(vocabulary, of_text + of_languages) >= NEVER

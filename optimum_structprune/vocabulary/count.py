@@ -27,10 +27,10 @@ MOST_COUNTED = 4_000_000
 # So many tokens are added to the counts at a time.
 AT_ONCE = 100_000
 # The words of a language that count, those that occur most first.
-MOST_WORDS = 60_000
-# What words stand behind, whether with a capital, and how often: within a line, with a capital, and so at its head. In
-# languages that write no spaces, words stand behind what is in no word; the parts of Korean ones are listed as words.
-FORMS = ((" ", False, 0.6), (" ", True, 0.35), ("\n", True, 0.05))
+MOST_WORDS = 100_000
+# What words stand behind, whether with a capital, and how often. In languages that write no spaces, words stand behind
+# what is in no word; the parts of Korean ones are listed as words.
+FORMS = ((" ", False, 0.6), (" ", True, 0.4))
 OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko": ((" ", False, 0.5), ("、", False, 0.5))}
 # A letter with a smaller share of the letters of a language is one of foreign words.
 RARE = 1e-6

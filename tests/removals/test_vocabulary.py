@@ -384,7 +384,7 @@ def test_as_many_tokens_go_for_a_budget_as_cost_less_than_the_layers(share):
     model, fields = build("llama-tied"), config(**{**JOINT, "budget": {"parameters": 0.9}, "sparsity": None})
     room = Room.of(replace(fields, round_to=1), ModelInfo.of(model).arch, model)
     alone, most = room.largest({}), room.largest(room.smallest)
-    lost = share * torch.arange(room.size + 1) / room.size
+    lost = share * (1 - torch.arange(room.size + 1) / room.size)
     number = number_within(room, lost)
     assert number == (alone if share == 0 else most if share == 1 else number) and alone <= number <= most
     assert share != 0.02 or alone < number < most
