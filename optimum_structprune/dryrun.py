@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .arch.load import ModelInfo, describe
 from .arch.meta import meta_model, model_class
 from .arch.modules import blocks
-from .arch.shrink import legal_sizes
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
@@ -26,11 +24,6 @@ from .vocabulary.amount import large_vocabulary
 from .written import Record
 
 
-# How much longer a token takes to write than to read.
-WRITING = 1.8
-# A pruning takes about as many operations as so many forward passes of the layers over the text, one more where error
-# feedback runs the dense layers too, and with widths by measured loss so many times as many; see docs/benchmarks.md.
-PASSES, MEASURING = 2, 4
 # Widths of channels have to be multiples of the number; where a matrix is spread over devices, of as many more.
 KERNELS = (
     (8, True, "tensor cores in half precision"),
@@ -59,30 +52,18 @@ class Change:
 
 @dataclass(frozen=True)
 class SpaceChoice:
-    """The width of one space: `after` units of `before` are kept, in each layer where layers differ; `nearest` are the
-    legal widths below and above that, and `legal` their number.
-    """
+    """The width of one space: `after` units of `before` are kept, in each layer where layers differ."""
 
     name: str
     before: int
     after: int | Mapping[int, int]
-    nearest: tuple[int, ...]
-    legal: int
 
     @classmethod
-    def of(cls, name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
+    def of(cls, name: str, widths: Widths, arch: ArchSpec) -> SpaceChoice:
         """What `widths` chooses for the space of a name."""
-        legal, spaces, width = legal_sizes(model_config, arch, name), arch.of(name), widths[name]
-        full = max(space.width for space in spaces)
-        if not isinstance(width, int):
-            return cls(name, full, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
-        nearest = *legal[: bisect_left(legal, width)][-1:], *legal[bisect_right(legal, width) :][:1]
-        return cls(name, full, width, nearest, len(legal))
-
-    def __str__(self) -> str:
-        """How many widths there are to choose from, and the nearest ones."""
-        others = f"; next to {self.after}: {' and '.join(map(str, self.nearest))}" if self.nearest else ""
-        return f"{self.name}: {self.legal:,} legal widths{others}"
+        spaces, width = arch.of(name), widths[name]
+        after = width if isinstance(width, int) else {space.layer: space.width_in(widths) for space in spaces}
+        return cls(name, max(space.width for space in spaces), after)
 
 
 @dataclass(frozen=True)
@@ -149,9 +130,7 @@ class DryRun(Record):
                 rows.append(Row(label.format(self.dtype), values, change=PERCENT))
         loads = map("loads with {}".format, self.reload)
         needs = [] if self.need is None else [f"the pruning takes at its peak\n{self.need}"]
-        return "\n".join(
-            [aligned(cells(["before", "after"], rows)), *map(str, self.spaces), *self.notes, *loads, *needs]
-        )
+        return "\n".join([aligned(cells(["before", "after"], rows)), *self.notes, *loads, *needs])
 
 
 def ask_without_weights(
@@ -213,7 +192,7 @@ def dry_run(
     return DryRun(
         model_type=arch.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        spaces=tuple(SpaceChoice.of(name, widths, arch, model_config) for name in widths),
+        spaces=tuple(SpaceChoice.of(name, widths, arch) for name in widths),
         parameters=change(lambda model: model.num_parameters()),
         layer_parameters=change(lambda model: sum(describe(model, config.arch_file).layer_params)),
         memory=change(lambda model: model.num_parameters() * dtype.itemsize),
@@ -231,8 +210,9 @@ def dry_run(
 def _operations(config: StructPruneConfig, arch: ArchSpec, dense: PreTrainedModel) -> int:
     """About how many operations a pruning takes; what reads, writes and judges text comes on top."""
     weights = (parameter for block in blocks(dense) for parameter in block.parameters())
-    passes = (PASSES + (config.feedback > 0)) * config.rounds
-    passes *= MEASURING if config.searches else 1
+    # Two forward passes of the layers over the text, and one of the dense layers for error feedback; where losses are
+    # measured, four times as much. See docs/benchmarks.md.
+    passes = (2 + (config.feedback > 0)) * config.rounds * (4 if config.searches else 1)
     return 2 * passes * config.num_samples * config.seq_length * active_parameters(dense, arch, weights)
 
 
@@ -251,8 +231,8 @@ def _notes(
     elif arch.causal:
         texts = texts_of(with_written_text(config))
         written = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)
-        # All weights write, those of the head too, which calibration does not run.
-        passes = WRITING * written * (1 + config.holdout) * dense.num_parameters() / sum(arch.layer_params)
+        # A token takes 1.8 times as long to write as to read, and all weights write, those of the head too.
+        passes = 1.8 * written * (1 + config.holdout) * dense.num_parameters() / sum(arch.layer_params)
         if written:
             yield (
                 f"writing: {written:.0%} of the text is the model's own, which takes about as long as {passes:.1f} "

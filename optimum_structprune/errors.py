@@ -9,8 +9,6 @@ from traceback import walk_stack
 
 
 NAMED = 3  # so many names in a message
-# The modules of context managers that decorate a function, and so lie between it and who calls it.
-WRAPPERS = ("contextlib", "torch.utils._contextlib")
 
 
 class StructPruneError(ValueError):
@@ -28,7 +26,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     package = __name__.partition(".")[0]
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe())]
     outside = 1 + max(level for level, module in enumerate(modules) if module.partition(".")[0] == package)
-    while outside < len(modules) and modules[outside] in WRAPPERS:
+    # Context managers that decorate a function lie between it and who calls it.
+    while outside < len(modules) and modules[outside] in ("contextlib", "torch.utils._contextlib"):
         outside += 1
     warnings.warn(message, category, stacklevel=outside + 1)
 

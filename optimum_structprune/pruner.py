@@ -87,8 +87,6 @@ class StructPruner:
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=tokens is not None)
-            if config.recovery is not None:
-                run.find_teacher()
             if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
 

@@ -45,13 +45,10 @@ class RecentText:
     _rows: deque[Tensor] = field(default_factory=deque)
 
     def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in the token ids that a model is called with."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None:
-            self.add(ids, kwargs.get("attention_mask"))
-
-    def add(self, ids: Tensor, mask: Tensor | None = None) -> None:
-        """Take in token ids, shape `(batch, seq_length)`, without those that a mask of the same shape leaves out."""
+        """Take in the token ids that a model is called with, but for those that a mask of their shape leaves out."""
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if ids is None:
+            return
         real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
         self._rows.append(real.detach().flatten().cpu())
         most = self.num_samples * self.seq_length
@@ -151,7 +148,10 @@ class StructPruneCallback(TrainerCallback):
         self.hooks.close()
         _check_run(args, model, self.trainer)
         # What is trained a second time goes on from its dense widths.
-        if self._dense is None or (state.global_step == 0 and not self._is_pruned(model, self._dense[0])):
+        if self._dense is not None:
+            dense, here = self._dense[0], describe(model, self.config.arch_file)
+            is_dense = all(here.widths(name) == dense.widths(name) for name in dense.names)
+        if self._dense is None or (state.global_step == 0 and is_dense):
             self.begin(model)
         _adapt_(self._wrapped(model))  # where the same Trainer has resumed from other widths
         check_reads_text(model)
@@ -256,11 +256,6 @@ class StructPruneCallback(TrainerCallback):
         if self.calibration == "batches" and not len(self.text):
             warn(f"{here} holds no text, so that removals are calibrated on what is trained on after it.")
         return plan
-
-    def _is_pruned(self, model: PreTrainedModel, dense: ArchSpec) -> bool:
-        """Whether a model is narrower somewhere than the dense one."""
-        arch = describe(model, self.config.arch_file)
-        return any(arch.widths(name) != dense.widths(name) for name in dense.names)
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Prune a model to widths with its optimizer's state, in place; whether anything was removed."""

@@ -107,7 +107,7 @@ def test_moments_go_with_their_weights():
     before = {name: deepcopy(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
     arch = describe(model)
     callback = pruner()
-    callback.text.add(token_ids(8, 24))
+    callback.text.add_call((token_ids(8, 24),), {})
     optimizer.zero_grad()
     assert callback.prune_(model, optimizer, {"mlp": 24, "attention": 2})
     keep = callback.plan.keep[0, "mlp"]
@@ -544,5 +544,5 @@ def test_padding_is_no_calibration_text_and_memory_of_the_text_is_bounded():
     assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
     text = RecentText(num_samples=8, seq_length=24)
     for _ in range(100):
-        text.add(token_ids(4, 24))
+        text.add_call((token_ids(4, 24),), {})
     assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)

@@ -109,8 +109,6 @@ def check_plain(model: PreTrainedModel) -> None:
             f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
         )
-    if any(parameter.is_complex() for parameter in model.parameters()):
-        raise StructPruneError(f"The weights of this {type(model).__name__} are complex numbers; pass real ones.")
     check_reachable(model)
     _check_stock(model)
 

@@ -24,7 +24,6 @@ from .output import Result
 
 
 MOST_LISTED = 1_000_000  # legal widths of a space that are given one by one
-SIDE = 1024  # of the square matrices whose products tell how fast a machine is
 
 
 def inspect(args: Namespace) -> Result:
@@ -87,16 +86,12 @@ def plan(args: Namespace) -> Result:
     gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
     lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]
     if outcome.operations is not None:
-        rate = _products_per_second(getattr(torch, outcome.dtype), str(loading.device))
+        # How many operations the device makes in a second in products of matrices, in fp32 where it emulates a dtype.
+        factor = torch.ones(1024, 1024, dtype=getattr(torch, outcome.dtype), device=str(loading.device))
+        factor = factor.float() if is_emulated(factor) else factor
+        timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
+        rate = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.1).median
         time = timedelta(seconds=ceil(outcome.operations / rate))
         cost = f"{outcome.operations / 1e12:,.1f} TFLOP: {time} at {rate / 1e9:,.0f} GFLOP/s"
         lines.append(f"and about {cost}, the rate of matrix products here and now")
     return Result("\n".join(lines), outcome.to_dict())
-
-
-def _products_per_second(dtype: torch.dtype, device: str) -> float:
-    """How many operations a device makes in a second in products of matrices, in fp32 where it emulates a dtype."""
-    factor = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
-    factor = factor.float() if is_emulated(factor) else factor
-    timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
-    return 2 * SIDE**3 / timer.blocked_autorange(min_run_time=0.1).median

@@ -42,10 +42,9 @@ def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., 
         attributes: The other fields of the `Criterion`, such as `needs_gram=True`.
 
     Raises:
-        StructPruneError: If the name is empty, or already stands for another criterion.
+        StructPruneError: If the name already stands for another criterion.
     """
-    register = CRITERIA.register(name)  # which refuses names that are none, before there is a criterion
-    return lambda score: register(Criterion(name, score, **attributes))
+    return lambda score: CRITERIA.register(name)(Criterion(name, score, **attributes))
 
 
 def criterion_of(name: str, judged: str) -> Criterion:

@@ -130,7 +130,10 @@ class _TextGenerator:
 
     def write(self, batch: range) -> list[Document]:
         """The documents of these numbers that pass the filters."""
-        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in batch]
+        prompts = [self.prompts[i % len(self.prompts)] for i in batch]
+        if self.chats:
+            asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
+            prompts = [chat_text(self.tokenizer, messages, add_generation_prompt=True) for messages in asked]
         with evaluating(self.model), stage("writing"):
             written = zip(prompts, self._continued(prompts, batch[0]), strict=True)
         of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
@@ -142,11 +145,6 @@ class _TextGenerator:
                 documents.append(Document.joined([(prompt if self.keeps else "", False), (text, True)]))
         return documents
 
-    def _framed(self, prompt: str) -> str:
-        if not self.chats:
-            return prompt
-        return chat_text(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:
         """What the model writes behind prompts, as token ids up to the end of each text, with its loss per token."""
@@ -154,7 +152,12 @@ class _TextGenerator:
             rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         else:
             rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
-        room, device = self._room(max(map(len, rows))), self.model.device
+        longest, positions, device = max(map(len, rows)), positions_of(self.model), self.model.device
+        if positions <= longest:
+            raise StructPruneError(
+                f"A prompt of {longest} tokens leaves no room in the model's {positions} positions."
+            )
+        room = int(min(MAX_TOKENS, positions - longest))
         bar = progress(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
@@ -162,12 +165,6 @@ class _TextGenerator:
             texts = continuations(self.model, self.tokenizer, rows, settings, [sampler])
         losses = torch.cat(sampler.losses, 1)
         return [(text, float(losses[row, : len(text)].mean())) for row, text in enumerate(texts)]
-
-    def _room(self, prompt: int) -> int:
-        positions = positions_of(self.model)
-        if positions <= prompt:
-            raise StructPruneError(f"A prompt of {prompt} tokens leaves no room in the model's {positions} positions.")
-        return int(min(MAX_TOKENS, positions - prompt))
 
 
 class _Sampler:

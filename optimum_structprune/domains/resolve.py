@@ -14,9 +14,6 @@ from ..errors import StructPruneError
 from ..registry import did_you_mean
 
 
-BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
-
-
 def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
     """Replace presets by the domains that they stand for, where a domain's own fields come first."""
     resolved = [part for domain in domains for part in _resolved(domain)]
@@ -29,7 +26,7 @@ def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
 
 def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
     """All presets by name, those of a file over the built-in ones: fields of a domain and a licence, or a `mix`."""
-    table = {**read_yaml(BUILTIN_PRESETS), **(read_yaml(file) if file else {})}
+    table = {**read_yaml(Path(__file__).with_name("presets.yaml")), **(read_yaml(file) if file else {})}
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
             raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
@@ -67,8 +64,6 @@ def _filled(
     return DomainConfig.from_dict({**preset, **changed, **fixed})
 
 
-# The share of the general text where no domains are named, and where the user names some.
-BUILTIN_SHARE, USER_SHARE = 0.5, 0.2
 WRITTEN = SELF + ANY
 
 
@@ -82,7 +77,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     domains = builtin_domains() if config.domains is None else config.domains
     share = config.general_share
     if share is None:
-        share = BUILTIN_SHARE if config.domains is None else USER_SHARE if config.general_text is not None else 0.0
+        share = 0.5 if config.domains is None else 0.2 if config.general_text is not None else 0.0
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)

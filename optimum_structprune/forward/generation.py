@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from os.path import commonprefix
 from typing import Any
@@ -19,15 +18,10 @@ from ..arch.spec import EXPERT, ArchSpec
 from ..method.layers import input_device
 
 
-# What `forward` calls the cache, in newer and in older releases of transformers.
-CACHE_NAMES = ("cache", "past_key_values")
-# Texts that have ended leave a batch once so few go on: each time, the cache is copied.
-STAYING = 0.9
-
-
 def cache_name(model: PreTrainedModel) -> str | None:
     """The argument in which a model takes a cache of keys and values; None for a model that takes none."""
-    return next((name for name in CACHE_NAMES if name in signature(model.forward).parameters), None)
+    names = ("cache", "past_key_values")  # in newer and in older releases of transformers
+    return next((name for name in names if name in signature(model.forward).parameters), None)
 
 
 def last_logits_only(model: PreTrainedModel) -> bool:
@@ -40,16 +34,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     given = getattr(model.generation_config, "eos_token_id", None)
     ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
     return [end for end in dict.fromkeys(ends) if end is not None]
-
-
-@contextmanager
-def generating(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
-    """Have a model generate by these settings inside `with`, where transformers would fill gaps from its own."""
-    former, model.generation_config = model.generation_config, GenerationConfig(**settings)
-    try:
-        yield
-    finally:
-        model.generation_config = former
 
 
 @torch.no_grad()
@@ -66,9 +50,14 @@ def continuations(
     ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     settings = {**settings, "pad_token_id": padding, "eos_token_id": ends or None}
-    with generating(model, **settings), in_fast_dtype(blocks(model)):
-        generate: Any = model.generate
-        output = generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(listeners))
+    generate: Any = model.generate
+    # Transformers would fill gaps in what it is given from the model's own settings.
+    former, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    try:
+        with in_fast_dtype(blocks(model)):
+            output = generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(listeners))
+    finally:
+        model.generation_config = former
     texts = output[:, longest:].tolist()
     return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
 
@@ -112,7 +101,7 @@ def sampled_continuations(
             break
         cache, positions = cache_of(output), positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if len(going) < STAYING * len(live):
+        if len(going) < 0.9 * len(live):  # each time, the cache is copied
             kept, live = torch.tensor(going, device=device), [live[place] for place in going]
             cache.batch_select_indices(kept)
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
@@ -182,7 +171,10 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
     windows are not taken into account.
     """
     matrices = active_parameters(model, arch, read_parameters(model))
-    return 2 * matrices + queries_per_key(model) * (cached_values(model, arch) or 0) * (tokens + 1)
+    # Of query heads to a KV head, by transformers' own name, which pruning of KV groups keeps.
+    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
+    queries = next((group for group in groups if isinstance(group, int)), 1)
+    return 2 * matrices + queries * (cached_values(model, arch) or 0) * (tokens + 1)
 
 
 def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterable[nn.Parameter]) -> int:
@@ -200,12 +192,6 @@ def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterab
             experts = chosen.get(id(parameter))
             active += parameter.numel() if experts is None else parameter[0].numel() * experts
     return active
-
-
-def queries_per_key(model: PreTrainedModel) -> int:
-    """The number of query heads to a KV head, by transformers' own name for it, which pruning of KV groups keeps."""
-    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
-    return next((group for group in groups if isinstance(group, int)), 1)
 
 
 def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:

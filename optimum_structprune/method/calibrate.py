@@ -12,8 +12,6 @@ from ..errors import StructPruneError
 from .linalg import add_product_, operand, submatrix, update_gram_
 
 
-# The number of tokens that are in memory in fp64 at a time.
-PRECISE_TOKENS = 256
 # The number of rows of a matrix product that are in memory at a time.
 ROWS = 256
 
@@ -56,7 +54,7 @@ class Moments:
         share = len(x) / self.count
         x = operand(x.to(self.mean.device))
         mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-        for part in x.split(PRECISE_TOKENS):
+        for part in x.split(256):  # in memory in fp64 at a time
             precise = part.double()
             share_of_each = precise.new_full((len(part),), 1 / len(x))
             mean.add_(share_of_each @ precise)

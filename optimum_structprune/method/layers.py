@@ -25,8 +25,6 @@ from .shrink import check_same
 MAX_DEVIATION = 0.1
 # The number of tokens that a layer is compared on before and after it shrinks.
 FEW = 16
-# A part of a layer is worth keeping its output if it has this share of the layer's parameters; a norm has far less.
-CACHED_SHARE = 0.02
 
 
 class NotSequentialError(StructPruneError):
@@ -404,7 +402,7 @@ class InMemory(Source):
         if self.fixed or not self.changed <= set(parts):
             return []
         sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
-        least = CACHED_SHARE * sum(each.numel() for each in module.parameters())
+        least = 0.02 * sum(each.numel() for each in module.parameters())  # a norm has far less
         return [name for name in parts if name in self.changed or sizes[name] >= least]
 
     def _caching(self, layer: int, index: int, parts: Sequence[str]) -> AbstractContextManager[None]:

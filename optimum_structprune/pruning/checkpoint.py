@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-# Fields that may differ between a run that was stopped and the one that goes on; the text is compared by its hashes.
-IGNORED_ON_RESUME = ("checkpoint_dir", "losses_dir", "batch_size", "domains")
-
-
 def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> str:
     """The hash that identifies a run: its config, the dense model, the text and the widths that are aimed at."""
-    settings = {name: value for name, value in data.config.to_dict().items() if name not in IGNORED_ON_RESUME}
+    may_differ = ("checkpoint_dir", "losses_dir", "batch_size", "domains")  # the text is compared by its hashes
+    settings = {name: value for name, value in data.config.to_dict().items() if name not in may_differ}
     return data.key(model, settings, target)
 
 

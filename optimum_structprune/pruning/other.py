@@ -26,8 +26,8 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, a sixth of their number, which
-# takes about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
+# So many tokens of other text are measured at most, and in a run that calibrates on few, a sixth of their number,
+# which takes about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
 MOST, SHARE, ROW = 4096, 6, 57
 # A run that calibrates on fewer tokens is a trial, and no model writes for it.
 LEAST_READ = 4096

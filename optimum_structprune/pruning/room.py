@@ -29,8 +29,6 @@ from .request import Request
 FP32 = 4  # bytes
 # How many activations of its widest matrix a layer holds at a time: both factors of a gated product, and the product.
 WIDE = 3
-# What tensors that are not counted here took in measurements, whatever the size of the model.
-BESIDE = 60 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
 ERROR = 0.15
 # The most samples in a batch: larger ones brought no more speed wherever it was tried. A CPU computes no faster with
@@ -89,7 +87,8 @@ def need_of(request: Request, offload: str | None = None) -> Need:
     # the head runs on a whole sample.
     part, domains = min(TOKENS_AT_ONCE, length), len(inputs or texts_of(config))
     loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32)
-    working = max(loss, _of_layer(config, described, widths, domains, channels)) + BESIDE
+    # What is not counted here took 60 MB in measurements, whatever the size of the model.
+    working = max(loss, _of_layer(config, described, widths, domains, channels)) + 60 * 10**6
     return Need(itemsize * weights, itemsize * hidden, working, itemsize * host)
 
 

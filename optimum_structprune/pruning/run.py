@@ -58,7 +58,6 @@ class Run:
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
-        layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         entries, seen: The text that chose the tokens or was trained on, and that the dense model has seen.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -96,7 +95,7 @@ class Run:
         return self.data.config
 
     def start(self, vocabulary_changes: bool = False) -> None:
-        """Measure the dense model, and begin the records; `vocabulary_changes` where tokens are to go."""
+        """Measure the dense model, begin the records, and keep a teacher; `vocabulary_changes` where tokens go."""
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
@@ -118,6 +117,8 @@ class Run:
             with self.report.timed("languages"):
                 self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
+        if self.config.recovery is not None and self.config.recovery.distils:
+            self.teacher = self.dense_model or deepcopy(self.model)
 
     def _other_text(self) -> Sequence[Tensor]:
         """Rows of other text, which the dense model may write; none where a program gave inputs."""
@@ -127,12 +128,6 @@ class Run:
             where, rows = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
         self.report.other = {"source": where}
         return rows
-
-    def find_teacher(self) -> None:
-        """Keep the teacher of the recovery: the dense model, or a copy where it changes."""
-        assert self.config.recovery is not None
-        if self.config.recovery.distils:
-            self.teacher = self.dense_model or deepcopy(self.model)
 
     def compare(self) -> None:
         """Measure the model as it is now."""

@@ -16,8 +16,6 @@ from ..forward.metrics import standard_error
 
 Items = Sequence[Mapping[str, Any]]
 SHOWN = 3  # answers in a card or a page
-# A difference that chance alone gives less often than this is one.
-LEVEL = 0.05
 HELPS = "train the model (--recover), remove tokens in place of channels (--target vocab), or remove less"
 
 
@@ -37,7 +35,7 @@ def paired(items: Items, name: str) -> dict[str, Any]:
     differences = torch.tensor([of[-1] - of[0] for of in both], dtype=torch.float64)
     more, less = int((differences > 0).sum()), int((differences < 0).sum())
     p_value, is_better = mcnemar(more, less), (more > less) is not (name == "loops")
-    verdict = "alike" if p_value >= LEVEL else "better" if is_better else "worse"
+    verdict = "alike" if p_value >= 0.05 else "better" if is_better else "worse"
     counted = {"items": len(both), "more": more, "less": less, "p_value": p_value, "verdict": verdict}
     return {"difference": float(differences.mean()), "stderr": standard_error(differences), **counted}
 

@@ -32,28 +32,20 @@ if TYPE_CHECKING:
     from ..pruning.run import Run, Step
 
 
-# A channel whose factor has less than this share of the mean square comes through a norm too little to be fitted.
-LEAST_SHARE = 0.1
-
-
 def remove_layers_(run: Run, step: Step) -> Plan:
     """Take out the layers that matter least to the model as it is now, by the config's criterion where it scores whole
     layers, and by block influence otherwise.
     """
     with run.report.timed("layers"):
-        keep = _layers_to_keep(run, step)
+        criterion, scores_by_domain = criterion_of(run.config.scored_by, LAYER), []
+        for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
+            scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
+            check_scores(scores_by_domain[-1], run.arch.num_layers, criterion.name, run.arch.layer_path)
+        scores = broadcast_(run.data.combined(torch.stack(scores_by_domain)))
+        keep = best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
         run.changed = True
         take_out_layers_(run.model, run.arch, run.data, keep)
     return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
-
-
-def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
-    criterion, scores_by_domain = criterion_of(run.config.scored_by, LAYER), []
-    for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
-        scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
-        check_scores(scores_by_domain[-1], run.arch.num_layers, criterion.name, run.arch.layer_path)
-    scores = broadcast_(run.data.combined(torch.stack(scores_by_domain)))
-    return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
 
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
@@ -142,7 +134,8 @@ class Norm(NamedTuple):
         assert product is not None
         square = self.weight.square()
         # The norm divides by the size of the product, so that is what an error of a token is relative to.
-        before = error * self.weight / (square + LEAST_SHARE * square.mean())
+        # A channel whose factor is a tenth of the mean comes through a norm too little to be fitted.
+        before = error * self.weight / (square + 0.1 * square.mean())
         return x.float() / size_of(product), before, normalised(product)
 
     @classmethod

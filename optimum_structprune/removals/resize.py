@@ -25,10 +25,6 @@ from ..method.shrink import fill_layer_, slice_tensors, tensors_under
 from ..record.plan import Plan
 
 
-# Optimizers whose state is one number per weight, or one per parameter.
-ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
-
-
 @contextmanager
 def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> Iterator[PreTrainedModel]:
     """Give a model another config; inside `with`, modules of the skeleton that it gives are put into the model."""
@@ -70,7 +66,9 @@ def cut_state_(
             if isinstance(value, Tensor) and value.ndim:
                 tensors[key][name] = value
     alike = all(value.shape == shapes[name] for held in tensors.values() for name, value in held.items())
-    if not (alike and isinstance(optimizer, ELEMENTWISE)):
+    # Those whose state is one number per weight, or one per parameter.
+    kinds = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
+    if not (alike and isinstance(optimizer, kinds)):
         for name, parameter in model.named_parameters():
             if parameter.shape != shapes[name]:
                 optimizer.state.pop(parameter, None)

@@ -25,13 +25,8 @@ from ..written import replace_text, warn_on_error, written_files
 from .page import HUB_CACHE, MARKDOWN, Records, short_name, shown_of
 
 
-# The file of the config of an export as `nemotron-nas`, see `arch.nemotron_nas`.
-NEMOTRON_NAS_CODE = "configuration_nemotron_nas.py"
-TAGS = ("structured-pruning", "pruned", "optimum-structprune")
 # The classes of sentence-transformers that read a folder with its modules.
 SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")
-# The line of the snippet that names the model.
-NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def model_card(
         causal=causal,
         files={path.name for path in folder.iterdir()},
         heterogeneous=config.get_text_config().is_heterogeneous,
-        nemotron_nas=(folder / NEMOTRON_NAS_CODE).is_file(),
+        nemotron_nas=(folder / "configuration_nemotron_nas.py").is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
         is_measured=bool(records.evaluation or (records.report.get("other") or {}).get("tokens")),
         widths=records.report.get("widths") or {},
@@ -124,17 +119,12 @@ def _fields(folder: Path, records: Records, origin: Dense, kind: str) -> ModelCa
     return ModelCardData(
         base_model=origin.base_model,
         library_name=found.get("library_name", "transformers"),
-        tags=[*dict.fromkeys([*TAGS, *found.get("tags", ())])],
+        tags=[*dict.fromkeys(["structured-pruning", "pruned", "optimum-structprune", *found.get("tags", ())])],
         datasets=_datasets(folder, records) or None,
         language=origin.card.get("language"),
         pipeline_tag=found.get("pipeline_tag"),
         **origin.licence,
     )
-
-
-def renamed(card: str, repo_id: str) -> str:
-    """A card whose snippet loads the model from the Hub."""
-    return NAME_LINE.sub(f'name = "{repo_id}"', card)
 
 
 def _datasets(folder: Path, records: Records) -> list[str]:

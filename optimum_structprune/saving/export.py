@@ -143,7 +143,10 @@ def export_nemotron_nas(
 
 
 def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:
-    dense, added = _dense_parameters(model.name_or_path), model_bytes(filled) - model_bytes(model)
+    dense, added = None, model_bytes(filled) - model_bytes(model)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is no report, or it is of another program
+        report = Path(model.name_or_path or "", REPORT_NAME).read_text(encoding="utf-8")
+        dense = int(json.loads(report)["parameters"]["before"])
     return Padding(model.num_parameters(), filled.num_parameters(), dense, added)
 
 
@@ -151,10 +154,3 @@ def _copy_records(model: PreTrainedModel, folder: Path) -> None:
     for name in RECORD_NAMES:
         if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
             shutil.copyfile(record, folder / name)
-
-
-def _dense_parameters(folder: str | None) -> int | None:
-    """The number of parameters before pruning, from the report beside a model; None where there is no such report."""
-    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is of another program
-        return int(json.loads(Path(folder or "", REPORT_NAME).read_text(encoding="utf-8"))["parameters"]["before"])
-    return None

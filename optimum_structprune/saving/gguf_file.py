@@ -41,13 +41,9 @@ from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 PLAIN = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
 # llama.cpp leaves the output head in more bits than the other matrices: what is lost there is lost at every token.
 HEAD, EMBEDDING, OF_HEAD = "output.weight", "token_embd.weight", "Q8_0"
-ROUTER = "ffn_gate_inp"  # what it rounds sends tokens to other experts, and llama.cpp's own converter leaves it in F32
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that some models do not mark as special, and that are.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
-NO_MERGE = -1e6  # the score of what no merge makes
-# The special tokens of a language model, under gguf's names for them.
-SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 # What tokenizers calls the steps before the merges, in the words of `PRE_TOKENIZERS`, and the field that tells more.
 STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
 
@@ -146,7 +142,8 @@ def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
     types = {}
     for name, shape in tensors.items():
         wanted = OF_HEAD if name == head and kind.lower() in BLOCKS else kind
-        if len(shape) == 1 or ROUTER in name:  # llama.cpp adds and multiplies by vectors in F32 only
+        # llama.cpp adds and multiplies by vectors in F32 only; a rounded router sends tokens to other experts.
+        if len(shape) == 1 or "ffn_gate_inp" in name:
             wanted = "F32"
         elif shape[-1] % gguf.GGML_QUANT_SIZES[kinds[wanted]][0]:
             wanted = "F16"
@@ -366,12 +363,12 @@ def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
     rank: dict[str, int] = {}
     for number, pair in enumerate(model["merges"]):
         rank.setdefault("".join(pair), number)
-    return [-float(rank[name]) if name in rank else NO_MERGE for name in names]
+    return [-float(rank.get(name, 1e6)) for name in names]  # 1e6 is of what no merge makes
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write which tokens have a meaning of their own, which are put around a text, and the chat template."""
-    for name in SPECIAL:
+    for name in ("bos", "eos", "unk", "sep", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a").input_ids

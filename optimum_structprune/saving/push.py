@@ -21,7 +21,6 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import StructPruneError, one_line
 from ..system.disk import ADAPTER, CARD
 from ..written import LIST_NAME, as_list, is_unchanged, written_files
-from .card import renamed
 
 
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -48,8 +47,6 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             or the repository is public and should be private.
     """
     files = _result_files(folder)
-    if CARD in files and not _is_text(files[CARD]):
-        raise StructPruneError(f"{files[CARD]} is no UTF-8 text, which the Hub takes as a card; save it as such.")
     later = f'push_to_hub("{folder}", "{repo_id}") in Python pushes it later'
     with _refusals(repo_id, f"The result is complete in {folder}; {later}."):
         api = _api(repo_id, token)
@@ -62,22 +59,14 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         if CARD in files and _has_card_of_its_own(api, repo_id):
             del files[CARD]
         texts = _without_places(Path(folder), files)
-        if CARD in texts:
-            texts[CARD] = renamed(texts[CARD].decode(), repo_id).encode()
+        if CARD in texts:  # its snippet loads the model from the Hub
+            texts[CARD] = re.sub(rb'^name = ".*"$', f'name = "{repo_id}"'.encode(), texts[CARD], flags=re.MULTILINE)
         hashes = {name: of for name, of in written_files(Path(folder)).items() if name in files}
         hashes |= {name: sha256(content).hexdigest() for name, content in texts.items()}
         contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: as_list(hashes).encode()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message="Upload a pruned model")
     return str(url)
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def check_push(repo_id: str) -> None:

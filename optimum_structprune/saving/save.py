@@ -47,13 +47,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # What a pruning leaves beside its model.
 RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
-# The files that may name code, see `settle`, and what a tokenizer notes of where it was loaded.
-CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
-OF_THIS_MACHINE = ("is_local", "local_files_only")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
 TOLERANCE = 1e-4
 STEPS = 4
-SHARD_SIZE = "2GB"
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
 OWN = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
@@ -125,7 +121,7 @@ def save_checked(
         if is_offloaded(model):  # its weights are read into memory shard by shard, and none of them twice
             tied = getattr(model, "all_tied_weights_keys", {})
             state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-            options = {"max_shard_size": SHARD_SIZE, "state_dict": state}
+            options = {"max_shard_size": "2GB", "state_dict": state}
         if is_quantized(model):  # transformers 5 cannot bring back bitsandbytes' tensors from the form that it runs
             options["save_original_format"] = False
         with heterogeneous(), declared(model), warnings.catch_warnings():
@@ -137,7 +133,7 @@ def save_checked(
             tokenizer.save_pretrained(staging)
         if model.name_or_path and not isinstance(model, PeftModel):
             copy_extra_files(model, staging, tokenizer)
-        for name in CONFIGS:
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json"):  # which may name code
             settle(staging / name, type(model.config))
         write(staging)
         check(model, staging)
@@ -149,7 +145,8 @@ def settle(path: Path, kind: type[PretrainedConfig]) -> None:
     What transformers 4 knows by other names is said by those too, as long as transformers 5 reads the same.
     """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settled = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
+    # Without what a tokenizer notes of where it was loaded.
+    settled = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
 
     def is_there(reference: str | None) -> bool:
         return reference is None or "--" in reference or (path.parent / f"{reference.rpartition('.')[0]}.py").is_file()

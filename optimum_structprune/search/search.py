@@ -30,14 +30,6 @@ from . import ranking as ranking  # registers `global`
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
 
 
-# So many uniform shapes are pruned on trial.
-FINALISTS = 4
-# The number of widths that are considered of each space but the one with the most.
-MOST_TRIED = 16
-# The name under which a run remembers the losses of its trials.
-MEASURED_LOSSES = "measured losses"
-
-
 @dataclass(frozen=True)
 class Candidate:
     """Widths that may be taken, what has proposed them, and the loss that those of single layers add up to."""
@@ -71,7 +63,7 @@ def searched_shape(run: Run) -> Widths:
     with evaluating(run.model), report.timed("search"):
         search = Search(run.model, run.arch, run.data)
         trials = search.trials()
-        curves = trials.curves(run.data.cache.get(MEASURED_LOSSES) or trials.losses())
+        curves = trials.curves(trials.losses())
         candidates, losses = broadcast_object(search.candidates(curves)), [0.0]
         if len(candidates) > 1:
             probe = Probe.of(run.model, run.arch, run.data)
@@ -121,7 +113,10 @@ class Search:
             proposed += self._layer_by_layer(curves)
         alike_now = has_one_width(self.arch, list(self.plain)) and not config.skip_layers
         if config.allocation != "sensitivity" and config.widths is None and alike_now:
-            proposed += self._uniform(curves)
+            may = {name: choices(config, self.arch, name, self.legal[name]) for name in self.plain}
+            most = 4 if config.allocation == "search_uniform" else 1  # which are pruned on trial
+            shapes = uniform_shapes(may, curves, self._is_small(may))
+            proposed += [Candidate("one shape", shape, loss) for loss, shape in shapes[:most]]
         distinct: dict[str, Candidate] = {}
         for candidate in (*proposed, Candidate("one width", self.plain)):
             distinct.setdefault(repr(sorted(candidate.widths.items())), candidate)
@@ -181,13 +176,6 @@ class Search:
             for name, widths in least.items()
         }
 
-    def _uniform(self, curves: Curves) -> list[Candidate]:
-        """The best few shapes of one width."""
-        may = {name: choices(self.config, self.arch, name, self.legal[name]) for name in self.plain}
-        most = FINALISTS if self.config.allocation == "search_uniform" else 1
-        shapes = uniform_shapes(may, curves, self._is_small(may))
-        return [Candidate("one shape", shape, loss) for loss, shape in shapes[:most]]
-
     def _is_small(self, may: Mapping[str, Sequence[int]]) -> Callable[[Widths], bool]:
         """Whether a shape keeps to the budget, or gives up the share to within half of the smallest step."""
         if (budget := self._budget) is not None:
@@ -213,12 +201,10 @@ class Search:
         return inf if isnan(total) else total
 
 
-def thinned(widths: Sequence[int]) -> list[int]:
-    """At most `MOST_TRIED` of several widths, evenly, with the first and the last."""
+def thinned(widths: Sequence[int], most: int = 16) -> list[int]:
+    """At most so many of several widths, evenly, with the first and the last."""
     last = len(widths) - 1
-    if last < MOST_TRIED:
-        return list(widths)
-    return [widths[round(number * last / (MOST_TRIED - 1))] for number in range(MOST_TRIED)]
+    return [*widths] if last < most else [widths[round(n * last / (most - 1))] for n in range(most)]
 
 
 def uniform_shapes(

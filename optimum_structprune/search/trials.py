@@ -34,10 +34,6 @@ SHARES = (0.25, 0.75)
 TRIAL_TOKENS = 2048
 # A trial runs so many held-out tokens. What is pruned on trial in all layers runs on `PROBE_TOKENS`.
 LAYER_TOKENS = PROBE_TOKENS // 2
-# A probe has as many samples as leave each so many tokens; the first ones, with little in front of them, say less.
-ROW_TOKENS = 128
-# Smaller losses, in nats per token, are noise.
-LEAST_LOSS = 1e-9
 Key = tuple[int, str]  # a layer and a kind of space
 # What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
 Curves = Mapping[Key, Sequence[float]]
@@ -70,7 +66,8 @@ class Probe:
         beginnings of its samples.
         """
         per_domain = ceil(tokens / len(data.domains))
-        counts = [min(max(per_domain // ROW_TOKENS, 1), len(domain.trial)) for domain in data.domains]
+        # Each sample has 128 tokens: the first ones, with little in front of them, say less.
+        counts = [min(max(per_domain // 128, 1), len(domain.trial)) for domain in data.domains]
         # Samples of all domains have the same length, which the layers are called with.
         length = ceil(per_domain / max(counts))
         samples = [
@@ -273,7 +270,7 @@ def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
     if not losses:
         return torch.zeros(width)
     x = torch.tensor([float(units) for units in losses]).log()
-    y = torch.tensor(list(losses.values())).clamp(min=LEAST_LOSS).cummax(0).values.log()
+    y = torch.tensor(list(losses.values())).clamp(min=1e-9).cummax(0).values.log()  # less is noise
     slopes = y.diff() / x.diff() if len(x) > 1 else torch.ones(1)
     slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
     units = torch.arange(1, width + 1).log()

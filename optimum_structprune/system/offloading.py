@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import StructPruneError, one_line, some_of
-from ..written import identity
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -71,25 +70,6 @@ def give_back_free_memory() -> None:
         trim(0)
 
 
-class _SameFiles(dict[str, Any]):
-    """Where offloaded weights lie on the disk, by name; it refuses a file that lacks them, or changes later on."""
-
-    def __init__(self, index: Mapping[str, Any]):
-        super().__init__(index)
-        entries = [(file, of["weight_name"]) for of in index.values() if (file := of.get("safetensors_file"))]
-        self._files = {file: identity(file) for file, _ in entries}
-        held = {file: names_in(file) for file in self._files}
-        if missing := [f"{name} in {file}" for file, name in entries if name not in held[file]]:
-            raise StructPruneError(f"{len(missing)} weights are not in the files of the model: {some_of(missing)}.")
-
-    def __getitem__(self, name: str) -> Any:
-        entry = super().__getitem__(name)
-        file = entry.get("safetensors_file")
-        if file in self._files and identity(file) != self._files[file]:
-            raise StructPruneError(f"{file}, which holds {name}, was replaced or removed; load the model again.")
-        return entry
-
-
 def names_in(file: str | Path) -> set[str]:
     """The names of the weights in a safetensors file; empty if it cannot be read."""
     try:
@@ -100,10 +80,7 @@ def names_in(file: str | Path) -> set[str]:
 
 
 def check_reachable(model: nn.Module) -> None:
-    """Refuse a model without weights, and from then on offloaded weights whose file changes."""
-    for weights in _held_by(model):
-        if isinstance(weights, OffloadedWeightsLoader) and not isinstance(weights.index, _SameFiles):
-            weights.index = _SameFiles(weights.index)
+    """Refuse a model without weights."""
     held = {
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
@@ -162,8 +139,6 @@ def _held(weights: Any, name: str) -> Tensor:
     """What a hook holds of its module."""
     try:
         return weights[name]
-    except StructPruneError:
-        raise
     except (OSError, SafetensorError, ValueError) as error:
         while isinstance(weights, PrefixedDataset):
             weights, name = weights.dataset, f"{weights.prefix}{name}"

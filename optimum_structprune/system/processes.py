@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
-# What `accelerate launch` sets where its flags or its config file name these.
-LAUNCHES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-# Whether `torchrun` (or accelerate, with it) keeps a store for the processes that it has started.
-AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 PATIENCE, DONE = timedelta(hours=2), "done"
 _together = False
 # How often the first process has decided on something, by its name: all processes count alike.
@@ -61,7 +57,7 @@ def launched(variable: str, default: int) -> int:
 
 def check_launch() -> None:
     """Refuse a launch by which accelerate shards models: transformers then loads weights in one process alone."""
-    for variable, flag in LAUNCHES.items():
+    for variable, flag in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
                 f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
@@ -184,7 +180,8 @@ def _initialized() -> bool:
 def _rank_and_count() -> tuple[int, int]:
     if _initialized():
         return _dist().get_rank(), _dist().get_world_size()
-    if os.environ.get(AGENT_STORE) == "True" and "RANK" in os.environ:
+    # `torchrun`, or accelerate with it, keeps a store for the processes that it has started.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ:
         return launched("RANK", 0), launched("WORLD_SIZE", 1)
     return 0, 1
 

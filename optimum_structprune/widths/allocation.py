@@ -23,8 +23,6 @@ from ..registry import did_you_mean
 
 # The part of the layers' parameters that `round_to="auto"` may miss a goal by.
 MOST_OFF = 0.01
-# What numbers of tokens are multiples of with `round_to="auto"`.
-OF_TOKENS = 64
 # The share of its units that every layer keeps at least where layers get widths of their own: scores differ between
 # layers for reasons of their own, and would empty some.
 LEAST_KEPT = 0.1
@@ -328,7 +326,7 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     if config.round_to != AUTO:
         return int(config.round_to)
     if spaces[0].unit == TOKEN:
-        return OF_TOKENS
+        return 64
     unit = sum(space.unit_params * space.scale for space in spaces)
     largest = 2 * MOST_OFF * sum(arch.layer_params) / unit
     powers = (1, 2, 4, 8, 16, 32, 64, 128)[: 7 if parts == 1 else 8]  # kernels of 4 bits want 128 on each device

@@ -200,11 +200,6 @@ def test_weights_that_only_this_model_shares_are_refused(one, other):
         prune_model(model, config(), tokenizer())
 
 
-def test_complex_weights_are_refused():
-    with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are complex numbers; pass real ones"):
-        check_plain(build("llama-tied").to(torch.complex64))
-
-
 def test_hooks_of_accelerate_present_or_gone_and_kernels_of_the_hub_are_no_forward_of_ones_own(monkeypatch):
     model = build("llama-tied")
     for module in model.model.layers[0].modules():
