@@ -153,7 +153,6 @@ LONG = {
     "method.layers.InMemory": "all that runs one layer at a time stands together: what every source is measured by",
     "pruner.StructPruner": "what a user calls, with the order of all steps",
     "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",
-    "config.pruning._check_together": "one refusal for each pair of options that exclude each other",
 }
 
 

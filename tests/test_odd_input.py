@@ -9,6 +9,7 @@ from models import build, config, token_ids, tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.evaluation.heldout import read_heldout
@@ -98,8 +99,7 @@ def test_messages_without_text_and_in_parts():
     assert text == "one two|;|f;|;"
 
 
-def test_a_config_comes_back_from_yaml(tmp_path):
+def test_a_config_comes_back_from_yaml():
     for text in ("yes", "~", "1_000", "a\nb", "é", "a: b"):
         before = StructPruneConfig(sparsity=0.2, damping=1.5e-7, domains=[DomainConfig(text, text, revision=text)])
-        before.to_yaml(tmp_path / "c.yaml")
-        assert StructPruneConfig.from_yaml(tmp_path / "c.yaml") == before, text
+        assert StructPruneConfig.from_dict(parse_yaml(to_yaml(before.to_dict()))) == before, text

@@ -83,20 +83,18 @@ class Command:
             import optimum_structprune
 
             _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
-        for name, how in self.flags.items():
+        for name, of in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
-            place.add_argument(name, **home, **({"help": how} if isinstance(how, str) else how))
+            place.add_argument(name, **home, **({"help": of} if isinstance(of, str) else of))
+        how: dict[str, Any] = {"action": "store_true"}
         text = "Print the result as one JSON document instead of text."
         if self.json_file:
             text += " With a FILE, write the document to it and print the text."
-            group("--json").add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
-            text = "Replace a FILE that exists."
-            group("--overwrite").add_argument("--overwrite", action="store_true", help=text)
-        else:
-            group("--json").add_argument("--json", action="store_true", help=text)
-        quiet = "No progress bars and no notes; warnings stay."
-        group("--quiet").add_argument("--quiet", action="store_true", help=quiet)
+            group("--overwrite").add_argument("--overwrite", help="Replace a FILE that exists.", **how)
+        file: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "FILE"} if self.json_file else how
+        group("--json").add_argument("--json", help=text, **file)
+        group("--quiet").add_argument("--quiet", help="No progress bars and no notes; warnings stay.", **how)
         parser.set_defaults(command=self)
 
 
@@ -187,15 +185,11 @@ def setting(text: str, example: str = "") -> tuple[str, Any]:
     return name, read
 
 
-def whole(least: int = 1) -> Callable[[str], int]:
-    """A function that reads a whole number, `least` or more."""
-
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and int(text) >= least):
-            raise ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
-        return int(text)
-
-    return read
+def whole(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
+    return int(text)
 
 
 def yaml_value(text: str) -> Any:

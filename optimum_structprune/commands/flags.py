@@ -15,9 +15,9 @@ def switch(text: str) -> dict[str, Any]:
     return {"action": "store_true", "help": text}
 
 
-def number(text: str, least: int = 1, **more: Any) -> dict[str, Any]:
-    """A flag with a whole number, `least` or more."""
-    return {"help": text, "metavar": "N", "type": whole(least), **more}
+def number(text: str, **more: Any) -> dict[str, Any]:
+    """A flag with a whole number, 1 or more."""
+    return {"help": text, "metavar": "N", "type": whole, **more}
 
 
 def choice(text: str, among: Collection[str], **more: Any) -> dict[str, Any]:
@@ -75,7 +75,6 @@ QUALITY: Flags = {
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
-    "--show": number("Answers to show (3).", least=0, default=3),
     "--seq-length": number("Tokens per sample (512).", default=512),
     "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
     "--limit": number("Questions at most; by default all of them."),

@@ -116,7 +116,7 @@ def _measured(
     is_judged: bool,
 ) -> tuple[dict[str, Any], list[Evaluation]]:
     """The sizes of all models, and the evaluations of all but the dense one; each is let go before the next."""
-    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show", "pairs")
+    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
     how = {name: vars(args)[name] for name in settings}
     records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     dense, evaluations = None, []

@@ -23,11 +23,9 @@ from .fields import (
     positive,
     proportion,
     read_json,
-    read_yaml,
     seed_of_all,
     share,
     strength,
-    to_yaml,
 )
 from .recovery import RecoveryConfig
 
@@ -122,11 +120,6 @@ def _check_together(config: "StructPruneConfig") -> None:
         raise ValueError(
             f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
             "looks for one shape of all layers; choose allocation='search'"
-        )
-    if config.losses_dir is not None and not config.searches:
-        raise ValueError(
-            f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
-            f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
         )
     if config.checkpoint_dir is not None and config.rounds > 1:
         raise ValueError(
@@ -322,12 +315,3 @@ class StructPruneConfig(WithDomains):
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":
         """Read `structprune_config.json` from a folder."""
         return cls.from_dict(read_json(Path(save_directory) / CONFIG_NAME))
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write a YAML file."""
-        Path(path).write_text(to_yaml(self.to_dict()), encoding="utf-8")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
-        """Read a YAML file."""
-        return cls.from_dict(read_yaml(path))

@@ -19,7 +19,7 @@ from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..pruning.embeddings import Embeddings, passages_of
-from ..record.answers import SHOWN, paired
+from ..record.answers import paired
 from ..record.remarks import measurements_text
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
@@ -58,7 +58,6 @@ class Evaluation(Record):
         answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`.
         figures: The figures of all answers, `{"model": {"right": …, "right_stderr": …, …}, "dense": {…}}`.
         paired: How the figures differ from the dense model's on the same questions, by figure.
-        show: The number of answers that `str` shows.
     """
 
     model: str
@@ -79,7 +78,6 @@ class Evaluation(Record):
     answers: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     paired: dict[str, dict[str, Any]] = field(default_factory=dict)
-    show: int = SHOWN
 
     def __str__(self) -> str:
         """A table of all figures, some answers, and the warnings."""
@@ -132,7 +130,6 @@ def evaluate(
     manifest: Manifest | None = None,
     answers: str | Path | None = None,
     max_new_tokens: int = 120,
-    show: int = SHOWN,
     pairs: Sequence[str | Path] = (),
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one, or the vectors of an encoder against those
@@ -156,7 +153,6 @@ def evaluate(
             there is one.
         answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
         max_new_tokens: The number of tokens in an answer at most.
-        show: The number of answers that the table shows.
         pairs: For encoders, JSON-lines files with a text and its translation in each line, which look for each other.
 
     Raises:
@@ -171,7 +167,7 @@ def evaluate(
     for which, each in models.items():
         check_tokens(each, readers[which])
     numbers = {"num_samples": num_samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}
-    for label, number in {**numbers, "show": show or None}.items():
+    for label, number in numbers.items():
         if number is not None and number < 1:
             raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
     # Everything is read before anything is computed, so that a mistake shows at once.
@@ -188,7 +184,6 @@ def evaluate(
         dense=None if reference is None else reference.model.name_or_path or type(reference.model).__name__,
         seq_length=seq_length,
         prefix=None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix)),
-        show=show,
     )
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)

@@ -309,6 +309,7 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
         "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
         "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
+        "losses_dir": (not config.searches, f"allocation={config.allocation!r} measures no losses"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
     }

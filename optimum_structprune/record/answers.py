@@ -15,7 +15,6 @@ from ..forward.metrics import standard_error
 
 
 Items = Sequence[Mapping[str, Any]]
-SHOWN = 3  # answers in a card or a page
 HELPS = "train the model (--recover), remove tokens in place of channels (--target vocab), or remove less"
 
 
@@ -69,7 +68,7 @@ def remark(items: Items) -> list[str]:
     return [line, *([f"warning: the model {' and '.join(worse)} clearly more; {HELPS}"] if worse else [])]
 
 
-def sample_items(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
+def sample_items(items: Items, count: int = 3) -> list[Mapping[str, Any]]:
     """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
     groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
         pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..forward.metrics import ENOUGH, FEWEST
-from .answers import SHOWN, as_lines, counts, sample_items
+from .answers import as_lines, counts, sample_items
 from .table import as_number, as_text
 
 
@@ -142,7 +142,7 @@ def measurements_text(record: Mapping[str, Any]) -> str:
         lines.append(f"± is the standard error over {FEWEST} samples or more of {record['seq_length']} tokens{head}")
     lines += [TEXTS, *_languages(record)] if record.get("embeddings") else []
     lines += [speed_remark(record)] if record.get("run_memory") else []
-    answers = map(as_lines, sample_items(record.get("answers") or (), record.get("show", SHOWN)))
+    answers = map(as_lines, sample_items(record.get("answers") or ()))
     warnings = map("warning: {}".format, record.get("warnings") or ())
     return "\n\n".join(["\n".join(lines), *answers, *warnings])
 

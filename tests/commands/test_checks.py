@@ -71,7 +71,6 @@ FLAGS = [
     (f"{SHARE} --general-share 1", "error: --general-share has to lie between 0 and 1"),
     (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no share"),
     (f"{SHARE} --general-text builtin:poems", "There is no built-in text 'poems'"),
-    (f"{SHARE} --losses-dir x", "allocation='uniform' measures none"),
     (f"{SHARE} --num-samples 0", "error: --num-samples has to be greater than 0, got 0"),
     (f"{SHARE} --seq-length 0", "error: --seq-length has to be greater than 0, got 0"),
     (f"{SHARE} --batch-size 0", "error: --batch-size has to be greater than 0, got 0"),
@@ -112,7 +111,6 @@ FLAGS = [
     ("evaluate model --text a.jsonl none.txt", "there is no file or folder none.txt"),
     ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
     ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
-    ("evaluate model --answers --show -1", "argument --show: expected a whole number, 0 or more, got '-1'"),
     ("evaluate model model --clock sun", "argument --clock: invalid choice: 'sun'"),
 ]
 # What the model's config shows.

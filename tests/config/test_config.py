@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
-from optimum_structprune.config.fields import by_layer, parse_yaml
+from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml, to_yaml
 from optimum_structprune.record.plan import Plan
 
 
@@ -59,8 +59,7 @@ def test_round_trips(config, tmp_path_factory):
     config.save_pretrained(folder)
     assert (folder / "structprune_config.json").exists()
     assert StructPruneConfig.from_pretrained(folder) == config
-    config.to_yaml(folder / "run.yaml")
-    assert StructPruneConfig.from_yaml(folder / "run.yaml") == config
+    assert StructPruneConfig.from_dict(parse_yaml(to_yaml(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("name", StructPruneConfig.gone)
@@ -92,7 +91,6 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"widths": {"mlp": [24, 32]}, "allocation": "global"}, "what every layer keeps, so allocation='global'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
     ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
-    ({"sparsity": 0.1, "losses_dir": "x"}, "allocation='uniform' measures none"),
     ({"sparsity": 0.2, "recovery": {"merge": False}}, "merge=False leaves an adapter"),
     ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
     ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),
@@ -150,7 +148,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path):
     for content in ("- a\n- b\n", "sparsity: [0.2\n", "", CODE):
         path.write_text(content)
         with pytest.raises(StructPruneError, match="run.yaml"):
-            StructPruneConfig.from_yaml(path)
+            read_yaml(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
 

@@ -217,6 +217,7 @@ TRIED = [
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
     ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
+    ("losses_dir", "losses", {}, False),
     ("damping", 5.0, {"refit": "none"}, False),
     ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
     ("damping", 5.0, {"criterion": "wanda"}, True),
