@@ -12,9 +12,7 @@ NAMED = 3  # so many names in a message
 
 
 class StructPruneError(ValueError):
-    """A mistake in the input. The message names the thing, what it was and the nearest legal choice. Nothing has
-    changed, unless it is an `InPlaceError`.
-    """
+    """A mistake in the input, with the nearest legal choice; only an `InPlaceError` leaves changes."""
 
 
 class InPlaceError(StructPruneError, RuntimeError):

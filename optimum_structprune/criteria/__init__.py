@@ -217,9 +217,7 @@ def reap_sum(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
 
 
 def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
-    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`. `weight` has the shape `(out, n)`, `factor` `(n,
-    n)`.
-    """
+    """Gives ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of each unit u, `(units,)`, by the Cholesky factor of H, `(n, n)`."""
     out, size = weight.shape
     step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
     losses = []

@@ -97,9 +97,7 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
 
 
 def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
-    """The built-in text of all kinds but those of the domains, so that no document is in two domains, and where a run
-    `trims` the vocabulary, but text in many languages.
-    """
+    """Names built-in text of all kinds but those of the domains, and without languages where it `trims`."""
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
     return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+")), *["languages"] * trims])

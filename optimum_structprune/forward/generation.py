@@ -133,9 +133,7 @@ def _generated(
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-    """The likeliest next tokens after a prompt, shape `(batch, 1)`, and the cache that holds it behind what was read
-    before; `ids` has the shape `(batch, prompt)`.
-    """
+    """Reads a prompt, `(batch, prompt)`; gives the likeliest next tokens, `(batch, 1)`, and the cache."""
     more: dict[str, Any] = {"logits_to_keep": 1} if last_logits_only(model) else {}
     if cache is not None and (name := cache_name(model)) is not None:
         more[name] = cache
@@ -156,9 +154,7 @@ def cache_of(output: Mapping[str, Any]) -> Cache:
 
 
 def growing_layers(cache: Cache) -> list[Any]:
-    """The layers of a cache that keep keys and values; others, such as those of linear attention, hold a state whose
-    size no number of tokens changes.
-    """
+    """Gives the layers of a cache that keep keys and values, and no state of a fixed size."""
     layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
 
@@ -178,9 +174,7 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
 
 
 def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterable[nn.Parameter]) -> int:
-    """The number of values in the matrices among some parameters of a model, and of stacked experts in as many as a
-    token goes through.
-    """
+    """Counts the values in matrices among parameters; of stacked experts those that a token goes through."""
     chosen = {
         id(stacked): space.min_size
         for space in arch.of(EXPERT)

@@ -100,9 +100,7 @@ def row_losses(
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
-    """Mean divergence KL(teacher‖model) per position in nats, fp32, or that of each position; both logits have the
-    shape `(..., vocab)`.
-    """
+    """Gives KL(teacher‖model) in nats of logits `(..., vocab)`, as the mean or of each position, fp32."""
     student_log, teacher_log = (values.float().log_softmax(-1) for values in (logits, teacher.detach()))
     each = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     return each.mean() if mean else each
@@ -248,9 +246,7 @@ def _next_token_logits(
 
 
 def _head(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """What makes the logits of the base model's output; None where the model does more to them than its head, see
-    `plain_head`.
-    """
+    """Gives what makes logits of the base model's output; None unless that is the `plain_head` alone."""
     return partial(_head_logits, model.get_output_embeddings()) if plain_head(model, ids) else None
 
 
@@ -273,9 +269,7 @@ def plain_head(model: Any, ids: Tensor) -> bool:
 
 
 def _closeness(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over tokens of the divergence, and how often both find the same one likeliest, fp64; shapes `(tokens,
-    vocab)`.
-    """
+    """Sums the divergence of logits, `(tokens, vocab)`, and how often the likeliest agree, fp64."""
     agreed = (logits.argmax(-1) == dense.argmax(-1)).sum()
     return (divergence(logits, dense) * len(logits)).double(), agreed.double()
 

@@ -161,9 +161,7 @@ class Mixer:
 
 
 def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weights: Sequence[Tensor]) -> list[Moments]:
-    """The moments of the mixture of the domains for each consumer, whose dense weights have the shape `(out, n)`;
-    `by_domain` gives those of one domain after the other.
-    """
+    """Mixes the moments of the domains for each consumer, whose dense weights have the shape `(out, n)`."""
     mixers = [Mixer(weight) for weight in weights]
     for share, of_domain in zip(shares, by_domain, strict=True):
         for mixer, moments in zip(mixers, of_domain, strict=True):

@@ -70,9 +70,7 @@ class Gain(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments that the model calls one layer with, without the hidden states, which are given `by_name`, as
-    `hidden_states`, or as the first argument.
-    """
+    """The arguments of a call of a layer beside the hidden states, which come first or `by_name`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -97,8 +95,9 @@ def input_device(model: Any) -> torch.device:
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
-    """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
-    reads on both sides. Of a model with two towers that of text runs, and what else a model asks for is random.
+    """Runs a model over a batch, `(batch, seq_length)`, which an encoder-decoder reads on both sides.
+
+    Of a model with two towers that of text runs, and what else a model asks for is random.
     """
     config, ids = model.config, ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
     if config.is_encoder_decoder:
@@ -177,9 +176,7 @@ def noise_like(hidden: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """Where activations come from, layer by layer: what the loop asks for. A source that has nothing to do for some of
-    it derives from this class.
-    """
+    """Where activations come from, layer by layer; a source that skips some of it derives from this."""
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
@@ -393,9 +390,7 @@ class InMemory(Source):
         return layer_list(self.model, self.arch)[layer]
 
     def _parts_to_cache(self, layer: int) -> list[str]:
-        """The parts of a layer that are large or change, whose outputs are kept where they run in front of all that
-        change; none where outputs are not to be kept.
-        """
+        """Lists the parts of a layer that are large or change, if outputs in front of the changes are kept."""
         module = self.module(layer)
         parts = dict(module.named_children())
         # A hook cannot see when the layer uses a parameter of no part.

@@ -57,9 +57,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> No
 
 @torch.no_grad()
 def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Some rows and columns of a matrix as a new one, made without a copy of whole rows. `matrix` has the shape `(m,
-    n)`.
-    """
+    """Copies some rows and columns of a matrix, `(m, n)`, without a copy of whole rows."""
     part = matrix.new_empty(len(rows), len(columns))
     for target, panel in zip(part.split(PANEL), rows.split(PANEL), strict=True):
         target.copy_(matrix[panel].index_select(1, columns))

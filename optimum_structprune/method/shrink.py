@@ -34,9 +34,7 @@ def read_consumer(model: nn.Module, axis: Axis, dtype: torch.dtype | None = torc
 
 @torch.no_grad()
 def write_consumer_(model: nn.Module, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a consumer new columns and zeros everywhere else: the layer then computes what the smaller layer will.
-    `weight` has the shape `(out, kept)`, `bias` `(out,)`.
-    """
+    """Give a consumer new columns, `weight` of shape `(out, kept)`, a bias, and zeros elsewhere."""
     present, old = _views(model, axis)
     present.zero_()
     present[:, columns] = weight.to(present)
@@ -142,9 +140,7 @@ class Cut(NamedTuple):
 def slice_tensors(
     tensors: Mapping[str, Tensor], spaces: Collection[Space], keep: Keep, device: str | None = None
 ) -> dict[str, Tensor]:
-    """Cut tensors, by the names of parameters, down to the units that are kept; the results are on the `device`, and
-    where none is given, each stays where it is.
-    """
+    """Cut tensors by name down to the kept units; the results are on `device`, by default where each is."""
     cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
         for axis in space.axes if space.key in keep else ():

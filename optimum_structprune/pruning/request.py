@@ -199,9 +199,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
 
 
 def _check_model(request: Request) -> None:
-    """Refuse a Trainer on weights that are packed or offloaded, samples that are too long for the model, and a head
-    that cannot be asked, as it will be once the model has shrunk.
-    """
+    """Refuse a Trainer on packed or offloaded weights, samples too long, and a head that takes more."""
     config, described, use, has_inputs = request.config, request.described, request.use, request.inputs is not None
     if use == TRAINER and described.quantized:
         raise StructPruneError(

@@ -67,9 +67,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
 
 
 class Block(NamedTuple):
-    """A consumer among several whose outputs are added, and what it reads of the call with a number: the numbers of
-    the tokens and its inputs, shape `(tokens, n)`.
-    """
+    """A consumer whose output is added to others', and the tokens and inputs, `(tokens, n)`, of a call."""
 
     axis: Axis
     inputs: Callable[[int], tuple[Tensor, Tensor]]
@@ -142,9 +140,7 @@ class ExpertRefit:
         self.targets.append(target)
 
     def scales(self) -> list[float]:
-        """The root of the weight that a token of each batch has: the mean over tokens is 1, and a domain counts by its
-        share of the mixture, relative to its output energy.
-        """
+        """Gives the root of each token's weight by batch; domains count by share over dense output energy."""
         all_reduce_([self.energy])
         energy, count = self.energy.unbind(1)
         weights = torch.tensor(self.data.shares).double() * count / energy.where(energy > 0, torch.inf)
@@ -185,9 +181,7 @@ class ExpertRefit:
         refit_blocks_(self.source.layers.model, blocks, residual, self.source.layers.ranks)
 
     def _shared(self) -> list[tuple[Axis, float]]:
-        """The consumers of the shared experts, which are in the same module as the experts, and their gains as
-        multiples of that of the experts.
-        """
+        """Gives the consumers of shared experts in the module of the experts, and their relative gains."""
         prefix = f"{self.name.rpartition('.')[0]}."
         found: list[tuple[Axis, float]] = []
         for space in self.source.layers.arch.at(self.layer) if self.gain is not None else ():

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 
 def remove_layers_(run: Run, step: Step) -> Plan:
-    """Take out the layers that matter least to the model as it is now, by the config's criterion where it scores whole
-    layers, and by block influence otherwise.
-    """
+    """Take out the layers that matter least now, by the config's criterion for layers or block influence."""
     with run.report.timed("layers"):
         criterion, scores_by_domain = criterion_of(run.config.scored_by, LAYER), []
         for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
@@ -70,9 +68,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
 
 
 def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
-    """What some layers, one after the other, make of a few tokens; where they cannot run one by one, what the whole
-    model makes of them.
-    """
+    """Runs layers one after the other on a few tokens, or the whole model where they cannot run so."""
     source = layers_of(model, arch, [Batch(0, few_inputs(model))])
     if not isinstance(source, InMemory):
         return outputs_for(model)

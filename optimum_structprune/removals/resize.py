@@ -1,6 +1,4 @@
-"""Whole models of other sizes: fewer layers, other widths, a narrower residual stream, fewer tokens; and the state of
-their optimizers.
-"""
+"""Gives whole models other sizes, and cuts the state of their optimizers."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
 
 @torch.no_grad()
 def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Give every layer the largest width of its kind; the columns that consumers get are zero, so that whatever the
-    added units compute has no effect.
-    """
+    """Give every layer the largest width of its kind; zeros in the consumers keep the outputs the same."""
     largest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
     state = model.state_dict()
     places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -226,9 +222,7 @@ def _scaled_state(
 
 @torch.no_grad()
 def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied. Ids in
-    `keep` that have no rows come last.
-    """
+    """Remove all tokens but those in `keep`, numbered anew from 0; ids there without rows come last."""
     space, tensors = arch.of(VOCAB)[0], model.state_dict(keep_vars=True)
     config = shrunk_config(model.config, arch, {VOCAB: bisect_left(keep, space.size)}, stay=keep)
     if (generation := getattr(model, "generation_config", None)) is not None:

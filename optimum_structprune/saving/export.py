@@ -29,9 +29,7 @@ from .save import RECORD_NAMES, check_reload, save_checked
 
 @dataclass(frozen=True)
 class Padding:
-    """What one width for all layers costs: the parameters of the non-uniform, of the padded and, where it is known, of
-    the dense model, and the bytes of those that were added.
-    """
+    """Parameters before and after padding, of the dense model where known, and the bytes that were added."""
 
     before: int
     after: int

@@ -1,6 +1,4 @@
-"""Writes a pruned model to disk with what lies beside the dense one, and only calls it saved once plain
-`from_pretrained` has read it back.
-"""
+"""Writes a pruned model and its records to disk, and checks that `from_pretrained` reads it back."""
 
 from __future__ import annotations
 
@@ -231,9 +229,7 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
 
 
 def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: Set[tuple[str, str]]) -> None:
-    """Write into the configs of modules how many channels, or tokens, the model has now where it had `sizes`, and the
-    ids of its tokens; name the weights that do not fit.
-    """
+    """Write the present sizes and token ids into the configs of modules; name weights that do not fit."""
     narrower, config, result = False, model.config.get_text_config(), getattr(model, "prune_result", None)
     kept = None if result is None else result.plan.keep.get((MODEL, VOCAB))
     new = {old: number for number, old in enumerate(kept or ())}

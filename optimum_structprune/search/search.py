@@ -1,6 +1,4 @@
-"""The final shape of a run: as its config says, by scores of all units, or by measured losses, which propose a few
-shapes that short prunings on trial decide between.
-"""
+"""Chooses the final shape of a run by scores of all units or by measured losses and short prunings."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ class Candidate:
 
 
 def choose_shape(run: Run, widths: Widths) -> Widths:
-    """The shape that a run brings its model to where its config gives no widths by layer: of the same total, from
-    scores of all units or from measured losses.
-    """
+    """Chooses a shape of the same total as `widths`, by scores of all units or by measured losses."""
     if run.config.searches:
         return searched_shape(run)
     rank = ALLOCATIONS.get(run.config.allocation)
@@ -187,9 +183,7 @@ class Search:
         return lambda widths: removed_parameters(self.arch, widths) >= need
 
     def loss(self, widths: Widths, probe: Probe) -> float:
-        """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN. The
-        model is only masked, and comes back as it was.
-        """
+        """Measures the loss of a shape after a pruning on some samples, which is undone; NaN is infinite."""
         data, masks = self.data.portion(TRIAL_TOKENS), Masks(self.model, self.arch)
         source = data.source(self.model, self.arch, data.config.feedback)
         layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")

@@ -62,9 +62,7 @@ class Probe:
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
-        """The probe of about so many tokens of the text that a run makes its choices on: as many of every domain, the
-        beginnings of its samples.
-        """
+        """Gives a probe of so many tokens: the beginnings of samples, as many tokens of each domain."""
         per_domain = ceil(tokens / len(data.domains))
         # Each sample has 128 tokens: the first ones, with little in front of them, say less.
         counts = [min(max(per_domain // 128, 1), len(domain.trial)) for domain in data.domains]

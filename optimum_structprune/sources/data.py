@@ -128,9 +128,7 @@ class CalibrationData:
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
     def method(self, model: PreTrainedModel, arch: ArchSpec, refit: str | None = None) -> Method:
-        """How the config has the units of a model scored and refitted, or with another refit; the criterion may run
-        the whole model for that.
-        """
+        """Says how units are scored and refitted; some criteria run the whole model for that."""
         config, refit = self.config, refit or self.config.refit
         criterion = CRITERIA.get(config.scored_by)
         whole = criterion.whole_model_statistics

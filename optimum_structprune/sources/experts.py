@@ -85,9 +85,7 @@ class WithExperts(Source):
 
     @torch.no_grad()
     def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
-        """What an experts module is called with while each batch runs; `see` gets None for the output of a layer that
-        does not run by itself.
-        """
+        """Gives the calls of an experts module by batch; `see` gets None for layers that do not run alone."""
         calls: list[Routed] = []
         outputs: list[Tensor] = []
         batch = self.layers.batches[0]
@@ -106,9 +104,7 @@ class WithExperts(Source):
 
 @torch.no_grad()
 def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
-    """What one expert's consumer reads for these tokens; it is computed again, since the stacked forward hides it.
-    `hidden` has the shape `(tokens, hidden)`.
-    """
+    """Computes again what an expert's consumer reads for tokens; `hidden` is `(tokens, hidden)`."""
     axis = space.producers[0]
     leaf = axis.param.rpartition(".")[2]
     weight = experts.get_parameter(leaf)[axis.part].movedim(axis.dim - 1, 0)

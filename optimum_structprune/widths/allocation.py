@@ -69,9 +69,7 @@ def legal_widths(
 
 
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
-    """The spaces that a config names, of which a model has to have each, or those of the default that it has: all
-    channels inside the layers where it has none of them.
-    """
+    """Lists the spaces that a config names, or those of the default that the model has."""
     names = list(config.shrinking if config.widths is None else config.widths)
     if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
         names = [name for name in names if arch.of(name)] or list(arch.channels) or names
