@@ -138,9 +138,7 @@ def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value in the types of JSON: sets become sorted lists, other objects their text, and null what is not
-    finite, since JSON has neither the `NaN` nor the `Infinity` that Python would write.
-    """
+    """Gives a value in the types of JSON: sets as sorted lists, numbers that are not finite as null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):

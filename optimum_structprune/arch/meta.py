@@ -23,10 +23,10 @@ from transformers.utils import cached_file
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
 from .families import family_of
+from .modules import embedding_of
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
-from .token_space import embedding_of
 
 
 # The file by which sentence-transformers knows its folders.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -126,3 +127,11 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
         for key, value in vars(twins.get(name, module)).items():
             if key in vars(module) and (type(value) is int or isinstance(value, PretrainedConfig)):
                 setattr(module, key, value)
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """Finds the embedding of a model's tokens, which the class of a model with two towers does not name."""
+    with suppress(NotImplementedError):
+        return model.get_input_embeddings()
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return next((part for part in model.modules() if getattr(part, "num_embeddings", 0) == size), None)

@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import ResidualTemplate, Template
+from .modules import embedding_of
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space
-from .token_space import SIZE, SIZE_PER_LAYER, embedding_of
+from .token_space import SIZE, SIZE_PER_LAYER
 
 
 TensorShapes = Mapping[str, tuple[int, ...]]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
+from .modules import embedding_of
 
 
 SIZE = "vocab_size"
@@ -26,14 +26,6 @@ PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_
 
 # The parts of a config that number the tokens of its model.
 TEXT = ("text_config", "decoder")
-
-
-def embedding_of(model: PreTrainedModel) -> nn.Module | None:
-    """Finds the embedding of a model's tokens, which the class of a model with two towers does not name."""
-    with suppress(NotImplementedError):
-        return model.get_input_embeddings()
-    size = getattr(model.config.get_text_config(), SIZE, None)
-    return next((part for part in model.modules() if getattr(part, "num_embeddings", 0) == size), None)
 
 
 def renumber_(

@@ -1,7 +1,4 @@
-"""Flags, and the configs that they become: a field of a config is a flag, with its help from the `Args` of the
-docstring, and a value in YAML that the config judges; configs are imported inside functions, since `optimum-cli`
-imports this on every call.
-"""
+"""Flags, and the configs that they become: each field of a config is a flag, with help from its docstring."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where the output of a command goes: the result to the standard output, and everything else to the standard error.
-Libraries are imported inside functions, because `optimum-cli` imports this module on every call.
-"""
+"""Where output goes: the result to the standard output, everything else to the standard error."""
 
 from __future__ import annotations
 

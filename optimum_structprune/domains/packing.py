@@ -114,9 +114,7 @@ class DocumentPool:
         self._rest = self._noted(stream)
 
     def take(self, frame: SampleFormat, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
-        """Documents with `need` tokens or more for one use, as far as there are any; `uses` is by hash, and grows.
-        A document is set aside once, however often the text repeats it.
-        """
+        """Gives documents with `need` tokens for one use, each once; `uses` by hash grows."""
         passed: list[Tokens] = []
         taken = frame.take(self._fitting(use, uses, passed), need)
         self._rest = chain(passed, self._rest)

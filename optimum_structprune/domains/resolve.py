@@ -86,9 +86,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """A config with general text, where it names other text and says nothing of general text: the model writes it, or
-    it is built-in where tokens go, since a model writes in all languages that it knows.
-    """
+    """Adds general text to other text, if nothing is said of it: the model's own, or built-in where tokens go."""
     domains = config.domains or []
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:

@@ -256,9 +256,7 @@ def _head_logits(head: Any, hidden: Tensor) -> Tensor:
 
 
 def plain_head(model: Any, ids: Tensor) -> bool:
-    """Whether a model's logits are what its head makes of the base model's output, tried on a few tokens: the head
-    does not run on all tokens at once then, as the logits of a large vocabulary may take more memory than the model.
-    """
+    """Tells, by a few tokens, whether the head alone makes logits, so that it need not run on all at once."""
     head, base = model.get_output_embeddings(), model.base_model
     if base is model or head is None or head.weight.is_meta or model.config.is_encoder_decoder:
         return False

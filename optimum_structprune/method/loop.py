@@ -139,9 +139,7 @@ def choose_units(
     dense: Sequence[Values],
     moments: Sequence[Moments],
 ) -> tuple[int, ...]:
-    """The units with the highest scores of those that are `present`, or those that the criterion takes in their place.
-    `dense` are the values of the dense consumers, and `moments` of what they read.
-    """
+    """Chooses the `present` units with the highest scores, or those that the criterion takes instead."""
     keep = tuple(present[unit] for unit in best_units(scores, width))
     refine = method.criterion.refine_selection
     if refine is None or len(space.consumers) > 1:  # what a set of units is worth is known of one consumer only

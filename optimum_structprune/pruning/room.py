@@ -167,9 +167,7 @@ def check_room(request: Request, inplace: bool) -> None:
 
 
 def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> CalibrationData:
-    """The data with a batch size that fits, where the config says `batch_size="auto"`: the largest of `MOST`, its half
-    and so on by the estimate, and on a GPU by accelerate's `find_executable_batch_size`, which runs it.
-    """
+    """Gives the data the largest batch size up to `MOST` that fits, where the config says `auto`."""
     if data.config.batch_size != AUTO:
         return data
     described = ModelInfo(arch, model, compute_device(model), offloaded=is_offloaded(model))

@@ -309,9 +309,7 @@ def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str |
 
 
 def pre_tokenizer(parts: Mapping[str, Any]) -> str:
-    """llama.cpp's name for what a byte-level tokenizer does before its merges, by the steps themselves: the hash by
-    which its own converter knows a tokenizer changes with the vocabulary.
-    """
+    """Names in llama.cpp's words the steps before a byte-level tokenizer's merges, by what they do."""
     step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     kinds = tuple(_kind(step) for step in steps)

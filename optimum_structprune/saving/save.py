@@ -105,9 +105,7 @@ def save_checked(
     check: Callable[[Any, Path], Any],
     used: Iterable[str | Path | None] = (),
 ) -> None:
-    """Save a model; the folder appears only once the model has been read back, see `Output`. Of several processes the
-    first one saves, and the others wait for it and fail if it fails.
-    """
+    """Save a model, see `Output`; of several processes the first one saves, and all fail if it fails."""
     check_tokens(model, tokenizer)
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
     from peft import PeftModel  # late, as it takes a second

@@ -119,9 +119,7 @@ class Search:
         return list(distinct.values())
 
     def _layer_by_layer(self, curves: Curves) -> list[Candidate]:
-        """The widths of each layer by one ranking of all units by what they lose, and those halfway to one width,
-        since layers that each give up much lose more together than they do one at a time.
-        """
+        """Gives widths by one ranking of all units, and halfway to one width, as losses add up to more."""
         scores = {key: self._scores(key, curve) for key, curve in curves.items()}
         best, most, beyond = self._ranked(scores), max(float(of.max()) for of in scores.values()), {}
         for key, of_units in scores.items():

@@ -71,9 +71,7 @@ class CalibrationData:
         reader: PreTrainedTokenizerBase,
         seen: Manifest | None,
     ) -> CalibrationData:
-        """The same text in tokens of the `reader`, without what is held out here; the model writes with the
-        `tokenizer` that has read it first, and has `seen` the text of earlier runs.
-        """
+        """Reads the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
         from ..domains.load import load_domains
 
         seen = self.manifest(tokenizer).after(seen)

@@ -20,9 +20,7 @@ from ..method.shrink import check_same
 
 
 class WholeModel(Source):
-    """Observes every consumer in the same pass, on the model as it stands when the first moments are asked for; the
-    moments of all domains and layers are in memory, and nothing new is reached between layers.
-    """
+    """Observes every consumer in one pass over the present model; all moments are in memory."""
 
     error_feedback = 0.0
 

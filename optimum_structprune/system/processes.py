@@ -1,6 +1,4 @@
-"""Several processes that share one pruning: each runs a part of the samples, and sums are taken over all of them.
-Nothing is shared unless the program says so with `across_processes`.
-"""
+"""Several processes share one pruning, each with a part of the samples, inside `across_processes`."""
 
 from __future__ import annotations
 

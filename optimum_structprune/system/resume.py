@@ -30,9 +30,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resume:
-    """A folder that remembers how far one run has come with one kind of work, such as `layer`: the state, which
-    names its files, replaces the former one in one step. `key` tells runs apart.
-    """
+    """A folder that remembers how far a run, told by `key`, has come with one kind of work."""
 
     folder: Path
     key: str

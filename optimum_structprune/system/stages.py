@@ -42,9 +42,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Give a line to the logger here where its level shows it, else to the standard error where bars are shown, unless
-    one is being drawn there, such as the Trainer's, which a line would break up.
-    """
+    """Give a line to the logger here, or to the standard error where bars are shown and none is drawn."""
     _said[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)

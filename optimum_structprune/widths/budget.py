@@ -42,9 +42,7 @@ def _within_budget(
     legal: Mapping[str, Sequence[int]],
     scores: Mapping[tuple[int, str], Tensor] | None,
 ) -> Widths:
-    """The largest widths that keep to a budget: one unit more would exceed it, where `round_to` is 1 (with other
-    allocations than `uniform`, to within the cheapest step of one layer).
-    """
+    """Finds the largest widths that keep to a budget, to within the cheapest step."""
     budget = budget_of(config, arch, model, legal)
     cost, dense, limit = budget.cost, budget.dense, budget.limit
     if budget.name == CACHE:
