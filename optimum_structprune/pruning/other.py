@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
 from ..domains.load import can_write
+from ..domains.manifest import JUDGED, Entry
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.resolve import builtin_beside, resolve, texts_of
 from ..domains.sources import documents
@@ -26,9 +28,9 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, a sixth of their number,
-# which takes about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
-MOST, SHARE, ROW = 4096, 6, 57
+# So many tokens of other text are measured at most, and in a run that calibrates on few, an eighth of their number, in
+# about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
+MOST, SHARE, ROW = 4096, 8, 57
 # A run that calibrates on fewer tokens is a trial, and no model writes for it.
 LEAST_READ = 4096
 # Of so many times the documents that are needed, some are long enough.
@@ -37,11 +39,25 @@ REACHABLE = 3.0  # seconds in which the Hub answers, or does without
 HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
 
 
+class OtherText(NamedTuple):
+    """Where other text is from, the beginnings of its documents, shape `(tokens,)` behind a prefix, and hashes."""
+
+    source: str
+    rows: list[Tensor]
+    documents: list[str]
+
+    @property
+    def entry(self) -> Entry:
+        """The entry of a manifest, by which nothing counts or reads this text."""
+        rows = torch.stack(self.rows)
+        return Entry.of(Domain(OTHER, 0.0, rows[:0], rows, heldout_documents=(*self.documents,)), JUDGED)
+
+
 def other_text(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain]
-) -> tuple[str, list[Tensor]]:
-    """Where other text is from, and the beginnings of its documents, shape `(tokens,)` behind a prefix; none if no
-    source has enough. Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
+) -> OtherText:
+    """Other text, without rows if no source has enough: text of the Hub is best, then the model's own, and built-in
+    text, which is simple, comes last.
     """
     used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
     read = sum(domain.samples.numel() for domain in domains)
@@ -60,18 +76,18 @@ def other_text(
         with suppress(StructPruneError):  # no network, or a model that writes nothing of use
             rows = _rows(islice(texts(), PATIENCE * count), tokenizer, row, used)
             if len(found := [*islice(rows, count)]) >= min(count, FEWEST):
-                return where, found
-    return BUILTIN, []
+                return OtherText(where, *map(list, zip(*found, strict=True)))
+    return OtherText(BUILTIN, [], [])
 
 
 def _rows(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, used: Collection[str]
-) -> Iterator[Tensor]:
-    """The beginnings of texts that are long enough and that no run has `used`, by their hashes."""
+) -> Iterator[tuple[Tensor, str]]:
+    """The beginnings of texts that are long enough and not `used`, and their hashes."""
     for text in texts:
-        ids = tokenize_with_prefix(text, tokenizer)
-        if len(ids) >= length and document_hash(text) not in used:
-            yield torch.tensor(ids[:length])
+        ids, name = tokenize_with_prefix(text, tokenizer), document_hash(text)
+        if len(ids) >= length and name not in used:
+            yield torch.tensor(ids[:length]), name
 
 
 def _written(

@@ -29,7 +29,6 @@ from ..system.processes import unshared
 from ..system.stages import progress
 from ..widths.budget import biased_spaces
 from .measure import OTHER, Measure
-from .other import other_text, respelled
 
 
 if TYPE_CHECKING:
@@ -124,20 +123,24 @@ class Run:
         """Rows of other text, which the dense model may write; none where a program gave inputs."""
         if self.dense_tokenizer is None or self.data.domains[0].origin is None:
             return ()
+        from .other import other_text
+
         with self.report.timed("other text"):
-            where, rows = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
-        self.report.other = {"source": where}
-        return rows
+            found = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
+        self.report.other = {"source": found.source}
+        self.entries += [found.entry] if found.rows else []
+        return found.rows
 
     def compare(self) -> None:
         """Measure the model as it is now."""
         if self.measure is not None:
             with self.report.timed("perplexity"):
                 self.measure.after(self.model, self.arch, self.report)
-                of = self.measure.texts.get(OTHER) if isinstance(self.measure, Measure) else None
-                if of is not None and self.report.trimmed:
-                    assert self.dense_tokenizer is not None and self.tokenizer is not None
-                    self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
+            if isinstance(self.measure, Measure) and self.report.trimmed and (of := self.measure.texts.get(OTHER)):
+                from .other import respelled
+
+                assert self.dense_tokenizer is not None and self.tokenizer is not None
+                self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
 
     def recover(self) -> None:
         """Train the model as the config says."""

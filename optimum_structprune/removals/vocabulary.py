@@ -31,7 +31,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest) -> Widths:
     data, tokenizer = run.data, run.dense_tokenizer
     assert tokenizer is not None
     # What is held out, or choices are made on, tells nothing if it is counted.
-    aside = {name for name, use in data.manifest(tokenizer).after(run.seen).uses().items() if use != USED}
+    aside = {name for name, use in run.manifest().uses().items() if use != USED}
     with run.report.timed("vocabulary"):
         choice = choose_tokens(request, run.config, tokenizer, data.domains, aside)
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
@@ -52,7 +52,7 @@ def _cut_(run: Run, choice: Choice) -> None:
     assert dense_tokenizer is not None
     kept = choice.keep[: choice.number]
     with report.timed("domains"):
-        run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.seen)
+        run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.manifest())
     if run.measure is not None:
         run.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True

@@ -45,11 +45,12 @@ def read(writer, **fields):
 def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, reads, source):
     monkeypatch.setattr(other, "LEAST_READ", reads)
     domains = [DomainConfig(name="a", source=source)]
-    (_, _, tokenizer, loaded), (where, rows) = read(writer, domains=domains, general_share=0.0, rounds=2)
+    (_, _, tokenizer, loaded), (where, rows, names) = read(writer, domains=domains, general_share=0.0)
     assert where == ("built-in" if reads else "model-written")
     assert len(rows) >= FEWEST and {len(row) for row in rows} == {17}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
-    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.pool, of.trial]))
+    assert not {*names} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
+    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.trial]))
     assert [text for row in rows if (text := tokenizer.decode(row[1:])) in chose] == []
 
 
@@ -60,8 +61,8 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     pruner.prune_model(model, tokenizer)
     measured = pruner.report.other
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert measured["source"] == "model-written" and measured["tokens"] == 128 and measured["stderr"]["ratio"] < 1e-4
-    assert "perplexity other text, model-written (128 tokens)" in str(pruner.report)
+    assert measured["source"] == "model-written" and measured["tokens"] == 96 and measured["stderr"]["ratio"] < 1e-4
+    assert "perplexity other text, model-written (96 tokens)" in str(pruner.report)
     assert "other text x 1.00" in str(pruner.report)
 
 
@@ -69,12 +70,15 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     def pruned():
         pruner = StructPruner(settings(sparsity=None, widths={"vocab": 350, "mlp": 1024}))
         model = pruner.prune_model(*writer)
-        return model.state_dict(), pruner.report
+        return model.state_dict(), pruner.report, pruner.manifest
 
-    before, with_text = pruned()
+    before, with_text, manifest = pruned()
     monkeypatch.setattr(other, "PATIENCE", 0)  # no document of any source
-    after, without = pruned()
+    after, without, _ = pruned()
     assert all(torch.equal(of, after[name]) for name, of in before.items())
+    used = manifest.domains
+    (judged,) = ({*of.heldout_documents} for of in used if of.use == "judged by")
+    assert judged and not any(judged & {*of.documents} for of in used)
     assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
     assert not without.other.get("tokens") and "was not measured" in str(without)
     assert "other text x" not in str(without)
@@ -100,9 +104,9 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     with monkeypatch.context() as patch:
         patch.setattr(other, "documents", documents)
         patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: None)
-        _, (where, rows) = read(writer)
+        _, (where, rows, _) = read(writer)
         assert where == "from the Hub" and len(asked) == 10
-        _, (_, again) = read(writer)  # it is kept on the disk
+        _, (_, again, _) = read(writer)  # it is kept on the disk
         assert len(asked) == 10 and all(map(torch.equal, rows, again))
         # Text of the Hub is in no language that was named.
         assert read(writer, languages=["de"])[1][0] == "model-written"
@@ -115,7 +119,7 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     assert read(writer)[1][0] == "model-written"
     monkeypatch.setattr(generated, "MIN_TOKENS", 10**6)  # nothing that it writes is of use
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
-    _, (where, rows) = read(writer)
+    _, (where, rows, _) = read(writer)
     assert where == "built-in" and rows
     built_in = {"other": {"source": where, "tokens": 5}}
     assert any("simpler than most" in line for line in remarks(built_in))

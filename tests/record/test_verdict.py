@@ -157,6 +157,11 @@ def test_other_text_decides_with_the_kinds_that_a_run_has_read(ratio, other, exp
     assert level(of) == expected and f"other text x {other:.2f}" in verdict(of)[0]
 
 
+def test_built_in_text_proves_no_model_good_on_other_text():
+    of = report([1.0], other=1.0)
+    assert level(of) == 0 and level({**of, "other": {**of["other"], "source": "built-in"}}) == 1
+
+
 @given(st.floats(0.9, 3), st.integers(0, 16), st.floats(0.9, 3), st.floats(1, 2))
 def test_no_verdict_gets_better_when_other_text_gets_worse(ratio, kept, other, factor):
     assert level(report([ratio], kept, other=other * factor)) >= level(report([ratio], kept, other=other))
