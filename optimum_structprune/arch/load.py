@@ -82,7 +82,7 @@ class ModelInfo:
         plain_model = model
         if quantized:
             plain_model = skeleton(model, model.config)
-            plain_model.generation_config = getattr(model, "generation_config", None)  # type: ignore[assignment]
+            vars(plain_model)["generation_config"] = getattr(model, "generation_config", None)
         arch = describe(plain_model, arch_file)
         _check_whole(plain_model, arch)
         return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))

@@ -239,17 +239,15 @@ def reads_text(model: PreTrainedModel) -> bool:
 
 def reads_images(model: Any) -> bool:
     """Whether a model reads images alone."""
-    return getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(
-        embedding_of(model), nn.Embedding
-    )
+    images = getattr(model, "main_input_name", "") == "pixel_values"
+    return images and not isinstance(embedding_of(model), nn.Embedding)
 
 
 def random_image(config: Any, images: int = 1) -> torch.Tensor:
-    """Gives random images of the size that a config says, shape `(images, channels, size, size)`."""
+    """Gives random images as a config describes them, shape `(images, channels, size, size)`."""
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return torch.randn(
-        images, getattr(config, "num_channels", 3), size, size, generator=torch.Generator().manual_seed(0)
-    )
+    shape = (images, getattr(config, "num_channels", 3), size, size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:

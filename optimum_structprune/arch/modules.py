@@ -129,7 +129,7 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
                 setattr(module, key, value)
 
 
-def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+def embedding_of(model: PreTrainedModel) -> Any:
     """Finds the embedding of a model's tokens, which the class of a model with two towers does not name."""
     with suppress(NotImplementedError):
         return model.get_input_embeddings()

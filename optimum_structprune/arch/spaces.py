@@ -275,9 +275,9 @@ def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorSha
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
     """The vocabulary of a model whose text `config` describes; None where it has no rows that tokens could lose."""
     size, embedding, head = getattr(config, SIZE, None), embedding_of(model), model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
     if head is None:  # BLIP does not name its own
-        linear = (part for part in model.modules() if isinstance(part, nn.Linear))
-        head = next((part for part in linear if part.weight is getattr(embedding, "weight", None)), None)  # type: ignore[assignment]
+        head = next((of for of in model.modules() if isinstance(of, nn.Linear) and of.weight is weight), None)
     tensors = model.state_dict(keep_vars=True)
     rows = {id(weight) for part in (embedding, head) if isinstance(weight := getattr(part, "weight", None), Tensor)}
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]

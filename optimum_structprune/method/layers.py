@@ -105,8 +105,8 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     elif hasattr(config.get_text_config(), "use_cache"):
         options |= {"use_cache": False}
     with hooks.in_fast_dtype(blocks(model)):
-        if (features := getattr(model, "get_text_features", None)) is not None:
-            return features(ids)
+        if (tower := getattr(model, "get_text_features", None)) is not None:
+            return tower(ids)
         if ids.is_floating_point() or not (others := beside_text(model, ids)):
             return model(ids, **options)
         return model(**others, **({} if config.is_encoder_decoder else {"input_ids": ids}), **options)

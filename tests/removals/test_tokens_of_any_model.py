@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 import transformers
-from models import GROUPED, PLAIN, SLIDING, T5, TOKENS, config, random_model, real_text_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from helpers import error_line
+from models import GROUPED, PATCHES, PLAIN, SLIDING, T5, TOKENS, config, random_model, real_text_model
+from quantized import Packed, Quantizer, quantized
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run
 from optimum_structprune.arch.load import describe
@@ -36,6 +39,21 @@ MODELS = [
     ("Qwen3Model", "qwen3", GROUPED),
     ("LlamaForSequenceClassification", "llama", {**GROUPED, "num_labels": 3}),
     ("LlamaForTokenClassification", "llama", {**GROUPED, "num_labels": 3}),
+]
+WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 256}
+SPEECH = {**WHISPER, "input_feat_per_channel": 8, "conv_channels": 16}
+TOWERS = {
+    "text_config": {**TOKENS, **PLAIN, "projection_size": 16, "vocab_size": 400, "max_position_embeddings": 48},
+    "projection_dim": 8,
+}
+SEEN = {**TOWERS, "vision_config": PATCHES}
+# The same for models that read more than text, with the shape of what they read beside it.
+READ_MORE = [
+    ("WhisperForConditionalGeneration", "whisper", WHISPER, {"input_features": (1, 8, 24)}),
+    ("Speech2TextForConditionalGeneration", "speech_to_text", SPEECH, {"input_features": (1, 12, 8)}),
+    ("CLIPModel", "clip", SEEN, {"pixel_values": (1, 3, 8, 8)}),
+    ("SiglipModel", "siglip", SEEN, {"pixel_values": (1, 3, 8, 8)}),
+    ("BlipForConditionalGeneration", "blip", SEEN, {"pixel_values": (1, 3, 8, 8)}),
 ]
 NAMES = [name for name, *_ in MODELS]
 
@@ -74,6 +92,100 @@ def test_kept_tokens_give_what_they_gave_and_the_folder_loads_with_the_models_ow
     again = model_class(AutoConfig.from_pretrained(tmp_path / "small")).from_pretrained(tmp_path / "small")
     assert again.config.vocab_size == 320 and type(again) is type(model)
     torch.testing.assert_close(outputs(again, ids), outputs(model, torch.tensor(keep)[ids])[..., kept])
+
+
+@pytest.mark.parametrize(("name", "model_type", "fields", "shapes"), READ_MORE, ids=[name for name, *_ in READ_MORE])
+@torch.no_grad()
+def test_a_model_that_reads_more_than_text_gives_what_it_gave(name, model_type, fields, shapes, tmp_path):
+    model = model_of(name, model_type, fields)
+    model.save_pretrained(tmp_path / "dense")  # transformers sets some rows of paddings to 0 when it loads
+    model = type(model).from_pretrained(tmp_path / "dense").eval()
+    pruner = StructPruner(asking())
+    pruner.save(pruner.prune_model(model, READER), tmp_path / "small")
+    again, keep = type(model).from_pretrained(tmp_path / "small").eval(), torch.tensor(pruner.plan.keep[-1, "vocab"])
+    beside = {kind: torch.randn(shape) for kind, shape in shapes.items()}
+    ids = pruner.tokenizer("The sum of 17 and 25 is 42, of course.", return_tensors="pt")["input_ids"]
+    by = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    dense, small = model(**beside, **{by: keep[ids]}), again(**beside, **{by: ids})
+    if "logits" in dense:
+        torch.testing.assert_close(small.logits, dense.logits[..., keep])
+        assert "no loss was measured, as the model reads more than text" in str(pruner.report)
+    else:
+        torch.testing.assert_close(small.text_embeds, dense.text_embeds)
+        torch.testing.assert_close(small.logits_per_image, dense.logits_per_image)
+        assert pruner.report.embeddings["math"]["after"]["cosine"] > 0
+
+
+@pytest.mark.long
+def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path):
+    _, reader = real_text_model(900)
+    reader.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|de|>", "<|transcribe|>", "<|notimes|>"]})
+    start, german, task, no_times = range(900, 904)
+    model = random_model(
+        transformers.WhisperForConditionalGeneration,
+        "whisper",
+        {**TOKENS, **WHISPER, "vocab_size": 904, "decoder_start_token_id": start, "begin_suppress_tokens": None},
+    )
+    vars(model.generation_config).update(
+        **{"_from_model_config": False, "is_multilingual": True, "lang_to_id": {"<|de|>": german}},
+        **{"task_to_id": {"transcribe": task}, "no_timestamps_token_id": no_times, "alignment_heads": [[0, 1]]},
+        **{"suppress_tokens": [5, 300], "begin_suppress_tokens": [220, 2], "max_length": 20},
+    )
+    dense, folder = tmp_path / "dense", tmp_path / "small"
+    model.save_pretrained(dense)
+    reader.save_pretrained(dense)
+    assert main(f"prune {dense} {folder} --target vocab --budget parameters=0.8 --languages en,de".split()) == 0
+    again, smaller = type(model).from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    keep = json.loads((folder / "pruning_plan.json").read_text())["keep"]["vocab"]["-1"]
+    new, settings = {old: number for number, old in enumerate(keep)}, again.generation_config
+    assert len(smaller) == len(keep) < 904 and settings.alignment_heads == [[0, 1]]
+    assert settings.lang_to_id == {"<|de|>": new[german]} and settings.no_timestamps_token_id == new[no_times]
+    assert settings.suppress_tokens == [new[5], new[300]] and settings.begin_suppress_tokens == [new[220], new[2]]
+    features, gone = torch.randn(1, 8, 24), [token for token in range(904) if token not in new]
+    model.generation_config.suppress_tokens += gone
+    asked = {"language": "de", "task": "transcribe", "max_new_tokens": 6}
+    written, expected = again.generate(features, **asked), model.generate(features, **asked)
+    assert torch.equal(torch.tensor(keep)[written], expected)
+
+
+def packed_model():
+    """A quantized model, whose packed layers hold bytes of another shape, as those of bitsandbytes do."""
+    model = quantized(Quantizer(), model_of("LlamaForCausalLM", "llama", {**GROUPED, "tie_word_embeddings": False}))
+    for layer in model.model.layers:
+        up = layer.mlp.up_proj
+        plain = up.weight.detach().clone()
+        up.weight = nn.Parameter(torch.zeros(7, 1, dtype=torch.uint8), requires_grad=False)
+        up.forward = lambda x, plain=plain: nn.functional.linear(x, plain)
+    return model
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@torch.no_grad()
+def test_tokens_go_from_a_quantized_model_as_it_is(inplace):
+    model, ids = packed_model(), torch.randint(0, 320, (2, 12))
+    pruner = StructPruner(asking())
+    small = pruner.prune_model(model, READER, inplace=inplace)
+    keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
+    assert (small is model) == inplace and type(small.model.layers[0].mlp.up_proj) is Packed
+    assert small.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8 and small.config.vocab_size == 320
+    assert small.lm_head.weight.shape[0] == small.model.embed_tokens.weight.shape[0] == 320
+    torch.testing.assert_close(small(ids).logits, packed_model()(keep[ids]).logits[..., keep])
+    assert pruner.report.perplexity
+
+
+def test_a_head_that_is_packed_is_unpacked_first_or_refused():
+    model = packed_model()
+    model.lm_head.weight = nn.Parameter(torch.zeros(400, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(StructPruneError, match="quantized with gptq, which transformers cannot undo"):
+        StructPruner(asking()).prune_model(model, READER)
+
+
+def test_code_of_a_models_own_is_refused_with_the_flag_that_runs_it(tmp_path, capsys):
+    code = {"AutoConfig": "configuration.NewConfig", "AutoModel": "modeling.NewModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": code}))
+    for command in (f"prune {tmp_path} {tmp_path / 'small'}", f"plan {tmp_path}"):
+        assert main([*command.split(), "--width", "vocab=320"]) != 0
+        assert "runs code of its own; read it, and give --trust-remote-code." in error_line(capsys)
 
 
 def test_other_spaces_take_a_description():
