@@ -32,7 +32,7 @@ LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 WHERE = ("dataset_config", "split", "revision")
 # What an entry's documents were for, in words.
 CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
-COUNTED = "counted to choose tokens"
+COUNTED, JUDGED = "counted to choose tokens", "judged by"
 _SEEN: "WeakKeyDictionary[Module, Manifest]" = WeakKeyDictionary()
 
 
