@@ -227,7 +227,7 @@ def _notes(
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):
-        yield "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
+        yield "the model is quantized: it is unpacked before anything but tokens goes, and this is its size unpacked"
     elif arch.causal:
         texts = texts_of(with_written_text(config))
         written = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)

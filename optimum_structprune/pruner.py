@@ -65,7 +65,7 @@ class StructPruner:
 
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
-                model is unpacked first, where transformers can.
+                model is unpacked first, where transformers can, unless nothing but tokens goes.
             tokenizer: The tokenizer of the model, which reads the calibration domains.
             inplace: Whether `model` itself is changed and returned, layer by layer, which saves the memory of a copy.
                 Otherwise `model` is left as it is and a new one is returned.

@@ -173,6 +173,27 @@ def test_tokens_go_from_a_quantized_model_as_it_is(inplace):
     assert pruner.report.perplexity
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@torch.no_grad()
+def test_what_bitsandbytes_has_packed_is_saved_and_loads_as_it_was(bits, tmp_path, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules", reason="no bitsandbytes")
+    # Its packing for CPUs of this kind is not undone right when a model is saved.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    fields = {**GROUPED, "hidden_size": 128, "intermediate_size": 128, "head_dim": 16}
+    model_of("LlamaForCausalLM", "llama", fields).save_pretrained(tmp_path / "plain")
+    recipe = transformers.BitsAndBytesConfig(**{bits: True})
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=recipe).save_pretrained(
+        tmp_path / "q"
+    )
+    model, pruner = AutoModelForCausalLM.from_pretrained(tmp_path / "q"), StructPruner(asking())
+    pruner.save(pruner.prune_model(model, READER), tmp_path / "small")
+    again, keep = AutoModelForCausalLM.from_pretrained(tmp_path / "small"), torch.tensor(pruner.plan.keep[-1, "vocab"])
+    assert type(again.model.layers[0].mlp.up_proj) is type(model.model.layers[0].mlp.up_proj) is not nn.Linear
+    ids = torch.randint(0, 320, (2, 12))
+    torch.testing.assert_close(again(ids).logits, model(keep[ids]).logits[..., keep])
+
+
 def test_a_head_that_is_packed_is_unpacked_first_or_refused():
     model = packed_model()
     model.lm_head.weight = nn.Parameter(torch.zeros(400, 4, dtype=torch.int8), requires_grad=False)
