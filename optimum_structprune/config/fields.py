@@ -162,7 +162,11 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
 
 def read_json(path: str | Path) -> Mapping[str, Any]:
     """The fields in a JSON file, without the version of its form; a version that is not known is refused."""
-    return unversioned(read_mapping(Path(path), json.loads))
+    values = read_mapping(Path(path), json.loads)
+    try:
+        return unversioned(values)
+    except StructPruneError as error:
+        raise StructPruneError(f"{path}: {error}") from error
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:

@@ -74,6 +74,11 @@ class Measure:
         """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
         self.heldout = {name: passages.rows(tokenizer, model) for name, passages in self.texts.items()}
 
+    def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
+        """Perplexity as a multiple of the dense model's, by domain."""
+        pairs = [(name, of, self.dense_figures[name]) for name, of in self._losses(model, arch).items()]
+        return {name: perplexity_of(now) / perplexity_of(before) for name, now, before in pairs if name != OTHER}
+
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
         figures = self._of_all(model, arch)
