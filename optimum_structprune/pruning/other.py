@@ -40,17 +40,13 @@ HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
 
 
 class OtherText(NamedTuple):
-    """Where other text is from, the beginnings of its documents, shape `(tokens,)` behind a prefix, and hashes."""
+    """Where other text is from, the beginnings of its documents, shape `(tokens,)` behind a prefix, and the entries of
+    a manifest, by which nothing counts or reads it.
+    """
 
     source: str
-    rows: list[Tensor]
-    documents: list[str]
-
-    @property
-    def entry(self) -> Entry:
-        """The entry of a manifest, by which nothing counts or reads this text."""
-        rows = torch.stack(self.rows)
-        return Entry.of(Domain(OTHER, 0.0, rows[:0], rows, heldout_documents=(*self.documents,)), JUDGED)
+    rows: Sequence[Tensor] = ()
+    entries: Sequence[Entry] = ()
 
 
 def other_text(
@@ -76,8 +72,11 @@ def other_text(
         with suppress(StructPruneError):  # no network, or a model that writes nothing of use
             rows = _rows(islice(texts(), PATIENCE * count), tokenizer, row, used)
             if len(found := [*islice(rows, count)]) >= min(count, FEWEST):
-                return OtherText(where, *map(list, zip(*found, strict=True)))
-    return OtherText(BUILTIN, [], [])
+                beginnings, names = zip(*found, strict=True)
+                together = torch.stack(beginnings)
+                entry = Entry.of(Domain(OTHER, 0.0, together[:0], together, heldout_documents=names), JUDGED)
+                return OtherText(where, beginnings, [entry])
+    return OtherText(BUILTIN)
 
 
 def _rows(

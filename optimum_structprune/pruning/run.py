@@ -128,7 +128,7 @@ class Run:
         with self.report.timed("other text"):
             found = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
         self.report.other = {"source": found.source}
-        self.entries += [found.entry] if found.rows else []
+        self.entries += found.entries
         return found.rows
 
     def compare(self) -> None:

@@ -427,7 +427,7 @@ def test_rows_that_no_token_has_are_no_tokens_to_compare():
     model = text_model()
     model.resize_token_embeddings(464)
     pruner, small = pruned(model, **JOINT, budget={"parameters": 0.97})
-    assert pruner.report.trimmed == {"tokens": 464 - small.config.vocab_size, "respelled": 0}
+    assert pruner.report.trimmed["tokens"] == 464 - small.config.vocab_size and pruner.report.trimmed["respelled"] == 0
     assert 0 < 464 - small.config.vocab_size and len(pruner.tokenizer) == min(small.config.vocab_size, 400)
 
 
