@@ -45,11 +45,11 @@ def read(writer, **fields):
 def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, reads, source):
     monkeypatch.setattr(other, "LEAST_READ", reads)
     domains = [DomainConfig(name="a", source=source)]
-    (_, _, tokenizer, loaded), (where, rows, names) = read(writer, domains=domains, general_share=0.0)
+    (_, _, tokenizer, loaded), (where, rows, (entry,)) = read(writer, domains=domains, general_share=0.0)
     assert where == ("built-in" if reads else "model-written")
     assert len(rows) >= FEWEST and {len(row) for row in rows} == {17}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
-    assert not {*names} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
+    assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
     chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.trial]))
     assert [text for row in rows if (text := tokenizer.decode(row[1:])) in chose] == []
 
