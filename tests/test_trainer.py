@@ -273,6 +273,16 @@ def test_a_checkpoint_that_does_not_say_what_it_has_removed(tmp_path):
             run.train(resume_from_checkpoint=resume)
 
 
+def test_a_checkpoint_of_other_names_is_refused(tmp_path):
+    """So transformers saves experts. Its Trainer resumes without them, and fused AdamW then reads beyond its state."""
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, build("mixtral"), [pruner(start=1)], **fields).train()
+    run = trainer(tmp_path, build("mixtral"), [pruner(start=1)], **fields)
+    with pytest.raises(StructPruneError, match=r"names .* otherwise \(.*experts.*from_pretrained"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").config.intermediate_size == 24
+
+
 def test_a_second_training_prunes_no_further(tmp_path):
     run = trainer(tmp_path)
     callback = attach_pruner(run, config(sparsity=0.4, targets=("mlp",), round_to=1), start=2)

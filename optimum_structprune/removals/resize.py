@@ -18,7 +18,7 @@ from ..arch.modules import adopt_config_, layer_list, put_layers_, replace_
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, ResidualStream, Width
 from ..arch.token_space import renumber_
-from ..errors import StructPruneError
+from ..errors import StructPruneError, some_of
 from ..method.shrink import fill_layer_, slice_tensors, tensors_under
 from ..record.plan import Plan
 
@@ -81,8 +81,15 @@ def cut_state_(
 def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor]) -> None:
     """Give the layers the widths of a state dict that is about to be loaded; the values are zero until then."""
     widths_by_kind: dict[str, dict[int, int]] = {}
+    others = tensors.keys() - model.state_dict().keys()
     for space in arch.spaces:
         axis = space.producers[0]
+        if others and axis.param not in tensors:  # without others, it is in another part of the state dict
+            raise StructPruneError(
+                f"The state dict names {axis.param} otherwise ({some_of(sorted(others))}), as transformers saves "
+                "experts, and its Trainer does not read these back: it would go on with other weights. "
+                "`from_pretrained` reads the checkpoint; train that model in a run of its own."
+            )
         if axis.param in tensors:
             present, loaded = (
                 holder.shape[axis.dim] for holder in (model.get_parameter(axis.param), tensors[axis.param])
