@@ -48,6 +48,11 @@ class Dense:
         with suppress(Exception):  # of the network, the Hub, or somebody else's YAML: the licence is unknown then
             if source and (not folder.is_dir() or (folder / CARD).is_file()):
                 fields = ModelCard.load(folder / CARD if folder.is_dir() else source).data.to_dict()
+        # All that is used are texts and lists of them. In lists of lists, YAML's aliases make any number of few lines.
+        lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+        fields = {
+            name: fields[name] for name, values in lists.items() if all(isinstance(each, str) for each in values)
+        }
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
         licence = {"license": named["license"]} if named.get("license") else licence

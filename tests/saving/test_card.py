@@ -209,6 +209,17 @@ def test_what_others_have_named_and_said_is_nothing_but_text(desk, harmless, wor
         assert parsed(card_of(desk / "slim", place, words)) == harmless
 
 
+def test_a_short_card_of_a_dense_model_makes_no_long_one(desk, tmp_path):
+    """Each line of its YAML names the one before nine times."""
+    lines = ["x0: &x0 [a]", *(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 8))]
+    (tmp_path / "README.md").write_text("\n".join(["---", *lines, "license: *x7", "language: *x7", "---", ""]))
+    AutoModelForCausalLM.from_pretrained(desk / "dense").save_pretrained(tmp_path)
+    pruner = StructPruner(config())
+    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer())
+    pruner.save(pruned, tmp_path / "slim", tokenizer())
+    assert (tmp_path / "slim" / "README.md").stat().st_size < 100_000
+
+
 def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [de, en]\n---\n")
     AutoModelForCausalLM.from_pretrained(desk / "dense").save_pretrained(tmp_path)
