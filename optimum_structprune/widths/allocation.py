@@ -75,7 +75,7 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
         names = [name for name in names if arch.of(name)] or list(arch.channels) or names
     for name in names:
         if name not in arch.offered:
-            reason = dict(arch.missing).get(name)
+            reason = dict(arch.missing).get(name, "").removesuffix(".")
             raise StructPruneError(
                 f"A {arch.model_type} model has no space {name!r} to prune{f': {reason}' if reason else ''}."
                 f"{did_you_mean(name, arch.offered)}"
