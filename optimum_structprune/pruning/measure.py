@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -111,7 +112,9 @@ class Measure:
         """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
         texts = [shard(rows) for rows in self.heldout.values()]
         if is_offloaded(model):
-            values = layerwise_losses(model, arch, texts)
+            # Layers are called with the masks of one length at a time, and other text has a length of its own.
+            alike = groupby(texts, lambda rows: len(rows[0]))
+            values = [of_text for _, same in alike for of_text in layerwise_losses(model, arch, [*same])]
         else:
             values = [row_losses(model, text, tokens=AT_ONCE) for text in texts]
         by_process = zip(*gather_objects(values), strict=True)

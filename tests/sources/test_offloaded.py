@@ -9,13 +9,15 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import CARD, card, failing, logits, with_long
-from models import build, config, tokenizer
+from models import build, config, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
+from optimum_structprune.domains.packing import Domain
+from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.sources.offloaded import Offloaded, layer_in_memory
 from optimum_structprune.system.offloading import bring_in, is_offloaded, weight_of
 
@@ -184,3 +186,16 @@ def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path)
         assert not [part() for part in parts if part() is not None]
     finally:
         gc.enable()
+
+
+def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
+    rows = {"a": token_ids(4, 24), "b": token_ids(3, 40)}
+    whole, away = build("llama-untied"), offloaded("llama-untied", "disk", tmp_path)
+    both = (
+        Measure(model, [Domain("a", 1.0, rows["a"], rows["a"])], describe(model), 480, other=[*rows["b"]])
+        for model in (whole, away)
+    )
+    expected, found = (measure.dense_figures for measure in both)
+    assert {len(row) for row in rows["b"]} == {40} and expected.keys() == found.keys()
+    for name, losses in expected.items():
+        torch.testing.assert_close(found[name], losses)
