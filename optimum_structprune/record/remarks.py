@@ -123,8 +123,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         if not (measured or report.get("embeddings")):
             rest += "; no loss was measured, as the model reads more than text"
         yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
-        counts = sorted(of["reasons"].items(), key=lambda pair: -pair[1])
-        yield f"tokens that stay, by reason: {', '.join(f'{name} {count:,}' for name, count in counts)}"
+        counts = (f"{name} {count:,}" for name, count in sorted(of["reasons"].items()))
+        yield f"tokens that stay, by reason: {', '.join(counts)}"
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
