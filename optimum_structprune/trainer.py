@@ -227,13 +227,7 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
-        try:
-            check_no_adapter(model)
-        except StructPruneError as error:
-            raise StructPruneError(
-                "A Trainer does not prune under the adapter that it trains: prune first (or train all weights), then "
-                "train it on the pruned model."
-            ) from error
+        _check_adapter(model)
         request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.described.arch, request.widths
         self.plan = Plan.of(model, request.described.arch)
@@ -341,7 +335,18 @@ def _adapt_(wrapped: nn.Module) -> None:
         wrapped.__setstate__(state)
 
 
+def _check_adapter(model: PreTrainedModel) -> None:
+    try:
+        check_no_adapter(model)
+    except StructPruneError as error:
+        raise StructPruneError(
+            "A Trainer does not prune under the adapter that it trains: prune first (or train all weights), then "
+            "train it on the pruned model."
+        ) from error
+
+
 def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
+    _check_adapter(model)
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {

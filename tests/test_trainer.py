@@ -400,8 +400,13 @@ def test_a_state_that_cannot_be_cut_begins_anew_for_what_is_cut(tmp_path, kind):
 def test_a_trainer_of_an_adapter_is_told_to_prune_first(tmp_path):
     model = get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
     run = trainer(tmp_path, model)
-    with pytest.raises(StructPruneError, match="under the adapter that it trains.*prune first.*then train it"):
+    said = pytest.raises(StructPruneError, match="under the adapter that it trains.*prune first.*then train it")
+    with said:
         attach_pruner(run, config())
+    run = trainer(tmp_path, callbacks=[pruner()])
+    run.model = model
+    with said:  # of an adapter that came after the callback, too
+        run.train()
 
 
 @pytest.mark.long
