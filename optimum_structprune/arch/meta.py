@@ -16,6 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file
@@ -108,6 +109,12 @@ def check_plain(model: PreTrainedModel) -> None:
         raise StructPruneError(
             f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
+        )
+    packed = (type(each).__name__ for each in model.parameters() if is_traceable_wrapper_subclass(each))
+    if not is_quantized(model) and (kind := next(packed, None)):
+        raise StructPruneError(
+            f"Weights of this {type(model).__name__} are of the class {kind}, as one that quantizes makes them; prune "
+            "the model first."
         )
     check_reachable(model)
     _check_stock(model)

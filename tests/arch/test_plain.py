@@ -19,6 +19,7 @@ from quantized import Packed, Quantizer, Reversible, quantized
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, export_gguf, prune_model
@@ -198,6 +199,14 @@ def test_weights_that_only_this_model_shares_are_refused(one, other):
     if one == "lm_head":
         model.config.tie_word_embeddings = True
         prune_model(model, config(), tokenizer())
+
+
+def test_weights_of_a_class_that_packs_them_are_refused():
+    model = build("llama-tied")
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = nn.Parameter(TwoTensor(projection.weight.data, projection.weight.data))  # as torchao's are
+    with pytest.raises(StructPruneError, match="are of the class TwoTensor, .* quantizes .* prune the model first"):
+        check_plain(model)
 
 
 def test_hooks_of_accelerate_present_or_gone_and_kernels_of_the_hub_are_no_forward_of_ones_own(monkeypatch):
