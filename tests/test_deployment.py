@@ -65,7 +65,9 @@ def test_lora_attaches_saves_and_merges(deployed, tmp_path):
 def test_it_is_saved_again_in_shards_and_with_layers_on_disk(deployed, tmp_path):
     load(deployed).save_pretrained(tmp_path / "again")
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "again" / name).read_text()) == json.loads((deployed.folder / name).read_text())
+        again, before = (json.loads((folder / name).read_text()) for folder in (tmp_path / "again", deployed.folder))
+        # transformers 5 does not write the words of transformers 4.
+        assert again == {key: value for key, value in before.items() if key not in ("rope_theta", "rope_scaling")}
     weights = (folder / "model.safetensors" for folder in (tmp_path / "again", deployed.folder))
     assert len({path.read_bytes() for path in weights}) == 1, "the same files"
     deployed.model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")

@@ -156,6 +156,8 @@ def usable_device(name: str | None) -> str:
     if name in SPREAD:
         return name
     try:
+        if torch.device(name).type == "meta":
+            raise ValueError("it holds no weights")
         torch.empty(0, device=name)
     except Exception as error:  # torch raises an AssertionError, a RuntimeError or a NotImplementedError
         have = "cpu" + ("".join(f", cuda:{index}" for index in range(torch.cuda.device_count())))

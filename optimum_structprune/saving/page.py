@@ -20,7 +20,7 @@ from ..config.domains import IN_MEMORY, DomainConfig
 from ..config.fields import changed, read_json, to_yaml
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RATES, RecoveryConfig
-from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED
+from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import READERS
 from ..errors import StructPruneError
 from ..record.answers import Items, outcome, remark, sample_items
@@ -76,7 +76,7 @@ class Records:
         """The commands that make the model again from the configs in a folder; none where a program gave text."""
         configs = (self.config, self.training)
         sources = [str(domain.get("source", "")) for of in configs for domain in of.get("domains") or ()]
-        named = all(entry.get("origin") for entry in self.domains)
+        named = all(entry.get("origin") for entry in self.domains if entry.get("use") != JUDGED)
         if not self.config or not named or any(source.startswith(IN_MEMORY) for source in sources):
             return []
         dtype = ["--dtype", of] if (of := (self.report.get("model") or {}).get("dtype")) else []

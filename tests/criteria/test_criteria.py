@@ -87,6 +87,8 @@ def test_every_criterion_has_its_row_with_its_paper():
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
     for name in CRITERIA.names():
         criterion = CRITERIA.get(name)
+        if not criterion.score.__module__.startswith("optimum_structprune."):
+            continue  # a plug-in of another test
         assert criterion.name == name and criterion.paper in rows[name], name
         assert criterion.paper or name in ("magnitude", "random")
         assert len(rows[name].split("|")[3].split()) <= 11

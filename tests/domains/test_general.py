@@ -10,6 +10,7 @@ from models import build, config, real_text_model, tokenizer
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.domains import generated, load
 from optimum_structprune.domains.load import can_write, texts_of, with_written_text
+from optimum_structprune.domains.manifest import CALIBRATED
 
 
 TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
@@ -70,14 +71,17 @@ def own(tmp_path, monkeypatch):
 def test_a_model_writes_a_fifth_beside_the_domains(writer, own, tmp_path):
     pruner = StructPruner(own)
     pruned = pruner.prune_model(*writer)
-    sizes = {entry.name: (entry.origin["source"], entry.calibration_tokens) for entry in pruner.manifest.domains}
+    sizes = {
+        entry.name: (entry.origin["source"], entry.calibration_tokens) for entry in pruner.manifest.of_use(CALIBRATED)
+    }
     assert sizes["general"] == ("self:any", 2 * 24) and sizes["own"][1] == 8 * 24
     assert pruner.config is own and pruner.used_config == replace(own, general_text="self:any")
     pruner.save(pruned, tmp_path / "out", writer[1])
     saved = StructPruneConfig.from_pretrained(tmp_path / "out")
     other = StructPruner(replace(own, general_share=0.5))
     other.prune_model(*writer)
-    assert {entry.name: entry.calibration_tokens for entry in other.manifest.domains} == {"own": 120, "general": 120}
+    tokens = {entry.name: entry.calibration_tokens for entry in other.manifest.of_use(CALIBRATED)}
+    assert tokens == {"own": 120, "general": 120}
     assert (saved.general_text, texts_of(saved)[-1].source) == ("self:any", "self:any")
 
 

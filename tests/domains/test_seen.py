@@ -14,7 +14,7 @@ from models import build, config, documents, tokenizer
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
-from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
+from optimum_structprune.domains.manifest import CALIBRATED, EARLIER, JUDGED, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE, Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import training_text
@@ -96,8 +96,10 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     again = StructPruner(config(widths={"mlp": 16}, domains=[domain("b", list(range(20, 80)))]))
     again.save(again.prune_model(once, READER), tmp_path / "twice", READER)
     data = json.loads((tmp_path / "twice" / "calibration_manifest.json").read_text())
-    assert [(entry["name"], entry["use"]) for entry in data["domains"]] == [("b", "calibrated on"), ("a", EARLIER)]
-    assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][1]["documents"])
+    uses = [(entry["name"], entry["use"]) for entry in data["domains"]]
+    judged = ("other", JUDGED)
+    assert uses == [("b", CALIBRATED), judged, ("a", EARLIER), ("other", EARLIER)]
+    assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][2]["documents"])
 
 
 CHOOSING = {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4}
