@@ -47,6 +47,11 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             or the repository is public and should be private.
     """
     files = _result_files(folder)
+    try:
+        if CARD in files:
+            files[CARD].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StructPruneError(f"{files[CARD]} is no UTF-8 text, which the Hub takes as a card.") from error
     later = f'push_to_hub("{folder}", "{repo_id}") in Python pushes it later'
     with _refusals(repo_id, f"The result is complete in {folder}; {later}."):
         api = _api(repo_id, token)
