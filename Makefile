@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-long test-all style quality docs llama-cpp torchao vllm onnx llm-compressor dist lowest venv clean
+.PHONY: help demo smoke test test-long test-all style quality docs llama-cpp torchao vllm onnx llm-compressor dist lowest venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -16,16 +16,13 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist
 SMOKE := tests/config tests/method/test_shrink.py tests/saving/test_save.py
 
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
-	$(PYTEST) -q -x -m "not (slow or long or nightly)" $(SMOKE)
+	$(PYTEST) -q -x -m "not (slow or nightly)" $(SMOKE)
 
 test: .venv/.test ## all tests but those of the targets below, on two workers: five minutes
-	$(PYTEST) -m "not (docs or long or nightly)" --junitxml=build/tests/test.xml
+	$(PYTEST) -m "not (slow or nightly)" --junitxml=build/tests/test.xml
 
-docs-test: .venv/.test ## the pages of the docs that `make test` leaves out, from their first snippet to their last
-	$(PYTEST) -m docs --junitxml=build/tests/docs.xml
-
-test-long: .venv/.test ## what takes several seconds each, or does with one more model what a shorter test does
-	$(PYTEST) -m "long and not nightly" --junitxml=build/tests/long.xml
+test-long: .venv/.test ## what takes several seconds each, and the pages of the docs from first snippet to last
+	$(PYTEST) -m "slow and not nightly" --junitxml=build/tests/long.xml
 
 test-all: .venv/.test ## all there is: also a real llama.cpp, vLLM, torchao, trained models and ten times the odd inputs
 	$(PYTEST) --hypothesis-profile nightly --junitxml=build/tests/all.xml

@@ -14,6 +14,7 @@ for profile in ("default", "nightly"):
     settings.register_profile(profile, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 sys.path.insert(0, str(Path(__file__).parent))
+FIRST = ("test_docs.py", "test_extending.py", "test_golden.py", "test_kills.py", "test_processes.py", "test_trainer.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,9 +28,8 @@ def written_text_of_the_session(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow files come first."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_collection_finish():

@@ -51,7 +51,7 @@ def with_long(cases: Iterable, short: Iterable) -> list:
     """
     short = set(short)
     return [
-        pytest.param(*case, marks=() if case[0] in short else pytest.mark.long)
+        pytest.param(*case, marks=() if case[0] in short else pytest.mark.slow)
         for case in (case if isinstance(case, tuple) else (case,) for case in cases)
     ]
 

@@ -33,7 +33,7 @@ def main(name: str):
     return import_module(name).main
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
     for saved in real_text_model(1600, "prose"):
         saved.save_pretrained(tmp_path / "model")
@@ -104,7 +104,7 @@ def test_training_of_a_mixture_goes_on_with_the_weights_that_it_had(tmp_path):
     assert same_weights(*models)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_shared
 def test_the_whole_table_is_stopped_and_goes_on(tmp_path, monkeypatch):
     script, page, out = import_module("benchmark_table"), tmp_path / "README.md", tmp_path / "out"

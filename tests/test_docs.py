@@ -81,7 +81,7 @@ def form(text: str) -> list[str]:
 def as_test(page: Path):
     """A page as a parameter of a test, on whichever worker is free; `make test` runs what a stranger reads first."""
     first = page == ROOT / "README.md"
-    return pytest.param(page, id=page.name, marks=pytest.mark.slow if first else pytest.mark.docs)
+    return pytest.param(page, id=page.name, marks=() if first else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path,
             assert form(shown) == form(output), f"{page.name} shows another output of\n{code}"
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_first_cell_to_its_last(inputs, tmp_path, monkeypatch):
     """Its cells are plain Python, in one namespace; what it has kept of outputs is little."""
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))

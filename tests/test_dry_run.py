@@ -55,7 +55,7 @@ def test_layers_that_differ():
     assert "follow from calibration" in str(outcome)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.nightly)])
 def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
     model_config, parameters = LARGE[name]

@@ -56,7 +56,7 @@ def test_prune_with_flags_and_with_a_file(desk, capsys):
     assert width(desk / "file") == 1024
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_prune_and_recover(desk, capsys):
     out, small = desk / "recovered", ["--num-samples", "6"]
     main("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "6144", "--rounds", "2", *small])
@@ -79,7 +79,7 @@ def accuracies(shown: str) -> dict[str, float]:
     return {name: float(rest.partition(",")[0]) for name, _, rest in lines}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in (None, "jsonl"))])
 def test_prune_bert_classifier(desk, bert, kind, capsys):
     out = desk / f"classifier-{kind}"
@@ -134,7 +134,7 @@ def test_several_processes_train_what_one_does(desk):
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_trainer_callback(desk, capsys):
     main("trainer_callback")([str(desk / "model"), str(desk / "tuned"), "--steps", "20"])
     assert f"FFN width {width(desk / 'tuned')}" in capsys.readouterr().out

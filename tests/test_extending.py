@@ -50,7 +50,6 @@ def installed(tmp_path_factory):
     return folder / "target"
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_third_partys_criterion_on_the_command_line(installed, tmp_path):
     save_desk(tmp_path)

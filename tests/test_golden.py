@@ -12,7 +12,6 @@ import torch
 from helpers import on_two_ranks
 
 
-pytestmark = pytest.mark.slow
 KNOWN = json.loads(golden.FILE.read_text())
 # Another torch may sum in another order, and a processor of another kind has other instructions.
 known_bits = pytest.mark.skipif(
@@ -31,7 +30,7 @@ LONG = tuple(name for name in golden.RUNS if name not in SHORT)
 
 
 @known_bits
-@pytest.mark.parametrize("names", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
+@pytest.mark.parametrize("names", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_plans_and_weights_are_known_to_the_bit(names):
     assert golden.portable([*names]) == {name: KNOWN[name] for name in names}
 
@@ -54,7 +53,7 @@ dist.destroy_process_group()
 
 
 @known_bits
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     for variable, value in golden.PORTABLE.items():
         monkeypatch.setenv(variable, value)

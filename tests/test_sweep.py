@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune.pruner import StructPruner
 
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

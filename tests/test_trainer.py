@@ -409,7 +409,7 @@ def test_a_trainer_of_an_adapter_is_told_to_prune_first(tmp_path):
         run.train()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_a_model_is_compiled_once_for_each_width(tmp_path, backend):
     losses = {}
@@ -504,7 +504,6 @@ def of_two_ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", TOGETHER)
     def test_they_hold_the_same_and_train_as_one_does(self, case, of_two_ranks, tmp_path):

@@ -139,7 +139,7 @@ OWN = """
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_loads_in_another_process_without_the_plugin_and_then_with_it_and_with_a_family_of_ones_own(saved):
     folder = saved[0]
     (folder / "own.yaml").write_text(OWN)

@@ -129,7 +129,7 @@ def test_argparse_refuses_what_it_cannot_read(capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(families, "_USER_FAMILIES", {})
     out = {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}

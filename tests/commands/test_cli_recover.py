@@ -47,7 +47,7 @@ def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, mon
     assert places == [str(folder / "spelt.checkpoints")]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folder, capsys):
     arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
     line = [*arguments, "--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]

@@ -112,7 +112,6 @@ def environment() -> dict[str, str]:
 MOMENTS = ("gathering", "between layers", "saving", "replacing")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", [MOMENTS, pytest.param((), marks=pytest.mark.nightly)], ids=["chosen", "random"])
 def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp_path, moments):

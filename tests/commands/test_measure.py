@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, cap
         assert message in error_line(capsys)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     dense, other = str(folder / "dense"), str(folder / "small")
     line = ["evaluate", other, dense, "--against", dense, *SHORT, "--prompt", "4", "--batch-size", "3"]

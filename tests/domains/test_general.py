@@ -93,7 +93,7 @@ def test_who_cannot_write_reads_no_more(writer, monkeypatch):
     assert not can_write(model, reader)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(writer, own, caplog, monkeypatch):
     with pytest.raises(StructPruneError, match="A model does not write 'anything' itself"):
         StructPruner(replace(own, general_text="self:anything")).prune_model(*writer)

@@ -107,7 +107,7 @@ ODD |= {"watermarking_config": {"greenlist_ratio": 0.9}, "constraints": [1]}
 ODD |= {"continuous_batching_config": {}, "compile_config": {}}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_no_setting_of_the_models_own_changes_what_it_writes(writer, cache, monkeypatch):
     model, _ = writer
     monkeypatch.setattr(generated, "MAX_TOKENS", 12)

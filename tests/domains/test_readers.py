@@ -42,7 +42,7 @@ VOCABULARIES = st.lists(
 )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(own=VOCABULARIES, other=VOCABULARIES | st.just([]), change=st.sampled_from(["none", "less", "any"]))
 def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(own, other, change):

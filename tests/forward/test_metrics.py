@@ -155,7 +155,7 @@ def test_a_pruning_is_the_same(dtype, mode, usual):
     small(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_recovery_and_evaluation_are_too():
     results = []
     for name in ("plain", *MODES):

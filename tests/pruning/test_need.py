@@ -42,7 +42,7 @@ def resident(field):
     return 1024 * int(next(line for line in STATUS.read_text().splitlines() if line.startswith(field)).split()[1])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="the high-water mark is read from /proc")
 def test_the_peak_is_what_a_run_takes():
     # A Gram matrix has to be larger than the blocks that the allocator keeps, so that it comes and goes as a whole.

@@ -144,7 +144,7 @@ RUNNING = [case for case in CASES if case != "zamba2"]  # whose small model does
 
 
 @pytest.mark.parametrize(
-    "case", [each if each in FORMS else pytest.param(each, marks=pytest.mark.long) for each in RUNNING]
+    "case", [each if each in FORMS else pytest.param(each, marks=pytest.mark.slow) for each in RUNNING]
 )
 def test_the_default_adapter_trains_what_the_merged_model_has(case):
     model = build(case)

@@ -52,7 +52,7 @@ def words(text):
 # --- prompts
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions(chats):
     prompts = builtin_prompts(chats[1])
     assert len(prompts) == len(set(prompts)) >= 2_000
@@ -221,7 +221,7 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
 # --- training on them
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monkeypatch):
     save_with_tokenizer(build("llama-tied", seed=1), tmp_path / "dense")
     loaded, alive = [], []
@@ -243,7 +243,7 @@ def test_a_teacher_that_was_loaded_is_gone_while_the_model_trains(tmp_path, monk
     assert set(alive) == {False}
 
 
-@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.long), 1.0])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_checkpoints_are_compared_by_what_is_trained_on(share):
     distances = []
 

@@ -44,7 +44,7 @@ def trained_on(monkeypatch):
     return trainings
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_shared
 def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path):
     dense, words = stories_model()
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_ends_with_the_training(pruned, fields):
     assert not hidden.requires_grad, "no hook is left"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
     few = {"tokens": 192}
     results = [recover(deepcopy(pruned), tokenizer(), recovery_config(**few, seed=seed)) for seed in (0, 0, 3)]
@@ -111,7 +111,7 @@ class Spoiler(TrainerCallback):
             next(iter(trained.values())).data.fill_(float("nan"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
     settings = recovery_config(merge=False, kl_weight=0.5, training={"save_steps": 2})
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
     assert all(torch.equal(kept[name], tensor) for name, tensor in spoiler.seen[step].items())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_back(pruned, monkeypatch):
     broken = deepcopy(pruned)
     broken.model.norm.weight.data.fill_(float("nan"))
@@ -187,8 +187,8 @@ def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge)
     "fields",
     [
         {},
-        pytest.param({"rounds": 2}, marks=pytest.mark.long),
-        pytest.param({"allocation": "sensitivity"}, marks=pytest.mark.long),
+        pytest.param({"rounds": 2}, marks=pytest.mark.slow),
+        pytest.param({"allocation": "sensitivity"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_generator_gives_what_the_list_of_its_texts_gives(fields):
@@ -210,7 +210,7 @@ def test_a_generator_gives_what_the_list_of_its_texts_gives(fields):
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_code_of_a_teacher_runs_only_where_it_is_trusted(pruned, tmp_path):
     build("llama-tied").save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -276,7 +276,7 @@ def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned)
     assert modes == [False] and teacher.training
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_offloaded_teacher_teaches_the_same(pruned):
     teacher, few = build("llama-tied"), recovery_config(tokens=96)
     expected = recover(deepcopy(pruned), tokenizer(), few, teacher=teacher)

@@ -75,7 +75,7 @@ def test_another_damaged_file_is_told_with_its_checkpoint(pruned, run, tmp_path,
     assert same_weights(model, pruned)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_checkpoint_of_another_training_is_refused(pruned, run):
     model, refused = deepcopy(pruned), "checkpoint-8 belongs to another training: .*"
     for fields, message in (
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on(pruned, run, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(resumed), logits(run[1]))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_experts_of_a_mixture_go_on_too(tmp_path, monkeypatch):
     """In a checkpoint of the published format, each of them would have a name that the Trainer passes over."""
     model = build("olmoe")

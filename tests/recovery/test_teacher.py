@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, StructPruner, prune_model, rec
 from optimum_structprune.recovery.teacher import load_teacher
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_teacher_is_refused_where_an_id_means_another_token(data):

@@ -116,7 +116,7 @@ def test_a_model_that_reads_more_than_text_gives_what_it_gave(name, model_type, 
         assert pruner.report.embeddings["math"]["after"]["cosine"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path):
     _, reader = real_text_model(900)
     reader.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|de|>", "<|transcribe|>", "<|notimes|>"]})

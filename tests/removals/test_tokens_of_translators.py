@@ -115,7 +115,7 @@ def test_languages_stay_and_a_translation_begins_with_the_one_that_is_forced(kin
     assert_same(model, again, ids, keep, forced_bos_token_id=forced)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_sentinels_of_mt5_stay(tmp_path):
     reader = T5Tokenizer(**scored(["<pad>", "</s>", "<unk>"]), extra_ids=100)
     model = random_model(

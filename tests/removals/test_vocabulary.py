@@ -106,7 +106,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         prune_model(model, asking(), reader())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_costs():
     fields = {"model": text_model(positions=400), "widths": {"vocab": 300}}
     (without, _), (kept, small) = pruned(**fields), pruned(**fields, languages=["de-DE,fi"])
@@ -146,7 +146,7 @@ def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
     assert small.config.image_token_id == 320
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_path):
     model = text_model()
     model.resize_token_embeddings(464)  # as embeddings are padded for kernels
@@ -226,7 +226,7 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
     assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_users_keep_tokens_of_their_own(tmp_path):
     rare = [token for token in range(300, 400) if reader().decode(token).strip().isalpha()]
     gone = sorted(set(rare) - set(pruned()[0].plan.keep[-1, "vocab"]))[:2]
@@ -281,7 +281,7 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
         StructPruneCallback(asking()).begin(text_model())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, monkeypatch):
     fields = {"widths": {"vocab": 320, "mlp": 24}}
     expected, whole = pruned(**fields)
@@ -293,7 +293,7 @@ def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, mo
         assert pruner.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     model = text_model()
     for part in (model, reader()):
@@ -321,7 +321,7 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     assert same_weights(inplace.prune_model(model, reader(), inplace=True), small)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_training_of_rows_goes_on_after_a_kill_and_is_kept_as_an_adapter_too(tmp_path, monkeypatch):
     pruner, small = pruned(model := text_model())
     texts = [DomainConfig(name="a", source=[*map(str, documents(200))])]

@@ -67,7 +67,7 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     assert Plan.from_dict(second.plan.to_dict()) == second.plan
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_adapter_names_the_pruned_folder_or_nothing(tmp_path):
     save_with_tokenizer(build("llama-tied"), tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -103,7 +103,7 @@ def prune_and_recover(folder, *flags):
     return ["prune", str(folder / "model"), str(folder / "out"), "--width", "mlp=24", *text, *given, *flags]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_text_that_was_trained_on_is_not_unseen_and_what_the_page_says_repeats_all_of_it(tmp_path, monkeypatch):
     assert main(prune_and_recover(tmp_path)) == 0
     text_file(tmp_path / "c.jsonl", seed=9)

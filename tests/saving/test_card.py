@@ -115,7 +115,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     assert ModelCard(model_card(out, "out", slim, cached)).data.base_model == "owner/model"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_snippets_run_without_this_package(desk):
     code = "import sys\nsys.modules['optimum_structprune'] = None\n"
     for name in ("slim", "uneven"):

@@ -188,7 +188,7 @@ def is_text(content: bytes) -> bool:
     return True
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example({"README.md": b"\x80"})
 @given(user_files())

@@ -27,7 +27,7 @@ def pruned(model, **fields):
     return pruner, small
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_one_width_of_each_space_is_the_best_of_those_on_trial(model, tmp_path):
     pruner, small = pruned(model, sparsity=0.3, round_to=4, allocation="search_uniform")
     shapes = pruner.report.shapes
@@ -117,7 +117,7 @@ def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
         assert 260 - 2 * 4 * 4 < cached <= 260
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     fields = {"allocation": "search_uniform", "round_to": 4, "losses_dir": str(tmp_path)}
     first = pruned(model, sparsity=0.2, **fields)[0]
@@ -138,7 +138,7 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
         pruned(model, sparsity=0.2, **fields)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
     measure, calls = trials.trial_losses, []
 

@@ -15,7 +15,7 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.domains import generated
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 # One launch for all of them, because a launch takes longer than they do.
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},

@@ -123,7 +123,7 @@ def pruned(case, folder, **fields):
     return pruner.prune_model(build(case), tokenizer()), pruner
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "after"), [("llama-tied", False), ("gemma2", False), ("mixtral", True)])
 def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, tmp_path, monkeypatch):
     whole, expected = pruned(case, None, **RUNS[case])

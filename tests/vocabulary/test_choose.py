@@ -213,7 +213,7 @@ def reader():
     return real_text_model()[1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(data=st.data(), rows=st.sampled_from([390, 400, 464]), fields=st.sampled_from([FIELDS, FIELDS | OF_BIASES]))
 def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_number_changes(data, rows, fields):
