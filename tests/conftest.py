@@ -14,7 +14,7 @@ for profile in ("default", "nightly"):
     settings.register_profile(profile, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 sys.path.insert(0, str(Path(__file__).parent))
-FIRST = ("test_docs.py", "test_extending.py", "test_golden.py", "test_kills.py", "test_processes.py", "test_trainer.py")
+FIRST = ("test_docs", "test_extending", "test_golden", "test_kills", "test_processes", "test_trainer")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +29,7 @@ def written_text_of_the_session(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 def pytest_collection_finish():
