@@ -35,7 +35,6 @@ from .adapter import based_on, check_adapter, check_fits, every_weight, fresh_ad
 from .answers import read_prompts
 from .lessons import Curriculum
 from .resume import TrainingInputs
-from .sharding import check_sharding, to_train
 from .teacher import load_teacher
 from .text import LEFT_OUT, left_out_text, text_config, training_text
 from .trainer import (
@@ -150,9 +149,9 @@ class Recovery:
         set_seed(seed)  # of the adapter's values
         try:
             ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)
-            with ready as trained, to_train(trained, arguments) as whole:
+            with ready as trained:
                 listeners = [*self.callbacks, *inputs, *best]
-                trainer = DistillTrainer(whole, arguments, curriculum, config.kl_weight, listeners)
+                trainer = DistillTrainer(trained, arguments, curriculum, config.kl_weight, listeners)
                 trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
                 outcome = trainer.outcome(trained_for)
                 if trainer.nearest() >= start:
@@ -266,12 +265,11 @@ def recover(
 def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:
     """Refuse a recovery that would fail later."""
     check_launch()
-    if config.training.get("deepspeed"):  # before transformers sets up anything for it
-        raise StructPruneError(
-            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
-            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
-            "gradients and the optimizer over them."
-        )
+    for name in ("fsdp", "deepspeed"):  # before transformers sets up anything for them
+        if config.training.get(name):
+            raise StructPruneError(
+                f"training's {name} is not supported: every process holds the whole model; leave it out."
+            )
     text = text_config(config, pruning)
     _check_model(model, config, text.seq_length)
     if config.prompts is not None:
@@ -286,7 +284,6 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     if device == "meta":  # it has no weights yet
         device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
-    check_sharding(arguments, device)
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))
 

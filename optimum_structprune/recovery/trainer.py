@@ -58,7 +58,7 @@ def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch:
         # All columns are the model's arguments, whatever the signature of an adapter around it says.
         **{"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False},
         # Nothing is resumed from a scratch folder.
-        **({} if "output_dir" in own else {"output_dir": scratch, "save_only_model": not own.get("fsdp")}),
+        **({} if "output_dir" in own else {"output_dir": scratch, "save_only_model": True}),
         **own,
     }
     if settings["save_strategy"] == "steps":
@@ -74,7 +74,7 @@ def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
             typed[name] = "no"  # what YAML reads `save_strategy: no` as
         elif hints.get(name) is float and type(value) is int:
             typed[name] = float(value)
-        elif name != "fsdp":  # declared as text for the sake of an older form, and on or off today
+        else:
             try:
                 type_validator(name, value, hints.get(name, Any))
             except (TypeError, ValueError) as error:

@@ -60,7 +60,7 @@ def check_launch() -> None:
             raise StructPruneError(
                 f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
                 "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU), where every process holds "
-                "the model. Recovery on GPUs is sharded by training={'fsdp': True} in its config."
+                "the model."
             )
 
 

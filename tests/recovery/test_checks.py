@@ -7,6 +7,9 @@ import torch
 from accelerate import cpu_offload
 from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
+from torch import nn
+from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
+from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneError, export_gguf, prune_model, recover
@@ -48,6 +51,7 @@ def unread():
     ({"training": {"remove_unused_columns": True}}, "remove_unused_columns would remove what is to be learnt"),
     ({"training": {"load_best_model_at_end": True, "save_strategy": "no"}}, "load_best_model_at_end is so by itself"),
     ({"training": {"deepspeed": "zero3.json"}}, "deepspeed is not supported"),
+    ({"training": {"fsdp": True}}, "fsdp is not supported"),
     (domain(source="preset:nothing"), "There is no preset 'nothing'"),
     (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
     (domain(source="memory:list"), "set its source again"),
@@ -129,3 +133,18 @@ def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
         check_recovery(recovery_config(), config(), build("llama-tied"))
     with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}"), across_processes():
         pass
+
+
+def test_a_model_in_shards_is_neither_pruned_nor_trained():
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        sharded, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
+        for name, parameter in list(sharded.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            setattr(sharded.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+        with pytest.raises(StructPruneError, match="LlamaForCausalLM are spread over processes"):
+            prune_model(sharded, config())
+        with pytest.raises(StructPruneError, match="LlamaForCausalLM are spread over processes"):
+            recover(sharded, tokenizer(), recovery_config(**domain(source=unread())))
+    finally:
+        destroy_process_group()

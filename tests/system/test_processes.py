@@ -44,16 +44,11 @@ from copy import deepcopy
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from helpers import logits, recovery_config
 from models import build, config, tokenizer
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
 from optimum_structprune import StructPruneError, prune_model, recover
 from optimum_structprune.commands.cli import main
-from optimum_structprune.recovery import sharding, trainer
-from optimum_structprune.recovery import recover as module
 from optimum_structprune.search import trials
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.fingerprint import weights_hash
@@ -99,54 +94,27 @@ except StructPruneError as error:
     print(f"rank {rank} saved none: {error}", flush=True)
 assert main(command(folder, folder / "printed" / "out")) == 0
 
-# Several processes train one model. Accelerate shards on GPUs alone; told that the CPU is one, it does it with gloo.
-plugins, sharded = [], []
-set_up = AcceleratorState.__init__
-
-def sharding_on_the_cpu(self, *args, **kwargs):
-    set_up(self, *args, **kwargs)
-    if kwargs.get("_from_accelerator"):
-        plugins[:] = [kwargs.get("fsdp_plugin")]
-    if plugins and plugins[0] is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
-
-class Watched(trainer.DistillTrainer):
-    def compute_loss(self, model, *args, **kwargs):
-        sharded.append(isinstance(model, FSDPModule))
-        return super().compute_loss(model, *args, **kwargs)
-
-AcceleratorState.__init__ = sharding_on_the_cpu
-sharding.SHARDING_DEVICES.append("cpu")
-module.DistillTrainer = Watched
+# Several processes train one model.
 small = prune_model(build("llama-tied"), config(), tokenizer())
 WAYS = {"lora": {}, "full": {"train": "full", "lora": {}}}
 
-def trained(way, fsdp=False, resume=False, **training):
-    if fsdp:
-        training["fsdp"] = True
-    sharded.clear()
-    settings = recovery_config(tokens=288, kl_weight=0.5, training=training, **WAYS[way])
-    model = recover(deepcopy(small), tokenizer(), settings, small, resume=resume)
-    assert sharded and all(each == fsdp for each in sharded)
-    assert not any(isinstance(each, FSDPModule) for each in model.modules())
-    assert all(type(each) is torch.nn.Parameter for each in model.parameters())
-    return model
+def trained(way, resume=False, **training):
+    kept = {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9, **training}
+    settings = recovery_config(tokens=288, training=kept, **WAYS[way])
+    return recover(deepcopy(small), tokenizer(), settings, build("llama-tied"), resume=resume)
 
 for way in WAYS:
-    fsdp, kept = way == "full", {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
-    whole, sharded_whole = (trained(way, each, **(kept if each == fsdp else {})) for each in (False, True))
+    whole = trained(way)
     print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
-    torch.testing.assert_close(logits(sharded_whole), logits(whole), rtol=1e-4, atol=1e-5)
-    expected = logits(sharded_whole if fsdp else whole)
     dist.barrier()  # the first process may still be writing
     if rank == 0:
         # What a kill while the last checkpoint is written leaves.
         last = max((folder / way).iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
         (last / "trainer_state.json").write_text("{")
     dist.barrier()
-    torch.testing.assert_close(logits(trained(way, fsdp, resume=True, **kept)), expected)
+    torch.testing.assert_close(logits(trained(way, resume=True)), logits(whole))
     try:
-        trained(way, fsdp, resume=True, **kept, learning_rate=0.5)
+        trained(way, resume=True, learning_rate=0.5)
     except StructPruneError as error:
         print(f"rank {rank} refused {way}: {error}", flush=True)
 dist.destroy_process_group()
@@ -233,7 +201,7 @@ def test_the_command_gives_what_one_process_gives_and_says_it_once(together, tmp
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes_train_one_model_whole_or_in_shards_and_resume(together):
+def test_two_processes_train_one_model_and_resume(together):
     _, said, warned = together
     for way in ("lora", "full"):
         hashes = [line.split()[-1] for line in said.splitlines() if f"trained {way}: " in line]
