@@ -21,7 +21,8 @@ from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
 from ..record.remarks import measurements_text
 from ..record.table import as_csv, side_by_side
-from ..saving.page import EVALUATION_NAME, PAGE_NAME, SPEED_NAME, check_result, write_report
+from ..saving.card import EVALUATION_NAME, SPEED_NAME
+from ..saving.page import PAGE_NAME, check_result, write_report
 from ..system.disk import check_folder, unchanging
 from ..system.fingerprint import vocabulary_hash
 from ..written import check_unchanged

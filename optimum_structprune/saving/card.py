@@ -1,38 +1,250 @@
-"""Makes the model card of a result, the Markdown that the Hub shows, and writes it beside the model."""
+"""Makes the model card of a result, the Markdown that the Hub shows, from its records."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PretrainedConfig
 
+from .. import __version__
 from ..arch.meta import model_class
 from ..arch.spec import VOCAB
-from ..config.fields import read_json
+from ..config.domains import IN_MEMORY, DomainConfig
+from ..config.fields import changed, read_json, to_yaml
+from ..config.pruning import CONFIG_NAME, StructPruneConfig
+from ..config.recovery import RATES, RecoveryConfig
+from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import READERS
-from ..record.report import RECOVERY_CONFIG_NAME
+from ..record.answers import Items, outcome, remark, sample_items
+from ..record.remarks import remarks, removal_phrases, speed_remark, verdict
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
+from ..record.table import Row, cells, escaped, markdown, models_of, quality_rows, size_rows, speed_rows
 from ..system.disk import CARD, resolved
 from ..written import replace_text, warn_on_error, written_files
-from .page import HUB_CACHE, MARKDOWN, Records, short_name, shown_of
 
 
+EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
+HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
+PATH_FIELDS = ("losses_dir", "checkpoint_dir", "arch_file", "keep_tokens")
+MAX_QUOTED_CHARACTERS = 200  # of a question or an answer
 # The classes of sentence-transformers that read a folder with its modules.
 SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")
+TEMPLATES = Environment(
+    loader=PackageLoader("optimum_structprune.saving", "."),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+    # Only `|safe` gives a value this attribute.
+    finalize=lambda value: value if hasattr(value, "__html__") else escaped(str(value)),
+)
+TEMPLATES.filters["table"] = markdown
 
 
 @dataclass(frozen=True)
-class Dense:
-    """The dense model: its name as people know it (an id on the Hub or the name of a folder, or empty), its id on the
-    Hub, the fields of its card that tell the licence, and all of them.
+class Records:
+    """The records of a result, each empty where there is none: `report` has the numbers of the run, with those of a
+    training as `recovery`, `domains` the text, `training` the config of one that is no part of the pruning's,
+    `evaluation` and `speed` what was measured later; `dense` is the name of the dense model.
+    """
+
+    report: Mapping[str, Any]
+    config: Mapping[str, Any]
+    domains: Sequence[Mapping[str, Any]]
+    training: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    speed: Mapping[str, Any]
+    dense: str
+
+    @classmethod
+    def read(cls, folder: str | Path, dense: str = "") -> Records:
+        """Read the records in a folder."""
+
+        def read(name: str) -> dict[str, Any]:
+            return {**read_json(path)} if (path := Path(folder, name)).is_file() else {}
+
+        report = read(REPORT_NAME)
+        report["recovery"] = read(RECOVERY_REPORT_NAME) or report.get("recovery") or {}
+        return cls(
+            report=report,
+            config=read(CONFIG_NAME),
+            domains=read(MANIFEST_NAME).get("domains") or (),
+            training=read(RECOVERY_CONFIG_NAME),
+            evaluation=read(EVALUATION_NAME),
+            speed=read(SPEED_NAME),
+            dense=dense or (report.get("model") or {}).get("name", ""),
+        )
+
+    def commands(self, folder: str, dense: str, again: str) -> list[str]:
+        """Give the commands that make the model again from the configs in a folder; none if a program gave text."""
+        domains = [domain for config in (self.config, self.training) for domain in config.get("domains") or ()]
+        named = all(entry.get("origin") for entry in self.domains if entry.get("use") != JUDGED)
+        in_memory = any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
+        if not self.config or not named or in_memory:
+            return []
+        dtype = ["--dtype", name] if (name := (self.report.get("model") or {}).get("dtype")) else []
+        lines = [["prune", dense, again, "--config", f"{folder}/{CONFIG_NAME}", *dtype]]
+        if self.training:
+            lines.append(["recover", again, again, "--overwrite", "--config", f"{folder}/{RECOVERY_CONFIG_NAME}"])
+            recovery = self.report["recovery"]
+            taught = any("dense" in perplexity for perplexity in (recovery.get("perplexity") or {}).values())
+            teacher = recovery.get("teacher") or self.dense
+            lines[1] += ["--teacher", dense if teacher == self.dense else teacher] if taught else []
+            lines[1] += ["--arch", self.config["arch_file"]] if self.config.get("arch_file") else []
+        return [join(["structprune", *line]) for line in lines]
+
+    @property
+    def configs(self) -> dict[str, str]:
+        """The settings of the pruning and of the training that differ from the defaults, as YAML by file name."""
+        pruning, training = _changed(StructPruneConfig, self.config), _changed(RecoveryConfig, self.training)
+        by_name = {CONFIG_NAME: pruning, RECOVERY_CONFIG_NAME: training}
+        return {name: to_yaml(values).strip() for name, values in by_name.items() if values}
+
+    @property
+    def heldout_is_disjoint(self) -> bool:
+        """Is true if no held-out document has another use, as far as the manifest knows documents."""
+        held, *used = (
+            {document for entry in self.domains for document in entry.get(name, ())}
+            for name in ("heldout_documents", "documents", "probe_documents")
+        )
+        return not held & set().union(*used)
+
+
+def result_text(
+    records: Records,
+    title: str,
+    dense: str,
+    dense_path: str,
+    folder: str,
+    again: str,
+    card_data: str = "",
+    **only_on_card: Any,
+) -> str:
+    """Render a result as Markdown, in which all that others have named or said is nothing but text.
+
+    `dense_path`, `folder` and `again` stand in its commands. Without `card_data` it is the body of a page.
+    """
+    report, recovery, evaluation = records.report, records.report["recovery"], records.evaluation
+    measured = {"Held out of the calibration": report, "Held out of the training": recovery}
+    measured |= {"Measured later": evaluation, "Speed": records.speed}
+    rows = {name: [*quality_rows(record), *speed_rows(record)] for name, record in measured.items()}
+    answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
+    training = records.training or records.config.get("recovery") or {}
+    seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
+    sizes, is_sized, configs = size_rows(report), bool(report.get("parameters")), records.configs
+    measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
+    measure += " --speed" * (not report.get("embeddings"))
+    commands = [*records.commands(folder, dense_path, again), measure] if is_sized else []
+    texts = (title, *commands, *configs.values())
+    text = TEMPLATES.get_template("result.md.jinja").render(
+        title=title,
+        dense=dense,
+        removed=list(removal_phrases(report)),
+        counts=report.get("parameters"),
+        verdict=list(map(sentence, verdict(report))) if is_sized else [],
+        sizes=_table(report, sizes, recovery) if sizes else [],
+        tables={name: _table(measured[name], found, recovery) for name, found in rows.items() if found},
+        notes=_notes(records),
+        answered=list(map(sentence, remark(answers))) if answers else [],
+        answers=list(map(_quoted, sample_items(answers))) if answers else [],
+        calibrated_on=_domains(records, CALIBRATED),
+        trained=recovery,
+        trained_on=_domains(records, TRAINED),
+        learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
+        version=__version__,
+        spent=timedelta(seconds=round(sum(seconds.values()))) if seconds else "",
+        resumed=report.get("resumed"),
+        configs=configs,
+        commands=commands,
+        # More backticks than stand together in any text between two fences.
+        fence="`" * max(3, *(len(ticks) + 1 for text in texts for ticks in re.findall("`+|$", text))),
+        card_data=card_data,
+        **only_on_card,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _notes(records: Records) -> list[str]:
+    """List the remarks on a result as sentences."""
+    report, notes = records.report, [*remarks(records.report)]
+    notes += [f"warning: {warning}" for warning in records.evaluation.get("warnings") or ()]
+    notes += [speed_remark(records.speed)] if records.speed.get("run_memory") else []
+    if report.get("perplexity"):
+        uses = "none of its documents was used for anything else"
+        uses = uses if records.heldout_is_disjoint else "some of its documents were used for the pruning too"
+        notes.append(f"held-out text: {uses}")
+    return [sentence(note) for note in notes if note]
+
+
+def sentence(words: str) -> str:
+    """Turn a remark into a sentence."""
+    return f"{words[:1].upper()}{words[1:].rstrip('.')}."
+
+
+def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, Any]) -> list[list[str]]:
+    names = {"before": "dense", "after": "pruned", "model": "recovered" if recovery else "pruned"}
+    return cells([names.get(model, model) for model in models_of(record)], rows)
+
+
+def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Quote a question, and what each model wrote; such words never begin a line, where Markdown might read them."""
+    written = [
+        f"{outcome(answer)} ({name}): {shorten(answer['text'], MAX_QUOTED_CHARACTERS)}"
+        for name, answer in item["answers"].items()
+    ]
+    return shorten(item["prompt"], MAX_QUOTED_CHARACTERS), written
+
+
+def _domains(records: Records, use: str) -> list[list[str]]:
+    """Tabulate the domains of the manifest that were used for one thing."""
+    rows = [["domain", "source", "share", "tokens"]]
+    for entry in records.domains:
+        if entry.get("use", CALIBRATED) == use:
+            origin = entry["origin"]
+            source = short_name(" ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key)))
+            share, tokens = f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"
+            rows.append([entry["name"], source or "given inputs", share, tokens])
+    return rows if len(rows) > 1 else []
+
+
+def short_name(source: str) -> str:
+    """Give the name by which people know a model or text: its id on the Hub, or its file's or folder's name."""
+    if cached := HUB_CACHE.search(source):
+        return "/".join(cached.groups())
+    path = Path(source)
+    local = path.is_absolute() or path.exists() or path.suffix in READERS
+    return path.resolve().name if source and local else source
+
+
+def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the values that differ from the defaults of a config, with names in place of paths."""
+    shown = changed(config, values)
+    for name in PATH_FIELDS:
+        if (value := shown.get(name)) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value))):
+            shown[name] = short_name(str(value))
+    if domains := shown.get("domains"):
+        named = [(changed(DomainConfig, domain), short_name(domain["source"])) for domain in domains]
+        shown["domains"] = [{**domain, "source": name} for domain, name in named]
+    if recovery := shown.get("recovery"):
+        shown["recovery"] = _changed(RecoveryConfig, recovery)
+    return shown
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model as a card names it: `name` is its id on the Hub or the name of its folder, or empty;
+    `base_model` its id on the Hub; `licence` the fields of its card that tell the licence, and `card` all of them.
     """
 
     name: str
@@ -41,8 +253,8 @@ class Dense:
     card: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: str, named: Mapping[str, Any]) -> Dense:
-        """What the card of a model says, but for the id and the licence that the user has `named`."""
+    def read(cls, source: str, named: Mapping[str, Any]) -> DenseModel:
+        """Read the card of a model; the id and the licence that the user has `named` go before it."""
         folder = Path(source)
         fields: dict[str, Any] = {}
         with suppress(Exception):  # of the network, the Hub, or somebody else's YAML: the licence is unknown then
@@ -66,7 +278,7 @@ class Dense:
 
 
 def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:
-    """The callable that loads a result: where its modules came along, the class of sentence-transformers."""
+    """Name the callable that loads a result; where its modules came along, the class of sentence-transformers."""
     if not Path(folder, "modules.json").is_file():
         return f"{model_class(config, arch_file).__name__}.from_pretrained"
     path = Path(folder, "config_sentence_transformers.json")
@@ -85,38 +297,37 @@ def leave_card(
 def model_card(
     folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
 ) -> str:
-    """The model card of a result."""
+    """Render the model card of a result."""
     records = Records.read(folder)
-    model = records.report.get("model") or {}
-    origin = Dense.of(records.dense or dense or "", model)
+    report = records.report
+    origin = DenseModel.read(records.dense or dense or "", report.get("model") or {})
     loads = loader_of(folder, config, arch_file)
     kind = loads.removesuffix(".from_pretrained")
-    shown = shown_of(records, origin.name, origin.base_model or "DENSE", ".", "again")
-    causal, texts = kind == "AutoModelForCausalLM", (name, *shown["commands"], *shown["configs"].values())
-    card = MARKDOWN.get_template("card.md.jinja").render(
-        **shown,
+    return result_text(
+        records,
         title=name,
+        dense=origin.name,
+        dense_path=origin.base_model or "DENSE",
+        folder=".",
+        again="again",
         card_data=_fields(folder, records, origin, kind).to_yaml(),
         shell_name=quote(name),
-        # What stands around blocks of code, such that none of the texts in them ends one.
-        fence="`" * max(3, *(len(run) + 1 for text in texts for run in re.findall("`+|$", text))),
         licence=origin.licence,
         kind=kind,
         loads=loads,
         library="sentence_transformers" if kind == loads else "transformers",
-        causal=causal,
+        causal=kind == "AutoModelForCausalLM",
         files={path.name for path in folder.iterdir()},
         heterogeneous=config.get_text_config().is_heterogeneous,
         nemotron_nas=(folder / "configuration_nemotron_nas.py").is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
-        is_measured=bool(records.evaluation or (records.report.get("other") or {}).get("tokens")),
-        widths=records.report.get("widths") or {},
-        **_llama_cpp(config, records.report),
+        is_measured=bool(records.evaluation or (report.get("other") or {}).get("tokens")),
+        widths=report.get("widths") or {},
+        **_llama_cpp(config, report),
     )
-    return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
 
 
-def _fields(folder: Path, records: Records, origin: Dense, kind: str) -> ModelCardData:
+def _fields(folder: Path, records: Records, origin: DenseModel, kind: str) -> ModelCardData:
     """The fields that the Hub reads; it finds models of sentence-transformers by those of the dense one."""
     found: dict[str, Any] = {"pipeline_tag": "text-generation" if kind == "AutoModelForCausalLM" else None}
     if kind in SENTENCE_CLASSES:

@@ -17,11 +17,11 @@ PARTS = ("Size", "What it loses and gains", "Trained afterwards", "How it was ma
 HOSTILE = '<img src=x onerror=alert(1)> & $x$ `y` "z"'
 # The first of them that is there draws the page; Debian's is called chromium.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Right edges beyond the window, of what cannot be scrolled into view in a box of its own.
+# Elements beyond the right edge of the window, but for those in a box that scrolls.
 OVERFLOWING = """() => [...document.querySelectorAll("body *")]
-    .filter(one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > innerWidth + 1)
+    .filter(one => !one.parentElement.closest("table, pre") && one.getBoundingClientRect().right > innerWidth + 1)
     .map(one => one.outerHTML.slice(0, 120))"""
-EMPTY = """() => [...document.querySelectorAll("section")]
+EMPTY = """() => [...document.querySelectorAll("main > *")]
     .filter(one => one.getBoundingClientRect().width < 20 || one.getBoundingClientRect().height < 20)
     .map(one => one.outerHTML.slice(0, 120))"""
 
@@ -142,7 +142,7 @@ def test_what_was_not_recorded_is_not_there(folder, tmp_path):
 def test_a_page_that_cannot_be_made_does_not_take_the_model_with_it(tmp_path, monkeypatch):
     pruner = StructPruner(config())
     model = pruner.prune_model(build("llama-tied"), tokenizer())
-    monkeypatch.setattr("optimum_structprune.saving.page.shown_of", lambda *values: 1 / 0)
+    monkeypatch.setattr("optimum_structprune.saving.page.result_text", lambda *values: 1 / 0)
     pruner.save(model, tmp_path / "small")
     assert not (tmp_path / "small" / PAGE_NAME).exists(), "a save from Python leaves it to `write_report`"
     with pytest.warns(UserWarning, match="small gets no report.html: division by zero"):
