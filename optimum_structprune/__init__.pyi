@@ -2,6 +2,7 @@
 from .arch.per_layer import disable_heterogeneous as disable_heterogeneous
 from .arch.per_layer import enable_heterogeneous as enable_heterogeneous
 from .config.domains import DomainConfig as DomainConfig
+from .config.pruning import RunOptions as RunOptions
 from .config.pruning import StructPruneConfig as StructPruneConfig
 from .config.recovery import RecoveryConfig as RecoveryConfig
 from .criteria import register_criterion as register_criterion

@@ -14,7 +14,7 @@ from .arch.meta import meta_model, model_class
 from .arch.modules import blocks
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
-from .config.pruning import StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
 from .pruning.request import DRY_RUN, Request, ask, check_config_kind
@@ -142,6 +142,7 @@ def ask_without_weights(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | None = None,
     offloaded: bool = False,
+    options: RunOptions | None = None,
 ) -> Request:
     """Gives what is asked of a model that is not loaded, checked as with weights, which are to be on a `device`."""
     check_config_kind(config)
@@ -149,7 +150,7 @@ def ask_without_weights(
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
     described = ModelInfo(describe(dense, config.arch_file), dense, device or dense.device, offloaded=offloaded)
-    return ask(config, described, tokenizer, use=use)
+    return ask(config, described, tokenizer, use=use, options=options)
 
 
 def dry_run(
@@ -159,6 +160,7 @@ def dry_run(
     trust_remote_code: bool = False,
     cost: bool = False,
     offload: str | None = None,
+    options: RunOptions | None = None,
 ) -> DryRun:
     """The widths and parameter counts that pruning with `config` gives, without any weights.
 
@@ -169,6 +171,7 @@ def dry_run(
         trust_remote_code: Whether code that comes with the model is run.
         cost: Whether the memory that the pruning takes, and the operations of both models, are counted as well.
         offload: Where the layers are while they do not run: `cpu`, `disk`, or None for the device itself.
+        options: How the machine is to prune it; None stands for the defaults.
 
     With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
     remove as much in all, to within one step of one layer.
@@ -176,7 +179,7 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    request = ask_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
+    request = ask_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN, options=options)
     config, arch, widths = request.config, request.described.arch, request.widths
     dense, small, dtype = request.described.plain_model, request.smaller, request.described.plain_model.dtype
 

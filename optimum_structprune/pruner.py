@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.manifest import Manifest
 from .domains.packing import Domain
 from .domains.readers import ids_in
@@ -31,6 +31,7 @@ class StructPruner:
 
     Args:
         config: What to remove and how.
+        options: How the machine does it; None stands for the defaults.
 
     Attributes:
         used_config: The config, which says after a run what general text has been read.
@@ -44,9 +45,10 @@ class StructPruner:
         StructPruneError: If `config` is no `StructPruneConfig`.
     """
 
-    def __init__(self, config: StructPruneConfig):
+    def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
         check_config_kind(config)
         self.config = self.used_config = config
+        self.options = options or RunOptions()
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
@@ -78,12 +80,12 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
-        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), tokenizer, inputs)
+        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), tokenizer, inputs, options=self.options)
         check_room(request, inplace)
         config, arch, widths, tokens = request.config, request.described.arch, request.widths, request.tokens
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            data = CalibrationData.read(config, model, tokenizer, inputs)
+            data = CalibrationData.read(config, model, tokenizer, inputs, self.options)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(vocabulary_changes=tokens is not None)
@@ -169,7 +171,7 @@ class StructPruner:
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
-        with Run(model, arch, CalibrationData.of(self.config, domains)) as run:
+        with Run(model, arch, CalibrationData(self.config, domains, self.options)) as run:
             run.data = with_batch_size(run.data, arch, model, widths)
             for step in self.steps(arch, model, widths):
                 self.apply_step_(run, step)
@@ -232,9 +234,10 @@ def prune_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     inplace: bool = False,
     inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
-    pruned = StructPruner(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
+    pruned = StructPruner(config, options).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
     if vars(pruned)["prune_result"].tokenizer is not None:
         warn("The model has a smaller vocabulary, and so another tokenizer: `model.prune_result.tokenizer`.")
     return pruned

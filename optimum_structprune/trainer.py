@@ -19,7 +19,7 @@ from .arch.hooks import before_load, before_next_call
 from .arch.load import ModelInfo, describe
 from .arch.meta import check_no_adapter
 from .arch.spec import ArchSpec, Widths
-from .config.pruning import StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
@@ -105,6 +105,7 @@ class StructPruneCallback(TrainerCallback):
         end: The step after which the last units are removed, or a share; None removes everything at `start`.
         every: The number of steps from one removal to the next, none of which lies beyond `end`.
         calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
+        options: How the machine prunes; None stands for the defaults.
 
     Raises:
         StructPruneError: If the config asks for what a Trainer cannot do.
@@ -117,12 +118,13 @@ class StructPruneCallback(TrainerCallback):
         end: int | float | None = None,
         every: int | None = None,
         calibration: Literal["batches", "domains"] = "batches",
+        options: RunOptions | None = None,
     ):
         check_config_kind(config)
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
-        _check_config(config)
-        self.config = config
+        _check_config(config, options)
+        self.config, self.options = config, options
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
         self.plan: Plan | None = None
@@ -261,7 +263,7 @@ class StructPruneCallback(TrainerCallback):
         }
         if not smaller:
             return False
-        pruner = StructPruner(replace(self.config, rounds=1))
+        pruner = StructPruner(replace(self.config, rounds=1), self.options)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         domains = self._domains or [self.text.of_all_processes().domain()]
         plan = broadcast_object(pruner.prune_to_(model, domains, smaller))
@@ -290,7 +292,7 @@ def attach_pruner(
         trainer: Any Trainer, before `train`.
         config: What to remove and how.
         start: The step after which the first units are removed; see `StructPruneCallback`.
-        schedule: `end`, `every` and `calibration`; see `StructPruneCallback`.
+        schedule: `end`, `every`, `calibration` and `options`; see `StructPruneCallback`.
 
     Returns:
         The callback.
@@ -369,13 +371,13 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
         )
 
 
-def _check_config(config: StructPruneConfig) -> None:
+def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None:
     """Refuse what a Trainer cannot do between its steps, with any model."""
     if config.refit == "bias":
         raise StructPruneError(
             "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
         )
-    if config.checkpoint_dir is not None:
+    if options is not None and options.checkpoint_dir is not None:
         raise StructPruneError(
             "checkpoint_dir spans the layers of one pruning, and a Trainer prunes in steps of its own; leave it out."
         )

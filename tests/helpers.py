@@ -144,7 +144,7 @@ def whole_model_at_once():
 
 def data_of(settings, domains=None) -> CalibrationData:
     """The calibration data in `domains`, by default those of a config in tokens of the tests' own tokenizer."""
-    return CalibrationData.of(settings, load_domains(settings, tokenizer()) if domains is None else domains)
+    return CalibrationData(settings, load_domains(settings, tokenizer()) if domains is None else domains)
 
 
 def weighed(*shares) -> CalibrationData:

@@ -314,7 +314,7 @@ def documents(count: int = 60, seed: int = 0) -> list[str]:
 def config(**fields) -> StructPruneConfig:
     """A config that calibrates on a few short blocks of two in-memory domains."""
     domains = [DomainConfig(name="a", source=documents(seed=0)), DomainConfig(name="b", source=documents(seed=1))]
-    defaults = {"domains": domains, "general_share": 0.0, "num_samples": 8, "seq_length": 24, "batch_size": 3}
+    defaults = {"domains": domains, "general_share": 0.0, "num_samples": 8, "seq_length": 24}
     if "sparsity" not in fields:
         defaults["widths"] = {"mlp": 24}
     return StructPruneConfig(**{**defaults, **fields})

@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from optimum_structprune import StructPruneConfig, StructPruner
+from optimum_structprune import RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.packing import Domain
@@ -154,12 +154,13 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     before = resident("VmRSS")
     model = load(args, layers)
     arch, size = describe(model), sum(parameter.nbytes for parameter in model.parameters())
-    forward_seconds(model, samples[: settings.batch_size], settings.batch_size)
-    first = forward_seconds(model, samples, settings.batch_size, clock)
+    batch_size = RunOptions().samples_at_once
+    forward_seconds(model, samples[:batch_size], batch_size)
+    first = forward_seconds(model, samples, batch_size, clock)
 
     reset_high_water_mark()
     start = clock()
-    run = Run(model, arch, CalibrationData.of(settings, domains))
+    run = Run(model, arch, CalibrationData(settings, domains))
     chosen = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
         chosen = choose_shape(run, chosen)
@@ -167,7 +168,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing
     peak = resident("VmHWM") - before
-    second = forward_seconds(load(args, layers), samples, settings.batch_size, clock)
+    second = forward_seconds(load(args, layers), samples, batch_size, clock)
     streams = 2 if settings.error_feedback else 1
     return Cost(
         samples=len(samples),

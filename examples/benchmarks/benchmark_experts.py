@@ -22,7 +22,7 @@ from typing import Any
 from quality import DOMAINS, add_arguments, begin, calibration, load, show, write_json
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruner
+from optimum_structprune import DomainConfig, RecoveryConfig, RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import compare
@@ -68,11 +68,10 @@ def run(args: Namespace) -> None:
     for key, row, kept, seed in todo:
         fields = {"num_samples": args.samples, "general_share": 0.0, "seq_length": args.seq_length, **ROWS[row]}
         recovery, names = fields.pop("recovery", None), fields.pop("domains", args.domains)
-        config = StructPruneConfig(
-            widths={"expert": kept}, domains=calibration(args, names), seed=seed, batch_size=args.batch_size, **fields
-        )
+        config = StructPruneConfig(widths={"expert": kept}, domains=calibration(args, names), seed=seed, **fields)
         small = deepcopy(model)
-        StructPruner(config).prune_to_(small, load_domains(config, tokenizer), config.widths)
+        pruner = StructPruner(config, RunOptions(batch_size=args.batch_size))
+        pruner.prune_to_(small, load_domains(config, tokenizer), config.widths)
         if recovery is not None:
             small = Recovery(recovery, config).recover_model(small, tokenizer, model)
         results["cells"][key] = {

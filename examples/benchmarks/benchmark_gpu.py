@@ -92,7 +92,7 @@ def samples(shape: dict, count: int, length: int) -> torch.Tensor:
 def pruned(model, shape: dict, ids: torch.Tensor, inplace: bool = False):
     """A quarter of the FFN goes."""
     width = shape["intermediate_size"] * 3 // 4
-    settings = {"num_samples": len(ids), "seq_length": ids.shape[1], "batch_size": 4}
+    settings = {"num_samples": len(ids), "seq_length": ids.shape[1]}
     pruner = StructPruner(StructPruneConfig(widths={"mlp": width}, **settings))
     return pruner, pruner.prune_model(model, inplace=inplace, inputs={"random": ids})
 

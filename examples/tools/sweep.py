@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_structprune.arch.load import ModelInfo
-from optimum_structprune.commands.arguments import Command, pruning_config
+from optimum_structprune.commands.arguments import Command, pruning_config, run_options
 from optimum_structprune.commands.checks import CONFIGS
 from optimum_structprune.commands.cli import CommandParser, execute
 from optimum_structprune.commands.flags import LOADING, named, switch
@@ -74,12 +74,6 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
     configs = {}
     for sparsity in sorted(set(args.sizes)):
         config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
-        if config.checkpoint_dir is not None:
-            raise StructPruneError(
-                f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
-            )
-        if config.searches and config.losses_dir is None:
-            config = replace(config, losses_dir=str(Path(args.output) / "losses"))
         configs[sparsity] = config
     return configs
 
@@ -99,16 +93,17 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     check_arguments(model, tokenizer, None)
     ask(config, ModelInfo.of(model, config.arch_file), tokenizer)
-    any_size = replace(
-        CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None)
-    )
+    any_size = replace(CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5))
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 
 
 def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> dict[str, Any]:
     """Prune to one size, and save the model if there is a folder; the report, with the perplexity after a training."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
-    pruner = StructPruner(config)
+    options = run_options(args)
+    if config.searches and config.rounds == 1:  # losses are measured once for all sizes
+        options = replace(options, checkpoint_dir=str(Path(args.output) / "losses"))
+    pruner = StructPruner(config, options)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     if folder is not None:
         # A model without a place on the curve is left from a sweep that was killed.

@@ -18,7 +18,7 @@ from ..errors import StructPruneError, one_line
 
 
 if TYPE_CHECKING:
-    from ..config.pruning import StructPruneConfig
+    from ..config.pruning import RunOptions, StructPruneConfig
     from ..config.recovery import RecoveryConfig
     from .output import Result
 
@@ -40,7 +40,7 @@ GROUPS = {
     "text": "seq_length general_share general_text seed",
     "training afterwards": "--recovery-tokens recovery",
     "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
-    "large models": "--offload batch_size checkpoint_dir losses_dir",
+    "large models": "--offload batch_size checkpoint_dir",
     "for experts": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
@@ -79,7 +79,11 @@ class Command:
         if self.config is not None:
             import optimum_structprune
 
+            text = f"A YAML file with fields of {self.config}; flags override it."
+            group("--config").add_argument("--config", metavar="FILE", help=text)
             _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
+        if self.config == "StructPruneConfig":
+            _declare_fields(group, optimum_structprune.RunOptions, self.without)
         for name, of in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
@@ -105,9 +109,7 @@ def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
 
 
 def _declare_fields(group: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
-    """Declare `--config`, and one flag for each field of a config."""
-    text = f"A YAML file with fields of {config_class.__name__}; flags override it."
-    group("--config").add_argument("--config", metavar="FILE", help=text)
+    """Declare one flag for each field of a config."""
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     for field in fields(config_class):
         if field.name in without:
@@ -245,6 +247,15 @@ def pruning_config(args: Namespace) -> StructPruneConfig:
     return StructPruneConfig.from_dict(_laid_over(values, given))
 
 
+def run_options(args: Namespace) -> RunOptions:
+    """The `RunOptions` of the file that holds the config, if any, with the flags laid over it."""
+    from ..config.pruning import RunOptions
+
+    names = {field.name for field in fields(RunOptions)}
+    values = {name: value for name, value in _file(args).items() if name in names}
+    return RunOptions.from_dict(_laid_over(values, _values_of_flags(args, RunOptions)))
+
+
 def recovery_config(args: Namespace) -> RecoveryConfig:
     """The `RecoveryConfig` of the file, if any, with the flags laid over it."""
     from ..config.recovery import RecoveryConfig
@@ -259,7 +270,7 @@ def by_flag(error: StructPruneError, args: Namespace) -> str:
     if not isinstance(error, FieldError):
         return str(error).removeprefix(f"{args.command.config}: ")
     name, reason = error.field, error.reason
-    if error.owner != args.command.config:  # it is a part of that
+    if error.owner in PARTS and error.owner != args.command.config:
         name, reason = PARTS[error.owner], f"{name} {reason}"
     given = getattr(args, "config", None) is None or hasattr(args, name)
     return f"{ALIASES.get(name, f'--{name}').replace('_', '-') if given else f'{args.config}: {name}'} {reason}"

@@ -17,14 +17,14 @@ from huggingface_hub import hf_hub_download
 from ..arch.families import read_families
 from ..config.domains import GENERAL, DomainConfig, as_domain
 from ..config.fields import read_mapping
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.resolve import resolve
 from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
-from .arguments import pruning_config, recovery_config
+from .arguments import pruning_config, recovery_config, run_options
 from .flags import FORM
 from .output import check_file
 
@@ -97,27 +97,27 @@ def gguf_file(output: str, kind: str) -> str:
 def _texts(config: Any) -> list[DomainConfig]:
     """The text that a config names."""
     general = getattr(config, "general_text", None)
-    return [*(config.domains or ()), *([DomainConfig(GENERAL, general)] if general else ())]
+    return [*(getattr(config, "domains", None) or ()), *([DomainConfig(GENERAL, general)] if general else ())]
 
 
-def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
+def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None, RunOptions]:
     """How to prune, and how to train afterwards: the pruned model is saved in between, in case of an interruption."""
-    config = pruning_config(args)
+    config, options = pruning_config(args), run_options(args)
     recovery = config.recovery
     config = config if recovery is None else replace(config, recovery=None)
     if args.resume:
-        if config.checkpoint_dir is not None:
+        if options.checkpoint_dir is not None:
             raise StructPruneError(
-                f"checkpoint_dir={config.checkpoint_dir!r} remembers a run, and --resume does the same in a folder "
+                f"checkpoint_dir={options.checkpoint_dir!r} remembers a run, and --resume does the same in a folder "
                 "beside the output; leave out either."
             )
-        config = replace(config, checkpoint_dir=str(progress_folder(args.output)))
+        options = replace(options, checkpoint_dir=str(progress_folder(args.output)))
     if args.offload is not None and recovery is not None:
         raise StructPruneError(
             f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory; leave out "
             f"recovery, and afterwards run `structprune recover {args.output} OUT --teacher {args.model}`."
         )
-    return config, recovery
+    return config, recovery, options
 
 
 def progress_folder(output: str) -> Path:
@@ -129,7 +129,7 @@ def progress_folder(output: str) -> Path:
 # How the flags of each command become configs.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
-    "plan": lambda args: [pruning_config(args)],
+    "plan": lambda args: [pruning_config(args), run_options(args)],
     "recover": lambda args: [recovery_config(args)],
 }
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.readers import has_files
 from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
@@ -128,7 +128,7 @@ class Loading:
         """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def ask(self, name: str, config: StructPruneConfig) -> Request:
+    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
         """Gives what a pruning will be asked for, or refuses it as that would."""
         model_config, known = self.config(name), self.device not in SPREAD
         with warnings.catch_warnings():
@@ -142,6 +142,7 @@ class Loading:
                 self.tokenizer(name),
                 torch.device(str(self.device)) if known else None,
                 offloaded=self.offload is not None,
+                options=options,
             )
         if request.widths and known and (self.torch_dtype or model_config.dtype):
             check_room(request, inplace=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import suppress
-from dataclasses import replace
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
@@ -28,13 +26,13 @@ from .recovering import pushed, recover_and_save, recovery_for
 
 def prune(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
-    config, recovery = prune_configs(args)
+    config, recovery, options = prune_configs(args)
     loading = Loading.of(args, arch_file=config.arch_file)
-    pruner = StructPruner(config)
+    pruner = StructPruner(config, options)
     # Processes that were started together share the work.
-    output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
+    output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery, options)])
     with across_processes(), output.locked():
-        _check_folders(args, output, loading, config, recovery)
+        _check_folders(args, output, loading, pruner, recovery)
         smaller, tokenizer = _prune_and_save(args, output, loading, pruner)
         report = pruner.report
         assert report is not None
@@ -53,16 +51,17 @@ def prune(args: Namespace) -> Result:
 
 
 def _check_folders(
-    args: Namespace, output: Output, loading: Loading, config: StructPruneConfig, recovery: RecoveryConfig | None
+    args: Namespace, output: Output, loading: Loading, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> None:
     """Refuse what the run would refuse, before a model is loaded in vain."""
-    request = loading.ask(args.model, config)
+    config = pruner.config
+    request = loading.ask(args.model, config, pruner.options)
     model, small = request.described.plain_model, request.smaller
     output.check(small.num_parameters() * model.dtype.itemsize)
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
         check_gguf(small.config, args.gguf, tokenizer)
-    check_apart(args.output, config, recovery)
+    check_apart(args.output, config, recovery, pruner.options)
     if recovery is not None:
         check_recovery(recovery, config, model)
     calibration_domains(config, model, tokenizer, writes=False)  # last, as it reads the text
@@ -86,10 +85,6 @@ def _prune_and_save(
         pruner.report.answers = check.items()
         said = {"base_model": args.base_model, "license": args.license}
         pruner.report.model |= {name: value for name, value in said.items() if value}
-        if args.resume:  # who repeats the run does not go on with this one
-            assert pruner.result is not None
-            config = replace(pruner.used_config, checkpoint_dir=None)
-            pruned.prune_result = pruner.result._replace(config=config)  # type: ignore[assignment]  # as in pruner.py
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         write_page_or_warn(args.output)
         if args.resume and process_index() == 0:

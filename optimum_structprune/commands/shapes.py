@@ -18,7 +18,7 @@ from ..arch.spec import VOCAB
 from ..dryrun import dry_run
 from ..errors import StructPruneError
 from ..record.remarks import target_summary
-from .arguments import pruning_config
+from .arguments import pruning_config, run_options
 from .loading import Loading
 from .output import Result
 
@@ -81,7 +81,8 @@ def plan(args: Namespace) -> Result:
         raise StructPruneError("--offload says where a cost is counted for; add --cost.")
     loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
     model_config = loading.config(args.model)
-    outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
+    dtype, options = loading.torch_dtype, run_options(args)
+    outcome = dry_run(model_config, config, dtype, args.trust_remote_code, args.cost, args.offload, options)
     summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
     gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
     lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from functools import wraps
 from math import isfinite
@@ -57,9 +57,11 @@ class Serialisable:
 
     Attributes:
         gone: Fields that saved configs may hold, each with the only value that is left of it.
+        moved: Fields that saved configs may hold, and that another config has now.
     """
 
     gone: ClassVar[Mapping[str, Any]] = {}
+    moved: ClassVar[Collection[str]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
@@ -68,7 +70,8 @@ class Serialisable:
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; a field that is gone may hold the value that is left of it."""
-        values = {str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()}
+        given = unversioned(mapping_of(data, cls.__name__))
+        values = {str(name): value for name, value in given.items() if name not in cls.moved}
         for name, left in cls.gone.items():
             if (value := values.pop(name, left)) != left:
                 raise StructPruneError(f"{cls.__name__}: {name!r} is gone, only {left!r} is left, got {value!r}.")

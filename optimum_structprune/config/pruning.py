@@ -1,4 +1,4 @@
-"""What to remove and how: one strict, serialisable dataclass."""
+"""What to remove and how, and how the machine does it: two strict, serialisable dataclasses."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from .domains import GENERAL, DomainConfig, WithDomains, is_general
 from .fields import (
     FieldError,
     Number,
+    Serialisable,
     below_one,
     by_layer,
     config_class,
@@ -121,16 +122,35 @@ def _check_together(config: "StructPruneConfig") -> None:
             f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
             "looks for one shape of all layers; choose allocation='search'"
         )
-    if config.checkpoint_dir is not None and config.rounds > 1:
-        raise ValueError(
-            f"checkpoint_dir={config.checkpoint_dir!r} remembers layers that are finished, and with rounds="
-            f"{config.rounds} none is before the last round; set rounds=1, or leave checkpoint_dir (--resume) out"
-        )
     if recovery is not None and not recovery.merge:
         raise ValueError(
             "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
             "call recover"
         )
+
+
+@config_class
+@strict
+@dataclass(kw_only=True)
+class RunOptions(Serialisable):
+    """How the machine prunes. No field changes what comes out, but for the rounding of sums.
+
+    Args:
+        batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
+        checkpoint_dir: A folder that remembers measured losses and finished layers. A run that was killed goes on from
+            there, and runs with other targets read the losses. It takes one round.
+
+    Raises:
+        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range.
+    """
+
+    batch_size: int | Literal["auto"] = validated_field(positive, default=4)
+    checkpoint_dir: str | None = None
+
+    @property
+    def samples_at_once(self) -> int:
+        """The number of samples in a forward pass; 1 where `auto` has not asked the device yet."""
+        return 1 if self.batch_size == AUTO else int(self.batch_size)
 
 
 @config_class
@@ -185,13 +205,8 @@ class StructPruneConfig(WithDomains):
             stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
             model is in memory and can write and no tokens go, and otherwise for `builtin:general` if `general_share`
             asks for it.
-        losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
-            targets of the same model and text. None stands for `checkpoint_dir`.
-        checkpoint_dir: A folder that remembers each finished layer; a run that was killed goes on from there. It
-            takes one round.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
-        batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
         damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix. It is
             twice as strong where there are 20 tokens per column, and so on; see `method.linalg.ridge_strength`.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
@@ -209,7 +224,8 @@ class StructPruneConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1}
+    gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1, "losses_dir": None}
+    moved = ("batch_size", "checkpoint_dir")
 
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
@@ -226,11 +242,8 @@ class StructPruneConfig(WithDomains):
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None
-    losses_dir: str | None = None
-    checkpoint_dir: str | None = None
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
-    batch_size: int | Literal["auto"] = validated_field(positive, default=4)
     damping: Number = validated_field(strength, default=0.08)
     error_feedback: Number = validated_field(proportion, default=0.5)
     holdout: Number = validated_field(share, default=0.125)
@@ -260,11 +273,6 @@ class StructPruneConfig(WithDomains):
         if isinstance(recovery := mapping_of(data, cls.__name__).get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
-
-    @property
-    def samples_at_once(self) -> int:
-        """The number of samples in a forward pass; 1 where `auto` has not asked the device yet."""
-        return 1 if self.batch_size == AUTO else int(self.batch_size)
 
     @property
     def shrinking(self) -> tuple[str, ...]:

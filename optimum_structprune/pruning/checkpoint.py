@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> str:
     """The hash that identifies a run: its config, the dense model, the text and the widths that are aimed at."""
-    may_differ = ("checkpoint_dir", "losses_dir", "batch_size", "domains")  # the text is compared by its hashes
-    settings = {name: value for name, value in data.config.to_dict().items() if name not in may_differ}
+    settings = {**data.config.to_dict(), "domains": None}  # the text is compared by its hashes
     return data.key(model, settings, target)
 
 
@@ -32,8 +31,9 @@ class LayerCheckpoint:
     """The layers of one run that are finished, in a folder."""
 
     def __init__(self, run: Run, folder: str, target: Widths):
-        self.resume = Resume(Path(folder), run_key(run.data, run.model, target), "layer")
-        run.report.resumed = self.resume.check() is not None  # that of another run is refused
+        key = run_key(run.data, run.model, target)
+        self.resume = Resume(Path(folder), key, f"layer-{key[:12]}")  # those of runs with other targets lie beside it
+        run.report.resumed = self.resume.check() is not None
 
     def take_over_(
         self, run: Run, source: Source, keep: dict[tuple[int, str], tuple[int, ...]], smaller: PreTrainedModel

@@ -8,7 +8,7 @@ optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULTS
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError, one_line, warn
@@ -49,6 +49,7 @@ class Request:
         use: What the model is to be used for.
         inputs: Calibration inputs by domain, in place of text.
         tokens: The tokens that may go; None where all stay.
+        options: How the machine is to prune.
     """
 
     config: StructPruneConfig
@@ -57,6 +58,7 @@ class Request:
     use: str = PRUNE
     inputs: Mapping[str, Tensor] | None = None
     tokens: VocabularyRequest | None = None
+    options: RunOptions = field(default_factory=RunOptions)
 
     @cached_property
     def smaller(self) -> PreTrainedModel:
@@ -71,6 +73,7 @@ def ask(
     tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     use: str = PRUNE,
+    options: RunOptions | None = None,
 ) -> Request:
     """Gives what is asked of a model once it can be met, and warns of options that have no effect.
 
@@ -83,7 +86,7 @@ def ask(
 
         config = with_tokens(config, described, tokenizer)
     widths = widths_with_tokens(config, arch, model) if config.trims else widths_of(config, arch, model)
-    request = Request(config, described, widths, use, inputs)
+    request = Request(config, described, widths, use, inputs, options=options or RunOptions())
     if use != DRY_RUN:
         _check_model(request)
     if described.offloaded:
@@ -233,8 +236,8 @@ def _check_text(request: Request, has_tokenizer: bool) -> None:
         )
     if not has_tokenizer and request.inputs is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    if request.config.checkpoint_dir or request.config.losses_dir:
-        _check_folders(request.config)
+    if request.options.checkpoint_dir is not None:
+        _check_folder(request.options.checkpoint_dir, request.config)
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
@@ -285,16 +288,20 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
         )
 
 
-def _check_folders(config: StructPruneConfig) -> None:
-    """Refuse to put what a run remembers beside a model, or where nothing can be written."""
+def _check_folder(folder: str, config: StructPruneConfig) -> None:
+    """Refuse to put what a run remembers beside a model, or where nothing can be written, and several rounds."""
     from ..system.disk import check_folder
 
-    for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
-        check_folder(folder)
-        if Path(folder, "config.json").is_file():
-            raise StructPruneError(
-                f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
-            )
+    check_folder(folder)
+    if Path(folder, "config.json").is_file():
+        raise StructPruneError(
+            f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
+        )
+    if config.rounds > 1:
+        raise StructPruneError(
+            f"checkpoint_dir={folder!r} remembers layers that are finished, and with rounds={config.rounds} none is "
+            "before the last round; set rounds=1, or leave checkpoint_dir (--resume) out."
+        )
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
@@ -307,7 +314,6 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
         "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
         "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
-        "losses_dir": (not config.searches, f"allocation={config.allocation!r} measures no losses"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
     }

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..arch.load import ModelInfo
 from ..arch.spec import EXPERT, LAYER, ArchSpec, Widths
-from ..config.pruning import AUTO, StructPruneConfig
+from ..config.pruning import AUTO, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
@@ -65,6 +65,7 @@ class Need:
 def need_of(request: Request, offload: str | None = None) -> Need:
     """The memory that a pruning takes in each process, by shapes alone; `offload` says where its layers are to be."""
     config, described, widths, inputs = request.config, request.described, request.widths, request.inputs
+    samples_at_once = request.options.samples_at_once
     if inputs is not None:  # what is no text has as many tokens as the model makes of it, which shapes do not say
         from ..domains.load import given_domains
 
@@ -88,15 +89,17 @@ def need_of(request: Request, offload: str | None = None) -> Need:
     part, domains = min(TOKENS_AT_ONCE, length), len(inputs or texts_of(config))
     loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32)
     # What is not counted here took 60 MB in measurements, whatever the size of the model.
-    working = max(loss, _of_layer(config, described, widths, domains, channels)) + 60 * 10**6
+    working = max(loss, _of_layer(config, described, widths, domains, channels, samples_at_once)) + 60 * 10**6
     return Need(itemsize * weights, itemsize * hidden, working, itemsize * host)
 
 
-def _of_layer(config: StructPruneConfig, described: ModelInfo, widths: Widths, domains: int, channels: int) -> int:
+def _of_layer(
+    config: StructPruneConfig, described: ModelInfo, widths: Widths, domains: int, channels: int, samples_at_once: int
+) -> int:
     """The most bytes that a layer takes at a time while it is pruned, on top of its own when it is whole."""
     arch, itemsize, on_cpu = described.arch, described.plain_model.dtype.itemsize, described.device.type == "cpu"
     widest = max([channels, *(space.size * axis.per_unit for space in arch.spaces for axis in space.consumers)])
-    at_once = min(config.samples_at_once, ceil(config.num_samples / domains)) * config.seq_length
+    at_once = min(samples_at_once, ceil(config.num_samples / domains)) * config.seq_length
     batch, tokens = itemsize * at_once * (WIDE * widest + 2 * channels), config.num_samples * config.seq_length
     steps, gone = [batch], []
     for layer, parameters in enumerate(arch.layer_params):
@@ -155,7 +158,7 @@ def check_room(request: Request, inplace: bool) -> None:
             "inplace=True": copy > 0,
             f"--offload {'disk' if device.type == 'cpu' else 'cpu or disk'}": not away,
             f"num_samples below {config.num_samples}": need.hidden > 0,
-            f"batch_size below {config.batch_size}": config.samples_at_once > 1,
+            f"batch_size below {request.options.batch_size}": request.options.samples_at_once > 1,
             "criterion='wanda' with refit='none', which take no Gram matrix": config.fits,
         }
         raise StructPruneError(
@@ -168,7 +171,7 @@ def check_room(request: Request, inplace: bool) -> None:
 
 def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> CalibrationData:
     """Gives the data the largest batch size up to `MOST` that fits, where the config says `auto`."""
-    if data.config.batch_size != AUTO:
+    if data.options.batch_size != AUTO:
         return data
     described = ModelInfo(arch, model, compute_device(model), offloaded=is_offloaded(model))
     device, samples = described.device, max((domain.samples for domain in data.domains), key=len)
@@ -181,7 +184,7 @@ def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedMode
 
     size, free = max(min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST), 1), free_bytes(device)
     while size > 1 and free is not None:
-        request = Request(replace(data.config, batch_size=size), described, widths)
+        request = Request(data.config, described, widths, options=RunOptions(batch_size=size))
         if need_of(request).above * (1 + ERROR) <= free:
             break
         size //= 2
@@ -192,4 +195,4 @@ def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedMode
             f"batch_size='auto' found no batch that {device} has room for: one sample of the shape "
             f"{tuple(samples.shape[1:])} is too much already. Choose --offload cpu or disk, or a smaller seq_length."
         ) from error
-    return replace(data, batch_size=size)
+    return replace(data, options=replace(data.options, batch_size=size))

@@ -205,10 +205,10 @@ def prune_units_(run: Run, step: Step) -> Plan:
         from ..widths.schedule import round_widths
 
         rounds = round_widths(config, arch, step.widths)
-    if config.checkpoint_dir is not None:
+    if (folder := run.data.options.checkpoint_dir) is not None:
         from .checkpoint import LayerCheckpoint
 
-        checkpoint = LayerCheckpoint(run, config.checkpoint_dir, step.widths)
+        checkpoint = LayerCheckpoint(run, folder, step.widths)
     masks, count, every = Masks(model, arch, undoable=len(rounds) > 1), arch.num_layers, len(rounds) * arch.num_layers
 
     def finished(layer: int) -> None:

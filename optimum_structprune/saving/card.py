@@ -37,7 +37,7 @@ from ..written import replace_text, warn_on_error, written_files
 
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
-PATH_FIELDS = ("losses_dir", "checkpoint_dir", "arch_file", "keep_tokens")
+PATH_FIELDS = ("arch_file", "keep_tokens")
 MAX_QUOTED_CHARACTERS = 200  # of a question or an answer
 # The classes of sentence-transformers that read a folder with its modules.
 SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")

@@ -87,7 +87,7 @@ class Search:
         self.legal = legal_widths(self.config, arch, model.config)
         # What shrinks by default depends on the allocation.
         named = self.config if self.config.widths else replace(self.config, targets=tuple(self.legal))
-        uniform = replace(named, allocation="uniform", losses_dir=None)
+        uniform = replace(named, allocation="uniform")
         self.plain = widths_of(uniform, arch, model)
 
     def trials(self) -> Trials:

@@ -72,7 +72,7 @@ class Probe:
             replace(domain, samples=domain.trial[:count, :length], mask=None)
             for domain, count in zip(data.domains, counts, strict=True)
         ]
-        return cls(model, arch, batches_of(samples, data.batch_size))
+        return cls(model, arch, batches_of(samples, data.options.samples_at_once))
 
     def advance(self) -> None:
         """Go on to the next layer."""
@@ -112,7 +112,7 @@ class Trials:
     spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
 
     def losses(self) -> Losses:
-        """The losses of all trials; what an earlier run has kept in the folder of the config is not measured again."""
+        """The losses of all trials; what an earlier run has kept in `checkpoint_dir` is not measured again."""
         store = self._store()
         saved = None if store is None else store.load()
         losses: Losses = {}
@@ -124,8 +124,7 @@ class Trials:
 
     def _store(self) -> Resume | None:
         """What keeps losses for other targets of the same model and text."""
-        config = self.data.config
-        folder = config.losses_dir or config.checkpoint_dir
+        config, folder = self.data.config, self.data.options.checkpoint_dir
         if folder is None:
             return None
         refit = (self.refit, config.damping, config.error_feedback)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import dequantized
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
-from ..config.pruning import REFITS, StructPruneConfig
+from ..config.pruning import REFITS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
@@ -43,7 +43,7 @@ class CalibrationData:
 
     config: StructPruneConfig
     domains: Sequence[Domain]
-    batch_size: int
+    options: RunOptions = field(default_factory=RunOptions)
     # What registered criteria and allocations remember during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
 
@@ -54,6 +54,7 @@ class CalibrationData:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        options: RunOptions | None = None,
     ) -> CalibrationData:
         """Read the text that a config names; the config of the data says which general text was read."""
         if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
@@ -61,8 +62,10 @@ class CalibrationData:
         from ..domains.load import calibration_domains, given_domains
 
         if inputs is not None:
-            return cls.of(config, given_domains(inputs, float(config.holdout), config.searches))
-        return cls.of(*calibration_domains(config, model, tokenizer))
+            read = config, given_domains(inputs, float(config.holdout), config.searches)
+        else:
+            read = calibration_domains(config, model, tokenizer)
+        return cls(*read, options or RunOptions())
 
     def read_again(
         self,
@@ -76,11 +79,6 @@ class CalibrationData:
 
         seen = self.manifest(tokenizer).after(seen)
         return replace(self, domains=load_domains(self.config, reader, model, seen=seen, writer=tokenizer))
-
-    @classmethod
-    def of(cls, config: StructPruneConfig, domains: Sequence[Domain]) -> CalibrationData:
-        """The calibration data of domains that are read already."""
-        return cls(config, domains, config.samples_at_once)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -114,7 +112,7 @@ class CalibrationData:
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs, one domain after the other."""
         domains = [_own(domain) for domain in self.domains] if process_count() > 1 else self.domains
-        return batches_of(domains, self.batch_size)
+        return batches_of(domains, self.options.samples_at_once)
 
     def portion(self, tokens: int) -> CalibrationData:
         """The calibration data cut to at most `tokens` tokens, as many samples in each domain."""

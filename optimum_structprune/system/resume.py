@@ -59,9 +59,10 @@ class Resume:
             wait_for_all()
             self._remove_older(number)
         except (OSError, SafetensorError) as error:
+            what = self.kind.partition("-")[0].capitalize()
             raise StructPruneError(
-                f"{self.kind.capitalize()} {number} could not be saved to {self.folder}: {error}. What was saved "
-                "before is intact, and the same call goes on from it."
+                f"{what} {number} could not be saved to {self.folder}: {error}. What was saved before is intact, and "
+                "the same call goes on from it."
             ) from error
 
     def load(self) -> Saved | None:

@@ -10,13 +10,14 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
+from optimum_structprune import DomainConfig, RecoveryConfig, RunOptions, StructPruneConfig
 from optimum_structprune.commands.arguments import (
     GROUPS,
     domain,
     first_sentences,
     pruning_config,
     recovery_config,
+    run_options,
     setting,
 )
 from optimum_structprune.commands.flags import COMMANDS as ALL
@@ -119,8 +120,6 @@ def test_short_spellings(monkeypatch):
         ("--skip-layer 0", {"skip_layers": [0]}),
         ("--budget parameters=110e6", {"budget": {"parameters": 110e6}}),
         ("--arch mine.yaml", {"arch_file": "mine.yaml"}),
-        ("--batch-size auto", {"batch_size": "auto"}),
-        ("--batch-size 8", {"batch_size": 8}),
         ("--recover", {"recovery": {}}),
         ("--recovery-tokens 9", {"recovery": {"tokens": 9}}),
         (both, {"recovery": {"tokens": 9, "lora": {"r": 2}}}),
@@ -130,11 +129,14 @@ def test_short_spellings(monkeypatch):
 
 
 def test_flags_override_the_file(tmp_path):
-    text = {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
+    text = {"batch_size": 8, "checkpoint_dir": "here"}
+    text |= {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
-    config = pruning_config(parsed("prune", "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains))
+    line = ["prune", "m", "o", "--config", str(tmp_path / "run.yaml")]
+    assert run_options(parsed(*line, "--batch-size", "auto")) == RunOptions(batch_size="auto", checkpoint_dir="here")
+    config = pruning_config(parsed(*line, *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
     assert [(d.name, d.source, d.weight) for d in config.domains] == [

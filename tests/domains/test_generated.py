@@ -235,7 +235,7 @@ def test_models_kinds_and_folders_that_will_not_do(writer, cache):
 
 def own(**fields) -> StructPruneConfig:
     domains = [DomainConfig("own", "self:math", **fields), DomainConfig("other", "builtin:math")]
-    return StructPruneConfig(widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32, batch_size=2)
+    return StructPruneConfig(widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32)
 
 
 def test_pruned_on_what_it_wrote_itself(writer, caplog):

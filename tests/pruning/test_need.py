@@ -9,7 +9,14 @@ from helpers import same_weights
 from models import build, config, documents, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, prune_model
+from optimum_structprune import (
+    DomainConfig,
+    RunOptions,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    prune_model,
+)
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
@@ -129,18 +136,18 @@ def text():
 
 def data_on(device, text, monkeypatch):
     """Calibration data that says `auto`, of a model whose compute device is said to be another one."""
-    model, settings = build("llama-tied"), config(domains=text, num_samples=40, batch_size="auto")
+    model, settings = build("llama-tied"), config(domains=text, num_samples=40)
     monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
-    return CalibrationData.of(settings, load_domains(settings, tokenizer())), describe(model), model
+    domains = load_domains(settings, tokenizer())
+    return CalibrationData(settings, domains, RunOptions(batch_size="auto")), describe(model), model
 
 
 def test_a_run_keeps_to_it_and_gives_the_same_model(text):
     found = []
     for batch_size in (4, "auto"):
-        pruner = StructPruner(config(domains=text, batch_size=batch_size))
+        pruner = StructPruner(config(domains=text), RunOptions(batch_size=batch_size))
         found.append(pruner.prune_model(build("llama-tied"), tokenizer()))
     assert same_weights(*found)
-    assert pruner.config.batch_size == "auto"
 
 
 def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
@@ -155,7 +162,7 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
     monkeypatch.setattr(room, "MOST", 8)
     monkeypatch.setattr(room, "free_bytes", lambda device: None)
     monkeypatch.setattr(room, "run_model", run)
-    found = with_batch_size(data, arch, model, {"mlp": 24}).batch_size
+    found = with_batch_size(data, arch, model, {"mlp": 24}).options.batch_size
     assert sizes[0] == room.MOST and found == sizes[-1] <= 5
     monkeypatch.setattr(
         room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
@@ -170,12 +177,14 @@ def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch)
     monkeypatch.setattr(room, "MOST_ON_CPU", 64)
 
     def above(size):
-        settings = replace(data.config, batch_size=size)
-        return need_of(Request(settings, ModelInfo.of(model), data.config.widths)).above * (1 + ERROR)
+        options = RunOptions(batch_size=size)
+        return need_of(Request(data.config, ModelInfo.of(model), data.config.widths, options=options)).above * (
+            1 + ERROR
+        )
 
     def found(free):
         monkeypatch.setattr(room, "free_bytes", lambda device: free)
-        return with_batch_size(data, arch, model, data.config.widths).batch_size
+        return with_batch_size(data, arch, model, data.config.widths).options.batch_size
 
     samples = len(data.domains[0].samples)
     free = int(above(1) + share * (above(16) - above(1)))

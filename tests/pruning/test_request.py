@@ -10,7 +10,14 @@ from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertForMaskedLM, Wav2Vec2FeatureExtractor
 
-from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, dry_run, prune_model
+from optimum_structprune import (
+    RecoveryConfig,
+    RunOptions,
+    StructPruneCallback,
+    StructPruneConfig,
+    dry_run,
+    prune_model,
+)
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
@@ -127,7 +134,6 @@ def test_the_text_is_what_a_run_reads_next():
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"refit": "bias"}, "adds parameters that the optimizer does not hold"),
-    ({"checkpoint_dir": "x"}, "spans the layers of one pruning"),
     ({"allocation": "global"}, "which a Trainer's steps do not"),
     ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
     ({"recovery": training()}, "a Trainer trains already"),
@@ -144,19 +150,22 @@ def test_what_a_trainer_cannot_do(fields, message):
     takes_the_model = {"widths", "seq_length", "criterion"} & set(fields)
     with nullcontext() if takes_the_model else pytest.raises(StructPruneError, match=message):
         StructPruneCallback(settings)
+    with pytest.raises(StructPruneError, match="checkpoint_dir spans the layers"):
+        StructPruneCallback(blind(), options=RunOptions(checkpoint_dir="x"))
     model.is_quantized = True
     with pytest.raises(StructPruneError, match=r"quantized; prune `model.dequantize\(\)`"):
         StructPruneCallback(blind()).begin(model)
 
 
-@pytest.mark.parametrize("fields", [{"checkpoint_dir": "model"}, {"losses_dir": "model", "allocation": "search"}])
-def test_what_a_run_remembers_is_not_put_beside_a_model(fields, tmp_path, monkeypatch):
+def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build("llama-tied").save_pretrained("model")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(StructPruneError, match="model holds a model.*takes a folder of its own"):
-        prune_model(build("llama-tied"), blind(**fields), tokenizer())
+        prune_model(build("llama-tied"), blind(), tokenizer(), options=RunOptions(checkpoint_dir="model"))
     assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(StructPruneError, match="checkpoint_dir='run' .*rounds=2"):
+        prune_model(build("llama-tied"), blind(rounds=2), tokenizer(), options=RunOptions(checkpoint_dir="run"))
 
 
 # --- options without effect
@@ -217,7 +226,6 @@ TRIED = [
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
     ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
-    ("losses_dir", "losses", {}, False),
     ("damping", 5.0, {"refit": "none"}, False),
     ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
     ("damping", 5.0, {"criterion": "wanda"}, True),

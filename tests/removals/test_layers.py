@@ -173,7 +173,7 @@ def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
 
     def lost(keep, **fields):
         small = deepcopy(model)
-        take_out_layers_(small, describe(small), CalibrationData.of(config(**fields), domains), keep)
+        take_out_layers_(small, describe(small), CalibrationData(config(**fields), domains), keep)
         return small, float((stream(small) - stream(model)).square().mean())
 
     plain = lost((0, 1, 2), refit="none")[1]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from optimum_structprune import (
     DomainConfig,
     Recovery,
+    RunOptions,
     StructPruneCallback,
     StructPruneError,
     StructPruner,
@@ -58,8 +59,8 @@ def asking(**fields):
     return config(**{"domains": texts, "widths": {"vocab": 320}, "seq_length": 48, **fields})
 
 
-def pruned(model=None, inputs=None, **fields):
-    pruner = StructPruner(asking(**fields))
+def pruned(model=None, inputs=None, options=None, **fields):
+    pruner = StructPruner(asking(**fields), options)
     return pruner, pruner.prune_model(text_model() if model is None else model, reader(), inputs=inputs)
 
 
@@ -285,9 +286,10 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
 def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, monkeypatch):
     fields = {"widths": {"vocab": 320, "mlp": 24}}
     expected, whole = pruned(**fields)
-    runs = [pruned(quantized(Reversible(), text_model()), **fields), pruned(checkpoint_dir=str(tmp_path), **fields)]
+    again = {**fields, "options": RunOptions(checkpoint_dir=str(tmp_path))}
+    runs = [pruned(quantized(Reversible(), text_model()), **fields), pruned(**again)]
     monkeypatch.setattr(Resume, "save", None)  # nothing is made again
-    runs.append(pruned(checkpoint_dir=str(tmp_path), **fields))
+    runs.append(pruned(**again))
     for pruner, small in runs:
         assert pruner.plan.keep == expected.plan.keep and same_weights(small, whole)
         assert pruner.tokenizer.get_vocab() == expected.tokenizer.get_vocab()

@@ -9,7 +9,7 @@ import torch
 from helpers import count_hooks, data_of
 from models import build, config, documents, three_layers, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, RunOptions, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.search import search, trials
 
@@ -19,9 +19,9 @@ def model():
     return three_layers()
 
 
-def pruned(model, **fields):
+def pruned(model, options=None, **fields):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruner = StructPruner(config(**{"num_samples": 4, **fields}))
+    pruner = StructPruner(config(**{"num_samples": 4, **fields}), options)
     small = pruner.prune_model(model, tokenizer())
     assert count_hooks(model) == 0 and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     return pruner, small
@@ -119,9 +119,9 @@ def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
 
 @pytest.mark.slow
 def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
-    fields = {"allocation": "search_uniform", "round_to": 4, "losses_dir": str(tmp_path)}
+    fields = {"allocation": "search_uniform", "round_to": 4, "options": RunOptions(checkpoint_dir=str(tmp_path))}
     first = pruned(model, sparsity=0.2, **fields)[0]
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("losses-*")
     rows = json.loads(path.read_text())["values"]["losses"]
     assert {(layer, name) for layer, name, _ in rows} == {*product(range(3), ("mlp", "attention"))}
 
@@ -151,8 +151,8 @@ def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkey
     fields = {"sparsity": 0.2, "round_to": 4, "allocation": "search"}
     monkeypatch.setattr(trials, "trial_losses", failing)
     with pytest.raises(KeyboardInterrupt):
-        pruned(model, **fields, losses_dir=str(tmp_path))
-    resumed = pruned(model, **fields, losses_dir=str(tmp_path))[0]
+        pruned(model, **fields, options=RunOptions(checkpoint_dir=str(tmp_path)))
+    resumed = pruned(model, **fields, options=RunOptions(checkpoint_dir=str(tmp_path)))[0]
     assert calls == [0, 0, 1, 1, 1, 1, 2, 2]
     monkeypatch.undo()
     assert resumed.plan == pruned(model, **fields)[0].plan

@@ -18,6 +18,7 @@ from models import build, config, full_disk, tokenizer
 from optimum_structprune import (
     DomainConfig,
     RecoveryConfig,
+    RunOptions,
     StructPruneError,
     StructPruner,
     export_nemotron_nas,
@@ -141,15 +142,16 @@ def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_p
         (tmp_path / name).write_text("")
     domains = [DomainConfig(name="a", source=f"{tmp_path}/*.txt"), DomainConfig(name="b", source=["in memory"])]
     recovery = RecoveryConfig(domains=[DomainConfig(name="c", source="c.jsonl")], training={"output_dir": "steps"})
-    names = used_paths(config(domains=domains, checkpoint_dir="rounds", recovery=recovery), None)
+    names = used_paths(config(domains=domains, recovery=recovery), None, RunOptions(checkpoint_dir="rounds"))
     assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
     out = tmp_path / "out"
     for folder in (out, f"{out}/steps"):
         with pytest.raises(StructPruneError, match="output_dir .*lies in the output folder"):
             check_apart(out, config(recovery=RecoveryConfig(training={"output_dir": str(folder)})))
     with pytest.raises(StructPruneError, match="checkpoint_dir .*lies in the output folder"):
-        check_apart(out, None, config(checkpoint_dir=f"{out}/rounds"))
-    check_apart(out, config(checkpoint_dir=f"{out}.rounds"), RecoveryConfig(training={"output_dir": str(tmp_path)}))
+        check_apart(out, None, RunOptions(checkpoint_dir=f"{out}/rounds"))
+    beside = RunOptions(checkpoint_dir=f"{out}.rounds")
+    check_apart(out, beside, RecoveryConfig(training={"output_dir": str(tmp_path)}))
 
 
 def test_saving_never_replaces_the_dense_model(tmp_path):
@@ -195,9 +197,9 @@ def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     for folder, message in [(tmp_path / "file" / "run", "file is a file"), (Path("/proc/none/run"), "cannot be")]:
         recovery = recovery_config(domains=domain, training={"output_dir": str(folder)})
-        for checked in ({"checkpoint_dir": str(folder)}, {"recovery": recovery}):
+        for fields, options in ({}, RunOptions(checkpoint_dir=str(folder))), ({"recovery": recovery}, None):
             with pytest.raises(StructPruneError, match=message):
-                prune_model(build("llama-tied"), config(domains=domain, **checked), tokenizer())
+                prune_model(build("llama-tied"), config(domains=domain, **fields), tokenizer(), options=options)
     check_folder(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

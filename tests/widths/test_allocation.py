@@ -162,7 +162,7 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1)
-    data = CalibrationData.of(fields, [Domain("a", 1.0, samples, samples[:0])])
+    data = CalibrationData(fields, [Domain("a", 1.0, samples, samples[:0])])
     scores = dense_scores(model, arch, data, arch.names)
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)
