@@ -53,32 +53,6 @@ class Passages:
             )
         return rows
 
-    def shared_rows(
-        self, tokenizers: Sequence[PreTrainedTokenizerBase], models: Sequence[PreTrainedModel]
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The samples in the tokens of the smaller of two vocabularies, as numbers among those that both models have,
-        and the ids of these in each, shape `(shared,)`; None where one vocabulary is not within the other.
-        """
-        if (shared := shared_tokens(tokenizers, models)) is None:
-            return None
-        which = int(len(tokenizers[1]) < len(tokenizers[0]))
-        size = models[which].config.get_text_config().vocab_size
-        numbers = torch.full((size,), -1).scatter(0, shared[which], torch.arange(shared.shape[1]))
-        rows = [numbers[row] for row in self.rows(tokenizers[which], models[which])]
-        return (rows, [*shared]) if all((row >= 0).all() for row in rows) else None
-
-
-def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], models: Sequence[PreTrainedModel]) -> Tensor | None:
-    """The ids of the tokens that both have, shape `(2, shared)`; None where one vocabulary is not within the other."""
-    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    small, large = sorted(vocabularies, key=len)
-    if not small.keys() <= large.keys():
-        return None
-    # A tokenizer may name tokens that its model has no rows for.
-    sizes = [model.config.get_text_config().vocab_size for model in models]
-    ids = [tuple(vocabulary[name] for vocabulary in vocabularies) for name in small]
-    return torch.tensor([pair for pair in ids if pair[0] < sizes[0] and pair[1] < sizes[1]]).T
-
 
 def _documents(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents of a sample, which lie between EOS tokens, as text."""

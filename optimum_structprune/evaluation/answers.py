@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of, predicts_next
 from ..domains.packing import prompt_ids
-from ..domains.passages import shared_tokens
 from ..domains.templates import messages_of
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
-from ..forward.metrics import divergence, evaluating, standard_error
-from ..method.layers import run_model
+from ..forward.metrics import evaluating, standard_error
 from ..record.answers import Items
 from ..system.stages import progress, stage
+from ..vocabulary.parts import Parts, divergence_from_dense
 
 
 BUILTIN = "builtin"
@@ -146,38 +145,21 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
     return {**figures, "tokens": float(median(answer["tokens"] for answer in answers))}
 
 
-@torch.no_grad()
 def answer_divergence(
-    models: Mapping[str, PreTrainedModel],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
-    questions: Sequence[Question],
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    parts: Parts,
+    prompts: Sequence[Sequence[int]],
     answers: Sequence[Answer],
-) -> float | None:
-    """The mean KL(dense‖model) per token of the dense model's answers in nats, over the tokens that both have and up
-    to the first that the model has not; None where it has some that the dense one has not.
-    """
-    readers = [tokenizers["model"], tokenizers["dense"]]
-    more = len(readers[0].get_vocab()) - len(readers[1].get_vocab())
-    if more > 0 or (shared := shared_tokens(readers, [models["model"], models["dense"]])) is None:
-        return None
-    ids, dense_ids = shared.tolist()
-    mapped = dict(zip(dense_ids, ids, strict=True))
-    # Where the vocabulary is the same, all logits count, those of no token too.
-    columns, dense_columns = (slice(None) if not more and ids == dense_ids else of for of in (ids, dense_ids))
-    total, tokens = 0.0, 0
-    with evaluating(*models.values()):
-        for question, answer in zip(questions, answers, strict=True):
-            prompt = question.ids(tokenizers["dense"])
-            row = [*prompt, *answer["ids"]]
-            row = row[: next((place for place, token in enumerate(row) if token not in mapped), len(row))]
-            if (count := len(row) - len(prompt)) < 1:
-                continue
-            dense_logits = run_model(models["dense"], torch.tensor([row])).logits[0, -count - 1 : -1, dense_columns]
-            translated = torch.tensor([[mapped[token] for token in row]])
-            logits = run_model(models["model"], translated).logits[0, -count - 1 : -1, columns]
-            total += count * float(divergence(logits, dense_logits.to(logits.device)))
-            tokens += count
-    return total / tokens if tokens else None
+) -> float:
+    """Gives the mean KL(dense‖model) in nats per token of the dense model's answers, in the tokens that are left."""
+    rows = [[*prompt, *answer["ids"]] for prompt, answer in zip(prompts, answers, strict=True)]
+    written = [(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True) if len(row) > len(prompt)]
+    if not written:
+        return 0.0
+    with evaluating(dense, model):
+        far = divergence_from_dense(parts, dense, model, *zip(*written, strict=True))
+    return float(far.sum()) / sum(len(row) - begin for row, begin in written)
 
 
 def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:

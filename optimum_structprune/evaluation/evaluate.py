@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..record.answers import paired
 from ..record.remarks import measurements_text
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
+from ..vocabulary.parts import Parts
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
 from .heldout import Heldout, Judged, read_heldout, read_pairs
@@ -47,10 +49,10 @@ class Evaluation(Record):
         perplexity_tokens: The number of tokens that they were measured on, by domain.
         bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
-        divergence: The mean KL(dense‖model) per predicted token in nats, by domain; over the tokens that both have
-            where one vocabulary is within the other, and absent where neither is.
+        divergence: The mean KL(dense‖model) per token of the dense tokenizer in nats, by domain; where the model has
+            lost tokens, in those that are left (`vocabulary.parts`); absent where it has others than the dense one.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
-            there is a divergence.
+            both have the same tokens.
         embeddings: How near the vectors of an encoder are to the dense model's, by domain and model.
         languages: The same of an encoder with another tokenizer, in 30 languages, with the tokens that a text takes.
         warnings: The reasons why these numbers may be too good.
@@ -175,7 +177,8 @@ def evaluate(
     sizes = {of.config.get_text_config().vocab_size for of in models.values()}
     differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
     states, causal = None if reference is None else reference.states, predicts_next(model)
-    judged = {of.domain.name: Judged(of.samples, models, readers, differ, states) for of in texts if causal}
+    parts = _parts(models, readers) if causal and len(models) > 1 else None
+    judged = {of.domain.name: Judged(of.samples, models, readers, differ, parts, states) for of in texts if causal}
     translated = {f"pairs {Path(path).stem}": read_pairs(path) for path in pairs}
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
@@ -196,7 +199,7 @@ def evaluate(
         how = max_new_tokens, max(batch_size, AT_ONCE)
         written = {} if reference is None else {"dense": reference.ask(readers["dense"], questions, *how)}
         written["model"] = ask(model, tokenizer, questions, *how)
-        _answer(evaluation, models, readers, questions, written)
+        _answer(evaluation, models, parts, questions, written, readers["dense"])
     return evaluation
 
 
@@ -235,19 +238,31 @@ def _compare_vectors(
         evaluation.languages = {code: {**of, **by_language[code]} for code, of in costs.items()}
 
 
+def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
+    """Gives the parts of the dense model's tokens; None where the model has other tokens, or in another order, or
+    lacks letters to spell them.
+    """
+    with suppress(StructPruneError):
+        parts = Parts.between(models["dense"], readers["dense"], models["model"], readers["model"])
+        return parts if all(parts.spellings[: len(readers["dense"])]) else None
+    return None
+
+
 def _answer(
     evaluation: Evaluation,
     models: Mapping[str, PreTrainedModel],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    parts: Parts | None,
     questions: Sequence[Question],
     answers: Mapping[str, Sequence[Answer]],
+    dense_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Enter what the models have answered, the dense one first."""
     evaluation.answers = items_of(questions, answers)
     evaluation.figures = figures = {which: figures_of(of) for which, of in answers.items()}
     if "dense" in models:
-        distance = answer_divergence(models, tokenizers, questions, answers["dense"])
-        if distance is not None:
+        if parts is not None:
+            prompts = [question.ids(dense_tokenizer) for question in questions]
+            distance = answer_divergence(models["dense"], models["model"], parts, prompts, answers["dense"])
             figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
         evaluation.paired = {name: paired(evaluation.answers, name) for name in FIGURES}
 

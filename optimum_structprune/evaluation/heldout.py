@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..domains.packing import SampleFormat, check_vocabulary, tokenised
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
-from ..forward.metrics import closeness, compare, perplexity_errors, perplexity_of, row_losses, sample_losses
+from ..forward.metrics import compare, evaluating, perplexity_errors, perplexity_of, row_losses, sample_losses
+from ..vocabulary.parts import Parts, divergence_from_dense
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ def read_pairs(path: str | Path) -> list[str]:
 
 
 class Judged:
-    """A text in samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. Where the
-    tokenizers differ, each reads the text with its own. `known` keeps the dense model's hidden states, see
-    `row_losses`.
+    """A text in samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. `rows` has
+    them as each model reads them where the tokenizers differ, and `parts` what is left of the dense tokens then.
+    `known` keeps the dense model's hidden states, see `row_losses`.
     """
 
     def __init__(
@@ -78,37 +80,42 @@ class Judged:
         models: Mapping[str, PreTrainedModel],
         readers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
+        parts: Parts | None = None,
         known: dict[tuple[int, ...], Tensor] | None = None,
     ):
-        self.samples, self.known = samples, known
+        self.samples, self.parts, self.known = samples, parts, known
         self.pair = {which: models[which] for which in ("model", "dense") if which in models}
         self.passages = Passages([*samples], readers["dense"])
         self.rows: dict[str, list[Tensor]] = {}
         if tokens_differ:
             self.rows = {which: self.passages.rows(readers[which], model) for which, model in models.items()}
-            both = [readers[which] for which in self.pair], [*self.pair.values()]
-            self.shared = self.passages.shared_rows(*both) if "dense" in models else None
         else:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
     def figures(self, batch_size: int) -> dict[str, Any]:
-        """What an `Evaluation` holds of one domain, by field, as far as models and vocabularies allow."""
-        models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, None
+        """The figures of one domain for an `Evaluation`, by its fields, as far as models and vocabularies allow."""
+        models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, dict[str, float]()
         if self.rows:
             known = {"dense": self.known}
             losses = {
                 which: row_losses(self.pair[which], rows, known=known.get(which)) / predicted
                 for which, rows in self.rows.items()
             }
-            close = closeness(models, *self.shared, self.known) if self.shared else None
+            if self.parts is not None:
+                with evaluating(*models):
+                    far = divergence_from_dense(
+                        self.parts, models[1], models[0], self.samples.tolist(), repeat(1, len(self.samples))
+                    )
+                close = {"divergence": float(far.sum()) / self.samples[:, 1:].numel()}
         elif len(models) == 1:
             losses = {"model": sample_losses(models[0], self.samples, batch_size)}
         else:
-            losses, close = compare(models[0], models[1], self.samples, batch_size, self.known)
+            losses, pair = compare(models[0], models[1], self.samples, batch_size, self.known)
+            close = dict(zip(("divergence", "agreement"), pair, strict=True))
         return {
             "perplexity": {which: perplexity_of(loss) for which, loss in losses.items()},
             "perplexity_stderr": perplexity_errors(losses),
             "perplexity_tokens": self.samples[:, 1:].numel(),
             "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
-            **(dict(zip(("divergence", "agreement"), close, strict=True)) if close else {}),
+            **close,
         }

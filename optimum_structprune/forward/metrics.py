@@ -145,28 +145,6 @@ def compare(
     return losses, (mean_divergence, agreement)
 
 
-@torch.no_grad()
-def closeness(
-    models: Sequence[PreTrainedModel],
-    rows: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    known: dict[tuple[int, ...], Tensor] | None = None,
-) -> tuple[float, float]:
-    """The divergence and the agreement of a model and the dense one over the tokens that both vocabularies have.
-
-    `tokens` holds the id of each of these in either vocabulary, shape `(shared,)`; `rows` are numbers among them.
-    `known` keeps the dense model's hidden states, see `row_losses`.
-    """
-    batches = [[ids[row][None] for row in rows] for ids in tokens]
-    parts = []
-    with evaluating(*models):
-        for _, *both in _predictions(models, batches, known=known):
-            shared = (logits[:, ids.to(logits.device)] for logits, ids in zip(both, tokens, strict=True))
-            parts.append(torch.stack(_closeness(*shared)))
-    mean_divergence, agreement = torch.stack(parts).sum(0) / sum(len(row) - 1 for row in rows)
-    return float(mean_divergence), float(agreement)
-
-
 @contextmanager
 def own_settings() -> Iterator[None]:
     """Use torch's own defaults inside `with` or a decorated function, whatever the caller has set: fp32 as the default

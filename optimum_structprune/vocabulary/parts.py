@@ -148,24 +148,28 @@ class Parts:
 
 @torch.no_grad()
 def divergence_from_dense(
-    dense: PreTrainedModel,
-    dense_tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    parts: Parts, dense: PreTrainedModel, model: PreTrainedModel, rows: Iterable[Sequence[int]], context: Iterable[int]
 ) -> Tensor:
-    """The mean KL divergence per dense token in nats of each text, shape `(texts,)`, fp64, on the CPU, of a model that
-    may have lost tokens from the dense one; see `Parts.divergence`.
+    """Gives the KL divergence from the dense model's words in nats, summed over the dense tokens of each row.
+
+    Args:
+        parts: Those of the dense tokens in the vocabulary of the model, which may have lost some.
+        dense: The dense model; both are in eval mode.
+        model: The model that is compared with it.
+        rows: The ids of dense tokens in each row, shape `(tokens,)`.
+        context: How many tokens at the head of each row are read and not predicted, 1 or more.
+
+    Returns:
+        The sums, shape `(rows,)`, fp64, on the CPU.
 
     Raises:
-        StructPruneError: If the smaller tokenizer has other tokens than the dense one, or in another order.
+        StructPruneError: If a token of a row cannot be spelled.
     """
-    parts, found = Parts.between(dense, dense_tokenizer, model, tokenizer), []
-    for text in texts:
-        ids = dense_tokenizer(text, verbose=False).input_ids
-        read, rows, nodes = torch.tensor(parts.spelled(ids, [False, *[True] * (len(ids) - 1)])).unbind(1)
-        logits, counted = outputs_for(model, read[None])[0, :-1], rows[1:] >= 0
-        expected = outputs_for(dense, torch.tensor([ids]))[0, :-1]
-        each = parts.divergence(logits[counted.to(logits.device)], expected, rows[1:][counted], nodes[1:][counted])
-        found.append(each.double().mean().cpu())
+    found = []
+    for ids, begin in zip(rows, context, strict=True):
+        read, tokens, nodes = torch.tensor(parts.spelled(ids, [place >= begin for place in range(len(ids))])).unbind(1)
+        logits, counted = outputs_for(model, read[None])[0, :-1], tokens[1:] >= 0
+        expected = outputs_for(dense, torch.tensor([ids]))[0, begin - 1 : -1]
+        each = parts.divergence(logits[counted.to(logits.device)], expected, tokens[1:][counted], nodes[1:][counted])
+        found.append(each.double().sum().cpu())
     return torch.stack(found)

@@ -1,4 +1,4 @@
-"""Samples as text: read again by the same tokenizer, cut inside characters, and in shared tokens."""
+"""Samples as text: read again by the same tokenizer, and cut inside characters."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from models import build, documents, real_text_model, tokenizer
 from optimum_structprune import DomainConfig, StructPruneError
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import closeness, row_losses, sample_losses
+from optimum_structprune.forward.metrics import row_losses, sample_losses
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +55,6 @@ def test_rows_of_other_lengths_are_documents_with_eos_between_them(real):
         assert row[0] == coarse.bos_token_id and len(row) > len(before)
         assert (row == coarse.eos_token_id).sum() == (before == reader.eos_token_id).sum() == len(texts) - 1
         assert coarse.decode(row[1:]) == reader.decode(before[1:])
-
-
-def test_shared_tokens_are_those_of_the_smaller_vocabulary(real):
-    model, reader = real
-    passages = Passages([*samples_of(reader, TEXTS)], reader)
-    small, coarse = with_tokens(model, reader, [5, *range(5), *range(6, 300)])
-    for models, readers in (((small, model), (coarse, reader)), ((model, small), (reader, coarse))):
-        rows, tokens = passages.shared_rows(readers, models)
-        names = [of.convert_ids_to_tokens(ids) for of, ids in zip(readers, tokens, strict=True)]
-        assert names[0] == names[1] and sorted(names[0]) == sorted(coarse.get_vocab())
-        # The dense rows of the tokens that stay are all that the smaller model has.
-        assert closeness(models, rows, tokens) == (pytest.approx(0, abs=1e-6), 1)
-    assert passages.shared_rows((reader, tokenizer()), (model, build("llama-tied"))) is None
 
 
 def test_text_that_a_model_cannot_read(real):

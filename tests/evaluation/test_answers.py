@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers import with_tokens
 from models import CHATML, build, real_text_model
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
@@ -15,6 +16,7 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
 from optimum_structprune.record.answers import mcnemar, outcome, remark, sample_items
+from optimum_structprune.vocabulary.parts import Parts
 
 
 @pytest.fixture(scope="module")
@@ -182,37 +184,25 @@ def test_a_model_without_a_template_goes_on_from_openings(writer):
 # --- figures
 
 
-def test_divergence_is_its_definition_and_takes_smaller_vocabularies(writer):
+def test_divergence_is_its_definition_and_counts_tokens_that_are_gone(writer):
     model, tokenizer = writer
     other = deepcopy(model)
     torch.nn.init.normal_(other.lm_head.weight, std=0.1)
     asked = questions(3)
     written = ask(model, tokenizer, asked, 6)
-    models, tokenizers = {"model": other, "dense": model}, {"model": tokenizer, "dense": tokenizer}
+    prompts = [question.ids(tokenizer) for question in asked]
     total = tokens = 0
-    for question, answer in zip(asked, written, strict=True):
-        prompt = question.ids(tokenizer)
+    for prompt, answer in zip(prompts, written, strict=True):
         row = torch.tensor([[*prompt, *answer["ids"]]])
         with torch.no_grad():
             ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, model))
         total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer["ids"])
-    assert answer_divergence(models, tokenizers, asked, written) == pytest.approx(total / tokens, rel=1e-4)
-
-    class Fewer:
-        """The vocabulary without its last token, in another order."""
-
-        def get_vocab(self):
-            return {token: len(tokenizer) - 2 - number for token, number in every.items() if number < len(every) - 1}
-
-    every = tokenizer.get_vocab()
-    cut = deepcopy(model)
-    order = torch.arange(len(tokenizer) - 2, -1, -1)
-    for part in (cut.get_input_embeddings(), cut.lm_head):
-        part.weight = torch.nn.Parameter(part.weight[order])
-    pair = {"model": cut, "dense": model}
-    found = answer_divergence(pair, {"model": Fewer(), "dense": tokenizer}, asked, written)
-    assert found == pytest.approx(0, abs=1e-6)
-    assert answer_divergence(pair, {"model": tokenizer, "dense": Fewer()}, asked, written) is None
+    parts = Parts.between(model, tokenizer, other, tokenizer)
+    assert answer_divergence(model, other, parts, prompts, written) == pytest.approx(total / tokens, rel=1e-4)
+    assert max(token for answer in written for token in answer["ids"]) >= 300
+    few, reader = with_tokens(model, tokenizer, [*range(300)])
+    parts = Parts.between(model, tokenizer, few, reader)
+    assert answer_divergence(model, few, parts, prompts, written) > 1e-3
 
 
 def item(dense, pruned, prompt="?", loops=(False, False)):

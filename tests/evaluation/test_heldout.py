@@ -36,7 +36,7 @@ def test_numbers_of_tokens_change_nothing(real):
     for which in ("model", "dense"):
         assert found.perplexity["a"][which] == pytest.approx(same.perplexity["a"]["dense"], rel=1e-6)
         assert found.bits_per_byte["a"][which] == pytest.approx(same.bits_per_byte["a"]["dense"], rel=1e-6)
-    assert found.divergence["a"] == pytest.approx(0, abs=1e-6) and found.agreement == {"a": 1.0}
+    assert found.divergence == found.agreement == {}  # by the same ids they mean other tokens
     assert found.perplexity_tokens == same.perplexity_tokens == {"a": 3 * 39}
     assert same.divergence == {"a": 0.0}
 
@@ -46,7 +46,7 @@ def test_a_part_of_the_vocabulary(real):
     small, coarse = with_tokens(model, reader, list(range(300)))
     both = {"dense": model, "dense_tokenizer": reader, **SIZE}
     found = evaluate(small, coarse, [TEXT], **both)
-    assert found.divergence["a"] == pytest.approx(0, abs=1e-6) and found.agreement == {"a": 1.0}
+    assert found.divergence["a"] > 1e-2  # it knows the dense model's words less well, whose tokens it has lost
     ppl, bits = found.perplexity["a"], found.bits_per_byte["a"]
     assert ppl["model"] > ppl["dense"]  # it spells words in more tokens
     text = "".join(reader.decode(row[1:]) for row in read_heldout(DomainConfig(**TEXT), reader, 40, 3).samples)
@@ -58,7 +58,7 @@ def test_a_part_of_the_vocabulary(real):
     assert alone.perplexity["a"] == {"model": pytest.approx(ppl["model"])}
     for parameter in small.model.layers.parameters():
         parameter.data.mul_(1.3)
-    assert evaluate(small, coarse, [TEXT], **both).divergence["a"] > 1e-4
+    assert evaluate(small, coarse, [TEXT], **both).divergence["a"] > found.divergence["a"]
     # Where vocabularies have little in common, outputs cannot be compared.
     found = evaluate(*real, [TEXT], dense=build("llama-tied"), dense_tokenizer=tokenizer(), **SIZE)
     assert found.divergence == {} and "KL" not in str(found)
