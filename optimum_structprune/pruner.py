@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import RunOptions, StructPruneConfig
-from .domains.manifest import Manifest
+from .domains.manifest import Manifest, remember_text
+from .domains.model_tokenizer import ids_in
 from .domains.packing import Domain
-from .domains.readers import ids_in
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.request import ask, check_arguments, check_config_kind
@@ -114,7 +114,7 @@ class StructPruner:
         as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
         self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
-        self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
+        remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
         self.result = PruneResult(
             self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)

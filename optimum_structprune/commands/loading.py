@@ -24,7 +24,7 @@ from transformers import (
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
-from ..domains.readers import has_files
+from ..domains.model_tokenizer import has_files
 from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.request import PRUNE, Request, check_reads_text

@@ -8,7 +8,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -33,7 +32,6 @@ WHERE = ("dataset_config", "split", "revision")
 # What an entry's documents were for, in words.
 CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
 COUNTED, JUDGED = "counted to choose tokens", "judged by"
-_SEEN: "WeakKeyDictionary[Module, Manifest]" = WeakKeyDictionary()
 
 
 @strict
@@ -122,15 +120,11 @@ class Manifest(Record):
             domains=[Entry.of(domain) for domain in domains],
         )
 
-    def note(self, model: Module) -> None:
-        """Remember that a model in memory has seen this."""
-        _SEEN[model] = self
-
     @classmethod
     def seen_by(cls, model: Module) -> "Manifest | None":
-        """What a model has seen in this process, or by the folder that it comes from; None where nothing says so."""
-        if model in _SEEN:
-            return _SEEN[model]
+        """Gives the manifest that a model carries, or that of the folder that it comes from."""
+        if (carried := TextRecord.of(model).manifest) is not None:
+            return carried
         path = Path(name := getattr(model, "name_or_path", None) or "", MANIFEST_NAME)
         return cls.load(path) if name and path.is_file() else None
 
@@ -188,6 +182,28 @@ class Manifest(Record):
             elif entry.uses(domain_name_or_source):
                 sentences.append(f"the text has the name or the source of {where}")
         return sentences
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """The tokenizer of a model in memory and the text that it has seen; the model carries it as `text_record`."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    manifest: Manifest | None = None
+
+    @classmethod
+    def of(cls, model: Module) -> "TextRecord":
+        """Gives the record that a model carries."""
+        return getattr(model, "text_record", None) or cls()
+
+    def __deepcopy__(self, memo: Any) -> "TextRecord":
+        return self  # a copied model reads the same text, and a tokenizer takes seconds to copy
+
+
+def remember_text(model: Any, tokenizer: Any = None, manifest: Manifest | None = None) -> None:
+    """Let a model carry its tokenizer and what it has seen; None leaves what it carries."""
+    known = TextRecord.of(model)
+    model.text_record = TextRecord(tokenizer or known.tokenizer, manifest or known.manifest)
 
 
 def _count(samples: Tensor) -> int:

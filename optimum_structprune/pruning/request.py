@@ -23,7 +23,7 @@ from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULTS
-from ..domains.readers import check_tokens
+from ..domains.model_tokenizer import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import few_inputs, outputs_for
 from ..system.offloading import is_offloaded

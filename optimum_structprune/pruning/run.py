@@ -15,8 +15,7 @@ from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton, 
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
-from ..domains.manifest import TRAINED, Entry, Manifest
-from ..domains.readers import note_reader
+from ..domains.manifest import TRAINED, Entry, Manifest, remember_text
 from ..errors import InPlaceError
 from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
@@ -149,7 +148,7 @@ class Run:
         from ..recovery.recover import Recovery
 
         with self.report.timed("recovery"), unshared():
-            self.manifest().note(self.model)
+            remember_text(self.model, manifest=self.manifest())
             recovery = Recovery(self.config.recovery, self.config)
             recovery.recover_model(self.model, self.tokenizer, self.teacher, teacher_tokenizer=self.dense_tokenizer)
             assert recovery.report is not None
@@ -161,7 +160,7 @@ class Run:
         return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.seen)
 
     def finish(self) -> None:
-        """Complete the report, and remember which tokenizers go with the models."""
+        """Complete the report, and let the dense model carry its tokenizer."""
         if self.report.languages:
             from ..vocabulary.languages import with_costs_after
 
@@ -169,8 +168,8 @@ class Run:
             with self.report.timed("languages"):
                 known = self.report.languages
                 self.report.languages = with_costs_after(known, self.model, self.tokenizer, self.arch.causal)
-        note_reader(self.dense_model or self.model, self.dense_tokenizer)
-        note_reader(self.model, self.tokenizer)
+        if self.dense_model is not None:
+            remember_text(self.dense_model, self.dense_tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
         self.report.target = self.config.sparsity
 

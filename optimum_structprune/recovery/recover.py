@@ -17,9 +17,9 @@ from ..arch.meta import check_changeable, check_positions, predicts_next
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
+from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
+from ..domains.model_tokenizer import check_tokens
 from ..domains.packing import Domain
-from ..domains.readers import check_tokens, note_reader
 from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
@@ -129,8 +129,7 @@ class Recovery:
         self.report, self.domains = replace(outcome, teacher=name), domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
-        self._manifest.note(recovered)
-        note_reader(recovered, tokenizer)
+        remember_text(recovered, tokenizer, self._manifest)
         if outcome.stopped or not outcome.kept_step:
             warn(outcome.stopped or outcome.kept, NothingGainedWarning)
         return recovered

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import predicts_next
-from ..domains.readers import reader_of
+from ..domains.model_tokenizer import tokenizer_of
 from ..errors import StructPruneError
 from ..forward.metrics import (
     HEAD_TOKENS,
@@ -72,7 +72,7 @@ def reading(
     a teacher of other tokens is refused. Neither needs weights.
     """
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
-    reader = teacher_tokenizer or reader_of(teacher, trust_remote_code)
+    reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
     if taught == learnt and None in (reader, tokenizer):
         return tokenizer, None
     if reader is None or tokenizer is None:

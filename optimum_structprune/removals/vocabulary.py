@@ -9,8 +9,8 @@ import torch
 
 from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
+from ..domains.manifest import remember_text
 from ..domains.packing import USED
-from ..domains.readers import note_reader
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.shrink import check_same
 from ..record.plan import Plan
@@ -64,6 +64,6 @@ def _cut_(run: Run, choice: Choice) -> None:
     check_same("The model", outputs[..., kept] if predicts else outputs, outputs_for(run.model, ids))
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = describe(run.model, run.config.arch_file), choice.tokenizer
-    note_reader(run.model, choice.tokenizer)
+    remember_text(run.model, choice.tokenizer)
     report.scripts, report.trimmed = choice.scripts, choice.trimmed
     run.entries += choice.counted

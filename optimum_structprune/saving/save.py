@@ -24,7 +24,7 @@ from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME
-from ..domains.readers import check_tokens
+from ..domains.model_tokenizer import check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import few_inputs, outputs_for, own_settings
 from ..record.plan import PLAN_NAME

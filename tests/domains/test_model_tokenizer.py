@@ -21,7 +21,8 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.readers import check_tokens, has_files, note_reader, reader_of
+from optimum_structprune.domains.manifest import remember_text
+from optimum_structprune.domains.model_tokenizer import check_tokens, has_files, tokenizer_of
 
 
 ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
@@ -49,7 +50,7 @@ def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(ow
     model = build("llama-tied")
     model.resize_token_embeddings(10)
     other = own if change == "none" else own[: len(other)] or own if change == "less" else other or own
-    note_reader(model, words(own))
+    remember_text(model, words(own))
     pairs = [(mine, theirs) for mine in own for theirs in other]
     wrong = any((mine[0] == theirs[0]) != (mine[1] == theirs[1]) and theirs[1] < 10 for mine, theirs in pairs)
     if wrong or {number for _, number in other if number >= 10} - {number for _, number in own}:
@@ -94,12 +95,12 @@ def test_a_copy_of_the_tokenizer_is_the_same_and_nothing_is_known_without_files(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
     evaluate(model, AutoTokenizer.from_pretrained(tmp_path / "both"), config().domains, seq_length=24, num_samples=2)
     model.resize_token_embeddings(100)  # with tokens that the saved tokenizer has not
-    assert reader_of(model) is None
+    assert tokenizer_of(model) is None
     # transformers makes up a tokenizer of one token for this type.
     build("gpt2-tied").save_pretrained(tmp_path / "alone")
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "alone")) == 1 and reader_of(alone) is None
-    assert reader_of(deepcopy(model)) is None
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "alone")) == 1 and tokenizer_of(alone) is None
+    assert tokenizer_of(deepcopy(model)) is None
 
 
 @pytest.mark.parametrize("case", ["t5", "deberta-v2", "bert", "gpt2-tied"])
@@ -130,6 +131,8 @@ def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
             StructPruneError, match="is not that of this LlamaForCausalLM, which has 96 tokens and 100"
         ):
             pruner.save(pruned, tmp_path / str(number), other)
+    with pytest.raises(StructPruneError, match="resize_token_embeddings"):
+        check_tokens(pruned, longer)
     assert not [*tmp_path.iterdir()]
     for number, same in enumerate((tokenizer(), more, None)):
         pruner.save(pruned, tmp_path / str(number), same)
