@@ -15,7 +15,7 @@ ONE_FOR_ALL = "a model has one"
 
 def table() -> str:
     """The lines of the table, for all families."""
-    lines = ["| model types | space | plain | non-uniform | config keys | bias |", "|---|---|---|---|---|---|"]
+    lines = ["| model types | space | plain | non-uniform | config keys |", "|---|---|---|---|---|"]
     for family in read_families(BUILTIN):
         lines += _rows(family)
     return "\n".join(lines) + "\n"
@@ -35,12 +35,11 @@ def _rows(family: Family) -> Iterator[str]:
             f", where `{key}` is {' or '.join(_plain(value) for value in values)}"
             for key, values in template.requires.items()
         )
-        bias = f"`{template.bias}`" if template.bias else ""
-        yield f"| {types} | `{name}` | yes{when} | {_may_differ(family, template)} | {keys} | {bias} |"
+        yield f"| {types} | `{name}` | yes{when} | {_may_differ(family, template)} | {keys} |"
     if family.hidden is not None:
-        yield f"| {types} | `{HIDDEN}` | yes | no: {ONE_FOR_ALL} | `{family.hidden.size}` | |"
+        yield f"| {types} | `{HIDDEN}` | yes | no: {ONE_FOR_ALL} | `{family.hidden.size}` |"
     for name, reason in family.missing.items():
-        yield f"| {types} | `{name}` | no: {reason} | | | |"
+        yield f"| {types} | `{name}` | no: {reason} | | |"
 
 
 def _may_differ(family: Family, template: Template) -> str:

@@ -373,10 +373,6 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
 
 def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None:
     """Refuse what a Trainer cannot do between its steps, with any model."""
-    if config.refit == "bias":
-        raise StructPruneError(
-            "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
-        )
     if options is not None and options.checkpoint_dir is not None:
         raise StructPruneError(
             "checkpoint_dir spans the layers of one pruning, and a Trainer prunes in steps of its own; leave it out."

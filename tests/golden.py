@@ -41,7 +41,7 @@ RUNS = {
     "rounds": ("trained", {"widths": BOTH, "rounds": 3}),
     "no_feedback": ("trained", {"sparsity": 0.3, "error_feedback": 0.0}),
     "wanda": ("trained", {"widths": BOTH, "criterion": "wanda", "refit": "none"}),
-    "flap": ("biased", {"widths": {"mlp": 24}, "criterion": "flap", "refit": "bias"}),
+    "flap": ("biased", {"widths": {"mlp": 24}, "criterion": "flap"}),
     "random": ("trained", {"widths": BOTH, "criterion": "random"}),
     "magnitude": ("trained", {"widths": BOTH, "criterion": "magnitude", "rounds": 2}),
     "bfloat16": ("bfloat16", {"sparsity": 0.3}),

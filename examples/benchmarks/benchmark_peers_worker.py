@@ -80,6 +80,11 @@ def structprune(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
     from optimum_structprune import StructPruneConfig, StructPruner
     from optimum_structprune.domains.packing import Domain
 
+    if job["options"].get("refit") == "bias":
+        sys.path.append(str(Path(__file__).parents[1] / "sisters"))
+        from structprune_sisters.flap import with_biases
+
+        model = with_biases(model)
     count, length = sum(len(samples) for samples in texts.values()), next(iter(texts.values())).shape[1]
     widths = {"mlp": job["width"]}
     fields = {"widths": widths, "num_samples": count, "seq_length": length, "seed": job["seed"]}

@@ -58,6 +58,10 @@ def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
 
 def pruned_by(model, tokenizer, config: StructPruneConfig):
     """A smaller copy of the model and the seconds that it took."""
+    if config.refit == "bias":  # of the sister package, as FLAP has it
+        from structprune_sisters.flap import with_biases
+
+        model = with_biases(model)
     start = perf_counter()
     pruned = StructPruner(config).prune_model(model, tokenizer)
     return pruned, perf_counter() - start

@@ -54,7 +54,6 @@ class Template:
     also_cut: dict[str, list[str]] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
-    bias: str | None = None
     transposed: bool = False
     experts: str | None = None
     router: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from copy import deepcopy
 from functools import lru_cache
 from inspect import unwrap
@@ -86,11 +85,9 @@ def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = F
         return type(model)(config)
 
 
-def shrunk_skeleton(
-    model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()
-) -> PreTrainedModel:
+def shrunk_skeleton(model: PreTrainedModel, arch: ArchSpec, widths: Widths) -> PreTrainedModel:
     """The skeleton of a model with other widths; see `shrunk_config`."""
-    return skeleton(model, shrunk_config(model.config, arch, widths, biased))
+    return skeleton(model, shrunk_config(model.config, arch, widths))
 
 
 MERGE_INJECTED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from math import ceil, lcm
 from typing import Any
@@ -39,11 +39,7 @@ AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def shrunk_config(
-    config: PretrainedConfig,
-    arch: ArchSpec,
-    sizes: Widths,
-    biased: Collection[str] = (),
-    stay: Sequence[int] | None = None,
+    config: PretrainedConfig, arch: ArchSpec, sizes: Widths, stay: Sequence[int] | None = None
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
 
@@ -72,8 +68,6 @@ def shrunk_config(
         for key, value in space.pins:
             setattr(text, key, value)
         _set_sizes_(text, per_layer, arch, name, sizes)
-    for flag in filter(None, (arch.of(name)[0].bias_flag for name in biased)):
-        setattr(text, flag, True)
     for key in layers_ahead(text) if sizes else ():
         setattr(text, key, 0)
     _set_per_layer_(text, per_layer, arch)

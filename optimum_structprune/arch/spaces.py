@@ -60,7 +60,6 @@ def spaces_of(
         config=((template.size, 1), *((key, units["heads"]) for key in template.also)),
         pins=tuple((key, units["kv"]) for key in template.pin),
         unit_params=0,
-        bias_flag=template.bias,
         scale=number(config, template.times) if template.times else 1,
         min_size=(getattr(config, template.min_size, None) if template.min_size else None) or 1,
         unit=CHANNEL if rows <= {"unit", "pair"} else GROUP,
@@ -173,8 +172,7 @@ def _with_projections(
             producers += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
     for name, parts in template.consumers.items():
         consumers += _axes(weight(name), dims.columns, parts, size, shapes, units)
-    biased = all(bias(name) in shapes for name in template.consumers)
-    return replace(base, size=size, producers=tuple(producers), consumers=tuple(consumers), biased=biased)
+    return replace(base, size=size, producers=tuple(producers), consumers=tuple(consumers))
 
 
 def _counted(space: Space, shapes: TensorShapes) -> Space:

@@ -63,8 +63,6 @@ class Space:
     # Config keys and values that must be written out, because they would otherwise be derived.
     pins: tuple[tuple[str, int], ...]
     unit_params: int  # the number of parameters that go with one unit, over all axes
-    bias_flag: str | None = None  # the config key that gives the consumers a bias, where the architecture has one
-    biased: bool = False  # whether the consumers have a bias
     scale: int = 1  # units per unit of the width in the config: more than 1 for several experts in one module
     min_size: int = 1  # the smallest width that the config allows
     experts: str | None = None  # the full name of the module of experts, where its routed input is observed

@@ -39,7 +39,7 @@ ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
 # What makes up for removed units, see `method.refit.least_squares`, and what ranks all units of the dense model, see
 # `search.ranking.dense_scores`; `uniform` and those that measure rank none.
-REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "bias", "least_squares"))
+REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
 )
@@ -184,7 +184,7 @@ class StructPruneConfig(WithDomains):
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap` is the
             default, and whole layers too.
-        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or a registered refit.
+        refit: What makes up for the removed units: `none`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, and a registered allocation by scores of its own. The others go by
@@ -311,7 +311,7 @@ class StructPruneConfig(WithDomains):
     @property
     def refit_reads_gram(self) -> bool:
         """Whether the refit may read Gram matrices, as registered ones may."""
-        return self.refit not in ("none", "bias")
+        return self.refit != "none"
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""

@@ -44,8 +44,6 @@ class Method:
     shares: tuple[float, ...]  # the weights of the domains, which sum to 1
     damping: float  # the ridge of the refit; see `linalg.ridge_strength`
     gram: bool  # whether Gram matrices are gathered
-    # The weight, shape `(out, n)`, whose kept columns the refit begins with, if not the dense one.
-    unfitted_weight: Callable[[Tensor, Moments], Tensor] | None = None
     # What the criterion made of passes through the whole model, by module, shape `(n,)`.
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -98,7 +96,7 @@ def prune_space_(masks: Masks, source: Source, method: Method, space: Space, wid
         weights = [weight[:, kept] for weight, kept in zip(weights, columns, strict=True)]
         left = [of_consumer.select(kept) for of_consumer, kept in zip(moments, columns, strict=True)]
     scores = torch.stack(consumer_scores(method, space, weights, left)).sum(0)
-    keep = choose_units(method, space, scores, width, present, dense, moments)
+    keep = tuple(present[unit] for unit in best_units(scores, width))
     for axis, refitted in zip(space.consumers, refit_consumers(method, space, keep, dense, moments), strict=True):
         masks.write_(axis, *refitted)
     masks.keep[space.key] = keep
@@ -130,23 +128,6 @@ def consumer_scores(
     return scores
 
 
-def choose_units(
-    method: Method,
-    space: Space,
-    scores: Tensor,
-    width: int,
-    present: Sequence[int],
-    dense: Sequence[Values],
-    moments: Sequence[Moments],
-) -> tuple[int, ...]:
-    """Chooses the `present` units with the highest scores, or those that the criterion takes instead."""
-    keep = tuple(present[unit] for unit in best_units(scores, width))
-    refine = method.criterion.refine_selection
-    if refine is None or len(space.consumers) > 1:  # what a set of units is worth is known of one consumer only
-        return keep
-    return refine(keep, sorted({*present} - {*keep}), dense[0][0], moments[0], space.consumers[0].per_unit)
-
-
 def refit_consumers(
     method: Method, space: Space, keep: Sequence[int], dense: Sequence[Values], moments: Sequence[Moments]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -154,7 +135,6 @@ def refit_consumers(
     refitted = []
     for axis, (weight, bias), of_consumer in zip(space.consumers, dense, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
-        start = weight if method.unfitted_weight is None else method.unfitted_weight(weight, of_consumer)
         ridge = ridge_strength(method.damping, len(columns), of_consumer.count)
-        refitted.append((columns, *method.refit(start, bias, of_consumer, columns, ridge)))
+        refitted.append((columns, *method.refit(weight, bias, of_consumer, columns, ridge)))
     return refitted

@@ -16,18 +16,6 @@ def no_refit(
     return weight[:, keep], bias
 
 
-def bias_refit(
-    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
-) -> tuple[Tensor, Tensor | None]:
-    """Leave the kept columns as they are, and add the mean output of the removed ones to the bias.
-
-    This is eq. 8 of FLAP (An et al. 2023). See `least_squares` for the arguments.
-    """
-    removed = _others(keep, weight.shape[1])
-    shift = weight[:, removed] @ moments.mean[removed].to(weight)
-    return weight[:, keep], shift if bias is None else bias + shift
-
-
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:

@@ -41,11 +41,6 @@ class Criterion:
             becomes `moments.prior`.
         check: A function `(config, arch, use)` that raises a StructPruneError, before any text is read, if the
             criterion cannot score this model; `use` is "prune", "dry run" or "trainer".
-        refine_selection: A function `(keep, removed, weight, moments, columns_per_unit)` of the units with the highest
-            scores, of those that would go, both ascending, and of the dense weight. It gives as many units to keep,
-            ascending, where a set of units is judged otherwise than by the sum of their scores.
-        unfitted_weight: A function `(weight, moments)` that gives the weight whose kept columns stay as they are with
-            `refit="none"`, where that is not the dense one.
     """
 
     name: str
@@ -58,8 +53,6 @@ class Criterion:
     prior: Callable[..., Tensor | None] | None = None
     whole_model_statistics: Callable[..., dict[str, Tensor]] | None = None
     check: Callable[..., None] | None = None
-    refine_selection: Callable[..., tuple[int, ...]] | None = None
-    unfitted_weight: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         update_wrapper(self, self.score)

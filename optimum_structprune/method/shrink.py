@@ -38,14 +38,9 @@ def write_consumer_(model: nn.Module, axis: Axis, columns: Tensor, weight: Tenso
     present, old = _views(model, axis)
     present.zero_()
     present[:, columns] = weight.to(present)
-    if bias is None:
-        return
-    if old is not None:
+    if bias is not None:
+        assert old is not None, "a refit has to give a bias only where there is one"
         old.copy_(bias)
-    else:
-        module = model.get_submodule(axis.module)
-        trained = module.get_parameter(axis.param.rpartition(".")[2]).requires_grad
-        module.bias = nn.Parameter(bias.to(present), requires_grad=trained)
 
 
 def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
@@ -125,9 +120,6 @@ class Masks:
     def _put_(self, values: Mapping[Axis, Values]) -> None:
         for axis, (weight, bias) in values.items():
             write_consumer_(self.model, axis, torch.arange(weight.shape[1], device=weight.device), weight, bias)
-            module = self.model.get_submodule(axis.module)
-            if bias is None and axis.part is None and getattr(module, "bias", None) is not None:
-                module.bias = None  # type: ignore[assignment]  # a refit added it
 
 
 class Cut(NamedTuple):
@@ -175,9 +167,6 @@ def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smal
     full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}
     state = tensors_under(slice_tensors(full, list(arch.at(layer)), keep, "cpu"), prefix)
     del full  # it holds the weights that are about to go
-    for name, tensor in layer_list(smaller, arch)[layer].state_dict().items():
-        if name not in state and name.endswith(".bias"):
-            state[name] = torch.zeros(tensor.shape, dtype=state[name.removesuffix("bias") + "weight"].dtype)
     fill_layer_(model, arch, layer, state, smaller)
 
 

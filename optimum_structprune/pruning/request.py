@@ -27,7 +27,7 @@ from ..domains.model_tokenizer import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import few_inputs, outputs_for
 from ..system.offloading import is_offloaded
-from ..widths.budget import biased_spaces, widths_of
+from ..widths.budget import widths_of
 
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class Request:
     @cached_property
     def smaller(self) -> PreTrainedModel:
         """The model with the final widths, without weights."""
-        model, arch = self.described.plain_model, self.described.arch
-        return shrunk_skeleton(model, arch, self.widths, biased_spaces(self.config, arch, self.widths))
+        return shrunk_skeleton(self.described.plain_model, self.described.arch, self.widths)
 
 
 def ask(

@@ -26,7 +26,6 @@ from ..sources.data import CalibrationData
 from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
-from ..widths.budget import biased_spaces
 from .measure import OTHER, Measure
 
 
@@ -198,7 +197,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
     All rounds but the last only mask units. The last one shrinks each layer as soon as it is finished.
     """
     model, arch, config = run.model, run.arch, run.config
-    smaller = shrunk_skeleton(model, arch, step.widths, biased_spaces(config, arch, step.widths))
+    smaller = shrunk_skeleton(model, arch, step.widths)
     rounds, source, checkpoint = [step.widths], None, None
     if config.rounds > 1:
         from ..widths.schedule import round_widths

@@ -92,11 +92,9 @@ class Search:
 
     def trials(self) -> Trials:
         """The trials that the choice takes."""
-        # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
-        refit = "none" if self.config.refit == "bias" else self.config.refit
         return Trials(
             Masks(self.model, self.arch),
-            refit,
+            self.config.refit,
             self.data,
             Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
             self._spaces,

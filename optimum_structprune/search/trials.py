@@ -18,7 +18,8 @@ from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.calibrate import Moments, output_energy
 from ..method.layers import Batch, InMemory, Source, run_model
-from ..method.loop import Method, calibrate, choose_units, consumer_scores, refit_consumers
+from ..method.loop import Method, calibrate, consumer_scores, refit_consumers
+from ..method.score import best_units
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, layers_of
@@ -209,7 +210,7 @@ def refits_of(masks: Masks, spaces: Sequence[Space], source: Source, method: Met
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
         for units in sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0}):
             left = width - units
-            keep = choose_units(method, space, scores, left * space.scale, range(space.size), dense, moments)
+            keep = best_units(scores, left * space.scale)
             values = tried(masks, space, refit_consumers(method, space, keep, dense, moments))
             error = 0.0  # the energy of what the change does to the outputs, over all tokens
             for axis, before, of_consumer in zip(space.consumers, weights, moments, strict=True):

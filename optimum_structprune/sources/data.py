@@ -21,13 +21,13 @@ from ..domains.resolve import texts_of
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess, Source
 from ..method.loop import Method
-from ..method.refit import bias_refit, least_squares, no_refit
+from ..method.refit import least_squares, no_refit
 from ..system.fingerprint import fingerprint, json_hash
 from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
 
 
-for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares", least_squares)):
+for _name, _refit in (("none", no_refit), ("least_squares", least_squares)):
     REFITS.register(_name)(_refit)
 
 if TYPE_CHECKING:
@@ -138,7 +138,6 @@ class CalibrationData:
             shares=self.shares,
             damping=float(config.damping),
             gram=criterion.needs_gram or config.refit_reads_gram,
-            unfitted_weight=criterion.unfitted_weight if refit == "none" else None,
             statistics={module: self.mean(values) for module, values in by_domain.items()},
         )
 

@@ -30,8 +30,7 @@ def widths_of(
         widths = _within_budget(config, arch, model, legal, scores)
     else:
         widths = target_widths(config, arch, legal, scores)
-    biased = biased_spaces(config, arch, widths)
-    shrunk_config(model.config, arch, widths, biased)  # which may refuse together what it accepts one by one
+    shrunk_config(model.config, arch, widths)  # which may refuse together what it accepts one by one
     return widths
 
 
@@ -152,11 +151,10 @@ def _cost_of(
     """A function of the widths: what the budget limits, of a model that has them."""
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
-        size, biased = model.dtype.itemsize if name == "bytes" else 1, biased_spaces(config, arch, names)
+        size, dense = model.dtype.itemsize if name == "bytes" else 1, model.num_parameters()
         if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
-            return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
-        dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
+            return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()
         return lambda widths: size * (dense - removed_parameters(arch, widths))
     from ..forward.generation import cached_values, flops_per_token, why_not_counted
 
@@ -180,17 +178,3 @@ def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose at given widths."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
-
-
-def biased_spaces(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> tuple[str, ...]:
-    """The spaces whose consumers get a bias: those inside the layers with `refit="bias"`, and none otherwise."""
-    if config.refit != "bias":
-        return ()
-    inside = tuple(name for name in names if arch.of(name)[0].inside and arch.of(name)[0].layer != MODEL)
-    for name in inside:
-        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
-            raise StructPruneError(
-                f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
-                "express; use refit='least_squares' or 'none'."
-            )
-    return inside

@@ -14,7 +14,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.loop import calibrate, choose_units, consumer_scores, prune_layers_, refit_consumers
+from optimum_structprune.method.loop import calibrate, consumer_scores, prune_layers_, refit_consumers
+from optimum_structprune.method.score import best_units
 from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
@@ -34,7 +35,7 @@ def cut_on_trial(masks, method, space, source, width):
     """The values of the consumers of a space that is cut to a width on trial."""
     dense, moments = calibrate(masks, source, method, space)
     scores = torch.stack(consumer_scores(method, space, [weight for weight, _ in dense], moments)).sum(0)
-    keep = choose_units(method, space, scores, width, range(space.size), dense, moments)
+    keep = best_units(scores, width)
     return tried(masks, space, refit_consumers(method, space, keep, dense, moments))
 
 

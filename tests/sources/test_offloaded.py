@@ -47,7 +47,7 @@ def in_memory(case, plain=False):
 
 RUNS = {
     "llama-untied": {"widths": {"mlp": 24, "attention": 2}},
-    "llama-bias": {"widths": {"mlp": 24}, "refit": "bias", "criterion": "flap"},
+    "llama-bias": {"widths": {"mlp": 24}, "criterion": "flap"},
     "qwen2": {"widths": {"mlp": 24}, "rounds": 3},
     "qwen3": {"sparsity": 0.25, "allocation": "global", "round_to": 1},
     "gemma2": {"sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},

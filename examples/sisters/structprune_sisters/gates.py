@@ -22,7 +22,7 @@ from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
-from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
+from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import per_unit
 from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
 from optimum_structprune.method.calibrate import Moments
@@ -356,18 +356,21 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
     check_learnable(config, arch)
 
 
-def _folded(weight: Tensor, moments: Moments) -> Tensor:
-    """The weight with its columns multiplied by their gates."""
-    assert moments.prior is not None
-    return weight * moments.prior.to(weight).clamp(min=0)
+@REFITS.register("folded")
+def folded_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply the kept columns by their gates; see `optimum_structprune.method.refit.least_squares`."""
+    assert moments.prior is not None, "refit='folded' goes with criterion='ddp'"
+    return (weight * moments.prior.to(weight).clamp(min=0))[:, keep], bias
 
 
-@register_criterion(DDP, whole_model_statistics=gates_by_module, check=_check, unfitted_weight=_folded)
+@register_criterion(DDP, whole_model_statistics=gates_by_module, check=_check)
 def ddp(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The score of a unit is its gate z, learned as in Deterministic Differentiable Pruning (Huang et al., ICML 2026,
     arXiv 2603.08065).
 
-    A gate also scales: with `refit="none"` the columns of a kept unit are multiplied by max(z, 0), as that paper's
+    A gate also scales: with `refit="folded"` the columns of a kept unit are multiplied by max(z, 0), as that paper's
     code does when it folds gates into weights. Every other refit starts from the dense weights.
     """
     assert moments.prior is not None

@@ -67,40 +67,12 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
     check_dense(arch)
 
 
-def _exchanged(
-    keep: tuple[int, ...], removed: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
-) -> tuple[int, ...]:
-    """The groups to keep, exchanged as long as the output of the kept ones comes nearer to that of all."""
-    if columns_per_unit == 1 or not removed:
-        return keep
-    shares, between = _of_units(weight, moments, columns_per_unit)
-    total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(removed)
-    best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
-    # Every exchange brings the output nearer, so none comes back.
-    while True:
-        sums = between[:, kept].sum(1)
-        products = shares[:, kept].sum(1)[:, None, None] - shares[:, kept, None] + shares[:, None, gone]
-        squares = (
-            sums[:, kept].sum(1)[:, None, None]
-            + (own - 2 * sums)[:, kept, None]
-            + (own + 2 * sums)[:, None, gone]
-            - 2 * between[:, kept][:, :, gone]
-        )
-        found = _similarity(products, squares, total[:, None, None]).sum(0)
-        nearest = int(found.argmax())
-        if not float(found.flatten()[nearest]) > float(best) + 1e-6 * abs(float(best)):
-            return tuple(sorted(kept))
-        best, (i, j) = found.flatten()[nearest], divmod(nearest, len(gone))
-        kept[i], gone[j] = gone[j], kept[i]
-
-
 @register_criterion(
     "slimllm",
     paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689",
     needs_gram=True,
     whole_model_statistics=of_samples(inflows),
     check=_check,
-    refine_selection=_exchanged,
 )
 def slimllm(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
     """The scores of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), as in its published code.
@@ -110,8 +82,8 @@ def slimllm(weight: Tensor, moments: Moments, columns_per_unit: int, options: St
     √Σ_i W_ji² E[x_i²] of its two producers. The input of the producers is that of the model before the round.
 
     A KV group u of several columns, with the output o_u and the output T of all, scores -Σ_i |ρ(T_i - o_ui, T_i)|,
-    with Pearson's ρ over tokens and i over the outputs. Then groups are exchanged as long as the output of the kept
-    ones comes nearer to T. The published code has single heads; groups of query heads that share a KV head are ours.
+    with Pearson's ρ over tokens and i over the outputs. The published code has single heads, and exchanges them as
+    long as the output of the kept ones comes nearer to T; here they are groups, which stay as they are chosen.
     The 1 % of channels with the lowest scores, which it keeps, go like others.
     """
     if columns_per_unit > 1:

@@ -170,8 +170,8 @@ def test_tokens_that_are_not_calibrated_on_say_nothing():
         assert len(values.unique()) == 1
 
 
-@pytest.mark.parametrize("refit", ["none", "bias", "least_squares"])
-def test_only_without_a_refit_a_gate_scales(refit):
+@pytest.mark.parametrize("refit", ["none", "folded", "least_squares"])
+def test_only_where_it_is_folded_a_gate_scales(refit):
     model, fields = build("llama-bias"), settings(refit=refit, error_feedback=0.0)
     pruner = StructPruner(fields)
     small = pruner.prune_model(model, tokenizer())
@@ -181,8 +181,8 @@ def test_only_without_a_refit_a_gate_scales(refit):
         keep = pruner.plan.keep[space.layer, "mlp"]
         dense = read_consumer(model, axis)[0][:, units_to_columns(keep, axis, torch.device("cpu"))]
         kept, scale = small.get_parameter(axis.param), found[space.layer, "mlp"][list(keep)].clamp(min=0).float()
-        assert torch.allclose(kept, dense * scale) == (refit == "none")
-        assert torch.equal(kept, dense) == (refit == "bias")
+        assert torch.allclose(kept, dense * scale) == (refit == "folded")
+        assert torch.equal(kept, dense) == (refit == "none")
 
 
 def test_rounds_go_by_the_same_gates():

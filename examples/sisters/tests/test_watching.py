@@ -67,25 +67,6 @@ def test_slimllm_scores_groups_by_the_similarity_of_what_is_left():
         assert float(found[unit]) == pytest.approx(-pearson(left @ weight.T, x @ weight.T), rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_slimllm_exchanges_groups_until_no_exchange_helps(seed):
-    weight, x, moments = case(6, 2)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()
-    keep, others = tuple(sorted(order[:3])), order[3:]
-
-    def similarity(units):
-        columns = [2 * unit + i for unit in units for i in range(2)]
-        left, total = x[:, columns] @ weight[:, columns].T, x @ weight.T
-        left, total = left - left.mean(0), total - total.mean(0)
-        return float(((left * total).sum(0) / left.norm(dim=0) / total.norm(dim=0)).sum())
-
-    found = slimllm.refine_selection(keep, others, weight, moments, 2)
-    assert len(found) == 3 and similarity(found) >= similarity(keep) - 1e-4
-    for out in found:
-        for new in set(range(6)) - set(found):
-            assert similarity([new, *(unit for unit in found if unit != out)]) <= similarity(found) + 1e-4
-
-
 def test_inflows_are_the_norms_of_what_drives_a_channel(model):
     first, second, mask = token_ids(), token_ids(seed=5), torch.arange(12).ge(6).expand(2, -1)
     found = inflows(model, describe(model), [Batch(0, first), Batch(1, second, mask)])
