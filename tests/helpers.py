@@ -338,7 +338,7 @@ def recovery_config(**fields) -> RecoveryConfig:
     if not other.exists():
         write_texts(other, documents(20, seed=9))
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
-    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "left_out": str(other), **RECOVERY_TEXT}
+    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(other), **RECOVERY_TEXT}
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
 
 

@@ -31,7 +31,7 @@ from optimum_structprune.recovery.recover import Recovery
 
 PLAIN, SHORT = {"refit": "none"}, {"num_samples": 5}
 # The figure is the divergence from the dense model, so that alone is the loss.
-DISTILLED = RecoveryConfig(tokens=50_000, kl_weight=1.0)
+DISTILLED = RecoveryConfig(tokens=50_000)
 ROWS: dict[str, dict[str, Any]] = {
     "reap": {"criterion": "reap", **PLAIN},
     "reap_normalised": {"criterion": "reap_normalised", **PLAIN},

@@ -35,12 +35,10 @@ from optimum_structprune.recovery.text import LENGTH
 
 # What the rows train, and by what.
 WAYS: dict[str, dict[str, Any]] = {
-    "LoRA": {"kl_weight": 0.0},
+    "LoRA": {},  # without a teacher
     "text": {"answer_share": 0.0},
-    "text, three quarters cross-entropy": {"answer_share": 0.0, "kl_weight": 0.25},
     "answers": {"answer_share": 1.0},
     "text and answers": {},
-    "text and own answers": {"writer": "pruned"},
     "text and answers, all weights": {"train": "full"},
 }
 
@@ -136,8 +134,7 @@ def recovery_config(args: Namespace, way: str) -> RecoveryConfig:
     given = {"learning_rate": args.learning_rate, "lr_scheduler_type": args.schedule}
     training = {name: value for name, value in given.items() if value is not None}
     training |= {"per_device_train_batch_size": args.batch_size, "bf16": args.bf16, "disable_tqdm": True}
-    share = {} if args.kl_weight is None else {"kl_weight": args.kl_weight}
-    return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **{**share, **WAYS[way]})
+    return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **WAYS[way])
 
 
 def closed_gap(results: dict[str, dict], part: str, value: float) -> float:
@@ -165,7 +162,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-samples", type=int, default=24, help="samples per evaluation file")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
-    parser.add_argument("--kl-weight", type=float, help="of the rows with a teacher")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int)
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..recovery.recover import check_recovery
-from ..recovery.teacher import reading
+from ..recovery.teacher import tokens_of_teacher
 from ..system.disk import Output, check_apart, unchanging, used_paths
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
@@ -31,7 +31,7 @@ def recover(args: Namespace) -> Result:
             loading = Loading.of(args)
             small = loading.without_weights(args.model)
             check_recovery(config, recovery.pruning, small)
-            if args.teacher is not None and config.distils:
-                reading(loading.without_weights(args.teacher), small, loading.tokenizer(args.model))
+            if args.teacher is not None:
+                tokens_of_teacher(loading.without_weights(args.teacher), small, loading.tokenizer(args.model))
             model, tokenizer = loading.model_and_tokenizer(args.model)
         return pushed(args, recover_and_save(args, recovery, model, tokenizer))

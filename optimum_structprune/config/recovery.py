@@ -1,13 +1,14 @@
 """How a pruned model is trained afterwards: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, WithDomains
-from .fields import Number, config_class, filled, positive, proportion, seed_of_all
+from .fields import Number, config_class, filled, mapping_of, positive, proportion, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -41,7 +42,7 @@ class RecoveryConfig(WithDomains):
             weights.
         seq_length: The number of tokens in a training sample, of which those of prompts do not count. By default it is
             that of the pruning, or 128 if that is less.
-        domains: The training text; documents that the perplexity is measured on are left out. None stands for the
+        domains: The training text, without the documents that the perplexity is measured on. None stands for the
             domains of the pruning, without what the model wrote beside them.
         train: What is trained: `lora` trains a low-rank adapter, `full` all weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
@@ -51,11 +52,8 @@ class RecoveryConfig(WithDomains):
             are text.
         prompts: A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line. By default
             they are built in, and for a model without a chat template, they are openings of the text.
-        left_out: The source of text of a kind that is not trained on, by which checkpoints are compared. By default it
-            is built-in text of other kinds.
-        kl_weight: The share of the divergence from the teacher in the loss. The rest is cross-entropy, which teaches
-            the text itself; then checkpoints are compared by their loss on text of the kinds trained on. Without a
-            teacher the loss is cross-entropy whatever stands here.
+        validation: The source of the validation text, of a kind that is not trained on, by which checkpoints are
+            compared. By default it is built-in text of other kinds.
         merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
             an adapter.
         seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
@@ -66,6 +64,8 @@ class RecoveryConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
+    gone = {"kl_weight": 1.0}
+
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
@@ -74,15 +74,21 @@ class RecoveryConfig(WithDomains):
     training: dict[str, Any] = field(default_factory=dict)
     answer_share: Number = validated_field(proportion, default=0.5)
     prompts: str | None = validated_field(filled, default=None)
-    left_out: str | None = validated_field(filled, default=None)
-    kl_weight: Number = validated_field(proportion, default=1.0)
+    validation: str | None = validated_field(filled, default=None)
     merge: bool = True
     seed: int | None = validated_field(seed_of_all, default=None)
 
-    @property
-    def distils(self) -> bool:
-        """Whether the loss compares the model with a teacher."""
-        return bool(self.kl_weight)
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
+        """Inverse of `to_dict`; `left_out` is the old name of `validation`."""
+        values = dict(mapping_of(data, cls.__name__))
+        if "left_out" in values:
+            values["validation"] = values.pop("left_out")
+        return super().from_dict(values)
+
+    def without_output_dir(self) -> "RecoveryConfig":
+        """The config for who trains again: where its checkpoints lay is of no use to them."""
+        return replace(self, training={name: value for name, value in self.training.items() if name != "output_dir"})
 
     def validate_train(self) -> None:
         """Refuse what belongs to another way of training."""

@@ -114,7 +114,7 @@ class Run:
             with self.report.timed("languages"):
                 self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
-        if self.config.recovery is not None and self.config.recovery.distils:
+        if self.config.recovery is not None:
             self.teacher = self.dense_model or deepcopy(self.model)
 
     def _other_text(self) -> Sequence[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..system.fingerprint import computing, weights_hash
-from .resume import DIGITS, model_of
+from .resume import model_of
 
 
 # What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
@@ -40,9 +40,10 @@ LIBRARY_ERRORS = (*PEFT_ERRORS, OSError, SafetensorError)
 
 
 def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:
-    """The adapter that a recovery trains: `config.lora` laid over the defaults, of which "all linear layers" takes in
-    what a mixture stacks in one parameter, and leaves out what is not called as a linear layer. Where tokens have
-    gone, the rows of the others are trained too, as they mean more than before.
+    """Makes the adapter that a recovery trains: `config.lora` laid over the defaults.
+
+    "All linear layers" takes in what a mixture stacks in one parameter, and leaves out what is not called as a linear
+    layer. Where tokens have gone, the rows of the others are trained too, as they mean more than before.
     """
     kind: LoraConfig = build(LoraConfig, {**LORA, **config.lora})
     if fewer_tokens and kind.trainable_token_indices is None and not kind.modules_to_save:
@@ -63,8 +64,9 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bo
 
 
 def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """The stacked matrices of experts, and those of the routers beside them that are no plain linear layers, by their
-    names inside a layer. Shapes tell them: models that no family describes are trained as well.
+    """Finds the stacked matrices of experts, and those of the routers beside them that are no plain linear layers.
+
+    Both by their names inside a layer. Shapes tell them: models that no family describes are trained as well.
     """
     experts, routers = set[str](), set[str]()
     for name, module in model.named_modules():
@@ -81,7 +83,7 @@ def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
 
 def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
-    """The linear layers that give more than a tensor, and those whose weights Mamba's kernels read without a call."""
+    """Finds linear layers that give more than a tensor, or whose weights Mamba's kernels read without a call."""
     names, ends = list[str](), tuple(f".{router}" for router in routers)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight".endswith(ends):
@@ -92,56 +94,40 @@ def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
 
 
 @contextmanager
-def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> Iterator[PeftModel]:
-    """The model with a new adapter, which a failure takes off again, also one while peft puts it on."""
-    training, trainable = model.training, _trainable(model)
-    before = [(module, dict(module.named_children())) for module in model.modules()]
-    try:
-        adapted = _adapted(model, kind)
-        if merge:
-            _check_tied(adapted)
-        yield adapted
-    except BaseException:  # Ctrl-C too
-        for module, children in before:  # peft's `unload` needs an adapter that stands
-            for name, child in children.items():
-                setattr(module, name, child)
-        vars(model).pop("peft_config", None)
-        _set_trainable_(model, trainable)
-        model.train(training)
-        raise
-    adapted.train(training)
-    if merge:
-        _set_trainable_(model, trainable)
+def trainable(
+    model: PreTrainedModel, kind: PeftConfig | None, merge: bool = True
+) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Put a new adapter on a model, or without one make all its weights trainable, for a training inside `with`.
 
-
-@contextmanager
-def every_weight(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model with all weights trainable; a failure inside `with` gives them their old values."""
-    training, trainable = model.training, _trainable(model)
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-    try:
+    It yields what is trained, and a function that gives it the values of the start, with which a new adapter changes
+    nothing. An error inside `with` does that, and takes the adapter off.
+    """
+    training, flags = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained: Any = model if kind is None else adapted(model, kind, merge)
+    if kind is None:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        yield model
+    learnt = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    start = [parameter.detach().to("cpu", copy=True) for parameter in learnt]
+
+    @torch.no_grad()
+    def take_back() -> None:
+        for parameter, value in zip(learnt, start, strict=True):
+            parameter.copy_(value)
+
+    try:
+        yield trained, take_back
     except BaseException:  # Ctrl-C too
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
+        take_back()
+        merge = True
+        if trained is not model:
+            trained.unload()
         raise
     finally:
         model.zero_grad()
-        _set_trainable_(model, trainable)
-        model.train(training)
-
-
-def _trainable(model: PreTrainedModel) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def _set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
-    """Make trainable what was, also where an adapter has been put around it."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
+        for parameter, flag in flags if merge else ():
+            parameter.requires_grad_(flag)
+        trained.train(training)
 
 
 def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> None:
@@ -151,17 +137,14 @@ def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> 
         kind.init_lora_weights = True  # others look at the weights
     try:
         empty = skeleton(model, deepcopy(model.config))
-        with torch.device("meta"):
-            adapted = _adapted(empty, kind)
-    except Exception as error:
-        if isinstance(error.__cause__, ValueError):
-            raise
+    except Exception:
         return  # a model class of an unusual constructor says nothing about the adapter
-    if merge:
-        _check_tied(adapted)
+    with torch.device("meta"):
+        adapted(empty, kind, merge)
 
 
-def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def adapted(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> PeftModel:
+    """Put a new adapter on a model; one that could not be merged afterwards is refused."""
     with warnings.catch_warnings():
         # peft warns of tied weights; where that matters, `_check_tied` refuses.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
@@ -170,16 +153,19 @@ def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         # It has patterns of its own for the experts that it knows, some of which it then does not use.
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match.*")
         try:
-            return get_peft_model(model, config)
+            with_adapter: PeftModel = get_peft_model(model, kind)
         except PEFT_ERRORS as error:
             raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
+    if merge:
+        _check_tied(with_adapter)
+    return with_adapter
 
 
-def _check_tied(adapted: PeftModel) -> None:
+def _check_tied(model: PeftModel) -> None:
     # What peft merges into a tied weight changes it in all of its places, and was trained in one of them. Its
     # `ensure_weight_tying` trains in both and merges both, one on top of the other. Rows of tokens it does tie.
     names: dict[int, list[str]] = {}
-    for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
+    for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for shared in names.values():
         plain = [re.sub(r"\.(base_layer|original_module)\.", ".", name) for name in shared]
@@ -195,7 +181,7 @@ def _check_tied(adapted: PeftModel) -> None:
 
 
 def source_of(model: PreTrainedModel) -> str:
-    """The name that a model was loaded by; empty where it is of other sizes by now, as after a pruning in memory."""
+    """Gives the name that a model was loaded by; empty where its sizes are others now, as after a pruning."""
     try:
         there = type(model.config).from_pretrained(name := model.name_or_path or "")
     except (OSError, ValueError):
@@ -203,18 +189,12 @@ def source_of(model: PreTrainedModel) -> str:
     return name if computing(there) == computing(model.config) else ""
 
 
-@contextmanager
-def based_on(adapted: PeftModel, name: str) -> Iterator[None]:
-    """Inside `with`, an adapter and its card say that they belong to the model of this name; an empty one is none."""
-    model: Any = adapted.get_base_model()
-    before = model.name_or_path
-    for kind in adapted.peft_config.values():
+def name_base_(model: PeftModel, name: str) -> None:
+    """Make an adapter and its card say that they belong to the model of this name; an empty one is none."""
+    base: Any = model.get_base_model()
+    base.name_or_path = base.config._name_or_path = name
+    for kind in model.peft_config.values():
         kind.base_model_name_or_path = name
-    model.name_or_path = model.config._name_or_path = name
-    try:
-        yield
-    finally:
-        model.name_or_path = model.config._name_or_path = before
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
@@ -239,23 +219,23 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         )
     elif trained_on != base:
         raise StructPruneError(
-            f"The adapter in {folder} was trained on the model {trained_on[:DIGITS]}…, and this is {base[:DIGITS]}…: "
+            f"The adapter in {folder} was trained on the model {trained_on[:12]}…, and this is {base[:12]}…: "
             "their weights are not the same. Load the pruned model that the adapter was trained on."
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
         check_fits(model, config, merge=False)
-        with fresh_adapter(model, config, merge=False) as adapted:
-            set_peft_model_state_dict(adapted, load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
+        with trainable(model, config, merge=False) as (with_adapter, _):
+            set_peft_model_state_dict(with_adapter, load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
     except LIBRARY_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
-    return adapted if is_trainable else adapted.eval()
+    return with_adapter if is_trainable else with_adapter.eval()
 
 
-def check_adapter(adapted: PeftModel, folder: str | Path) -> None:
+def check_adapter(model: PeftModel, folder: str | Path) -> None:
     """Refuse a saved adapter that is not the one on a model."""
     saved = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
-    expected = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    expected = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
     if {*saved} != {*expected} or not all(torch.equal(tensor, expected[name]) for name, tensor in saved.items()):
         raise StructPruneError(f"The adapter that was written to {folder} does not come back the same.")

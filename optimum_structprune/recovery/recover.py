@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,23 +30,13 @@ from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from ..system.stages import stage
 from ..written import replace_json
-from .adapter import based_on, check_adapter, check_fits, every_weight, fresh_adapter, lora_config, source_of
+from .adapter import check_adapter, check_fits, lora_config, name_base_, source_of, trainable
 from .answers import read_prompts
-from .lessons import Curriculum
 from .resume import TrainingInputs
 from .teacher import load_teacher
-from .text import LEFT_OUT, left_out_text, text_config, training_text
-from .trainer import (
-    BestCheckpoint,
-    DistillTrainer,
-    NothingGainedWarning,
-    enter_measurements,
-    training_arguments,
-)
-
-
-class _NothingGainedError(Exception):
-    """A training brought a model no nearer to its teacher, and is taken back."""
+from .text import VALIDATION, text_config, training_text, validation_text
+from .trainer import DistillTrainer, NothingGainedWarning, enter_measurements, training_arguments
+from .training_data import TrainingData
 
 
 class Recovery:
@@ -104,29 +93,29 @@ class Recovery:
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
         taught_by = None
-        if teacher is not None and config.distils:
+        if teacher is not None:
             taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
-        # A teacher reads text in its own tokens, also where the model has lost some.
+        # A teacher reads text in its own tokens, also where the model has lost some. It writes the text of a domain
+        # that is written, which is better then, and which the pruning has kept.
         dense, reader = (None, tokenizer) if taught_by is None else (taught_by.model, taught_by.tokenizer)
-        # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
-        # pruning has kept it.
+        name = None if dense is None else dense.name_or_path or ""
         self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
         seed = self.pruning.seed if config.seed is None else config.seed
+        if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
+            self._inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
             with stage("domains", {}):
                 domains = training_text(config, self.pruning, reader, model if dense is None else dense, seen)
-                left_out = left_out_text(config, self.pruning, reader) if dense is not None else None
-            seeds, folder = (seed, self.pruning.seed), Path(scratch)
-            curriculum = Curriculum(config, domains, left_out, model, taught_by, seeds, folder, arguments)
-            if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
-                self._inputs = TrainingInputs.of(config, arguments, model, curriculum.ids(), dense)
-            name, dense = "" if dense is None else dense.name_or_path or "", None
-            recovered, outcome = self._trained(model, seed, curriculum, arguments, resume)
+                validation = None if dense is None else validation_text(config, self.pruning, reader)
+            seeds, states = (seed, self.pruning.seed), Path(scratch, "states")
+            data = TrainingData(config, domains, validation, model, taught_by, seeds, states, arguments)
+            dense = None  # a teacher whose states are kept is needed no more
+            recovered, outcome = self._trained(model, seed, data, arguments, resume)
             wait_for_everyone()
-        self.report, self.domains = replace(outcome, teacher=name), domains
+        self.report, self.domains = replace(outcome, teacher=name or ""), domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
         remember_text(recovered, tokenizer, self._manifest)
@@ -135,34 +124,27 @@ class Recovery:
         return recovered
 
     def _trained(
-        self, model: PreTrainedModel, seed: int, curriculum: Curriculum, arguments: TrainingArguments, resume: bool
+        self, model: PreTrainedModel, seed: int, data: TrainingData, arguments: TrainingArguments, resume: bool
     ) -> tuple[PreTrainedModel | PeftModel, RecoveryReport]:
-        """The trained model, with its adapter merged or on it, or the model as it was if that is nearer."""
+        """Train the model, and give it back with its adapter merged or on it, with the numbers of the training.
+
+        It has the values of the best checkpoint, or those of before if these are better.
+        """
         config, inputs = self.config, [] if self._inputs is None else [self._inputs]
         checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
-        before = curriculum.measure(model)
-        start, outcome = curriculum.distance_in(before), RecoveryReport()
-        best = [BestCheckpoint(start)] if arguments.load_best_model_at_end else []
-        fewer_tokens = curriculum.teacher is not None and curriculum.teacher.parts is not None
+        before = data.measure(model)
+        fewer_tokens = data.teacher is not None and data.teacher.parts is not None
         adapter = None if config.train == "full" else lora_config(config, model, fewer_tokens)
         set_seed(seed)  # of the adapter's values
-        try:
-            ready = every_weight(model) if adapter is None else fresh_adapter(model, adapter, config.merge)
-            with ready as trained:
-                listeners = [*self.callbacks, *inputs, *best]
-                trainer = DistillTrainer(trained, arguments, curriculum, config.kl_weight, listeners)
-                trained_for = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-                outcome = trainer.outcome(trained_for)
-                if trainer.nearest() >= start:
-                    raise _NothingGainedError
-        except _NothingGainedError:
-            trained, outcome = model, replace(outcome, kept_step=0)
-            if adapter is not None and not config.merge:  # a new adapter changes nothing
-                with fresh_adapter(model, adapter, merge=False) as trained:
-                    pass
+        with trainable(model, adapter, config.merge) as (trained, take_back):
+            trainer = DistillTrainer(trained, arguments, data, [*self.callbacks, *inputs])
+            outcome = trainer.outcome(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
+            if data.validation_loss(trained) >= data.loss_in(before):
+                take_back()
+                outcome.kept_step = 0
         if config.merge and isinstance(trained, PeftModel):
             trained = trained.merge_and_unload()
-        enter_measurements(outcome, before, curriculum.measure(trained))
+        enter_measurements(outcome, before, data.measure(trained) if outcome.kept_step else before)
         return trained, outcome
 
     def save(
@@ -201,20 +183,19 @@ class Recovery:
                     manifest = None  # what cannot be read is carried as it is
             if manifest is not None:
                 manifest.save(folder / MANIFEST_NAME)
-            # Where its checkpoints lay is of no use to who trains it again.
-            training = {name: value for name, value in self.config.training.items() if name != "output_dir"}
-            replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
+            replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter
                 leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
             elif self._inputs is not None:
                 self._inputs.save(folder)
 
+        used = used_paths(self.config, self.pruning)
+        if isinstance(model, PeftModel):
+            name_base_(model, self._base)
+            used.append(self._base)  # an adapter is of no use without the model under it
         check = check_adapter if isinstance(model, PeftModel) else check_reload
-        # An adapter is of no use without the model under it.
-        with based_on(model, self._base) if isinstance(model, PeftModel) else nullcontext():
-            used = [self._base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
-            save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
+        save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 
 def recover(
@@ -273,24 +254,26 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     _check_model(model, config, text.seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)
-    left_out = [] if config.left_out is None else [DomainConfig(name=LEFT_OUT, source=config.left_out)]
-    for domain in [*texts_of(text), *left_out]:
+    validation = [] if config.validation is None else [DomainConfig(name=VALIDATION, source=config.validation)]
+    for domain in [*texts_of(text), *validation]:
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     if config.train == "lora":
         check_fits(model, lora_config(config, model), config.merge)
-    device = model.device.type
-    if device == "meta":  # it has no weights yet
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
+    # A model without weights will be on the GPU, if there is one.
+    on_cpu = model.device.type == "cpu" or not torch.cuda.is_available()
+    training_arguments(config, text.seed, on_cpu, tempfile.gettempdir())
     if "output_dir" in config.training:
-        check_folder(str(arguments.output_dir))
+        check_folder(config.training["output_dir"])
 
 
 def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
     name = type(model).__name__
     if not predicts_next(model):
-        raise StructPruneError(f"Recovery trains causal language models, and {name} is none; leave recovery out.")
+        raise StructPruneError(
+            f"Recovery trains causal language models, and {name} is none; train it with a Trainer and its own loss, "
+            "as docs/recovery.md does with a classifier."
+        )
     if is_offloaded(model):
         raise StructPruneError(
             f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "

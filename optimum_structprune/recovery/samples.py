@@ -25,40 +25,41 @@ from ..vocabulary.parts import Parts
 IGNORED = -100
 # Token ids and their positions, each of shape `(tokens,)`, and the targets: the next token of a place, or `IGNORED`.
 # `states` are the teacher's last hidden states at the places that count, shape `(places, channels)`. In a sample for a
-# model with fewer tokens, `dense` is the same text in the teacher's, and `rows` and `nodes` say what it expects of the
-# targets, see `Parts.spelled`.
+# model with fewer tokens, `taught` is the same text in the teacher's, and `rows` and `nodes` say what that expects of
+# the targets, see `Parts.spelled`.
 Sample = dict[str, Any]
 
 
 def text_sample(ids: Tensor) -> Sample:
-    """The sample of a text of token ids, shape `(seq_length,)`, in which every next token counts."""
+    """Makes the sample of a text of token ids, shape `(seq_length,)`, in which every next token counts."""
     return {"input_ids": ids[:-1], "position_ids": torch.arange(len(ids) - 1), "targets": ids[1:]}
 
 
 def answer_samples(
     conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int, shared: int = 0
 ) -> Iterator[Sample]:
-    """Samples of prompts and answers as token ids, of which the answers alone count: so many tokens in each sample,
-    whose last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart; the
-    first `shared` tokens, which all prompts have, are read once in a sample, and positions go on from them.
+    """Packs prompts and answers as token ids into samples with `places` tokens that count, those of answers.
+
+    The last answer of a sample is cut off. Positions begin anew with each prompt, by which models tell conversations
+    apart. The first `shared` tokens, which all prompts have, stand in a sample once; positions go on from them.
     """
-    parts: list[list[Tensor]] = []
+    packed: list[list[Tensor]] = []
     room = places
     for prompt, answer in conversations:
-        kept, start = [*answer[:room]], shared if parts else 0
+        kept, start = [*answer[:room]], shared if packed else 0
         ids = torch.tensor([*prompt, *kept])
         targets = ids[1:].clone()
         targets[: len(prompt) - 1] = IGNORED
-        parts.append([ids[start:-1], torch.arange(start, len(ids) - 1), targets[start:]])
+        packed.append([ids[start:-1], torch.arange(start, len(ids) - 1), targets[start:]])
         room -= len(kept)
         if not room:
-            names = ("input_ids", "position_ids", "targets")
-            yield {name: torch.cat(of) for name, of in zip(names, zip(*parts, strict=True), strict=True)}
-            parts, room = [], places
+            columns = [torch.cat(column) for column in zip(*packed, strict=True)]
+            yield dict(zip(("input_ids", "position_ids", "targets"), columns, strict=True))
+            packed, room = [], places
 
 
 def in_parts(sample: Sample, parts: Parts) -> Sample:
-    """The sample as a model reads it that has fewer tokens than the teacher."""
+    """Spells a sample of the teacher's tokens as a model reads it that has fewer."""
     positions, ids, targets = (sample[name].tolist() for name in ("position_ids", "input_ids", "targets"))
     begins = [at for at, position in enumerate(positions) if not at or position != positions[at - 1] + 1]
     columns: list[list[list[int]]] = []
@@ -77,11 +78,11 @@ def in_parts(sample: Sample, parts: Parts) -> Sample:
         ])  # fmt: skip
     names = ("input_ids", "position_ids", "targets", "rows", "nodes")
     values = torch.tensor([row for rows in columns for row in rows]).unbind(1)
-    return {**dict(zip(names, values, strict=True)), "dense": sample}
+    return {**dict(zip(names, values, strict=True)), "taught": sample}
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """A batch of samples of equally many tokens that count, with padding behind the shorter ones."""
+    """Makes a batch of samples of equally many tokens that count, with padding behind the shorter ones."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     batch: Sample = {
         name: torch.stack([pad(sample[name], (0, longest - len(sample[name])), value=value) for sample in samples])
@@ -90,72 +91,76 @@ def collate(samples: Sequence[Sample]) -> Sample:
     }
     if "states" in samples[0]:
         batch["states"] = torch.stack([sample["states"] for sample in samples])
-    if "dense" in samples[0]:
-        batch["dense"] = collate([sample["dense"] for sample in samples])
+    if "taught" in samples[0]:
+        batch["taught"] = collate([sample["taught"] for sample in samples])
         batch["rows"] += torch.arange(len(samples))[:, None] * tokens_in(samples[0])
     return batch
 
 
 def tokens_in(sample: Sample) -> int:
-    """The number of tokens of a sample that count, of the teacher's where it has others."""
-    return int((sample.get("dense", sample)["targets"] != IGNORED).sum())
+    """Counts the tokens of a sample that count in the loss; the teacher's where it has others."""
+    return int((sample.get("taught", sample)["targets"] != IGNORED).sum())
 
 
-def counted(batch: Sample, logits: Tensor) -> Tensor:
-    """The targets of a batch that count, shape `(places,)`, where its logits are."""
+def counted_targets(batch: Sample, logits: Tensor) -> Tensor:
+    """Gives the targets of a batch that count, shape `(places,)`, on the device of the logits."""
     return batch["targets"][batch["targets"] != IGNORED].to(logits.device)
 
 
 def by_token(values: Tensor, batch: Sample) -> Tensor:
-    """Values of the places of a batch that count, summed over the parts of each token of the teacher."""
-    if "dense" not in batch:
+    """Sums values of the places of a batch that count over the parts of each token of the teacher."""
+    if "taught" not in batch:
         return values
     rows = batch["rows"][batch["targets"] != IGNORED].to(values.device)
     return values.new_zeros(tokens_in(batch)).index_add(0, rows, values)
 
 
 def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The logits of a model for the places of a batch that count, shape `(places, vocab)`."""
+    """Gives the logits of a model for the places of a batch that count, shape `(places, vocab)`."""
     bare: Any = getattr(model, "module", model)  # without what several processes put around it
     bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-    inputs, counted = model_inputs(bare, batch), batch["targets"] != IGNORED
+    inputs, counts = model_inputs(bare, batch), batch["targets"] != IGNORED
     if "logits_to_keep" not in signature(bare.forward).parameters:
         logits = model(**inputs).logits
-        return logits[counted.to(logits.device)]
-    columns = counted.any(0).nonzero()[:, 0]
+        return logits[counts.to(logits.device)]
+    columns = counts.any(0).nonzero()[:, 0]
     logits = model(**inputs, logits_to_keep=columns.to(input_device(bare))).logits
-    return logits[counted[:, columns.to(counted.device)].to(logits.device)]
+    return logits[counts[:, columns.to(counts.device)].to(logits.device)]
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model takes of a batch: a mask where conversations go on from a shared prefix, else none, so that
-    positions alone tell them apart.
+    """Gives what a causal language model takes of a batch, a mask only where conversations share a prefix.
+
+    Else positions alone tell conversations apart.
     """
     device, known = input_device(model), signature(model.forward).parameters
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in known}
-    if (mask := _mask(batch["position_ids"])) is not None:
+    if (mask := shared_prefix_mask(batch["position_ids"])) is not None:
         inputs["attention_mask"] = mask
     return {**{name: value.to(device) for name, value in inputs.items()}, "use_cache": False}
 
 
-def _mask(positions: Tensor) -> Tensor | None:
-    """Which places each place sees, shape `(batch, 1, tokens, tokens)`, if one conversation begins at a position above
-    0: its own conversation up to itself, and as many places from the first on as lie before that position.
+def shared_prefix_mask(positions: Tensor) -> Tensor | None:
+    """Says which places each place sees, shape `(batch, 1, tokens, tokens)`; None where no prefix is shared.
+
+    The first conversation of a row holds the prefix. A later one that shares it begins at a position above 0, as many
+    as the prefix has tokens. Each place sees its own conversation up to itself, and the prefix.
     """
     places = torch.arange(positions.shape[1], device=positions.device)
     begins = positions.diff(dim=1, prepend=positions[:, :1]) != 1
-    start = torch.where(begins, places, 0).cummax(1).values
-    first = positions.gather(1, start)
-    if not first.any():
+    conversation = torch.where(begins, places, 0).cummax(1).values  # the place where it begins
+    prefix = positions.gather(1, conversation)
+    if not prefix.any():
         return None
-    own = (start[:, :, None] == start[:, None]) & (places <= places[:, None])
-    return (own | (places < first[:, :, None]))[:, None]
+    is_own = (conversation[:, :, None] == conversation[:, None]) & (places <= places[:, None])
+    return (is_own | (places < prefix[:, :, None]))[:, None]
 
 
 @torch.no_grad()
 def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Whether a model predicts the same for text of so many tokens at most where a prefix of conversations is read
-    once: not if it keeps a state of the text or a short window, nor if its attention takes no mask that we make.
+    """Tries whether a model predicts the same, for `length` tokens at most, where conversations share a prefix.
+
+    One that keeps a state of the text does not, nor one of a short window, or whose attention takes no mask of ours.
     """
     text = model.config.get_text_config()
     length = int(min(length, positions_of(model)))

@@ -1,4 +1,4 @@
-"""The teacher of a recovery, what it predicts, and how far another model is from it, which may have fewer tokens."""
+"""The teacher of a recovery, what it predicts, and the KL of a model from it, which may have fewer tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..arch.meta import predicts_next
 from ..domains.model_tokenizer import tokenizer_of
 from ..errors import StructPruneError
-from ..forward.metrics import (
-    HEAD_TOKENS,
-    TOKENS_AT_ONCE,
-    divergence,
-    evaluating,
-    few_inputs,
-    outputs_for,
-    plain_head,
-)
+from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, few_inputs, plain_head
 from ..method.layers import input_device
 from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage
 from ..vocabulary.parts import Parts
-from .samples import IGNORED, Sample, by_token, collate, counted, logits_at, model_inputs, tokens_in
+from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs, tokens_in
 
 
 def load_teacher(
@@ -37,10 +29,8 @@ def load_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Teachers of
-    unknown tokens are taken at their number.
-    """
-    argument = teacher
+    """Makes a teacher that a model can be compared with; from an id or folder, it is loaded as the model is."""
+    same = teacher is model
     if isinstance(teacher, (str, Path)):
         try:
             teacher = AutoModelForCausalLM.from_pretrained(
@@ -48,28 +38,30 @@ def load_teacher(
             )
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
-    elif hasattr(teacher, "_orig_mod"):
-        raise StructPruneError("teacher is compiled; pass `teacher._orig_mod`.")
-    elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
+        same = computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled one
+    if not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
         kind = type(teacher).__name__
         raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
-    if teacher is model or teacher is not argument and _same(teacher, model):
+    if same:
         raise StructPruneError(
             "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
             "or leave the teacher out."
         )
-    return Teacher(teacher, *reading(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code))
+    return Teacher(teacher, *tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code))
 
 
-def reading(
+def tokens_of_teacher(
     teacher: PreTrainedModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedTokenizerBase | None, Parts | None]:
-    """The tokenizer that a teacher reads with, and the parts of its tokens where the model that it teaches lacks some;
-    a teacher of other tokens is refused. Neither needs weights.
+    """Gives the tokenizer that a teacher reads with, and the parts of its tokens where the model lacks some.
+
+    A teacher of other tokens is refused. One of unknown tokens is taken to have the model's if they are as many. No
+    weights are needed.
     """
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
@@ -84,11 +76,6 @@ def reading(
     return (tokenizer, None) if parts.change_nothing() else (reader, parts)
 
 
-def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
-    """Whether two models are the same, down to the weights."""
-    return computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
-
-
 class Teacher:
     """What a teacher predicts for samples of text in its own tokens, and with `parts` in those of a model that lacks
     some. Where its head makes the logits of its last hidden states alone, these are computed once and kept in a file,
@@ -98,11 +85,6 @@ class Teacher:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, parts: Parts | None = None
     ):
-        if not outputs_for(model).isfinite().all():
-            raise StructPruneError(
-                "The teacher's logits are not finite, for a weight is not or its dtype is too narrow; load it again, "
-                "in float32 or bfloat16, or leave the teacher out."
-            )
         self.model: PreTrainedModel | None = model
         self.tokenizer, self.parts = tokenizer, parts
         few = few_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
@@ -114,10 +96,8 @@ class Teacher:
             self.model = None
 
     @torch.no_grad()
-    def note(self, samples: Sequence[Sample], file: Path | None = None, bf16: bool = False) -> None:
-        """Add the `states` to samples, computed in mixed precision with `bf16`; a file keeps them in bfloat16, which
-        takes half of the room.
-        """
+    def keep_states(self, samples: Sequence[Sample], file: Path | None = None, bf16: bool = False) -> None:
+        """Add the `states` to samples, computed in mixed precision with `bf16`; a file keeps them in bfloat16."""
         if self.head is None or self.model is None:
             return
         base: Any = self.model.base_model
@@ -130,33 +110,36 @@ class Teacher:
         mixed = torch.autocast(self.model.device.type, torch.bfloat16, enabled=bf16)
         with evaluating(self.model), stage("teacher"), mixed:
             for sample, states in zip(samples, stored.view(total, width).split(places), strict=True):
-                counted = sample["targets"][None] != IGNORED
-                hidden = base(**model_inputs(base, {name: value[None] for name, value in sample.items()}))[0]
-                sample["states"] = states.copy_(hidden[counted.to(hidden.device)])
+                batch = {name: value[None] for name, value in sample.items()}
+                # The base of some models is a wrapper that does not say what it takes.
+                hidden = base(**model_inputs(self.model, batch))[0]
+                counts = batch["targets"] != IGNORED
+                sample["states"] = states.copy_(hidden[counts.to(hidden.device)])
 
     @torch.no_grad()
     def logits(self, batch: Sample) -> Tensor:
-        """The logits for the tokens of a batch that count, shape `(tokens, vocab)`."""
-        batch = batch.get("dense", batch)
+        """Gives the logits for the tokens of a batch that count, shape `(tokens, vocab)`."""
+        batch = batch.get("taught", batch)
         if self.head is None:
             assert self.model is not None
             return logits_at(self.model, batch)
         weight = self.head.weight
         return self.head(batch["states"].flatten(0, 1).to(weight.device, weight.dtype))
 
-    def divergence(self, logits: Tensor, taught: Tensor, batch: Sample) -> Tensor:
-        """The KL(teacher‖model) of each token of a batch that counts in nats, from the model's logits and its own."""
+    def kl(self, logits: Tensor, taught: Tensor, batch: Sample) -> Tensor:
+        """Gives the KL(teacher‖model) in nats of each token of a batch that counts, from the logits of both."""
         if self.parts is None:
             return divergence(logits, taught, mean=False)
-        counted = batch["targets"] != IGNORED
-        return self.parts.divergence(logits, taught, batch["rows"][counted], batch["nodes"][counted])
+        counts = batch["targets"] != IGNORED
+        return self.parts.divergence(logits, taught, batch["rows"][counts], batch["nodes"][counts])
 
 
 @torch.no_grad()
 def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
-    """The number of counted `tokens` of each sample, the mean `loss` over them, and with a teacher its loss as `dense`
-    and the mean KL(teacher‖model) in nats as `divergence`, each of shape `(samples,)`, fp64, on the CPU. Tokens are
-    the teacher's where it has others.
+    """Measures a model on each sample: the number of counted `tokens` and the mean `loss` over them.
+
+    With a teacher also its own loss, as `teacher`, and the mean KL(teacher‖model) in nats, as `kl`. Each has the shape
+    `(samples,)`, fp64, on the CPU. Tokens are the teacher's where it has others.
     """
     found: dict[str, list[Tensor]] = {}
     at_once = max(1, TOKENS_AT_ONCE // max(len(sample["input_ids"]) for sample in samples))
@@ -164,14 +147,14 @@ def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | No
         for start in range(0, len(samples), at_once):
             batch = collate(samples[start : start + at_once])
             logits = logits_at(model, batch).float()
-            losses = by_token(cross_entropy(logits, counted(batch, logits), reduction="none"), batch)
+            losses = by_token(cross_entropy(logits, counted_targets(batch, logits), reduction="none"), batch)
             values = {"loss": losses, "tokens": torch.ones_like(losses)}
             if teacher is not None:
-                dense = teacher.logits(batch).to(logits.device).float()
-                own = counted(batch.get("dense", batch), logits)
-                values["dense"] = cross_entropy(dense, own, reduction="none")
-                values["divergence"] = teacher.divergence(logits, dense, batch)
+                taught = teacher.logits(batch).to(logits.device).float()
+                targets = counted_targets(batch.get("taught", batch), logits)
+                values["teacher"] = cross_entropy(taught, targets, reduction="none")
+                values["kl"] = teacher.kl(logits, taught, batch)
             for name, value in values.items():
                 by_sample = value.double().view(len(batch["targets"]), -1).cpu()
                 found.setdefault(name, []).append(by_sample.sum(1) if name == "tokens" else by_sample.mean(1))
-    return {name: torch.cat(of) for name, of in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}

@@ -1,4 +1,4 @@
-"""The text that a pruned model is trained on."""
+"""The text that a pruned model is trained on, and the validation text."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..domains.sources import documents
 from ..errors import StructPruneError
 
 
-# Each kind of text is measured on so many tokens at most, and so are answers; what is left out, on more, since
+# Tokens of each kind of text, and of answers, that a model is measured on at most; of validation text more, since
 # checkpoints are compared by it.
 MEASURED, COMPARED = 1_024, 2_048
-# Short samples give more steps to a small number of tokens.
-LENGTH = 128
-# The names of what is measured on beside the domains, and the kind that is left out of text of all built-in kinds.
-ANSWERS, LEFT_OUT, OTHER_KIND = "answers", "left out", f"{BUILTIN}news"
+LENGTH = 128  # tokens of a sample at most; short ones give more steps to a small number of tokens
+VALIDATION = "validation text"
+# The kind that is kept for validation where the training text is of all built-in kinds.
+OTHER_KIND = f"{BUILTIN}news"
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
-    """What to read for the training; the seed is the pruning's, which decides which documents are held out."""
+    """Says what to read for the training; the seed is the pruning's, which decides which documents are held out."""
     seq_length = config.seq_length or min(pruning.seq_length, LENGTH)
     if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
         pruning = replace(pruning, general_share=0.0, general_text=None)
     domains = resolve(config.domains or texts_of(pruning))
-    if config.left_out is None and _is_mixed(domains):  # of which one kind is left out
+    if config.validation is None and _is_mixed(domains):
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
-        domains = [replace(of, source=f"{of.source}{without}") if _is_mixed([of]) else of for of in domains]
+        domains = [replace(each, source=f"{each.source}{without}") if _is_mixed([each]) else each for each in domains]
     samples = config.tokens // seq_length
     if samples < len(domains):
         raise StructPruneError(
@@ -56,8 +56,9 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
 
 
 def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
-    """The number of held-out samples per domain that has as many tokens as the pruning held out, or more: documents
-    come in the same order, so none of these is trained on.
+    """Counts the held-out samples per domain that have at least as many tokens as the pruning held out.
+
+    Documents come in the same order, so none of these is trained on.
     """
     counts = split_samples(pruning.num_samples, [domain.weight for domain in texts_of(pruning)])
     most_heldout = max(num_heldout(count, float(pruning.holdout)) for count in counts)
@@ -73,29 +74,29 @@ def training_text(
     model: PreTrainedModel,
     seen: Manifest | None = None,
 ) -> list[Domain]:
-    """Read the text that is trained on and the held-out text; neither has had the other's use before."""
+    """Reads the text that is trained on and the held-out text; neither has had the other's use before."""
     text = text_config(config, pruning)
     return load_domains(text, tokenizer, model, heldout_samples(pruning, text.seq_length), seen)
 
 
-def left_out_text(
+def validation_text(
     config: RecoveryConfig, pruning: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Tensor:
-    """Text of a kind that is not trained on, shape `(samples, seq_length)`, to measure on."""
+    """Reads text of a kind that is not trained on, shape `(samples, seq_length)`."""
     assert tokenizer is not None  # without one, the text that is trained on was refused
     text = text_config(config, pruning)
     domains = text.domains or []
-    source = config.left_out or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
+    source = config.validation or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
     frame = SampleFormat.of(tokenizer, text.seq_length)
-    read = tokenised(documents(DomainConfig(name=LEFT_OUT, source=source), text.seed, tokenizer), tokenizer)
+    read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
     samples = frame.pack(frame.take(read, COMPARED), max(1, COMPARED // text.seq_length)).samples
     if not len(samples):
         raise StructPruneError(
-            f"left_out={source!r} has less text than a sample of {text.seq_length} tokens; add some."
+            f"validation={source!r} has less text than a sample of {text.seq_length} tokens; add some."
         )
     return samples
 
 
 def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
-    """Whether some of the text is of all built-in kinds that no other domain has."""
+    """Tells whether some of the text is of all built-in kinds that no other domain has."""
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 GGUF = ".gguf"
 ADAPTER, CARD = "adapter_config.json", "README.md"
 # The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
-KEPT, READ = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "left_out")
+KEPT, READ = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "validation")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces

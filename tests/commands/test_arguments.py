@@ -130,7 +130,8 @@ def test_short_spellings(monkeypatch):
 
 def test_flags_override_the_file(tmp_path):
     text = {"batch_size": 8, "checkpoint_dir": "here"}
-    text |= {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
+    text |= {"sparsity": 0.4, "criterion": "flap", "rounds": 3}
+    text |= {"recovery": {"tokens": 900, "answer_share": 0.25}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
@@ -138,7 +139,7 @@ def test_flags_override_the_file(tmp_path):
     assert run_options(parsed(*line, "--batch-size", "auto")) == RunOptions(batch_size="auto", checkpoint_dir="here")
     config = pruning_config(parsed(*line, *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
-    assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
+    assert (config.recovery.tokens, config.recovery.answer_share) == (500, 0.25)
     assert [(d.name, d.source, d.weight) for d in config.domains] == [
         ("a", "x@y.txt", 0.5),
         ("b", "c@d.txt", 1.0),
@@ -157,9 +158,9 @@ def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
 def test_flags_of_recovery_override_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
-    config = recovery_config(parsed("recover", "m", "o", *flags, "--kl-weight", "0"))
+    config = recovery_config(parsed("recover", "m", "o", *flags, "--answer-share", "0"))
     assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
-    assert config.kl_weight == 0 and config.merge
+    assert config.answer_share == 0 and config.merge
     assert not recovery_config(parsed("recover", "m", "o", "--no-merge")).merge
 
 

@@ -53,7 +53,7 @@ def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folde
     line = [*arguments, "--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     assert main(line) == 0
     pruned = files(folder / "kept")["model.safetensors"]
-    training = "{tokens: 240, kl_weight: 0, training: {disable_tqdm: true, learning_rate: 0.0}}"
+    training = "{tokens: 240, training: {disable_tqdm: true, learning_rate: 0.0}}"
     (folder / "bad.yaml").write_text(f"recovery: {training}\n")
     capsys.readouterr()
     assert main([*line, "--config", str(folder / "bad.yaml"), "--overwrite", "--json"]) == 0

@@ -191,14 +191,14 @@ def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_t
             if shared and case == "gemma2":
                 continue
             dense = [*answer_samples(chosen, sum(len(answer) for _, answer in chosen), shared)]
-            teacher.note(dense)
+            teacher.keep_states(dense)
             found.append(measure_samples(student, [in_parts(sample, parts) for sample in dense], teacher))
         alone = found[-3:]
-        for name in ("divergence", "loss", "dense"):
+        for name in ("kl", "loss", "teacher"):
             expected = sum(of["tokens"] * of[name] for of in alone) / sum(of["tokens"] for of in alone)
             for together in found[:-3]:
                 torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5)
-        assert found[0]["tokens"].tolist() == [9] and found[0]["divergence"] > 0.01
+        assert found[0]["tokens"].tolist() == [9] and found[0]["kl"] > 0.01
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
@@ -208,14 +208,14 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
     samples = [text_sample(ids) for ids in token_ids(3, 9)]
     kept, files = Teacher(teacher), [dict(sample) for sample in samples]
     assert (kept.head is None) is (case == "gemma2")
-    kept.note(samples)
-    kept.note(files, tmp_path / "states", bf16=True)
+    kept.keep_states(samples)
+    kept.keep_states(files, tmp_path / "states", bf16=True)
     expected = teacher(token_ids(3, 9)[:, :-1]).logits.flatten(0, 1)
     torch.testing.assert_close(kept.logits(collate(samples)), expected)
     torch.testing.assert_close(kept.logits(collate(files)), expected, atol=0.02, rtol=0.02)
     found = measure_samples(model, samples, kept)
     straight = divergence(logits_at(model, collate(samples)), expected)
-    torch.testing.assert_close(found["divergence"].mean().float(), straight)
+    torch.testing.assert_close(found["kl"].mean().float(), straight)
 
 
 # --- training on them
@@ -249,14 +249,14 @@ def test_checkpoints_are_compared_by_what_is_trained_on(share):
 
     class Note(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):
-            distances.append(metrics["eval_distance"])
+            distances.append(metrics["eval_loss"])
 
     pruned = prune_model(build("llama-tied", seed=1), config(), tokenizer())
     recovery = Recovery(recovery_config(tokens=288, answer_share=share), callbacks=[Note()])
     recovery.recover_model(pruned, tokenizer(), build("llama-tied"))
     far = recovery.report.divergence
     assert recovery.report.kept_step and far["answers"]["recovered"] < far["answers"]["pruned"]
-    mixed = (1 - share) * far["left out"]["recovered"] + share * far["answers"]["recovered"]
+    mixed = (1 - share) * far["validation text"]["recovered"] + share * far["answers"]["recovered"]
     assert min(distances) == pytest.approx(mixed, rel=1e-3)
 
 
@@ -269,8 +269,8 @@ def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, m
     recovery = Recovery(settings)
     whole = recovery.recover_model(deepcopy(pruned), reader, teacher)
     far = recovery.report.divergence
-    assert recovery.report.kept_step and far["left out"]["recovered"] < far["left out"]["pruned"]
-    assert {*far} == {"a", "b", "left out", "answers"}
+    assert recovery.report.kept_step and far["validation text"]["recovered"] < far["validation text"]["pruned"]
+    assert {*far} == {"a", "b", "validation text", "answers"}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
         recover(deepcopy(pruned), reader, settings, teacher)

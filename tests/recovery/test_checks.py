@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneError, export_gguf, prune_model, recover
 from optimum_structprune.recovery.recover import check_recovery
-from optimum_structprune.recovery.trainer import training_arguments
 from optimum_structprune.system.processes import across_processes
 
 
@@ -33,23 +32,11 @@ def unread():
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
-    ({"training": {"max_steps": "x"}}, "TrainingArguments: .*max_steps' expected int, got str"),
-    ({"training": {"bf16": "no"}}, "bf16' expected bool, got str"),
-    ({"training": {"max_steps": True}}, "max_steps' expected int, got bool"),
     ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
     ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
-    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
-    ({"training": {"learning_rate": -1.0}}, "learning_rate has to be 0 or more, got -1.0"),
-    ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave it out"),
-    ({"training": {"push_to_hub": True}}, "push_to_hub would upload"),
-    ({"training": {"max_steps": 0}}, "max_steps has to be 1 or more, got 0"),
-    ({"training": {"seed": -1}}, "seed has to be 0 or more, got -1"),
-    ({"training": {"torch_compile": True}}, "torch_compile hides what the model takes"),
-    ({"training": {"torch_compile_mode": "default"}}, "torch_compile_mode hides what the model takes"),
-    ({"training": {"remove_unused_columns": True}}, "remove_unused_columns would remove what is to be learnt"),
-    ({"training": {"load_best_model_at_end": True, "save_strategy": "no"}}, "load_best_model_at_end is so by itself"),
+    ({"training": {"eval_strategy": "epoch"}}, "TrainingArguments: .*strategy to match"),
     ({"training": {"deepspeed": "zero3.json"}}, "deepspeed is not supported"),
     ({"training": {"fsdp": True}}, "fsdp is not supported"),
     (domain(source="preset:nothing"), "There is no preset 'nothing'"),
@@ -67,11 +54,7 @@ def test_what_is_right_passes():
     check_recovery(recovery_config(**domain(source=unread())), config(), model)
     check_recovery(recovery_config(**domain(source="self:prose")), config(), model)
     check_recovery(recovery_config(tokens=96), config(rounds=3), model)
-    # `no` is a text where a text is wanted.
-    for value in (False, "no"):
-        settings = recovery_config(training={"save_strategy": value, "learning_rate": 1, "logging_first_step": False})
-        arguments = training_arguments(settings, 0, True, "nowhere")
-        assert arguments.save_strategy == "no" and arguments.logging_first_step is False
+    check_recovery(recovery_config(training={"save_strategy": "no", "learning_rate": 1}), config(), model)
 
 
 def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
@@ -83,9 +66,6 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     ):
         with pytest.raises(StructPruneError, match=message):
             recover(model, tokenizer(), recovery_config(**domain(source=unread())))
-    teacher = torch.compile(build("llama-tied", seed=1), backend="eager")
-    with pytest.raises(StructPruneError, match="teacher is compiled; pass `teacher._orig_mod`"):
-        recover(build("llama-tied"), tokenizer(), recovery_config(**domain(source=unread())), teacher)
     with pytest.raises(StructPruneError, match="model is compiled; pass `model._orig_mod`"):
         export_gguf(torch.compile(build("llama-tied"), backend="eager"), "nowhere.gguf", tokenizer())
 
@@ -100,7 +80,8 @@ def test_what_the_trainer_refuses_is_told_as_a_setting(training):
 
 
 @pytest.mark.parametrize("training", [
-    {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
+    {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"}, {"per_device_train_batch_size": 0},
+    {"learning_rate": -1.0}, {"remove_unused_columns": True}, {"torch_compile": True},
 ])  # fmt: skip
 def test_what_other_libraries_refuse_later_leaves_the_model_as_it_was(training):
     model = prune_model(build("llama-tied"), config(), tokenizer())
@@ -116,7 +97,7 @@ def test_only_causal_language_models_in_memory_are_trained():
             lambda model: recover(model, tokenizer(), recovery_config(**domain(source=unread()))),
             lambda model: check_recovery(recovery_config(), config(), model),
         ):
-            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
+            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For.* own loss"):
                 refused(build(case))
     with pytest.raises(StructPruneError, match="takes a RecoveryConfig, got StructPruneConfig"):
         recover(build("llama-tied"), tokenizer(), config())
@@ -135,7 +116,7 @@ def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
         pass
 
 
-def test_a_model_in_shards_is_neither_pruned_nor_trained():
+def test_a_model_in_shards_is_not_pruned():
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         sharded, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
@@ -144,7 +125,5 @@ def test_a_model_in_shards_is_neither_pruned_nor_trained():
             setattr(sharded.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
         with pytest.raises(StructPruneError, match="LlamaForCausalLM are spread over processes"):
             prune_model(sharded, config())
-        with pytest.raises(StructPruneError, match="LlamaForCausalLM are spread over processes"):
-            recover(sharded, tokenizer(), recovery_config(**domain(source=unread())))
     finally:
         destroy_process_group()

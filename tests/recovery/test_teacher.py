@@ -76,13 +76,14 @@ def test_a_model_does_not_teach_itself(tmp_path):
     assert load_teacher(str(tmp_path), model, tokenizer()).model.name_or_path == str(tmp_path)
 
 
-def test_what_is_no_model_or_predicts_nothing_is_no_teacher():
-    student, broken = prune_model(build("llama-tied"), config(), tokenizer()), build("llama-tied")
-    before = deepcopy(student)
+def test_what_is_no_causal_language_model_is_no_teacher():
+    student = prune_model(build("llama-tied"), config(), tokenizer())
     for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
         with pytest.raises(StructPruneError, match=f"teacher takes a causal .* got {type(teacher).__name__}"):
             recover(student, tokenizer(), recovery_config(), teacher=teacher)
-    broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(StructPruneError, match="The teacher's logits are not finite"):
-        recover(student, tokenizer(), recovery_config(), teacher=broken)
-    assert same_weights(student, before)
+
+
+def test_a_compiled_teacher_is_the_model_in_it():
+    dense = build("llama-tied")
+    teacher = load_teacher(torch.compile(dense, backend="eager"), build("llama-tied", seed=1), tokenizer())
+    assert teacher.model is dense

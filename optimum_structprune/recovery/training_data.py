@@ -1,0 +1,161 @@
+"""What a recovery trains on, text and answers in turn, and what its checkpoints are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, takewhile
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..arch.meta import positions_of
+from ..config.recovery import RecoveryConfig
+from ..domains.packing import Domain
+from ..errors import StructPruneError
+from ..forward.generation import end_tokens
+from ..system.fingerprint import fingerprint
+from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
+from .samples import Sample, answer_samples, in_parts, reads_shared_prefix, text_sample
+from .teacher import Teacher, measure_samples
+from .text import MEASURED, VALIDATION
+
+
+ANSWERS = "answers"
+# The prompts whose answers are not trained on but measured, and the tokens of such an answer at most.
+ASIDE, ASIDE_TOKENS = 32, 64
+
+
+class TrainingData:
+    """The samples of a recovery in their order, and by kind of text those that it is measured on.
+
+    Attributes:
+        samples: The samples to train on; batches of texts and of answers take turns.
+        measured: The samples of each kind of text that no step reads.
+        weights: The share of each kind in the validation loss.
+
+    Args:
+        domains: The training text, with the held-out text of the same kinds.
+        validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
+        model: The model that is trained.
+        seeds: That of the order of the samples, and that of the text.
+        states_file: Where the teacher's hidden states are kept.
+    """
+
+    def __init__(
+        self,
+        config: RecoveryConfig,
+        domains: Sequence[Domain],
+        validation: Tensor | None,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        seeds: tuple[int, int],
+        states_file: Path,
+        arguments: TrainingArguments,
+    ):
+        self.teacher = teacher
+        order_seed, text_seed = seeds
+        answer_share = 0.0 if teacher is None else float(config.answer_share)
+        counts = [round((1 - answer_share) * len(domain.samples)) for domain in domains]
+        texts = torch.cat([domain.samples[:count] for domain, count in zip(domains, counts, strict=True)])
+        replaced = torch.cat([domain.samples[count:] for domain, count in zip(domains, counts, strict=True)])
+
+        most = max(1, MEASURED // texts.shape[1])
+        rows = {domain.name: domain.heldout[:most] for domain in domains}
+        weights = {name: len(heldout) for name, heldout in rows.items()}
+        if validation is not None:
+            rows[VALIDATION] = validation
+            weights = {VALIDATION: len(texts), ANSWERS: len(replaced)}
+        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
+        self.measured = {name: [text_sample(ids) for ids in of_kind] for name, of_kind in rows.items()}
+
+        answers: list[Sample] = []
+        if teacher is not None and len(replaced):
+            aside, asked = _answers_of(teacher, model, config.prompts, replaced, text_seed)
+            self.measured[ANSWERS], answers = [*islice(aside, most)], [*asked]
+        shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order_seed))
+        batch_size = max(1, arguments.train_batch_size)  # of 0 or less, the Trainer says what is wrong
+        self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
+        if teacher is not None:
+            self._take_from(teacher, model, states_file, arguments.bf16)
+
+    def _take_from(self, teacher: Teacher, model: PreTrainedModel, states_file: Path, bf16: bool) -> None:
+        """Keep what the teacher predicts for all samples, and spell them as the model reads them."""
+        teacher.keep_states(self.samples, states_file, bf16)
+        teacher.keep_states([sample for samples in self.measured.values() for sample in samples])
+        teacher.release()
+        if (parts := teacher.parts) is None:
+            return
+        seq_length = 1 + max(len(sample["input_ids"]) for sample in self.measured[VALIDATION])
+        self.samples = [in_parts(sample, parts) for sample in self.samples]
+        self.measured = {name: [in_parts(each, parts) for each in samples] for name, samples in self.measured.items()}
+        every = [*self.samples, *(sample for samples in self.measured.values() for sample in samples)]
+        longest = 1 + max(int(sample["position_ids"].max()) for sample in every)
+        if longest > (room := positions_of(model)):
+            raise StructPruneError(
+                f"A sample of seq_length={seq_length} takes {longest} of the tokens that stay, and the model has "
+                f"{room:.0f} positions; lower seq_length to {seq_length * room // longest:.0f}."
+            )
+
+    def measure(self, model: Any) -> dict[str, dict[str, Tensor]]:
+        """Measure a model on each kind of text; see `measure_samples`."""
+        return {name: measure_samples(model, samples, self.teacher) for name, samples in self.measured.items()}
+
+    def validation_loss(self, model: Any) -> float:
+        """Measure the loss by which checkpoints are compared; see `loss_in`."""
+        return self.loss_in({name: measure_samples(model, self.measured[name], self.teacher) for name in self.weights})
+
+    def loss_in(self, found: Mapping[str, Mapping[str, Tensor]]) -> float:
+        """Give the validation loss of what `measure` found; infinite where it is not finite.
+
+        It is the mean KL to the teacher on validation text and along answers, by their shares of the training; without
+        a teacher, the mean loss on held-out text.
+        """
+        value = "loss" if self.teacher is None else "kl"
+        mean = sum(weight * float(found[name][value].mean()) for name, weight in self.weights.items())
+        return mean if isfinite(mean) else inf
+
+
+def _answers_of(
+    teacher: Teacher, model: PreTrainedModel, prompts_file: str | None, texts: Tensor, seed: int
+) -> tuple[Iterator[Sample], Iterator[Sample]]:
+    """Makes samples of a teacher's answers as long as texts: to measure on, without end, and one for each text."""
+    dense, tokenizer = teacher.model, teacher.tokenizer
+    assert dense is not None and tokenizer is not None  # it has read the text
+    prompts, places = prompts_of(prompts_file, dense, tokenizer, texts, seed), texts.shape[1] - 1
+    shared = _shared_prefix(prompts, texts.shape[1], model, dense)
+    write, weights, ends = writer_of(dense, tokenizer), fingerprint(dense), end_tokens(dense, tokenizer)
+    count = min(ASIDE, len(prompts) // 2)
+    aside, asked = (
+        Answers(part, write, answers_file(weights, ends, part, seed), seed)
+        for part in (prompts[:count], prompts[count:])
+    )
+    measured_on = answer_samples(aside.conversations(ASIDE_TOKENS), places, shared)
+    return measured_on, asked.samples(len(texts), places, shared)
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]], seq_length: int, *models: PreTrainedModel) -> int:
+    """Counts the tokens that all prompts begin with, such as the turn of the system; 0 where a model reads them wrong.
+
+    A chat template can make them more than half of a sample; read once, they halve the time of a training.
+    """
+    same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
+    shared = min(same, min(map(len, prompts)) - 1)
+    longest = max(LONGEST + LENGTHS[-1], seq_length)
+    return shared if all(reads_shared_prefix(model, longest) for model in models) else 0
+
+
+def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
+    """Mixes texts and answers evenly, each in their order, in batches of one kind; those not full come last.
+
+    With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
+    """
+    batches: list[tuple[bool, float, Sequence[Sample]]] = []
+    for samples in (texts, answers):
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            batches.append((len(batch) < batch_size, start / len(samples), batch))
+    return [sample for *_, batch in sorted(batches, key=lambda each: each[:2]) for sample in batch]
