@@ -17,7 +17,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -203,7 +202,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     As with `PeftModel.from_pretrained`, the weights of the model are frozen afterwards.
 
     Args:
-        model: The pruned model; after a failure it is as it was.
+        model: The pruned model.
         folder: The folder of the adapter that a recovery with `merge=False` saved.
         is_trainable: Whether the adapter can be trained on; otherwise it is frozen too, and the model is in eval mode.
 
@@ -223,14 +222,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
             "their weights are not the same. Load the pruned model that the adapter was trained on."
         )
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = not is_trainable
-        check_fits(model, config, merge=False)
-        with trainable(model, config, merge=False) as (with_adapter, _):
-            set_peft_model_state_dict(with_adapter, load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME)))
+        Path(folder, SAFETENSORS_WEIGHTS_NAME).stat()  # without that file, peft reads a pickle
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     except LIBRARY_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
-    return with_adapter if is_trainable else with_adapter.eval()
 
 
 def check_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from ..arch.meta import check_changeable, check_positions, predicts_next
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
+from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
 from ..domains.model_tokenizer import check_tokens
 from ..domains.packing import Domain
 from ..domains.resolve import texts_of
@@ -100,6 +100,8 @@ class Recovery:
         dense, reader = (None, tokenizer) if taught_by is None else (taught_by.model, taught_by.tokenizer)
         name = None if dense is None else dense.name_or_path or ""
         self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
+        if seen is None and MANIFEST_NAME in self._records:
+            seen = Manifest.load(str(self._pruned))
         seed = self.pruning.seed if config.seed is None else config.seed
         if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
             self._inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
@@ -175,14 +177,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in self._records.items():
                 (folder / name).write_bytes(record)
-            manifest = self._manifest
-            if manifest and MANIFEST_NAME in self._records and not manifest.of_use(CALIBRATED):
-                try:
-                    manifest = Manifest.load(folder).with_entries(manifest.domains)
-                except StructPruneError:
-                    manifest = None  # what cannot be read is carried as it is
-            if manifest is not None:
-                manifest.save(folder / MANIFEST_NAME)
+            if self._manifest is not None:
+                self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter

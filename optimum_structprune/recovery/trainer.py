@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import ceil, inf
+from math import ceil
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
@@ -24,8 +24,6 @@ from .text import VALIDATION
 from .training_data import ANSWERS, TrainingData
 
 
-# A training ends that has brought nothing for so many checkpoints.
-PATIENCE = 4
 # The name of what peft trains of rows of tokens, and their learning rate as a share of that of the adapter.
 ROWS, ROWS_SHARE = "trainable_tokens_delta", 0.3
 
@@ -50,22 +48,6 @@ def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch:
     return build(TrainingArguments, settings)
 
 
-class EndsWithoutGain(TrainerCallback):
-    """Measures the last step too, and ends a training whose best checkpoint lies far back."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the last step measured and saved, also where a callback stops the training."""
-        if control.should_training_stop:
-            control.should_evaluate = control.should_save = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop after `PATIENCE` checkpoints without a better one; the state holds the best one before this."""
-        best = inf if state.best_metric is None else state.best_metric
-        since = state.global_step - (state.best_global_step or 0)
-        if kwargs["metrics"]["eval_loss"] >= best and since >= PATIENCE * state.eval_steps:
-            control.should_training_stop = True
-
-
 class DistillTrainer(Trainer):
     """Trains what is trainable of a model, and measures its validation loss at each checkpoint."""
 
@@ -73,7 +55,6 @@ class DistillTrainer(Trainer):
         # The Trainer asks for the second of these and does not use it.
         samples: Any = {"train_dataset": data.samples, "eval_dataset": data.samples}
         use_cache = getattr(model.config, "use_cache", None)
-        callbacks = [*callbacks, *([EndsWithoutGain()] if arguments.load_best_model_at_end else [])]
         try:
             super().__init__(model=model, args=arguments, callbacks=callbacks, data_collator=collate, **samples)
         except LIBRARY_ERRORS as error:

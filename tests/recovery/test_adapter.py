@@ -70,13 +70,13 @@ def test_an_adapter_of_other_widths_and_none_at_all_are_refused(saved, tmp_path)
     before = deepcopy(dense)
     with pytest.raises(StructPruneError, match="their weights are not the same"):
         load_adapter(dense, saved[1])
+    assert same_weights(dense, before) and trainable(dense) == {"base"} and not hasattr(dense, "peft_config")
     shutil.copytree(saved[1], tmp_path / "foreign")
     (tmp_path / "foreign" / INPUTS_NAME).unlink()
     with pytest.raises(StructPruneError, match=r"mlp.*\[2, 24\].*\[2, 40\]"), pytest.warns(UserWarning):
         load_adapter(dense, tmp_path / "foreign")
     with pytest.warns(UserWarning), pytest.raises(StructPruneError, match="holds no adapter"):
         load_adapter(dense, tmp_path)
-    assert same_weights(dense, before) and trainable(dense) == {"base"} and not hasattr(dense, "peft_config")
 
 
 def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_which(pruned, saved, tmp_path):

@@ -8,9 +8,9 @@ from helpers import recovery_config, same_weights, save_with_tokenizer, with_tok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, build, config, tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM
 
-from optimum_structprune import StructPruneError, StructPruner, prune_model, recover
+from optimum_structprune import Recovery, StructPruneError, StructPruner, prune_model, recover
 from optimum_structprune.recovery.teacher import load_teacher
 
 
@@ -81,6 +81,20 @@ def test_what_is_no_causal_language_model_is_no_teacher():
     for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
         with pytest.raises(StructPruneError, match=f"teacher takes a causal .* got {type(teacher).__name__}"):
             recover(student, tokenizer(), recovery_config(), teacher=teacher)
+
+
+def test_a_teacher_whose_base_does_not_say_what_it_takes():
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 32,
+        "decoder_attention_heads": 2,
+    }
+    teacher, student = (BartForCausalLM(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)) for _ in "12")
+    recovery = Recovery(recovery_config(tokens=96))
+    recovery.recover_model(student, tokenizer(), teacher)
+    assert recovery.report.divergence["a"]["recovered"] > 0
 
 
 def test_a_compiled_teacher_is_the_model_in_it():
