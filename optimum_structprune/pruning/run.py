@@ -15,7 +15,7 @@ from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton, 
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
-from ..domains.manifest import TRAINED, Entry, Manifest, remember_text
+from ..domains.manifest import Entry, Manifest, remember_text
 from ..errors import InPlaceError
 from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
@@ -121,7 +121,7 @@ class Run:
         """Rows of other text, which the dense model may write; none where a program gave inputs."""
         if self.dense_tokenizer is None or self.data.domains[0].origin is None:
             return ()
-        from .other import other_text
+        from ..sources.other import other_text
 
         with self.report.timed("other text"):
             found = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
@@ -135,7 +135,7 @@ class Run:
             with self.report.timed("perplexity"):
                 self.measure.after(self.model, self.arch, self.report)
             if isinstance(self.measure, Measure) and self.report.trimmed and (of := self.measure.texts.get(OTHER)):
-                from .other import respelled
+                from ..sources.other import respelled
 
                 assert self.dense_tokenizer is not None and self.tokenizer is not None
                 self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
@@ -152,7 +152,7 @@ class Run:
             recovery.recover_model(self.model, self.tokenizer, self.teacher, teacher_tokenizer=self.dense_tokenizer)
             assert recovery.report is not None
             self.report.recovery = recovery.report
-            self.entries += [Entry.of(domain, TRAINED) for domain in recovery.domains]
+            self.entries += recovery.entries
 
     def manifest(self) -> Manifest:
         """The record of all text that this run used, and earlier runs that the dense model comes from."""

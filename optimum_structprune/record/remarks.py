@@ -206,8 +206,9 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if not ratios:
         return []
     mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
-    worst, before = ratios[kind], " before the training" * bool((report.get("recovery") or {}).get("perplexity"))
-    other, kept, loops, answers = _other(report), *_answers(report)
+    trained = report.get("recovery") or {}
+    before = " before the training" * bool(trained.get("perplexity") and not trained.get("other"))
+    worst, other, kept, loops, answers = ratios[kind], _other(report), *_answers(report)
     parameters = report["parameters"]
     figures = [
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
@@ -269,7 +270,8 @@ def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
 
 def _other(report: Mapping[str, Any]) -> float | None:
     """The perplexity of other text as a multiple of the dense model's; None where it was not measured."""
-    measured = (report.get("other") or {}).get("perplexity")
+    trained = ((report.get("recovery") or {}).get("other") or {}).get("perplexity")
+    measured = trained or (report.get("other") or {}).get("perplexity")
     return _ratios({"perplexity": {"": measured}})[""] if measured else None
 
 

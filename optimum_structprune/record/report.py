@@ -36,6 +36,7 @@ class RecoveryReport:
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
     divergence: dict[str, dict[str, float]] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
     kept_step: int = 0
     stopped: str = ""
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)

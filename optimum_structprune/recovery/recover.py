@@ -18,13 +18,13 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
 from ..domains.model_tokenizer import check_tokens
-from ..domains.packing import Domain
 from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
+from ..sources.other import other_text
 from ..system.disk import check_folder, used_paths
 from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
@@ -42,7 +42,7 @@ from .training_data import TrainingData
 class Recovery:
     """Trains a pruned causal language model.
 
-    After `recover_model`, `report` holds the numbers of the run.
+    After `recover_model`, `report` holds the numbers of the run, and `entries` the text that it used.
 
     Args:
         config: How the model is trained.
@@ -69,7 +69,7 @@ class Recovery:
         self.config = config
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
-        self.domains: list[Domain] = []
+        self.entries: list[Entry] = []
         self._manifest: Manifest | None = None
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
@@ -113,13 +113,19 @@ class Recovery:
                 domains = training_text(config, self.pruning, reader, model if dense is None else dense, seen)
                 validation = None if dense is None else validation_text(config, self.pruning, reader)
             seeds, states = (seed, self.pruning.seed), Path(scratch, "states")
-            data = TrainingData(config, domains, validation, model, taught_by, seeds, states, arguments)
+            other = None
+            if dense is not None and reader is not None:
+                other = other_text(text_config(config, self.pruning), dense, reader, domains)
+            data = TrainingData(config, domains, validation, other, model, taught_by, seeds, states, arguments)
             dense = None  # a teacher whose states are kept is needed no more
             recovered, outcome = self._trained(model, seed, data, arguments, resume)
             wait_for_everyone()
-        self.report, self.domains = replace(outcome, teacher=name or ""), domains
-        trained = [Entry.of(domain, TRAINED) for domain in domains]
-        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
+        self.report = replace(outcome, teacher=name or "")
+        self.entries = [Entry.of(domain, TRAINED) for domain in domains]
+        if other is not None and other.rows:
+            self.report.other["source"] = other.source
+            self.entries += other.entries
+        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)
         remember_text(recovered, tokenizer, self._manifest)
         if outcome.stopped or not outcome.kept_step:
             warn(outcome.stopped or outcome.kept, NothingGainedWarning)

@@ -23,7 +23,7 @@ from ..errors import StructPruneError
 # checkpoints are compared by it.
 MEASURED, COMPARED = 1_024, 2_048
 LENGTH = 128  # tokens of a sample at most; short ones give more steps to a small number of tokens
-VALIDATION = "validation text"
+VALIDATION, OTHER_TEXT = "validation text", "other text"
 # The kind that is kept for validation where the training text is of all built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
 

@@ -20,7 +20,7 @@ from ..forward.metrics import evaluating, perplexity_errors, perplexity_of
 from ..record.report import RecoveryReport
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
-from .text import VALIDATION
+from .text import OTHER_TEXT, VALIDATION
 from .training_data import ANSWERS, TrainingData
 
 
@@ -169,7 +169,11 @@ def enter_measurements(
     for name, pruned in before.items():
         losses = {"dense": pruned["teacher"]} if "teacher" in pruned else {}
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
-        if name not in (ANSWERS, VALIDATION):
+        if name == OTHER_TEXT:
+            perplexity = {when: perplexity_of(each) for when, each in losses.items()}
+            tokens = int(pruned["tokens"].sum())
+            report.other |= {"perplexity": perplexity, "stderr": perplexity_errors(losses), "tokens": tokens}
+        elif name not in (ANSWERS, VALIDATION):
             report.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
             report.perplexity_stderr[name] = perplexity_errors(losses)
             report.perplexity_tokens[name] = int(pruned["tokens"].sum())

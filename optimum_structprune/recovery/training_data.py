@@ -17,11 +17,12 @@ from ..config.recovery import RecoveryConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.generation import end_tokens
+from ..sources.other import OtherText
 from ..system.fingerprint import fingerprint
 from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
 from .samples import Sample, answer_samples, in_parts, reads_shared_prefix, text_sample
 from .teacher import Teacher, measure_samples
-from .text import MEASURED, VALIDATION
+from .text import MEASURED, OTHER_TEXT, VALIDATION
 
 
 ANSWERS = "answers"
@@ -40,6 +41,7 @@ class TrainingData:
     Args:
         domains: The training text, with the held-out text of the same kinds.
         validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
+        other: Text by which nothing is chosen; None without a teacher.
         model: The model that is trained.
         seeds: That of the order of the samples, and that of the text.
         states_file: Where the teacher's hidden states are kept.
@@ -50,6 +52,7 @@ class TrainingData:
         config: RecoveryConfig,
         domains: Sequence[Domain],
         validation: Tensor | None,
+        other: OtherText | None,
         model: PreTrainedModel,
         teacher: Teacher | None,
         seeds: tuple[int, int],
@@ -64,10 +67,10 @@ class TrainingData:
         replaced = torch.cat([domain.samples[count:] for domain, count in zip(domains, counts, strict=True)])
 
         most = max(1, MEASURED // texts.shape[1])
-        rows = {domain.name: domain.heldout[:most] for domain in domains}
+        rows: dict[str, Any] = {domain.name: domain.heldout[:most] for domain in domains}
         weights = {name: len(heldout) for name, heldout in rows.items()}
         if validation is not None:
-            rows[VALIDATION] = validation
+            rows |= {VALIDATION: validation, **({OTHER_TEXT: other.rows} if other and other.rows else {})}
             weights = {VALIDATION: len(texts), ANSWERS: len(replaced)}
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
         self.measured = {name: [text_sample(ids) for ids in of_kind] for name, of_kind in rows.items()}

@@ -146,6 +146,11 @@ def test_a_training_is_judged_against_the_dense_model():
     }
     alone = {"perplexity": {"a": {"pruned": 14.0, "recovered": 10.3}}}
     assert level({**pruned, "recovery": taught}) == 0 and level({**pruned, "recovery": alone}) == level(pruned) == 3
+    # Other text was measured again: the training has made the model better on it, too, or not.
+    for trained, expected in ((10.3, 0), (11.9, 1), (13.0, 2)):
+        other = {"source": "model-written", "perplexity": {"dense": 10.0, "pruned": 14.0, "recovered": trained}}
+        of = {**report([1.4], kept=10, other=1.4), "recovery": {**taught, "other": other}}
+        assert level(of) == expected and "before" not in verdict(of)[0]
 
 
 @pytest.mark.parametrize(

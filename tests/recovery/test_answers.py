@@ -270,7 +270,7 @@ def test_a_training_on_answers_comes_nearer_and_goes_on_after_a_kill(tmp_path, m
     whole = recovery.recover_model(deepcopy(pruned), reader, teacher)
     far = recovery.report.divergence
     assert recovery.report.kept_step and far["validation text"]["recovered"] < far["validation text"]["pruned"]
-    assert {*far} == {"a", "b", "validation text", "answers"}
+    assert {*far} == {"a", "b", "validation text", "other text", "answers"}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
         recover(deepcopy(pruned), reader, settings, teacher)

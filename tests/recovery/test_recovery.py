@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_structprune import Recovery, RecoveryConfig, StructPruner, evaluate, prune_model, recover
 from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.text import text_config, training_text, validation_text
@@ -154,6 +155,21 @@ def test_a_training_that_brings_nothing_gives_the_model_back(pruned, rate, field
         recovered = recovery.recover_model(pruned, tokenizer())
     assert recovery.report.kept_step == 0 and "no checkpoint was better" in str(recovery.report)
     assert torch.equal(logits(recovered), logits(before)) and (recovered is pruned) is (fields != {"merge": False})
+
+
+def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
+    recovery = Recovery(recovery_config(answer_share=0.0))
+    recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
+    report, text = recovery.report, [entry for entry in Manifest.seen_by(recovered).domains if entry.use == JUDGED]
+    assert report.other["source"] == "built-in" and "perplexity other text, built-in" in str(report)
+    assert [*report.other["perplexity"]] == ["dense", "pruned", "recovered"] and report.divergence["other text"]
+    used = {
+        name
+        for entry in recovery.entries
+        if entry.use == TRAINED
+        for name in (*entry.documents, *entry.heldout_documents)
+    }
+    assert text and not used & {*text[0].heldout_documents}
 
 
 def test_records_of_the_pruning_are_carried_over_whatever_is_in_them(pruned, tmp_path):

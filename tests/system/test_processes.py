@@ -100,8 +100,8 @@ WAYS = {"lora": {}, "full": {"train": "full", "lora": {}}}
 
 def trained(way, resume=False, **training):
     kept = {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9, **training}
-    settings = recovery_config(tokens=288, training=kept, **WAYS[way])
-    return recover(deepcopy(small), tokenizer(), settings, build("llama-tied"), resume=resume)
+    settings = recovery_config(tokens=288, training=kept, validation=str(folder / "a.jsonl"), **WAYS[way])
+    return recover(deepcopy(small), tokenizer(), settings, build("llama-tied", seed=1), resume=resume)
 
 for way in WAYS:
     whole = trained(way)

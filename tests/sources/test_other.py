@@ -8,9 +8,9 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import FEWEST
-from optimum_structprune.pruning import other
-from optimum_structprune.pruning.other import other_text, respelled
 from optimum_structprune.record.remarks import remarks
+from optimum_structprune.sources import other
+from optimum_structprune.sources.other import other_text, respelled
 
 
 @pytest.fixture(scope="module")
