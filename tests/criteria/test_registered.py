@@ -70,6 +70,11 @@ def test_all_three_are_used():
     assert SEEN == [0, 0], "once before each round, with the cache of the run"
 
 
+def test_a_refit_of_ones_own_is_refused_for_the_residual_stream():
+    with pytest.raises(StructPruneError, match="refit='halved' is for consumers inside the layers"):
+        StructPruner(config(refit="halved", widths={"hidden": 24})).prune_model(build("llama-tied"), tokenizer())
+
+
 @pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])
 def test_scores_choices_and_weights_go_by_the_same_prior(more):
     """Everything that a criterion is asked goes by the prior, whose last components are worth most."""

@@ -93,7 +93,6 @@ REFUSED = [
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
     ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
-    ("llama-tied", {"refit": "slope", "widths": {"hidden": 24}}, "refit='slope' is for consumers inside the layers"),
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
     ("t5", {"allocation": "global"}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
     # the recovery, of which `recovery/test_checks.py` has the other rules
