@@ -222,7 +222,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
             "their weights are not the same. Load the pruned model that the adapter was trained on."
         )
     try:
-        Path(folder, SAFETENSORS_WEIGHTS_NAME).stat()  # without that file, peft reads one that may hold code
+        Path(folder, SAFETENSORS_WEIGHTS_NAME).stat()  # without it, peft reads a file that can hold code
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     except LIBRARY_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error

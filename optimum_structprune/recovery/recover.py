@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..arch.meta import check_changeable, check_positions, predicts_next
@@ -18,13 +19,14 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
 from ..domains.model_tokenizer import check_tokens
+from ..domains.packing import Domain
 from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
-from ..sources.other import other_text
+from ..sources.other import OtherText, other_text
 from ..system.disk import check_folder, used_paths
 from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
@@ -33,7 +35,7 @@ from ..written import replace_json
 from .adapter import check_adapter, check_fits, lora_config, name_base_, source_of, trainable
 from .answers import read_prompts
 from .resume import TrainingInputs
-from .teacher import load_teacher
+from .teacher import Teacher, load_teacher
 from .text import VALIDATION, text_config, training_text, validation_text
 from .trainer import DistillTrainer, NothingGainedWarning, enter_measurements, training_arguments
 from .training_data import TrainingData
@@ -95,10 +97,7 @@ class Recovery:
         taught_by = None
         if teacher is not None:
             taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
-        # A teacher reads text in its own tokens, also where the model has lost some. It writes the text of a domain
-        # that is written, which is better then, and which the pruning has kept.
-        dense, reader = (None, tokenizer) if taught_by is None else (taught_by.model, taught_by.tokenizer)
-        name = None if dense is None else dense.name_or_path or ""
+        name = None if taught_by is None or taught_by.model is None else taught_by.model.name_or_path or ""
         self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
         if seen is None and MANIFEST_NAME in self._records:
             seen = Manifest.load(str(self._pruned))
@@ -109,27 +108,39 @@ class Recovery:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
-            with stage("domains", {}):
-                domains = training_text(config, self.pruning, reader, model if dense is None else dense, seen)
-                validation = None if dense is None else validation_text(config, self.pruning, reader)
+            domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
             seeds, states = (seed, self.pruning.seed), Path(scratch, "states")
-            other = None
-            if dense is not None and reader is not None:
-                other = other_text(text_config(config, self.pruning), dense, reader, domains)
-            data = TrainingData(config, domains, validation, other, model, taught_by, seeds, states, arguments)
-            dense = None  # a teacher whose states are kept is needed no more
+            data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, states, arguments)
             recovered, outcome = self._trained(model, seed, data, arguments, resume)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "")
-        self.entries = [Entry.of(domain, TRAINED) for domain in domains]
-        if other is not None and other.rows:
-            self.report.other["source"] = other.source
-            self.entries += other.entries
+        self.report.other |= {"source": other.source} if other.rows else {}
+        self.entries = [*(Entry.of(domain, TRAINED) for domain in domains), *other.entries]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)
         remember_text(recovered, tokenizer, self._manifest)
         if outcome.stopped or not outcome.kept_step:
             warn(outcome.stopped or outcome.kept, NothingGainedWarning)
         return recovered
+
+    def _texts(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        teacher: Teacher | None,
+        seen: Manifest | None,
+    ) -> tuple[list[Domain], Tensor | None, OtherText]:
+        """Read the training text, and with a teacher the validation text and other text.
+
+        A teacher reads in its own tokens, also where the model has lost some. It writes the text of a domain that is
+        written, which is better then, and which the pruning has kept.
+        """
+        config, pruning = self.config, self.pruning
+        with stage("domains", {}):
+            if teacher is None or teacher.model is None or teacher.tokenizer is None:
+                return training_text(config, pruning, tokenizer, model, seen), None, OtherText("")
+            domains = training_text(config, pruning, teacher.tokenizer, teacher.model, seen)
+            other = other_text(text_config(config, pruning), teacher.model, teacher.tokenizer, domains)
+            return domains, validation_text(config, pruning, teacher.tokenizer), other
 
     def _trained(
         self, model: PreTrainedModel, seed: int, data: TrainingData, arguments: TrainingArguments, resume: bool

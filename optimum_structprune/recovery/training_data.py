@@ -17,7 +17,6 @@ from ..config.recovery import RecoveryConfig
 from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.generation import end_tokens
-from ..sources.other import OtherText
 from ..system.fingerprint import fingerprint
 from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
 from .samples import Sample, answer_samples, in_parts, reads_shared_prefix, text_sample
@@ -41,7 +40,7 @@ class TrainingData:
     Args:
         domains: The training text, with the held-out text of the same kinds.
         validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
-        other: Text by which nothing is chosen; None without a teacher.
+        other: Rows of text by which nothing is chosen, each of shape `(tokens,)`.
         model: The model that is trained.
         seeds: That of the order of the samples, and that of the text.
         states_file: Where the teacher's hidden states are kept.
@@ -52,7 +51,7 @@ class TrainingData:
         config: RecoveryConfig,
         domains: Sequence[Domain],
         validation: Tensor | None,
-        other: OtherText | None,
+        other: Sequence[Tensor],
         model: PreTrainedModel,
         teacher: Teacher | None,
         seeds: tuple[int, int],
@@ -70,7 +69,7 @@ class TrainingData:
         rows: dict[str, Any] = {domain.name: domain.heldout[:most] for domain in domains}
         weights = {name: len(heldout) for name, heldout in rows.items()}
         if validation is not None:
-            rows |= {VALIDATION: validation, **({OTHER_TEXT: other.rows} if other and other.rows else {})}
+            rows |= {VALIDATION: validation, **({OTHER_TEXT: other} if other else {})}
             weights = {VALIDATION: len(texts), ANSWERS: len(replaced)}
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
         self.measured = {name: [text_sample(ids) for ids in of_kind] for name, of_kind in rows.items()}

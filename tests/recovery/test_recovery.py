@@ -76,7 +76,10 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
             self.steps += 1
             control.should_training_stop = self.steps == 4
 
-    before, recovery = deepcopy(pruned), Recovery(recovery_config(**fields), callbacks=[watch := Watch()])
+    before, recovery = (
+        deepcopy(pruned),
+        Recovery(recovery_config(training={"save_steps": 2}, **fields), callbacks=[watch := Watch()]),
+    )
     recovered = recovery.recover_model(pruned, tokenizer())
     assert watch.steps == recovery.report.steps == 4
     assert recovered is pruned and [*recovered.state_dict()] == [*before.state_dict()]
