@@ -1,4 +1,4 @@
-"""What `prune` and `recover` share: they train a pruned model, save it, and push the result to the Hub."""
+"""Trains a pruned model, saves it and pushes it to the Hub, for `prune` and `recover`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .output import Result
 
 
 def pushed(args: Namespace, result: Result) -> Result:
-    """A result with the address that it was pushed to; unchanged where nothing is to be pushed."""
+    """Pushes a result to the Hub if asked to, and gives it with the address."""
     if args.push_to_hub is None or result.code or not is_first_rank():
         return result
     url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
@@ -39,7 +39,7 @@ def pushed(args: Namespace, result: Result) -> Result:
 
 
 def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneConfig | None) -> Recovery:
-    """The training that the arguments of `recover` ask for; its checkpoints lie beside the output while it lasts."""
+    """Makes the training that the arguments of `recover` ask for; its checkpoints lie beside the output."""
     training = {"output_dir": _checkpoints(args.output), **config.training}
     return Recovery(replace(config, training=training), pruning, pruned=args.model)
 
@@ -47,7 +47,7 @@ def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneCo
 def recover_and_save(
     args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Result:
-    """What came of a training with the arguments of `recover`, once it is saved."""
+    """Trains and saves a model with the arguments of `recover`, and gives the report."""
     earlier: Items = []
     with suppress(StructPruneError):  # the pruning has no record, or one that cannot be read
         earlier = read_json(Path(args.model, REPORT_NAME)).get("answers") or []
@@ -82,5 +82,5 @@ def _say_how_to_go_on(args: Namespace) -> None:
 
 
 def _checkpoints(output: str) -> str:
-    """The folder of checkpoints beside the output, which may be written in any way, such as `a/..`."""
+    """Gives the folder of checkpoints beside the output, however that is written, such as `a/..`."""
     return f"{resolved(output)}.checkpoints"

@@ -1,4 +1,4 @@
-"""What of a model is trained: an adapter that fits it, or all of its weights."""
+"""Puts on a model what is trained: an adapter that fits it, or all of its weights."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
 
 def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
-    """Finds linear layers that give more than a tensor, or whose weights Mamba's kernels read without a call."""
+    """Finds the linear layers that an adapter would break: routers, and those that Mamba's kernels do not call."""
     names, ends = list[str](), tuple(f".{router}" for router in routers)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight".endswith(ends):
@@ -180,7 +180,7 @@ def _check_tied(model: PeftModel) -> None:
 
 
 def source_of(model: PreTrainedModel) -> str:
-    """Gives the name that a model was loaded by; empty where its sizes are others now, as after a pruning."""
+    """Gives the name that a model was loaded by, or none if its sizes are others now."""
     try:
         there = type(model.config).from_pretrained(name := model.name_or_path or "")
     except (OSError, ValueError):

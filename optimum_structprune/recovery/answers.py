@@ -50,7 +50,7 @@ Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 
 
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
+    """Gives the built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
     spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
     for entry in read_yaml(PROMPTS).values():
         if spelt[entry.get("language", "en")] <= SPELT_OUT * spelt["en"]:
@@ -63,7 +63,7 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
-    """The conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
+    """Reads the conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -76,7 +76,6 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
             row: Any = json.loads(line) if path.endswith((".jsonl", ".json")) else {"prompt": line}
             asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
             messages = messages_of(asked)
-            "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         except (ValueError, LookupError, TypeError) as error:
             raise StructPruneError(
                 f'{path}, line {number}, is no prompt, which has a "prompt" or "messages"; '
@@ -93,8 +92,10 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
 def prompts_of(
     path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Tensor, seed: int
 ) -> list[list[int]]:
-    """The prompts of a file, or built-in ones, or for a model without a chat template openings of texts, shape
-    `(samples, seq_length)`, as token ids in an order that the seed chooses; none is like a built-in question.
+    """Gives the token ids of prompts in an order that the seed chooses; none is like a built-in question.
+
+    They are those of a file, or built in, or for a model without a chat template openings of `texts`, shape
+    `(samples, seq_length)`.
     """
     if path is None and not tokenizer.chat_template:
         rows = [row.tolist() for sample in texts for row in sample.split(OPENING)]
@@ -126,7 +127,7 @@ def _is_like(words: set[str], questions: Sequence[set[str]]) -> bool:
 
 
 def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Write:
-    """What a model writes behind prompts, without a gradient."""
+    """Makes the function by which a model writes behind prompts, without a gradient."""
 
     def write(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         room = int(min(length, positions_of(model) - max(map(len, prompts))))
@@ -137,14 +138,14 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
 
 
 class Answers:
-    """What a writer answers to prompts, `AT_ONCE` at a time; a file keeps the answers for the next time."""
+    """Asks a writer prompts, `AT_ONCE` at a time, and keeps its answers in a file for the next time."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], write: Write, file: Path, seed: int):
         self.prompts, self.write, self.file, self.seed = prompts, write, file, seed
         self._kept = {batch["batch"]: batch["answers"] for batch in whole_lines(file)}
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """Prompts and answers of so many tokens at most, without end."""
+        """Give prompts and answers of so many tokens at most, without end."""
         start = LENGTHS.index(length) * len(self.prompts) // len(LENGTHS)
         for number in count():
             places = range(start + number * AT_ONCE, start + (number + 1) * AT_ONCE)
@@ -157,12 +158,12 @@ class Answers:
             yield from zip(prompts, self._kept[key], strict=True)
 
     def samples(self, number: int, places: int, shared: int = 0) -> Iterator[Sample]:
-        """So many samples, each with so many tokens of answers, which grow; see `answer_samples`."""
+        """Give so many samples, each with `places` tokens of answers, which grow; see `answer_samples`."""
         ends = [number * part // len(LENGTHS) for part in range(len(LENGTHS) + 1)]
         for length, start, end in zip(LENGTHS, ends, ends[1:], strict=False):
             yield from islice(answer_samples(self.conversations(length), places, shared), end - start)
 
 
 def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:
-    """The file of what the model with these weights (a `fingerprint`) answers to prompts; all trainings share it."""
+    """Names the file with the answers of the model of these weights (a `fingerprint`), for all trainings."""
     return kept_text("answers", weights, LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends], [*map(list, prompts)])

@@ -1,4 +1,4 @@
-"""What a training was begun with, so that it never goes on from a checkpoint of another one."""
+"""Remembers how a training began, so that it never goes on from a checkpoint of another one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
 
 def model_of(folder: str | Path) -> str | None:
-    """The `weights_hash` of the model that the adapter in a folder was trained on; None where nothing says it."""
+    """Reads the `weights_hash` of the model under the adapter in a folder, or None."""
     path = Path(folder, INPUTS_NAME)
     return str(read_json(path).get("model")) if path.is_file() else None

@@ -98,7 +98,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
 
 
 def tokens_in(sample: Sample) -> int:
-    """Counts the tokens of a sample that count in the loss; the teacher's where it has others."""
+    """Counts the tokens of a sample in the loss, in those of the teacher."""
     return int((sample.get("taught", sample)["targets"] != IGNORED).sum())
 
 
@@ -129,9 +129,9 @@ def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Gives what a causal language model takes of a batch, a mask only where conversations share a prefix.
+    """Gives the inputs of a causal language model for a batch.
 
-    Else positions alone tell conversations apart.
+    Positions tell conversations apart, and a mask where these share a prefix.
     """
     device, known = input_device(model), signature(model.forward).parameters
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in known}
@@ -141,10 +141,11 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[st
 
 
 def shared_prefix_mask(positions: Tensor) -> Tensor | None:
-    """Says which places each place sees, shape `(batch, 1, tokens, tokens)`; None where no prefix is shared.
+    """Makes the mask of the places that each place sees, shape `(batch, 1, tokens, tokens)`.
 
-    The first conversation of a row holds the prefix. A later one that shares it begins at a position above 0, as many
-    as the prefix has tokens. Each place sees its own conversation up to itself, and the prefix.
+    It is None where no prefix is shared. The first conversation of a row holds the prefix. A later one that shares it
+    begins at a position above 0, as many as the prefix has tokens. Each place sees its own conversation up to itself,
+    and the prefix.
     """
     places = torch.arange(positions.shape[1], device=positions.device)
     begins = positions.diff(dim=1, prepend=positions[:, :1]) != 1
@@ -158,7 +159,7 @@ def shared_prefix_mask(positions: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Tries whether a model predicts the same, for `length` tokens at most, where conversations share a prefix.
+    """Tries whether conversations of `length` tokens at most may share a prefix: the model predicts the same.
 
     One that keeps a state of the text does not, nor one of a short window, or whose attention takes no mask of ours.
     """

@@ -1,4 +1,4 @@
-"""The teacher of a recovery, what it predicts, and the KL of a model from it, which may have fewer tokens."""
+"""The teacher of a recovery: its predictions, and the KL of another model from them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokens_of_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedTokenizerBase | None, Parts | None]:
-    """Gives the tokenizer that a teacher reads with, and the parts of its tokens where the model lacks some.
+    """Gives the tokenizer of a teacher, and the parts of its tokens if the model lacks some.
 
     A teacher of other tokens is refused. One of unknown tokens is taken to have the model's if they are as many. No
     weights are needed.
@@ -77,9 +77,10 @@ def tokens_of_teacher(
 
 
 class Teacher:
-    """What a teacher predicts for samples of text in its own tokens, and with `parts` in those of a model that lacks
-    some. Where its head makes the logits of its last hidden states alone, these are computed once and kept in a file,
-    and the rest of the teacher is needed no more; else it runs each time.
+    """Predicts samples of text in its own tokens, and with `parts` in those of a model that lacks some.
+
+    Where its head makes the logits of its last hidden states alone, these are computed once and kept in a file, and
+    the rest of the teacher is needed no more; else it runs each time.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Teacher:
         self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
 
     def release(self) -> None:
-        """Let go of all but the head, where all that the teacher predicts is kept."""
+        """Let go of all but the head, if the states are kept."""
         if self.head is not None:
             self.model = None
 

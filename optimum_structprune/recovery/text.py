@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import BUILTIN, GENERAL, DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import load_domains, num_heldout, split_samples
+from ..domains.load import load_domains
 from ..domains.manifest import Manifest
 from ..domains.packing import Domain, SampleFormat, tokenised
 from ..domains.resolve import WRITTEN, builtin_beside, resolve, texts_of
@@ -22,6 +22,7 @@ from ..errors import StructPruneError
 # Tokens of each kind of text, and of answers, that a model is measured on at most; of validation text more, since
 # checkpoints are compared by it.
 MEASURED, COMPARED = 1_024, 2_048
+MOST_HELDOUT = 8  # samples of each domain
 LENGTH = 128  # tokens of a sample at most; short ones give more steps to a small number of tokens
 VALIDATION, OTHER_TEXT = "validation text", "other text"
 # The kind that is kept for validation where the training text is of all built-in kinds.
@@ -29,7 +30,7 @@ OTHER_KIND = f"{BUILTIN}news"
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
-    """Says what to read for the training; the seed is the pruning's, which decides which documents are held out."""
+    """Says what to read for the training, by the seed of the pruning: it decides what is held out."""
     seq_length = config.seq_length or min(pruning.seq_length, LENGTH)
     if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
         pruning = replace(pruning, general_share=0.0, general_text=None)
@@ -55,18 +56,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
     )
 
 
-def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
-    """Counts the held-out samples per domain that have at least as many tokens as the pruning held out.
-
-    Documents come in the same order, so none of these is trained on.
-    """
-    counts = split_samples(pruning.num_samples, [domain.weight for domain in texts_of(pruning)])
-    most_heldout = max(num_heldout(count, float(pruning.holdout)) for count in counts)
-    # A sample is text alone, or a prefix and one token of text fewer: whichever takes more samples is right for both.
-    text_tokens = [(pruning.seq_length - prefix, max(1, seq_length - prefix)) for prefix in (0, 1)]
-    return max(-(-most_heldout * before // now) for before, now in text_tokens)  # rounded up
-
-
 def training_text(
     config: RecoveryConfig,
     pruning: StructPruneConfig,
@@ -74,9 +63,10 @@ def training_text(
     model: PreTrainedModel,
     seen: Manifest | None = None,
 ) -> list[Domain]:
-    """Reads the text that is trained on and the held-out text; neither has had the other's use before."""
+    """Reads the text to train on and held-out text; neither has had the other's use in what was `seen`."""
     text = text_config(config, pruning)
-    return load_domains(text, tokenizer, model, heldout_samples(pruning, text.seq_length), seen)
+    heldout = max(1, min(MOST_HELDOUT, MEASURED // text.seq_length))
+    return load_domains(text, tokenizer, model, heldout, seen)
 
 
 def validation_text(
@@ -98,5 +88,5 @@ def validation_text(
 
 
 def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
-    """Tells whether some of the text is of all built-in kinds that no other domain has."""
+    """Tells whether some of the text is a mixture of built-in kinds."""
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)

@@ -1,4 +1,4 @@
-"""A Trainer whose loss is the KL from a teacher, and which stops at the first loss that is not finite."""
+"""A Trainer whose loss is the KL from a teacher."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class DistillTrainer(Trainer):
         return optimizer
 
     def outcome(self, seconds: float) -> RecoveryReport:
-        """Say what a training of so many seconds did, which step was kept, and why it stopped."""
+        """Report a training of so many seconds: tokens, steps, and the step that is kept."""
         return RecoveryReport(
             tokens=self.tokens_seen(),
             steps=self.state.global_step,
@@ -121,7 +121,7 @@ class DistillTrainer(Trainer):
         )
 
     def tokens_seen(self) -> int:
-        """Count the tokens that counted in the loss; a sample that fills up a last batch counts once an epoch."""
+        """Count the tokens in the loss; a sample that fills up a last batch counts once an epoch."""
         arguments, samples = self.args, cast("Any", self.train_dataset)
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         seen = min(self.state.global_step * batch, len(samples) * ceil(self.state.epoch or 0))

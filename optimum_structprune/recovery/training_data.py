@@ -1,4 +1,4 @@
-"""What a recovery trains on, text and answers in turn, and what its checkpoints are compared by."""
+"""The data of a recovery: texts and answers to train on, and what checkpoints are compared by."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TrainingData:
         return self.loss_in({name: measure_samples(model, self.measured[name], self.teacher) for name in self.weights})
 
     def loss_in(self, found: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Give the validation loss of what `measure` found; infinite where it is not finite.
+        """Give the validation loss in what `measure` found, or infinity if it is not finite.
 
         It is the mean KL to the teacher on validation text and along answers, by their shares of the training; without
         a teacher, the mean loss on held-out text.
@@ -140,9 +140,9 @@ def _answers_of(
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]], seq_length: int, *models: PreTrainedModel) -> int:
-    """Counts the tokens that all prompts begin with, such as the turn of the system; 0 where a model reads them wrong.
+    """Counts the tokens with which all prompts begin, or gives 0 if a model cannot read them once.
 
-    A chat template can make them more than half of a sample; read once, they halve the time of a training.
+    The turn of the system can be more than half of a sample; read once, it costs half of the time less.
     """
     same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
     shared = min(same, min(map(len, prompts)) - 1)

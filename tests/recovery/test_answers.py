@@ -74,7 +74,7 @@ def test_prompts_of_a_file(chats, tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.txt").write_text("Why do apples fall down?\n\nHi\n")
     (tmp_path / "bad.jsonl").write_text('\n{"question": "Why?"}')
-    for name, content in (("half", "\ud800"), ("number", 3), ("parts", [{"text": {"value": "Hi"}}])):
+    for name, content in (("number", 3), ("parts", [{"text": {"value": "Hi"}}])):
         row = {"messages": [{"role": "user", "content": content}]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     (tmp_path / "none.txt").write_text("\n")
@@ -83,7 +83,6 @@ def test_prompts_of_a_file(chats, tmp_path):
     assert texts[0] == texts[1] == [f"<s>user\n{q}</s>\n<s>assistant\n" for q in ("Hi", "Why do apples fall down?")]
     for name, message in (
         ("bad.jsonl", "line 2, is no prompt"),
-        ("half.jsonl", "line 1, is no prompt.*surrogates not allowed"),
         ("number.jsonl", "line 1, is no prompt.*a message needs a role and a text"),
         ("parts.jsonl", "line 1, is no prompt.*a message needs a role and a text"),
         ("none.txt", "no prompts"),
