@@ -109,8 +109,8 @@ class Recovery:
             # The first process writes checkpoints, and all read the best one.
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
             domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
-            seeds, states = (seed, self.pruning.seed), Path(scratch, "states")
-            data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, states, arguments)
+            seeds = seed, self.pruning.seed
+            data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
             recovered, outcome = self._trained(model, seed, data, arguments, resume)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "")

@@ -19,7 +19,7 @@ from ..method.layers import input_device
 from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage
 from ..vocabulary.parts import Parts
-from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs, tokens_in
+from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs
 
 
 def load_teacher(
@@ -79,8 +79,8 @@ def tokens_of_teacher(
 class Teacher:
     """Predicts samples of text in its own tokens, and with `parts` in those of a model that lacks some.
 
-    Where its head makes the logits of its last hidden states alone, these are computed once and kept in a file, and
-    the rest of the teacher is needed no more; else it runs each time.
+    Where its head makes the logits of its last hidden states alone, these are computed once and kept, and the rest
+    of the teacher is needed no more; else it runs each time.
     """
 
     def __init__(
@@ -97,25 +97,19 @@ class Teacher:
             self.model = None
 
     @torch.no_grad()
-    def keep_states(self, samples: Sequence[Sample], file: Path | None = None, bf16: bool = False) -> None:
-        """Add the `states` to samples, computed in mixed precision with `bf16`; a file keeps them in bfloat16."""
+    def keep_states(self, samples: Sequence[Sample], dtype: torch.dtype | None = None, mixed: bool = False) -> None:
+        """Add the `states` to samples in a dtype, by default the teacher's; `mixed` computes them in bfloat16."""
         if self.head is None or self.model is None:
             return
         base: Any = self.model.base_model
-        places = [tokens_in(sample) for sample in samples]
-        total, width = sum(places), self.head.weight.shape[1]
-        if file is None:
-            stored = torch.empty(total, width, dtype=self.model.dtype)
-        else:
-            stored = torch.from_file(str(file), shared=True, size=total * width, dtype=torch.bfloat16)
-        mixed = torch.autocast(self.model.device.type, torch.bfloat16, enabled=bf16)
-        with evaluating(self.model), stage("teacher"), mixed:
-            for sample, states in zip(samples, stored.view(total, width).split(places), strict=True):
+        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed)
+        with evaluating(self.model), stage("teacher"), autocast:
+            for sample in samples:
                 batch = {name: value[None] for name, value in sample.items()}
                 # The base of some models is a wrapper that does not say what it takes.
                 hidden = base(**model_inputs(self.model, batch))[0]
                 counts = batch["targets"] != IGNORED
-                sample["states"] = states.copy_(hidden[counts.to(hidden.device)])
+                sample["states"] = hidden[counts.to(hidden.device)].to("cpu", dtype or self.model.dtype)
 
     @torch.no_grad()
     def logits(self, batch: Sample) -> Tensor:

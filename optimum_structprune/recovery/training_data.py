@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, takewhile
 from math import inf, isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,6 @@ class TrainingData:
         other: Rows of text by which nothing is chosen, each of shape `(tokens,)`.
         model: The model that is trained.
         seeds: That of the order of the samples, and that of the text.
-        states_file: Where the teacher's hidden states are kept.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class TrainingData:
         model: PreTrainedModel,
         teacher: Teacher | None,
         seeds: tuple[int, int],
-        states_file: Path,
         arguments: TrainingArguments,
     ):
         self.teacher = teacher
@@ -82,11 +79,11 @@ class TrainingData:
         batch_size = max(1, arguments.train_batch_size)  # of 0 or less, the Trainer says what is wrong
         self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
         if teacher is not None:
-            self._take_from(teacher, model, states_file, arguments.bf16)
+            self._take_from(teacher, model, arguments.bf16)
 
-    def _take_from(self, teacher: Teacher, model: PreTrainedModel, states_file: Path, bf16: bool) -> None:
+    def _take_from(self, teacher: Teacher, model: PreTrainedModel, mixed: bool) -> None:
         """Keep what the teacher predicts for all samples, and spell them as the model reads them."""
-        teacher.keep_states(self.samples, states_file, bf16)
+        teacher.keep_states(self.samples, torch.bfloat16, mixed)  # which takes half of the room
         teacher.keep_states([sample for samples in self.measured.values() for sample in samples])
         teacher.release()
         if (parts := teacher.parts) is None:

@@ -201,14 +201,14 @@ def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_t
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
-def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case, tmp_path):
+def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case):
     """A head that caps its logits runs again, any other one on hidden states that were kept."""
     teacher, model = build(case), build(case, seed=1)
     samples = [text_sample(ids) for ids in token_ids(3, 9)]
     kept, files = Teacher(teacher), [dict(sample) for sample in samples]
     assert (kept.head is None) is (case == "gemma2")
     kept.keep_states(samples)
-    kept.keep_states(files, tmp_path / "states", bf16=True)
+    kept.keep_states(files, torch.bfloat16, mixed=True)
     expected = teacher(token_ids(3, 9)[:, :-1]).logits.flatten(0, 1)
     torch.testing.assert_close(kept.logits(collate(samples)), expected)
     torch.testing.assert_close(kept.logits(collate(files)), expected, atol=0.02, rtol=0.02)
