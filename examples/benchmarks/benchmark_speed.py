@@ -43,7 +43,6 @@ def run(args: Namespace) -> None:
         prompts=args.prompts,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
-        threads=args.threads,
         clock=args.clock,
     )
     print(speed)
@@ -60,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[128])
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", default="wall", help="wall, or cpu where other jobs run too")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")

@@ -84,7 +84,8 @@ def row(args: Namespace, model, tokenizer, number: int, texts, dense) -> dict:
     figures |= {"parameters": small.num_parameters() / model.num_parameters() - 1}
     figures |= ratios(args, dense, losses(small, pruner.tokenizer, texts))
     if args.speed:
-        speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, threads=1, repeats=5)
+        torch.set_num_threads(1)
+        speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, repeats=5)
         ((_, decode),) = speed.decode.items()
         figures["speed"] = decode["small"]["speedup"]["median"]
     return figures

@@ -89,7 +89,8 @@ def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
 def time_(rows: list[Row], places: list[str | Path]) -> None:
     """Enter into rows how fast the models in these places write, which take turns."""
     models = {str(place): loaded(place)[0] for place in places}
-    ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=9, threads=1, clock="cpu").decode.items()
+    torch.set_num_threads(1)
+    ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=9, clock="cpu").decode.items()
     for (_, _, row), speed in zip(rows, speeds.values(), strict=True):
         row["tokens_per_second"] = speed["tokens_per_second"]
 

@@ -274,7 +274,8 @@ def positions_of(model: PreTrainedModel) -> float:
     return next(filter(None, (getattr(config, name, None) for name in names)), inf)
 
 
-def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """Refuses what takes more tokens in a row than a model reads."""
-    if tokens > (longest := positions_of(model)):
-        raise StructPruneError(f"{what} is longer than the model's {longest} positions.")
+def check_positions(model: PreTrainedModel, tokens: int, what: str, beside: int = 0) -> None:
+    """Refuses more tokens in a row than a model reads, those `beside` them included."""
+    if tokens + beside > (longest := positions_of(model)):
+        rest = f", of which {beside} are taken; {max(longest - beside, 0)} is the most" if beside else ""
+        raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")

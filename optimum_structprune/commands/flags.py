@@ -85,7 +85,6 @@ SPEED: Flags = {
     "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
     "--new-tokens": number("Tokens to write after it (32).", default=32),
     "--repeats": number("Timed runs of each model, in turns (9).", default=9),
-    "--threads": number("Threads; by default what torch is set to."),
     "--clock": choice(
         "wall (default), or cpu: time of the processor, where other jobs run too.", ("wall", "cpu"), default="wall"
     ),

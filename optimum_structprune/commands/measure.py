@@ -26,7 +26,7 @@ from ..saving.page import PAGE_NAME, check_result, write_report
 from ..system.disk import check_folder, unchanging
 from ..system.fingerprint import vocabulary_hash
 from ..written import check_unchanged
-from .loading import SPREAD, Loading
+from .loading import SPREAD_DEVICES, Loading
 from .output import Result
 
 
@@ -40,12 +40,12 @@ def evaluate(args: Namespace) -> Result:
         _check_page(args, is_judged)
     loading, paths = Loading.of(args), _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
-    reader, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
+    dense_tokenizer, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
     if args.html and not (is_judged or args.speed or args.csv):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model
-    record, evaluations = _measured(args, loading, load, paths, reader, is_judged)
+    record, evaluations = _measured(args, loading, load, paths, dense_tokenizer, is_judged)
     # The sizes of one result are known from its pruning.
     shown = evaluations[0].to_dict() if len(evaluations) == 1 else record
     if args.html and is_judged:
@@ -91,21 +91,21 @@ def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Resu
 def _check_quality(
     args: Namespace, loading: Loading, paths: Mapping[str, str]
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Refuse what cannot be measured; the tokenizer in whose tokens models are compared, and notes on others."""
-    first, reader, notes = next(iter(paths.values())), None, []
+    """Refuse a measurement that cannot be made. Gives the tokenizer of the comparison, and notes on others."""
+    first, dense_tokenizer, notes = next(iter(paths.values())), None, []
     if len(paths) > 1:
         tokenizers = [loading.tokenizer(model) for model in args.models]
         try:
-            reader = loading.tokenizer(first)
+            dense_tokenizer = loading.tokenizer(first)
         except StructPruneError as error:
             logger.warning("%s The dense model reads with the tokenizer of the model that it is compared with.", error)
-        if reader is not None and len({*map(vocabulary_hash, [reader, *tokenizers])}) > 1:
+        if dense_tokenizer is not None and len({*map(vocabulary_hash, [dense_tokenizer, *tokenizers])}) > 1:
             notes = [f"vocabularies differ: perplexity is per token of {first}."]
     dense = {"dense": loading.without_weights(args.against)} if args.against else {}
     for model in args.models:
         shapes = {**dense, "model": loading.without_weights(model)}
-        check_evaluation(shapes, args.domain, args.answers, args.seq_length, reader, args.pairs)
-    return reader, notes
+        check_evaluation(shapes, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
+    return dense_tokenizer, notes
 
 
 def _measured(
@@ -113,12 +113,12 @@ def _measured(
     loading: Loading,
     load: Callable[[str], PreTrainedModel],
     paths: Mapping[str, str],
-    reader: PreTrainedTokenizerBase | None,
+    dense_tokenizer: PreTrainedTokenizerBase | None,
     is_judged: bool,
 ) -> tuple[dict[str, Any], list[Evaluation]]:
     """The sizes of all models, and the evaluations of all but the dense one; each is let go before the next."""
-    settings = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
-    how = {name: vars(args)[name] for name in settings}
+    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
+    settings = {"dense_tokenizer": dense_tokenizer, **{name: vars(args)[name] for name in names}}
     records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     dense, evaluations = None, []
     for name, path in paths.items():
@@ -129,7 +129,7 @@ def _measured(
         if is_dense:
             dense = Dense(model)
         elif tokenizer is not None:
-            evaluation = quality.evaluate(model, tokenizer, args.domain, dense, dense_tokenizer=reader, **how)
+            evaluation = quality.evaluate(model, tokenizer, args.domain, dense, **settings)
             evaluations.append(evaluation)
             records.append((evaluation.to_dict(), {"dense": next(iter(paths)), "model": name}))
         del model
@@ -150,12 +150,12 @@ def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str
 
 
 def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> dict[str, Any]:
-    """What `measure_speed` is to do, checked on models without weights."""
-    if loading.device in SPREAD:
+    """Gives the checked settings of `measure_speed`, by models without weights."""
+    if loading.device in SPREAD_DEVICES:
         raise StructPruneError(
             f"--device {args.device} spreads a model, and the time of one device is measured: name one."
         )
-    settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "threads", "clock")}
+    settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "clock")}
     # A default of argparse would stay beside what is given.
     settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or [128]}
     named = zip(names_of([*paths.values()]), paths.values(), strict=True)

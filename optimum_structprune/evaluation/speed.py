@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
-from ..arch.meta import positions_of, predicts_next
+from ..arch.meta import check_positions, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
@@ -28,9 +28,9 @@ from ..written import Record
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
-AT_LEAST = 0.1  # seconds that a repeat spends on reading prompts
-COUNTED = "weights and cache of keys and values, counted; activations are not in it"
-PEAK = "the model's weights and the most that CUDA's allocator held beside them in one run"
+MIN_READING_SECONDS = 0.1  # seconds that a repeat spends on reading prompts
+COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
+PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ def measure_speed(
     prompts: Sequence[int] = (128,),
     new_tokens: int = 32,
     repeats: int = 9,
-    threads: int | None = None,
     clock: str = "wall",
     seed: int = 0,
 ) -> Speed:
@@ -92,7 +91,6 @@ def measure_speed(
         prompts: The lengths of the prompts, in tokens.
         new_tokens: The number of tokens to write after each prompt.
         repeats: The number of timed runs of each model, for each batch size and prompt.
-        threads: The number of threads; None takes what torch is set to.
         clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
             other jobs on the machine disturb less.
         seed: The seed of the prompts.
@@ -105,8 +103,7 @@ def measure_speed(
             several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
             device.
     """
-    check_speed(models, batch_sizes, prompts, new_tokens, repeats, threads, clock)
-    threads = threads or torch.get_num_threads()
+    check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     times: dict[str, dict[str, dict[str, Any]]] = {"prefill": {}, "decode": {}}
@@ -115,16 +112,25 @@ def measure_speed(
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
-            runs = {name: _Runs(model, ids, new_tokens, threads, clock) for name, model in models.items()}
+            runs = {name: _Runs(model, ids, new_tokens, clock) for name, model in models.items()}
             for _, run in product(range(repeats), runs.values()):
                 run.repeat()
             for stage, tokens in {"prefill": ids.numel(), "decode": batch_size * new_tokens}.items():
                 times[stage][shape] = _figures({name: run.seconds[stage] for name, run in runs.items()}, tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
     device = input_device(next(iter(models.values())))
-    memory_is = PEAK if device.type == "cuda" else COUNTED
-    settings: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "threads": threads, "clock": clock}
-    return Speed(times["prefill"], times["decode"], memory, **settings, device=str(device), memory_is=memory_is)
+    memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
+    threads = torch.get_num_threads()
+    return Speed(
+        **times,
+        run_memory=memory,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+        clock=clock,
+        device=str(device),
+        memory_is=memory_is,
+    )
 
 
 def check_speed(
@@ -133,39 +139,29 @@ def check_speed(
     prompts: Sequence[int],
     new_tokens: int,
     repeats: int,
-    threads: int | None,
     clock: str,
     device: str | None = None,
 ) -> None:
-    """Refuse what `measure_speed` cannot measure, on a device to come where the models have no weights yet."""
-    for label, numbers in (("model", models), ("batch_size", batch_sizes), ("prompt", prompts)):
-        if not numbers:
-            raise StructPruneError(f"There is nothing to measure: name a {label}.")
-    counts = {"new_tokens": [new_tokens], "repeats": [repeats], "threads": [] if threads is None else [threads]}
-    for label, numbers in {"batch_size": batch_sizes, "prompt": prompts, **counts}.items():
-        if min(numbers, default=1) < 1:
-            raise StructPruneError(f"{label} has to be 1 or more, got {min(numbers)}.")
+    """Refuse a measurement that cannot be made. Models without weights are to be on a `device`."""
+    if not models:
+        raise StructPruneError("There is nothing to measure: name a model.")
+    counts = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "repeats": [repeats]}
+    for label, numbers in counts.items():
+        if min(numbers, default=0) < 1:
+            raise StructPruneError(f"{label} takes numbers of 1 or more, got {[*numbers]}.")
     if clock not in CLOCKS:
         raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
     for name, model in models.items():
-        _check_model(name, model, max(prompts), new_tokens)
+        lacks = "does not predict the next token" if not predicts_next(model) else ""
+        if lacks := lacks or ("takes no cache of keys and values" if cache_name(model) is None else ""):
+            raise StructPruneError(f"{name} is a {type(model).__name__}, which {lacks}: only models that do count.")
+        if len({*getattr(model, "hf_device_map", {}).values()}) > 1:
+            raise StructPruneError(
+                f"{name} is spread over several devices, and the time of one is measured: name one."
+            )
+        check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", new_tokens)
         if clock == "cpu" and (used := torch.device(device or input_device(model))).type != "cpu":
             raise StructPruneError(f"The clock 'cpu' does not see what {used} does; choose 'wall'.")
-
-
-def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
-    lacks = "does not predict the next token" if not predicts_next(model) else ""
-    if lacks := lacks or ("takes no cache of keys and values" if cache_name(model) is None else ""):
-        raise StructPruneError(f"{name} is a {type(model).__name__}, which {lacks}: only models that do count.")
-    if len(set(getattr(model, "hf_device_map", None) or {"": ""}.values())) > 1:
-        raise StructPruneError(f"{name} is spread over several devices, and the time of one is measured: name one.")
-    longest = positions_of(model)
-    if (legal := longest - new_tokens) < prompt:
-        nearest = f"the longest prompt is {legal}" if legal > 0 else f"new_tokens may be {longest - 1} at most"
-        raise StructPruneError(
-            f"prompt={prompt} and new_tokens={new_tokens} take {prompt + new_tokens} positions, and {name} has "
-            f"{longest}: {nearest}."
-        )
 
 
 def cache_per_token(model: PreTrainedModel) -> int:
@@ -177,30 +173,33 @@ def cache_per_token(model: PreTrainedModel) -> int:
 class _Runs:
     """The runs of one model over prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, threads: int, clock: str):
+    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: str):
         ids = ids.to(input_device(model))
         read, write = partial(read_prompt, model, ids), partial(write_tokens, model, count=new_tokens)
         self.memory = _memory(model, read, write)
         token, cache = read()
         names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
-        how: dict[str, Any] = {"globals": names, "num_threads": threads, "timer": CLOCKS[clock]}
+        timer = partial(Timer, globals=names, num_threads=torch.get_num_threads(), timer=CLOCKS[clock])
+        self.reading = timer("read()")
         # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
-        copies = "caches = [deepcopy(cache) for _ in range(2)]"
-        self.reading, self.writing = Timer("read()", **how), Timer("write(token, caches.pop())", setup=copies, **how)
+        self.writing = timer("write(token, caches.pop())", setup="caches = [deepcopy(cache) for _ in range(2)]")
         self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
 
     def repeat(self) -> None:
         """Time each kind of work once; a short prompt is read several times, and the median of these counts."""
-        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=AT_LEAST).median)
+        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=MIN_READING_SECONDS).median)
         self.seconds["decode"].append(self.writing.timeit(1).median)
 
 
 def _figures(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, Any]]:
     """The seconds of each model, its tokens per second, and its speed-up over the first in each pair."""
     first = next(iter(seconds.values()))
-    ratios = {name: [there / here for there, here in zip(first, own, strict=True)] for name, own in seconds.items()}
     return {
-        name: {"seconds": own, "tokens_per_second": tokens / median(own), "speedup": spread(ratios[name])}
+        name: {
+            "seconds": own,
+            "tokens_per_second": tokens / median(own),
+            "speedup": spread([dense / there for dense, there in zip(first, own, strict=True)]),
+        }
         for name, own in seconds.items()
     }
 
@@ -216,10 +215,10 @@ def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[...
     weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
     token, cache = read()
     write(token, cache)
-    device = token.device
-    if device.type != "cuda":
+    if token.device.type != "cuda":
         return weights + cache_bytes(cache)
     # The libraries behind CUDA have taken the memory that they keep.
+    device = token.device
     del token, cache
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
