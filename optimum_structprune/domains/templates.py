@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import CHAT, DomainConfig, template_fields
 from ..errors import StructPruneError, one_line
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Span = tuple[int, int]
+T = TypeVar("T")
 # The two usual forms of a message: `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 # What a message may hold beside its text: calls of tools, and what says to which one it is an answer.
-CALLS = ("tool_calls", "tool_call_id", "name")
+TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
 # In place of the chat template of a model that has none.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
 # A template may write the date, and what is read must not depend on the day. These have each month and each day of the
@@ -77,7 +79,7 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
 def chat_document(
     messages: Sequence[dict[str, Any]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Document:
-    """A conversation in the form that the model was trained on; what the assistant says are the answers."""
+    """Gives a conversation in the form that the model was trained on. The assistant's turns are the answers."""
     if tokenizer is None:
         raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
     if not messages:
@@ -111,7 +113,7 @@ def chat_text(
     where: str = "",
     **options: Any,
 ) -> str:
-    """What a chat template, by default that of the tokenizer, writes on a given date for a conversation."""
+    """Renders a conversation by a chat template, by default that of the tokenizer, on a given date."""
     chat = [dict(message) for message in messages]
     try:
         template = tokenizer.get_chat_template(template, options.get("tools"))
@@ -156,9 +158,30 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
             content = ""
         if not (isinstance(role, str) and isinstance(content, str)):
             raise StructPruneError(f"a message needs a role and a text, got {item!r:.60}.")
-        more = {name: fields[name] for name in CALLS if fields.get(name)}
+        more = {name: fields[name] for name in TOOL_FIELDS if fields.get(name)}
         messages.append({"role": ROLES.get(role, role), "content": content, **more})
     return messages
+
+
+def question_messages(row: Any) -> list[dict[str, Any]]:
+    """Gives the messages of a row that asks something: its `messages`, or its `prompt`."""
+    return messages_of(row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}])
+
+
+def read_lines(path: Path, parse: Callable[[str], T], form: str) -> list[T]:
+    """Parse each line of a file; a refusal says by `form` what a line has to be."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"{path} cannot be read: {one_line(error)}") from error
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed += [parse(line)] if line.strip() else []
+        except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise StructPruneError(f"{path}, line {number}, {form}; {reason}; got {line:.80}") from error
+    return parsed
 
 
 def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:

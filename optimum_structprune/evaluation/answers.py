@@ -1,4 +1,4 @@
-"""What a model answers to questions, or says behind openings, greedily: whether it is right, ends, repeats itself."""
+"""Greedy answers of a model to questions, or text behind openings: is it right, does it end, does it repeat itself."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of, predicts_next
+from ..arch.meta import check_positions, predicts_next
 from ..domains.packing import prompt_ids
-from ..domains.templates import messages_of
+from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
 from ..forward.metrics import evaluating, standard_error
@@ -31,13 +31,18 @@ QUESTIONS = Path(__file__).with_name("questions.jsonl")
 FIGURES = ("right", "stopped", "loops")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
 # An answer loops that has the same run of so many tokens more often than this.
-RUN, MOST = 4, 3
+RUN_TOKENS, MAX_REPEATS = 4, 3
+# The form of a line of a file of questions, for a refusal.
+FORM = (
+    'is no question, which has a "prompt" or "messages", and in "right" a regular expression that right answers match '
+    '("" accepts all)'
+)
 # After so many tokens, the answers that have ended leave the batch.
-PIECE = 40
+PIECE_TOKENS = 40
 AT_ONCE = 32  # answers that are written together at least
 # The short check of `prune` and `recover`: the first questions, the tokens of an answer, and those that a run reads at
 # least: one that reads fewer is a trial of the command, and would mostly answer.
-ASKED, SHORT, LEAST_READ = 16, 64, 4_096
+SHORT_CHECK_QUESTIONS, SHORT_CHECK_TOKENS, SHORT_CHECK_MIN_READ = 16, 64, 4_096
 
 
 # The text and tokens of an answer, the figures, and the number of tokens.
@@ -65,13 +70,12 @@ class Question:
 
 
 def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:
-    """The questions of a file or the built-in ones; those with an opening, where a tokenizer has no chat template."""
+    """Read the questions of a file, or the built-in ones.
+
+    A tokenizer without a chat template leaves those that have an opening.
+    """
     path = QUESTIONS if source == BUILTIN else Path(source)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The questions {path} cannot be read: {error}; name a file or {BUILTIN}.") from error
-    questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    questions = read_lines(path, _question, FORM)
     if not all(tokenizer.chat_template for tokenizer in tokenizers):
         questions = [question for question in questions if question.opening]
     if not questions:
@@ -79,20 +83,13 @@ def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrained
     return questions
 
 
-def _question(line: str, place: str) -> Question:
-    try:
-        row = json.loads(line)
-        asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-        messages = tuple(messages_of(asked))
-        right = re.compile(row["right"], re.IGNORECASE)
-        continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
-        # A question of the user's is its own opening, where it gives no other.
-        opening = str(row.get("opening", "" if "kind" in row else messages[-1]["content"]))
-    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
-        raise StructPruneError(
-            f'{place}, is no question, which has a "prompt" or "messages", and in "right" a regular expression that '
-            f'right answers match ("" accepts all); {type(error).__name__}: {error}; got {line:.80}'
-        ) from error
+def _question(line: str) -> Question:
+    row = json.loads(line)
+    messages = tuple(question_messages(row))
+    right = re.compile(row["right"], re.IGNORECASE)
+    continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
+    # A question of the user's is its own opening, where it gives no other.
+    opening = str(row.get("opening", "" if "kind" in row else messages[-1]["content"]))
     return Question(str(row.get("kind", "")), messages, right, opening, continues)
 
 
@@ -105,15 +102,10 @@ def ask(
 ) -> list[Answer]:
     """The greedy answers of a model."""
     prompts = [question.ids(tokenizer) for question in questions]
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > (positions := positions_of(model)):
-        raise StructPruneError(
-            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the model's {positions} "
-            f"positions; {max(positions - longest, 0)} is the most for it."
-        )
+    check_positions(model, max_new_tokens, f"max_new_tokens={max_new_tokens}", max(map(len, prompts)))
     answers: list[list[int]] = [[] for _ in prompts]
     going, ended = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set()
-    rooms = [min(PIECE, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE)]
+    rooms = [min(PIECE_TOKENS, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE_TOKENS)]
     with evaluating(model), stage("answers"):
         for room in progress(rooms, desc="answering"):
             for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
@@ -131,8 +123,8 @@ def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats:
     """The answer as records hold it, with its tokens: of what goes on from an opening, the first line is judged."""
     pattern, judged = (question.right, text) if chats else (question.continues, text.strip().partition("\n")[0])
     right = pattern.search(judged.strip())
-    runs = Counter(tuple(ids[start : start + RUN]) for start in range(len(ids) - RUN + 1))
-    flags = {"right": right is not None, "stopped": stopped, "loops": max(runs.values(), default=0) > MOST}
+    runs = Counter(tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1))
+    flags = {"right": right is not None, "stopped": stopped, "loops": max(runs.values(), default=0) > MAX_REPEATS}
     return {"text": text, "ids": ids, "tokens": len(ids), **flags}
 
 
@@ -164,13 +156,17 @@ def answer_divergence(
 
 def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
     """Questions with the answers of each model, as records hold them."""
-    kept = {
-        which: [{name: value for name, value in answer.items() if name != "ids"} for answer in of]
-        for which, of in answers.items()
-    }
+
+    def kept(answer: Answer) -> Answer:
+        return {name: value for name, value in answer.items() if name != "ids"}
+
     return [
-        {"kind": question.kind, "prompt": question.prompt, "answers": {which: of[n] for which, of in kept.items()}}
-        for n, question in enumerate(questions)
+        {
+            "kind": question.kind,
+            "prompt": question.prompt,
+            "answers": {which: kept(written[number]) for which, written in answers.items()},
+        }
+        for number, question in enumerate(questions)
     ]
 
 
@@ -179,7 +175,8 @@ class ShortCheck:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
         self.tokenizer = tokenizer
-        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED] if tokens >= LEAST_READ else []
+        count = SHORT_CHECK_QUESTIONS if tokens >= SHORT_CHECK_MIN_READ else 0
+        self.questions = read_questions(tokenizers=[tokenizer])[:count]
         self._answers: dict[str, list[Answer]] = {}
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
@@ -187,7 +184,7 @@ class ShortCheck:
         if not (self.questions and predicts_next(model)):
             return
         try:
-            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT)
+            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT_CHECK_TOKENS)
         except Exception as error:  # hours of work are not given up for a few answers
             self.questions = []
             if not isinstance(error, StructPruneError):  # it has too few positions

@@ -9,7 +9,6 @@ from hashlib import sha256
 from itertools import count, islice, product, zip_longest
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from ..arch.modules import blocks
 from ..config.domains import template_fields
 from ..config.fields import read_yaml
 from ..domains.packing import prompt_ids
-from ..domains.templates import messages_of
+from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError
 from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
@@ -64,26 +63,17 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
     """Reads the conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The prompts {path} cannot be read: {error}; name a file of questions.") from error
-    conversations = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line) if path.endswith((".jsonl", ".json")) else {"prompt": line}
-            asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-            messages = messages_of(asked)
-        except (ValueError, LookupError, TypeError) as error:
-            raise StructPruneError(
-                f'{path}, line {number}, is no prompt, which has a "prompt" or "messages"; '
-                f"{type(error).__name__}: {error}; got {line:.80}"
-            ) from error
+    is_json = path.endswith((".jsonl", ".json"))
+
+    def conversation(line: str) -> list[dict[str, str]]:
+        messages = question_messages(json.loads(line) if is_json else {"prompt": line})
+        "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         while messages and messages[-1]["role"] == "assistant":  # what is to be answered comes last
             messages.pop()
-        conversations += [messages] if messages else []
+        return messages
+
+    form = 'is no prompt, which has a "prompt" or "messages"'
+    conversations = [*filter(None, read_lines(Path(path), conversation, form))]
     if not conversations:
         raise StructPruneError(f"The file {path} has no prompts.")
     return conversations

@@ -105,7 +105,7 @@ def test_a_file_without_questions(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n")
     with pytest.raises(StructPruneError, match="has no questions for"):
         read_questions(tmp_path / "mine.jsonl")
-    with pytest.raises(StructPruneError, match="cannot be read.*builtin"):
+    with pytest.raises(StructPruneError, match="cannot be read"):
         read_questions("built-in")
 
 
@@ -126,7 +126,7 @@ def alone(model, ids, count, end):
 
 @pytest.mark.parametrize(("batch_size", "piece"), [(1, 40), (4, 5), (9, 3)])
 def test_answers_are_greedy_whatever_is_written_together(writer, batch_size, piece, monkeypatch):
-    monkeypatch.setattr(answers, "PIECE", piece)
+    monkeypatch.setattr(answers, "PIECE_TOKENS", piece)
     model, tokenizer = writer
     asked = questions()
     written = ask(model, tokenizer, asked, 12, batch_size)
@@ -165,7 +165,7 @@ def test_an_answer_loops_that_repeats_a_run(writer):
 
 
 def test_more_tokens_than_positions(writer):
-    with pytest.raises(StructPruneError, match="max_new_tokens=1024 are more than the model's 1024 positions; .* is"):
+    with pytest.raises(StructPruneError, match="max_new_tokens=1024 .* 1024 positions, .* is the most"):
         ask(*writer, questions(), 1024)
 
 
@@ -277,23 +277,8 @@ def folder(writer, tmp_path_factory):
     return folder
 
 
-def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
-    mine = tmp_path / "mine.jsonl"
-    rows = [{"prompt": "One?", "right": ""}, {"messages": [{"role": "user", "content": "Two?"}], "right": "(?!)"}]
-    mine.write_text("\n".join(map(json.dumps, rows)))
-    model = str(folder / "model")
-    flags = ["--against", model, "--answers", str(mine), "--max-new-tokens", "3", "--json", "--quiet"]
-    for models, names in (([], ["dense", "model"]), ([model], [f"{model} ({number})" for number in (1, 2, 3)])):
-        assert main(["evaluate", model, *models, *flags]) == 0
-        values = json.loads(capsys.readouterr().out)
-        assert [item["prompt"] for item in values["answers"]] == ["One?", "Two?"]
-        assert {name: of["right"] for name, of in values["figures"].items()} == dict.fromkeys(names, 0.5)
-        for item, right in zip(values["answers"], (True, False), strict=True):
-            assert {name: of["right"] for name, of in item["answers"].items()} == dict.fromkeys(names, right)
-
-
 def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(answers, "LEAST_READ", 1)
+    monkeypatch.setattr(answers, "SHORT_CHECK_MIN_READ", 1)
     text = ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]
     command = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0

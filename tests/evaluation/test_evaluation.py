@@ -1,19 +1,16 @@
-"""Evaluation: metrics against their definitions, held-out text, and the command."""
+"""Evaluation: metrics against their definitions, and held-out text."""
 
-import json
 import warnings
 from math import isnan
 
 import pytest
 import torch
-from helpers import save_with_tokenizer, write_texts
+from helpers import write_texts
 from models import build, config, documents, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner, evaluate, perplexity
-from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import compare, perplexity_of, sample_losses, standard_error
@@ -27,8 +24,6 @@ def pair():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    for seed, name in enumerate(("model", "dense")):
-        save_with_tokenizer(build("llama-tied", seed), folder / name)
     write_texts(folder / "a.jsonl", documents(40))
     return folder
 
@@ -165,24 +160,3 @@ def test_calibrated_kinds_stand_apart():
     first = [line.strip().split(" (")[0].split("  ")[0] for line in str(found).splitlines()]
     kinds = ["prose, calibrated on", "law, other text", "poems, other text"]
     assert first[1:5] == [*map("perplexity {}".format, kinds), "geometric mean, other text"]
-
-
-def test_the_command(folder, capsys):
-    disable_progress_bar()
-    model, dense, out = (str(folder / name) for name in ("model", "dense", "out.json"))
-    domains = ["--domain", f"a={folder / 'a.jsonl'}", "--domain", "b=builtin:none"]
-    short = ["--seq-length", "24", "--num-samples", "2", "--device", "cpu"]
-    arguments = ["evaluate", model, "--against", dense, *domains[:2], *short]
-    assert main([*arguments, "--json", out]) == 0
-    shown = capsys.readouterr().out
-    found = json.loads((folder / "out.json").read_text())
-    assert found["model"] == model and found["dense"] == dense and found["perplexity_tokens"] == {"a": 46}
-    assert f"{found['perplexity']['a']['dense']:.2f}" in shown and "top-1" in shown
-    assert f"x {found['perplexity']['a']['model'] / found['perplexity']['a']['dense']:.1f} rough" in shown
-    for mistake, message in [
-        (["evaluate", model, *domains, *short], "'none'"),
-        (["evaluate", model, *domains[:2], "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
-        (["evaluate", str(folder), *domains[:2]], "cannot be loaded"),
-    ]:
-        assert main(mistake) == 2
-        assert message in capsys.readouterr().err
