@@ -67,21 +67,7 @@ def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, dam
     refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out", offload=place), word)
 
 
-@pytest.mark.parametrize(("offload", "flags", "words"), [
-    ("cpu", (), ("--offload cpu", "--offload disk")),
-    ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
-    ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),
-])  # fmt: skip
-def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offload, flags, words):
-    monkeypatch.chdir(tmp_path)
-    refused(
-        capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out", *flags, offload=offload), *words
-    )
-
-
 def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, tmp_path, capsys, monkeypatch):
-    arguments = command(desk, desk / "model", tmp_path / "out", widths=("hidden=16",))
-    refused(capsys, monkeypatch, tmp_path, arguments, "'hidden' changes weights all over", "prune inside the layers")
     for case in ("t5", "gemma4_text"):
         save_with_tokenizer(build(case), tmp_path / case)
         arguments = command(desk, tmp_path / case, tmp_path / "out")
