@@ -1,4 +1,4 @@
-"""Refuses what flags alone show to be wrong, before torch is imported, which takes seconds."""
+"""Refuses mistakes in the flags before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .flags import FORM
 from .output import check_file
 
 
-ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse values that no field takes, models and files that are not there, and outputs that are there already."""
+    """Refuse illegal values, missing models and files, and existing outputs."""
     given = vars(args)
     configs = [*filter(None, CONFIGS[args.command.name](args))] if args.command.config else []
-    if given.get("base_model") and not ID.fullmatch(args.base_model):
+    if given.get("base_model") and not HUB_ID.fullmatch(args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
     if given.get("private") and args.push_to_hub is None:
         raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
@@ -121,7 +121,7 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
 
 
 def progress_folder(output: str) -> Path:
-    """Where `--resume` remembers a run: a hidden folder beside the output."""
+    """Gives the hidden folder beside the output in which `--resume` remembers a run."""
     path = Path(output).resolve()
     return path.with_name(f".{path.name}.progress")
 
@@ -135,7 +135,7 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 
 
 def _check_model(name: str) -> None:
-    """Refuse what is no folder of a model, and no model that the Hub or its cache gives."""
+    """Refuse a name that is neither a model's folder nor a model of the Hub or its cache."""
     if not Path(name).is_dir():
         try:
             hf_hub_download(name, "config.json")

@@ -183,6 +183,9 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     return data
 
 
+MAX_YAML = 2**18  # characters of a document
+
+
 class Loader(yaml.SafeLoader):
     """The safe loader of YAML, to which 1e-4 is a number, as in YAML 1.2."""
 
@@ -193,7 +196,9 @@ Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document."""
+    """The value of a YAML document. One that would take minutes to read is refused."""
+    if len(text) > MAX_YAML:
+        raise ValueError(f"it has {len(text):,} characters, and {MAX_YAML:,} are the most")
     return yaml.load(text, Loader)  # a safe loader
 
 
