@@ -84,10 +84,10 @@ class Command:
             _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
         if self.config == "StructPruneConfig":
             _declare_fields(group, optimum_structprune.RunOptions, self.without)
-        for name, of in self.flags.items():
+        for name, flag in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
-            place.add_argument(name, **home, **({"help": of} if isinstance(of, str) else of))
+            place.add_argument(name, **home, **({"help": flag} if isinstance(flag, str) else flag))
         how: dict[str, Any] = {"action": "store_true"}
         text = "Print the result as one JSON document instead of text."
         if self.json_file:
@@ -140,7 +140,7 @@ def _default(field: Field) -> str:
 
 
 def _how(name: str, annotation: Any) -> dict[str, Any]:
-    """What `add_argument` has to know of a field: how its value is read, and what the help shows for it."""
+    """Gives the arguments of `add_argument` for a field: how its value is read, and how the help shows it."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     members = tuple(member for member in members if member is not NoneType)
     kind, origin, inside = members[0], get_origin(members[0]), get_args(members[0])
@@ -230,7 +230,7 @@ def text_file(path: str) -> dict[str, Any]:
 
 
 def text_files() -> dict[str, Any]:
-    """What `--text` is declared with in every command."""
+    """Gives the arguments of `add_argument` for `--text`."""
     return {"action": "extend", "nargs": "+", "type": text_file, "metavar": "FILE"}
 
 

@@ -22,11 +22,11 @@ from .output import Result, show, visible, working
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # With this variable set to 1 in the environment, every error shows its traceback.
-DEBUG = "STRUCTPRUNE_DEBUG"
+DEBUG_VARIABLE = "STRUCTPRUNE_DEBUG"
 
 
 class CommandParser(ArgumentParser):
-    """A parser of one command, which reads its arguments off the configs when it is first used, since that is slow."""
+    """A parser of one command. It reads its arguments off the configs at its first use, since that is slow."""
 
     declare: Callable[[ArgumentParser], None] | None = None
 
@@ -90,7 +90,7 @@ def execute(args: Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error, args)
         where = f" in process {number}" if number else ""
@@ -112,7 +112,7 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
         text += f" (because of {type(cause).__name__}: {cause})"
     if isinstance(error, OSError):
         return 2, text
-    return 1, f"{text}. This is unexpected: please report it with what {DEBUG}=1 in the environment shows."
+    return 1, f"{text}. This is unexpected: please report it with what {DEBUG_VARIABLE}=1 in the environment shows."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What `prune` and `export` share: they write a model of the disk as one file for llama.cpp."""
+"""Writes a model of the disk as one file for llama.cpp, for `prune` and `export`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from ..system.processes import launched
 logger = logging.getLogger(__name__)
 
 # What `--device` takes beside the names of devices: ways to spread a model over all of them.
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREAD_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Loading:
 
     @classmethod
     def of(cls, args: Namespace, **values: Any) -> Loading:
-        """What the flags of a command say, and values of a config."""
+        """Makes it of the flags of a command, and of values of a config."""
         given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
         return cls(**{**given, **values})
 
@@ -129,8 +129,8 @@ class Loading:
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
     def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
-        """Gives what a pruning will be asked for, or refuses it as that would."""
-        model_config, known = self.config(name), self.device not in SPREAD
+        """Gives the request of a pruning, or refuses it as the pruning would."""
+        model_config, known = self.config(name), self.device not in SPREAD_DEVICES
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
             request = ask_without_weights(
@@ -154,7 +154,7 @@ def usable_device(name: str | None) -> str:
     if name is None:
         cuda = f"cuda:{launched('LOCAL_RANK', 0)}" if "LOCAL_RANK" in os.environ else "cuda"
         return cuda if torch.cuda.is_available() else "cpu"
-    if name in SPREAD:
+    if name in SPREAD_DEVICES:
         return name
     try:
         if torch.device(name).type == "meta":
@@ -173,8 +173,8 @@ def weights_bytes(name: str) -> int:
 
 
 def _check_offload(offload: str, device: str) -> None:
-    """Refuse a way to offload that is not known, or that has no effect."""
-    if device in SPREAD:
+    """Refuse to offload where it has no effect."""
+    if device in SPREAD_DEVICES:
         raise StructPruneError(
             f"--device {device} spreads the layers itself, over the disk too where it has to; leave out --offload."
         )

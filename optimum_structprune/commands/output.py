@@ -1,4 +1,4 @@
-"""Where output goes: the result to the standard output, everything else to the standard error."""
+"""Sends the result to the standard output, and everything else to the standard error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..written import to_json
 
 
 # Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.
-OF_NO_USE = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
+MUTED_LOGGERS = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
 # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-WITH_BAR = "transformers.training_args"
+TRAINER_BAR_LOGGER = "transformers.training_args"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command hands over: its result for people and as plain values for JSON, and its exit code."""
+    """The result of a command, for people and as plain values for JSON, and its exit code."""
 
     text: str
     values: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Result:
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:
-    """Refuse a file whose folder does not exist, and one that exists and may not be replaced, whatever is in it."""
+    """Refuse a file without a folder, and one that exists and may not be replaced."""
     path = Path(file)
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
@@ -78,11 +78,11 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))
-        for name in OF_NO_USE:
+        for name in MUTED_LOGGERS:
             stack.enter_context(_at_level(name, logging.ERROR))
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.command.reads_text))
-            stack.enter_context(_at_level(WITH_BAR, logging.ERROR))
+            stack.enter_context(_at_level(TRAINER_BAR_LOGGER, logging.ERROR))
             if not args.quiet:
                 stack.enter_context(_stages_announced())
         if args.quiet:  # what libraries tell their own users

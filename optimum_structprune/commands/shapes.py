@@ -23,7 +23,7 @@ from .loading import Loading
 from .output import Result
 
 
-MOST_LISTED = 1_000_000  # legal widths of a space that are given one by one
+MAX_LISTED_WIDTHS = 1_000_000  # legal widths of a space that are given one by one
 
 
 def inspect(args: Namespace) -> Result:
@@ -42,10 +42,10 @@ def inspect(args: Namespace) -> Result:
         legal, units = legal_sizes(model.config, arch, name), sorted({space.width for space in spaces})
         lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
         # There may be very many, such as all numbers of tokens.
-        listed = _ranges(legal) if name == VOCAB or len(legal) > MOST_LISTED else [*legal]
+        listed = _ranges(legal) if name == VOCAB or len(legal) > MAX_LISTED_WIDTHS else [*legal]
         offered[name] = {"units": units, "parameters": parameters, "legal": listed}
     for reason in dict.fromkeys(reason for _, reason in arch.missing):
-        names = ", ".join(name for name, of in arch.missing if of == reason)
+        names = ", ".join(name for name, why in arch.missing if why == reason)
         lines.append(f"{names:<11} cannot be pruned: {reason}")
     values = {
         "model": args.model,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of, predicts_next
+from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
@@ -37,21 +37,21 @@ from .templates import Document, chat_text
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
 # The documents of a batch: 8 take as long as 16, and more at a time cost less each. The last batch has what is
 # missing, up to half as many again.
-FEWEST, MOST = 16, 64
+MIN_BATCH, MAX_BATCH = 16, 64
 # The number of tokens in a document: at most, and at least if it is to be kept. Short ones take few steps.
 MAX_TOKENS, MIN_TOKENS = 64, 32
 # The share of `MAX_TOKENS` that a document is expected to have before any is written.
-EXPECTED = 0.9
+EXPECTED_SHARE = 0.9
 # A token is never drawn that is so much less likely than the likeliest.
 MIN_P = 0.02
 # In other text, by which models are judged, rare words have to stand: there it is so much.
 OTHER_MIN_P = 1e-4
 # A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
-RUN, MIN_DISTINCT = 4, 0.5
+RUN_TOKENS, MIN_DISTINCT_RUNS = 4, 0.5
 # So is one whose perplexity lies above or below the median of its batch by more than this factor.
-MAX_RATIO = 4.0
+MAX_PERPLEXITY_RATIO = 4.0
 # After so many documents of which none is of use, no more are written.
-PATIENCE = 120
+MAX_USELESS_DOCUMENTS = 120
 
 
 def self_documents(
@@ -62,8 +62,9 @@ def self_documents(
     tokens: int,
     openings: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk. With
-    the name `OTHER` they go on from words, or from `openings` that are given, and rare tokens are drawn too.
+    """Gives documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk.
+
+    With the name `OTHER` they go on from words, or from `openings` that are given, and rare tokens are drawn too.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY, OTHER):
@@ -84,15 +85,15 @@ def self_documents(
     known = broadcast_object(_read(path))
     written = have = idle = 0  # documents, tokens of those that are kept, documents since the last of them
     while True:
-        mean = have / written if have else EXPECTED * MAX_TOKENS
+        mean = have / written if have else EXPECTED_SHARE * MAX_TOKENS
         batches = _batches(written, ceil((tokens - have) / mean))
         for index, batch in enumerate(batches):
             if batch not in known:
                 known |= _written(author, batches[index:], path)
             documents = known.pop(batch)
-            written, have = batch[-1] + 1, have + sum(len(tokenizer(of)["input_ids"]) for of in documents)
+            written, have = batch[-1] + 1, have + sum(len(tokenizer(text)["input_ids"]) for text in documents)
             idle = 0 if documents else idle + len(batch)
-            if idle >= PATIENCE:
+            if idle >= MAX_USELESS_DOCUMENTS:
                 raise StructPruneError(
                     f"{SELF}{name}: of {idle} documents that the model wrote, all are too short, repeat "
                     "themselves or are unlikely; use other text for this model."
@@ -101,7 +102,7 @@ def self_documents(
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The words of a vocabulary that a text may begin with; all its tokens, where there are no such words."""
+    """Gives the words of a vocabulary that may begin a text, or all its tokens for lack of words."""
     special = set(tokenizer.all_special_ids)
     tokens = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special]
     words = [token for token in tokens if len(token) > 1 and token.isalpha() and not token[0].islower()]
@@ -110,8 +111,9 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @dataclass(frozen=True)
 class _TextGenerator:
-    """A model that writes one kind of text behind prompts, used again and again in their order: questions where it
-    `chats`, else openings or words. A document holds its prompt where the author `keeps` it.
+    """A model that writes one kind of text behind prompts, one after the other.
+
+    They are questions where it `chats`, else openings or words. A document begins with its prompt where it `keeps` it.
     """
 
     model: PreTrainedModel
@@ -124,9 +126,9 @@ class _TextGenerator:
 
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
-        settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN, MIN_DISTINCT, MAX_RATIO]
+        settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        return kept_text(name, fingerprint(self.model), *reader, *settings, self.prompts[:MOST], self.seed)
+        return kept_text(name, fingerprint(self.model), *reader, *settings, self.prompts[:MAX_BATCH], self.seed)
 
     def write(self, batch: range) -> list[Document]:
         """The documents of these numbers that pass the filters."""
@@ -140,24 +142,21 @@ class _TextGenerator:
         middle = median([loss for *_, loss in of_use] or [0.0])
         documents = []
         for prompt, ids, loss in of_use:
-            if abs(loss - middle) <= log(MAX_RATIO):
+            if abs(loss - middle) <= log(MAX_PERPLEXITY_RATIO):
                 text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                 documents.append(Document.joined([(prompt if self.keeps else "", False), (text, True)]))
         return documents
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:
-        """What the model writes behind prompts, as token ids up to the end of each text, with its loss per token."""
+        """Gives the texts written behind prompts, as token ids up to the end of each, with the loss per token."""
         if self.chats:  # the template has put the prefix
             rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         else:
             rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
-        longest, positions, device = max(map(len, rows)), positions_of(self.model), self.model.device
-        if positions <= longest:
-            raise StructPruneError(
-                f"A prompt of {longest} tokens leaves no room in the model's {positions} positions."
-            )
-        room = int(min(MAX_TOKENS, positions - longest))
+        longest, device = max(map(len, rows)), self.model.device
+        check_positions(self.model, 1, "Self-written text", longest)
+        room = int(min(MAX_TOKENS, positions_of(self.model) - longest))
         bar = progress(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
@@ -182,8 +181,9 @@ class _Sampler:
 
 
 def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
-    """A token for each row of logits, shape `(rows, 1)`, by its probability among those that `min_p` leaves: where one
-    uniform number falls on their cumulative sum, which costs less than `multinomial` over the vocabulary.
+    """Draws a token for each row of logits, shape `(rows, 1)`, among those that `min_p` leaves.
+
+    It is the one on whose part of the cumulative sum a uniform number falls, which costs less than `multinomial`.
     """
     highest = scores.max(1, keepdim=True).values
     row, token = (~(scores < highest + log(min_p))).nonzero(as_tuple=True)  # what is NaN is left to later checks
@@ -199,15 +199,15 @@ def _batches(first: int, count: int) -> list[range]:
     """The numbers of the documents of each batch, where so many are written, the next being the `first`."""
     ends = [first]
     while count > 0 or len(ends) == 1:
-        size = MOST if count > 1.5 * MOST else max(count, FEWEST)
+        size = MAX_BATCH if count > 1.5 * MAX_BATCH else max(count, MIN_BATCH)
         ends.append(ends[-1] + size)
         count -= size
     return [range(*pair) for pair in pairwise(ends)]
 
 
 def _varied(ids: Sequence[int]) -> bool:
-    runs = [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]
-    return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT * len(runs)
+    runs = [tuple(ids[i : i + RUN_TOKENS]) for i in range(len(ids) - RUN_TOKENS + 1)]
+    return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT_RUNS * len(runs)
 
 
 def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[Document]]:
@@ -215,7 +215,7 @@ def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> di
     own = batches[process_index() : process_index() + 1]
     with unshared():
         documents = [author.write(batch) for batch in own]
-    written = {batch: of for batch, (of,) in zip(batches, filter(None, gather_objects(documents)), strict=False)}
+    written = {batch: texts for batch, (texts,) in zip(batches, filter(None, gather_objects(documents)), strict=False)}
     if process_index() == 0:
         _append(path, written)
     return written

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def calibration_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     writes: bool = True,
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """The domains of a config, with general text that the model writes where it can, and the config that says so."""
+    """Loads the domains of a config, with general text that the model writes if it can; the new config says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
     seen = Manifest.seen_by(model)
     load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
@@ -71,8 +71,16 @@ def load_domains(
     writer: PreTrainedTokenizerBase | None = None,
     writes: bool = True,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
-    the model writes with the `writer`, by default the tokenizer; without `writes`, such domains are left out.
+    """Read, tokenise and pack the domains of a config.
+
+    Args:
+        config: The config.
+        tokenizer: The tokenizer of the samples.
+        model: The model that writes domains of its own text.
+        heldout_samples: The number of held-out samples of a domain; None takes the share `config.holdout`.
+        seen: The text of an earlier run, whose documents keep their use.
+        writer: The tokenizer that the model writes with, by default `tokenizer`.
+        writes: Whether the model writes; otherwise such domains are left out.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -120,6 +128,22 @@ def num_heldout(num_samples: int, holdout: float) -> int:
     return max(2, round(holdout * num_samples))
 
 
+class Needs(NamedTuple):
+    """Numbers of tokens of a domain. Taken in this order, each is the same text in all runs.
+
+    Attributes:
+        heldout: The tokens that the report measures, whatever `num_samples` is.
+        calibration: The tokens that calibrate.
+        probe: The tokens that choices are made on; 0 where nothing is chosen.
+        more_heldout: More to measure, as far as there is text, for a perplexity that is not rough.
+    """
+
+    heldout: int
+    calibration: int
+    probe: int
+    more_heldout: int
+
+
 @dataclass(frozen=True)
 class _Packer:
     """Divides the text of each domain into held-out and calibration samples."""
@@ -132,7 +156,7 @@ class _Packer:
     vocab_size: int | None
 
     def load(self, shelves: Mapping[int, DocumentPool]) -> dict[int, Domain]:
-        """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
+        """Divide the text of domains, so that none uses held-out text of another one."""
         before = dict(self.uses)
         texts = self._divided(shelves, self.config.num_samples, self.uses)
         for index in shelves:
@@ -143,8 +167,6 @@ class _Packer:
     def _divided(
         self, shelves: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
-        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes third,
-        # so that these are the same text whether something is chosen or not; what there may be much of comes last.
         needs = {index: self._needs(num_samples, index) for index in shelves}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
         for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT)):
@@ -179,26 +201,22 @@ class _Packer:
         )
 
     def tokens(self, index: int) -> int:
-        """The number of tokens that calibrate a domain, that are held out, and that choices are made on."""
-        return sum(self._needs(self.config.num_samples, index)[:3])
+        """Gives the number of tokens of a domain that a run cannot do without."""
+        needs = self._needs(self.config.num_samples, index)
+        return needs.heldout + needs.calibration + needs.probe
 
-    def _needs(self, num_samples: int, index: int) -> list[int]:
-        """Four numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
-        far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
-        calibrate at most).
-        """
+    def _needs(self, num_samples: int, index: int) -> Needs:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         enough = min(ceil(ENOUGH / self.frame.body), count // 2)
         more = 0 if written_by_model(self.domains[index]) else max(0, enough - aside)
-        numbers = (aside, count, aside * self.config.searches, more)
-        return [self.frame.body * number for number in numbers]
+        return Needs(*(self.frame.body * number for number in (aside, count, aside * self.config.searches, more)))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
-        needs = self._needs(num_samples, index)[:3]
+        needs = self._needs(num_samples, index)._replace(more_heldout=0)
         if self.num_heldout is not None:  # an earlier run may have used the rest
-            needs[0] = self.frame.body
-        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False) if need)
+            needs = needs._replace(heldout=self.frame.body)
+        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=True) if need)
 
     def _too_little(self, index: int, shelves: Mapping[int, DocumentPool], before: Mapping[str, str]) -> str:
         domain, config, texts = self.domains[index], self.config, shelves[index].read
@@ -211,7 +229,7 @@ class _Packer:
             return self._suffices(self._divided(again, few, dict(before))[index], few, index)
 
         advice = "Give it more documents, or choose a smaller seq_length."
-        numbers = range(len(self.domains), min(config.num_samples, sys.maxsize))
+        numbers = range(len(self.domains), config.num_samples)
         # The text suffices for the first so many of these numbers of samples.
         if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
             advice = f"num_samples={numbers[enough - 1]} would do."
@@ -225,6 +243,6 @@ class _Packer:
 
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
+    """Tells if a model can write text: it is causal, and its weights are in memory and not quantized."""
     in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
     return in_memory and predicts_next(model)

@@ -1,4 +1,4 @@
-"""What exactly a model was calibrated on: to repeat a run, and to warn an evaluation that uses the same text."""
+"""The text that a model has seen: to repeat a run, and to warn an evaluation that uses the same text."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import os
@@ -75,7 +75,7 @@ class Entry:
         )
 
     def uses(self, source: str | DomainConfig) -> bool:
-        """Whether the domain has this name or this source, or was read from where this other domain says."""
+        """Tells if the domain has this name or source, or comes from the source of this other domain."""
         if isinstance(source, str):
             return source == self.name or self._is_from(source)
         if not isinstance(source.source, str):
@@ -91,7 +91,7 @@ class Entry:
 @strict
 @dataclass
 class Manifest(Record):
-    """What a model was calibrated on.
+    """The text that a model has seen.
 
     Attributes:
         seed: The seed of the order of the documents, and of text that the model wrote.
@@ -122,7 +122,7 @@ class Manifest(Record):
 
     @classmethod
     def seen_by(cls, model: Module) -> "Manifest | None":
-        """Gives the manifest that a model carries, or that of the folder that it comes from."""
+        """Gives the manifest of a model in memory, or else that of its folder."""
         if (carried := TextRecord.of(model).manifest) is not None:
             return carried
         path = Path(name := getattr(model, "name_or_path", None) or "", MANIFEST_NAME)
@@ -133,7 +133,7 @@ class Manifest(Record):
         return replace(self, domains=[*self.domains, *entries])
 
     def after(self, earlier: "Manifest | None") -> "Manifest":
-        """The manifest with what a run before has used, whose result was the dense model of this one."""
+        """Adds the text of an earlier run, whose result was the dense model of this one."""
         return self.with_entries(
             [replace(entry, use=EARLIER) for entry in ([] if earlier is None else earlier.domains)]
         )
@@ -143,7 +143,7 @@ class Manifest(Record):
         return [entry for entry in self.domains if entry.use == use]
 
     def uses(self) -> dict[str, str]:
-        """What each document was for, by its hash: what any domain has held out stays so."""
+        """Gives the use of each document by its hash. Held-out text of any domain stays so."""
         uses: dict[str, str] = {}
         for use, name in ((PROBE, "probe_documents"), (USED, "documents"), (HELDOUT, "heldout_documents")):
             uses |= {document: use for entry in self.domains for document in getattr(entry, name)}
@@ -161,7 +161,7 @@ class Manifest(Record):
             raise StructPruneError(f"{path} is no calibration manifest: {one_line(error)}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
-        """What a text has in common with the calibration: one sentence for each domain that it shares something with.
+        """Gives a sentence for each domain that a text shares something with.
 
         Args:
             domain_name_or_source: The name of a domain, its source, or a whole domain, which also tells splits apart.
@@ -201,7 +201,7 @@ class TextRecord:
 
 
 def remember_text(model: Any, tokenizer: Any = None, manifest: Manifest | None = None) -> None:
-    """Let a model carry its tokenizer and what it has seen; None leaves what it carries."""
+    """Let a model carry its tokenizer and its manifest. None leaves the former."""
     known = TextRecord.of(model)
     model.text_record = TextRecord(tokenizer or known.tokenizer, manifest or known.manifest)
 

@@ -13,7 +13,7 @@ from .manifest import TextRecord
 
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Gives the tokenizer that a model carries, or that of its folder if the number of tokens is the same."""
+    """Gives the tokenizer of a model in memory, or else that of its folder for the same number of tokens."""
     name = getattr(model, "name_or_path", None)
     if (carried := TextRecord.of(model).tokenizer) is not None or not name:
         return carried
@@ -27,7 +27,7 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False) -> PreTrainedToken
 
 
 def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tells a tokenizer that was read from files from one that transformers has made up for lack of them."""
+    """Tells if a tokenizer was read from files. For lack of them, transformers makes one up for some types."""
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
     return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
 
@@ -46,7 +46,7 @@ def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, s
 
 
 def check_tokens(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that means other tokens by its ids than the model's own, or that the model lacks rows for."""
+    """Refuse a tokenizer whose ids are other tokens than the model's own, or have no row in the model."""
     known = tokenizer_of(model) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     if known is None or known is tokenizer:
         return

@@ -20,7 +20,7 @@ DOCUMENTS_PER_CALL = 32
 # What a document is for: one thing, in all domains and in all runs that a model comes from.
 HELDOUT, USED, PROBE = "held out", "used", "probe"
 # A text that repeats itself forever ends after so many documents in a row that are for something else.
-PATIENCE = 10_000
+MAX_PASSED_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Packed:
-    """Token ids, shape `(num_samples, seq_length)`, int64, which of them give evidence, of the same shape (None for
-    all), and the hashes of the documents in them, each once, in the order of first use.
+    """Samples of token ids, int64, shape `(num_samples, seq_length)`.
+
+    The `mask` has the same shape and marks the tokens that calibrate; None is all. The hashes are of the documents,
+    each once.
     """
 
     samples: Tensor
@@ -45,7 +47,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """What a sample holds apart from text: the token at its head, and the one between two documents, if any."""
+    """The length of a sample, the token at its head, and the one between two documents, if any."""
 
     seq_length: int
     prefix: int | None
@@ -53,7 +55,7 @@ class SampleFormat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> SampleFormat:
-        """The samples of so many tokens that a tokenizer makes; a length that leaves nothing to predict is refused."""
+        """Gives the format of a tokenizer's samples. A length that leaves nothing to predict is refused."""
         if seq_length < 2:
             raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
         return cls(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
@@ -66,15 +68,16 @@ class SampleFormat:
     def take(self, tokenised: Iterator[Tokens], need: int) -> list[Tokens]:
         """Take documents until they have `need` tokens or more, or there are no others."""
         taken: list[Tokens] = []
-        have = 0
+        have, gap = 0, int(self.eos is not None)
         while have < need and (document := next(tokenised, None)) is not None:
-            have += len(document.ids) + self._gap(taken)
+            have += len(document.ids) + gap * bool(taken)
             taken.append(document)
         return taken
 
     def length(self, documents: Sequence[Tokens]) -> int:
         """The number of tokens in documents, those between two of them included."""
-        return sum(len(document.ids) for document in documents) + self._gap(documents) * (len(documents) - 1)
+        gap = int(self.eos is not None)
+        return sum(len(document.ids) + gap for document in documents) - gap
 
     def pack(self, documents: Iterable[Tokens], most: int) -> Packed:
         """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
@@ -94,9 +97,6 @@ class SampleFormat:
         used = dict.fromkeys(name for start, name in starts if start < count * self.body)
         mask = self._samples(answers, count, False) if masked else None
         return Packed(self._samples(ids, count, self.prefix), mask, tuple(used))
-
-    def _gap(self, before: Sequence[Tokens]) -> int:
-        return int(bool(before) and self.eos is not None)
 
     def _samples(self, values: Sequence[int], count: int, head: int | None) -> Tensor:
         samples = torch.tensor(values[: count * self.body]).view(count, self.body)
@@ -130,7 +130,7 @@ class DocumentPool:
             else:
                 missed += 1
                 passed.append(document)
-                if missed == PATIENCE:
+                if missed == MAX_PASSED_DOCUMENTS:
                     return
 
     def _noted(self, stream: Iterable[Tokens]) -> Iterator[Tokens]:
@@ -184,10 +184,17 @@ def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 
 @dataclass(frozen=True)
 class Domain:
-    """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
-    tokens that give evidence, those that are held out for the report, and the `probe`, which choices are made on.
-    Documents are hashes, and each has one use, in all domains. The weights of all domains sum to 1, and `origin` is
-    None for inputs that were given.
+    """A calibration domain as token ids, each of shape `(samples, seq_length)`; a document has one use in all domains.
+
+    Attributes:
+        name: The name of the domain.
+        weight: Its share of all domains, which sum to 1.
+        samples: The samples that calibrate.
+        heldout: The samples that the report measures.
+        mask: The tokens of `samples` that calibrate; None for all.
+        origin: The config of the domain; None for inputs that were given.
+        documents, heldout_documents, probe_documents: The hashes of the documents of each use.
+        probe: The samples that choices are made on; None where nothing is chosen.
     """
 
     name: str
@@ -202,12 +209,12 @@ class Domain:
     probe_documents: tuple[str, ...] = ()
 
     @property
-    def trial(self) -> Tensor:
-        """The samples that a choice is made on, shape `(samples, seq_length)`."""
+    def probe_or_heldout(self) -> Tensor:
+        """Gives the samples that a choice is made on, shape `(samples, seq_length)`."""
         return self.heldout if self.probe is None else self.probe
 
-    def portion(self, count: int) -> Domain:
-        """The same domain with its first `count` samples, or all of them where there are fewer."""
+    def head(self, count: int) -> Domain:
+        """Gives the domain with its first `count` samples, or all if there are fewer."""
         return replace(self, samples=self.samples[:count], mask=None if self.mask is None else self.mask[:count])
 
 
@@ -220,5 +227,6 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
     """Refuse token ids that a model does not have."""
     if vocab_size is not None and largest >= vocab_size:
         raise StructPruneError(
-            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
+            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}. If the model "
+            "lacks rows for new tokens, model.resize_token_embeddings(len(tokenizer)) adds them."
         )

@@ -15,8 +15,9 @@ from .packing import check_vocabulary, prefix_token
 
 
 class Passages:
-    """The text of samples of token ids, shape `(seq_length,)`, without the first token of each, which is context only;
-    `bytes` is the number of bytes in it. A character that the edge of a sample cuts in two is left out.
+    """The text of samples of token ids, each of shape `(seq_length,)`, and its `bytes`.
+
+    The first token of a sample is context only, and left out. So is a character that the edge of a sample cuts in two.
     """
 
     def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):

@@ -1,4 +1,4 @@
-"""Which domains a config stands for, and with which weights: built-in ones, what presets mean, and general text."""
+"""The domains that a config stands for, with their weights: built-in ones, those of presets, and general text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..registry import did_you_mean
 
 
 def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
-    """Replace presets by the domains that they stand for, where a domain's own fields come first."""
+    """Replace presets by their domains. A domain's own fields come first."""
     resolved = [part for domain in domains for part in _resolved(domain)]
     names = [domain.name for domain in resolved]
     for name in names:

@@ -1,6 +1,4 @@
-"""Where a domain's documents come from: files, folders, the Hub, built-in text (in `texts`, see its README), or an
-object in memory.
-"""
+"""Reads a domain's documents: from files, folders, the Hub, built-in text (in `texts`, see its README), or memory."""
 
 from __future__ import annotations
 
@@ -29,19 +27,19 @@ if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import, which only data sets are worth
     from transformers import PreTrainedTokenizerBase
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
-HUB_BUFFER = 10_000
-LOCAL_BUFFER = 100_000
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SAVED_FILES = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
+HUB_BUFFER_ROWS = 10_000
+LOCAL_BUFFER_TEXTS = 100_000
 TEXTS = Path(__file__).with_name("texts")
 BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
-SECTION = 4_000  # characters of the parts that long texts are cut into
-PART = 800  # characters of the parts by which kinds of text take turns
+SECTION_CHARACTERS = 4_000  # characters of the parts that long texts are cut into
+PART_CHARACTERS = 800  # characters of the parts by which kinds of text take turns
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Reading:
     """A domain, the seed of its order, and the tokenizer that renders its conversations."""
 
     domain: DomainConfig
@@ -56,7 +54,7 @@ def documents(
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones."""
-    return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+    return (text for text in _texts(_Reading(domain, seed, tokenizer), write) if text.strip())
 
 
 def check_source(domain: DomainConfig) -> None:
@@ -70,12 +68,12 @@ def check_source(domain: DomainConfig) -> None:
 
 
 def endless(domain: DomainConfig) -> bool:
-    """Whether reading a domain to its end may take forever: what a model writes, and what streams from the Hub."""
+    """Tells if reading a domain may take forever: text that a model writes, or that streams from the Hub."""
     source = domain.source
     return isinstance(source, str) and not (source.startswith(BUILTIN) or _saved(domain) or _files(domain))
 
 
-def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
+def _texts(reader: _Reading, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
     domain, seed = reader.domain, reader.seed
     source = domain.source
     if not isinstance(source, str):
@@ -99,24 +97,24 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
     return _rows(_guarded(domain, what, _hub_rows, reader), reader)
 
 
-def _from_memory(reader: _Reader) -> Iterator[str]:
+def _from_memory(reader: _Reading) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
     if datasets is not None and isinstance(source, datasets.Dataset):
         return _from_dataset(source, reader)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
-        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER_ROWS), reader)
     return _shuffled(_items(source, reader), seed)
 
 
-def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
+def _from_dataset(dataset: Dataset, reader: _Reading) -> Iterator[str]:
     return _rows((dataset[i] for i in _reordered(range(len(dataset)), reader.seed)), reader)
 
 
 def _saved(domain: DomainConfig) -> bool:
-    """Whether the source is a folder that `save_to_disk` wrote."""
+    """Tells if the source is a folder that `save_to_disk` wrote."""
     folder = os.path.expanduser(domain.source)
-    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_FILES)
 
 
 def _load_saved(domain: DomainConfig) -> Dataset:
@@ -139,42 +137,36 @@ def _load_saved(domain: DomainConfig) -> Dataset:
 def _files(domain: DomainConfig) -> list[Path]:
     path = Path(os.path.expanduser(domain.source))
     if os.path.isfile(path):
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in FORMATS:
             raise StructPruneError(
-                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
+                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, FORMATS)}"
             )
         return [path]
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise StructPruneError(
-            f"The domain {domain.name!r}: {path} is no regular file; write its text to one, such as text.jsonl."
-        )
     if os.path.isdir(path):
         # What is hidden are the copies and caches of tools, as in `.ipynb_checkpoints`; a pattern does not find it.
         candidates = [file for file in path.rglob("*") if not f"/{file.relative_to(path)}".count("/.")]
         what = f"the folder {path}"
     elif "://" in domain.source:
         raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address; download it first.")
-    elif os.path.islink(path):
-        raise StructPruneError(f"The domain {domain.name!r}: {path} is a link to {os.readlink(path)}, which is gone.")
     elif has_magic(domain.source):
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
-    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
         names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = [f" Did you mean {str(path.with_name(name))!r}?" for name in get_close_matches(path.name, names, n=1)]
         raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{''.join(close)}")
     else:
         return []
-    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in READERS)
+    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in FORMATS)
     if not files:
-        raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(READERS)}.")
+        raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(FORMATS)}.")
     return files
 
 
-def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
+def _from_files(files: list[Path], reader: _Reading) -> Iterator[str]:
     domain, order = reader.domain, _reordered(files, reader.seed)
-    for kind in dict.fromkeys(READERS.values()):
+    for kind in dict.fromkeys(FORMATS.values()):
         # `datasets` fails at a CSV file without a head.
-        paths = [path for path in order if READERS[path.suffix.lower()] == kind and path.stat().st_size]
+        paths = [path for path in order if FORMATS[path.suffix.lower()] == kind and path.stat().st_size]
         if kind == "text":
             for path in paths:
                 yield from _guarded(domain, str(path), _read_text, path)
@@ -195,13 +187,13 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
         return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
 
 
-def _hub_rows(reader: _Reader) -> Iterable[Row]:
+def _hub_rows(reader: _Reading) -> Iterable[Row]:
     from datasets import load_dataset
 
     domain = reader.domain
     revision = {} if domain.revision is None else {"revision": domain.revision}
     rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True, **revision)
-    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
+    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER_ROWS)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
@@ -216,11 +208,11 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}{advice}") from error
 
 
-def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[str]:
+def _rows(rows: Iterable[Row], reader: _Reading) -> Iterator[str]:
     return (rendered(row, reader.domain, reader.tokenizer) for row in rows)
 
 
-def _items(items: Iterable[Any], reader: _Reader) -> Iterator[str]:
+def _items(items: Iterable[Any], reader: _Reading) -> Iterator[str]:
     for i, item in enumerate(items):
         if reader.domain.template is not None and isinstance(item, Mapping):
             yield rendered(item, reader.domain, reader.tokenizer)
@@ -239,9 +231,9 @@ def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # What fits into the buffer is shuffled as a whole. Beyond that a text moves less far, and memory stays bounded.
     stream = iter(texts)
     if seed is not None:
-        rng, buffer = Random(seed), list(islice(stream, LOCAL_BUFFER))
+        rng, buffer = Random(seed), list(islice(stream, LOCAL_BUFFER_TEXTS))
         for text in stream:
-            place = rng.randrange(LOCAL_BUFFER)
+            place = rng.randrange(LOCAL_BUFFER_TEXTS)
             yield buffer[place]
             buffer[place] = text
         rng.shuffle(buffer)
@@ -253,10 +245,10 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
     """The documents of a built-in text in a seeded order; of several kinds of text, as much of each, in turns."""
     names = builtin_kinds(name)
     if len(names) == 1:
-        return _of_kind(names[0], Random(seed))
+        return _sections_of_kind(names[0], Random(seed))
     Random(seed).shuffle(names)
-    whole = [_of_kind(kind, Random(seed)) for kind in names]
-    return _evenly([(part for document in documents for part in sections(document, PART)) for documents in whole])
+    whole, size = [_sections_of_kind(kind, Random(seed)) for kind in names], PART_CHARACTERS
+    return _evenly([(part for text in texts for part in sections(text, size)) for texts in whole])
 
 
 def builtin_kinds(name: str) -> list[str]:
@@ -277,7 +269,7 @@ def read_kind(kind: str) -> list[str]:
     return text.decode().strip("\n").split(BETWEEN)
 
 
-def _of_kind(kind: str, rng: Random) -> Iterator[str]:
+def _sections_of_kind(kind: str, rng: Random) -> Iterator[str]:
     documents = read_kind(kind)
     rng.shuffle(documents)
     # Breadth first: a small sample holds something of many documents, and seldom two sections of the same one.
@@ -289,9 +281,10 @@ def _of_kind(kind: str, rng: Random) -> Iterator[str]:
             yield part
 
 
-def sections(text: str, size: int = SECTION) -> Iterator[str]:
-    """Cut a text of more than `2 * size` characters into parts of `size / 2` to `size` characters, the last one up to
-    `2 * size`: on a blank line where there is one, else on the end of a line, else on a space.
+def sections(text: str, size: int = SECTION_CHARACTERS) -> Iterator[str]:
+    """Cut a text of more than `2 * size` characters into parts of `size / 2` to `size`, the last one up to `2 * size`.
+
+    The cut is on a blank line where there is one, else on the end of a line, else on a space.
     """
     start = 0
     while len(text) - start > 2 * size:

@@ -26,7 +26,7 @@ from ..config.fields import changed, read_json, to_yaml
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RATES, RecoveryConfig
 from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
-from ..domains.sources import READERS
+from ..domains.sources import FORMATS
 from ..record.answers import Items, outcome, remark, sample_items
 from ..record.remarks import remarks, removal_phrases, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
@@ -223,7 +223,7 @@ def short_name(source: str) -> str:
     if cached := HUB_CACHE.search(source):
         return "/".join(cached.groups())
     path = Path(source)
-    local = path.is_absolute() or path.exists() or path.suffix in READERS
+    local = path.is_absolute() or path.exists() or path.suffix in FORMATS
     return path.resolve().name if source and local else source
 
 
@@ -350,7 +350,7 @@ def _datasets(folder: Path, records: Records) -> list[str]:
         domains += read_json(path).get("domains") or []
     sources = {str(origin.get("source", "")) for origin in domains}
     return sorted(
-        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in READERS
+        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in FORMATS
     )
 
 

@@ -66,11 +66,11 @@ class Probe:
         """Gives a probe of so many tokens: the beginnings of samples, as many tokens of each domain."""
         per_domain = ceil(tokens / len(data.domains))
         # Each sample has 128 tokens: the first ones, with little in front of them, say less.
-        counts = [min(max(per_domain // 128, 1), len(domain.trial)) for domain in data.domains]
+        counts = [min(max(per_domain // 128, 1), len(domain.probe_or_heldout)) for domain in data.domains]
         # Samples of all domains have the same length, which the layers are called with.
         length = ceil(per_domain / max(counts))
         samples = [
-            replace(domain, samples=domain.trial[:count, :length], mask=None)
+            replace(domain, samples=domain.probe_or_heldout[:count, :length], mask=None)
             for domain, count in zip(data.domains, counts, strict=True)
         ]
         return cls(model, arch, batches_of(samples, data.options.samples_at_once))

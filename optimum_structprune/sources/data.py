@@ -117,7 +117,7 @@ class CalibrationData:
     def portion(self, tokens: int) -> CalibrationData:
         """The calibration data cut to at most `tokens` tokens, as many samples in each domain."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
-        return replace(self, domains=[domain.portion(most) for domain in self.domains])
+        return replace(self, domains=[domain.head(most) for domain in self.domains])
 
     def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
         """The source of the activations of a model as it is now."""

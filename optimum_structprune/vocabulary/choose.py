@@ -184,7 +184,7 @@ def number_within(room: Room | None, lost: Tensor) -> int:
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
     """The share of held-out text whose tokens are gone, by the number of rows that stay, shape `(rows + 1,)`."""
-    by_domain = [domain.weight * _shares(domain.trial[:, 1:], len(order)) for domain in domains]
+    by_domain = [domain.weight * _shares(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
     shares = torch.stack(by_domain).sum(0)
     lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
     return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]

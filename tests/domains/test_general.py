@@ -63,7 +63,7 @@ def writer():
 def own(tmp_path, monkeypatch):
     """A config with a domain of its own, and nothing said of general text; what models write is short."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     return StructPruneConfig(widths={"mlp": 24}, num_samples=10, seq_length=24, domains=[DomainConfig("own", TEXTS)])
 

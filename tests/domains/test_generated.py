@@ -28,13 +28,13 @@ def writer():
 def cache(tmp_path, monkeypatch):
     """The folder of what models write, which is short here."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     return tmp_path / "structprune"
 
 
 def first(writer, count: int, name: str = "math", seed: int = 0):
-    tokens = round(count * generated.EXPECTED * generated.MAX_TOKENS)
+    tokens = round(count * generated.EXPECTED_SHARE * generated.MAX_TOKENS)
     return list(itertools.islice(self_documents(*writer, name, seed, tokens), count))
 
 
@@ -260,6 +260,5 @@ def test_no_more_is_written_than_is_needed(writer, cache):
     needed = {*domain.documents, *domain.heldout_documents}
     batches = [json.loads(line) for line in path.read_text().splitlines() if line]
     written = batches[-1]["numbers"][1]
-    assert (
-        len(needed) <= sum(len(batch["documents"]) for batch in batches) <= written <= len(needed) + generated.FEWEST
-    )
+    kept = sum(len(batch["documents"]) for batch in batches)
+    assert len(needed) <= kept <= written <= len(needed) + generated.MIN_BATCH

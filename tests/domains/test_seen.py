@@ -15,7 +15,7 @@ from optimum_structprune import DomainConfig, Manifest, StructPruneError, Struct
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import CALIBRATED, EARLIER, JUDGED, TRAINED, Entry
-from optimum_structprune.domains.packing import PATIENCE, Domain
+from optimum_structprune.domains.packing import MAX_PASSED_DOCUMENTS, Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import training_text
 from optimum_structprune.search.search import choose_shape
@@ -84,7 +84,7 @@ def test_a_text_that_repeats_itself_forever_ends():
         while True:
             yield TEXTS[0]
 
-    with patch("optimum_structprune.domains.packing.PATIENCE", PATIENCE // 100):
+    with patch("optimum_structprune.domains.packing.MAX_PASSED_DOCUMENTS", MAX_PASSED_DOCUMENTS // 100):
         with pytest.raises(StructPruneError, match="documents, of which 1 differ.*serves only one of the two"):
             load_domains(config(domains=[DomainConfig("a", forever())], num_samples=2), READER)
 

@@ -374,7 +374,7 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
     assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
-    read = [load_domains(pruner.config, reader())[at].trial[:, 1:].flatten() for at in range(2)]
+    read = [load_domains(pruner.config, reader())[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
     assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
     assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)

@@ -23,7 +23,7 @@ def short(tmp_path, monkeypatch):
     """Few tokens are written and kept, in a folder of this test, and the Hub is not asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, number in {"FEWEST": 4, "MOST": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     for name, number in {"LEAST_READ": 64, "ROW": 17, "MOST": 160}.items():
         monkeypatch.setattr(other, name, number)
@@ -50,7 +50,7 @@ def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, read
     assert len(rows) >= FEWEST and {len(row) for row in rows} == {17}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
     assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
-    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.trial]))
+    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.probe_or_heldout]))
     assert [text for row in rows if (text := tokenizer.decode(row[1:])) in chose] == []
 
 
