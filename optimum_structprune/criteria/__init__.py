@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..arch.hooks import first_of, hidden_states_of, intercept
 from ..arch.modules import layer_list
 from ..arch.spec import CHANNEL, EXPERT, LAYER, ArchSpec, Axis, Space
-from ..errors import StructPruneError
 from ..method.calibrate import Moments
 from ..method.layers import Batch, run_model
 from ..method.linalg import ridge_strength, with_damped_factor
@@ -25,12 +24,8 @@ from ..registry import Registry
 from ..system.processes import all_reduce_
 
 
-# The number of columns of an inverse that are in memory at a time.
-COLUMNS = 512
-# The number of inputs of a producer that are in memory a second time.
-INPUTS = 1024
 CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
-# What scores whole layers and whole experts where the config names a criterion for something else.
+# The criteria of whole layers and whole experts where the config names one of something else.
 DEFAULTS = {LAYER: "block_influence", EXPERT: "reap"}
 
 
@@ -48,7 +43,7 @@ def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., 
 
 
 def criterion_of(name: str, judged: str) -> Criterion:
-    """The criterion with a name where it scores what is `judged`, whole layers or experts, and else their default."""
+    """The criterion with a name if it scores what is `judged`, whole layers or experts; else their default."""
     criterion = CRITERIA.get(name)
     return criterion if criterion.judges == judged else CRITERIA.get(DEFAULTS[judged])
 
@@ -123,10 +118,7 @@ def norms_by_unit(model: nn.Module, space: Space, axis: Axis, squares: Tensor) -
     """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel. `squares` has the shape `(…,
     n)`, the result `(…, units)`, in the dtype and on the device of `squares`.
     """
-    matrix = _matrix(model, axis)
-    total = squares.new_zeros(*squares.shape[:-1], matrix.shape[1])
-    for inputs, of_inputs in zip(matrix.split(INPUTS), squares.split(INPUTS, -1), strict=True):
-        total += of_inputs @ inputs.to(squares).square()
+    total = squares @ _matrix(model, axis).to(squares).square()
     return total[..., axis.indices(range(space.size))].sqrt().unflatten(-1, (space.size, -1)).sum(-1)
 
 
@@ -192,7 +184,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
         for batch in batches:
             run_model(model.base_model, batch.ids)  # type: ignore[arg-type]
             count += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
-    total = torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost])
+    total = torch.stack([torch.stack(parts).sum().cpu() for parts in lost])
     tokens = torch.tensor(float(count), dtype=torch.float64)
     all_reduce_([total, tokens])
     return total / tokens
@@ -217,54 +209,19 @@ def reap_sum(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
 
 
 def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
-    """Gives ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of each unit u, `(units,)`, by the Cholesky factor of H, `(n, n)`."""
-    out, size = weight.shape
-    step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
-    losses = []
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        units = (stop - start) // columns_per_unit
-        # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
-        inverse = _inverse_columns(factor, start, stop)
-        if columns_per_unit == 1:
-            # The general way would factor one matrix of one number per column, which threads make very slow.
-            losses.append(0.5 * weight[:, start:stop].double().square().sum(0) / inverse.double().square().sum(0))
-            continue
-        columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
-        # Shape (units, columns_per_unit, out).
-        dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
-        # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
-        tiles = _factors(columns @ columns.mT)
-        solution = torch.linalg.solve_triangular(tiles, dense, upper=False)
-        losses.append(0.5 * solution.square().sum((1, 2)))
-    return torch.cat(losses).to(weight)
+    """Gives ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of each unit u, `(units,)`, by the Cholesky factor of H, `(n, n)`.
 
-
-def _inverse_columns(factor: Tensor, start: int, stop: int) -> Tensor:
-    """Columns of the inverse of a lower triangular matrix, from their first row that is not zero on.
-
-    A block of rows follows from those above it, so that no part of the factor larger than a block is copied, which a
-    solver would do. `factor` has the shape `(n, n)`, the result `(n - start, stop - start)`.
+    H⁻¹ takes the place of the factor. NaN stands for units whose part of it rounding has made indefinite.
     """
-    size = len(factor)
-    columns = factor.new_zeros(size - start, stop - start)
-    columns[: stop - start].fill_diagonal_(1)
-    for first in range(start, size, COLUMNS):
-        last = min(first + COLUMNS, size)
-        rows = columns[first - start : last - start]
-        rows.sub_(factor[first:last, start:first] @ columns[: first - start])
-        rows.copy_(torch.linalg.solve_triangular(factor[first:last, first:last], rows, upper=False))
-    return columns
-
-
-def _factors(tiles: Tensor) -> Tensor:
-    """The lower Cholesky factors of positive definite matrices, shape `(units, n, n)`.
-
-    Where rounding has made a matrix indefinite, all get a ridge relative to their diagonals, as small as possible.
-    """
-    diagonal = torch.diag_embed(tiles.diagonal(dim1=1, dim2=2))
-    for ridge in (0.0, *(10.0**power for power in range(-8, 1))):
-        factors, info = torch.linalg.cholesky_ex(tiles + ridge * diagonal)
-        if not info.any():
-            return factors
-    raise StructPruneError("The inverse of a Gram matrix has no positive diagonal; the activations are broken.")
+    inverse = torch.cholesky_inverse(factor, out=factor)
+    if columns_per_unit == 1:  # the general way factors many matrices of one number, which threads make very slow
+        return (0.5 * weight.double().square().sum(0) / inverse.diagonal().double()).to(weight)
+    units = weight.shape[1] // columns_per_unit
+    # Shape (units, columns_per_unit, columns_per_unit), and (units, columns_per_unit, out) for the weight.
+    by_unit = inverse.view(units, columns_per_unit, units, columns_per_unit)
+    tiles = by_unit.diagonal(dim1=0, dim2=2).movedim(-1, 0).double()
+    dense = weight.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
+    # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
+    factors, failed = torch.linalg.cholesky_ex(tiles)
+    losses = 0.5 * torch.linalg.solve_triangular(factors, dense, upper=False).square().sum((1, 2))
+    return losses.where(failed == 0, torch.nan).to(weight)
