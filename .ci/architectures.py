@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from optimum_structprune.arch.families import BUILTIN, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
+from optimum_structprune.arch.families import FAMILIES_FILE, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
 from optimum_structprune.arch.spec import HIDDEN, LAYER, kind_of
 
 
@@ -16,7 +16,7 @@ ONE_FOR_ALL = "a model has one"
 def table() -> str:
     """The lines of the table, for all families."""
     lines = ["| model types | space | plain | non-uniform | config keys |", "|---|---|---|---|---|"]
-    for family in read_families(BUILTIN):
+    for family in read_families(FAMILIES_FILE):
         lines += _rows(family)
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from optimum_structprune.arch.families import BUILTIN, builtin_families
+from optimum_structprune.arch.families import FAMILIES_FILE, builtin_families
 from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
@@ -51,7 +51,7 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    described = parse_yaml(BUILTIN.read_text(encoding="utf-8"))
+    described = parse_yaml(FAMILIES_FILE.read_text(encoding="utf-8"))
     entries = [entry for entry in described if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [

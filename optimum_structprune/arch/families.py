@@ -1,9 +1,9 @@
-"""Reads `families.yaml`, and refuses unknown keys, because a key that nothing reads would change nothing."""
+"""Reads `families.yaml`, and refuses unknown keys."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +18,11 @@ from ..registry import did_you_mean
 
 
 T = TypeVar("T")
-BUILTIN = Path(__file__).with_name("families.yaml")
-UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
+FAMILIES_FILE = Path(__file__).with_name("families.yaml")
+UNIT_WORDS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
 UNDESCRIBED = "its description names no layer_class"
-SUMMED_KEYS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 # What configs of transformers 4 call the base of a rotary embedding, that of layers with a sliding window, and the
 # part of a head that rotates; and all that one of them may say of scaling.
 FORMER_ROPE = ("rope_theta", "", "partial_rotary_factor")
@@ -41,7 +40,7 @@ _USER_FAMILIES: dict[str, Family] = {}
 
 
 class UndescribedError(StructPruneError):
-    """Says that the layers of a model are not described, so that only tokens can go from it."""
+    """The layers of a model are not described, and only tokens can go from it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Family:
 
 
 def read_families(path: str | Path) -> list[Family]:
-    """The families of a YAML file of the form of `families.yaml`."""
+    """The families of a YAML file in the form of `families.yaml`."""
     try:
         entries = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -120,8 +119,6 @@ def read_families(path: str | Path) -> list[Family]:
 
 def _family(entry: Mapping[str, Any], file: str) -> Family:
     where = f"{file}: {', '.join(map(str, entry.get('model_types') or ['?']))}"
-    if "text" in entry:
-        return _described(Family, entry, where, ("model_types", "text"), ("model_types", "text"))
     values = {key: value for key, value in entry.items() if key != "transposed"}
     transposed = entry.get("transposed", False)
     if isinstance(path := entry.get("layer_path"), str):
@@ -130,46 +127,37 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         values["spaces"] = {
             name: _space(space, f"{where}.{name}", transposed) for name, space in entry["spaces"].items()
         }
-    if "layer" in entry:
-        allowed = ("size", "requires", "kinds")
-        values["layer"] = _described(Template, entry["layer"], f"{where}.layer", ("size",), allowed)
-    if "hidden" in entry:
-        required = ("size", "embed", "head", "final", "norms", "consumers", "producers")
-        values["hidden"] = _described(ResidualTemplate, entry["hidden"], f"{where}.hidden", required)
-    return _described(Family, values, where, ("model_types", "layer_path", "spaces"))
+    for key, kind in (("layer", Template), ("hidden", ResidualTemplate)):
+        if key in entry:
+            values[key] = _described(kind, entry[key], f"{where}.{key}")
+    return _described(Family, values, where, () if "text" in entry else ("layer_path", "spaces"))
 
 
 def _space(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    allowed = {*get_type_hints(Template)} - {"kinds", *(("producers", "consumers") if "router" in entry else ())}
-    required = ("size", "router", "experts") if "router" in entry else ("size", "producers", "consumers")
     parts = {
         key: _parts(entry[key], f"{where}.{key}") for key in ("producers", "consumers", "also_cut") if key in entry
     }
-    return _described(Template, {"transposed": transposed, **entry, **parts}, where, required, allowed)
+    required = ("experts",) if "router" in entry else ("producers", "consumers")
+    return _described(Template, {"transposed": transposed, **entry, **parts}, where, required)
 
 
 def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
     for name, units in parts.items():
         for unit in units:
-            if unit not in UNITS and not SUMMED_KEYS.fullmatch(str(unit)):
-                raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNITS)}")
+            if unit not in UNIT_WORDS and not re.fullmatch(r"\w+_dim(\+\w+_dim)*", str(unit)):
+                raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNIT_WORDS)}")
     return parts
 
 
-def _described(
-    kind: type[T], entry: Mapping[str, Any], where: str, required: Iterable[str], allowed: Iterable[str] = ()
-) -> T:
+def _described(kind: type[T], entry: Mapping[str, Any], where: str, required: tuple[str, ...] = ()) -> T:
     """A dataclass from values by field, each of which has to be of the declared type."""
-    types = get_type_hints(kind)
-    allowed = {*allowed} or {*types}
-    for key in entry:
-        if key not in allowed:
-            raise StructPruneError(f"{where}: unknown key {key!r}.{did_you_mean(key, allowed)}")
-    if absent := sorted({*required} - {*entry}):
+    types, values = get_type_hints(kind), dict[str, Any]()
+    if absent := [key for key in required if key not in entry]:
         raise StructPruneError(f"{where}: {absent[0]!r} is missing.")
-    values = {}
     for key, value in entry.items():
+        if key not in types:
+            raise StructPruneError(f"{where}: unknown key {key!r}.{did_you_mean(key, types)}")
         values[key] = tuple(value) if get_origin(types[key]) is tuple and isinstance(value, list) else value
         type_validator(key, values[key], types[key])
     return kind(**values)
@@ -178,7 +166,7 @@ def _described(
 @lru_cache
 def builtin_families() -> dict[str, Family]:
     """The families that the package knows, by model type."""
-    return {name: family for family in read_families(BUILTIN) for name in family.model_types}
+    return {name: family for family in read_families(FAMILIES_FILE) for name in family.model_types}
 
 
 def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
