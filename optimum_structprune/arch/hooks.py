@@ -23,7 +23,7 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
 
 
 def first_of(output: Any) -> Tensor:
-    """The hidden states in what a layer returns, whether it returns them alone or first in a tuple."""
+    """The hidden states in the output of a layer: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -55,9 +55,7 @@ def observe_products(
 
 @contextmanager
 def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[None]:
-    """Make a module add `noise` to every output that has the same number of elements, whatever its shape; or
-    `replace` it by the noise.
-    """
+    """Make a module add `noise` to each output with as many elements, or `replace` that by it."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if output.numel() != noise.numel():
@@ -100,8 +98,9 @@ def _replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
 def cached_outputs(
     layer: nn.Module, names: Sequence[str], changed: Collection[str], keep: Callable[[str, Any], None], device: Any
 ) -> Iterator[None]:
-    """Call `keep(name, output)` with a copy of the output of each part of a layer that runs once and before all
-    `changed` parts: the smaller layer gives the same there. The copy lies on `device`.
+    """Call `keep(name, output)` for each part of a layer that runs once and before all `changed` parts.
+
+    The smaller layer gives the same there. The output is a copy on `device`.
     """
     order: list[str] = []
 
@@ -121,12 +120,12 @@ def cached_outputs(
 
 
 def is_emulated(weight: Tensor) -> bool:
-    """Whether the CPU has no instructions for products of the dtype of a weight, which then take several times as long
-    as in fp32. Only oneDNN knows; without it the answer is no.
+    """Tells if the CPU has no instructions for products of a weight's dtype.
+
+    These then take several times as long as in fp32. Only oneDNN knows; without it the answer is no.
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device.type != "cpu":
-        return False
-    if not torch.backends.mkldnn.is_available():
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    if not half or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float16:
         return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -137,8 +136,9 @@ def is_emulated(weight: Tensor) -> bool:
 
 @contextmanager
 def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have the weights of each of `modules` in fp32 while it runs, where their own dtype is emulated. One of them is
-    in memory twice at a time; its outputs have its own dtype.
+    """Have weights of an emulated dtype in fp32 while their module, one of `modules`, runs.
+
+    One module is in memory twice at a time; its outputs have its own dtype.
     """
     stored: list[tuple[Tensor, Tensor]] = []
 
@@ -205,8 +205,9 @@ def intercept(
 
 
 def before_next_call(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
-    """Call `see(args, kwargs)` before a module runs the next time, and then never again: the hook removes itself, so
-    that an error leaves none behind, and the handle that is returned removes it where the module does not run.
+    """Call `see(args, kwargs)` once, before a module runs the next time.
+
+    The hook removes itself, so that an error leaves none behind. The handle removes it where the module does not run.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

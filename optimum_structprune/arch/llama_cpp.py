@@ -1,5 +1,4 @@
-"""What llama.cpp can run: its architecture for a model, the rows that it expects in another order, and its names for
-ways to cut text.
+"""Architectures of llama.cpp, the order of rows that they expect, and its names for pre-tokenizers.
 
 Sources, all of llama.cpp: the files of `src/models` for what an architecture computes and which sizes it reads by
 layer, `src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the
@@ -57,7 +56,7 @@ PRE_TOKENIZERS = {
 
 
 def gguf_architecture(config: PretrainedConfig) -> str | None:
-    """The architecture of llama.cpp as which a model can be written; None where there is none, see `gguf_refusal`.
+    """The architecture of llama.cpp that computes a model, or None; `gguf_refusal` gives the reason.
 
     The files of llama.cpp's converter run if this is the architecture in `STOCK`. Where it is `deci`, only
     `structprune export` writes a file that runs.
@@ -77,7 +76,7 @@ def _fits_stock(config: PretrainedConfig) -> bool:
 
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
-    """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead; None where it can."""
+    """The reason for which `structprune export` writes no GGUF of a model, with an alternative, or None."""
     kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
     if kind in STOCK and (reason := not_computed(config, "llama.cpp")) is not None:
         return reason
@@ -97,7 +96,7 @@ def gguf_refusal(config: PretrainedConfig) -> str | None:
 
 
 def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
-    """Why a runtime does not compute what a model of a type in `STOCK` computes; None where it does."""
+    """The reason for which a runtime computes a model of a type in `STOCK` wrongly, or None."""
     rope, gemma = rope_of(config), config.model_type == "gemma3_text"
     plain = BY_LAYER.get(config.model_type) == "deci"
     needs: dict[str, tuple[Any, ...]] = {
@@ -122,7 +121,7 @@ def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The parameters of a config's rotary embedding; of the layers that attend to everything, where others differ."""
+    """The parameters of a config's rotary embedding, as layers with full attention have it."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention", rope)
 
@@ -135,8 +134,9 @@ def layer_configs(config: PretrainedConfig) -> list[Any]:
 
 
 def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
-    """What a parameter is called where the file has it, and the parameters that it then holds, one after the other;
-    none where it is in another one, and two names where the file divides it.
+    """Pairs of a name in the file and the parameters that lie there, one after the other.
+
+    There is no pair for a parameter that lies in another one, and there are two for one that the file divides.
     """
     if name.endswith(EXPERTS_FUSED):
         return [(name.replace("gate_up_proj", f"{half}_proj") + ".weight", [name]) for half in ("gate", "up")]
@@ -149,9 +149,10 @@ def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
 
 
 def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, known_as: str) -> Tensor:
-    """A parameter with its rows in the order in which llama.cpp's architecture expects them: for queries and keys of
-    an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1. The weights of some
-    norms have one added, and of what the file divides, `known_as` says which half is meant.
+    """A parameter in the form that llama.cpp's architecture expects.
+
+    Queries and keys of an interleaved one have channel i of each head at place 2i, and channel i + half at place
+    2i + 1. The weights of some norms have one added. Of a divided parameter, `known_as` names the half.
     """
     if name.endswith(EXPERTS_FUSED):
         return rows.chunk(2, dim=1)["up_proj" in known_as]

@@ -51,7 +51,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
 
 def _of_tokens_alone(model: PreTrainedModel, error: StructPruneError) -> ArchSpec:
-    """Describes the tokens of a model whose layers are not described, or refuses a model that embeds none."""
+    """Describes the tokens of a model without described layers; a model that embeds none is refused."""
     if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
         raise error
     missing = tuple((name, str(error)) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER))

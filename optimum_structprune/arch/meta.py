@@ -29,10 +29,6 @@ from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
 
 
-# The file by which sentence-transformers knows its folders.
-EMBEDDER = "modules.json"
-
-
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
     """Finds the class that loads a model: the one that it was saved as, and the causal language model of its type.
 
@@ -53,7 +49,7 @@ def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -
 @lru_cache
 def is_embedder(name: str) -> bool:
     """Tells whether a folder, or a model of the Hub, holds the modules of sentence-transformers."""
-    return bool(name and cached_file(name, EMBEDDER, _raise_exceptions_for_missing_entries=False))
+    return bool(name and cached_file(name, "modules.json", _raise_exceptions_for_missing_entries=False))
 
 
 def meta_model(
@@ -90,12 +86,6 @@ def shrunk_skeleton(model: PreTrainedModel, arch: ArchSpec, widths: Widths) -> P
     return skeleton(model, shrunk_config(model.config, arch, widths))
 
 
-MERGE_INJECTED = (
-    "for name, m in [*model.named_modules()]: "
-    "hasattr(m, 'get_base_layer') and (m.merge(), model.set_submodule(name, m.get_base_layer()))"
-)
-
-
 def check_plain(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are not its own parameters. A quantized model passes, see `dequantized`.
 
@@ -118,9 +108,9 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def _check_stock(model: PreTrainedModel) -> None:
-    """Refuse modules of other classes than the model's own code builds, any with a `forward` of its own, and weights
-    that are shared where that code shares none: what is pruned is built anew from those classes. Unpacking brings them
-    back in a quantized model.
+    """Refuse modules and shared weights other than those that the model's class builds.
+
+    A pruned model is built anew by that class. Unpacking brings its modules back in a quantized model.
     """
     if is_quantized(model):
         return
@@ -172,21 +162,26 @@ def check_no_adapter(model: PreTrainedModel) -> None:
         line = "model.get_base_model()" if prompts else "model.merge_and_unload()"
         raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
-        raise StructPruneError(f"{name} has a PEFT adapter injected into it; merge it first: `{MERGE_INJECTED}`")
+        raise StructPruneError(
+            f"{name} has a PEFT adapter injected into it; merge it first: `for name, m in [*model.named_modules()]: "
+            "hasattr(m, 'get_base_layer') and (m.merge(), model.set_submodule(name, m.get_base_layer()))`"
+        )
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether transformers regards the model as quantized."""
+    """Tells if transformers regards the model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def stays_packed(model: PreTrainedModel, space: Space) -> bool:
-    """Tells whether a quantized model can lose what a space numbers as it is: that lies in the rows of plain weights,
-    and what is packed in tensors that can be saved, other than torchao's.
+    """Tells if a quantized model can lose units of a space as it is.
+
+    They have to be rows of plain weights, and its packed tensors such as can be saved, other than torchao's.
     """
     tensors = model.state_dict(keep_vars=True)
     rows = [tensors.get(axis.param, torch.empty(0, dtype=torch.int8)) for axis in space.axes]
-    plain = all(type(of) in (nn.Parameter, torch.Tensor) and of.is_floating_point() and of.itemsize > 1 for of in rows)
+    kinds = (nn.Parameter, torch.Tensor)
+    plain = all(type(row) in kinds and row.is_floating_point() and row.itemsize > 1 for row in rows)
     return plain and not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values())
 
 
@@ -214,7 +209,7 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
 
 
 def _unpacked(model: PreTrainedModel) -> bool:
-    """Whether the model is made of the same modules and shapes as one that was never quantized."""
+    """Tells if a model has the modules and shapes of one that was never quantized."""
     dense = skeleton(model, model.config)
     parameters = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.named_parameters()}
     return (
@@ -226,7 +221,7 @@ def _unpacked(model: PreTrainedModel) -> bool:
 
 
 def predicts_next(model: PreTrainedModel) -> bool:
-    """Whether a model predicts the next token of a text."""
+    """Tells if a model predicts the next token of a text."""
     return model.can_generate() and not model.config.is_encoder_decoder and reads_text(model)
 
 
@@ -242,7 +237,7 @@ def reads_text(model: PreTrainedModel) -> bool:
 
 
 def reads_images(model: Any) -> bool:
-    """Whether a model reads images alone."""
+    """Tells if a model reads images alone."""
     images = getattr(model, "main_input_name", "") == "pixel_values"
     return images and not isinstance(embedding_of(model), nn.Embedding)
 
@@ -255,9 +250,7 @@ def random_image(config: Any, images: int = 1) -> torch.Tensor:
 
 
 def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
-    """Gives what a model that does not read text alone asks for beside token ids: random images, or in place of what
-    its encoder reads, random outputs of that.
-    """
+    """Random inputs beside token ids for a model that needs some: images, or outputs of its encoder."""
     if reads_text(model):
         return {}
     if not model.config.is_encoder_decoder:
@@ -268,7 +261,7 @@ def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def positions_of(model: PreTrainedModel) -> float:
-    """The most tokens that a model reads; infinity where nothing says it."""
+    """The largest number of tokens in a row that a model reads, infinity by default."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
     return next(filter(None, (getattr(config, name, None) for name in names)), inf)

@@ -14,7 +14,7 @@ from ..errors import StructPruneError, one_line
 from .spec import ArchSpec
 
 
-# What transformers sets on modules when activation checkpointing is switched on.
+# Attributes that transformers sets on modules when activation checkpointing is switched on.
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 FORWARD_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -51,8 +51,9 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
 
 
 def replace_(model: nn.Module, path: str, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
-    """Fill a module without weights, put it into the model, and make it take over everything else from the module that
-    it replaces, which is left as it was where `state` does not fit.
+    """Replace the module at a path by one without weights, filled with `state`; settings and hooks move over.
+
+    Where `state` does not fit, the model is left as it was.
     """
     old = model.get_submodule(path)
     # The strict load proves that no coupled tensor was forgotten.
@@ -106,14 +107,12 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
 
 
 def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Give a model the config of a smaller one without weights, once the shape of every tensor has been compared but
-    of those that are quantized.
-    """
+    """Give a model the config of a smaller one without weights, once all shapes agree but of quantized tensors."""
     twins = dict(smaller.named_modules())
     packed = tuple(f"{name}." for name, part in model.named_modules() if type(part) is not type(twins.get(name)))
     expected, shapes = (
-        {name: tuple(tensor.shape) for name, tensor in of.state_dict().items() if not name.startswith(packed)}
-        for of in (smaller, model)
+        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items() if not name.startswith(packed)}
+        for each in (smaller, model)
     )
     for name in sorted({*expected, *shapes}):
         if expected.get(name) != shapes.get(name):

@@ -20,14 +20,9 @@ from .llama_cpp import BY_LAYER, layer_configs, not_computed, rope_of
 from .spaces import heads_of
 
 
-FORM, MULTIPLE = "nemotron-nas", 256
+FORM, FFN_MULTIPLE = "nemotron-nas", 256
 CODE = Path(configuration.__file__)
 LLAMAS = [name for name, architecture in BY_LAYER.items() if architecture == "deci"]
-# Fields that mean the same in all these configs.
-SAME = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "initializer_range", "dtype"),
-    *("rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
 # The sizes of one layer: KV groups, query heads in each, channels of a head and of the FFN.
 Sizes = namedtuple("Sizes", "groups per_group head_dim ffn")
 # The dimension of each matrix that depends on the sizes of a layer, and the sizes whose product it is.
@@ -44,13 +39,13 @@ def sizes_of(layer_config: Any, pad: bool) -> Sizes:
     """
     (heads, groups, head_dim), ffn = heads_of(layer_config), layer_config.intermediate_size
     if pad:
-        heads, ffn = layer_config.hidden_size // head_dim, -(-ffn // MULTIPLE) * MULTIPLE
+        heads, ffn = layer_config.hidden_size // head_dim, -(-ffn // FFN_MULTIPLE) * FFN_MULTIPLE
         groups = next(number for number in range(groups, heads + 1) if heads % number == 0)
     return Sizes(groups, heads // groups, head_dim, ffn)
 
 
 def check_nemotron_nas(config: PretrainedConfig, pad: bool) -> None:
-    """Refuse a model that the form cannot say, or only with zeros that were not asked for."""
+    """Refuse a model that the form cannot hold, or not without padding unless `pad` is set."""
     if config.model_type not in LLAMAS:
         raise StructPruneError(
             f"{FORM} is a Llama whose layers differ, which {', '.join(LLAMAS)} models are; the layers of this "
@@ -64,11 +59,11 @@ def check_nemotron_nas(config: PretrainedConfig, pad: bool) -> None:
             raise StructPruneError(f"{FORM} has {width} / {head_dim} query heads, and layer {number} has {heads}.")
         ffn, legal = layer.intermediate_size, sizes_of(layer, pad=True)
         if sizes_of(layer, pad=False) != legal and not pad:
-            nearest = " or ".join(str(size) for size in (legal.ffn - MULTIPLE, legal.ffn) if size and size != ffn)
+            nearest = " or ".join(str(size) for size in (legal.ffn - FFN_MULTIPLE, legal.ffn) if size and size != ffn)
             raise StructPruneError(
                 f"Layer {number} has {ffn} FFN channels and {heads} query heads in {groups} KV groups; {FORM} takes "
-                f"multiples of {MULTIPLE} channels ({nearest or ffn}) and {width // head_dim} query heads (in "
-                f"{legal.groups} groups). Prune to such widths (round_to={MULTIPLE}), or have zeros added (--pad)."
+                f"multiples of {FFN_MULTIPLE} channels ({nearest or ffn}) and {width // head_dim} query heads (in "
+                f"{legal.groups} groups). Prune to such widths (round_to={FFN_MULTIPLE}), or have zeros added (--pad)."
             )
 
 
@@ -76,7 +71,9 @@ def llama_config(config: PretrainedConfig) -> LlamaConfig:
     """The config of the same model as a Llama with sizes that the form can say."""
     layers = [sizes_of(layer, pad=True) for layer in layer_configs(config)]
     most = Sizes(*map(max, zip(*layers, strict=True)))
-    fields: dict[str, Any] = {name: getattr(config, name) for name in SAME}
+    same = "vocab_size hidden_size num_hidden_layers hidden_act rms_norm_eps initializer_range dtype rope_parameters"
+    same += " tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    fields: dict[str, Any] = {name: getattr(config, name) for name in same.split()}
     if differing := {number: layer for number, layer in enumerate(layers) if layer != most}:
         fields["per_layer_config"] = {
             number: {"num_key_value_heads": layer.groups, "intermediate_size": layer.ffn}
@@ -98,7 +95,7 @@ def llama_config(config: PretrainedConfig) -> LlamaConfig:
 
 
 def nemotron_nas_fields(config: LlamaConfig) -> dict[str, Any]:
-    """What `config.json` says of a Llama with such sizes; MLX knows the rotary embedding by its names of before."""
+    """The fields of `config.json`, those of the rotary embedding in the words that MLX knows."""
     plain, rope = {"no_op": False, "replace_with_linear": False}, dict(rope_of(config))
     blocks = [
         {
@@ -120,7 +117,7 @@ def nemotron_nas_fields(config: LlamaConfig) -> dict[str, Any]:
 
 
 def padded(name: str, tensor: Tensor, present: Sizes, legal: Sizes) -> Tensor:
-    """A parameter of a layer with zeros where it grows; what they add is multiplied by zeros in the consumers."""
+    """A parameter of a layer, padded with zeros; in the consumers too, so that they change no output."""
     dim, part = PARTS.get(name.split(".")[-2], (0, ()))
     if not part or dim == tensor.ndim:  # the bias of a consumer stays
         return tensor

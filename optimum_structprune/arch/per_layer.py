@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-VARIABLE = "OPTIMUM_STRUCTPRUNE_PATCH"
 MODELING = "transformers.modeling_utils"
 MODULE = "modeling_structprune"
 
@@ -119,12 +118,12 @@ def heterogeneous() -> Iterator[None]:
 
 def enable_on_import() -> None:
     """Enable the patches when the package is imported, unless the environment variable says no."""
-    if os.environ.get(VARIABLE, "1") != "0":
+    if os.environ.get("OPTIMUM_STRUCTPRUNE_PATCH", "1") != "0":
         enable_heterogeneous()
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of the layers that a model class builds; None where `families.yaml` names none."""
+    """The class of a model's layers, if `families.yaml` names it."""
     name = _families().layer_class_name(config.model_type)
     if name is None:
         return None
@@ -202,7 +201,7 @@ def _with_modeling_file(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def built_by_transformers() -> bool:
-    """Whether transformers gives layers their own configs by itself, as its pull request 45332 proposes."""
+    """Tells if transformers gives layers their own configs by itself, as its pull request 45332 proposes."""
     return hasattr(import_module("transformers.integrations.heterogeneity"), "apply_heterogeneous_modeling")
 
 
@@ -244,11 +243,9 @@ def own_configs(layer_class: type) -> Iterator[None]:
 
 
 def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
-    """Write `modeling_structprune.py`, which names the stock classes of the model, beside a config whose layers
-    differ, and enter it in the config's `auto_map`.
+    """Write `modeling_structprune.py` beside a config whose layers differ, and enter it in its `auto_map`.
 
-    A config that this package did not make, because its layers are alike or its model type is not described, is left
-    alone.
+    It names the stock classes of the model. A config of layers that are alike or not described is left alone.
     """
     # Only here, because importing the classes of all models takes long.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING

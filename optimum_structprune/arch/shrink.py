@@ -14,19 +14,18 @@ from transformers import PretrainedConfig
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
-from .token_space import IDS, SIZE_PER_LAYER, renumber_
+from .token_space import TOKEN_ID_KEYS, VOCAB_SIZE_PER_LAYER, renumber_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
 # 8 in half precision. Widths inside experts are multiples of 8 in any dtype, so that a cast never breaks a model.
 EXPERT_MULTIPLE = 8
-ROW_BYTES = 16
 # Config keys that change with the number of layers: those that count layers from the first one,
-COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+LAYER_COUNT_KEYS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # those that list the indices of some layers,
-INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
+LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 # and lists that never have one entry per layer, even where they happen to be as long.
-OTHER_LISTS = (
+OTHER_LIST_KEYS = (
     "architectures",
     "mlp_multipliers",
     "mtp_layers_block_type",
@@ -34,8 +33,6 @@ OTHER_LISTS = (
     "ssm_multipliers",
     "time_step_limit",
 )
-# Config keys that count layers beside these, which predict tokens farther ahead. transformers does not load them.
-AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def shrunk_config(
@@ -61,8 +58,8 @@ def shrunk_config(
         space = arch.of(VOCAB)[0]
         keep = stay or range(space.width_in(sizes))
         renumber_(new, keep, space.size, only_shapes=stay is None)
-        if (bound := getattr(text, SIZE_PER_LAYER, None)) is not None:
-            setattr(text, SIZE_PER_LAYER, bisect_left(keep, bound))
+        if (bound := getattr(text, VOCAB_SIZE_PER_LAYER, None)) is not None:
+            setattr(text, VOCAB_SIZE_PER_LAYER, bisect_left(keep, bound))
     for name in sizes:
         space = arch.of(name)[0]
         for key, value in space.pins:
@@ -79,8 +76,9 @@ def shrunk_config(
 
 
 def layers_ahead(config: PretrainedConfig) -> list[str]:
-    """The keys of a text config that count layers which transformers does not load, and a smaller model has not."""
-    return [key for key in AHEAD if getattr(config, key, None)]
+    """The keys of a text config that count layers for tokens farther ahead; transformers does not load them."""
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    return [key for key in keys if getattr(config, key, None)]
 
 
 def _set_sizes_(
@@ -111,11 +109,11 @@ def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]]
 
 
 def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence[int]:
-    """Every width that a plain config of this model can express for the space `name`, and that the model runs with,
-    ascending: a range where there may be very many.
+    """The legal widths of the space `name`, ascending: a plain config can express them, and the model runs with them.
 
-    Each number of KV groups or heads is tried against the config class's own validation. Any number of channels,
-    experts and layers is legal, but for what the grouped matrix product of experts takes; see `EXPERT_MULTIPLE`.
+    They are a range where there may be very many. Each number of KV groups or heads is tried against the config
+    class's own validation. Any number of channels, experts and layers is legal, but for what the grouped matrix
+    product of experts takes; see `EXPERT_MULTIPLE`.
     """
     spaces = arch.of(name)
     space = max(spaces, key=lambda space: space.width)
@@ -127,7 +125,7 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence
         step = 1 if _accepts(config, arch, {name: space.size - 1}) else config.get_text_config().num_attention_heads
         if any(other.experts is not None for other in arch.spaces):
             dtype = config.get_text_config().dtype or config.dtype
-            step = lcm(step, max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1))
+            step = lcm(step, max(16 // getattr(dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE
     narrower = range(ceil(space.min_size / step) * step, space.width, step)
@@ -143,16 +141,16 @@ def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:
 
 
 def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
-    """Cut every list of a config that has one entry per layer, and renumber what names or counts layers.
+    """Cut the lists of a config with one entry per layer, and renumber the fields that name or count layers.
 
-    A list with one entry per layer is recognised by its length; transformers marks it in no other way.
+    Such a list is recognised by its length; transformers marks it in no other way.
     """
     for key, value in list(vars(config).items()):
-        if key in COUNTS and value is not None:
+        if key in LAYER_COUNT_KEYS and value is not None:
             setattr(config, key, sum(layer < value for layer in keep))
-        elif key in INDICES and value is not None:
+        elif key in LAYER_INDEX_KEYS and value is not None:
             setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
-        elif key in OTHER_LISTS or IDS.fullmatch(key):
+        elif key in OTHER_LIST_KEYS or TOKEN_ID_KEYS.fullmatch(key):
             continue
         elif isinstance(value, (list, tuple)) and len(value) == size:
             setattr(config, key, type(value)(value[layer] for layer in keep))

@@ -14,7 +14,7 @@ from ..errors import StructPruneError
 from .families import ResidualTemplate, Template
 from .modules import embedding_of
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space
-from .token_space import SIZE, SIZE_PER_LAYER
+from .token_space import VOCAB_SIZE, VOCAB_SIZE_PER_LAYER
 
 
 TensorShapes = Mapping[str, tuple[int, ...]]
@@ -75,12 +75,12 @@ def spaces_of(
 
 
 def meets(config: PretrainedConfig, template: Template) -> bool:
-    """Whether a config has the values that a template requires."""
+    """Tells if a config has the values that a template requires."""
     return all(getattr(config, key, None) in values for key, values in template.requires.items())
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
-    """The attention heads of a config, with what transformers derives where the config does not say it."""
+    """The attention heads of a config; fields that it lacks are derived as transformers does."""
     heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
     if groups > heads:
@@ -100,7 +100,7 @@ def number(config: PretrainedConfig, key: str) -> int:
 
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """The number of rows of a weight that a unit owns, by the words that the template has for it."""
+    """The rows of a weight that a unit owns, by the words of the template."""
     described = (*template.producers.values(), *template.consumers.values(), *template.also_cut.values())
     words = {part for parts in described for part in parts}
     words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}
@@ -152,14 +152,14 @@ def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units
         producers, consumers = (
             tuple(replace(axis, part=expert) for axis in axes) for axes in (space.producers, space.consumers)
         )
-        of_expert = replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers)
-        yield _counted(of_expert, shapes)
+        part = replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers)
+        yield _counted(part, shapes)
 
 
 def _with_projections(
     base: Space, template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Space | None:
-    """A space with its size and the axes that a template finds; None where the first producer is not there."""
+    """A space with its size and axes; None where the first producer is not there."""
     weight, bias = (name.format for name in names)
     first, parts = next(iter(template.producers.items()))
     if weight(first) not in shapes:
@@ -261,9 +261,7 @@ def _writers(module: str, template: ResidualTemplate, shapes: TensorShapes) -> I
 
 
 def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
-    """The axis of a module's weight, or of a parameter that stacks the matrices of all experts; nothing where there is
-    neither.
-    """
+    """The axis of a module's weight, or of a parameter that stacks the experts' matrices, if there is one."""
     if f"{module}.weight" in shapes:
         yield Axis(f"{module}.weight", 2 + dim)
     elif module in shapes:
@@ -271,18 +269,19 @@ def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorSha
 
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
-    """The vocabulary of a model whose text `config` describes; None where it has no rows that tokens could lose."""
-    size, embedding, head = getattr(config, SIZE, None), embedding_of(model), model.get_output_embeddings()
+    """The vocabulary of a model with this text config; None if no rows belong to tokens."""
+    size, embedding, head = getattr(config, VOCAB_SIZE, None), embedding_of(model), model.get_output_embeddings()
     weight = getattr(embedding, "weight", None)
     if head is None:  # BLIP does not name its own
-        head = next((of for of in model.modules() if isinstance(of, nn.Linear) and of.weight is weight), None)
+        linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+        head = next((linear for linear in linears if linear.weight is weight), None)
     tensors = model.state_dict(keep_vars=True)
     rows = {id(weight) for part in (embedding, head) if isinstance(weight := getattr(part, "weight", None), Tensor)}
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
     if size is None or not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
         return None
     axes += _biases(head, model, tensors, size) if head is not None else []
-    per_layer = getattr(config, SIZE_PER_LAYER, None)
+    per_layer = getattr(config, VOCAB_SIZE_PER_LAYER, None)
     axes += [
         Axis(f"{name}.weight", 0)
         for name, module in model.named_modules()
@@ -291,12 +290,12 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     owned = {
         id(tensor): tensor.numel() // size for axis in axes if isinstance(tensor := tensors[axis.param], nn.Parameter)
     }
-    keys = ((SIZE, 1),)
+    keys = ((VOCAB_SIZE, 1),)
     return Space(VOCAB, MODEL, size, tuple(axes), (), keys, (), sum(owned.values()), unit=TOKEN, uniform=ONE_PER_MODEL)
 
 
 def _biases(head: nn.Module, model: nn.Module, tensors: dict[str, Tensor], size: int) -> Iterator[Axis]:
-    """What is added to the logits: one number per token, in the head or beside it."""
+    """Finds biases of the logits, one number per token, in the head or beside it."""
     path = next(name for name, module in model.named_modules() if module is head)
     for name, tensor in tensors.items():
         if name.rpartition(".")[0] in (path, path.rpartition(".")[0]) and tensor.shape[-1] == tensor.numel() == size:

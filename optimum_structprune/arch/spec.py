@@ -28,9 +28,10 @@ def kind_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where a space appears in one parameter: unit `i` owns the indices `[offset + i * per_unit, offset + (i + 1) *
-    per_unit)` of dimension `dim` of `param`; of one that stacks the matrices of experts, only at index `part` of
-    dimension 0.
+    """The place of a space in one parameter.
+
+    Unit `i` owns the indices `[offset + i * per_unit, offset + (i + 1) * per_unit)` of dimension `dim` of `param`; of
+    one that stacks the matrices of experts, only at index `part` of dimension 0.
     """
 
     param: str
@@ -81,7 +82,7 @@ class Space:
 
     @property
     def inside(self) -> bool:
-        """Whether the units lie inside a layer or an expert: they are neither whole layers nor whole experts."""
+        """True if the units lie inside a layer or an expert; false for whole layers and whole experts."""
         return self.unit in (CHANNEL, GROUP)
 
     @property
@@ -95,7 +96,7 @@ class Space:
         return self.size // self.scale
 
     def width_in(self, widths: Widths) -> int:
-        """The width that `widths` gives to this space; the present one where `widths` does not name it."""
+        """The width of this space in `widths`, by default the present one."""
         given = widths.get(self.kind, self.width)
         return given if isinstance(given, int) else given.get(self.layer, self.width)
 
@@ -126,7 +127,7 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """What may shrink in a model, and what shrinks with it."""
+    """The removable dimensions of a model, and all parameters that depend on them."""
 
     model_type: str
     stacks: tuple[tuple[str, int], ...]  # the paths and lengths of the lists of layers, through which layers count

@@ -13,26 +13,24 @@ from ..errors import StructPruneError
 from .modules import embedding_of
 
 
-SIZE = "vocab_size"
+VOCAB_SIZE = "vocab_size"
 # A second embedding, of which every layer reads a part, may leave out the last tokens.
-SIZE_PER_LAYER = "vocab_size_per_layer_input"
+VOCAB_SIZE_PER_LAYER = "vocab_size_per_layer_input"
 # The fields of a config, and of the config of generation, that hold ids of tokens.
-IDS = re.compile(
+TOKEN_ID_KEYS = re.compile(
     r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
     r"|(lang|task)_to_id"
 )
 # Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
-PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
-
-# The parts of a config that number the tokens of its model.
-TEXT = ("text_config", "decoder")
+ID_PAIR_KEYS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
 
 
 def renumber_(
     config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int, only_shapes: bool = False
 ) -> None:
-    """Give the tokens that a config names the ids that they have once only `keep`, ascending, of `size` rows is left;
-    an id beyond both is no token, and stays. A model of `only_shapes` may name rows that are gone: as the last one.
+    """Change the token ids in a config to those that remain once only `keep`, ascending, of `size` rows is left.
+
+    An id beyond both is no token, and stays. With `only_shapes`, rows that are gone count as the last one.
     """
     new = dict.fromkeys(range(size), len(keep) - 1) if only_shapes else {}
     new |= {old: place for place, old in enumerate(keep)}
@@ -45,16 +43,16 @@ def renumber_(
             )
         return new.get(old, old)
 
-    for field in [(part, key, _mapped(value, changed, PAIRS.get(key))) for part, key, value in _fields(config)]:
+    for field in [(part, key, _mapped(value, changed, ID_PAIR_KEYS.get(key))) for part, key, value in _fields(config)]:
         setattr(*field)
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
-    """The ids of tokens that the config of a model names, and that of its generation."""
+    """The ids of tokens in the config of a model and in its generation config."""
     ids: set[int] = set()
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for _, key, value in _fields(config):
-            _mapped(value, ids.add, PAIRS.get(key))
+            _mapped(value, ids.add, ID_PAIR_KEYS.get(key))
     return ids
 
 
@@ -66,20 +64,22 @@ def counted_from(model: PreTrainedModel) -> int:
 
 
 def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, str, Any]]:
-    """The fields that hold ids, of a config and of those inside it that do not number tokens of their own: each with
-    its config, name and value.
+    """The fields that hold token ids, each with its config, name and value.
+
+    Configs inside a config count too, unless they number tokens of their own.
     """
     for key, value in vars(config).items():
-        if IDS.fullmatch(key):
+        if TOKEN_ID_KEYS.fullmatch(key):
             yield config, key, value
-        elif isinstance(value, PretrainedConfig) and (key in TEXT or not hasattr(value, SIZE)):
-            yield from _fields(value)
+        elif isinstance(value, PretrainedConfig):
+            if key in ("text_config", "decoder") or not hasattr(value, VOCAB_SIZE):
+                yield from _fields(value)
 
 
 def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
     """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
     if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(of, change) if place == 1 else of for key, of in value.items()}
+        return {_mapped(key, change): _mapped(part, change) if place == 1 else part for key, part in value.items()}
     if isinstance(value, (list, tuple)) and place is not None:
         return [[_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value]
     if isinstance(value, (list, tuple)):

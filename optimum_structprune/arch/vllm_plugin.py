@@ -17,8 +17,9 @@ from .per_layer import MODULE
 
 
 def register() -> None:
-    """Send non-uniform models to vLLM's Transformers backend, as its own classes build all layers alike, and let it
-    read `nemotron-nas` without code from the folder.
+    """Send non-uniform models to vLLM's Transformers backend, as its own classes build all layers alike.
+
+    It also lets vLLM read `nemotron-nas` without code from the folder.
     """
     AutoConfig.register(NemotronNASConfig.model_type, NemotronNASConfig, exist_ok=True)
     registry = import_module("vllm.model_executor.models").ModelRegistry
@@ -28,9 +29,9 @@ def register() -> None:
 
 def _by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def of_model(architectures: Any, model_config: Any) -> Any:
+    def resolve(architectures: Any, model_config: Any) -> Any:
         if model_config.model_impl == "auto" and MODULE in str(getattr(model_config.hf_config, "auto_map", None)):
             model_config.model_impl = "transformers"
         return original(architectures, model_config)
 
-    return of_model
+    return resolve

@@ -19,13 +19,13 @@ from ..method.layers import input_device
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
-    """The argument in which a model takes a cache of keys and values; None for a model that takes none."""
+    """The name of a model's argument for a cache of keys and values, or None."""
     names = ("cache", "past_key_values")  # in newer and in older releases of transformers
     return next((name for name in names if name in signature(model.forward).parameters), None)
 
 
 def last_logits_only(model: PreTrainedModel) -> bool:
-    """Whether a model can compute the logits of the last position alone, as generation asks it to."""
+    """Tells if a model can compute the logits of the last position alone, as generation asks it to."""
     return "logits_to_keep" in signature(model.forward).parameters
 
 
@@ -44,7 +44,7 @@ def continuations(
     settings: Mapping[str, Any],
     listeners: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
-    """What a model writes behind prompts of token ids, by these settings alone, up to the end token."""
+    """Continues prompts of token ids, by these settings alone, up to the end token."""
     longest, ends, device = max(map(len, prompts)), end_tokens(model, tokenizer), input_device(model)
     padding = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
@@ -71,8 +71,9 @@ def sampled_continuations(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """What a model writes behind prompts of token ids, up to the end token, which is part of it. What all prompts
-    begin with is read once, and texts that have ended leave the batch.
+    """Continues prompts of token ids at random, up to the end token, which is part of the text.
+
+    The common start of all prompts is read once, and texts that have ended leave the batch.
     """
     ends, device = end_tokens(model, tokenizer), input_device(model)
     longest, shared = max(map(len, prompts)), len(commonprefix([[*prompt[:-1]] for prompt in prompts]))
@@ -189,7 +190,7 @@ def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterab
 
 
 def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
-    """Why parameters do not say what a token costs; empty where they do."""
+    """The reason for which a token's operations do not follow from parameters, or an empty text."""
     if getattr(model.config, "quantization_config", None) is not None:
         return "it is quantized, and how its weights are unpacked is up to their kernels"
     if EXPERT in dict(arch.missing):

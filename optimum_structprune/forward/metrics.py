@@ -56,13 +56,14 @@ def perplexity_of(losses: Tensor) -> float:
 
 
 def perplexity_errors(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """The standard errors over samples of the perplexities of models, by name, from the losses of the same samples; as
-    "ratio" that of the last model's perplexity as a multiple of the first one's, if there are several.
+    """The standard errors over samples of the perplexities of models, by name, from losses of the same samples.
+
+    With several models, "ratio" is that of the last perplexity divided by the first.
     """
     first, *others = losses.values()
     compared = {"ratio": others[-1] - first} if others else {}
     # The error of e to a mean is that of the mean, relative to it.
-    return {name: float(of.mean().exp()) * standard_error(of) for name, of in {**losses, **compared}.items()}
+    return {name: perplexity_of(loss) * standard_error(loss) for name, loss in {**losses, **compared}.items()}
 
 
 @torch.no_grad()
@@ -72,9 +73,8 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
         raise StructPruneError(
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
-    with evaluating(model):
-        losses = [_losses(logits, targets) for targets, logits in _predictions([model], [samples.split(batch_size)])]
-    return _by_sample(losses, samples)
+    predicted = samples.shape[1] - 1
+    return row_losses(model, [*samples], tokens=batch_size * samples.shape[1]) / predicted
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def row_losses(
             parts.append(_losses(logits, targets))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
-    return torch.stack([of_row.sum() for of_row in by_row])
+    return torch.stack([part.sum() for part in by_row])
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
@@ -189,11 +189,12 @@ def _predictions(
     batches: Sequence[Sequence[Tensor]],
     known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Targets of the first model, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few
-    tokens at a time. `batches` holds what each model reads, shape `(batch, seq_length)`, and `known` the hidden states
-    of the last model.
+    """Gives targets of the first model, `(tokens,)`, and logits of each, `(tokens, vocab)`, a few tokens at a time.
+
+    `batches` holds the inputs of each model, shape `(batch, seq_length)`, and `known` the hidden states of the last
+    model.
     """
-    first = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
+    first = [inputs[0][:1, :HEAD_TOKENS] for inputs in batches]
     heads = [_head(model, ids.to(input_device(model))) for model, ids in zip(models, first, strict=True)]
     every, states = [*zip(*batches, strict=True)], [*[None] * (len(models) - 1), known]
     for batch in progress(every, desc="predictions", unit="batch", leave=False, delay=1):
@@ -224,7 +225,7 @@ def _next_token_logits(
 
 
 def _head(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Gives what makes logits of the base model's output; None unless that is the `plain_head` alone."""
+    """Gives a function from the base model's output to logits, or None unless there is a `plain_head`."""
     return partial(_head_logits, model.get_output_embeddings()) if plain_head(model, ids) else None
 
 
@@ -234,7 +235,7 @@ def _head_logits(head: Any, hidden: Tensor) -> Tensor:
 
 
 def plain_head(model: Any, ids: Tensor) -> bool:
-    """Tells, by a few tokens, whether the head alone makes logits, so that it need not run on all at once."""
+    """Tries on a few tokens if the head alone makes logits, so that it need not run on all at once."""
     head, base = model.get_output_embeddings(), model.base_model
     if base is model or head is None or head.weight.is_meta or model.config.is_encoder_decoder:
         return False
@@ -265,8 +266,10 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def few_inputs(model: PreTrainedModel) -> Tensor:
-    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image; the last one ends a sequence,
-    which some heads look for, and a head that chooses among sequences gets one, shape `(1, 1, 16)`.
+    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
+
+    The last token ends a sequence, for heads that look for that. A head that chooses among sequences gets one, shape
+    `(1, 1, 16)`.
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
@@ -281,6 +284,6 @@ def few_inputs(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def outputs_for(model: PreTrainedModel, inputs: Tensor | None = None) -> Tensor:
-    """What a model gives for inputs, or for a few, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
+    """The outputs for inputs, by default `few_inputs`, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
     with evaluating(model):
         return outputs_of(run_model(model, few_inputs(model) if inputs is None else inputs))

@@ -12,10 +12,6 @@ from ..errors import StructPruneError
 from .linalg import add_product_, operand, submatrix, update_gram_
 
 
-# The number of rows of a matrix product that are in memory at a time.
-ROWS = 256
-
-
 @dataclass
 class Moments:
     """Count, mean and second moment of the inputs of a consumer, in one domain or in the mixture of several.
@@ -54,7 +50,7 @@ class Moments:
         share = len(x) / self.count
         x = operand(x.to(self.mean.device))
         mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-        for part in x.split(256):  # in memory in fp64 at a time
+        for part in x.split(256):  # so many tokens are in memory in fp64 at a time
             precise = part.double()
             share_of_each = precise.new_full((len(part),), 1 / len(x))
             mean.add_(share_of_each @ precise)
@@ -114,35 +110,36 @@ def output_energy(weight: Tensor, moments: Moments) -> float:
         return float(moments.energy)
     if moments.gram is None:
         return float(weight.square().sum(0) @ moments.square.to(weight))
-    # tr(W H Wᵀ) = ⟨W H, W⟩, a few rows of W at a time.
-    parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(ROWS)]
+    # tr(W H Wᵀ) = ⟨W H, W⟩, 256 rows of W at a time.
+    parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(256)]
     return float(torch.stack(parts).sum())
 
 
 class Mixer:
-    """Mixes the moments of one consumer, of one domain after the other; in memory are those of the mixture and of the
-    present domain. Each domain is divided by its output energy, so that one with large activations does not outweigh
-    the others. `weight` has the shape `(out, n)`.
+    """Mixes the moments of one consumer over the domains, one after the other.
+
+    In memory are those of the mixture and of the present domain. Each domain is divided by its output energy, so that
+    one with large activations does not outweigh the others. `weight` has the shape `(out, n)`.
     """
 
     def __init__(self, weight: Tensor):
         self.weight = weight
         self._sums: dict[str, Tensor] = {}
         self._total, self._count, self._energy = 0.0, 0, 0.0
-        # Whether any domain had tokens, and outputs other than zero.
-        self._evidence = (False, False)
+        # True if any domain so far had tokens; and true if its outputs were not all zero.
+        self._seen = (False, False)
 
     @torch.no_grad()
     def add(self, moments: Moments, share: float) -> None:
         """Take in a domain with its share of the mixture; its matrices are let go."""
         energy = output_energy(self.weight, moments)
         # Not every expert gets tokens of every domain, and a domain without output needs no unit: such a domain counts
-        # only where no other domain gives more evidence.
-        evidence = (moments.count > 0, energy > 0)
-        if evidence > self._evidence:
+        # only where all are like it.
+        seen = (moments.count > 0, energy > 0)
+        if seen > self._seen:
             self._sums, self._total, self._count = {}, 0.0, 0
-            self._energy, self._evidence = energy, evidence
-        if evidence != self._evidence:
+            self._energy, self._seen = energy, seen
+        if seen != self._seen:
             return
         weight = share * self._energy / energy if energy > 0 else share
         self._total, self._count = self._total + weight, self._count + moments.count
@@ -163,7 +160,7 @@ class Mixer:
 def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weights: Sequence[Tensor]) -> list[Moments]:
     """Mixes the moments of the domains for each consumer, whose dense weights have the shape `(out, n)`."""
     mixers = [Mixer(weight) for weight in weights]
-    for share, of_domain in zip(shares, by_domain, strict=True):
-        for mixer, moments in zip(mixers, of_domain, strict=True):
+    for share, all_moments in zip(shares, by_domain, strict=True):
+        for mixer, moments in zip(mixers, all_moments, strict=True):
             mixer.add(moments, share)
     return [mixer.moments() for mixer in mixers]

@@ -23,8 +23,6 @@ from .shrink import check_same
 
 # The largest share of a module's output that may reach the layer's output in another direction than its own.
 MAX_DEVIATION = 0.1
-# The number of tokens that a layer is compared on before and after it shrinks.
-FEW = 16
 
 
 class NotSequentialError(StructPruneError):
@@ -84,7 +82,7 @@ class Call(NamedTuple):
 
 
 def equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same shape and values; they may be on different devices."""
+    """Tells if two tensors, which may be on different devices, have the same shape and values."""
     return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
 
 
@@ -116,11 +114,11 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
 def capture(
     model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool, plain: bool = False
 ) -> tuple[Tensor, list[Call], bool]:
-    """The hidden states that enter the first layer, how the model calls its layers, all of them if `whole`, and
-    whether layers return hidden states alone. Where that is known to be so, as `plain` says, they do not run.
+    """Gives the hidden states that enter the first layer, the recorded calls, and if layers return a tensor alone.
 
-    The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
-    seq_length)`, the hidden states `(batch, seq_length, channels)`; there is one call per layer that was recorded.
+    The calls are those of all layers if `whole`, else of the first; they carry masks and rotary embeddings, which may
+    differ by layer type. `plain` layers return a tensor alone, and do not run. `ids` has the shape `(batch,
+    seq_length)`, the hidden states `(batch, seq_length, channels)`.
     """
     layers, alone = layer_list(model, arch), True
     first: list[Tensor] = []
@@ -176,15 +174,17 @@ def noise_like(hidden: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """Where activations come from, layer by layer; a source that skips some of it derives from this."""
+    """Gives activations layer by layer; a source that skips some of it derives from this."""
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
         return nullcontext()
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
-        consumer of these kinds of space writes straight to the residual stream, and no whole experts go.
+        """Take the dense residual stream through a layer, which has its dense weights.
+
+        Error feedback goes off if no consumer of these kinds of space writes straight to the residual stream, unless
+        whole experts go.
         """
         return None
 
@@ -204,7 +204,7 @@ class Source(Protocol):
         return None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What has been reached: hidden states by name, and numbers as JSON takes them; None if nothing is kept."""
+        """The present hidden states by name, and numbers as JSON takes them; None if nothing is kept."""
         return None
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -213,12 +213,12 @@ class Source(Protocol):
 
 
 class InMemory(Source):
-    """Runs one layer at a time on the stored outputs of the pruned layers in front of it; a model whose layers hand on
-    more than hidden states is refused.
+    """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
 
-    In memory are the hidden states of the samples, shape `(batch, seq_length, channels)` per batch (twice with error
-    feedback, or where layers are `fixed`), what the parts of one layer give that run in front of the pruned ones, and
-    the moments of one layer. `fixed` layers stay as they are, so what they give is kept in place of a second pass.
+    A model whose layers hand on more than hidden states is refused. In memory are the hidden states of the samples,
+    shape `(batch, seq_length, channels)` per batch, in two copies with error feedback or `fixed` layers; the outputs
+    of a layer's parts in front of the pruned ones; and the moments of one layer. `fixed` layers stay as they are, so
+    their outputs are kept in place of a second pass.
     """
 
     keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
@@ -249,8 +249,8 @@ class InMemory(Source):
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
         self.cache: dict[str, dict[int, Any]] = {}
-        hidden, calls, plain = capture(model, arch, batches[0].ids[:1, :FEW], True)
-        self.few = hidden, calls
+        hidden, calls, plain = capture(model, arch, batches[0].ids[:1, :16], True)
+        self.few = hidden, calls  # of a few tokens, by which a layer is compared before and after it shrinks
         for batch in batches:
             size = len(batch.ids)
             hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, plain)
@@ -262,7 +262,7 @@ class InMemory(Source):
 
     @torch.no_grad()
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
-        """What a layer gives for one batch, in the layer's own precision; `hidden` takes the place of its inputs."""
+        """The output of a layer for one batch, in its own precision; `hidden` takes the place of its inputs."""
         hidden = self.hidden[index] if hidden is None else hidden
         return self._run(layer, hidden, self.calls[len(hidden)][layer])
 

@@ -13,20 +13,20 @@ from ..errors import StructPruneError
 
 logger = logging.getLogger(__name__)
 
-# A Gram matrix is symmetric, so only what lies on and right of the diagonal is computed, in panels of at least so many
-# rows, and in at most so many panels: smaller ones cost more than they save.
-PANEL, MAX_PANELS = 512, 8
+# The least number of rows of a Gram matrix that are computed at a time.
+PANEL_ROWS = 512
 # The smallest second moment, relative to the mean one, that the ridge of a component is computed from.
-LEAST = 1e-6
+MIN_MOMENT_SHARE = 1e-6
 # The number of rows of a matrix product or of a right side that are in memory a second time.
-ROWS = 1024
-# With so many tokens per column, the ridge is twice what it is with any number of tokens.
-TOKENS_PER_COLUMN = 20
+ROWS_AT_ONCE = 1024
 
 
 def panels(size: int) -> Iterator[slice]:
-    """The rows of a square matrix, in panels."""
-    step = max(PANEL, -(-size // MAX_PANELS))
+    """The rows of a symmetric matrix in 8 panels at most, of which only the part right of the diagonal is computed.
+
+    Smaller panels cost more than they save.
+    """
+    step = max(PANEL_ROWS, -(-size // 8))
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
@@ -59,18 +59,18 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> No
 def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Copies some rows and columns of a matrix, `(m, n)`, without a copy of whole rows."""
     part = matrix.new_empty(len(rows), len(columns))
-    for target, panel in zip(part.split(PANEL), rows.split(PANEL), strict=True):
+    for target, panel in zip(part.split(PANEL_ROWS), rows.split(PANEL_ROWS), strict=True):
         target.copy_(matrix[panel].index_select(1, columns))
     return part
 
 
 def ridge_strength(damping: float, columns: int, tokens: int) -> float:
-    """The λ of a refit or a score, which grows where there is little text: `damping (1 + 20 n / N)`.
+    """The λ of a refit or a score, larger with less text: `damping (1 + 20 n / N)`.
 
     The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other
     text. The 20 was chosen by leaving kinds of text out; examples/benchmarks/LOG.md has the figures.
     """
-    return damping * (1 + TOKENS_PER_COLUMN * columns / max(tokens, 1))
+    return damping * (1 + 20 * columns / max(tokens, 1))
 
 
 def with_damped_factor(
@@ -84,7 +84,7 @@ def with_damped_factor(
     memory only once more. `matrix` has the shape `(n, n)`, `diagonal` `(n,)`, `use` `(n, n)`.
     """
     # A component that is always zero would get no ridge, and the matrix would stay singular.
-    scale = diagonal.clamp(min=LEAST * float(diagonal.mean()))
+    scale = diagonal.clamp(min=MIN_MOMENT_SHARE * float(diagonal.mean()))
     for attempt in range(6):
         ridge = max(damping, 1e-8) * 10.0**attempt
         for dtype in (torch.float32, torch.float64):
@@ -119,7 +119,7 @@ def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, righ
     def solve(factor: Tensor) -> Tensor:
         # In two steps, because `cholesky_solve` copies the factor.
         solutions = []
-        for rows in right.split(ROWS):
+        for rows in right.split(ROWS_AT_ONCE):
             half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).T, upper=False)
             solutions.append(torch.linalg.solve_triangular(factor.mT, half, upper=True).T.to(right.dtype))
         return torch.cat(solutions)

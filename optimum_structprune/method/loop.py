@@ -36,7 +36,7 @@ from .shrink import Masks, Values, read_consumer, shrink_layer_, units_to_column
 
 @dataclass(frozen=True)
 class Method:
-    """How units are scored, and what makes up for those that are removed."""
+    """The criterion and the refit, with all that they read beside the moments."""
 
     criterion: Criterion
     options: Callable[[int], Any]  # the config that the criterion reads in a layer, by the layer's index
@@ -57,12 +57,11 @@ def prune_layers_(
     layers: Iterable[int] | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
-    """Bring every layer of a model, or some `layers`, to their widths; each is fitted to what it reads behind the
-    pruned layers before it.
+    """Bring every layer of a model, or some `layers`, to their widths.
 
-    `masks` hold the model, and get the units that are kept. Without a `smaller` model all others are only masked. With
-    one, which has no weights, its layers take the places of those of the model. `on_layer` is called with the index of
-    each layer that is finished.
+    Each is fitted to its inputs behind the pruned layers before it. `masks` hold the model, and get the units that are
+    kept. Without a `smaller` model all others are only masked. With one, which has no weights, its layers take the
+    places of those of the model. `on_layer` is called with the index of each layer that is finished.
     """
     model, arch = masks.model, masks.arch
     for layer in range(arch.num_layers) if layers is None else layers:
@@ -82,7 +81,7 @@ def prune_layers_(
 
 
 def prune_space_(masks: Masks, source: Source, method: Method, space: Space, width: int) -> None:
-    """Choose the units of one space that stay, refit the columns that read them, and mask all others.
+    """Choose units of one space to keep, refit the columns that read them, and mask all others.
 
     Every refit starts from the dense weights, so no error of an earlier round is fitted again. Scores are those of the
     present weights, in which a kept unit already makes up for units that an earlier round has masked.
@@ -94,7 +93,7 @@ def prune_space_(masks: Masks, source: Source, method: Method, space: Space, wid
         pairs = zip(space.consumers, weights, strict=True)
         columns = [units_to_columns(present, axis, weight.device) for axis, weight in pairs]
         weights = [weight[:, kept] for weight, kept in zip(weights, columns, strict=True)]
-        left = [of_consumer.select(kept) for of_consumer, kept in zip(moments, columns, strict=True)]
+        left = [own_moments.select(kept) for own_moments, kept in zip(moments, columns, strict=True)]
     scores = torch.stack(consumer_scores(method, space, weights, left)).sum(0)
     keep = tuple(present[unit] for unit in best_units(scores, width))
     for axis, refitted in zip(space.consumers, refit_consumers(method, space, keep, dense, moments), strict=True):
@@ -111,8 +110,8 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
         by_domain = source.moments(space.layer, space, method.gram)
         moments = mixed(by_domain, method.shares, [weight for weight, _ in dense])
         prior = None if criterion.prior is None else criterion.prior(model, arch, space)
-    for axis, of_consumer in zip(space.consumers, moments, strict=True):
-        of_consumer.prior = statistics.get(axis.module, prior)
+    for axis, own_moments in zip(space.consumers, moments, strict=True):
+        own_moments.prior = statistics.get(axis.module, prior)
     return dense, moments
 
 
@@ -121,9 +120,9 @@ def consumer_scores(
 ) -> list[Tensor]:
     """The scores that each consumer of a space gives its units, shape `(units,)`, or each of its columns."""
     options, scores = method.options(space.layer), list[Tensor]()
-    for axis, weight, of_consumer in zip(space.consumers, weights, moments, strict=True):
+    for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
         columns_per_unit = 1 if by_column else axis.per_unit
-        scores.append(method.criterion.score(weight, of_consumer, columns_per_unit, options))
+        scores.append(method.criterion.score(weight, own_moments, columns_per_unit, options))
         check_scores(scores[-1], weight.shape[1] // columns_per_unit, method.criterion.name, axis.module)
     return scores
 
@@ -133,8 +132,8 @@ def refit_consumers(
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias."""
     refitted = []
-    for axis, (weight, bias), of_consumer in zip(space.consumers, dense, moments, strict=True):
+    for axis, (weight, bias), own_moments in zip(space.consumers, dense, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
-        ridge = ridge_strength(method.damping, len(columns), of_consumer.count)
-        refitted.append((columns, *method.refit(weight, bias, of_consumer, columns, ridge)))
+        ridge = ridge_strength(method.damping, len(columns), own_moments.count)
+        refitted.append((columns, *method.refit(weight, bias, own_moments, columns, ridge)))
     return refitted

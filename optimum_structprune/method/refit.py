@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Moments
-from .linalg import LEAST, ROWS, solve_damped, submatrix
+from .linalg import MIN_MOMENT_SHARE, ROWS_AT_ONCE, solve_damped, submatrix
 
 
 def no_refit(
@@ -34,7 +34,7 @@ def least_squares(
     if bias is not None:
         variance = diagonal - mean[keep].square()
         # The variance of a component that does not vary, as with a single token, is a rounding error.
-        diagonal = torch.where(variance > LEAST * diagonal, variance, 0.0)
+        diagonal = torch.where(variance > MIN_MOMENT_SHARE * diagonal, variance, 0.0)
 
     def kept(dtype: torch.dtype) -> Tensor:
         square = submatrix(gram, keep, keep)
@@ -55,7 +55,7 @@ def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> T
     gram, mean = moments.full_gram(), moments.mean.to(weight)
     removed = _others(keep, weight.shape[1])
     missing = weight.new_zeros(len(weight), len(keep))
-    for panel in removed.split(ROWS):
+    for panel in removed.split(ROWS_AT_ONCE):
         missing.addmm_(weight[:, panel], submatrix(gram, panel, keep).to(weight))
     if centred:
         missing.addr_(weight[:, removed] @ mean[removed], mean[keep], alpha=-1)

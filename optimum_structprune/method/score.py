@@ -15,7 +15,7 @@ from ..errors import StructPruneError
 
 @dataclass(eq=False)
 class Criterion:
-    """A function that scores what may go, and what it needs; `criteria.register_criterion` makes one of a function.
+    """A score function and its needs; `criteria.register_criterion` makes one of a function.
 
     Args:
         name: What `StructPruneConfig.criterion` calls it.
@@ -69,13 +69,10 @@ def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
 
 def check_scores(scores: object, count: int, name: str, where: str) -> None:
     """Refuse what a criterion gave, unless it is one finite number for each unit."""
-    shape = tuple(getattr(scores, "shape", ()))
-    kind = f"the shape {shape}" if isinstance(scores, Tensor) and shape != (count,) else "NaN or infinite values"
-    if not isinstance(scores, Tensor):
-        kind = f"the {getattr(scores, 'dtype', type(scores).__name__)} {scores!r:.40}"
-    elif shape == (count,) and bool(torch.isfinite(scores).all()):
+    if isinstance(scores, Tensor) and scores.shape == (count,) and bool(torch.isfinite(scores).all()):
         return
+    shape = f", of the shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
     raise StructPruneError(
-        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a tensor; it "
-        f"gives {kind}."
+        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a tensor without "
+        f"NaN; it gives {scores!r:.60}{shape}."
     )

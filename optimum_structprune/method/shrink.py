@@ -16,9 +16,6 @@ from ..arch.spec import ArchSpec, Axis, Space
 from ..errors import StructPruneError
 
 
-# The largest relative distance of the outputs for the median token: ten steps of TF32, or so many steps of the dtype.
-# Tiny models of all families show at most 4. Rounding may send single tokens to another expert.
-TOLERANCE, STEPS = 1e-2, 16
 # Weight `(out, n)` and bias `(out,)` of a consumer, whichever way round the model stores them.
 Values = tuple[Tensor, "Tensor | None"]
 # The kept units, ascending, by layer and name of the space.
@@ -26,7 +23,7 @@ Keep = Mapping[tuple[int, str], Sequence[int]]
 
 
 def read_consumer(model: nn.Module, axis: Axis, dtype: torch.dtype | None = torch.float32) -> Values:
-    """Copies of the weight `(out, n)` and the bias `(out,)` of a consumer; in its own dtype where that is None."""
+    """Copies of the weight `(out, n)` and the bias `(out,)` of a consumer; `dtype=None` keeps its own."""
     weight, bias = _views(model, axis)
     dtype = dtype or weight.dtype
     return weight.to(dtype, copy=True), None if bias is None else bias.to(dtype, copy=True)
@@ -123,7 +120,7 @@ class Masks:
 
 
 class Cut(NamedTuple):
-    """Where a parameter is cut: along a dimension, and where `part` is given, only at that index of dimension 0."""
+    """A cut of a parameter along a dimension, with a `part` only at that index of dimension 0."""
 
     dim: int
     part: int | None = None
@@ -158,10 +155,10 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: str | Non
 
 @torch.no_grad()
 def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model without weights, which gets the kept units; the parameters are
-    the same objects with less data in them, so that an optimizer still holds them.
+    """Replace one layer by that of a `smaller` model without weights, which gets the kept units.
 
-    The smaller layer is made in the CPU's memory, so another device never has both, and an error leaves the whole one.
+    The parameters are the same objects with less data in them, so that an optimizer still holds them. The layer is
+    made in the CPU's memory, so another device never has both, and an error leaves the whole one.
     """
     prefix = arch.layer_prefix(layer)
     full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}
@@ -171,7 +168,7 @@ def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smal
 
 
 def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model, which gets the tensors of `state`; see `shrink_layer_`."""
+    """Replace one layer by that of a `smaller` model, filled with `state`; see `shrink_layer_`."""
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
     weights = dict(old.named_parameters())
     device = next(iter(weights.values())).device
@@ -185,11 +182,15 @@ def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
-    """Refuse what gives other outputs, shape `(…, tokens, channels)`, than it gave while its units were masked."""
+    """Refuse other outputs, shape `(…, tokens, channels)`, than those while the units were masked.
+
+    The median token may be off by ten steps of TF32 or 16 of the dtype; tiny models of all families show at most 4.
+    Rounding may send single tokens to another expert.
+    """
     eps = torch.finfo(pruned.dtype).eps
     masked, pruned = masked.float(), pruned.float()
     # Two states that are both zero are the same.
-    norms, limit = masked.norm(dim=-1).clamp(min=torch.finfo(masked.dtype).tiny), max(TOLERANCE, STEPS * eps)
+    norms, limit = masked.norm(dim=-1).clamp(min=torch.finfo(masked.dtype).tiny), max(1e-2, 16 * eps)
     errors = (pruned - masked).norm(dim=-1) / norms
     if masked.isfinite().all() and not (error := float(errors.median())) <= limit:
         raise StructPruneError(

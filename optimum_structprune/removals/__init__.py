@@ -1,1 +1,1 @@
-"""What is removed from the whole model: layers, experts, channels of the residual stream, tokens."""
+"""Steps that remove units of the whole model: tokens, whole layers, experts and hidden channels."""

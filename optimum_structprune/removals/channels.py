@@ -61,9 +61,10 @@ def remove_channels_(run: Run, step: Step) -> Plan:
 def channel_energies(
     model: PreTrainedModel, residual: ResidualStream, batches: Sequence[Batch], num_domains: int
 ) -> Tensor:
-    """Mean of x_j² over tokens wherever the residual stream is read, relative to the mean over the token's channels,
-    so that tokens and layers count alike whatever the size of their activations. The result has the shape `(reads,
-    domains, channels)`; the mean over channels is 1.
+    """The mean of x_j² over tokens, relative to the token's mean over channels, at each read of the residual stream.
+
+    So tokens and layers count alike, whatever the size of their activations. The result has the shape `(reads,
+    domains, channels)`; its mean over channels is 1.
     """
     size, device = residual.space.size, next(model.parameters()).device
     moments = [[Moments.empty(size, device=device) for _ in range(num_domains)] for _ in residual.reads]
@@ -80,8 +81,8 @@ def channel_energies(
         for batch in batches:  # noqa: B007  # `see` reads it
             run_model(model, batch.ids)
     by_read = [
-        torch.stack([ranks().sum_(of).checked(tap, domain).square for domain, of in enumerate(of_read)])
-        for tap, of_read in zip(taps, moments, strict=True)
+        torch.stack([ranks().sum_(one).checked(tap, domain).square for domain, one in enumerate(by_domain)])
+        for tap, by_domain in zip(taps, moments, strict=True)
     ]
     return torch.stack(by_read).cpu()
 
@@ -104,7 +105,7 @@ def refit_readers_(
         for read, moments_by_domain in zip(reads, moments_by_read, strict=True):
             for axis in _matrices(model, read.readers):
                 # What was seen are the outputs of the first reader alone. The moments serve all readers.
-                unseen = ([replace(of, energy=None, gram=of.full_gram().clone())] for of in moments_by_domain)
+                unseen = ([replace(one, energy=None, gram=one.full_gram().clone())] for one in moments_by_domain)
                 (moments,) = mixed(unseen, data.shares, [read_consumer(model, axis)[0]])
                 refit_consumer_(model, data.config, axis, moments, torch.tensor(keep))
 

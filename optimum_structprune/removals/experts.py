@@ -1,4 +1,4 @@
-"""The step that takes out whole experts, and the refit of those that stay toward what all of them gave."""
+"""The step that takes out whole experts, and the refit of the others toward the outputs of all."""
 
 from __future__ import annotations
 
@@ -30,15 +30,8 @@ if TYPE_CHECKING:
     from ..pruning.run import Run, Step
 
 
-# How much the weights that an expert began with count in its refit, in tokens for each channel of its width. With a
-# fixed share of the Gram matrix in its place, an expert that few tokens choose becomes worse than it was.
-PRIOR = 2
-# With two passes over the experts the result is close to solving for all of them at once; the third gains little more.
-SWEEPS = 3
-
-
 def remove_experts_(run: Run, step: Step) -> Plan:
-    """Take whole experts out of every layer, those first that contribute least; those that stay are refitted.
+    """Take the experts that contribute least out of every layer, and refit the others.
 
     An expert cannot be masked: a router is a softmax over logits, and no weight makes one of them minus infinity. So
     this is one step before the rounds, and the layers shrink at once.
@@ -79,7 +72,8 @@ def refit_blocks_(
     blocks: Sequence[Block],
     residual: Sequence[Tensor],
     ranks: OneProcess,
-    prior: float = PRIOR,
+    prior: float = 2,
+    sweeps: int = 3,
 ) -> None:
     """Refit the weights of several consumers so that the sum of their outputs makes up for a residual.
 
@@ -89,7 +83,7 @@ def refit_blocks_(
     in fp32, from which is taken what the change gives.
     """
     before = [read_consumer(model, block.axis, dtype=None)[0].cpu() for block in blocks]
-    for block, old in list(zip(blocks, before, strict=True)) * SWEEPS:
+    for block, old in list(zip(blocks, before, strict=True)) * sweeps:
         present, bias = read_consumer(model, block.axis)
         start = old.to(present.device).float()
         columns = torch.arange(start.shape[1], device=start.device)
@@ -107,13 +101,13 @@ def refit_blocks_(
 
 
 class ExpertRefit:
-    """Fits the experts of a layer that stay, and its shared experts, to what the layer gave with all experts.
+    """Fits the experts of a layer that stay, and its shared experts, to the outputs of all experts.
 
-    The target is what the experts gave of the present inputs and, where their output comes straight into that of the
-    layer, the share of the error of the residual stream so far that error feedback makes up for. What is fitted is
-    multiplied by the gates of the new routing, so a change in the size of the gates is made up for as well. A shared
-    expert takes part where its output comes straight into that of the layer. It is made while the layer has its dense
-    weights, for the `space` of its experts.
+    The target is the dense experts' output for the present inputs, and where it comes straight into the layer's, the
+    part of the accumulated residual error to correct. Fitted outputs are multiplied by the gates of the new routing,
+    so a change in the size of the gates is made up for as well. A shared expert takes part where its output comes
+    straight into the layer's. The object is made while the layer has its dense weights, for the `space` of its
+    experts.
     """
 
     def __init__(self, source: WithExperts, space: Space, data: CalibrationData):
@@ -123,13 +117,13 @@ class ExpertRefit:
         self.energy = torch.zeros(source.layers.num_domains, 2, dtype=torch.float64)
 
     def _gain(self, module: str) -> float | None:
-        """What a module's output is multiplied by on its way into the layer's; None where it takes another path."""
+        """The factor of a module's output in the layer's; None where it takes another path."""
         layers = self.source.layers
         path = layers.residual_path(self.layer, module) if isinstance(layers, InMemory) else None
         return path.factor if isinstance(path, Gain) else None
 
     def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
-        """Note what the experts make of a batch, shape `(tokens, hidden)`, while all of them are there."""
+        """Note the experts' outputs for a batch, shape `(tokens, hidden)`, while all of them are there."""
         batch, layers, target = self.source.layers.batches[number], self.source.layers, routed.float()
         energy = target.square().sum(dtype=torch.float64)
         self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(target))]).cpu()
@@ -164,20 +158,20 @@ class ExpertRefit:
             calls = self.source.route(self.layer, experts, see)
         self.targets = []
 
-        def of_expert(expert: int, space: Space, number: int) -> tuple[Tensor, Tensor]:
+        def inputs_of_expert(expert: int, space: Space, number: int) -> tuple[Tensor, Tensor]:
             tokens, hidden, gates = calls[number].of(expert)
             return tokens, inner_activations(experts, space, hidden).float() * (gates * scales[number])[:, None]
 
-        def of_shared(module: str, gain: float, number: int) -> tuple[Tensor, Tensor]:
+        def inputs_of_shared(module: str, gain: float, number: int) -> tuple[Tensor, Tensor]:
             x = seen[module][number].float() * (gain * scales[number])
             return torch.arange(len(x), device=x.device), x
 
-        blocks = [Block(axis, partial(of_shared, axis.module, gain)) for axis, gain in shared]
+        blocks = [Block(axis, partial(inputs_of_shared, axis.module, gain)) for axis, gain in shared]
         inside = [
             space for space in self.source.layers.arch.at(self.layer) if space.inside and space.experts is not None
         ]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
-            blocks.append(Block(space.consumers[0], partial(of_expert, expert, space)))
+            blocks.append(Block(space.consumers[0], partial(inputs_of_expert, expert, space)))
         refit_blocks_(self.source.layers.model, blocks, residual, self.source.layers.ranks)
 
     def _shared(self) -> list[tuple[Axis, float]]:

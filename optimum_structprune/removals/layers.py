@@ -82,9 +82,9 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
 def _refit_before_gap_(
     model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, layer: int, source: InMemory
 ) -> None:
-    """Refit the last matrix of a layer that writes to the residual stream to the dense stream that the passes have
-    reached, behind the gap, as in ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which fits a map of what the
-    matrix gives.
+    """Refit the last matrix of a layer that writes to the residual stream to the dense stream behind the gap.
+
+    ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) does so with a map behind that matrix.
     """
     space, path = _last_writer(arch, layer, source)
     if space is None:
@@ -143,7 +143,7 @@ class Norm(NamedTuple):
         What it makes of noise in the place of y is half of the difference to what it makes of its negative.
         """
         hidden, module = source.hidden[0], source.module(layer)
-        vectors = [vector for vector, of in module.named_parameters() if of.shape == hidden.shape[-1:]]
+        vectors = [path for path, parameter in module.named_parameters() if parameter.shape == hidden.shape[-1:]]
         may = [vector.removesuffix(".weight") for vector in vectors if vector.endswith(".weight")]
         noise = noise_like(hidden).expand(hidden.shape).to(next(module.parameters()))
         outputs: list[Tensor] = []

@@ -41,7 +41,7 @@ def replace_layers_(
 
 @torch.no_grad()
 def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Remove whole layers, and build those that stay anew, with the indices that the shorter config gives them."""
+    """Remove whole layers; the others are built anew, with their indices in the shorter config."""
     config = shrunk_config(model.config, arch, {LAYER: len(keep)}, stay=keep)
     with rebuilding_(model, config) as shorter:
         old, new = layer_list(model, arch), layer_list(shorter, arch)
@@ -54,8 +54,9 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
 def cut_state_(
     optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan, shapes: Mapping[str, torch.Size]
 ) -> bool:
-    """Cut an optimizer's state down with the parameters that had these shapes, so that every kept weight keeps its
-    state. One that has no state for single weights begins that of the cut parameters anew, and the result is False.
+    """Cut an optimizer's state down with the parameters, which had these shapes; every kept weight keeps its state.
+
+    An optimizer without state for single weights begins that of the cut parameters anew, and the result is False.
     """
     states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -1,8 +1,7 @@
-"""How much is removed where: from a share, given widths or one ranking of all units to legal widths."""
+"""Legal widths from a share, from given widths, or from one ranking of all units."""
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,6 @@ from ..errors import StructPruneError
 from ..registry import did_you_mean
 
 
-# The part of the layers' parameters that `round_to="auto"` may miss a goal by.
-MOST_OFF = 0.01
 # The share of its units that every layer keeps at least where layers get widths of their own: scores differ between
 # layers for reasons of their own, and would empty some.
 LEAST_KEPT = 0.1
@@ -69,7 +66,7 @@ def legal_widths(
 
 
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
-    """Lists the spaces that a config names, or those of the default that the model has."""
+    """Lists the spaces of a config; of its default, those of the model."""
     names = list(config.shrinking if config.widths is None else config.widths)
     if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
         names = [name for name in names if arch.of(name)] or list(arch.channels) or names
@@ -92,7 +89,7 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
 
 
 def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
-    """The widths that a config gives; numbers for single layers as one number where all layers get the same."""
+    """The widths that a config gives, as one number if layers get the same."""
     if config.widths is None:
         return None
     widths: dict[str, Width] = {}
@@ -124,21 +121,20 @@ def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[st
 
 
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
-    """Whether each layer gets its own width of at least `LEAST_KEPT`, see `ranked_widths`.
+    """Tells if each layer gets its own width of at least `LEAST_KEPT`, see `ranked_widths`.
 
-    With an allocation of one width this is so where the model's layers differ in width already and `widths` is not
-    given.
+    With an allocation of one width it does if the model's layers differ already and `widths` is not given.
     """
     return config.allocation not in ONE_WIDTH or (config.widths is None and not has_one_width(arch, names))
 
 
 def has_one_width(arch: ArchSpec, names: Collection[str]) -> bool:
-    """Whether all layers have the same width in each of these kinds of space."""
+    """Tells if all layers have the same width in each of these kinds of space."""
     return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
 
 
 def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    """Refuse a config that makes layers of different widths where they have to be alike."""
+    """Refuse layers of different widths in spaces of one width."""
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
     if config.allocation in ONE_WIDTH and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
@@ -167,11 +163,11 @@ def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
 
 
 def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    of_model = [space.name for space in arch.model_spaces if space.name in names]
-    if of_model and len(names) > 1:
+    wide = [space.name for space in arch.model_spaces if space.name in names]
+    if wide and len(names) > 1:
         raise StructPruneError(
-            f"targets={names} has {of_model[0]!r}, which takes a part of all the others with it, so sparsity does not "
-            f"say how much of each is to go; target {of_model[0]!r} alone, or give widths."
+            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not "
+            f"say how much of each is to go; target {wide[0]!r} alone, or give widths."
         )
     experts = [name for name in names if not arch.of(name)[0].inside]
     inside = [name for name in names if name not in experts and arch.of(name)[0].experts is not None]
@@ -258,7 +254,7 @@ class LayerWidth:
 
     @property
     def is_narrowest(self) -> bool:
-        """Whether the layer cannot shrink further."""
+        """True if the layer cannot shrink further."""
         return self.at == len(self.scores)
 
     @property
@@ -313,10 +309,10 @@ def _layer_width(
 
 
 def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
-    """What the widths of a space are multiples of where they are chosen: `round_to` for channels and tokens,
-    `tensor_parallel` for KV groups and experts, and 1 for layers.
+    """Gives the number that chosen widths of a space are multiples of.
 
-    Half of what `auto` gives is at most `MOST_OFF` of the layers' parameters, so that widths come that near to a goal.
+    It is `round_to` for channels and tokens, `tensor_parallel` for KV groups and experts, and 1 for layers. Half of
+    what `auto` gives is at most a hundredth of the layers' parameters, so that widths come that near to a goal.
     """
     spaces, parts = arch.of(name), config.tensor_parallel
     if spaces[0].unit not in (CHANNEL, TOKEN):
@@ -326,13 +322,13 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     if spaces[0].unit == TOKEN:
         return 64
     unit = sum(space.unit_params * space.scale for space in spaces)
-    largest = 2 * MOST_OFF * sum(arch.layer_params) / unit
+    largest = 2 * 0.01 * sum(arch.layer_params) / unit
     powers = (1, 2, 4, 8, 16, 32, 64, 128)[: 7 if parts == 1 else 8]  # kernels of 4 bits want 128 on each device
     return max(power * parts for power in powers if power == 1 or power * parts <= largest)
 
 
 def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:
-    """The widths that a layer may take where layers get widths of their own, descending; see `LEAST_KEPT`."""
+    """The widths that a layer of its own width may take, descending; see `LEAST_KEPT`."""
     widths = sorted({*(width for width in legal if width < space.width), space.width})
     rounded = multiples(widths, space.width, multiple_of(config, arch, space.kind))
     return [width for width in rounded if width >= ceil(LEAST_KEPT * space.width)][::-1]
@@ -364,16 +360,14 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
             f"{amount} asks for {goal:,.0f} parameters to go, and the layers, of which each keeps {LEAST_KEPT:.0%} of "
             f"its units, give at most {removable:,}; ask for less."
         )
-    heap = [(layer.scores[0], number) for number, layer in enumerate(layers) if not layer.is_narrowest]
-    heapq.heapify(heap)
-    while heap:
-        _, number = heapq.heappop(heap)
+    stopped = set[int]()
+    for _, number in sorted((score, number) for number, layer in enumerate(layers) for score in layer.scores):
         layer = layers[number]
-        if layer.cost <= goal:
+        if number in stopped or layer.cost > goal:
+            stopped.add(number)
+        else:
             goal -= layer.cost
             layer.at += 1
-            if not layer.is_narrowest:
-                heapq.heappush(heap, (layer.scores[layer.at], number))
     unfinished = [layer for layer in layers if not layer.is_narrowest]
     cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:

@@ -92,12 +92,12 @@ def _filled_up(
 
 
 class Budget(NamedTuple):
-    """What a config limits, how much of it there may be and is in the dense model, and how much with given widths."""
+    """A limit on one figure of a model."""
 
-    name: str
+    name: str  # of the figure, such as `parameters`
     limit: float
-    dense: float
-    cost: Callable[[Widths], float]
+    dense: float  # the figure of the dense model
+    cost: Callable[[Widths], float]  # that of a model with given widths
 
 
 def budget_of(
@@ -106,7 +106,7 @@ def budget_of(
     model: PreTrainedModel,
     names: Collection[str],
 ) -> Budget:
-    """The budget of a config whose spaces `names` may shrink; a number below 1 is a share of what is there."""
+    """The budget of a config for spaces with these `names`; a number below 1 is a share of the dense figure."""
     ((name, limit),) = (config.budget or {}).items()
     cost_of = _cost_of(config, arch, model, names)
     costs: dict[str, float] = {}
@@ -122,7 +122,7 @@ def budget_of(
 
 
 def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
-    """Refuse a budget that the dense model meets, or that is below the `least` with all that may go from `names`."""
+    """Refuse a budget met by the dense model, or below the `least` that is left of the spaces `names`."""
     name, limit, dense, _ = budget
     if limit >= dense:
         raise StructPruneError(
@@ -148,7 +148,7 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
 def _cost_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
 ) -> Callable[[Widths], float]:
-    """A function of the widths: what the budget limits, of a model that has them."""
+    """A function from widths to the figure that the budget limits."""
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
         size, dense = model.dtype.itemsize if name == "bytes" else 1, model.num_parameters()

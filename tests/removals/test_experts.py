@@ -88,8 +88,7 @@ def random_inputs(tokens=400):
     return {"first": first, "second": second}
 
 
-def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
-    monkeypatch.setattr(experts, "SWEEPS", 40)
+def test_sweeps_over_the_blocks_solve_for_all_of_them():
     model, inputs = Sum(), random_inputs()
     target = [torch.randn(400, 4) for _ in range(2)]
     joint = []
@@ -100,7 +99,7 @@ def test_sweeps_over_the_blocks_solve_for_all_of_them(monkeypatch):
     expected = torch.linalg.lstsq(torch.cat(joint), torch.cat(target)).solution.T
     present = torch.cat([model.first.weight, model.second.weight], 1).detach()
     residual = [t - x @ present.T for t, x in zip(target, joint, strict=True)]
-    refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0)
+    refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0, sweeps=40)
     found = torch.cat([model.first.weight, model.second.weight], 1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     for left, t, x in zip(residual, target, joint, strict=True):
