@@ -17,8 +17,8 @@ from .config.domains import written_by_model
 from .config.pruning import RunOptions, StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
+from .pruning.memory import MemoryEstimate, estimate_memory
 from .pruning.request import DRY_RUN, Request, ask, check_config_kind
-from .pruning.room import Need, need_of
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record
@@ -97,7 +97,7 @@ class DryRun(Record):
     cache_per_token: Change | None
     reload: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    need: Need | None = None
+    need: MemoryEstimate | None = None
     flops_per_token: Change | None = None
     operations: int | None = None
 
@@ -180,8 +180,8 @@ def dry_run(
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
     request = ask_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN, options=options)
-    config, arch, widths = request.config, request.described.arch, request.widths
-    dense, small, dtype = request.described.plain_model, request.smaller, request.described.plain_model.dtype
+    config, arch, widths = request.config, request.model_info.arch, request.widths
+    dense, small, dtype = request.model_info.plain_model, request.smaller, request.model_info.plain_model.dtype
 
     def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
         before, after = count(dense), count(small)
@@ -202,7 +202,7 @@ def dry_run(
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
-        need=need_of(request, offload) if cost else None,
+        need=estimate_memory(request, offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),

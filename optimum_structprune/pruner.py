@@ -11,19 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import RunOptions, StructPruneConfig
+from .config.pruning import AUTO, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.model_tokenizer import ids_in
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
-from .pruning.request import ask, check_arguments, check_config_kind
-from .pruning.room import check_room, with_batch_size
+from .pruning.memory import check_memory, with_batch_size
+from .pruning.request import Request, ask, check_arguments, check_config_kind
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
+from .system.offloading import compute_device, is_offloaded
 
 
 class StructPruner:
@@ -80,14 +81,16 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
-        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), tokenizer, inputs, options=self.options)
-        check_room(request, inplace)
-        config, arch, widths, tokens = request.config, request.described.arch, request.widths, request.tokens
+        model_info = ModelInfo.of(model, self.config.arch_file)
+        request = ask(self.config, model_info, tokenizer, inputs, options=self.options)
+        check_memory(request, inplace)
+        config, arch, widths, tokens = request.config, model_info.arch, request.widths, request.tokens
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(config, model, tokenizer, inputs, self.options)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
-            run.data = with_batch_size(run.data, run.arch, run.model, widths)
+            if self.options.batch_size == AUTO:
+                run.data = with_batch_size(run.data, request, run.model)
             run.start(vocabulary_changes=tokens is not None)
             if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
@@ -172,7 +175,9 @@ class StructPruner:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
         with Run(model, arch, CalibrationData(self.config, domains, self.options)) as run:
-            run.data = with_batch_size(run.data, arch, model, widths)
+            if self.options.batch_size == AUTO:
+                info = ModelInfo(arch, model, compute_device(model), offloaded=is_offloaded(model))
+                run.data = with_batch_size(run.data, Request(self.config, info), model)
             for step in self.steps(arch, model, widths):
                 self.apply_step_(run, step)
         return run.plan

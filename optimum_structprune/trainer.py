@@ -231,8 +231,8 @@ class StructPruneCallback(TrainerCallback):
         """Remember a dense model's widths, once it can be pruned as the config says."""
         _check_adapter(model)
         request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
-        self._dense = request.described.arch, request.widths
-        self.plan = Plan.of(model, request.described.arch)
+        self._dense = request.model_info.arch, request.widths
+        self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
         """The plan of a checkpoint, which says what is gone of the model that its run began with."""

@@ -82,7 +82,7 @@ def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, and a folder of something else, before a model is loaded."""
     loading, output = Loading.of(args), Path(args.output)
     asked = [loading.ask(args.model, config) for config in configs.values()]
-    sizes = [each.smaller.num_parameters() * each.described.plain_model.dtype.itemsize for each in asked]
+    sizes = [each.smaller.num_parameters() * each.model_info.plain_model.dtype.itemsize for each in asked]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if output.exists() and not (output / "size.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise StructPruneError(f"{output} holds something else than a sweep; name another output folder.")

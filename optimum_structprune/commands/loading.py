@@ -27,8 +27,8 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.model_tokenizer import has_files
 from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
+from ..pruning.memory import check_memory
 from ..pruning.request import PRUNE, Request, check_reads_text
-from ..pruning.room import check_room
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
@@ -145,7 +145,7 @@ class Loading:
                 options=options,
             )
         if request.widths and known and (self.torch_dtype or model_config.dtype):
-            check_room(request, inplace=True)
+            check_memory(request, inplace=True)
         return request
 
 

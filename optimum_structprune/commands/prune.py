@@ -56,7 +56,7 @@ def _check_folders(
     """Refuse what the run would refuse, before a model is loaded in vain."""
     config = pruner.config
     request = loading.ask(args.model, config, pruner.options)
-    model, small = request.described.plain_model, request.smaller
+    model, small = request.model_info.plain_model, request.smaller
     output.check(small.num_parameters() * model.dtype.itemsize)
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:

@@ -223,6 +223,11 @@ class InMemory(Source):
 
     keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
 
+    @staticmethod
+    def streams(error_feedback: float) -> int:
+        """How many hidden states of each token are kept: present, dense for feedback, and cached attention outputs."""
+        return 3 if error_feedback else 2
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -8,7 +8,7 @@ optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
-from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
+from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULTS
 from ..domains.model_tokenizer import check_tokens
@@ -40,81 +40,172 @@ PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to go from a model.
+    """What is to go from a model, by its config and its shapes; each answer is computed once, when it is first read.
 
     Attributes:
         config: The config, with the spaces that the model takes.
-        described: The facts about the model.
-        widths: The final widths; where calibration will choose them, others of the same total stand for them.
+        model_info: The facts about the model.
         use: What the model is to be used for.
+        tokenizer: The tokenizer that reads the text.
         inputs: Calibration inputs by domain, in place of text.
-        tokens: The tokens that may go; None where all stay.
         options: How the machine is to prune.
     """
 
     config: StructPruneConfig
-    described: ModelInfo
-    widths: Widths
+    model_info: ModelInfo
     use: str = PRUNE
+    tokenizer: PreTrainedTokenizerBase | None = None
     inputs: Mapping[str, Tensor] | None = None
-    tokens: VocabularyRequest | None = None
     options: RunOptions = field(default_factory=RunOptions)
+
+    @cached_property
+    def widths(self) -> Widths:
+        """The final widths; where calibration will choose them, others of the same total stand for them.
+
+        Raises:
+            StructPruneError: If there are none that the model can have; the message names the nearest ones.
+        """
+        arguments = self.config, self.model_info.arch, self.model_info.plain_model
+        if self.config.trims:
+            from ..vocabulary.amount import widths_with_tokens  # which most runs do without
+
+            return widths_with_tokens(*arguments)
+        return widths_of(*arguments)
+
+    @cached_property
+    def tokens(self) -> VocabularyRequest | None:
+        """The tokens that may go; None where all stay, or no tokenizer says what they are."""
+        if VOCAB not in self.widths or self.tokenizer is None:
+            return None
+        from ..vocabulary.choose import VocabularyRequest
+
+        return VocabularyRequest.of(self.config, self.model_info, self.tokenizer, self.widths)
 
     @cached_property
     def smaller(self) -> PreTrainedModel:
         """The model with the final widths, without weights."""
-        return shrunk_skeleton(self.described.plain_model, self.described.arch, self.widths)
+        model, arch = self.model_info.plain_model, self.model_info.arch
+        return shrunk_skeleton(model, arch, self.widths)
+
+    def check(self) -> None:
+        """Refuse what cannot be met, before text is read; options without effect are warned of.
+
+        Raises:
+            StructPruneError: If something cannot be met; the message names the nearest choice.
+        """
+        config, info, widths = self.config, self.model_info, self.widths
+        if self.use != DRY_RUN:
+            self._check_model()
+        if info.offloaded:
+            from ..sources.offloaded import check_offloaded
+
+            check_offloaded(config, info, widths)
+        self._check_spaces()
+        if self.use == PRUNE and self.options.checkpoint_dir is not None:
+            _check_folder(self.options.checkpoint_dir, config.rounds)
+        if self.use == PRUNE and config.recovery is not None:
+            from ..recovery.recover import check_recovery  # training libraries take seconds to import
+
+            check_recovery(config.recovery, config, info.plain_model)
+        if self.use != TRAINER and (unused := [*without_effect(config, widths)]):
+            warn(f"These options have no effect here: {'; '.join(unused)}.")
+        if ahead := layers_ahead(info.plain_model.config.get_text_config()):
+            warn(
+                f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so "
+                "the result has none, and its config says 0."
+            )
+        if is_offloaded(info.plain_model):  # last, as it runs the model on a few tokens
+            from ..sources.offloaded import check_sequential
+
+            check_sequential(info.plain_model, info.arch)
+
+    def _check_model(self) -> None:
+        """Refuse a Trainer on packed or offloaded weights, text that cannot be read, and a head that takes more."""
+        info, model, use = self.model_info, self.model_info.plain_model, self.use
+        if use == TRAINER and info.quantized:
+            raise StructPruneError(
+                f"{info.name} is quantized; prune `model.dequantize()`, or load it without quantization."
+            )
+        if use == TRAINER and info.offloaded:
+            raise StructPruneError(f"{info.name} is offloaded, and a Trainer trains weights in memory; load it there.")
+        if self.inputs is not None and VOCAB in self.widths:
+            raise StructPruneError(
+                f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
+            )
+        if self.inputs is None:
+            check_positions(model, self.config.seq_length, f"seq_length={self.config.seq_length}")
+            if use == PRUNE and [*self.widths] != [VOCAB]:  # whose text is counted, not run
+                check_reads_text(model)
+            if use == PRUNE and self.tokenizer is None:
+                raise StructPruneError(
+                    "The domains are text, and reading them takes a tokenizer; pass the model's own."
+                )
+        if use == PRUNE and not (info.quantized or info.offloaded or model.device.type == "meta"):
+            try:
+                outputs_for(model)
+            except Exception as error:  # every model class raises its own errors
+                raise StructPruneError(
+                    f"{info.name} cannot run on a few tokens or an image alone, as it does before it is saved "
+                    f"({one_line(error)}); if its head asks for more, prune the base model, and give the head the "
+                    "result."
+                ) from error
+
+    def _check_spaces(self) -> None:
+        """Refuse a criterion, a refit or an allocation that does not go with the spaces or the type of model."""
+        config, arch, widths = self.config, self.model_info.arch, self.widths
+        criterion = CRITERIA.get(config.scored_by)
+        if criterion.check is not None:
+            criterion.check(config, arch, self.use)
+        others = [name for name in widths if name not in (criterion.judges, VOCAB)]
+        if criterion.judges in DEFAULTS and others:
+            whole, score = criterion.judges, DEFAULTS[criterion.judges]
+            raise StructPruneError(
+                f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of "
+                f"its own, or choose a criterion for {others[0]!r}: {whole!r} is judged by {score!r} then."
+            )
+        of_model = [space.name for space in arch.model_spaces if space.name in widths]
+        if self.use == TRAINER and of_model:
+            raise StructPruneError(
+                f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it "
+                "first (`structprune prune`), then train."
+            )
+        if HIDDEN in widths and config.refit not in ("none", "least_squares"):
+            raise StructPruneError(
+                f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the "
+                "model; use refit='least_squares' or 'none'."
+            )
+        if not config.searches:
+            return
+        if not arch.causal:
+            raise StructPruneError(
+                f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a "
+                f"model of type {arch.model_type!r} makes none; use allocation='uniform' or 'global'."
+            )
+        for name in [name for name in widths if name != VOCAB] or widths:
+            if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL:
+                raise StructPruneError(
+                    f"allocation={config.allocation!r} chooses widths inside the layers, and {name!r} is none of "
+                    "them; leave it out of targets and widths."
+                )
 
 
 def ask(
     config: StructPruneConfig,
-    described: ModelInfo,
+    model_info: ModelInfo,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     use: str = PRUNE,
     options: RunOptions | None = None,
 ) -> Request:
-    """Gives what is asked of a model once it can be met, and warns of options that have no effect.
+    """Gives what is asked of a model once it can be met; see `Request.check`."""
+    if config.trims or config.trims is None and inputs is None and (use == DRY_RUN or tokenizer is not None):
+        from ..vocabulary.amount import with_tokens  # which most runs do without
 
-    Raises:
-        StructPruneError: If it cannot be met; the message names the nearest choice.
-    """
-    arch, model, has_tokenizer = described.arch, described.plain_model, use == DRY_RUN or tokenizer is not None
-    if config.trims or config.trims is None and has_tokenizer and inputs is None:
-        from ..vocabulary.amount import widths_with_tokens, with_tokens  # which most runs do without
-
-        config = with_tokens(config, described, tokenizer)
-    widths = widths_with_tokens(config, arch, model) if config.trims else widths_of(config, arch, model)
-    request = Request(config, described, widths, use, inputs, options=options or RunOptions())
-    if use != DRY_RUN:
-        _check_model(request)
-    if described.offloaded:
-        from ..sources.offloaded import check_offloaded
-
-        check_offloaded(config, described, widths)
-    _check_criterion(config, arch, widths, use)
-    _check_spaces(config, arch, widths, use)
+        config = with_tokens(config, model_info, tokenizer)
+    request = Request(config, model_info, use, tokenizer, inputs, options or RunOptions())
+    request.check()
     if use == PRUNE:
-        _check_text(request, has_tokenizer)
-    if use == PRUNE and config.recovery is not None:
-        from ..recovery.recover import check_recovery  # training libraries take seconds to import
-
-        check_recovery(config.recovery, config, described.plain_model)
-    if use != TRAINER and (unused := [*without_effect(config, widths)]):
-        warn(f"These options have no effect here: {'; '.join(unused)}.")
-    if ahead := layers_ahead(described.plain_model.config.get_text_config()):
-        warn(
-            f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so the "
-            "result has none, and its config says 0."
-        )
-    if is_offloaded(described.plain_model):  # last, as it runs the model on a few tokens; one without weights cannot
-        from ..sources.offloaded import check_sequential
-
-        check_sequential(described.plain_model, arch)
-    if VOCAB in widths and tokenizer is not None:
-        from ..vocabulary.choose import VocabularyRequest
-
-        return replace(request, tokens=VocabularyRequest.of(config, described, tokenizer, widths))
+        _ = request.tokens  # what cannot stay is refused now
     return request
 
 
@@ -200,94 +291,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         )
 
 
-def _check_model(request: Request) -> None:
-    """Refuse a Trainer on packed or offloaded weights, samples too long, and a head that takes more."""
-    config, described, use, has_inputs = request.config, request.described, request.use, request.inputs is not None
-    if use == TRAINER and described.quantized:
-        raise StructPruneError(
-            f"{described.name} is quantized; prune `model.dequantize()`, or load it without quantization."
-        )
-    if use == TRAINER and described.offloaded:
-        raise StructPruneError(
-            f"{described.name} is offloaded, and a Trainer trains weights in memory; load it there."
-        )
-    if not has_inputs:
-        check_positions(described.plain_model, config.seq_length, f"seq_length={config.seq_length}")
-    if use == PRUNE and not has_inputs and [*request.widths] != [VOCAB]:  # whose text is counted, not run
-        check_reads_text(described.plain_model)
-    if use == PRUNE and not (
-        described.quantized or described.offloaded or described.plain_model.device.type == "meta"
-    ):
-        try:
-            outputs_for(described.plain_model)
-        except Exception as error:  # every model class raises its own errors
-            raise StructPruneError(
-                f"{described.name} cannot run on a few tokens or an image alone, as it does before it is saved "
-                f"({one_line(error)}); if its head asks for more, prune the base model, and give the head the result."
-            ) from error
-
-
-def _check_text(request: Request, has_tokenizer: bool) -> None:
-    """Refuse inputs that are no text where tokens go, text without a tokenizer, and folders that cannot be used."""
-    if request.inputs is not None and VOCAB in request.widths:
-        raise StructPruneError(
-            f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
-        )
-    if not has_tokenizer and request.inputs is None:
-        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    if request.options.checkpoint_dir is not None:
-        _check_folder(request.options.checkpoint_dir, request.config)
-
-
-def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
-    """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
-    criterion = CRITERIA.get(config.scored_by)
-    if criterion.check is not None:
-        criterion.check(config, arch, use)
-    if criterion.judges not in DEFAULTS:
-        return
-    whole, score = criterion.judges, DEFAULTS[criterion.judges]
-    if others := [name for name in widths if name not in (whole, VOCAB)]:
-        raise StructPruneError(
-            f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of its "
-            f"own, or choose a criterion for {others[0]!r}: {whole!r} is judged by {score!r} then."
-        )
-
-
-def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
-    """Refuse spaces that a Trainer does not prune, and options that do not go with the spaces or the type of model."""
-    of_model = [space.name for space in arch.model_spaces if space.name in widths]
-    if use == TRAINER and of_model:
-        raise StructPruneError(
-            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
-            "(`structprune prune`), then train."
-        )
-    if HIDDEN in widths and config.refit not in ("none", "least_squares"):
-        raise StructPruneError(
-            f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the model; "
-            "use refit='least_squares' or 'none'."
-        )
-    if config.searches:
-        _check_search(config, arch, widths)
-
-
-def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """Refuse spaces and models whose losses are not measured."""
-    others = {name: width for name, width in widths.items() if name != VOCAB} or widths
-    outside = [name for name in others if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
-    if not arch.causal:
-        raise StructPruneError(
-            f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a model "
-            f"of type {arch.model_type!r} makes none; use allocation='uniform' or 'global'."
-        )
-    if outside:
-        raise StructPruneError(
-            f"allocation={config.allocation!r} chooses widths inside the layers, and {outside[0]!r} is none of them; "
-            "leave it out of targets and widths."
-        )
-
-
-def _check_folder(folder: str, config: StructPruneConfig) -> None:
+def _check_folder(folder: str, rounds: int) -> None:
     """Refuse to put what a run remembers beside a model, or where nothing can be written, and several rounds."""
     from ..system.disk import check_folder
 
@@ -296,9 +300,9 @@ def _check_folder(folder: str, config: StructPruneConfig) -> None:
         raise StructPruneError(
             f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
         )
-    if config.rounds > 1:
+    if rounds > 1:
         raise StructPruneError(
-            f"checkpoint_dir={folder!r} remembers layers that are finished, and with rounds={config.rounds} none is "
+            f"checkpoint_dir={folder!r} remembers layers that are finished, and with rounds={rounds} none is "
             "before the last round; set rounds=1, or leave checkpoint_dir (--resume) out."
         )
 

@@ -41,7 +41,8 @@ class Plan:
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec) -> Plan:
         """The plan that keeps all of a dense model."""
-        return cls(arch.model_type, {}, _sizes(arch), fingerprint(model))
+        sizes = {kind: max(arch.widths(kind).values()) for kind in arch.offered}
+        return cls(arch.model_type, {}, sizes, fingerprint(model))
 
     def check(self, model: PreTrainedModel, arch_file: str | Path | None = None) -> None:
         """Check that the plan belongs to a dense model: no other one, and none that was pruned before.
@@ -59,14 +60,14 @@ class Plan:
             raise StructPruneError(
                 f"The plan is for a {self.model_type!r} model, this is a {arch.model_type!r} model."
             )
-        here = _sizes(arch)
+        here = Plan.of(model, arch)
         for kind, size in self.sizes.items():
-            if size != here.get(kind):
+            if size != here.sizes.get(kind):
                 raise StructPruneError(
-                    f"The plan is for a dense model with {kind} {size}, and this model has {here.get(kind)}; take the "
-                    "model that was pruned, as it was before."
+                    f"The plan is for a dense model with {kind} {size}, and this model has {here.sizes.get(kind)}; "
+                    "take the model that was pruned, as it was before."
                 )
-        if self.dense and self.dense != fingerprint(model):
+        if self.dense and self.dense != here.dense:
             raise StructPruneError(
                 f"The plan is for another {arch.model_type!r} model: in its config, its dtype ({model.dtype} here) or "
                 "a weight it differs from the one that was pruned; take that one, as it was before."
@@ -165,7 +166,3 @@ class Plan:
             return cls.from_dict(data)
         except StructPruneError as error:
             raise StructPruneError(f"{path} is not a pruning plan: {error.__cause__!r}") from error
-
-
-def _sizes(arch: ArchSpec) -> dict[str, int]:
-    return {kind: max(arch.widths(kind).values()) for kind in arch.offered}

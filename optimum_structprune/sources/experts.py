@@ -48,6 +48,11 @@ class WithExperts(Source):
         self.layers = source
         self.routed: tuple[int, tuple[Routed, ...]] = (-1, ())
 
+    @staticmethod
+    def routed_bytes(tokens: int, channels: int, itemsize: int) -> int:
+        """The bytes of what enters the experts of a layer, which is kept until all of them are done."""
+        return itemsize * tokens * channels
+
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         return self.layers.at(layer, changes)
 

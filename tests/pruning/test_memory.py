@@ -20,9 +20,9 @@ from optimum_structprune import (
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.pruning import room
+from optimum_structprune.pruning import memory
+from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory, with_batch_size
 from optimum_structprune.pruning.request import Request
-from optimum_structprune.pruning.room import ERROR, need_of, with_batch_size
 from optimum_structprune.sources.data import CalibrationData
 
 
@@ -34,11 +34,9 @@ def llama(wide=3072):
     return LlamaConfig(vocab_size=64, intermediate_size=wide, **sizes)
 
 
-def needed(config, model_config, offload=None, inputs=None, dtype=torch.float32):
+def estimated(config, model_config, offload=None, inputs=None, dtype=torch.float32):
     model = meta_model(model_config, dtype=dtype)
-    return need_of(
-        Request(config, ModelInfo(describe(model), model, model.device), config.widths, inputs=inputs), offload
-    )
+    return estimate_memory(Request(config, ModelInfo(describe(model), model, model.device), inputs=inputs), offload)
 
 
 def half(wide=3072, **fields):
@@ -57,20 +55,20 @@ def test_the_peak_is_what_a_run_takes():
     model = LlamaForCausalLM(llama(wide)).eval()
     inputs = {name: torch.randint(64, (6, 64)) for name in "ab"}
     prune_model(LlamaForCausalLM(llama(64)), half(64), inputs=inputs)  # brings in what every run imports
-    expected = needed(half(wide), model.config, inputs=inputs)
+    expected = estimated(half(wide), model.config, inputs=inputs)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     prune_model(model, half(wide), inputs=inputs, inplace=True)
     peak = resident("VmHWM") - before
     gram = 4 * wide**2
-    assert 2 * gram < expected.above and abs(peak - expected.above) < ERROR * expected.above + 0.5 * gram
+    assert 2 * gram < expected.above and abs(peak - expected.above) < RELATIVE_ERROR * expected.above + 0.5 * gram
 
 
 def test_layers_that_are_offloaded_do_not_count():
     dense = llama()
     dense.num_hidden_layers = 8
-    inside, away = needed(half(), dense), needed(half(), dense, "disk")
-    host = [away.host, needed(half(), dense, "cpu").host]
+    inside, away = estimated(half(), dense), estimated(half(), dense, "disk")
+    host = [away.host, estimated(half(), dense, "cpu").host]
     assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
     assert 0 < host[0] < host[1] and inside.host == 0
 
@@ -84,13 +82,13 @@ def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
     described = ModelInfo(describe(model), model, model.device)
     on_cpu = replace(described, device=torch.device("cpu"))
     smaller = 4 * 48 * 3 * 1024 * 512
-    card, cpu = (need_of(Request(config, info, config.widths)).working for info in (described, on_cpu))
+    card, cpu = (estimate_memory(Request(config, info)).working for info in (described, on_cpu))
     assert card < smaller < cpu < 2 * smaller
 
 
-def test_without_gram_matrices_the_need_is_linear_in_the_width():
+def test_without_gram_matrices_the_estimate_is_linear_in_the_width():
     def working(wide, **fields):
-        return needed(half(wide, **fields), llama(wide)).working
+        return estimated(half(wide, **fields), llama(wide)).working
 
     small, large, larger = (working(wide, criterion="wanda", refit="none") for wide in (4096, 8192, 16384))
     assert larger - large == pytest.approx(2 * (large - small), rel=0.01)
@@ -99,19 +97,19 @@ def test_without_gram_matrices_the_need_is_linear_in_the_width():
 
 def test_more_domains_batches_rounds_and_feedback_take_more(monkeypatch):
     def found(dtype=torch.float32, **fields):
-        return needed(half(**fields), llama(), dtype=dtype)
+        return estimated(half(**fields), llama(), dtype=dtype)
 
     base = found()
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
     assert found(error_feedback=0).hidden * 3 == base.hidden * 2
     assert found(rounds=2).weights > base.weights and found(torch.bfloat16).weights * 2 == base.weights
-    monkeypatch.setattr(room, "process_count", lambda: 2)
+    monkeypatch.setattr(memory, "process_count", lambda: 2)
     assert found().hidden * 2 == base.hidden
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
-    monkeypatch.setattr(room, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
     model, before = build("llama-tied"), build("llama-tied")
     nowhere = [DomainConfig(name="a", source="/nowhere.txt")]
     message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
@@ -120,12 +118,12 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     assert ("inplace=True" in str(found.value)) != inplace and "--offload disk" in str(found.value)
     assert same_weights(model, before)
     for free in (None, 10**9):  # what fits, or cannot be told, is pruned
-        monkeypatch.setattr(room, "free_bytes", lambda device: free)  # noqa: B023
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)  # noqa: B023
         assert prune_model(model, config(), tokenizer(), inplace=False).config.intermediate_size == 24
     monkeypatch.undo()
-    found = room.free_bytes(torch.device("cpu"))
+    found = memory.free_bytes(torch.device("cpu"))
     assert found is None or 0 < found < 2**60
-    assert room.free_bytes(torch.device("meta")) is None
+    assert memory.free_bytes(torch.device("meta")) is None
 
 
 @pytest.fixture
@@ -134,12 +132,12 @@ def text():
     return [DomainConfig(name="a", source=documents(200))]
 
 
-def data_on(device, text, monkeypatch):
+def data_on(device, text):
     """Calibration data that says `auto`, of a model whose compute device is said to be another one."""
     model, settings = build("llama-tied"), config(domains=text, num_samples=40)
-    monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
+    info = replace(ModelInfo.of(model), device=torch.device(device))
     domains = load_domains(settings, tokenizer())
-    return CalibrationData(settings, domains, RunOptions(batch_size="auto")), describe(model), model
+    return CalibrationData(settings, domains, RunOptions(batch_size="auto")), Request(settings, info), model
 
 
 def test_a_run_keeps_to_it_and_gives_the_same_model(text):
@@ -151,7 +149,7 @@ def test_a_run_keeps_to_it_and_gives_the_same_model(text):
 
 
 def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
-    data, arch, model = data_on("cuda", text, monkeypatch)
+    data, request, model = data_on("cuda", text)
     sizes = []
 
     def run(base, samples):
@@ -159,32 +157,30 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
         if len(samples) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(room, "MOST", 8)
-    monkeypatch.setattr(room, "free_bytes", lambda device: None)
-    monkeypatch.setattr(room, "run_model", run)
-    found = with_batch_size(data, arch, model, {"mlp": 24}).options.batch_size
-    assert sizes[0] == room.MOST and found == sizes[-1] <= 5
+    monkeypatch.setattr(memory, "MOST_SAMPLES", 8)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "run_model", run)
+    found = with_batch_size(data, request, model).options.batch_size
+    assert sizes[0] == memory.MOST_SAMPLES and found == sizes[-1] <= 5
     monkeypatch.setattr(
-        room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+        memory, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
     with pytest.raises(StructPruneError, match=r"one sample of the shape \(24,\) is too much"):
-        with_batch_size(data, arch, model, {"mlp": 24})
+        with_batch_size(data, request, model)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch):
-    data, arch, model = data_on("cpu", text, monkeypatch)
-    monkeypatch.setattr(room, "MOST_ON_CPU", 64)
+    data, request, model = data_on("cpu", text)
+    monkeypatch.setattr(memory, "MOST_SAMPLES_ON_CPU", 64)
 
     def above(size):
-        options = RunOptions(batch_size=size)
-        return need_of(Request(data.config, ModelInfo.of(model), data.config.widths, options=options)).above * (
-            1 + ERROR
-        )
+        estimate = estimate_memory(replace(request, options=RunOptions(batch_size=size)))
+        return estimate.above * (1 + RELATIVE_ERROR)
 
     def found(free):
-        monkeypatch.setattr(room, "free_bytes", lambda device: free)
-        return with_batch_size(data, arch, model, data.config.widths).options.batch_size
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        return with_batch_size(data, request, model).options.batch_size
 
     samples = len(data.domains[0].samples)
     free = int(above(1) + share * (above(16) - above(1)))
