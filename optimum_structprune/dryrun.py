@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .arch.load import ModelInfo, describe
-from .arch.meta import meta_model, model_class
+from .arch.meta import model_class
 from .arch.modules import blocks
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
@@ -32,7 +32,7 @@ KERNELS = (
     (128, True, "GPTQ and AWQ in groups of 128"),
     (256, False, "llama.cpp's K-quants, which leave other rows in more bits"),
 )
-# The rows of the table, by field of `DryRun`.
+# The labels of the sizes in the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
     "layer_parameters": "  in the layers",
@@ -40,6 +40,8 @@ SIZES = {
     "cache_per_token": "cache bytes per token",
     "flops_per_token": "operations per token",
 }
+# A token takes so many times as long to write as to read.
+WRITING = 1.8
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,6 @@ class SpaceChoice:
     before: int
     after: int | Mapping[int, int]
 
-    @classmethod
-    def of(cls, name: str, widths: Widths, arch: ArchSpec) -> SpaceChoice:
-        """What `widths` chooses for the space of a name."""
-        spaces, width = arch.of(name), widths[name]
-        after = width if isinstance(width, int) else {space.layer: space.width_in(widths) for space in spaces}
-        return cls(name, max(space.width for space in spaces), after)
-
 
 @dataclass(frozen=True)
 class DryRun(Record):
@@ -77,11 +72,11 @@ class DryRun(Record):
         parameters: The number of parameters.
         layer_parameters: The number of parameters in the layers alone.
         memory: The bytes of all parameters.
+        reload: The ways to load the result.
+        notes: What the numbers do not say.
         cache_per_token: The bytes of keys and values that generation keeps per token, over all layers (a layer with a
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
-        reload: The ways to load the result.
-        notes: What the numbers do not say.
         need: The memory that the pruning itself takes at its peak; None where it was not asked for.
         flops_per_token: The operations per token to read a prompt of `seq_length` tokens; None where they were not
             asked for, or parameters do not say them.
@@ -94,9 +89,9 @@ class DryRun(Record):
     parameters: Change
     layer_parameters: Change
     memory: Change
-    cache_per_token: Change | None
     reload: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    cache_per_token: Change | None = None
     need: MemoryEstimate | None = None
     flops_per_token: Change | None = None
     operations: int | None = None
@@ -124,33 +119,13 @@ class DryRun(Record):
             rows.append(Row(f"width {space.name}", ([space.before], after), change=PERCENT))
         for name, label in SIZES.items():
             size: Change | None = getattr(self, name)
-            values = (None, None) if size is None else (size.before, size.after)
             # A model that does not generate has no cache, and operations are not always asked for.
-            if values[0] or name == "cache_per_token" and size is None:
+            if size is not None and size.before or size is None and name == "cache_per_token":
+                values = (None, None) if size is None else (size.before, size.after)
                 rows.append(Row(label.format(self.dtype), values, change=PERCENT))
         loads = map("loads with {}".format, self.reload)
         needs = [] if self.need is None else [f"the pruning takes at its peak\n{self.need}"]
         return "\n".join([aligned(cells(["before", "after"], rows)), *self.notes, *loads, *needs])
-
-
-def ask_without_weights(
-    model_config: PretrainedConfig,
-    config: StructPruneConfig,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    use: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: torch.device | None = None,
-    offloaded: bool = False,
-    options: RunOptions | None = None,
-) -> Request:
-    """Gives what is asked of a model that is not loaded, checked as with weights, which are to be on a `device`."""
-    check_config_kind(config)
-    saved_dtype = dtype or model_config.dtype or torch.float32
-    dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
-    dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
-    described = ModelInfo(describe(dense, config.arch_file), dense, device or dense.device, offloaded=offloaded)
-    return ask(config, described, tokenizer, use=use, options=options)
 
 
 def dry_run(
@@ -162,7 +137,10 @@ def dry_run(
     offload: str | None = None,
     options: RunOptions | None = None,
 ) -> DryRun:
-    """The widths and parameter counts that pruning with `config` gives, without any weights.
+    """Give the widths and parameter counts that pruning with `config` gives, without any weights.
+
+    With any other allocation than `uniform` the widths of single layers follow from calibration. Those given here
+    remove as much in all, to within one step of one layer.
 
     Args:
         model_config: The config of the model to be pruned.
@@ -173,57 +151,61 @@ def dry_run(
         offload: Where the layers are while they do not run: `cpu`, `disk`, or None for the device itself.
         options: How the machine is to prune it; None stands for the defaults.
 
-    With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
-    remove as much in all, to within one step of one layer.
-
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    request = ask_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN, options=options)
-    config, arch, widths = request.config, request.model_info.arch, request.widths
-    dense, small, dtype = request.model_info.plain_model, request.smaller, request.model_info.plain_model.dtype
-
-    def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
-        before, after = count(dense), count(small)
-        return None if before is None or after is None else Change(before, after)
-
-    def cached_bytes(model: PreTrainedModel) -> int | None:
-        values = cached_values(model, arch)
-        return None if values is None else values * dtype.itemsize
-
+    check_config_kind(config)
+    info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
+    request = ask(config, info, use=DRY_RUN, options=options)
+    arch, dense = info.arch, info.plain_model
     counts_operations = cost and not why_not_counted(dense, arch)
+    before, after = (_sizes(request, model, counts_operations) for model in (dense, request.smaller))
+    changes = {name: Change(before[name], after[name]) for name in before if name in after}
+    spaces = []
+    for name, width in request.widths.items():
+        by_layer = {space.layer: space.width_in(request.widths) for space in arch.of(name)}
+        widest = max(space.width for space in arch.of(name))
+        spaces.append(SpaceChoice(name, widest, width if isinstance(width, int) else by_layer))
     return DryRun(
         model_type=arch.model_type,
-        dtype=str(dtype).removeprefix("torch."),
-        spaces=tuple(SpaceChoice.of(name, widths, arch) for name in widths),
-        parameters=change(lambda model: model.num_parameters()),
-        layer_parameters=change(lambda model: sum(describe(model, config.arch_file).layer_params)),
-        memory=change(lambda model: model.num_parameters() * dtype.itemsize),
-        cache_per_token=change(cached_bytes),
-        reload=_reload(small, model_class(model_config, config.arch_file).__name__),
-        notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        spaces=tuple(spaces),
+        reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
+        notes=(*_notes(request, model_config), *lost_kernels(config, arch, request.widths)),
         need=estimate_memory(request, offload) if cost else None,
-        flops_per_token=change(
-            lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
-        ),
-        operations=_operations(config, arch, dense) if counts_operations else None,
+        operations=_operations(request) if counts_operations else None,
+        **changes,
     )
 
 
-def _operations(config: StructPruneConfig, arch: ArchSpec, dense: PreTrainedModel) -> int:
+def _sizes(request: Request, model: PreTrainedModel, counts_operations: bool) -> dict[str, int]:
+    """The sizes of a model that are known, by field of `DryRun`."""
+    arch, itemsize = request.model_info.arch, request.model_info.plain_model.dtype.itemsize
+    sizes = {"parameters": model.num_parameters(), "memory": model.num_parameters() * itemsize}
+    sizes["layer_parameters"] = sum(describe(model, request.config.arch_file).layer_params)
+    if (values := cached_values(model, arch)) is not None:
+        sizes["cache_per_token"] = values * itemsize
+    if counts_operations:
+        sizes["flops_per_token"] = flops_per_token(model, arch, request.config.seq_length)
+    return sizes
+
+
+def _operations(request: Request) -> int:
     """About how many operations a pruning takes; what reads, writes and judges text comes on top."""
+    config, dense = request.config, request.model_info.plain_model
     weights = (parameter for block in blocks(dense) for parameter in block.parameters())
     # Two forward passes of the layers over the text, and one of the dense layers for error feedback; where losses are
     # measured, four times as much. See docs/benchmarks.md.
     passes = (2 + (config.feedback > 0)) * config.rounds * (4 if config.searches else 1)
-    return 2 * passes * config.num_samples * config.seq_length * active_parameters(dense, arch, weights)
+    tokens = config.num_samples * config.seq_length
+    return 2 * passes * tokens * active_parameters(dense, request.model_info.arch, weights)
 
 
-def _notes(
-    model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
-) -> Iterator[str]:
-    if (tokens := large_vocabulary(arch, dense.num_parameters())) and not config.trims:
-        part = tokens.size * tokens.unit_params / dense.num_parameters()
+def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
+    """What the numbers do not say, in sentences."""
+    config, arch, parameters = request.config, request.model_info.arch, request.model_info.plain_model.num_parameters()
+    if (tokens := large_vocabulary(arch, parameters)) and not config.trims:
+        part = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if config.trims and len(config.shrinking) > 1 and config.budget is not None:
         yield "the text says how many tokens go; the other widths are those with all tokens"
@@ -234,8 +216,8 @@ def _notes(
     elif arch.causal:
         texts = texts_of(with_written_text(config))
         written = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)
-        # A token takes 1.8 times as long to write as to read, and all weights write, those of the head too.
-        passes = 1.8 * written * (1 + config.holdout) * dense.num_parameters() / sum(arch.layer_params)
+        # All weights write, those of the head too.
+        passes = WRITING * written * (1 + config.holdout) * parameters / sum(arch.layer_params)
         if written:
             yield (
                 f"writing: {written:.0%} of the text is the model's own, which takes about as long as {passes:.1f} "
@@ -246,26 +228,24 @@ def _notes(
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
     """What runs with the present widths of each kind of space and not with `widths`, in one sentence for each kind."""
     parts = config.tensor_parallel
+    needs = {
+        CHANNEL: [(number * (parts if spread else 1), loss) for number, spread, loss in KERNELS],
+        GROUP: [(parts, "tensor parallelism")],
+        # Such as those of vLLM, whose issue 51521 has counts that one of them refuses.
+        EXPERT: [(parts, "expert parallelism"), (8, "fused router kernels of some engines")],
+    }
     for name in widths:
-        spaces = arch.of(name)
-        pairs = {(space.width, space.width_in(widths)) for space in spaces}
-        needs = [
-            (number * (parts if spread else 1), loss) for number, spread, loss in KERNELS if spaces[0].unit == CHANNEL
-        ]
-        if spaces[0].unit == GROUP:
-            needs = [(parts, "tensor parallelism")]
-        if spaces[0].unit == EXPERT:  # such as vLLM's, whose issue 51521 has counts that one of them refuses
-            needs = [(parts, "expert parallelism"), (8, "fused router kernels of some engines")]
-        lost = {
-            f"{loss} (multiples of {number})": min(after for full, after in pairs if after % number)
-            for number, loss in needs
-            if any(after % number and not full % number for full, after in pairs)
-        }
+        pairs = {(space.width, space.width_in(widths)) for space in arch.of(name)}
+        lost = {}
+        for number, loss in needs.get(arch.of(name)[0].unit, ()):
+            if after := [after for full, after in pairs if after % number and not full % number]:
+                lost[f"{loss} (multiples of {number})"] = min(after)
         if lost:
             yield f"warning: {name} {min(lost.values())} has no {', no '.join(lost)}; see round_to and tensor_parallel"
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
+    """The ways to load a model."""
     if not small.config.get_text_config().is_heterogeneous:
         return (f"plain transformers, {auto}.from_pretrained",)
     return (

@@ -112,6 +112,9 @@ def test_grams_of_experts_stay_small():
     dense = Qwen2Config(**{**sizes, "intermediate_size": 128 * 768}, num_key_value_heads=4, dtype="bfloat16")
     experts, whole = (dry_run(model, settings, cost=True) for model in (config, dense))
     assert experts.need.working < whole.need.working / 20
+    assert whole.need.weights == whole.memory.before and whole.dtype == "bfloat16"
+    dense.dtype = "float32"
+    assert dry_run(dense, settings, cost=True).need.weights == 2 * whole.need.weights
     # A token goes through 8 of 128 experts.
     assert experts.flops_per_token.before < whole.flops_per_token.before / 2
     assert experts.operations < whole.operations / 3

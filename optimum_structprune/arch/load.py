@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
-from .meta import check_plain, is_quantized, reads_forward, skeleton
+from .meta import check_plain, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
@@ -86,6 +86,22 @@ class ModelInfo:
         arch = describe(plain_model, arch_file)
         _check_whole(plain_model, arch)
         return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))
+
+    @classmethod
+    def without_weights(
+        cls,
+        config: PretrainedConfig,
+        arch_file: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        device: torch.device | None = None,
+        offloaded: bool = False,
+    ) -> ModelInfo:
+        """Describe the model that a config describes, whose weights are to be on a `device`."""
+        saved = dtype or config.dtype or torch.float32
+        dtype = getattr(torch, saved) if isinstance(saved, str) else saved
+        model = meta_model(config, arch_file, dtype, trust_remote_code)
+        return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
 
 
 def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:

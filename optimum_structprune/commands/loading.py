@@ -21,14 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..arch.load import ModelInfo
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.model_tokenizer import has_files
-from ..dryrun import ask_without_weights
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
-from ..pruning.request import PRUNE, Request, check_reads_text
+from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
@@ -133,17 +133,15 @@ class Loading:
         model_config, known = self.config(name), self.device not in SPREAD_DEVICES
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            request = ask_without_weights(
+            info = ModelInfo.without_weights(
                 model_config,
-                config,
+                config.arch_file,
                 self.torch_dtype,
                 self.trust_remote_code,
-                PRUNE,
-                self.tokenizer(name),
                 torch.device(str(self.device)) if known else None,
                 offloaded=self.offload is not None,
-                options=options,
             )
+            request = ask(config, info, self.tokenizer(name), options=options)
         if request.widths and known and (self.torch_dtype or model_config.dtype):
             check_memory(request, inplace=True)
         return request

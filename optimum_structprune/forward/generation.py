@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from inspect import signature
 from os.path import commonprefix
 from typing import Any
@@ -211,6 +212,7 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     if embedding.device.type == "meta":
         # The attention masks of other implementations depend on values, which tensors without memory do not have, and
         # the matrix product that runs experts takes these in this precision only.
+        model = deepcopy(model)
         model.set_attn_implementation("eager")
         model.eval().to(torch.bfloat16)  # type: ignore[arg-type]
     token = torch.zeros(1, 1, embedding.shape[1], dtype=model.dtype, device=embedding.device)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import islice, permutations
 from math import exp, inf, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from optimum_structprune import (
     DomainConfig,
     Recovery,
     RunOptions,
-    StructPruneCallback,
     StructPruneError,
     StructPruner,
+    attach_pruner,
     dry_run,
     load_adapter,
     perplexity,
@@ -279,7 +280,7 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
     with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
         StructPruner(asking()).prune_to_(text_model(), [], {"vocab": 320})
     with pytest.raises(StructPruneError, match="'vocab' belongs to the whole model, and a Trainer prunes inside"):
-        StructPruneCallback(asking()).begin(text_model())
+        attach_pruner(SimpleNamespace(model=text_model()), asking())
 
 
 @pytest.mark.slow
