@@ -125,6 +125,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
         counts = (f"{name} {count:,}" for name, count in sorted(of["reasons"].items()))
         yield f"tokens that stay, by reason: {', '.join(counts)}"
+        if unreadable := _by_number(of["unreadable"]):
+            yield f"letters that cannot be read now, by script: {unreadable}"
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
@@ -158,13 +160,17 @@ def speed_remark(record: Mapping[str, Any]) -> str:
 
 def _languages(report: Mapping[str, Any]) -> Iterator[str]:
     """Which scripts and languages a smaller vocabulary is hard on."""
-    scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
-    if scripts:
-        shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])
-        others = f" and {len(scripts) - MOST_SHOWN} others" if len(scripts) > MOST_SHOWN else ""
-        yield f"tokens that are gone, by script: {shown}{others}"
+    if scripts := _by_number(report.get("scripts") or {}):
+        yield f"tokens that are gone, by script: {scripts}"
     if by_code := report.get("languages"):
         yield from _cost_by_language(by_code)
+
+
+def _by_number(scripts: Mapping[str, int]) -> str:
+    """Names the scripts of most tokens."""
+    first = sorted(scripts.items(), key=lambda pair: -pair[1])
+    shown = ", ".join(f"{name.title()} {count:,}" for name, count in first[:MOST_SHOWN])
+    return shown + f" and {len(first) - MOST_SHOWN} others" * (len(first) > MOST_SHOWN)
 
 
 def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

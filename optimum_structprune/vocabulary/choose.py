@@ -32,7 +32,7 @@ from .count import (
     prior_shares,
     text_shares,
 )
-from .languages import script, scripts_of
+from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_needs
 
 
@@ -75,9 +75,9 @@ class VocabularyRequest:
         model = described.plain_model
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
-        always = {*ids[rows:], *vocabulary.always, *named_ids(model)}
-        if config.languages is not None:
-            always |= _letters(config.languages, tokenizer, vocabulary)
+        always = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
+        codes = config.languages
+        always |= vocabulary.letters if codes is None else _letters(codes, tokenizer, vocabulary)
         if config.keep_tokens is not None:
             always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
         below = {*range(padding := counted_from(model))} - always  # the padding has to keep its id
@@ -161,6 +161,7 @@ def choose_tokens(
     reasons = _reasons(keep[:number], request, shares)
     trimmed = {"tokens": request.rows - number, "respelled": float(lost[number]), "reasons": dict(Counter(reasons))}
     trimmed["reason_of_each"] = "".join(reason[0] for reason in reasons)
+    trimmed["unreadable"] = dict(scripts_of(vocabulary, vocabulary.letters - {*keep}))
     scripts = scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep})
     return Choice(keep, number, smaller, counted, dict(scripts), trimmed)
 
@@ -200,7 +201,7 @@ def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[st
     usual, needs = shares[USUAL].tolist(), request.vocabulary.needs
     found = {token: NEEDED for token in keep} | {token: USUAL for token in keep if token < len(usual) and usual[token]}
     found |= {part: NEEDED for token in keep for part in needs(token) if usual[part] < usual[token]}
-    for reason in (LANGUAGE, TEXT):
+    for reason in (LANGUAGE, TEXT, ALWAYS):
         found |= dict.fromkeys(shares[reason].nonzero().flatten().tolist(), reason)
     found |= dict.fromkeys(request.always, ALWAYS)
     return [found[token] for token in keep]
@@ -217,12 +218,16 @@ def _lines(path: str) -> list[str]:
 
 
 def _letters(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    """The letters of languages, within a word and at its head, and all marks of punctuation."""
+    """The letters of languages, within a word and at its head, those of the scripts that these are written in and of
+    the Latin one, and all marks of punctuation and other symbols.
+    """
     check_word_lists(codes)
+    of_all = {"", "LATIN", *scripts_in(codes)}
+    alike = {token for token in vocabulary.letters if script(vocabulary.surface(token)) in of_all}
     forms = [form for letter in sorted(letters(codes)) for form in (letter, f" {letter}")]
     spelled = tokenizer(forms, add_special_tokens=False)["input_ids"]
     marks = {token for token in range(vocabulary.size) if is_punctuation(vocabulary.surface(token).strip())}
-    return marks | {token for row in spelled for token in row}
+    return alike | marks | {token for row in spelled for token in row}
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
@@ -248,9 +253,9 @@ def wanted_shares(
     vocabulary: Vocabulary,
     held_out: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[Entry]]:
-    """The shares of each token by reason, shape `(size,)`: in text, in the languages to keep, and in other text; and
-    the record of the text. General text behind the named domains, and other text, count in the scripts that these show
-    or the languages.
+    """The shares of each token by reason, shape `(size,)`: in text, in the languages to keep, and in other text, and 1
+    for letters of the scripts that text shows; and the record of the text. General text behind the named domains, and
+    other text, count in the scripts that these show or the languages; of other scripts, only letters do.
     """
     size, most, named = vocabulary.size, MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
     of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
@@ -264,9 +269,12 @@ def wanted_shares(
     of_languages = part * language_shares(codes, tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
     shown = _by_script(vocabulary, of_text + of_languages) >= NEVER
-    other = prior_shares(vocabulary) * shown
-    text = of_text + of_general * shown
-    return {TEXT: text, LANGUAGE: of_languages, USUAL: PRIOR * other / other.sum()}, entries
+    letters = torch.zeros(size, dtype=torch.bool)
+    letters[[*vocabulary.letters]] = True
+    prior = prior_shares(vocabulary)
+    other = PRIOR / (prior * shown).sum() * prior * (shown | letters)  # text in all scripts needs letters
+    needed = (letters & (shown | (of_text > 0))).double()
+    return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
 
 
 def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ SAME, CHOOSING = "languages", "samples"
 OPENING, LETTERS = 2, 8
 # A dense model reads languages of so many tokens together: those to keep first, and then those of few tokens.
 MOST_TOKENS = 4096
+# What the names of marks and digits of all scripts begin with.
+OF_ALL_SCRIPTS = ("COMBINING", "DIGIT", "VARIATION")
 # A model knows a language if it reads a text in at most so many times the bits of its best language.
 KNOWN = 2.0
 
@@ -46,6 +48,11 @@ def openings(codes: Iterable[str]) -> list[str]:
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:
     """The tokens of the text in each of 30 languages, by their codes, behind the token at the head of a text."""
     return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
+
+
+def scripts_in(codes: Iterable[str]) -> set[str]:
+    """The scripts of some languages."""
+    return {script(letter) for code in codes for letter in texts()[code]}
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
@@ -116,10 +123,12 @@ def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:
 
 
 def script(text: str) -> str:
-    """The script of the first letter of a text, as Unicode names it ("LATIN", "CJK"); empty where it has no letter."""
-    return next((_script_of(letter) for letter in text if letter.isalpha()), "")
+    """The script of the first letter, mark or digit of a text that has one, as Unicode names it ("LATIN", "CJK")."""
+    return next(filter(None, map(_script_of, text)), "")
 
 
 @lru_cache(None)
-def _script_of(letter: str) -> str:
-    return unicodedata.name(letter, "").partition(" ")[0]
+def _script_of(character: str) -> str:
+    is_of_one = character.isalpha() or unicodedata.category(character) in ("Mn", "Mc", "Nd")
+    name = unicodedata.name(character, "").partition(" ")[0] if is_of_one else ""
+    return name if name not in OF_ALL_SCRIPTS else ""

@@ -41,6 +41,7 @@ class Spelling:
         fallback = model.get("byte_fallback") and all(byte in ids for byte in BYTES)
         self.bytes = {ids[byte]: number for number, byte in enumerate(BYTES)} if fallback else {}
         self.by_byte = list(self.bytes)
+        self.lowest: int | None = None
 
     def letters(self, piece: str) -> list[str]:
         """The pieces of one character each that a piece consists of."""
@@ -125,15 +126,13 @@ class ScoredSpelling(Spelling):
         super().__init__(model, ids)
         self.scores = [score for _, score in model["vocab"]]
         self.longest = max(map(len, ids))
+        # What no token spells has a score by the lowest one, which may therefore not go.
         self.lowest = min(range(len(self.scores)), key=self.scores.__getitem__)
+        self.unknown_score = self.scores[self.lowest] - 10
 
     def prior(self, token: int) -> float:
         """How often a token occurs, relative to others: its score is the logarithm of that."""
         return exp(self.scores[token])
-
-    def is_irreplaceable(self, token: int) -> bool:
-        """Whether nothing else can spell a token, or what no token spells costs by its score."""
-        return token == self.lowest or super().is_irreplaceable(token)
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
         """The best cut without the token, if that is not better than the token, which is then never read."""
@@ -143,7 +142,7 @@ class ScoredSpelling(Spelling):
         return parts if kept is None else self._best(token, kept)[1]
 
     def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
-        piece, unknown = self.pieces[token], self.scores[self.lowest] - 10 if self.bytes else NOWHERE
+        piece, unknown = self.pieces[token], self.unknown_score if self.bytes else NOWHERE
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for end in range(1, len(piece) + 1):
             ways = [(best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1]))]
@@ -192,6 +191,7 @@ class Vocabulary:
         self._unknown = model.get("unk_id", ids.get(model.get("unk_token")))
         steps = json.dumps([described["pre_tokenizer"], described["decoder"]], ensure_ascii=False)
         self._byte_level, self._marks_space = '"ByteLevel"' in steps, SPACE in steps
+        self._irreplaceable_are_bytes = self._byte_level or bool(self._spelling.bytes)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -211,16 +211,28 @@ class Vocabulary:
 
     @cached_property
     def always(self) -> frozenset[int]:
-        """The ids of tokens that have to stay whatever the text is, with all that they are formed from."""
-        always = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
+        """The ids of tokens that have to stay where text of any language is read."""
+        return self.fixed | self.letters
+
+    @cached_property
+    def fixed(self) -> frozenset[int]:
+        """The ids of tokens that have to stay whatever is read, with all that they are formed from."""
+        fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
+            is_byte = self._irreplaceable_are_bytes and self._spelling.is_irreplaceable(token)
             # Bytes in place of the mark of a space would be decoded to the mark.
-            fixed = token == self._unknown or self._names[token] == SPACE or self.surface(token).strip() in DIGITS
-            if fixed or self._spelling.is_irreplaceable(token):
-                always.add(token)
+            is_mark = token in (self._unknown, self._spelling.lowest) or self._names[token] == SPACE
+            if is_byte or is_mark or self.surface(token).strip() in DIGITS:
+                fixed.add(token)
         for text in chats(self._tokenizer):
-            always.update(self._tokenizer(text, verbose=False).input_ids)
-        return frozenset(with_needs(always, self._spelling.needs))
+            fixed.update(self._tokenizer(text, verbose=False).input_ids)
+        return frozenset(with_needs(fixed, self._spelling.needs))
+
+    @cached_property
+    def letters(self) -> frozenset[int]:
+        """The ids of tokens without which some letter cannot be read; none where bytes spell all letters."""
+        names = () if self._irreplaceable_are_bytes else self._names.keys() - self._added
+        return frozenset(filter(self._spelling.is_irreplaceable, names))
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
         """The tokens, of `kept` if given, that take the place of one that is gone; none if it is never read."""
@@ -283,7 +295,9 @@ class Vocabulary:
                 raise StructPruneError(
                     f"All tokens of a text stay, and the smaller tokenizer gives other tokens for it: {text!r:.200}"
                 )
-            if smaller.decode(ids) != self._tokenizer.decode(dense):
+            # A letter whose script is gone is unknown.
+            is_spelled = all(token in new or self.parts(token, new) for token in dense)
+            if is_spelled and smaller.decode(ids) != self._tokenizer.decode(dense):
                 raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
 
 

@@ -1,6 +1,7 @@
 """Translators keep the tokens of their languages, and begin with the one that they are told to."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -22,7 +23,10 @@ from transformers import (
 )
 
 from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.domains.sources import builtin_documents
+from optimum_structprune.vocabulary.choose import VocabularyRequest
+from optimum_structprune.vocabulary.languages import CHOOSING, texts
 
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -42,22 +46,22 @@ T5_SIZES = {
 }
 
 
-def trained(model, trainer):
+def trained(model, trainer, read=None):
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(islice(builtin_documents("prose"), 50), trainer)
+    backend.train_from_iterator(read or islice(builtin_documents("prose"), 50), trainer)
     return backend
 
 
-def merged():
-    backend = trained(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL))
+def merged(read=None):
+    backend = trained(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL), read)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     return {"vocab": backend.get_vocab(), "merges": merges}
 
 
-def scored(special=SPECIAL):
+def scored(read=None, special=SPECIAL):
     trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>")
-    backend = trained(models.Unigram(), trainer)
+    backend = trained(models.Unigram(), trainer, read)
     return {"vocab": [tuple(pair) for pair in json.loads(backend.to_str())["model"]["vocab"]]}
 
 
@@ -67,7 +71,7 @@ KINDS = {
     "mbart": (MBartTokenizer, scored, MBartForConditionalGeneration, "mbart", ("en_XX", "de_DE")),
     "mbart50": (
         MBart50Tokenizer,
-        partial(scored, ["<unk>", "<s>", "</s>"]),
+        partial(scored, special=["<unk>", "<s>", "</s>"]),
         MBartForConditionalGeneration,
         "mbart",
         ("en_XX", "de_DE"),
@@ -76,8 +80,8 @@ KINDS = {
 
 
 def pruned(reader, model, folder):
-    texts = [DomainConfig(name="prose", source="builtin:prose")]
-    pruner = StructPruner(config(domains=texts, widths={"vocab": len(reader) - 80}, seq_length=48))
+    prose = [DomainConfig(name="prose", source="builtin:prose")]
+    pruner = StructPruner(config(domains=prose, widths={"vocab": len(reader) - 80}, seq_length=48))
     pruner.save(pruner.prune_model(model, reader), folder)
     again = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     return again, AutoTokenizer.from_pretrained(folder), [*pruner.plan.keep[-1, "vocab"]]
@@ -115,9 +119,27 @@ def test_languages_stay_and_a_translation_begins_with_the_one_that_is_forced(kin
     assert_same(model, again, ids, keep, forced_bos_token_id=forced)
 
 
+@pytest.mark.parametrize("kind", with_long(["nllb", "mbart"], ["mbart"]))
+@pytest.mark.parametrize("shown", [False, True], ids=["named alone", "shown by text"])
+def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind, shown, tmp_path):
+    tokenizer, made_of, cls, model_type, (source, target) = KINDS[kind]
+    reader = tokenizer(**made_of([texts()[code] for code in ("en", "ru", "el")]), src_lang=source, tgt_lang=target)
+    read = [f"{texts(CHOOSING)[code]} {n}" for n in range(40) for code in ("en", "ru")[: 1 + shown]]
+    model = random_model(cls, model_type, {**SIZES, "vocab_size": len(reader)})
+    asked = config(domains=[DomainConfig("a", read)], languages=["en"], widths={"vocab": len(reader)})
+    fewest = VocabularyRequest.of(asked, ModelInfo.of(model), reader, asked.widths).may.start
+    pruner = StructPruner(replace(asked, widths={"vocab": fewest + 80}))
+    pruner.prune_model(model, reader)
+    smaller, remarks = pruner.tokenizer, str(pruner.report)
+    unknown = {code: reader.unk_token_id in smaller(texts()[code]).input_ids for code in ("en", "ru", "el")}
+    assert unknown == {"en": False, "ru": not shown, "el": True}
+    lines = [line for line in remarks.splitlines() if line.startswith("letters that cannot be read")]
+    assert "Greek" in lines[0] and ("Cyrillic" in lines[0]) == (not shown)
+
+
 @pytest.mark.slow
 def test_the_sentinels_of_mt5_stay(tmp_path):
-    reader = T5Tokenizer(**scored(["<pad>", "</s>", "<unk>"]), extra_ids=100)
+    reader = T5Tokenizer(**scored(special=["<pad>", "</s>", "<unk>"]), extra_ids=100)
     model = random_model(
         MT5ForConditionalGeneration, "mt5", {**T5_SIZES, "eos_token_id": 1, "vocab_size": len(reader)}
     )

@@ -17,7 +17,15 @@ from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary import count
-from optimum_structprune.vocabulary.choose import LANGUAGE, PRIOR, TEXT, USUAL, VocabularyRequest, wanted_shares
+from optimum_structprune.vocabulary.choose import (
+    ALWAYS,
+    LANGUAGE,
+    PRIOR,
+    TEXT,
+    USUAL,
+    VocabularyRequest,
+    wanted_shares,
+)
 from optimum_structprune.vocabulary.count import check_word_lists, language_shares, letters, text_shares
 from optimum_structprune.vocabulary.languages import (
     CHOOSING,
@@ -37,6 +45,7 @@ class Words:
 
     words: str
     always: tuple[int, ...] = ()
+    letters: tuple[int, ...] = (0, 1, 2, 3)
     names: list[str] = field(init=False)
 
     def __post_init__(self):
@@ -103,12 +112,13 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     domains = [of_text("named", "a ab", 0.75), of_text("general", "дa c ab b", 0.25)]
     asked = config(domains=[DomainConfig("named", "builtin:math")])
     shares, entries = wanted_shares(asked, domains, None, WORDS)
+    assert shares[ALWAYS].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
     assert dict(zip(WORDS.names, shares[TEXT].tolist(), strict=True)) == {
         **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
     }  # fmt: skip
     assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares[LANGUAGE].any()
     other = shares[USUAL]
-    assert other[3] == other[8] == 0 and other.sum() == pytest.approx(PRIOR)
+    assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(PRIOR)
     assert other[other > 0].tolist() == sorted(other[other > 0], reverse=True)
 
 
@@ -182,6 +192,7 @@ def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_languag
 
 def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
     assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
+    assert [script(text) for text in ("\u093f", "१", "\u0301", "2nd", "♥")] == ["DEVANAGARI"] * 2 + ["", "LATIN", ""]
     vocabulary = Vocabulary.of(real_text_model()[1])
     everything = scripts_of(vocabulary, range(vocabulary.size))
     assert everything["LATIN"] > 26 and "" not in everything
