@@ -92,8 +92,9 @@ class DistillTrainer(Trainer):
             vars(model).pop("save_pretrained", None)
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            if self.args.gradient_checkpointing:
-                bare.gradient_checkpointing_disable()
+            if self.args.gradient_checkpointing:  # the Trainer leaves it on
+                for module in filter(lambda each: hasattr(each, "gradient_checkpointing"), bare.modules()):
+                    module.gradient_checkpointing = False
                 bare.disable_input_require_grads()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
