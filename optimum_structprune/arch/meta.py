@@ -267,8 +267,8 @@ def positions_of(model: PreTrainedModel) -> float:
     return next(filter(None, (getattr(config, name, None) for name in names)), inf)
 
 
-def check_positions(model: PreTrainedModel, tokens: int, what: str, beside: int = 0) -> None:
-    """Refuses more tokens in a row than a model reads, those `beside` them included."""
-    if tokens + beside > (longest := positions_of(model)):
-        rest = f", of which {beside} are taken; {max(longest - beside, 0)} is the most" if beside else ""
+def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: int = 0) -> None:
+    """Refuses more tokens in a row than a model reads; `num_taken` positions are taken by others."""
+    if tokens + num_taken > (longest := positions_of(model)):
+        rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most" if num_taken else ""
         raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")

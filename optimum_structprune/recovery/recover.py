@@ -106,8 +106,7 @@ class Recovery:
             self._inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
-            # The first process writes checkpoints, and all read the best one.
-            arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]
+            arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
             domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
             seeds = seed, self.pruning.seed
             data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
