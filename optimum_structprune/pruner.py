@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .domains.model_tokenizer import ids_in
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
+from .pruning.measure import Comparison
 from .pruning.memory import check_memory, with_batch_size
 from .pruning.request import Request, ask, check_arguments, check_config_kind
 from .pruning.run import UNITS, Run, Step, prune_units_
@@ -91,20 +93,25 @@ class StructPruner:
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             if self.options.batch_size == AUTO:
                 run.data = with_batch_size(run.data, request, run.model)
-            run.start(vocabulary_changes=tokens is not None)
+            run.start()
+            comparison = Comparison(run, vocabulary_changes=tokens is not None)
+            distils = run.config.recovery is not None and run.config.recovery.distils
+            teacher = run.dense_model or deepcopy(run.model) if distils else None
             if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
 
-                widths = prune_vocabulary_(run, tokens)
+                widths = prune_vocabulary_(run, tokens, comparison)
             if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
                 widths = choose_shape(run, widths)
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.apply_step_(run, step)
-            run.compare()
+            comparison.finish()
             if run.config.recovery is not None:
-                run.recover()
+                run.recover(teacher)
+            if report.languages:
+                comparison.finish_languages()
             run.finish()
         self._remember(run)
         return run.model
@@ -122,7 +129,7 @@ class StructPruner:
         self.result = PruneResult(
             self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
         )
-        run.model.prune_result = self.result  # type: ignore[assignment]  # typed as Tensor | Module
+        vars(run.model)["prune_result"] = self.result
         if (summary := target_summary(self.report.to_dict())).startswith("warning: "):
             warn(summary.removeprefix("warning: "))
 

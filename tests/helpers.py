@@ -40,6 +40,7 @@ from optimum_structprune.method.calibrate import Moments, mixed
 from optimum_structprune.method.layers import InMemory, NotSequentialError, run_model
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
+from optimum_structprune.pruning.measure import Comparison
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
@@ -150,16 +151,17 @@ def data_of(settings, domains=None) -> CalibrationData:
 def weighed(*shares) -> CalibrationData:
     """Calibration data without samples, in domains of these weights."""
     nothing = torch.empty(0, 1, dtype=torch.long)
-    return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares], 1)
+    return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares])
 
 
 def pruned_on(data, model, widths) -> Run:
     """The finished run that brings a copy of a model to `widths` on given data."""
     with Run(deepcopy(model), describe(model), data) as run:
         run.start()
+        comparison = Comparison(run)
         for step in StructPruner(data.config).steps(run.arch, run.model, widths):
             StructPruner(data.config).apply_step_(run, step)
-        run.compare()
+        comparison.finish()
         run.finish()
     return run
 

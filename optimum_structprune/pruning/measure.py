@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import replaying
+from ..arch.meta import reads_text
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
 from ..domains.packing import Domain
 from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.metrics import (
+    ENOUGH,
     FEWEST,
     evaluating,
     perplexity_errors,
@@ -30,6 +33,10 @@ from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, gather_objects, shard
 
 
+if TYPE_CHECKING:
+    from .embeddings import Embeddings
+    from .run import Run
+
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 2048
 STRIDE = 4
@@ -41,6 +48,74 @@ AT_ONCE = 512
 OTHER = ""
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
 Rows = Mapping[str, list[Tensor]]
+
+
+class Comparison:
+    """What a run measures of the dense model when it is made, and later of the smaller one beside it.
+
+    Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `use_tokenizer`.
+    """
+
+    def __init__(self, run: Run, vocabulary_changes: bool = False):
+        self.run = run
+        self.measure: Measure | Embeddings | None = None
+        data, report, tokenizer, causal = run.data, run.report, run.dense_tokenizer, run.arch.causal
+        domains, wanted = data.domains, run.config.languages or ()
+        with report.timed("perplexity"):
+            if causal:
+                most = min(ENOUGH, round(run.config.holdout * sum(domain.samples.numel() for domain in domains)))
+                # None where a program gave inputs.
+                other = self._other_text() if tokenizer is not None and domains[0].origin is not None else ()
+                self.measure = Measure(run.model, domains, run.arch, most, tokenizer, vocabulary_changes, other)
+            elif tokenizer is None or reads_text(run.model):
+                from .embeddings import Embeddings, passages_of
+
+                texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
+                self.measure = Embeddings(run.model, texts, tokenizer, vocabulary_changes or bool(wanted))
+        if tokenizer is not None and (vocabulary_changes or wanted):
+            from ..vocabulary.languages import costs_before
+
+            with report.timed("languages"):
+                report.languages = costs_before(run.model, tokenizer, causal, wanted)
+
+    def _other_text(self) -> Sequence[Tensor]:
+        """Rows of other text, which the dense model may write."""
+        from ..sources.other import other_text
+
+        run = self.run
+        assert run.dense_tokenizer is not None
+        with run.report.timed("other text"):
+            found = other_text(run.config, run.model, run.dense_tokenizer, run.data.domains)
+        run.report.other = {"source": found.source}
+        run.entries += found.entries
+        return found.rows
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Measure the same text from now on in the tokens of the smaller model."""
+        if self.measure is not None:
+            self.measure.read_by(tokenizer, self.run.model)
+
+    def finish(self) -> None:
+        """Put what text loses into the report, and which words that the dense tokenizer has are spelled otherwise."""
+        run, measure = self.run, self.measure
+        if measure is None:
+            return
+        with run.report.timed("perplexity"):
+            measure.after(run.model, run.arch, run.report)
+        if isinstance(measure, Measure) and run.report.trimmed and (of := measure.texts.get(OTHER)):
+            from ..sources.other import respelled
+
+            assert run.dense_tokenizer is not None and run.tokenizer is not None
+            run.report.other["respelled"] = respelled(of.texts, run.dense_tokenizer, run.tokenizer)
+
+    def finish_languages(self) -> None:
+        """Put what languages cost into the report, after a training too."""
+        from ..vocabulary.languages import with_costs_after
+
+        run, known = self.run, self.run.report.languages
+        assert run.tokenizer is not None
+        with run.report.timed("languages"):
+            run.report.languages = with_costs_after(known, run.model, run.tokenizer, run.arch.causal)
 
 
 class Measure:
@@ -69,20 +144,15 @@ class Measure:
             self.texts = {name: Passages(rows, tokenizer) for name, rows in self.heldout.items()}
             if vocabulary_changes:
                 self.read_by(tokenizer, model)
-        self.dense_figures = self._of_all(model, arch)
+        self.dense_figures = self._losses(model, arch)
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
         self.heldout = {name: passages.rows(tokenizer, model) for name, passages in self.texts.items()}
 
-    def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
-        """Perplexity as a multiple of the dense model's, by domain."""
-        pairs = [(name, of, self.dense_figures[name]) for name, of in self._losses(model, arch).items()]
-        return {name: perplexity_of(now) / perplexity_of(before) for name, now, before in pairs if name != OTHER}
-
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
-        figures = self._of_all(model, arch)
+        figures = self._losses(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
             perplexity, errors = {when: perplexity_of(of) for when, of in losses.items()}, perplexity_errors(losses)
@@ -97,17 +167,6 @@ class Measure:
                     when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
                 }
 
-    def _of_all(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
-        losses = self._losses(model, arch)
-        for name, of in losses.items():
-            if of.isnan().any():
-                which = f"held-out text of the domain {name!r}" if name else "other text"
-                raise StructPruneError(
-                    f"The perplexity on {which} is not a number; load the model in float32 or bfloat16, or check its "
-                    "weights."
-                )
-        return losses
-
     def _losses(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
         """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
         texts = [shard(rows) for rows in self.heldout.values()]
@@ -117,11 +176,17 @@ class Measure:
             values = [of_text for _, same in alike for of_text in layerwise_losses(model, arch, [*same])]
         else:
             values = [row_losses(model, text, tokens=AT_ONCE) for text in texts]
-        by_process = zip(*gather_objects(values), strict=True)
-        return {
-            name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]
-            for (name, rows), parts in zip(self.heldout.items(), by_process, strict=True)
-        }
+        losses = {}
+        for (name, rows), parts in zip(self.heldout.items(), zip(*gather_objects(values), strict=True), strict=True):
+            total = parts[0] if every_process_runs(rows) else torch.cat(parts)
+            losses[name] = total / self.tokens_predicted[name]
+            if total.isnan().any():
+                which = f"held-out text of the domain {name!r}" if name else "other text"
+                raise StructPruneError(
+                    f"The perplexity on {which} is not a number; load the model in float32 or bfloat16, or check its "
+                    "weights."
+                )
+        return losses
 
 
 def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:

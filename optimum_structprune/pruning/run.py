@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import dequantized, is_quantized, reads_text, shrunk_skeleton, stays_packed
+from ..arch.meta import dequantized, is_quantized, shrunk_skeleton, stays_packed
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry, Manifest, remember_text
 from ..errors import InPlaceError
-from ..forward.metrics import ENOUGH
 from ..method.loop import prune_layers_
 from ..method.shrink import Masks
 from ..record.plan import Plan
@@ -26,11 +23,6 @@ from ..sources.data import CalibrationData
 from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
 from ..system.stages import progress
-from .measure import OTHER, Measure
-
-
-if TYPE_CHECKING:
-    from .embeddings import Embeddings
 
 
 # The kind of step inside the layers; those before are named as the spaces.
@@ -80,8 +72,6 @@ class Run:
         self.arch = self.dense_arch = arch
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
-        self.measure: Measure | Embeddings | None = None
-        self.teacher: PreTrainedModel | None = None
         self.entries: list[Entry] = []
         self.seen: Manifest | None = None
         self.changed = False
@@ -91,57 +81,14 @@ class Run:
         """The config of the calibration data."""
         return self.data.config
 
-    def start(self, vocabulary_changes: bool = False) -> None:
-        """Measure the dense model, begin the records, and keep a teacher; `vocabulary_changes` where tokens go."""
+    def start(self) -> None:
+        """Begin the records, with what the dense model is and comes from."""
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
-        with self.report.timed("perplexity"):
-            domains, tokenizer = self.data.domains, self.dense_tokenizer
-            tokens = sum(domain.samples.numel() for domain in domains)
-            most = min(ENOUGH, round(self.config.holdout * tokens))
-            wanted = self.config.languages or ()
-            if self.arch.causal:
-                other = self._other_text()
-                self.measure = Measure(self.model, domains, self.arch, most, tokenizer, vocabulary_changes, other)
-            elif tokenizer is None or reads_text(self.model):
-                from .embeddings import Embeddings, passages_of
-
-                texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
-                self.measure = Embeddings(self.model, texts, tokenizer, vocabulary_changes or bool(wanted))
-        if tokenizer is not None and (vocabulary_changes or wanted):
-            from ..vocabulary.languages import costs_before
-
-            with self.report.timed("languages"):
-                self.report.languages = costs_before(self.model, tokenizer, self.arch.causal, wanted)
         self.report.start(self.model, self.arch)
-        if self.config.recovery is not None:
-            self.teacher = self.dense_model or deepcopy(self.model)
 
-    def _other_text(self) -> Sequence[Tensor]:
-        """Rows of other text, which the dense model may write; none where a program gave inputs."""
-        if self.dense_tokenizer is None or self.data.domains[0].origin is None:
-            return ()
-        from ..sources.other import other_text
-
-        with self.report.timed("other text"):
-            found = other_text(self.config, self.model, self.dense_tokenizer, self.data.domains)
-        self.report.other = {"source": found.source}
-        self.entries += found.entries
-        return found.rows
-
-    def compare(self) -> None:
-        """Measure the model as it is now."""
-        if self.measure is not None:
-            with self.report.timed("perplexity"):
-                self.measure.after(self.model, self.arch, self.report)
-            if isinstance(self.measure, Measure) and self.report.trimmed and (of := self.measure.texts.get(OTHER)):
-                from ..sources.other import respelled
-
-                assert self.dense_tokenizer is not None and self.tokenizer is not None
-                self.report.other["respelled"] = respelled(of.texts, self.dense_tokenizer, self.tokenizer)
-
-    def recover(self) -> None:
-        """Train the model as the config says."""
+    def recover(self, teacher: PreTrainedModel | None) -> None:
+        """Train the model as the config says, with the dense model as its teacher if that is given."""
         assert self.config.recovery is not None
         # Training libraries take seconds to import, and most runs do without.
         from ..recovery.recover import Recovery
@@ -149,7 +96,7 @@ class Run:
         with self.report.timed("recovery"), unshared():
             remember_text(self.model, manifest=self.manifest())
             recovery = Recovery(self.config.recovery, self.config)
-            recovery.recover_model(self.model, self.tokenizer, self.teacher, teacher_tokenizer=self.dense_tokenizer)
+            recovery.recover_model(self.model, self.tokenizer, teacher, teacher_tokenizer=self.dense_tokenizer)
             assert recovery.report is not None
             self.report.recovery = recovery.report
             self.entries += recovery.entries
@@ -160,13 +107,6 @@ class Run:
 
     def finish(self) -> None:
         """Complete the report, and let the dense model carry its tokenizer."""
-        if self.report.languages:
-            from ..vocabulary.languages import with_costs_after
-
-            assert self.tokenizer is not None
-            with self.report.timed("languages"):
-                known = self.report.languages
-                self.report.languages = with_costs_after(known, self.model, self.tokenizer, self.arch.causal)
         if self.dense_model is not None:
             remember_text(self.dense_model, self.dense_tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)

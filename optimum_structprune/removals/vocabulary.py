@@ -21,10 +21,11 @@ from .resize import drop_tokens_
 
 
 if TYPE_CHECKING:
+    from ..pruning.measure import Comparison
     from ..pruning.run import Run
 
 
-def prune_vocabulary_(run: Run, request: VocabularyRequest) -> Widths:
+def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparison) -> Widths:
     """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
     other spaces to the widths that are returned.
     """
@@ -36,7 +37,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest) -> Widths:
         choice = choose_tokens(request, run.config, tokenizer, data.domains, aside)
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
         if choice is not None:
-            _cut_(run, choice)
+            _cut_(run, choice, comparison)
         number = request.rows if choice is None else choice.number
         if left is None or request.room is not None and request.room.met_by(number):
             return {}
@@ -44,7 +45,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest) -> Widths:
         return widths_of(left, run.arch, run.model)
 
 
-def _cut_(run: Run, choice: Choice) -> None:
+def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
     """Read the text of a run again in the tokens that stay, and leave its model no others. What the first reading held
     out is neither counted nor, in the second, calibrated on.
     """
@@ -53,8 +54,7 @@ def _cut_(run: Run, choice: Choice) -> None:
     kept = choice.keep[: choice.number]
     with report.timed("domains"):
         run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.manifest())
-    if run.measure is not None:
-        run.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
+    comparison.use_tokenizer(choice.tokenizer)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)
     ids = torch.searchsorted(tokens, few_inputs(run.model)) % choice.number  # the same tokens, where they stay
