@@ -77,7 +77,7 @@ def test_it_says_what_the_records_say(desk):
     *figures, advice = map(escaped, verdict(report))
     assert f"{figures[0]}." in card.text and f"**{advice[0].upper()}{advice[1:]}.**" in card.text
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
-    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
+    settings = yaml.safe_load(re.search(r"```yaml\n# structprune_config.json\n(.*?)```", card.text, re.S)[1])
     saved = StructPruneConfig.from_pretrained(folder / "slim")
     assert StructPruneConfig.from_dict(settings) == saved, "only what differs from the defaults, and all of that"
     assert None not in settings.values() and "refit" not in settings
