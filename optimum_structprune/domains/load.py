@@ -97,14 +97,14 @@ def load_domains(
         write = partial(self_documents, model, writer or tokenizer)
     loaded: dict[int, Domain] = {}
     for written in (False, True)[: 1 + writes]:  # a model takes long to write, so what can fail before comes first
-        shelves = {}
+        pools = {}
         for index, domain in enumerate(domains):
             if written_by_model(domain) == written:
                 write_all = partial(write, tokens=packer.tokens(index)) if write else None
                 texts = documents(domain, config.seed, tokenizer, write_all)
                 at_once = 1 if written else DOCUMENTS_PER_CALL
-                shelves[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
-        loaded |= packer.load(shelves)
+                pools[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
+        loaded |= packer.load(pools)
     return [loaded[index] for index in sorted(loaded)]
 
 
@@ -155,34 +155,30 @@ class _Packer:
     uses: dict[str, str]
     vocab_size: int | None
 
-    def load(self, shelves: Mapping[int, DocumentPool]) -> dict[int, Domain]:
+    def load(self, pools: Mapping[int, DocumentPool]) -> dict[int, Domain]:
         """Divide the text of domains, so that none uses held-out text of another one."""
         before = dict(self.uses)
-        texts = self._divided(shelves, self.config.num_samples, self.uses)
-        for index in shelves:
+        texts = self._divided(pools, self.config.num_samples, self.uses)
+        for index in pools:
             if not self._suffices(texts[index], self.config.num_samples, index):
-                raise StructPruneError(self._too_little(index, shelves, before))
-        return {index: self._packed(index, texts[index]) for index in shelves}
+                raise StructPruneError(self._too_little(index, pools, before))
+        return {index: self._packed(index, texts[index]) for index in pools}
 
     def _divided(
-        self, shelves: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
+        self, pools: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
-        needs = {index: self._needs(num_samples, index) for index in shelves}
-        texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
+        needs = {index: self._needs(num_samples, index) for index in pools}
+        texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
         for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT)):
-            for index, shelf in shelves.items():
-                texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
+            for index, pool in pools.items():
+                texts[index].append(pool.take(self.frame, needs[index][step], use, uses))
         return texts
 
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
-        domain, frame = self.domains[index], self.frame
-        needs = self._needs(self.config.num_samples, index)
-        heldout, packed, *others = (
-            frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
-        )
-        probes, more = ([part] if len(part.samples) else [] for part in others)
-        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *more))
-        check_vocabulary(largest, self.vocab_size)
+        domain, frame, needs = self.domains[index], self.frame, self._needs(self.config.num_samples, index)
+        parts = [frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)]
+        check_vocabulary(int(torch.cat([part.samples for part in parts]).max()), self.vocab_size)
+        heldout, packed, probe, more = parts
         if packed.mask is not None and not packed.mask.any():
             raise StructPruneError(
                 f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
@@ -191,19 +187,18 @@ class _Packer:
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
             samples=packed.samples,
-            heldout=torch.cat([part.samples for part in (heldout, *more)]),
+            heldout=torch.cat([heldout.samples, more.samples]),
             mask=packed.mask,
             origin=domain,
             documents=packed.hashes,
-            heldout_documents=tuple(name for part in (heldout, *more) for name in part.hashes),
-            probe=probes[0].samples if probes else None,
-            probe_documents=probes[0].hashes if probes else (),
+            heldout_documents=heldout.hashes + more.hashes,
+            probe=probe.samples if needs.probe else None,
+            probe_documents=probe.hashes,
         )
 
     def tokens(self, index: int) -> int:
         """Gives the number of tokens of a domain that a run cannot do without."""
-        needs = self._needs(self.config.num_samples, index)
-        return needs.heldout + needs.calibration + needs.probe
+        return sum(self._needs(self.config.num_samples, index)[:3])
 
     def _needs(self, num_samples: int, index: int) -> Needs:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
@@ -213,19 +208,19 @@ class _Packer:
         return Needs(*(self.frame.body * number for number in (aside, count, aside * self.config.searches, more)))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
-        needs = self._needs(num_samples, index)._replace(more_heldout=0)
+        needs = self._needs(num_samples, index)[:3]
         if self.num_heldout is not None:  # an earlier run may have used the rest
-            needs = needs._replace(heldout=self.frame.body)
-        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=True) if need)
+            needs = (self.frame.body, *needs[1:])
+        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False))
 
-    def _too_little(self, index: int, shelves: Mapping[int, DocumentPool], before: Mapping[str, str]) -> str:
-        domain, config, texts = self.domains[index], self.config, shelves[index].read
+    def _too_little(self, index: int, pools: Mapping[int, DocumentPool], before: Mapping[str, str]) -> str:
+        domain, config, texts = self.domains[index], self.config, pools[index].read
         if not texts:
             spent = "; a generator gives its text only once" if isinstance(domain.source, Reiterable) else ""
             return f"The domain {domain.name!r} is empty{spent}."
 
         def suffices(few: int) -> bool:
-            again = {number: DocumentPool(shelf.read) for number, shelf in shelves.items()}
+            again = {number: DocumentPool(pool.read) for number, pool in pools.items()}
             return self._suffices(self._divided(again, few, dict(before))[index], few, index)
 
         advice = "Give it more documents, or choose a smaller seq_length."

@@ -76,8 +76,8 @@ class SampleFormat:
 
     def length(self, documents: Sequence[Tokens]) -> int:
         """The number of tokens in documents, those between two of them included."""
-        gap = int(self.eos is not None)
-        return sum(len(document.ids) + gap for document in documents) - gap
+        between = max(len(documents) - 1, 0) * (self.eos is not None)
+        return sum(len(document.ids) for document in documents) + between
 
     def pack(self, documents: Iterable[Tokens], most: int) -> Packed:
         """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
@@ -95,14 +95,12 @@ class SampleFormat:
             masked = masked or document.answers is not None
         count = min(most, len(ids) // self.body)
         used = dict.fromkeys(name for start, name in starts if start < count * self.body)
-        mask = self._samples(answers, count, False) if masked else None
-        return Packed(self._samples(ids, count, self.prefix), mask, tuple(used))
+        mask = self._samples(answers, count, 0, torch.bool) if masked else None
+        return Packed(self._samples(ids, count, self.prefix or 0, torch.int64), mask, tuple(used))
 
-    def _samples(self, values: Sequence[int], count: int, head: int | None) -> Tensor:
-        samples = torch.tensor(values[: count * self.body]).view(count, self.body)
-        if self.prefix is None:
-            return samples
-        return torch.cat([torch.tensor(head, dtype=samples.dtype).expand(count, 1), samples], dim=1)
+    def _samples(self, values: Sequence[int], count: int, head: int, dtype: torch.dtype) -> Tensor:
+        samples = torch.tensor(values[: count * self.body], dtype=dtype).view(count, self.body)
+        return samples if self.prefix is None else torch.cat([samples.new_full((count, 1), head), samples], dim=1)
 
 
 class DocumentPool:
