@@ -95,8 +95,7 @@ class StructPruner:
                 run.data = with_batch_size(run.data, request, run.model)
             run.start()
             comparison = Comparison(run, vocabulary_changes=tokens is not None)
-            distils = run.config.recovery is not None and run.config.recovery.distils
-            teacher = run.dense_model or deepcopy(run.model) if distils else None
+            teacher = run.dense_model or deepcopy(run.model) if run.config.recovery is not None else None
             if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ def continuations(
     return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
 
 
-@torch.no_grad()
 def sampled_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,65 +70,24 @@ def sampled_continuations(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """Continues prompts of token ids at random, up to the end token, which is part of the text.
-
-    The common start of all prompts is read once, and texts that have ended leave the batch.
-    """
-    ends, device = end_tokens(model, tokenizer), input_device(model)
-    longest, shared = max(map(len, prompts)), len(commonprefix([[*prompt[:-1]] for prompt in prompts]))
-    cache = copied_cache(model, [*prompts[0][:shared]], len(prompts))
-    if cache is None:
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        return _generated(model, tokenizer, prompts, seed, **how)
-    name, generator = str(cache_name(model)), torch.Generator(device).manual_seed(seed)
-    last: dict[str, Any] = {"logits_to_keep": 1} if last_logits_only(model) else {}
-    takes_positions = "position_ids" in signature(model.forward).parameters
-    padding = [longest - len(prompt) for prompt in prompts]
-    rows = [[0] * count + [*prompt[shared:]] for count, prompt in zip(padding, prompts, strict=True)]
-    seen = [[1] * shared + [0] * count + [1] * (longest - shared - count) for count in padding]
-    ids, mask = torch.tensor(rows, device=device), torch.tensor(seen, device=device)
-    texts: list[list[int]] = [[] for _ in prompts]
-    live, positions = list(range(len(prompts))), (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    for _ in range(max_new_tokens):
-        more: dict[str, Any] = {name: cache, **({"position_ids": positions} if takes_positions else {}), **last}
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
-        ids = torch.multinomial((output.logits[:, -1].float() / temperature).softmax(-1), 1, generator=generator)
-        for row, token in zip(live, ids[:, 0].tolist(), strict=True):
-            if not texts[row] or texts[row][-1] not in ends:
-                texts[row].append(token)
-        going = [place for place, row in enumerate(live) if texts[row][-1] not in ends]
-        if not going:
-            break
-        cache, positions = cache_of(output), positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if len(going) < 0.9 * len(live):  # each time, the cache is copied
-            kept, live = torch.tensor(going, device=device), [live[place] for place in going]
-            cache.batch_select_indices(kept)
-            ids, mask, positions = ids[kept], mask[kept], positions[kept]
-    return texts
-
-
-def copied_cache(model: PreTrainedModel, ids: list[int], count: int) -> Cache | None:
-    """The cache of a text, so many times; None where there is no text, or a layer keeps more than keys and values."""
-    if not ids or cache_name(model) is None:
-        return None
-    cache = cache_of(model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=True))
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
-        return None
-    cache.batch_repeat_interleave(count)
-    return cache
-
-
-def _generated(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], seed: int, **how: Any
-) -> list[list[int]]:
-    """The same as `sampled_continuations` gives, by the model's own generation, which every model has."""
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True, **how}
+    """Continues prompts of token ids at random, up to the end token, which is part of the text."""
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     device = input_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        settings = {**drawn, "max_new_tokens": max_new_tokens, "use_cache": True}
         texts = continuations(model, tokenizer, prompts, settings)
-    return [text + end_tokens(model, tokenizer)[:1] * (len(text) < how["max_new_tokens"]) for text in texts]
+    ends = end_tokens(model, tokenizer)[:1]
+    return [text + ends * (len(text) < max_new_tokens) for text in texts]
+
+
+def keeps_keys_and_values(model: PreTrainedModel, ids: list[int]) -> bool:
+    """Tells if every layer of a model keeps the keys and values of a text, and no other state."""
+    if cache_name(model) is None:
+        return False
+    cache = cache_of(model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=True))
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in kinds for layer in getattr(cache, "layers", [None]))
 
 
 @torch.no_grad()

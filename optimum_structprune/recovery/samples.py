@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..arch.meta import positions_of
-from ..forward.generation import copied_cache
+from ..forward.generation import keeps_keys_and_values
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
 from ..method.shrink import check_same
@@ -170,7 +170,7 @@ def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
     first, second = (ids[: length // 2], ids[:1]), ([*ids[:shared], *ids[length:-shared]], ids[:1])
     try:
         with evaluating(model):
-            if text._attn_implementation != "sdpa" or copied_cache(model, ids[:1], 1) is None:
+            if text._attn_implementation != "sdpa" or not keeps_keys_and_values(model, ids[:1]):
                 return False
             samples = [*answer_samples([second], 1), *answer_samples([first, second], 2, shared)]
             alone, joined = (logits_at(model, collate([sample])) for sample in samples)
