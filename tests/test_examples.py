@@ -157,7 +157,7 @@ def test_pruning_by_hand_gives_the_same_bits():
     inputs = {name: token_ids(8, 24, seed) for seed, name in enumerate("ab")}
     pruner, model = StructPruner(settings), build("llama-tied")
     expected = pruner.prune_model(build("llama-tied"), tokenizer(), inputs=inputs)
-    domains = given_domains(inputs, float(settings.holdout))
+    domains = given_domains(inputs, settings.holdout)
     batches = batches_of(domains, settings.samples_at_once)
     by_hand.prune_by_hand_(model, batches, tuple(domain.weight for domain in domains), 24)
     assert same_weights(model, expected)

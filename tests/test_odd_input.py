@@ -101,5 +101,5 @@ def test_messages_without_text_and_in_parts():
 
 def test_a_config_comes_back_from_yaml():
     for text in ("yes", "~", "1_000", "a\nb", "é", "a: b"):
-        before = StructPruneConfig(sparsity=0.2, damping=1.5e-7, domains=[DomainConfig(text, text, revision=text)])
+        before = StructPruneConfig(sparsity=1.5e-7, domains=[DomainConfig(text, text, revision=text)])
         assert StructPruneConfig.from_dict(parse_yaml(to_yaml(before.to_dict()))) == before, text

@@ -78,7 +78,7 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
     curve = (tmp_path / "out" / "curve.csv").read_text()
     (tmp_path / "out" / "curve.csv").unlink()  # it was killed before it wrote it
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
-    for changed, flags in (({}, ["--damping", "0.5"]), ({"seed": 1}, []), ({"text": 1}, [])):
+    for changed, flags in (({}, ["--error-feedback", "0.25"]), ({"seed": 1}, []), ({"text": 1}, [])):
         written(**changed)
         capsys.readouterr()
         assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2

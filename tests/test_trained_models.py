@@ -42,8 +42,9 @@ def test_refit_helps_every_criterion_and_criteria_beat_chance(stories, criterion
 
 
 @needs_shared
-def test_the_default_criterion_beats_wanda_where_attention_goes_too_and_rounds_do_not_drift(stories):
-    both = {"widths": {"mlp": 128, "attention": 2}, "holdout": 0.5}
+def test_the_default_criterion_beats_wanda_where_attention_goes_too_and_rounds_do_not_drift(stories, monkeypatch):
+    monkeypatch.setattr(StructPruneConfig, "holdout", 0.5)  # a smaller error
+    both = {"widths": {"mlp": 128, "attention": 2}}
     assert loss_ratio(stories, **both) < 0.96 * loss_ratio(stories, criterion="wanda", **both)  # 0.937 measured
     assert loss_ratio(stories, widths={"attention": 2}) < loss_ratio(stories, widths={"attention": 2}, refit="none")
     assert loss_ratio(stories, rounds=4) < 1.03 * loss_ratio(stories)

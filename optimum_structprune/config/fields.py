@@ -39,7 +39,6 @@ def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]
 
 
 positive = _range(lambda value: value > 0, "has to be greater than 0, got {}")
-strength = _range(lambda value: 0 <= value <= 1e6, "has to be 0 or more, up to 1e6, got {}")
 seed_of_all = _range(lambda value: 0 <= value < 2**32, "has to lie between 0 and 4294967295, got {}")
 share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 is a fifth")
 proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")

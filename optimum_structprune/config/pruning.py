@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
@@ -26,7 +26,6 @@ from .fields import (
     read_json,
     seed_of_all,
     share,
-    strength,
 )
 from .recovery import RecoveryConfig
 
@@ -207,13 +206,8 @@ class StructPruneConfig(WithDomains):
             asks for it.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
-        damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix. It is
-            twice as strong where there are 20 tokens per column, and so on; see `method.linalg.ridge_strength`.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
-        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
-            Where that is under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The
-            share is set aside once more where widths follow from measurements, which are made on that instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the pruning; None leaves it out.
         seed: The seed of everything random.
@@ -225,6 +219,14 @@ class StructPruneConfig(WithDomains):
     """
 
     gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1, "losses_dir": None}
+    gone |= {"damping": 0.08, "holdout": 0.125}
+    # The ridge of a refit toward the original weights, relative to the diagonal of the Gram matrix. It is twice as
+    # strong where there are 20 tokens per column, and so on; see `method.linalg.ridge_strength`.
+    damping: ClassVar[float] = 0.08
+    # The share of each domain's samples that is set aside, from other documents, to measure perplexity. Where that is
+    # under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The share is set aside
+    # once more where widths follow from measurements, which are made on that instead.
+    holdout: ClassVar[float] = 0.125
     moved = ("batch_size", "checkpoint_dir")
 
     sparsity: Number | None = validated_field(share, default=None)
@@ -244,9 +246,7 @@ class StructPruneConfig(WithDomains):
     general_text: str | None = None
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
-    damping: Number = validated_field(strength, default=0.08)
     error_feedback: Number = validated_field(proportion, default=0.5)
-    holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
     recovery: RecoveryConfig | None = None
     seed: int = validated_field(seed_of_all, default=0)

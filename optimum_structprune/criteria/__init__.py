@@ -82,7 +82,7 @@ def random(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any
     return torch.rand(weight.shape[1] // columns_per_unit, generator=generator).to(weight)
 
 
-@register_criterion("obs", paper="ZipLM, Kurtic et al. 2023, arXiv:2302.04089", needs_gram=True, damped=True)
+@register_criterion("obs", paper="ZipLM, Kurtic et al. 2023, arXiv:2302.04089", needs_gram=True)
 def obs(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
     """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j: the
     error that remains after the best refit of the other columns.
@@ -145,7 +145,6 @@ def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> 
     "obs_drive",
     paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689",
     needs_gram=True,
-    damped=True,
     prior=producer_norms,
 )
 def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:

@@ -32,7 +32,6 @@ class Criterion:
         judges: What is scored: "unit" (inside the layers), "layer" or "expert" (both whole).
         paper: Where it is published.
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        damped: Whether `score` damps a Gram matrix by `options.damping`.
         summed: Whether the score of an expert is the sum over its tokens, and not the mean.
         prior: A function `(model, arch, space)` of what the weights alone say of each component of the consumers'
             inputs, shape `(n,)` or None, which becomes `moments.prior`.
@@ -48,7 +47,6 @@ class Criterion:
     judges: str = "unit"
     paper: str = ""
     needs_gram: bool = False
-    damped: bool = False
     summed: bool = False
     prior: Callable[..., Tensor | None] | None = None
     whole_model_statistics: Callable[..., dict[str, Tensor]] | None = None

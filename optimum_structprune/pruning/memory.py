@@ -76,7 +76,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     else:
         from ..domains.load import given_domains
 
-        given = [domain.samples for domain in given_domains(inputs, float(config.holdout), config.searches)]
+        given = [domain.samples for domain in given_domains(inputs, config.holdout, config.searches)]
         # What is no text has as many tokens as the model makes of it, which shapes do not say.
         length = max(rows.shape[1] if rows.ndim == 2 else 1 for rows in given)
         samples, domains = sum(map(len, given)), len(inputs)

@@ -311,13 +311,11 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
     explicit, gram = config.widths is not None, config.fits
-    damped = CRITERIA.get(config.scored_by).damped
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
         "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
-        "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
     }
     for name, (idle, reason) in reasons.items():

@@ -62,7 +62,7 @@ class CalibrationData:
         from ..domains.load import calibration_domains, given_domains
 
         if inputs is not None:
-            read = config, given_domains(inputs, float(config.holdout), config.searches)
+            read = config, given_domains(inputs, config.holdout, config.searches)
         else:
             read = calibration_domains(config, model, tokenizer)
         return cls(*read, options or RunOptions())
@@ -136,7 +136,7 @@ class CalibrationData:
             options=lambda layer: replace(config, seed=(config.seed + layer) % 2**32),
             refit=REFITS.get(refit),
             shares=self.shares,
-            damping=float(config.damping),
+            damping=config.damping,
             gram=criterion.needs_gram or config.refit_reads_gram,
             statistics={module: self.mean(values) for module, values in by_domain.items()},
         )

@@ -91,7 +91,7 @@ def test_help_comes_from_the_field():
     parser = ArgumentParser(prog="structprune")
     DECLARE["prune"](parser)
     shown = " ".join(parser.format_help().split())
-    assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
+    assert first_sentences(StructPruneConfig)["error_feedback"] in shown and "(default: 0.5)" in shown
     assert "--round-to {N,auto}" in shown
     for nested in (RecoveryConfig,):
         names = [field.name for field in fields(nested)]
@@ -106,7 +106,7 @@ def test_help_begins_with_what_most_people_need():
         title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(parts[1::2], parts[2::2], strict=True)
     }
     assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 11 and "--width" in flags["most used"]
-    assert {"--damping", "--holdout"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
+    assert {"--error-feedback", "--refit"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
     either = (parsed("prune", "m", "o", name, "mlp=3").widths for name in ("--widths", "--width"))
     assert len({str(widths) for widths in either}) == 1
 

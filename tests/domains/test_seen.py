@@ -46,12 +46,10 @@ def assert_apart(domains: list[Domain]) -> None:
 
 
 @often
-@given(
-    texts=st.lists(rows, min_size=1, max_size=3), weight=st.floats(0.2, 5), more=choices, holdout=st.floats(0.1, 0.5)
-)
-def test_what_is_held_out_has_no_other_use_in_any_domain(texts, weight, more, holdout):
+@given(texts=st.lists(rows, min_size=1, max_size=3), weight=st.floats(0.2, 5), more=choices)
+def test_what_is_held_out_has_no_other_use_in_any_domain(texts, weight, more):
     named = [domain(f"d{number}", numbers, weight if number else 1.0) for number, numbers in enumerate(texts)]
-    asked = config(domains=named, num_samples=6, holdout=holdout, **more)
+    asked = config(domains=named, num_samples=6, **more)
     try:
         assert_apart(load_domains(asked, READER))
     except StructPruneError as error:

@@ -125,12 +125,12 @@ def test_a_plain_function_is_a_criterion(registered):
         calls.append((tuple(weight.shape), moments.gram.shape, options.damping))
         return per_unit(torch.arange(weight.shape[1]), columns_per_unit)
 
-    settings = config(criterion="own", refit="none", widths={"mlp": 24, "attention": 2}, damping=0.5)
+    settings = config(criterion="own", refit="none", widths={"mlp": 24, "attention": 2})
     model = build("llama-untied")
     kept = {"mlp": tuple(range(16, 40)), "attention": (2, 3)}
     assert pruned_by_hand(model, settings) == {(layer, name): kept[name] for layer in (0, 1) for name in kept}
     assert same_weights(model, prune_model(build("llama-untied"), settings, tokenizer()))
-    assert ((32, 40), (40, 40), 0.5) in calls and len(calls) == 2 * 4
+    assert ((32, 40), (40, 40), settings.damping) in calls and len(calls) == 2 * 4
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def pruned(**fields):
     wide = {**TOKENS, **PLAIN, "vocab_size": 400, "max_position_embeddings": 256}
     model, reader = random_model(AutoModelForMaskedLM, "bert", wide), real_text_model()[1]
     texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
-    pruner = StructPruner(config(domains=texts, seq_length=48, num_samples=64, holdout=0.5, **fields))
+    pruner = StructPruner(config(domains=texts, seq_length=48, num_samples=64, **fields))
     return pruner, pruner.prune_model(model, reader), model, reader
 
 

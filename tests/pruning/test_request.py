@@ -197,7 +197,7 @@ def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
 
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
-    settings = blind(round_to=8, keep_tokens="a", damping=0.5)
+    settings = blind(round_to=8, keep_tokens="a")
     with pytest.warns(UserWarning) as caught:
         ask(settings, dense, use=DRY_RUN)
     (warning,) = caught
@@ -207,7 +207,7 @@ def test_check_warns_once_of_all_of_them():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ask(blind(damping=0.5), dense, use=DRY_RUN)
+        ask(blind(error_feedback=0.2), dense, use=DRY_RUN)
         ask(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
@@ -222,9 +222,6 @@ TRIED = [
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
     ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
-    ("damping", 5.0, {"refit": "none"}, False),
-    ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
-    ("damping", 5.0, {"criterion": "wanda"}, True),
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),
 ]
