@@ -1,4 +1,4 @@
-"""What pruning would give, from the model's config alone: nothing is loaded, and nothing is calibrated."""
+"""Dry runs: the sizes that a pruning would give, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SpaceChoice:
 
 @dataclass(frozen=True)
 class DryRun(Record):
-    """What pruning would give.
+    """The result of a dry run.
 
     Attributes:
         model_type: The model type.
@@ -202,7 +202,7 @@ def _operations(request: Request) -> int:
 
 
 def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
-    """What the numbers do not say, in sentences."""
+    """Yield sentences on all that the numbers do not say."""
     config, arch, parameters = request.config, request.model_info.arch, request.model_info.plain_model.num_parameters()
     if (tokens := large_vocabulary(arch, parameters)) and not config.trims:
         part = tokens.size * tokens.unit_params / parameters
@@ -226,7 +226,7 @@ def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
 
 
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
-    """What runs with the present widths of each kind of space and not with `widths`, in one sentence for each kind."""
+    """Yield a warning for each kind of space whose new widths no longer suit a kernel that the old ones did."""
     parts = config.tensor_parallel
     needs = {
         CHANNEL: [(number * (parts if spread else 1), loss) for number, spread, loss in KERNELS],

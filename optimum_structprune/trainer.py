@@ -24,7 +24,7 @@ from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import StructPruner
-from .pruning.request import TRAINER, ask, check_config_kind, check_reads_text, check_tokenizer
+from .pruning.request import TRAINER, ask, check_arguments, check_config_kind, check_reads_text
 from .record.plan import Plan
 from .removals.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
@@ -45,7 +45,7 @@ class RecentText:
     _rows: deque[Tensor] = field(default_factory=deque)
 
     def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in the token ids that a model is called with, but for those that a mask of their shape leaves out."""
+        """Take in the token ids of a call of the model, without those that a mask leaves out."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if ids is None:
             return
@@ -167,7 +167,7 @@ class StructPruneCallback(TrainerCallback):
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            check_tokenizer(tokenizer := kwargs["processing_class"], model)
+            check_arguments(model, tokenizer := kwargs["processing_class"])
             with across_processes():
                 self._domains = load_domains(self.config, tokenizer, model)
 
@@ -201,7 +201,7 @@ class StructPruneCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Put the parameters and the widths into what the Trainer logs, not into metrics that it returns."""
+        """Log the number of parameters and the widths, but leave the returned metrics alone."""
         arch = describe(model, self.config.arch_file)
         names = next(iter(self.steps.values()), {})
         values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}
@@ -235,7 +235,7 @@ class StructPruneCallback(TrainerCallback):
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """The plan of a checkpoint, which says what is gone of the model that its run began with."""
+        """Read the plan of a checkpoint: the removals from the model that its run began with."""
         here = f"The checkpoint of step {state.global_step}"
         try:
             plan = Plan.from_dict(state.stateful_callbacks[PLAN])
@@ -326,7 +326,7 @@ def attach_pruner(
 
 
 def _adapt_(wrapped: nn.Module) -> None:
-    """Have torch.compile or DDP, where it is around a model, go by the shapes that the parameters have now."""
+    """Make the torch.compile or DDP around a model go by the present shapes of its parameters."""
     if hasattr(wrapped, "_orig_mod"):
         torch.compiler.reset()  # or it would compile for the first few shapes alone
     elif isinstance(wrapped, DistributedDataParallel):

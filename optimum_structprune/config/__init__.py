@@ -1,1 +1,1 @@
-"""What a run is asked to do: strict dataclasses of plain values. It imports only errors and the registry."""
+"""Configs: strict dataclasses of plain values. The folder imports only errors and the registry."""

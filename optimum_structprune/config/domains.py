@@ -29,7 +29,7 @@ Config = TypeVar("Config", bound="WithDomains")
 
 
 class Reiterable:
-    """What an iterator gives, for any number of readings: it is kept as far as it has been read."""
+    """Makes an iterator readable any number of times: it is kept as far as it has been read."""
 
     def __init__(self, items: Iterator[Any]):
         self._items = items
@@ -120,7 +120,7 @@ class DomainConfig(Serialisable):
 
 
 def written_by_model(domain: DomainConfig) -> bool:
-    """Whether a domain is text that the model writes itself."""
+    """Tell whether a domain is text that the model writes itself."""
     return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 
@@ -159,6 +159,6 @@ class WithDomains(Serialisable):
 
 
 def is_general(domain: DomainConfig) -> bool:
-    """Whether a domain is what `general_share` adds: text of every kind, or of that name."""
+    """Tell whether a domain is general text: of every kind, or of that name."""
     every_kind = (f"{BUILTIN}{GENERAL}", f"{SELF}{ANY}", f"{PRESET}{GENERAL}")
     return domain.name == GENERAL or (isinstance(domain.source, str) and domain.source.startswith(every_kind))

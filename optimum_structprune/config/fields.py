@@ -1,4 +1,4 @@
-"""What every config is made of: strict fields, and plain values in and out."""
+"""The base of every config: strict fields, and plain values in and out."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
@@ -46,7 +46,7 @@ below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (ex
 
 
 def filled(value: Any) -> None:
-    """Something that is not empty; None, where the type allows it."""
+    """Refuse an empty value; None passes."""
     if value is not None and not value:
         raise ValueError(f"has to name at least one, got {value!r}")
 
@@ -68,7 +68,7 @@ class Serialisable:
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`; a field that is gone may hold the value that is left of it."""
+        """Read the plain values that `to_dict` gives; those of earlier versions too, see `gone` and `moved`."""
         given = unversioned(mapping_of(data, cls.__name__))
         values = {str(name): value for name, value in given.items() if name not in cls.moved}
         for name, left in cls.gone.items():

@@ -1,4 +1,4 @@
-"""What to remove and how, and how the machine does it: two strict, serialisable dataclasses."""
+"""The configs of a pruning: `StructPruneConfig` says what is done, `RunOptions` how the machine does it."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,7 @@ def _check_amount(config: "StructPruneConfig") -> None:
 
 
 def _check_together(config: "StructPruneConfig") -> None:
-    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning.request`."""
+    """Refuse two fields that no model meets together; `pruning.request` refuses what depends on the model."""
     recovery = config.recovery
     by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
     if by_layer and (config.allocation != "uniform" or config.skip_layers):
@@ -276,13 +276,13 @@ class StructPruneConfig(WithDomains):
 
     @property
     def shrinking(self) -> tuple[str, ...]:
-        """The spaces that may shrink where their widths are chosen, named or not."""
+        """The spaces that may shrink if `sparsity` or `budget` chooses their widths, named or not."""
         by_default = ("mlp", "attention") if self.searches else ("mlp",)
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
     def trims(self) -> bool | None:
-        """Whether tokens go; None where a budget may be divided between tokens and layers."""
+        """True if tokens go; None if a budget may be divided between tokens and layers."""
         open_to_both = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes"})
         if open_to_both and (self.searches or self.allocation == "uniform"):
             return None
@@ -295,7 +295,7 @@ class StructPruneConfig(WithDomains):
 
     @property
     def fits(self) -> bool:
-        """Whether every kept weight is fitted to the dense outputs; of a registered refit that is not known."""
+        """True if every kept weight is fitted to the dense outputs. A registered refit may do so or not."""
         return self.refit == "least_squares"
 
     @property
@@ -305,12 +305,12 @@ class StructPruneConfig(WithDomains):
 
     @property
     def searches(self) -> bool:
-        """Whether widths follow from measured losses, on text set aside."""
+        """True if widths follow from measured losses, on text set aside."""
         return self.allocation in MEASURED
 
     @property
     def refit_reads_gram(self) -> bool:
-        """Whether the refit may read Gram matrices, as registered ones may."""
+        """True if the refit may read Gram matrices, as registered ones may."""
         return self.refit != "none"
 
     def save_pretrained(self, save_directory: str | Path) -> None:

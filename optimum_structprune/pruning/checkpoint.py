@@ -1,4 +1,4 @@
-"""What the pruning of the units inside the layers keeps on disk to go on from after a kill."""
+"""Checkpoints of a pruning inside the layers: a run that was killed goes on at the next layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LayerCheckpoint:
         return saved.number
 
     def save(self, run: Run, layer: int, keep: Mapping[tuple[int, str], tuple[int, ...]], source: Source) -> None:
-        """Put on disk what a layer has become, and what the source has reached behind it, if it says so."""
+        """Put a finished layer on disk, with the hidden states that enter the next one."""
         if (state := source.state()) is not None:
             tensors, reached = state
             values = {"plan": Plan(run.arch.model_type, dict(keep)).to_dict(), "passes": reached}

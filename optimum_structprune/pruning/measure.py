@@ -51,7 +51,7 @@ Rows = Mapping[str, list[Tensor]]
 
 
 class Comparison:
-    """What a run measures of the dense model when it is made, and later of the smaller one beside it.
+    """Measures the dense model of a run when it is made, and the smaller one beside it when it is finished.
 
     Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `use_tokenizer`.
     """
@@ -96,7 +96,7 @@ class Comparison:
             self.measure.read_by(tokenizer, self.run.model)
 
     def finish(self) -> None:
-        """Put what text loses into the report, and which words that the dense tokenizer has are spelled otherwise."""
+        """Put the losses of the smaller model into the report, and the words that it spells otherwise."""
         run, measure = self.run, self.measure
         if measure is None:
             return

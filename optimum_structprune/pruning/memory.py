@@ -69,7 +69,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstimate:
-    """Add up what the sources and the steps of a pruning keep in each process; `offload` says where its layers lie."""
+    """Add up what the sources and the steps of a pruning keep in each process, with layers on an `offload` place."""
     config, info, inputs = request.config, request.model_info, request.inputs
     if inputs is None:
         samples, length, domains = config.num_samples, config.seq_length, len(texts_of(config))
@@ -100,7 +100,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
 
 
 def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool) -> Iterator[int]:
-    """The bytes that each step in a layer takes on top of the layer itself when it is whole.
+    """Yield the bytes that each step takes on top of a whole layer.
 
     Of the `tokens`, a `batch` runs at once. Where it `mixes` domains, moments are there beside a batch.
     """
@@ -136,7 +136,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
 
 
 def _consumers(request: Request) -> list[tuple[int, bool]]:
-    """The components that each refitted consumer reads, and whether it is an expert's."""
+    """List the number of components that each refitted consumer reads, and whether it is an expert's."""
     config, widths = request.config, request.widths
     whole = [name for name, refits in ((LAYER, config.feedback), (EXPERT, config.fits)) if refits and name in widths]
     return [
@@ -148,7 +148,7 @@ def _consumers(request: Request) -> list[tuple[int, bool]]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The bytes that a device has free for tensors; None where it does not say."""
+    """Return the bytes that a device has free for tensors; None if it does not say."""
     if device.type == "cuda":
         # What torch has reserved and does not use is free for its own tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,5 +1,6 @@
-"""What is asked of a model: computed once, from shapes alone. What cannot be done is refused here, before any text is
-read or any weight is touched.
+"""Requests: the widths, tokens and memory that a config asks of a model, computed once and from shapes alone.
+
+A request that cannot be met is refused here, before any text is read or any weight is touched.
 
 A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
 optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.recover` and `trainer`.
@@ -40,7 +41,7 @@ PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to go from a model, by its config and its shapes; each answer is computed once, when it is first read.
+    """Says what is to go from a model, by its config and its shapes; each answer is computed once.
 
     Attributes:
         config: The config, with the spaces that the model takes.
@@ -74,7 +75,7 @@ class Request:
 
     @cached_property
     def tokens(self) -> VocabularyRequest | None:
-        """The tokens that may go; None where all stay, or no tokenizer says what they are."""
+        """The tokens that may go; None if all stay, or without a tokenizer."""
         if VOCAB not in self.widths or self.tokenizer is None:
             return None
         from ..vocabulary.choose import VocabularyRequest
@@ -120,7 +121,7 @@ class Request:
             check_sequential(info.plain_model, info.arch)
 
     def _check_model(self) -> None:
-        """Refuse a Trainer on packed or offloaded weights, text that cannot be read, and a head that takes more."""
+        """Refuse weights that a Trainer cannot train, text that cannot be read, and a head that takes more."""
         info, model, use = self.model_info, self.model_info.plain_model, self.use
         if use == TRAINER and info.quantized:
             raise StructPruneError(
@@ -210,7 +211,7 @@ def ask(
 
 
 def check_config_kind(config: Any) -> None:
-    """Refuse what is no config, such as a mapping or a tokenizer."""
+    """Refuse an object that is no config, such as a mapping or a tokenizer."""
     if not isinstance(config, StructPruneConfig):
         raise StructPruneError(
             f"config takes a StructPruneConfig, got {type(config).__name__}; a mapping becomes one with "
@@ -218,39 +219,28 @@ def check_config_kind(config: Any) -> None:
         )
 
 
-def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = False) -> None:
+def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
-    if not (isinstance(model, nn.Module) and getattr(model, "config", None) is not None):
-        raise StructPruneError(
-            f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
-        )
+    is_model = isinstance(model, nn.Module) and getattr(model, "config", None) is not None
+    is_tokenizer = tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)
+    are_inputs = inputs is None or isinstance(inputs, Mapping) and len(inputs) > 0
+    for name, value, accepted, kind, advice in (
+        ("model", model, is_model, "a model of transformers", "load it with from_pretrained first"),
+        ("tokenizer", tokenizer, is_tokenizer, "a tokenizer", "load it with AutoTokenizer.from_pretrained"),
+        ("inputs", inputs, are_inputs, "a mapping of names to tensors", "pass one or more, such as {'text': ids}"),
+    ):
+        if not accepted:
+            raise StructPruneError(f"{name} takes {kind}, got {type(value).__name__}; {advice}.")
     if "_original_forward" in vars(model):
         raise StructPruneError(
             "model computes in mixed precision, as accelerate prepared it, and what is saved would not; pass "
             "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`, of a Trainer `trainer.accelerator`."
         )
-    check_tokenizer(tokenizer, model)
+    check_tokens(model, tokenizer)
     if inplace:
         check_changeable(model)
-    if inputs is None:
-        return
-    if not isinstance(inputs, Mapping):
-        raise StructPruneError(
-            f"inputs takes a mapping of names to tensors, such as {{'text': ids}}, got {type(inputs).__name__}."
-        )
-    if not inputs:
-        raise StructPruneError("inputs has to name at least one domain, got {}.")
-    for name, samples in inputs.items():
+    for name, samples in (inputs or {}).items():
         _check_samples(name, samples, model)
-
-
-def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
-    """Refuse what is no tokenizer, such as an image processor, and another model's tokenizer."""
-    if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
-        raise StructPruneError(
-            f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
-        )
-    check_tokens(model, tokenizer)
 
 
 def check_reads_text(model: PreTrainedModel) -> None:
@@ -263,7 +253,8 @@ def check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
-    if not isinstance(samples, torch.Tensor):
+    """Refuse inputs that a model cannot read."""
+    if not isinstance(samples, Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
     if reads_images(model):
         expected = tuple(few_inputs(model).shape[1:])
@@ -273,13 +264,10 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
                 f"model's image processor gives, {expected} in floating point."
             )
         return
-    if samples.dim() != 2:
-        raise StructPruneError(f"inputs[{name!r}] has the shape {tuple(samples.shape)}; pass (samples, tokens).")
-    if samples.dtype != torch.int64:
-        raise StructPruneError(f"inputs[{name!r}] holds token ids as {samples.dtype}; pass them as int64: ids.long().")
-    if samples.shape[1] < 2:
+    if samples.dim() != 2 or samples.dtype != torch.int64 or samples.shape[1] < 2:
         raise StructPruneError(
-            f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, which predict nothing; 2 is the least."
+            f"inputs[{name!r}] holds {samples.dtype} of the shape {tuple(samples.shape)}; pass (samples, tokens), the "
+            "ids as int64, and 2 tokens or more in each sample."
         )
     check_positions(model, samples.shape[1], f"A sample of inputs[{name!r}], {samples.shape[1]} tokens,")
     vocab_size = model.config.get_text_config().vocab_size
@@ -292,7 +280,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
 
 
 def _check_folder(folder: str, rounds: int) -> None:
-    """Refuse to put what a run remembers beside a model, or where nothing can be written, and several rounds."""
+    """Refuse a folder for checkpoints that holds a model or cannot be written, and several rounds."""
     from ..system.disk import check_folder
 
     check_folder(folder)

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Run:
-    """What the steps of one pruning share.
+    """The state that the steps of one pruning share.
 
     As a context, it makes sure that an error leaves no model behind that looks finished: a model that has begun to
     shrink in place refuses to be saved, and the error is an `InPlaceError`.
@@ -102,7 +102,7 @@ class Run:
             self.entries += recovery.entries
 
     def manifest(self) -> Manifest:
-        """The record of all text that this run used, and earlier runs that the dense model comes from."""
+        """The record of the text of this run, and of earlier runs that the dense model comes from."""
         return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.seen)
 
     def finish(self) -> None:

@@ -122,7 +122,7 @@ MODEL = [
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
     (f"{SHARE} --text a.jsonl --num-samples 200 --seq-length 24", "The domain 'a' has "),
     (f"{RECOVER} --teacher other --tokens 4800 --seq-length 24", "by the same ids they mean other tokens"),
-    (f"{SHARE} --losses-dir model --allocation search", "model holds a model"),
+    (f"{SHARE} --checkpoint-dir model", "model holds a model"),
     (f"{SHARE} --recovery seq_length=100000 --recovery-tokens 9000000", "The recovery's seq_length=100000 is longer"),
     (f"{SHARE} --recovery 'lora={{rank: 4}}'", "LoraConfig has no field 'rank'"),
     (f"{SHARE} --offload disk --target hidden", "changes weights all over"),

@@ -245,7 +245,10 @@ WRONG = [
     ({"model": "some/model"}, "model takes a model of transformers, got str"),
     ({"model": AutoModelForCausalLM}, "model takes a model of transformers, got type"),
     ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
-    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
+    (
+        {"tokenizer": Wav2Vec2FeatureExtractor()},
+        "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor",
+    ),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
     ({"inputs": IDS}, "inputs takes a mapping .*, got Tensor"),
