@@ -16,7 +16,6 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
-from .pruner import AutoStructPruner as AutoStructPruner
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
 from .record.plan import Plan as Plan

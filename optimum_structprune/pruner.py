@@ -226,19 +226,6 @@ class StructPruner:
         save_pruned(model, save_directory, result, tokenizer, overwrite)
 
 
-class AutoStructPruner:
-    """Makes the pruner of a config."""
-
-    @staticmethod
-    def from_config(config: StructPruneConfig) -> StructPruner:
-        """The pruner of a config.
-
-        Raises:
-            StructPruneError: If `config` is no `StructPruneConfig`.
-        """
-        return StructPruner(config)
-
-
 def prune_model(
     model: PreTrainedModel,
     config: StructPruneConfig,

@@ -9,7 +9,7 @@ from helpers import count_hooks, failing, logits, modes, same_weights
 from models import build, config, token_ids, tokenizer
 from torch import nn
 
-from optimum_structprune import AutoStructPruner, StructPruner, prune_model
+from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.errors import InPlaceError, StructPruneError
@@ -145,10 +145,10 @@ def test_what_was_asked_and_what_was_removed_are_said(recwarn):
 
 def test_a_config_makes_its_pruner():
     settings = config()
-    pruner = AutoStructPruner.from_config(settings)
+    pruner = StructPruner(settings)
     assert type(pruner) is StructPruner and pruner.config is settings
     with pytest.raises(StructPruneError, match="StructPruneConfig"):
-        AutoStructPruner.from_config({"sparsity": 0.2})
+        StructPruner({"sparsity": 0.2})
 
 
 @pytest.mark.parametrize(("case", "weight", "message"), [
