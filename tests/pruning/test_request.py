@@ -166,27 +166,6 @@ def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_
 
 # --- options without effect
 
-AMOUNT = {"widths": {"mlp": 24}}
-BY_SPARSITY = {"widths": None, "sparsity": 0.1}
-# An option, a config in which it does nothing, and configs in which it does something that no short run shows.
-IDLE = [
-    ("targets", ["attention"], {}, [BY_SPARSITY, {"widths": None, "budget": {"parameters": 15_000}}]),
-    ("round_to", 8, {}, [BY_SPARSITY, {"allocation": "global"}]),
-]
-
-
-def test_options_without_effect_are_named():
-    def named(fields, name, value):
-        settings = StructPruneConfig.from_dict({"domains": [DomainConfig("a", "b")], **AMOUNT, **fields, name: value})
-        return [entry for entry in idle_options(settings) if entry.startswith(f"{name}=")]
-
-    for name, value, idle, effective in IDLE:
-        (entry,) = named(idle, name, value)
-        assert f"{name}=" in entry and ", because " in entry
-        assert named(idle, name, getattr(StructPruneConfig(sparsity=0.5), name)) == [], "what nobody has set"
-        assert not any(named(fields, name, value) for fields in effective), effective
-
-
 def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
     model = build("glm4_moe")
     with pytest.warns(UserWarning, match="num_nextn_predict_layers.*its config says 0"):
