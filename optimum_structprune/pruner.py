@@ -120,8 +120,8 @@ class StructPruner:
         from .record.remarks import target_summary
 
         # Once tokens are gone, the run's config says only what is left to do.
-        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
-        self.used_config = replace(run.config, **as_asked)
+        requested = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
+        self.used_config = replace(run.config, **requested)
         self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer

@@ -47,7 +47,7 @@ class Run:
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
-        entries, seen: The text that chose the tokens or was trained on, and that the dense model has seen.
+        entries, earlier: The text that chose the tokens or was trained on, and the manifest of the dense model.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -73,7 +73,7 @@ class Run:
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
         self.entries: list[Entry] = []
-        self.seen: Manifest | None = None
+        self.earlier: Manifest | None = None
         self.changed = False
 
     @property
@@ -84,7 +84,7 @@ class Run:
     def start(self) -> None:
         """Begin the records, with what the dense model is and comes from."""
         self.plan = Plan.of(self.model, self.arch)
-        self.seen = Manifest.seen_by(self.dense_model or self.model)
+        self.earlier = Manifest.seen_by(self.dense_model or self.model)
         self.report.start(self.model, self.arch)
 
     def recover(self, teacher: PreTrainedModel | None) -> None:
@@ -103,7 +103,7 @@ class Run:
 
     def manifest(self) -> Manifest:
         """The record of the text of this run, and of earlier runs that the dense model comes from."""
-        return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.seen)
+        return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.earlier)
 
     def finish(self) -> None:
         """Complete the report, and let the dense model carry its tokenizer."""
