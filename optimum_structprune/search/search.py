@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise, product
 from math import inf, isnan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +29,8 @@ from . import ranking as ranking  # registers `global`
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Widths that may be taken, what has proposed them, and the loss that those of single layers add up to."""
+class Candidate(NamedTuple):
+    """A shape that may be taken: what proposed it, its widths, and the sum of the losses of single layers."""
 
     name: str
     widths: Widths
@@ -48,15 +48,12 @@ def choose_shape(run: Run, widths: Widths) -> Widths:
 
 
 def searched_shape(run: Run) -> Widths:
-    """The shape that loses least of those that remove as much as a config says.
+    """Prunes the likeliest shapes on trial, all layers together, and gives the one of least loss.
 
-    Every layer in turn gives up three quarters of each space, with the refit of the config, while all others are
-    dense; with a quarter gone, the loss is less by as much as the error of the layer's outputs. The loss is
-    KL(dense‖model) on held-out text. The shapes of least total loss and the one without measured losses are then
-    pruned on trial, all layers together, and the best is taken.
+    They are those for which the losses of single layers speak, see `Trials`, and the one without measurements. A loss
+    is KL(dense‖model) on text set aside.
     """
-    report = run.report
-    with evaluating(run.model), report.timed("search"):
+    with evaluating(run.model), run.report.timed("search"):
         search = Search(run.model, run.arch, run.data)
         trials = search.trials()
         curves = trials.curves(trials.losses())
@@ -64,23 +61,23 @@ def searched_shape(run: Run) -> Widths:
         if len(candidates) > 1:
             probe = Probe.of(run.model, run.arch, run.data)
             losses = [search.loss(candidate.widths, probe) for candidate in candidates]
-    tried = [*zip(losses, candidates, strict=True)]
-    best = min(tried, key=lambda pair: pair[0])[1]
-    report.shapes = [
+    best = losses.index(min(losses))
+    run.report.shapes = [
         {
-            "proposed_by": candidate.name,
-            "widths": candidate.widths,
-            "predicted_loss": candidate.predicted,
-            "loss": loss,
-            "chosen": candidate is best,
+            "proposed_by": name,
+            "widths": widths,
+            "predicted_loss": predicted,
+            "loss": losses[index],
+            "chosen": index == best,
         }
-        for loss, candidate in tried
+        for index, (name, widths, predicted) in enumerate(candidates)
     ]
-    return best.widths
+    shape: Widths = candidates[best].widths
+    return shape
 
 
 class Search:
-    """The shapes of one model that keep to one config; `plain` are the widths of `allocation="uniform"`."""
+    """Looks among the shapes of a model that keep to a config; `plain` are the widths of `allocation="uniform"`."""
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData):
         self.model, self.arch, self.config, self.data = model, arch, data.config, data
@@ -91,17 +88,12 @@ class Search:
         self.plain = widths_of(uniform, arch, model)
 
     def trials(self) -> Trials:
-        """The trials that the choice takes."""
-        return Trials(
-            Masks(self.model, self.arch),
-            self.config.refit,
-            self.data,
-            Probe.of(self.model, self.arch, self.data, LAYER_TOKENS),
-            self._spaces,
-        )
+        """The trials of single layers."""
+        masks, probe = Masks(self.model, self.arch), Probe.of(self.model, self.arch, self.data, LAYER_TOKENS)
+        return Trials(masks, self.config.refit, self.data, probe, self._spaces)
 
     def candidates(self, curves: Curves) -> list[Candidate]:
-        """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`."""
+        """The shapes to prune on trial: those for which measured losses speak, and the one of `uniform`."""
         config, proposed = self.config, list[Candidate]()
         if config.allocation != "search_uniform":
             proposed += self._layer_by_layer(curves)
@@ -117,7 +109,7 @@ class Search:
         return list(distinct.values())
 
     def _layer_by_layer(self, curves: Curves) -> list[Candidate]:
-        """Gives widths by one ranking of all units, and halfway to one width, as losses add up to more."""
+        """Widths by one ranking of all units, and halfway to one width, as losses add up to more."""
         scores = {key: self._scores(key, curve) for key, curve in curves.items()}
         best, most, beyond = self._ranked(scores), max(float(of.max()) for of in scores.values()), {}
         for key, of_units in scores.items():
@@ -129,9 +121,13 @@ class Search:
         return [Candidate(name, widths, predicted_loss(curves, widths)) for name, widths in shapes.items()]
 
     def _scores(self, key: Key, curve: Sequence[float]) -> Tensor:
-        """What each unit loses for what a config wants less of, shape `(width,)`."""
+        """The loss with each unit, relative to how much less there is of what a budget limits, shape `(width,)`."""
         params = sum(space.unit_params * space.scale for space in self._spaces[key])
-        return torch.tensor(curve, dtype=torch.float64).diff() / (self._worth[key[1]] * params)
+        saved = 1.0
+        if (budget := self._budget) is not None:
+            least = {key[1]: self.legal[key[1]][0]}
+            saved = (budget.dense - budget.cost(least)) / max(removed_parameters(self.arch, least), 1)
+        return torch.tensor(curve, dtype=torch.float64).diff() / (saved * params)
 
     def _ranked(self, scores: Mapping[Key, Tensor]) -> Widths:
         """The widths by one ranking of all units."""
@@ -154,22 +150,11 @@ class Search:
 
     @cached_property
     def _budget(self) -> Budget | None:
-        """What the config allows at most, if it has a budget."""
+        """The budget of the config, if it has one."""
         return None if self.config.budget is None else budget_of(self.config, self.arch, self.model, list(self.plain))
 
-    @cached_property
-    def _worth(self) -> dict[str, float]:
-        """How much less of what a budget limits there is with each parameter of a kind of space that goes."""
-        if (budget := self._budget) is None:
-            return dict.fromkeys(self.plain, 1.0)
-        least = {name: {name: self.legal[name][0]} for name in self.plain}
-        return {
-            name: (budget.dense - budget.cost(widths)) / max(removed_parameters(self.arch, widths), 1)
-            for name, widths in least.items()
-        }
-
     def _is_small(self, may: Mapping[str, Sequence[int]]) -> Callable[[Widths], bool]:
-        """Whether a shape keeps to the budget, or gives up the share to within half of the smallest step."""
+        """Tests whether a shape keeps to the budget, or gives up the share to within half of the smallest step."""
         if (budget := self._budget) is not None:
             return lambda widths: budget.cost(widths) <= budget.limit
         finest = max(may, key=lambda name: len(may[name]))
@@ -200,11 +185,10 @@ def thinned(widths: Sequence[int], most: int = 16) -> list[int]:
 def uniform_shapes(
     choices: Mapping[str, Sequence[int]], curves: Curves, is_small: Callable[[Widths], bool]
 ) -> list[tuple[float, Widths]]:
-    """The shapes with one width for all layers that are small enough and no smaller than they have to be, each with
-    its predicted loss, the best first.
+    """The shapes with one width for all layers, each with its predicted loss, the best first.
 
-    Every number of units of the coarser spaces is tried; the space with the most widths takes the widest that is still
-    small enough.
+    For each number of units of the coarser spaces, the space with the most widths takes the widest that is still small
+    enough.
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]

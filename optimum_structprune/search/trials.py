@@ -1,4 +1,4 @@
-"""What the model loses when one layer alone gives up a part of its units: measured, not estimated."""
+"""Measures what a model loses when one layer alone gives up a part of its units."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ..system.resume import Resume
 from ..system.stages import progress
 
 
-# The shares of a space that are removed in the trials. The last is measured, and the loss of the other follows from
-# the errors of the outputs. A third trial, at a half, changes the predicted loss by 2 %.
+# The shares of a space that are removed in the trials. The loss is measured with the last, and follows from the errors
+# of the outputs with the other. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
 # What is pruned on trial in more than one layer is so on so many calibration tokens at most.
 TRIAL_TOKENS = 2048
@@ -40,17 +40,17 @@ Key = tuple[int, str]  # a layer and a kind of space
 Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
-# The values of the consumers of one kind of space in one layer, and the error of their outputs.
-Refit = tuple[Mapping[Axis, Values], float]
-Refits = Callable[[], Mapping[int, Refit]]  # by the number of units removed
+# The values of the consumers of one kind of space in one layer, and the energy of their outputs' error. A function
+# makes them by the number of units removed.
+Candidate = tuple[Mapping[Axis, Values], float]
+Candidates = Callable[[], Mapping[int, Candidate]]
 
 
 class Probe:
-    """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
+    """Text set aside that runs through the model from one layer on, and the dense model's predictions for it.
 
     Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
-    hidden states of the text and the dense logits of one token in four. Each of several processes holds all of the
-    text.
+    hidden states and the dense logits of one token in four. Each of several processes holds all of the text.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
@@ -104,7 +104,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trials:
-    """What the model loses when one layer alone gives up a part of its units."""
+    """Measures the model's loss when one layer alone gives up a part of its units."""
 
     masks: Masks  # those that each trial puts on and takes off
     refit: str  # the name of the refit
@@ -113,24 +113,24 @@ class Trials:
     spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
 
     def losses(self) -> Losses:
-        """The losses of all trials; what an earlier run has kept in `checkpoint_dir` is not measured again."""
+        """The losses of all trials; those that an earlier run has saved are not measured again."""
         store = self._store()
         saved = None if store is None else store.load()
         losses: Losses = {}
         for layer, name, by_units in [] if saved is None else saved.values["losses"]:
             losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
-        if not all(key in losses for key in self.spaces):
+        if not losses.keys() >= self.spaces.keys():
             self._measure_(losses, store)
         return {key: losses[key] for key in self.spaces}
 
     def _store(self) -> Resume | None:
-        """What keeps losses for other targets of the same model and text."""
+        """The file of losses, for other targets of the same model and text; None where no folder is named."""
         config, folder = self.data.config, self.data.options.checkpoint_dir
         if folder is None:
             return None
         refit = (self.refit, config.damping, config.error_feedback)
-        way = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
-        key = self.data.key(self.masks.model, way, self.data.shares)
+        settings = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
+        key = self.data.key(self.masks.model, settings, self.data.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
@@ -139,24 +139,24 @@ class Trials:
         Of as many layers as there are processes, all processes gather the moments together; then each tries one.
         """
         masks, model, arch = self.masks, self.masks.model, self.masks.arch
-        method, num_layers = self.data.method(model, arch, self.refit), arch.num_layers
+        method, num_layers, processes = self.data.method(model, arch, self.refit), arch.num_layers, process_count()
         source = self.data.source(model, arch, fixed=True)  # a trial has no errors that error feedback could see
-        for first in progress(range(0, num_layers, process_count()), desc="measuring losses"):
-            layers = range(first, min(first + process_count(), num_layers))
-            refits: dict[Key, Refits] = {}
+        for first in progress(range(0, num_layers, processes), desc="measuring losses"):
+            layers = range(first, min(first + processes, num_layers))
+            candidates: dict[Key, Candidates] = {}
             for layer in layers:
+                own = layer % processes == process_index()
                 with source.at(layer):
                     for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
-                        made = refits_of(masks, self.spaces[key], source, method, _is_own(layer))
-                        if _is_own(layer):
-                            refits[key] = made
+                        made = candidate_values(masks, self.spaces[key], source, method, own)
+                        candidates |= {key: made} if own else {}
                     source.advance(layer)
             measured: Losses = {}
             for layer in layers:
                 with source.at(layer):
-                    if _is_own(layer):
+                    for key in [key for key in candidates if key[0] == layer]:
                         # Popped, because the moments of a space are let go with its trials.
-                        measured |= {key: trial_losses(masks, refits.pop(key), self.probe) for key in [*refits]}
+                        measured[key] = trial_losses(masks, candidates.pop(key), self.probe)
                     self.probe.advance()
             for of_process in gather_objects(measured):
                 losses |= of_process
@@ -173,46 +173,34 @@ class Trials:
         # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
         # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
         feedback, last = config.error_feedback if config.fits else 0.0, max(self.masks.arch.num_layers - 1, 1)
-        totals_by_key = {
-            key: {
-                units: (1 - feedback * (1 - key[0] / last)) * float(by_domain @ shares)
-                for units, by_domain in by_units.items()
-            }
-            for key, by_units in losses.items()
-        }
         price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
-        each = {key: unit_losses(spaces[0].width, totals_by_key[key]) for key, spaces in self.spaces.items()}
-        # Units beyond the last trial go after all units that a trial has measured.
+        each: dict[Key, Tensor] = {}
+        for key, by_units in losses.items():
+            stays = 1 - feedback * (1 - key[0] / last)
+            totals = {units: stays * float(by_domain @ shares) for units, by_domain in by_units.items()}
+            each[key] = unit_losses(self.spaces[key][0].width, totals)
         highest = max((float((each[key] / price[key]).max()) for key in each), default=0.0)
-        curves = {}
-        for key, of_units in each.items():
-            beyond = torch.arange(len(of_units)) >= max(losses[key], default=len(of_units))
-            late = highest * price[key] * beyond.float()
-            curves[key] = [0.0, *(of_units + late).double().cumsum(0).tolist()]
-        return curves
+        for key, unit_loss in each.items():  # units beyond the last trial go after all that a trial has measured
+            unit_loss[max(losses[key], default=len(unit_loss)) :] += highest * price[key]
+        return {key: [0.0, *unit_loss.double().cumsum(0).tolist()] for key, unit_loss in each.items()}
 
 
-def _is_own(layer: int) -> bool:
-    """Whether this process tries a layer."""
-    return layer % process_count() == process_index()
+def candidate_values(
+    masks: Masks, spaces: Sequence[Space], source: Source, method: Method, own: bool = True
+) -> Candidates:
+    """Gives a function that makes the values and errors of one kind of space in one layer, see `Candidates`.
 
-
-def refits_of(masks: Masks, spaces: Sequence[Space], source: Source, method: Method, own: bool = True) -> Refits:
-    """What gives the values of the consumers of one kind of space in one layer and the error of their outputs, by the
-    number of units removed.
-
-    For one space it holds the moments, and scores and refits when it is called; for experts, whose moments together
-    may be too much for the memory, it holds the values, which are made where this process tries the layer.
+    For one space the function holds the moments, and scores and refits when it is called. The moments of all experts
+    together may be too much for the memory: for them it holds the values, if this process tries the layer (`own`).
     """
 
-    def refits(space: Space, dense: Sequence[Values], moments: Sequence[Moments]) -> Mapping[int, Refit]:
-        width, weights, made = space.width, [weight for weight, _ in dense], dict[int, Refit]()
+    def made_of(space: Space, dense: Sequence[Values], moments: Sequence[Moments]) -> Mapping[int, Candidate]:
+        width, weights, made = space.width, [weight for weight, _ in dense], dict[int, Candidate]()
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
         for units in sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0}):
-            left = width - units
-            keep = best_units(scores, left * space.scale)
+            keep = best_units(scores, (width - units) * space.scale)
             values = tried(masks, space, refit_consumers(method, space, keep, dense, moments))
-            error = 0.0  # the energy of what the change does to the outputs, over all tokens
+            error = 0.0
             for axis, before, of_consumer in zip(space.consumers, weights, moments, strict=True):
                 change = before - values[axis][0].float()
                 error += output_energy(change, replace(of_consumer, energy=None)) * of_consumer.count
@@ -221,11 +209,11 @@ def refits_of(masks: Masks, spaces: Sequence[Space], source: Source, method: Met
 
     if len(spaces) == 1:
         calibrated = calibrate(masks, source, method, spaces[0])
-        return lambda: refits(spaces[0], *calibrated)
-    by_units: dict[int, Refit] = {}
+        return lambda: made_of(spaces[0], *calibrated)
+    by_units: dict[int, Candidate] = {}
     for space in spaces:
         calibrated = calibrate(masks, source, method, space)
-        for units, (values, error) in (refits(space, *calibrated) if own else {}).items():
+        for units, (values, error) in (made_of(space, *calibrated) if own else {}).items():
             others, total = by_units.get(units, ({}, 0.0))
             by_units[units] = {**others, **values}, total + error
     return lambda: by_units
@@ -242,12 +230,13 @@ def tried(
         return masks.present(space.consumers)
 
 
-def trial_losses(masks: Masks, refits: Refits, probe: Probe) -> dict[int, Tensor]:
-    """The losses by domain, shape `(domains,)`, with some units removed from one kind of space in one layer, by their
-    number: measured where most go, and with fewer gone in proportion to the energy that the outputs lose, since for
-    small changes the divergence is a square of them.
+def trial_losses(masks: Masks, candidates: Candidates, probe: Probe) -> dict[int, Tensor]:
+    """The losses by domain, shape `(domains,)`, by the number of units removed.
+
+    They are measured where most go. With fewer gone they are in proportion to the energy of the outputs' error, since
+    for small changes the divergence is a square of them.
     """
-    made = refits()
+    made = candidates()
     most = max(made, default=0)
     if not most:
         return {}
@@ -258,12 +247,10 @@ def trial_losses(masks: Masks, refits: Refits, probe: Probe) -> dict[int, Tensor
 
 
 def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
-    """The loss that each unit of a space adds: first the units that a trial has removed, then all others, each time
-    the cheapest first.
+    """The loss that each unit of a space adds, shape `(width,)`: the cheapest first up to the last trial, and beyond.
 
-    The loss as a function of the units removed is a power law between two trials (linear interpolation of its
-    logarithm over the logarithm of the units), and goes on with the last one's exponent beyond them. Up to the first
-    trial the exponent is at least 1, or else the first units would cost most. The result has the shape `(width,)`.
+    The loss as a function of the units removed is a power law between two trials, and goes on with the last one's
+    exponent beyond them. Up to the first trial the exponent is at least 1, or else the first units would cost most.
     """
     if not losses:
         return torch.zeros(width)

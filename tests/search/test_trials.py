@@ -19,7 +19,7 @@ from optimum_structprune.method.score import best_units
 from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
-from optimum_structprune.search.trials import STRIDE, Probe, refits_of, trial_losses, tried, unit_losses
+from optimum_structprune.search.trials import STRIDE, Probe, candidate_values, trial_losses, tried, unit_losses
 from optimum_structprune.sources.data import batches_of
 from optimum_structprune.widths.budget import widths_of
 
@@ -48,14 +48,6 @@ def assert_untouched(model, before):
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert count_hooks(model) == 0
     assert not any("forward" in vars(layer) for layer in layer_list(model, describe(model)))
-
-
-def curves_on(model, data):
-    """The measured losses of the FFN alone."""
-    arch = describe(model)
-    trials = Search(model, arch, data).trials()
-    trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
-    return trials.curves(trials.losses())
 
 
 @torch.no_grad()
@@ -98,7 +90,7 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     masks = Masks(model, arch)
     method, source, space = data.method(model, arch), data.source(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(masks, refits_of(masks, [space], source, method), probe)
+    losses = trial_losses(masks, candidate_values(masks, [space], source, method), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
     values = cut_on_trial(masks, method, space, source, 20)
@@ -128,7 +120,9 @@ def test_units_that_no_trial_has_removed_go_last(case):
     """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
     arch, data = describe(model), data_of(config(allocation="sensitivity"), domains())
-    curves = curves_on(model, data)
+    trials = Search(model, arch, data).trials()
+    trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
+    curves = trials.curves(trials.losses())
     assert set(curves) == {(space.layer, "mlp") for space in arch.of("mlp")}
     width = arch.of("mlp")[0].width
     removed = round(0.75 * width)  # by the last trial
