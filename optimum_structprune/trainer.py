@@ -244,7 +244,7 @@ class StructPruneCallback(TrainerCallback):
                 f"{here} does not say what has been removed ({error} It is in its trainer_state.json); resume from "
                 "another one."
             ) from error
-        if plan.sizes != self.plan.sizes:
+        if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
                 f"{here} is of a run that began with a model of widths {dict(plan.sizes)}, and this model has "
                 f"{dict(self.plan.sizes)}; resume with the model that the run began with, not with a checkpoint's."
@@ -254,7 +254,7 @@ class StructPruneCallback(TrainerCallback):
         return plan
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
-        """Prune a model and its optimizer's state to widths, in place, and return true if anything was removed."""
+        """Prune a model to widths with its optimizer's state, in place; whether anything was removed."""
         arch = describe(model, self.config.arch_file)
         smaller = {
             name: width
@@ -269,12 +269,13 @@ class StructPruneCallback(TrainerCallback):
         plan = broadcast_object(pruner.prune_to_(model, domains, smaller))
         for tensor in model.state_dict().values():
             broadcast_(tensor)  # devices may round in other ways, and DDP does not compare weights again
-        if not cut_state_(optimizer, model, arch, plan, shapes) and not self.plan.keep:
+        first = self.plan is None or not self.plan.keep
+        if not cut_state_(optimizer, model, arch, plan, shapes) and first:
             warn(
                 f"The state of {type(optimizer).__name__} cannot be cut, so it begins anew for each parameter that is "
                 "cut; optim='adamw_torch' keeps it for the weights that stay."
             )
-        self.plan = self.plan.then(plan)
+        self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
