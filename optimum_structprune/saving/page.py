@@ -22,12 +22,9 @@ ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 
 
 def check_result(folder: str | Path) -> None:
-    """Refuse a folder that is not what a pruning has saved."""
+    """Refuse a folder without the report of a pruning."""
     if not Path(folder, REPORT_NAME).is_file():
-        raise StructPruneError(
-            f"{folder} has no {REPORT_NAME}, so it is not what `structprune prune` or `pruner.save` wrote; name "
-            "such a folder."
-        )
+        raise StructPruneError(f"{folder} has no {REPORT_NAME}; name a folder that `structprune prune` wrote.")
 
 
 def page(folder: str | Path, dense: str = "") -> str:
@@ -40,8 +37,10 @@ def page(folder: str | Path, dense: str = "") -> str:
         text = result_text(records, title, named, dense, str(folder), f"{folder}-again")
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise StructPruneError(f"{folder}: a record is not what this package writes: {error!r}.") from error
+    body = MarkdownIt("js-default").render(text)  # which takes no HTML
+    body = re.sub(r"<tr>\n<td>(.*)</td>", r'<tr>\n<th scope="row">\1</th>', body)
     shell = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return shell.substitute(title=escape(title), body=MarkdownIt("js-default").render(text))  # without HTML of others
+    return shell.substitute(title=escape(title), body=body)
 
 
 def write_report(folder: str | Path, dense: str = "") -> Path:
@@ -65,7 +64,7 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
 
 
 def write_page_or_warn(output: str | Path) -> None:
-    """Write the page of a result that was saved; one that cannot be made only gives a warning."""
+    """Write the page of a saved result; if it cannot be made, only warn."""
     if is_first_rank() and Path(output, REPORT_NAME).is_file():
         with warn_on_error(output, PAGE_NAME):
             write_report(output)
