@@ -56,37 +56,20 @@ def mappings(config):
     return st.dictionaries(names, values, max_size=4)
 
 
-def altered(whole):
-    """A whole description with single values, anywhere, replaced, left out or added."""
-
-    def places(node, path=()):
-        yield path
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for key, item in items:
-            yield from places(item, (*path, key))
-
-    def change(changes):
-        node = json.loads(json.dumps(whole))
-        for path, kind, value in changes:
-            if not path:
-                node = value if kind == "set" else node
-                continue
-            at = node
-            try:
-                for key in path[:-1]:
-                    at = at[key]
-                if kind == "set":
-                    at[path[-1]] = value
-                elif kind == "drop":
-                    del at[path[-1]]
-                elif isinstance(at, dict):
-                    at[str(value)] = value
-            except (KeyError, IndexError, TypeError):
-                continue
-        return node
-
-    one = st.tuples(st.sampled_from(list(places(whole))), st.sampled_from(["set", "drop", "add"]), values)
-    return st.lists(one, max_size=3).map(change)
+def altered(node):
+    """A whole description in which single values, anywhere, are replaced, left out or added."""
+    same = st.just(node)
+    if isinstance(node, list):
+        same = st.tuples(*map(altered, node)).map(list)
+    elif isinstance(node, dict):
+        dropped = st.sampled_from([*node, *[None] * 30])
+        added = st.one_of(*[st.just({})] * 20, st.dictionaries(words, values, max_size=1))
+        parts = st.fixed_dictionaries({key: altered(value) for key, value in node.items()})
+        same = st.builds(
+            lambda parts, dropped, added: {key: value for key, value in (parts | added).items() if key != dropped},
+            *(parts, dropped, added),
+        )
+    return st.one_of(*[same] * 20, values)
 
 
 def handled(call, *args, **kwargs):
@@ -121,23 +104,6 @@ PLAN = {
     "model_type": "llama", "keep": {"mlp": {"0": [0, 1], "1": [2]}, "layer": {"-1": [0]}},
     "sizes": {"mlp": 4, "layer": 2}, "dense": "0a",
 }  # fmt: skip
-
-
-@examples(1000)
-@example(data=PLAN)
-@given(data=altered(PLAN) | values)
-def test_plans(file, data):
-    plan = handled(Plan.from_dict, data)
-    assert plan or data is not PLAN, "what is altered is right before"
-    if plan is not None:
-        plan.widths()
-        assert handled(Plan.from_dict, plan.to_dict()) == plan
-    file.write_text(json.dumps(data, default=str))
-    loaded = handled(Plan.load, file)
-    if loaded is not None:
-        loaded.widths()
-
-
 ENTRY = {
     "name": "a", "origin": {"name": "a", "source": "x.txt"}, "weight": 0.5, "calibration_tokens": 5,
     "evidence_tokens": 5, "heldout_tokens": 2, "samples_sha256": "00", "heldout_sha256": "01", "documents": ["02"],
@@ -146,23 +112,7 @@ ENTRY = {
 MANIFEST = {
     "seed": 0, "seq_length": 8, "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY],
 }  # fmt: skip
-
-
-@examples(800)
-@example(data=MANIFEST)
-@given(data=altered(MANIFEST) | values)
-def test_manifests(file, data):
-    file.write_text(json.dumps(data, default=str))
-    manifest = handled(Manifest.load, file)
-    assert manifest or data is not MANIFEST
-    if manifest is not None:
-        manifest.overlaps("a", ["02"])
-        manifest.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
-        manifest.save(file)
-        assert handled(Manifest.load, file) is not None
-
-
-FAMILY = [
+FAMILIES = [
     {
         "model_types": ["mine"],
         "layer_path": "layers",
@@ -181,17 +131,37 @@ FAMILY = [
 ]  # fmt: skip
 
 
-@examples(800)
-@example(data=FAMILY)
-@given(data=altered(FAMILY) | values)
-def test_families(file, data):
-    file.write_text(json.dumps(data, default=str))
-    families = handled(read_families, file)
-    assert families or data is not FAMILY
-    for family in families or []:
+def use_plan(plan, file):
+    plan.widths()
+    assert handled(Plan.from_dict, plan.to_dict()) == plan
+
+
+def use_manifest(manifest, file):
+    manifest.overlaps("a", ["02"])
+    manifest.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
+    manifest.save(file)
+    assert handled(Manifest.load, file) is not None
+
+
+def use_families(families, file):
+    for family in families:
         assert all(isinstance(name, str) for name in (*family.model_types, *family.layer_path))
         for name, template in family.spaces.items():
             assert isinstance(name, str) and isinstance(template.size, str)
+
+
+@pytest.mark.parametrize(("whole", "load", "use"), [
+    (PLAN, Plan.load, use_plan), (MANIFEST, Manifest.load, use_manifest), (FAMILIES, read_families, use_families),
+], ids=["plan", "manifest", "families"])  # fmt: skip
+@examples(900)
+@given(drawn=st.data())
+def test_files(file, whole, load, use, drawn):
+    for data in (whole, drawn.draw(altered(whole) | values)):
+        file.write_text(json.dumps(data, default=str))
+        loaded = handled(load, file)
+        assert loaded is not None or data is not whole, "what is altered is right before"
+        if loaded is not None:
+            use(loaded, file)
 
 
 sources = st.tuples(
