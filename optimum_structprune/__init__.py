@@ -8,7 +8,7 @@ read with `method`.
 
 from __future__ import annotations
 
-import ast
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Each public name is imported when it is first used: `optimum-cli` imports this package on every call.
-_HOME = {
-    alias.name: f".{node.module}"
-    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-}
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_HOME = {name: module for module, name in re.findall(r"^from (\S+) import \w+ as (\w+)$", _STUB, re.MULTILINE)}
 
 __all__ = sorted(_HOME)
 
