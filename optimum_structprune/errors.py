@@ -1,4 +1,4 @@
-"""What goes wrong, in words a user can act on."""
+"""Says what went wrong in words that a user can act on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection
 from traceback import walk_stack
 
 
-NAMED = 3  # so many names in a message
+MAX_NAMES = 3  # in a message
 
 
 class StructPruneError(ValueError):
@@ -31,11 +31,11 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def one_line(message: object) -> str:
-    """A message, such as the error of another library, in one line."""
+    """Put a message, such as the error of another library, into one line."""
     return " ".join(str(message).split())
 
 
 def some_of(names: Collection[str]) -> str:
-    """The first names, and how many more there are: `"a, b, c and 4 more"`."""
-    more = len(names) - NAMED
-    return ", ".join([*names][:NAMED]) + (f" and {more} more" if more > 0 else "")
+    """List the first names and how many more there are: `"a, b, c and 4 more"`."""
+    more = len(names) - MAX_NAMES
+    return ", ".join([*names][:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Tables of classes and functions by name, open to third parties by decorator and by entry point."""
+"""Registers classes and functions by name, for third parties too: by decorator or by entry point."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .errors import StructPruneError
 T = TypeVar("T")
 Entry = TypeVar("Entry")
 
-
-MOST_NAMED = 40  # more names hide the message: `prune` has more flags
+MAX_LISTED_NAMES = 40  # more names hide the message: `prune` has more flags
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
+    """End an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
     legal = sorted(names)
     close = get_close_matches(name, legal, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    known = f"{len(legal):,} names" if len(legal) > MOST_NAMED else ", ".join(legal) or "none"
+    known = f"{len(legal):,} names" if len(legal) > MAX_LISTED_NAMES else ", ".join(legal) or "none"
     return f"{hint} Known: {known}."
 
 
 class Registry(Generic[T]):
-    """A table of classes or functions of one `kind`, such as "criterion": built-in ones register with the decorator.
-    Third parties do the same, or declare an entry point in its `group`, which is imported when its name is asked for.
-    The names in `built_in` are legal before the modules that register them are imported.
+    """Holds classes or functions of one `kind`, such as "criterion", by name.
+
+    A decorator registers them. Third parties may also declare an entry point in its `group`, which is imported when
+    its name is asked for. The names in `built_in` are legal before the modules that register them are imported.
     """
 
     def __init__(self, kind: str, group: str, built_in: Iterable[str] = ()):
@@ -49,17 +49,15 @@ class Registry(Generic[T]):
         def enter(entry: Entry) -> Entry:
             registered = self._entries.get(name)
             if registered is not None and registered is not entry:
-                raise StructPruneError(
-                    f"The {self.kind} {name!r} is already registered by {_path(registered)}; choose another name for "
-                    f"{_path(entry)}."
-                )
+                taken = f"The {self.kind} {name!r} is already registered by {_path(registered)}"
+                raise StructPruneError(f"{taken}; choose another name for {_path(entry)}.")
             self._entries[name] = entry
             return entry
 
         return enter
 
     def get(self, name: str) -> T:
-        """What is registered under `name`; where nothing is, the error proposes the nearest name."""
+        """Give what is registered under `name`; if nothing is, the error proposes the nearest name."""
         if name not in self._entries:
             points = {point.name: point for point in _declared(self.group)}
             if name not in points:
@@ -68,7 +66,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All names in order, the built-in ones and those that installed packages declare."""
+        """List all names in order, the built-in ones and those that installed packages declare."""
         return sorted({*self.built_in, *self._entries, *(point.name for point in _declared(self.group))})
 
     def check(self, name: str) -> None:
@@ -79,7 +77,7 @@ class Registry(Generic[T]):
 
 @cache
 def _declared(group: str) -> tuple[EntryPoint, ...]:
-    """What installed packages declare in a group: to search all of them takes long, and a run asks dozens of times."""
+    """Find the entry points of installed packages, once: the search takes long, and a run asks dozens of times."""
     return tuple(entry_points(group=group))
 
 

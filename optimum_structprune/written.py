@@ -1,11 +1,11 @@
-"""Writes files in one step each, text and JSON that every reader takes, and lists those of a result with their hashes,
-so that nothing else that lies in its folder, and nothing that has changed, is taken for a part of it.
+"""Writes files in one step each, and lists the files of a result with their hashes.
+
+Nothing else that lies in the folder of a result, and nothing that has changed, is taken for a part of it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -24,7 +24,7 @@ VERSION_KEY = "format_version"
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text to a file, which replaces a former one in one step and becomes part of the result it lies in."""
+    """Replace a file by a text in one step; the file becomes part of the result that it lies in."""
     _replace(path, text)
     add_to_result(path)
 
@@ -40,7 +40,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def written_files(folder: Path) -> dict[str, str]:
-    """The hashes of the files of a result, by their paths inside its folder; empty where the folder is no result."""
+    """Read the hashes of a result's files by their paths inside its folder; empty if it is no result."""
     try:
         files = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"]
         return {name: str(files[name]) for name in files if not {"/", ".."} & set(Path(name).parts)}
@@ -49,24 +49,24 @@ def written_files(folder: Path) -> dict[str, str]:
 
 
 def as_list(files: Mapping[str, str]) -> str:
-    """The text of a list of files with their hashes."""
+    """Write a list of files with their hashes as text."""
     return json.dumps({"files": files}, indent=2) + "\n"
 
 
-def list_files(folder: Path, paths: Iterable[Path]) -> None:
+def write_file_list(folder: Path, paths: Iterable[Path]) -> None:
     """Enter files into the list of a folder, which is a result from then on."""
     new = {path.relative_to(folder).as_posix(): hash_of(path) for path in sorted(paths) if path.is_file()}
     _replace(folder / LIST_NAME, as_list(written_files(folder) | new))
 
 
 def add_to_result(path: Path) -> None:
-    """Enter a new file into the list of the result in whose folder it lies, if that is one."""
+    """Enter a new file into the list of its folder, if that is a result."""
     if written_files(path.parent):
-        list_files(path.parent, [path])
+        write_file_list(path.parent, [path])
 
 
 def hash_of(path: Path) -> str:
-    """The SHA-256 of a whole file: weights that were trained in place have the size and the header of the former."""
+    """Hash a whole file by SHA-256: weights that were trained in place have the size and header of the former."""
     digest = sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -75,12 +75,12 @@ def hash_of(path: Path) -> str:
 
 
 def is_unchanged(path: Path) -> bool:
-    """Whether a file is as the list of its folder says that it was written."""
+    """Is true if a file has the hash that the list of its folder names."""
     return path.is_file() and written_files(path.parent).get(path.name) == hash_of(path)
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """The files and folders in a result that were not written with it, and its files that have changed since."""
+    """Name the files and folders in a result that were not written with it or have changed since."""
     files = written_files(folder)
     folders = {parent.as_posix() for name in files for parent in Path(name).parents}
 
@@ -95,50 +95,37 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def check_unchanged(*paths: Path) -> None:
-    """Refuse to replace files that are not as they were written with the result that they lie in."""
+    """Refuse to replace files that are not as they were written with their result."""
     for path in paths:
         if path.exists() and not is_unchanged(path):
-            raise StructPruneError(
-                f"{path} is not as structprune wrote it, so it is not replaced; move it elsewhere, or remove it."
-            )
+            raise StructPruneError(f"{path} is not as structprune wrote it; move it elsewhere, or remove it.")
 
 
 @contextmanager
 def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
-    """A file beside a result that cannot be made inside `with` only gives a warning."""
+    """Warn of an error inside `with`, which makes a file beside a result."""
     try:
         yield
     except Exception as error:  # hours of work are not given up for a page about them
         warn(f"{output} gets no {name}: {one_line(error)}")
 
 
-def identity(path: str | Path) -> tuple[int, ...]:
-    """What tells a file from another one in its place, and from itself once it is written to; empty if it is gone."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def versioned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with the version of their form before them."""
+    """Put the version of their form before some fields."""
     return {VERSION_KEY: FORMAT_VERSION, **values}
 
 
 def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields without the version of their form."""
+    """Check the version of the form of some fields, and take it out."""
     version = values.get(VERSION_KEY, FORMAT_VERSION)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise StructPruneError(
-            f"{VERSION_KEY} {version!r} is not known here, where {FORMAT_VERSION} is the latest; a newer "
-            "optimum-structprune reads it."
-        )
+        known = f"is not known here, where {FORMAT_VERSION} is the latest"
+        raise StructPruneError(f"{VERSION_KEY} {version!r} {known}; a newer optimum-structprune reads it.")
     return {name: value for name, value in values.items() if name != VERSION_KEY}
 
 
 def plain(value: Any) -> Any:
-    """Gives a value in the types of JSON: sets as sorted lists, numbers that are not finite as null."""
+    """Convert a value to the types of JSON: sets to sorted lists, numbers that are not finite to null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):
@@ -151,17 +138,17 @@ def plain(value: Any) -> Any:
 
 
 def replace_json(path: str | Path, value: Any) -> None:
-    """Write the JSON document of a value to a file, which replaces a former one in one step."""
+    """Replace a file by the JSON document of a value in one step."""
     replace_text(Path(path), to_json(value) + "\n")
 
 
 def to_json(value: Any) -> str:
-    """The JSON document of a value, see `plain`."""
+    """Write a value as a JSON document; see `plain`."""
     return json.dumps(plain(value), indent=2, allow_nan=False)
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add a value as a line of JSON to a file, which is made with its folder. An OSError is left to the caller."""
+    """Add a value as a line of JSON to a file, which is made with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         # A process that was killed may have left half a line, so that each value begins a new one.
@@ -169,19 +156,19 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[Any]:
-    """The values in a file of such lines, which need not exist; what was only written in part is passed over."""
+    """Read the values in a file of such lines, which need not exist; a line that was cut short is passed over."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             yield json.loads(line)
 
 
 class Record:
-    """A dataclass that is saved as a JSON document."""
+    """Saves a dataclass as a JSON document."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Give the fields as plain values."""
         return asdict(cast("Any", self))
 
     def save(self, path: str | Path) -> None:
-        """Write JSON; a number that is not finite, which JSON does not have, is null."""
+        """Write JSON; a number that is not finite becomes null."""
         replace_json(path, versioned(self.to_dict()))

@@ -32,7 +32,6 @@ from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable, names_in
-from ..system.processes import launched
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class Loading:
 def usable_device(name: str | None) -> str:
     """The device that `--device` names; without one, a GPU of the process's own if there is one, else the CPU."""
     if name is None:
-        cuda = f"cuda:{launched('LOCAL_RANK', 0)}" if "LOCAL_RANK" in os.environ else "cuda"
+        cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return cuda if torch.cuda.is_available() else "cpu"
     if name in SPREAD_DEVICES:
         return name
@@ -218,6 +217,8 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
     """The error that says why a model cannot be loaded: which of its files is damaged, or what transformers says."""
     if damaged := next(_damaged_files(name), None):
         return StructPruneError(f"{damaged} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+    if name.endswith(".gguf"):
+        return StructPruneError(f"{name} is a GGUF file, which is not pruned; name the model that it was made of.")
     if "trust_remote_code" in str(error):
         return StructPruneError(f"{name!r} runs code of its own; read it, and give --trust-remote-code.")
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
@@ -232,7 +233,7 @@ def _damaged_files(name: str) -> Iterator[Path]:
     """The safetensors files of a folder that cannot be read, and their index."""
     for path in Path(name).glob("*.safetensors.index.json"):
         try:
-            json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            "".join(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield path
     yield from (path for path in _weight_files(name) if not names_in(path))

@@ -111,15 +111,6 @@ class Records:
         by_name = {CONFIG_NAME: pruning, RECOVERY_CONFIG_NAME: training}
         return {name: to_yaml(values).strip() for name, values in by_name.items() if values}
 
-    @property
-    def heldout_is_disjoint(self) -> bool:
-        """Is true if no held-out document has another use, as far as the manifest knows documents."""
-        held, *used = (
-            {document for entry in self.domains for document in entry.get(name, ())}
-            for name in ("heldout_documents", "documents", "probe_documents")
-        )
-        return not held & set().union(*used)
-
 
 def result_text(
     records: Records,
@@ -131,7 +122,7 @@ def result_text(
     card_data: str = "",
     **only_on_card: Any,
 ) -> str:
-    """Render a result as Markdown, in which all that others have named or said is nothing but text.
+    """Render a result as Markdown, in which the words of others are nothing but text.
 
     `dense_path`, `folder` and `again` stand in its commands. Without `card_data` it is the body of a page.
     """
@@ -181,9 +172,13 @@ def _notes(records: Records) -> list[str]:
     notes += [f"warning: {warning}" for warning in records.evaluation.get("warnings") or ()]
     notes += [speed_remark(records.speed)] if records.speed.get("run_memory") else []
     if report.get("perplexity"):
-        uses = "none of its documents was used for anything else"
-        uses = uses if records.heldout_is_disjoint else "some of its documents were used for the pruning too"
-        notes.append(f"held-out text: {uses}")
+        held, *used = (
+            {document for entry in records.domains for document in entry.get(name, ())}
+            for name in ("heldout_documents", "documents", "probe_documents")
+        )
+        shared = held & set().union(*used)
+        uses = "some of its documents were" if shared else "none of its documents was"
+        notes.append(f"held-out text: {uses} used for {'the pruning too' if shared else 'anything else'}")
     return [sentence(note) for note in notes if note]
 
 
@@ -198,7 +193,7 @@ def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, An
 
 
 def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Quote a question, and what each model wrote; such words never begin a line, where Markdown might read them."""
+    """Quote a question and the text of each model; such words never begin a line, where Markdown might read them."""
     written = [
         f"{outcome(answer)} ({name}): {shorten(answer['text'], MAX_QUOTED_CHARACTERS)}"
         for name, answer in item["answers"].items()
@@ -278,7 +273,7 @@ class DenseModel:
 
 
 def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:
-    """Name the callable that loads a result; where its modules came along, the class of sentence-transformers."""
+    """Name the callable that loads a result; with modules of its own, a class of sentence-transformers."""
     if not Path(folder, "modules.json").is_file():
         return f"{model_class(config, arch_file).__name__}.from_pretrained"
     path = Path(folder, "config_sentence_transformers.json")
@@ -289,7 +284,7 @@ def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Pat
 def leave_card(
     folder: Path, output: str | Path, config: PretrainedConfig, dense: str | None, arch_file: str | None
 ) -> None:
-    """Write the card of a result that is being saved; one that cannot be made only gives a warning."""
+    """Write the card of a result in its working folder; if it cannot be made, only warn."""
     with warn_on_error(output, CARD):
         replace_text(folder / CARD, model_card(folder, resolved(output).name, config, dense, arch_file))
 
@@ -310,7 +305,7 @@ def model_card(
         dense_path=origin.base_model or "DENSE",
         folder=".",
         again="again",
-        card_data=_fields(folder, records, origin, kind).to_yaml(),
+        card_data=_fields(records, origin, kind).to_yaml(),
         shell_name=quote(name),
         licence=origin.licence,
         kind=kind,
@@ -327,35 +322,27 @@ def model_card(
     )
 
 
-def _fields(folder: Path, records: Records, origin: DenseModel, kind: str) -> ModelCardData:
-    """The fields that the Hub reads; it finds models of sentence-transformers by those of the dense one."""
+def _fields(records: Records, origin: DenseModel, kind: str) -> ModelCardData:
+    """Fill the fields that the Hub reads; it finds models of sentence-transformers by those of the dense one."""
     found: dict[str, Any] = {"pipeline_tag": "text-generation" if kind == "AutoModelForCausalLM" else None}
     if kind in SENTENCE_CLASSES:
         found = {"library_name": "sentence-transformers", **origin.card}
+    texts = [entry["origin"] for entry in records.domains if not entry.get("place_sha256")]
+    sources = {str(text.get("source", "")) for text in (*texts, *(records.training.get("domains") or ()))}
+    datasets = (name for name in sources if _is_id(name) and Path(name).suffix not in FORMATS)
     return ModelCardData(
         base_model=origin.base_model,
         library_name=found.get("library_name", "transformers"),
         tags=[*dict.fromkeys(["structured-pruning", "pruned", "optimum-structprune", *found.get("tags", ())])],
-        datasets=_datasets(folder, records) or None,
+        datasets=sorted(name for name in datasets if not os.path.exists(name)) or None,
         language=origin.card.get("language"),
         pipeline_tag=found.get("pipeline_tag"),
         **origin.licence,
     )
 
 
-def _datasets(folder: Path, records: Records) -> list[str]:
-    """The ids of the data sets on the Hub that the model was calibrated or trained on."""
-    domains = [entry["origin"] for entry in records.domains if not entry.get("place_sha256")]
-    if (path := folder / RECOVERY_CONFIG_NAME).is_file():
-        domains += read_json(path).get("domains") or []
-    sources = {str(origin.get("source", "")) for origin in domains}
-    return sorted(
-        name for name in sources if _is_id(name) and not os.path.exists(name) and Path(name).suffix not in FORMATS
-    )
-
-
 def _is_id(name: Any) -> bool:
-    """Whether something can be the id of a repository, by its form."""
+    """Is true if something has the form of a repository's id."""
     try:
         validate_repo_id(name)
     except ValueError:
@@ -364,7 +351,7 @@ def _is_id(name: Any) -> bool:
 
 
 def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether only the file that we write runs in llama.cpp, and why not even that, where its own converter fails."""
+    """Say whether only the file that we write runs in llama.cpp, and why not even that."""
     if not config.get_text_config().is_heterogeneous and {*(report.get("widths") or [""])} <= {"mlp", VOCAB}:
         return {"by_layer": False, "gguf_refusal": ""}
     from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal

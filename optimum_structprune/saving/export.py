@@ -29,7 +29,7 @@ from .save import RECORD_NAMES, check_reload, save_checked
 
 @dataclass(frozen=True)
 class Padding:
-    """Parameters before and after padding, of the dense model where known, and the bytes that were added."""
+    """Counts parameters before and after padding, those of the dense model if known, and the bytes added."""
 
     before: int
     after: int
@@ -37,7 +37,7 @@ class Padding:
     bytes: int = 0
 
     def __str__(self) -> str:
-        """The cost in one sentence."""
+        """Say the cost in one sentence."""
         added = self.after - self.before
         text = (
             f"padding adds {added:,} parameters that are zero ({self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} "

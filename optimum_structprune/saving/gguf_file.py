@@ -38,9 +38,9 @@ from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 
 
 # The type under which a model is written as it is, by its dtype.
-PLAIN = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
+TYPE_OF_DTYPE = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
 # llama.cpp leaves the output head in more bits than the other matrices: what is lost there is lost at every token.
-HEAD, EMBEDDING, OF_HEAD = "output.weight", "token_embd.weight", "Q8_0"
+HEAD, EMBEDDING, HEAD_TYPE = "output.weight", "token_embd.weight", "Q8_0"
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that some models do not mark as special, and that are.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
@@ -50,7 +50,7 @@ STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What was written: llama.cpp's and gguf's names for architecture and type, and how many values and bytes."""
+    """Describes a file: llama.cpp's architecture, gguf's type, and the numbers of values and bytes."""
 
     architecture: str
     dtype: str
@@ -58,7 +58,7 @@ class GGUFFile:
     bytes: int
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """Say all of it in one line."""
         return (
             f"llama.cpp's architecture {self.architecture}, {self.parameters:,} parameters as {self.dtype}, "
             f"{self.bytes / 1e6:,.1f} MB"
@@ -101,9 +101,9 @@ def export_gguf(
         raise StructPruneError("A GGUF file holds the tokenizer too, got None; pass the model's own.")
     if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
-    if model.dtype not in PLAIN:
+    if model.dtype not in TYPE_OF_DTYPE:
         raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
-    kind = dtype or PLAIN[model.dtype]
+    kind = dtype or TYPE_OF_DTYPE[model.dtype]
     with output.staged() as staging:
         if kind in K_QUANTS:
             whole = staging.with_name("whole.gguf")
@@ -137,11 +137,11 @@ def _quantise(whole: Path, target: Path, kind: str) -> None:
 
 
 def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
-    """The type of each tensor of a file, by its shape, where the matrices are of one kind."""
+    """Choose the type of each tensor of a file by its shape; `kind` is that of the matrices."""
     kinds, head = gguf.GGMLQuantizationType, HEAD if HEAD in tensors else EMBEDDING
     types = {}
     for name, shape in tensors.items():
-        wanted = OF_HEAD if name == head and kind.lower() in BLOCKS else kind
+        wanted = HEAD_TYPE if name == head and kind.lower() in BLOCKS else kind
         # llama.cpp adds and multiplies by vectors in F32 only; a rounded router sends tokens to other experts.
         if len(shape) == 1 or "ffn_gate_inp" in name:
             wanted = "F32"
@@ -178,11 +178,11 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    """The name in the file, the shape, and a function that gives the values, of each tensor of the file."""
+    """Give the name, the shape, and a function that computes the values of each tensor of the file."""
     layers = layer_configs(model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
     parameters = dict(model.named_parameters())
-    stored = [(name, *of) for name in parameters for of in parts_of(name, architecture)]
+    stored = [(name, *place) for name in parameters for place in parts_of(name, architecture)]
     for name, known_as, parts in stored:
         place = names.get_name(known_as, (".weight", ".bias"))
         if place is None:
@@ -203,7 +203,7 @@ def _values(
     architecture: str,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """What the file holds of some parameters, one after the other, in fp32; on the meta device it is a shape alone."""
+    """Join some parameters as the file holds them, in fp32; on the meta device only their shape."""
     rows = (parameters[part].detach().to(device, torch.float32) for part in parts)
     ordered = [in_file_order(*pair, layer_config, architecture, known_as) for pair in zip(parts, rows, strict=True)]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
@@ -218,14 +218,14 @@ def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
 
 
 def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
-    """By how much the frequencies of the rotary embedding are divided, `(head_dim / 2,)`."""
+    """Compute what the frequencies of the rotary embedding are divided by, `(head_dim / 2,)`."""
     scaled, _ = ROPE_INIT_FUNCTIONS[rope_of(config)["rope_type"]](config, torch.device("cpu"))
     places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return rope_of(config)["rope_theta"] ** -places / scaled
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
-    """Write what the model is called, and what the card beside it says of where it comes from."""
+    """Write the name of the model, and the origin that the card beside it names."""
     writer.add_string("structprune.version", __version__)
     folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
     metadata = gguf.Metadata.load(model_path=folder, total_params=total)
@@ -236,7 +236,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, to
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    """Write the numbers of the config; for each layer its own, where the architecture reads that."""
+    """Write the numbers of the config, one for each layer if the architecture reads that."""
     writer.add_block_count(config.num_hidden_layers)
     window, local = getattr(config, "sliding_window", None), (config.rope_parameters or {}).get("sliding_attention")
     if window and local:
@@ -275,10 +275,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     model, pre = _parts_of(tokenizer)
     tokens, pieces = len(tokenizer), pre is None
     if tokens > size:
-        raise StructPruneError(
-            f"The tokenizer has {tokens:,} tokens and the model's embedding {size:,} rows, and a GGUF file has "
-            "one for each; the two have to be of the same model."
-        )
+        raise StructPruneError(f"The tokenizer has {tokens:,} tokens and the model {size:,} rows; pass its own.")
     writer.add_tokenizer_model((gguf.LlamaHfVocab if pieces else gguf.BpeVocab).tokenizer_model)
     writer.add_tokenizer_pre(pre or "default")
     names, types = _tokens(tokenizer, size)
@@ -294,22 +291,18 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
 
 
 def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
-    """A tokenizer's model, and llama.cpp's name for its steps before the merges, None for SentencePiece's pieces."""
+    """Give a tokenizer's model, and llama.cpp's name for its steps before the merges; None for SentencePiece."""
     if not tokenizer.is_fast:
-        raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
-        )
+        raise StructPruneError(f"A GGUF file holds a fast BPE tokenizer, found a {type(tokenizer).__name__}.")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
     if model["type"] != "BPE":
-        raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found {model['type']}."
-        )
+        raise StructPruneError(f"A GGUF file holds a BPE tokenizer, found {model['type']}.")
     return model, None if model.get("byte_fallback", False) else pre_tokenizer(parts)
 
 
 def pre_tokenizer(parts: Mapping[str, Any]) -> str:
-    """Names in llama.cpp's words the steps before a byte-level tokenizer's merges, by what they do."""
+    """Name in llama.cpp's words the steps before a byte-level tokenizer's merges."""
     step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     kinds = tuple(_kind(step) for step in steps)
@@ -317,16 +310,16 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
     normalizer = (parts.get("normalizer") or {}).get("type")
     # llama.cpp does not normalise what it reads. In NFC, as Qwen's tokenizers want it, nearly all text is already.
     if key not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
+        names = [*filter(None, (normalizer, *(step.get("type") for step in steps)))]
         raise StructPruneError(
-            "llama.cpp would cut text in another way than this tokenizer, whose steps before its merges are "
-            f"{[*filter(None, (normalizer, *(step.get('type') for step in steps)))]}; structprune knows those of "
-            f"{', '.join(PRE_TOKENIZERS.values())}."
+            f"llama.cpp would cut text in another way than this tokenizer, which takes the steps {names} before its "
+            f"merges; structprune knows those of {', '.join(PRE_TOKENIZERS.values())}."
         )
     return PRE_TOKENIZERS[key]
 
 
 def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A step before the merges as `PRE_TOKENIZERS` writes it; what it writes in no way becomes a pair of None."""
+    """Write a step before the merges as `PRE_TOKENIZERS` does; an unknown one becomes a pair of None."""
     kind, field = STEPS.get(step.get("type", ""), (None, ""))
     value = step.get(field)
     if kind is None or step.get("add_prefix_space") or step.get("invert"):
@@ -335,7 +328,7 @@ def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
-    """The text and the type of each token."""
+    """Give the text and the type of each token."""
     kinds = gguf.TokenType
     names = {number: name for name, number in tokenizer.get_vocab().items()}
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
@@ -357,7 +350,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 
 
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
-    """What llama.cpp joins pieces by, the highest first: minus the number of the first merge that makes a piece."""
+    """Score pieces, of which llama.cpp joins the highest first: minus the number of the first merge to make it."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(model["merges"]):
         rank.setdefault("".join(pair), number)
@@ -365,7 +358,7 @@ def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write which tokens have a meaning of their own, which are put around a text, and the chat template."""
+    """Write the special tokens, those that are put around a text, and the chat template."""
     for name in ("bos", "eos", "unk", "sep", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(number)

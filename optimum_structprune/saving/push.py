@@ -9,13 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of httpx, or of what has taken its place
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError  # the last one is of httpx
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
@@ -23,6 +17,8 @@ from ..system.disk import ADAPTER, CARD
 from ..written import LIST_NAME, as_list, is_unchanged, written_files
 
 
+# The files of a result that may name folders of this machine.
+TEXTS = re.compile(r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)")
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -52,21 +48,18 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             files[CARD].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise StructPruneError(f"{files[CARD]} is no UTF-8 text, which the Hub takes as a card.") from error
-    later = f'push_to_hub("{folder}", "{repo_id}") in Python pushes it later'
-    with _refusals(repo_id, f"The result is complete in {folder}; {later}."):
+    later = f'The result is complete in {folder}; push_to_hub("{folder}", "{repo_id}") in Python pushes it later.'
+    with _refusals(repo_id, later):
         api = _api(repo_id, token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and api.model_info(repo_id).private is False:
-            raise StructPruneError(
-                f"{repo_id} is public, and the result was to be private; make it private in its settings, or name "
-                "another repository."
-            )
+            raise StructPruneError(f"{repo_id} is public; make it private in its settings, or name another.")
         if CARD in files and _has_card_of_its_own(api, repo_id):
             del files[CARD]
         texts = _without_places(Path(folder), files)
         if CARD in texts:  # its snippet loads the model from the Hub
             texts[CARD] = re.sub(rb'^name = ".*"$', f'name = "{repo_id}"'.encode(), texts[CARD], flags=re.MULTILINE)
-        hashes = {name: of for name, of in written_files(Path(folder)).items() if name in files}
+        hashes = {name: digest for name, digest in written_files(Path(folder)).items() if name in files}
         hashes |= {name: sha256(content).hexdigest() for name, content in texts.items()}
         contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: as_list(hashes).encode()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -81,7 +74,7 @@ def check_push(repo_id: str) -> None:
 
 
 def _api(repo_id: str, token: str | None = None) -> HfApi:
-    """The Hub as the owner of a token sees it."""
+    """Open the Hub with a token."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise StructPruneError(f"{repo_id!r} names no owner; a repository is OWNER/NAME.")
@@ -94,23 +87,17 @@ def _api(repo_id: str, token: str | None = None) -> HfApi:
 
 
 def _result_files(folder: str | Path) -> dict[str, Path]:
-    """The files that belong to a result, by their names in a repository."""
+    """List the files that belong to a result, by their names in a repository."""
     names = sorted(written_files(Path(folder)))
     files = {name: path for name in names if (path := Path(folder, name)).is_file()}
     if not any(name in files for name in ("config.json", ADAPTER)):
-        raise StructPruneError(
-            f"{folder} holds no model that structprune has saved; name the folder that `structprune prune`, `recover` "
-            "or `pruner.save` wrote."
-        )
+        raise StructPruneError(f"{folder} holds no model that structprune has saved; name the folder of a result.")
     return files
 
 
 def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]:
-    """The records, the page and the card without the folders of this machine that they name."""
-    kinds = re.compile(
-        r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)"
-    )
-    ours = [name for name in files if kinds.fullmatch(name) and (name != CARD or is_unchanged(files[CARD]))]
+    """Take the folders of this machine out of the records, the page and the card."""
+    ours = [name for name in files if TEXTS.fullmatch(name) and (name != CARD or is_unchanged(files[CARD]))]
     texts = {name: files[name].read_bytes().decode(errors="surrogateescape") for name in ours}
     places = {str(Path.home()), str(Path.cwd()), str(folder.absolute().parent), str(folder.resolve().parent)}
     for text in texts.values():
@@ -123,27 +110,23 @@ def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]
 
 @contextmanager
 def _refusals(repo_id: str, state: str) -> Iterator[None]:
-    """Say what the Hub refuses as a `StructPruneError`."""
+    """Turn what the Hub refuses inside `with` into a `StructPruneError`."""
     try:
         yield
     except HFValidationError as error:
         raise StructPruneError(f"{repo_id!r} is no name of a repository, OWNER/NAME: {one_line(error)}") from error
-    except OfflineModeIsEnabled as error:
-        raise StructPruneError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to {repo_id}. {state}") from error
-    except HfHubHTTPError as error:
-        code = None if error.response is None else error.response.status_code
+    except (HTTPError, OSError) as error:
         reasons = {
             401: f"The Hub does not know the token: {HOW_TO_LOG_IN}.",
             403: f"The token may not write to {repo_id}: name a repository of your own, or {HOW_TO_LOG_IN} there.",
         }
-        reason = reasons.get(code or 0, f"The Hub refused the push to {repo_id}: {one_line(error)}")
+        code = getattr(getattr(error, "response", None), "status_code", 0)
+        reason = reasons.get(code, f"{repo_id} could not be pushed: {one_line(error).rstrip('.')}.")
         raise StructPruneError(f"{reason} {state}") from error
-    except (HTTPError, OSError) as error:
-        raise StructPruneError(f"{repo_id} could not be pushed: {one_line(error).rstrip('.')}. {state}") from error
 
 
 def _has_card_of_its_own(api: HfApi, repo_id: str) -> bool:
-    """Whether the repository has a model card that this package did not write, or that somebody has changed."""
+    """Is true if the repository has a model card that this package did not write, or that somebody has changed."""
     try:
         card = Path(api.hf_hub_download(repo_id, CARD))
     except EntryNotFoundError:

@@ -45,28 +45,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # What a pruning leaves beside its model.
 RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
-# How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
-TOLERANCE = 1e-4
-STEPS = 4
+# How far the outputs of the reloaded model may be off: absolutely, or in steps of the dtype.
+MAX_DIFFERENCE = 1e-4
+MAX_STEPS_OF_DTYPE = 4
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
-OWN = re.compile(
+OWN_FILES = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
     r"(config|generation_config|evaluation|speed|written_files)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r"(?!\w+_linear\.pt).+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )
 # Heads of another library beside a model, which read its channels.
-HEADS = re.compile(r"\w+_linear\.pt")
+HEAD_FILES = re.compile(r"\w+_linear\.pt")
 # What a tokenizer writes, or leaves out, beside its vocabulary.
-TOKENIZER = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
-# A vocabulary in other forms, which hold tokens that a smaller one has not, and what tells that it is smaller.
-VOCABULARY = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
-SIZE = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
-# What the config of a module says that it reads of the model: channels, or logits of all tokens; and ids of tokens.
-WIDTH = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
-IDS = re.compile(r'("keep_only_token_ids": *)(\[[\d,\s]*\])')
-# What is fetched of a model on the Hub, where weights lie in more formats than can be told.
-SMALL = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
+TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
+# A vocabulary in other forms, which hold tokens that a smaller one has not.
+VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
+SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
+# The fields of a module's config that say what it reads of the model: channels or logits, and ids of tokens.
+WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
+IDS_FIELD = re.compile(r'("keep_only_token_ids": *)(\[[\d,\s]*\])')
+# The files that are fetched of a model on the Hub, where weights lie in more formats than can be told.
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
 
 def save_pruned(
@@ -136,9 +136,9 @@ def save_checked(
 
 
 def settle(path: Path, kind: type[PretrainedConfig]) -> None:
-    """Take out of a saved config the code files that it names and its folder lacks, such as those of the dense folder,
-    which are not copied where the classes of transformers run; code on the Hub, `owner/name--module.Class`, stays.
-    What transformers 4 knows by other names is said by those too, as long as transformers 5 reads the same.
+    """Drop the code files that a saved config names and its folder lacks; those on the Hub stay.
+
+    Fields that transformers 4 knows by other names get those too, as long as transformers 5 reads the same.
     """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     # Without what a tokenizer notes of where it was loaded.
@@ -148,8 +148,10 @@ def settle(path: Path, kind: type[PretrainedConfig]) -> None:
         return reference is None or "--" in reference or (path.parent / f"{reference.rpartition('.')[0]}.py").is_file()
 
     if isinstance(named := settled.get("auto_map"), dict):
-        kept = {name: of for name, of in named.items() if all(map(is_there, of if isinstance(of, list) else [of]))}
-        settled = {name: of for name, of in {**settled, "auto_map": kept}.items() if of or name != "auto_map"}
+        files = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
+        del settled["auto_map"]
+        if kept := {name: named[name] for name, references in files.items() if all(map(is_there, references))}:
+            settled["auto_map"] = kept
     if settled.get("tokenizer_class") == "TokenizersBackend":
         settled["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settled.get("extra_special_tokens"), list):
@@ -185,12 +187,13 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
     # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
     # is zero takes them apart by 25.
-    if not difference <= max(TOLERANCE, STEPS * torch.finfo(model.dtype).eps * float(outputs.abs().max())):
+    rounding = torch.finfo(model.dtype).eps * float(outputs.abs().max())
+    if not difference <= max(MAX_DIFFERENCE, MAX_STEPS_OF_DTYPE * rounding):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
 
 
 def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
-    """The implementation that a model uses and those of its parts, in the form that `from_pretrained` takes."""
+    """Name the implementations of a model and its parts, in the form that `from_pretrained` takes."""
     kernels: dict[str, Any] = {"": getattr(config, f"_{name}", None)}
     for key in config.sub_configs:
         if (part := getattr(config, key, None)) is not None:
@@ -199,23 +202,23 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
 
 
 def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Copy what else lies beside the dense model into a result, and name what is not copied."""
+    """Copy the other files beside the dense model into a result, and warn of those that are not copied."""
     source = Path(name := str(model.name_or_path))
     if not source.is_dir():
         with suppress(Exception):  # of the network or of the Hub, which the model may not need any more
             commit = getattr(model.config, "_commit_hash", None)
-            source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL))
+            source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
     files = tokenizer.vocab_files_names.values() if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    beside = [name for name in _extra_files(source) if files is None or not TOKENIZER.fullmatch(name)]
+    beside = [name for name in _extra_files(source) if files is None or not TOKENIZER_FILES.fullmatch(name)]
     new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
     sizes = _sizes(source)
     changed = {name for name, _ in sizes ^ _sizes(folder)}
     if "vocab_size" in changed:
-        new = [name for name in new if not VOCABULARY.fullmatch(name)]
+        new = [name for name in new if not VOCABULARY_FILES.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
     result = written_files(source)
     carried = [name for name in new if (source / name).is_file() and not name.endswith(".py")]
-    carried = [name for name in carried if "hidden_size" not in changed or not HEADS.fullmatch(name)]
+    carried = [name for name in carried if "hidden_size" not in changed or not HEAD_FILES.fullmatch(name)]
     carried = [name for name in carried if name in result or not result]
     if others := [name for name in new if name not in carried]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
@@ -233,25 +236,27 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: 
     new = {old: number for number, old in enumerate(kept or ())}
     for path in (folder / name for name in names if name.endswith(".json")):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        of_tokens = any(("vocab_size", number) in sizes for _, number in WIDTH.findall(text))
-        fitted = WIDTH.sub(rf"\g<1>{config.vocab_size if of_tokens else config.hidden_size}", text)
+        of_tokens = any(("vocab_size", number) in sizes for _, number in WIDTH_FIELD.findall(text))
+        fitted = WIDTH_FIELD.sub(rf"\g<1>{config.vocab_size if of_tokens else config.hidden_size}", text)
         narrower |= fitted != text and not of_tokens
         if new:
-            fitted = IDS.sub(lambda ids: f"{ids[1]}{[new[old] for old in json.loads(ids[2]) if old in new]}", fitted)
+            fitted = IDS_FIELD.sub(
+                lambda found: f"{found[1]}{[new[old] for old in json.loads(found[2]) if old in new]}", fitted
+            )
         path.write_text(fitted, encoding="utf-8", errors="surrogateescape")
     if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
 
 
 def _sizes(folder: Path) -> set[tuple[str, str]]:
-    """What the config in a folder says of sizes, as it is written there."""
+    """Read the sizes that the config in a folder names, as they are written there."""
     with suppress(OSError, UnicodeDecodeError):
-        return set(SIZE.findall((folder / "config.json").read_text(encoding="utf-8")))
+        return set(SIZE_FIELD.findall((folder / "config.json").read_text(encoding="utf-8")))
     return set()
 
 
 def _extra_files(source: Path) -> Iterator[str]:
-    """The files that may come along, with those of modules around the model; other folders end in a slash."""
+    """List the files that may come along, those of modules around the model too; folders end in a slash."""
     modules: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError):  # only sentence-transformers has any
         listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
@@ -259,5 +264,5 @@ def _extra_files(source: Path) -> Iterator[str]:
     for path in sorted(source.iterdir()) if source.is_dir() else []:
         if path.is_dir() and path.name in modules:
             yield from (file.relative_to(source).as_posix() for file in sorted(path.rglob("*")) if file.is_file())
-        elif not OWN.fullmatch(path.name):
+        elif not OWN_FILES.fullmatch(path.name):
             yield path.name + "/" * path.is_dir()

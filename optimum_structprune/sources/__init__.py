@@ -1,1 +1,1 @@
-"""Where activations come from: the text of a run, and what runs it where the layers are not all in memory."""
+"""Reads the text of a run, and gives the activations of a model on it, wherever its layers are."""

@@ -1,4 +1,4 @@
-"""The calibration data of a run: made once, and handed down to everything that needs samples or moments."""
+"""Holds the calibration data of a run, which is made once and handed to all that needs samples or moments."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ for _name, _refit in (("none", no_refit), ("least_squares", least_squares)):
 if TYPE_CHECKING:
     from .whole_model import WholeModel
 
-# The share of the calibration that text of the languages to keep has.
-LANGUAGES_WEIGHT = 0.1
+LANGUAGES_WEIGHT = 0.1  # of text of the languages to keep, beside all domains
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class CalibrationData:
         reader: PreTrainedTokenizerBase,
         seen: Manifest | None,
     ) -> CalibrationData:
-        """Reads the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
+        """Read the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
         from ..domains.load import load_domains
 
         seen = self.manifest(tokenizer).after(seen)
@@ -82,11 +81,11 @@ class CalibrationData:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The weight of each domain; they sum to 1."""
+        """Give the weight of each domain; they sum to 1."""
         return tuple(domain.weight for domain in self.domains)
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
-        """The same with text of the languages to keep beside the domains, of which none is held out."""
+        """Add a domain of text in the languages to keep, of which none is held out."""
         from ..vocabulary.languages import samples_of
 
         codes = self.config.languages or ()
@@ -98,33 +97,34 @@ class CalibrationData:
         return replace(self, domains=[*others, domain])
 
     def mean(self, by_domain: Tensor) -> Tensor:
-        """The mean over the domains by their weights, shape `(...)`, of values of shape `(domains, ...)`."""
+        """Average values of shape `(domains, ...)` by the weights of the domains; the result has shape `(...)`."""
         return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)
 
     def combined(self, contributions: Tensor) -> Tensor:
-        """One score per unit, shape `(units,)`, from what it contributes in each domain, shape `(domains, units)`:
-        each domain is divided by its mean, so that one with large activations does not outweigh the others.
+        """Average contributions of shape `(domains, units)` to one score per unit, shape `(units,)`.
+
+        Each domain is divided by its mean, so that one with large activations does not outweigh the others.
         """
         size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
         return self.mean(contributions / size)
 
     @property
     def own_batches(self) -> list[Batch]:
-        """The samples of all domains that this process runs, one domain after the other."""
+        """Batch the samples that this process runs, one domain after the other."""
         domains = [_own(domain) for domain in self.domains] if process_count() > 1 else self.domains
         return batches_of(domains, self.options.samples_at_once)
 
     def portion(self, tokens: int) -> CalibrationData:
-        """The calibration data cut to at most `tokens` tokens, as many samples in each domain."""
+        """Cut the data to at most `tokens` tokens, with as many samples in each domain."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
         return replace(self, domains=[domain.head(most) for domain in self.domains])
 
     def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
-        """The source of the activations of a model as it is now."""
+        """Give the source of the activations of a model as it is now."""
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
     def method(self, model: PreTrainedModel, arch: ArchSpec, refit: str | None = None) -> Method:
-        """Says how units are scored and refitted; some criteria run the whole model for that."""
+        """Describe how units are scored and refitted; some criteria run the whole model for that."""
         config, refit = self.config, refit or self.config.refit
         criterion = CRITERIA.get(config.scored_by)
         whole = criterion.whole_model_statistics
@@ -142,17 +142,17 @@ class CalibrationData:
         )
 
     def key(self, model: PreTrainedModel, *more: Any) -> str:
-        """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
+        """Hash a dense model, the text, and what `more` a result depends on, by SHA-256."""
         entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
         return json_hash([fingerprint(model), entries, *more])
 
     def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
-        """The record of what was calibrated on."""
+        """Record what was calibrated on."""
         return Manifest.of(self.config, self.domains, tokenizer)
 
 
 class AcrossProcesses(OneProcess):
-    """The moments of the samples of all processes, see `processes.across_processes`."""
+    """Sums moments over the processes that share the samples; see `processes.across_processes`."""
 
     @torch.no_grad()
     def sum_(self, moments: Moments) -> Moments:
@@ -173,14 +173,14 @@ class AcrossProcesses(OneProcess):
 
 
 def ranks() -> OneProcess:
-    """What brings the moments of the processes that share the samples together."""
+    """Give what sums moments over the processes that share the samples."""
     return AcrossProcesses() if process_count() > 1 else OneProcess()
 
 
 def layers_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
 ) -> InMemory | WholeModel:
-    """The layers of a model one by one where it allows that, and the whole model otherwise; see `InMemory`."""
+    """Give a source that runs the layers of a model one by one, or the whole model if it does not allow that."""
     if is_offloaded(model):
         from .offloaded import Offloaded, must_be_whole
 
@@ -199,7 +199,7 @@ def layers_of(
 def source_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
 ) -> Source:
-    """The source of the activations of a model, those of single experts too where it has any."""
+    """Give the source of the activations of a model, with those of single experts if it has any."""
     source = layers_of(model, arch, batches, feedback, fixed)
     if not any(space.experts for space in (*arch.spaces, *arch.model_spaces)):
         return source
@@ -209,7 +209,7 @@ def source_of(
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """The samples of every domain, cut into batches; no batch holds two domains."""
+    """Cut the samples of every domain into batches; no batch holds two domains."""
     return [
         Batch(index, domain.samples[part], None if domain.mask is None else domain.mask[part])
         for index, domain in enumerate(domains)
@@ -218,7 +218,7 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
 
 
 def _own(domain: Domain) -> Domain:
-    """A domain with the samples that this process runs."""
+    """Cut a domain to the samples that this process runs."""
     mask = None if domain.mask is None else shard(domain.mask)
     if every_process_runs(domain.samples) and process_index() > 0:
         # The tokens of these samples count once, in the first process.

@@ -1,4 +1,4 @@
-"""Experts: the tokens that are routed to them, their inner activations, and how much each of them contributes."""
+"""Gives the tokens that are routed to experts, their inner activations, and how much each expert contributes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ See = Callable[[int, Tensor, Any], None]
 
 
 class Routed(NamedTuple):
-    """One call of an experts module in a domain: the tokens that enter, shape `(tokens, hidden)`, and the experts that
-    each of them chose with their weights, shape `(tokens, top_k)`.
+    """One call of an experts module in a domain.
+
+    `hidden` has the tokens that enter, shape `(tokens, hidden)`; `chosen` and `gates` the experts that each of them
+    chose and their weights, shape `(tokens, top_k)`.
     """
 
     domain: int
@@ -34,14 +36,15 @@ class Routed(NamedTuple):
     gates: Tensor
 
     def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that chose an expert by their number, what of them enters it, and its weight for each."""
+        """Select the numbers of the tokens that chose an expert, their hidden states, and its weight for each."""
         tokens, slot = torch.where(self.chosen == expert)
         return tokens, self.hidden[tokens], self.gates[tokens, slot]
 
 
 class WithExperts(Source):
-    """A source that also gives what single experts read, which their stacked forward hides; it asks another one for
-    everything else. In memory is what is routed to the experts of one layer, and the moments of only one expert.
+    """Adds to another source what single experts read, which their stacked forward hides.
+
+    In memory is what is routed to the experts of one layer, and the moments of only one expert.
     """
 
     def __init__(self, source: InMemory | WholeModel):
@@ -79,7 +82,7 @@ class WithExperts(Source):
         yield from inner_moments(experts, space, self.routed[1], gram, self.layers)
 
     def contributions(self, layer: int, space: Space, criterion: Criterion, see: See | None = None) -> Tensor:
-        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`; see `route`."""
+        """Compute how much each expert of a space contributes, shape `(domains, experts)`; see `route`."""
         experts = self.layers.model.get_submodule(str(space.experts))
         calls = self.route(layer, experts, see)
         return contributions(experts, space.size, calls, self.layers.num_domains, criterion)
@@ -90,7 +93,7 @@ class WithExperts(Source):
 
     @torch.no_grad()
     def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
-        """Gives the calls of an experts module by batch; `see` gets None for layers that do not run alone."""
+        """Run a layer and give the calls of its experts by batch; `see` gets None if layers do not run alone."""
         calls: list[Routed] = []
         outputs: list[Tensor] = []
         batch = self.layers.batches[0]
@@ -109,7 +112,7 @@ class WithExperts(Source):
 
 @torch.no_grad()
 def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
-    """Computes again what an expert's consumer reads for tokens; `hidden` is `(tokens, hidden)`."""
+    """Compute again what an expert's consumer reads for tokens; `hidden` is `(tokens, hidden)`."""
     axis = space.producers[0]
     leaf = axis.param.rpartition(".")[2]
     weight = experts.get_parameter(leaf)[axis.part].movedim(axis.dim - 1, 0)
@@ -123,7 +126,7 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
 def inner_moments(
     experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, source: InMemory | WholeModel
 ) -> Iterator[list[Moments]]:
-    """Moments of one expert's inner activations over the tokens that chose it, of one domain after the other.
+    """Gather the moments of one expert's inner activations over the tokens that chose it, domain by domain.
 
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
     uncorrelated and had the second moment 1.
@@ -148,7 +151,7 @@ def inner_moments(
 def contributions(
     experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int, criterion: Criterion
 ) -> Tensor:
-    """How much each of `size` experts contributes, shape `(domains, experts)`; 0 for an expert that no token chose."""
+    """Compute how much each expert contributes, shape `(domains, experts)`; 0 if no token chose it."""
     total = torch.zeros(num_domains, size, dtype=torch.float64)
     count = torch.zeros_like(total)
     for call, expert in product(calls, range(size)):

@@ -1,4 +1,4 @@
-"""The weights of one layer at a time, wherever accelerate keeps those of the others.
+"""Brings in the weights of one layer at a time, wherever accelerate keeps those of the others.
 
 Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
 whatever shape it has by then goes back.
@@ -33,7 +33,7 @@ def layer_device_map(
     arch_file: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """A `device_map` for `from_pretrained` that puts the layers of a model elsewhere than everything around them.
+    """Build a `device_map` for `from_pretrained` that puts the layers elsewhere than everything around them.
 
     Args:
         config: The config of the model.
@@ -64,7 +64,7 @@ def layer_device_map(
 
 @contextmanager
 def layer_in_memory(model: PreTrainedModel, arch: ArchSpec, layer: int, changes: bool = False) -> Iterator[None]:
-    """Have the weights of a layer on the device that computes it inside `with`; those that have changed go back."""
+    """Bring in the weights of a layer inside `with`, to the device that computes it; if it `changes`, they go back."""
     finished, hooks = False, []
     try:
         hooks = bring_in(layer_list(model, arch)[layer])
@@ -76,7 +76,7 @@ def layer_in_memory(model: PreTrainedModel, arch: ArchSpec, layer: int, changes:
 
 
 class Offloaded(InMemory):
-    """A source whose layers accelerate keeps elsewhere; the hidden states of the samples are in the CPU's memory."""
+    """Runs layers that accelerate keeps elsewhere; the hidden states of the samples are in the CPU's memory."""
 
     keep_on = torch.device("cpu")
 
@@ -89,25 +89,20 @@ class Offloaded(InMemory):
 
 
 def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
-    """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
+    """Refuse what takes all weights of an offloaded model at once."""
     name, advice = described.name, "load the model in memory, or over several devices"
     if described.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
-        raise StructPruneError(
-            f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
-            f"choose criterion='obs' or 'wanda', or {advice}."
-        )
-    for space in (HIDDEN, VOCAB):
-        if space in widths:
-            raise StructPruneError(
-                f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
-                f"{advice}."
-            )
+        reason = f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once"
+        raise StructPruneError(f"{reason}; choose criterion='obs' or 'wanda', or {advice}.")
+    if space := next((space for space in (HIDDEN, VOCAB) if space in widths), None):
+        reason = f"{name} is offloaded, and {space!r} changes weights all over it at once"
+        raise StructPruneError(f"{reason}; prune inside the layers, or {advice}.")
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model whose layers cannot run one by one, which an offloaded one has to."""
+    """Refuse an offloaded model whose layers cannot run one by one."""
     if model.main_input_name != "input_ids":
         return
     texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
@@ -119,8 +114,6 @@ def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
 
 
 def must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
-    """The refusal of an offloaded model whose layers cannot be run one by one."""
-    return StructPruneError(
-        f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
-        "several devices."
-    )
+    """Make the refusal of an offloaded model whose layers cannot run one by one."""
+    advice = f"load the {arch.model_type} model in memory, or over several devices"
+    return StructPruneError(f"{error}, so the layers cannot be brought in one by one; {advice}.")

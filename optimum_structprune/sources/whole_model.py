@@ -1,4 +1,4 @@
-"""The whole model at once, as a source of activations: for layers that hand on more than hidden states."""
+"""Runs the whole model at once as a source of activations, for layers that hand on more than hidden states."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Writes an output in one step, from one run at a time, and never over files of the user; a lock and working folders
-lie beside it, and the next run clears away what a killed one left.
+"""Writes an output in one step, from one run at a time, and never over files of the user.
+
+A lock and working folders lie beside an output. The next run clears away what a killed one left.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line, some_of
-from ..written import add_to_result, foreign_files, identity, list_files, written_files
+from ..written import add_to_result, foreign_files, write_file_list, written_files
 from .processes import is_first_rank, rank_zero_first, wait_for_all
 from .stages import readable_size
 
@@ -29,21 +30,22 @@ logger = logging.getLogger(__name__)
 
 GGUF = ".gguf"
 ADAPTER, CARD = "adapter_config.json", "README.md"
-# The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
-KEPT, READ = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "validation")
+# The fields of configs, beside the sources of text, that name folders which a run writes, and files which it reads.
+WRITTEN_FIELDS, READ_FIELDS = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "validation")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces
-# What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
-WRITING = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
-NO_LOCKS = (ENOLCK, ENOSYS, ENOTSUP)  # the errors of file systems that have none
-PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock back
+# Words of the errors of torch and tokenizers that could not write a file.
+WRITE_ERRORS = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
+NO_LOCK_ERRORS = (ENOLCK, ENOSYS, ENOTSUP)  # of file systems without locks
+LOCK_SECONDS = 0.2  # in which a run that is just ending may give its lock back
 
 
 class Output:
-    """A folder that a run makes; a link is followed to its target. What it holds is replaced only with `overwrite`, if
-    nothing else than this package wrote it, and if it is not, does not hold and does not lie in one of `used`, which
-    the run reads, links inside these included. Of several processes, the first one decides for all.
+    """A folder that a run makes; a link is followed to its target.
+
+    What it holds is replaced only with `overwrite`, if only this package wrote it, and if it shares no files with
+    those in `used`, which the run reads, links inside these included. Of several processes, the first one decides.
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False, used: Iterable[str | Path | None] = ()):
@@ -51,21 +53,21 @@ class Output:
         self.path = resolved(target)
 
     def check(self, need_bytes: int = 0) -> None:
-        """Refuse what must not be replaced, and what could not be written to the end, before work is done for it."""
+        """Refuse what must not be replaced and what could not be written to the end, before any work."""
         with rank_zero_first(str(self.path)) as first:
             if first:
                 self._check(need_bytes)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs from the same output, for all processes, and clear away what killed ones left."""
+        """Keep other runs from the same output inside `with`, and clear away what killed ones left."""
         with self._locked() if is_first_rank() else nullcontext():
             wait_for_all()  # so that no working folder is taken for one that was left
             yield
 
     @contextmanager
     def staged(self, need_bytes: int = 0) -> Iterator[Path]:
-        """Give a new folder, which the first process moves into place if nothing inside `with` fails."""
+        """Give a new folder, which the first process moves into place if nothing fails inside `with`."""
         with rank_zero_first(str(self.path)) as first:
             if not first:
                 with tempfile.TemporaryDirectory() as scratch:
@@ -80,13 +82,12 @@ class Output:
                 except Exception as error:
                     if not is_write_error(error):
                         raise
-                    raise StructPruneError(
-                        f"{self.path} could not be written, and what was there is as it was: {one_line(error)}"
-                    ) from error
+                    reason = f"{self.path} could not be written, and what was there is as it was: {one_line(error)}"
+                    raise StructPruneError(reason) from error
 
     @contextmanager
     def sibling(self, purpose: str) -> Iterator[Path]:
-        """A working folder beside the output, inside `locked`."""
+        """Make a working folder beside the output, inside `locked`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.{purpose}.", dir=self.path.parent))
         try:
@@ -99,14 +100,14 @@ class Output:
         return folder / NEW
 
     def _swap(self, folder: Path) -> None:
-        list_files(self._staging(folder), self._staging(folder).rglob("*"))
+        write_file_list(self._staging(folder), self._staging(folder).rglob("*"))
         # Whatever stops the second move, `_clear` takes the first one back.
         if self.path.is_dir():
             self.path.rename(folder / FORMER)
         self._staging(folder).rename(self.path)
 
     def _clear(self, folder: Path) -> None:
-        """Remove a working folder; what had been there before goes back if nothing has taken its place."""
+        """Remove a working folder; a former result in it goes back if nothing has taken its place."""
         if (folder / FORMER).exists() and not self.path.exists():
             (folder / FORMER).rename(self.path)
             logger.warning("%s is back, which a run had been replacing that did not come to its end.", self.path)
@@ -125,16 +126,11 @@ class Output:
     def check_place(self, need_bytes: int = 0) -> None:
         """Refuse a place that could not be written to the end, whatever is there."""
         if os.path.ismount(self.path):
-            raise StructPruneError(
-                f"{self.target} is where a file system is mounted, so it cannot be replaced in one step; name a "
-                "folder inside it."
-            )
+            raise StructPruneError(f"{self.target} is where a file system is mounted; name a folder inside it.")
         place, free = _nearest(self.target, self.path.parents)
         if need_bytes > free:
-            raise StructPruneError(
-                f"{self.target} takes about {readable_size(need_bytes)}, and {place} has {readable_size(free)} left; "
-                "name another output folder, or make room."
-            )
+            sizes = f"takes about {readable_size(need_bytes)}, and {place} has {readable_size(free)} left"
+            raise StructPruneError(f"{self.target} {sizes}; name another output folder, or make room.")
 
     def _check(self, need_bytes: int) -> None:
         self.check_place(need_bytes)
@@ -148,36 +144,25 @@ class Output:
         if folder.exists() and not folder.is_dir():
             raise StructPruneError(f"{self.target} is a file; name a folder.")
         if folder.exists() and folder in (Path.cwd(), *Path.cwd().parents):
-            raise StructPruneError(
-                f"{self.target} is or holds the working directory, {os.getcwd()}, and a result takes the place of its "
-                "whole folder; name another output folder, or run this from outside of it."
-            )
+            place = f"{self.target} is or holds the working directory, {os.getcwd()}"
+            raise StructPruneError(f"{place}, and would be replaced; name another output folder.")
         if not folder.exists() or not any(folder.iterdir()):
             return
         if not self.overwrite:
-            raise StructPruneError(
-                f"The folder {self.target} exists and is not empty; choose another, or overwrite it (--overwrite)."
-            )
-        for name in self.used:
-            if name and _shares_files(folder, name):
-                raise StructPruneError(
-                    f"{folder} shares files with {name}, which this run reads, so it is not overwritten; "
-                    f"{_lost(folder)}. Name another output folder."
-                )
-        if not written_files(folder):
-            raise StructPruneError(
-                f"{folder} is no result of structprune, so it is not overwritten; {_lost(folder)}. Name another "
-                "output folder, or remove this one yourself."
-            )
-        if foreign := foreign_files(folder):
-            raise StructPruneError(
-                f"{folder} holds what is not as structprune wrote it ({some_of(foreign)}), so it is not overwritten; "
-                f"{_lost(folder)}. Move that elsewhere, or name another output folder."
-            )
+            raise StructPruneError(f"{self.target} exists and is not empty; choose another, or --overwrite it.")
+        if shared := next((name for name in self.used if name and _shares_files(folder, name)), None):
+            reason = f"shares files with {shared}, which this run reads"
+        elif not written_files(folder):
+            reason = "is no result of structprune"
+        elif foreign := foreign_files(folder):
+            reason = f"holds what is not as structprune wrote it ({some_of(foreign)})"
+        else:
+            return
+        raise StructPruneError(f"{folder} {reason}, so it is not overwritten; name another output folder.")
 
 
 class GGUFOutput(Output):
-    """A GGUF file that a run makes, as part of the result that it lies in; `overwrite` replaces any file."""
+    """A GGUF file that a run makes, as part of its folder's result; `overwrite` replaces any file."""
 
     def _staging(self, folder: Path) -> Path:
         return super()._staging(folder) / self.path.name
@@ -196,9 +181,9 @@ class GGUFOutput(Output):
 
 @contextmanager
 def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
-    """Lock an output inside `with`, and say whether nobody had it before: not even this thread, further out."""
+    """Lock an output inside `with`; gives False if this thread holds it already, further out."""
     name = path.with_name(f".{path.name}.lock")
-    lock = FileLock(name, timeout=PATIENCE, is_singleton=True)
+    lock = FileLock(name, timeout=LOCK_SECONDS, is_singleton=True)
     if lock.is_locked:
         yield False
         return
@@ -207,12 +192,10 @@ def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise StructPruneError(
-            f"Another run writes to {shown} now: process {_owner(name)}, which holds {name}. Wait for it, or name "
-            "another output folder."
-        ) from error
+        other = f"process {_owner(name)}, which holds {name}"
+        raise StructPruneError(f"Another run writes to {shown} now: {other}. Wait, or name another folder.") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCK_ERRORS:
             raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
         logger.warning("%s cannot be locked (%s), so another run into the same output is not seen.", name, error)
     try:
@@ -229,7 +212,7 @@ def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
 
 
 def resolved(target: str | Path) -> Path:
-    """The absolute path that a name leads to, over all links."""
+    """Follow a name over all links to its absolute path."""
     try:
         path = Path(os.path.expanduser(target)).resolve()
         str(path).encode()  # safetensors, for one, takes no other names
@@ -241,14 +224,14 @@ def resolved(target: str | Path) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder in which no file could be written, before work is done for it; the first process decides."""
+    """Refuse a folder in which no file could be written; of several processes the first one decides."""
     if is_first_rank():
         path = resolved(folder)
         _nearest(folder, (path, *path.parents))
 
 
 def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
-    """The first of some folders that exists, and its free bytes; refused if nothing can be made in it."""
+    """Find the first of some folders that exists, and its free bytes; refused if nothing can be made in it."""
     try:
         place = next(path for path in places if path.exists())
         if not place.is_dir():
@@ -264,7 +247,10 @@ def unchanging(name: str | Path) -> Iterator[None]:
     """Refuse what was read inside `with` if the weights in the folder of this name were replaced meanwhile."""
 
     def identities() -> dict[Path, tuple[int, ...]]:
-        return {path: identity(path) for path in Path(name).glob("*.safetensors")}
+        found = {path: path.stat() for path in Path(name).glob("*.safetensors") if path.exists()}
+        if pipe := next((path for path in found if not path.is_file()), None):  # to read one may take for ever
+            raise StructPruneError(f"{pipe} is no regular file; name a model whose weights are.")
+        return {path: (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
     before = identities()
     yield
@@ -273,18 +259,18 @@ def unchanging(name: str | Path) -> Iterator[None]:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written; torch and tokenizers raise bare ones, told by words."""
+    """Is true if an error says that a file could not be written; those of torch and tokenizers say it in words."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
-    return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITING)
+    return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITE_ERRORS)
 
 
 def used_paths(*configs: Any) -> list[str]:
-    """The files and folders that configs name, for `Output.used`: text, losses, checkpoints and the like."""
+    """List the files and folders that configs name, for `Output.used`: text, losses, checkpoints and the like."""
     names: list[Any] = []
     for config in _with_recovery(configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
-        names += [*_folders(config).values(), *(getattr(config, name, None) for name in READ)]
+        names += [*_folders(config).values(), *(getattr(config, name, None) for name in READ_FIELDS)]
     paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
     return [match for path in paths for match in (glob(path, recursive=True) or [path])]
 
@@ -299,18 +285,18 @@ def check_apart(target: str | Path, *configs: Any) -> None:
 
 
 def _with_recovery(configs: Iterable[Any]) -> list[Any]:
-    """Configs, and those of the recoveries in them."""
+    """List configs, and those of the recoveries in them."""
     return [*filter(None, (part for config in configs for part in (config, getattr(config, "recovery", None))))]
 
 
 def _folders(config: Any) -> dict[str, Any]:
-    """The folders that a run with a config writes to, by field."""
+    """Name the folders that a run with a config writes to, by field."""
     training = getattr(config, "training", None) or {}
-    return {**{name: getattr(config, name, None) for name in KEPT}, "output_dir": training.get("output_dir")}
+    return {**{name: getattr(config, name, None) for name in WRITTEN_FIELDS}, "output_dir": training.get("output_dir")}
 
 
 def remove_checkpoints(folder: str | Path) -> None:
-    """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it."""
+    """Remove the checkpoints of a training from a folder, and the folder if nothing else is in it."""
     for path in Path(folder).glob("checkpoint-*"):
         if (path / "trainer_state.json").is_file() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -325,7 +311,7 @@ def _owner(lock: Path) -> str:
 
 
 def _shares_files(folder: Path, name: str | Path) -> bool:
-    """Whether a folder is, holds or lies in something that is read, or holds a file to which a link in that leads."""
+    """Is true if a folder overlaps with a path that is read, links inside that included."""
     try:
         read = Path(os.path.abspath(os.path.expanduser(name)))
         if not read.exists():
@@ -338,10 +324,3 @@ def _shares_files(folder: Path, name: str | Path) -> bool:
         return any(folder in (place, *place.parents) for place in places)
     except (OSError, ValueError, RuntimeError):  # a text that is no path
         return False
-
-
-def _lost(folder: Path) -> str:
-    """What a folder holds, in words."""
-    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
-    size = sum(path.lstat().st_size for path in files)
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({readable_size(size)}) would be lost"

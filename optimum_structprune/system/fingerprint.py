@@ -1,4 +1,4 @@
-"""Hashes that tell models, samples and vocabularies apart by what they hold, and files that are named by such."""
+"""Hashes models, samples and vocabularies by what they hold, and names files by such hashes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .offloading import weight_of
 
 
-# The fields of a config that do not say what a model computes, but where it comes from, and what a Trainer sets.
-ORIGIN = (
+# The fields of a config that say where a model comes from or what a Trainer sets, and not what it computes.
+ORIGIN_FIELDS = (
     *("_name_or_path", "transformers_version", "architectures", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
 )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's config and of every weight, in hexadecimal digits."""
-    described = [type(model).__name__, computing(model.config)]
-    digest = sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    """Hash a model's config and every weight by SHA-256, in hexadecimal digits."""
+    class_and_config = [type(model).__name__, computing(model.config)]
+    digest = sha256(json.dumps(class_and_config, sort_keys=True, default=str).encode())
     for name, tensor in _weights(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
@@ -36,7 +36,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def weights_hash(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's type and its weights as bfloat16: the same in float32, and with some on the disk."""
+    """Hash a model's type and its weights as bfloat16: the same in float32, and with some on the disk."""
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in _weights(model):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -45,7 +45,7 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def checksums(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
-    """The dtype, the shape and the CRC-32 of every weight by name, which take half the time of a `fingerprint`."""
+    """Give the dtype, shape and CRC-32 of every weight by name, in half the time of a `fingerprint`."""
     return {name: (tensor.dtype, tensor.shape, crc32(raw_bytes(tensor))) for name, tensor in _weights(model)}
 
 
@@ -55,31 +55,31 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def computing(config: PretrainedConfig) -> dict[str, Any]:
-    """What a model's config says about what the model computes."""
-    return {name: value for name, value in config.to_dict().items() if name not in ORIGIN}
+    """Select the fields of a config that determine what the model computes."""
+    return {name: value for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
+    """Hash a tokenizer's vocabulary with its added tokens: which token each id stands for."""
     return json_hash(sorted(tokenizer.get_vocab().items()))
 
 
 def json_hash(value: Any) -> str:
-    """The SHA-256 of a value that JSON can hold, in hexadecimal digits."""
+    """Hash a value that JSON can hold by SHA-256, in hexadecimal digits."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def kept_text(kind: str, *key: Any) -> Path:
-    """The file that keeps text of a kind which a model has written, by all that it depends on; it need not exist."""
+    """Name the file that keeps model-written text of a kind, by all that it depends on."""
     return Path(constants.HF_HOME, "structprune", f"{kind}-{json_hash(key)[:24]}.jsonl").expanduser()
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """The SHA-256 of a tensor's bytes, in hexadecimal digits."""
+    """Hash a tensor's bytes by SHA-256, in hexadecimal digits."""
     return sha256(raw_bytes(tensor)).hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on any device, in order."""
+    """Read the bytes of a tensor on any device, in order."""
     # Viewed as uint8, because numpy has no bfloat16.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Weights that accelerate has offloaded to the CPU's memory or the disk, and loads at every call of their module."""
+"""Reads and replaces weights that accelerate has offloaded to the CPU's memory or the disk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..errors import StructPruneError, one_line, some_of
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
-    return any(hook.offload for module in model.modules() for hook in _hooks_of(module))
+    """Is true if accelerate keeps weights of a model elsewhere between the calls of its modules."""
+    return any(True for _ in _offloading(model))
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Where the tensors of each module are, as a `device_map`: its device, or the disk for all that is offloaded."""
+    """Map each module to its device, or to the disk if it is offloaded, as a `device_map`."""
     devices: dict[str, str] = {}
     for name, module in model.named_modules():
         if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
@@ -38,7 +38,7 @@ def places(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
-    """Set `hf_device_map` inside `with`, so that transformers knows what is offloaded, however it was dispatched."""
+    """Set `hf_device_map` inside `with`, by which transformers knows what is offloaded."""
     former: Any = getattr(model, "hf_device_map", None)
     if not is_offloaded(model) or {"cpu", "disk"} & set((former or {}).values()):
         yield
@@ -53,7 +53,7 @@ def declared(model: nn.Module) -> Iterator[None]:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """The device that computes the first weights of a model: where they are, or where accelerate brings them."""
+    """Find the device that computes the first weights of a model: where they are, or accelerate brings them."""
     for module in model.modules():
         for hook in _hooks_of(module):
             if hook.offload and hook.execution_device is not None:
@@ -64,14 +64,14 @@ def compute_device(model: nn.Module) -> torch.device:
 
 
 def give_back_free_memory() -> None:
-    """Have the C library give free memory back to the system, where it would keep blocks of up to 32 MB."""
+    """Have the C library give free memory back to the system; it would keep blocks of up to 32 MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def names_in(file: str | Path) -> set[str]:
-    """The names of the weights in a safetensors file; empty if it cannot be read."""
+    """List the names of the weights in a safetensors file; empty if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return set(tensors.keys())
@@ -83,20 +83,16 @@ def check_reachable(model: nn.Module) -> None:
     """Refuse a model without weights."""
     held = {
         f"{name}.{leaf}" if name else leaf
-        for name, module in model.named_modules()
-        for hook in _hooks_of(module)
-        if hook.offload
+        for name, module, hook in _offloading(model)
         for leaf, _ in named_module_tensors(module, recurse=hook.place_submodules)
     }
     if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in held]:
-        raise StructPruneError(
-            f"{len(missing)} parameters of this {type(model).__name__} have no weights: {some_of(missing)}. Load the "
-            "model with from_pretrained, in memory or with a device_map."
-        )
+        count = f"{len(missing)} parameters of this {type(model).__name__}"
+        raise StructPruneError(f"{count} have no weights: {some_of(missing)}. Load the model with from_pretrained.")
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a model; where accelerate has offloaded it, a copy of what it holds."""
+    """Read a parameter or buffer of a model; an offloaded one is read from where accelerate keeps it."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     if not tensor.is_meta:
@@ -116,18 +112,21 @@ def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
-def _held_by(model: nn.Module) -> Iterator[Any]:
-    """What holds the offloaded weights of each module."""
-    for module in model.modules():
-        for hook in _hooks_of(module):
-            weights: Any = hook.weights_map
-            while isinstance(weights, PrefixedDataset):
-                weights = weights.dataset
-            yield weights
+def _offloading(model: nn.Module) -> Iterator[tuple[str, nn.Module, AlignDevicesHook]]:
+    """Iterate over the modules with offloaded weights, by their names and with the hooks that load these."""
+    for name, module in model.named_modules():
+        yield from ((name, module, hook) for hook in _hooks_of(module) if hook.offload)
+
+
+def _unprefixed(weights: Any, name: str = "") -> tuple[Any, str]:
+    """Find what holds some weights, and the whole name of one of them there."""
+    while isinstance(weights, PrefixedDataset):
+        weights, name = weights.dataset, f"{weights.prefix}{name}"
+    return weights, name
 
 
 def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
-    """What a hook offloads of its module, by name."""
+    """Name the tensors of a module that its hook offloads."""
     return dict(
         named_module_tensors(
             module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
@@ -135,28 +134,24 @@ def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
     )
 
 
-def _held(weights: Any, name: str) -> Tensor:
-    """What a hook holds of its module."""
+def _read(weights: Any, name: str) -> Tensor:
     try:
         return weights[name]
     except (OSError, SafetensorError, ValueError) as error:
-        while isinstance(weights, PrefixedDataset):
-            weights, name = weights.dataset, f"{weights.prefix}{name}"
-        entry = getattr(weights, "index", {}).get(name, {})
-        file = entry.get("safetensors_file") or Path(weights.save_folder or "", f"{name}.dat")
-        raise StructPruneError(f"{file}, which holds {name}, cannot be read ({one_line(error)}).") from error
+        _, name = _unprefixed(weights, name)
+        raise StructPruneError(f"The offloaded {name} cannot be read ({one_line(error)}).") from error
 
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Give a layer what is offloaded of it, and keep its hooks from dropping it; these hooks are returned."""
-    offloading = [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
+    """Load what is offloaded of a layer, and return the hooks of it, which do not drop it any more."""
+    offloading = [(module, hook) for _, module, hook in _offloading(layer)]
     # Copies, on the CPU too: a layer may be changed in place, and the stored weights must not be. What accelerate has
     # read from the disk onto another device is a copy, and of a large tensor there must not be two.
     fetched = [
         (module, name, held.to(hook.execution_device, copy=held.device.type == "cpu"))
         for module, hook in offloading
         for name in _tensors_of(module, hook)
-        for held in [_held(hook.weights_map, name)]
+        for held in [_read(hook.weights_map, name)]
     ]
     for module, name, value in fetched:
         set_module_tensor_to_device(module, name, value.device, value=value)
@@ -166,7 +161,7 @@ def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
-    """Offload a layer again."""
+    """Offload a layer again; `store` replaces what is kept of it."""
     on_disk: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for module in layer.modules():
@@ -185,9 +180,8 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Put a tensor where the former one is held: in memory, or among those for the disk, and return their readers."""
-    if isinstance(weights, PrefixedDataset):
-        return _store(weights.dataset, f"{weights.prefix}{name}", tensor, on_disk)
+    """Put a tensor where the former one is held: in memory, or `on_disk`; return the readers of the latter."""
+    weights, name = _unprefixed(weights, name)
     if not isinstance(weights, OffloadedWeightsLoader):
         weights[name] = tensor
         return {}
@@ -201,12 +195,13 @@ def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) 
 
 
 def _next_file(model: Any) -> Path:
-    """A new file in a folder that goes when the model does."""
+    """Name a new file in a folder that goes when the model does."""
     folder = getattr(model, "_structprune_folder", None)
     if folder is None:
         # Where accelerate offloads to, if that exists.
-        offload = (getattr(weights, "save_folder", None) for weights in _held_by(model))
-        scratch = next((place for place in offload if place is not None and Path(place).is_dir()), None)
+        held = (_unprefixed(hook.weights_map)[0] for _, _, hook in _offloading(model))
+        folders = (getattr(weights, "save_folder", None) for weights in held)
+        scratch = next((place for place in folders if place is not None and Path(place).is_dir()), None)
         folder = model._structprune_folder = tempfile.mkdtemp(prefix="structprune-", dir=scratch)
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return Path(folder) / f"{sum(1 for _ in Path(folder).iterdir())}.safetensors"

@@ -1,4 +1,4 @@
-"""Several processes share one pruning, each with a part of the samples, inside `across_processes`."""
+"""Lets several processes share one pruning, each with a part of the samples, inside `across_processes`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,10 +19,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
-PATIENCE, DONE = timedelta(hours=2), "done"
+MAX_WAIT, DONE = timedelta(hours=2), "done"  # for the first process, and what it says in the end
 _together = False
 # How often the first process has decided on something, by its name: all processes count alike.
 _decisions: Counter[str] = Counter()
+
+
+@contextmanager
+def _sharing(together: bool) -> Iterator[None]:
+    global _together
+    before, _together = _together, together
+    try:
+        yield
+    finally:
+        _together = before
 
 
 @contextmanager
@@ -34,23 +44,11 @@ def across_processes() -> Iterator[None]:
     Raises:
         StructPruneError: If they were started to shard the model; see `check_launch`.
     """
-    global _together
     check_launch()
-    if launched("WORLD_SIZE", 1) > 1:  # a process that is alone may yet choose its device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process that is alone may yet choose its device
         import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
-    before, _together = _together, _initialized() and _dist().get_world_size() > 1
-    try:
+    with _sharing(_initialized() and _dist().get_world_size() > 1):
         yield
-    finally:
-        _together = before
-
-
-def launched(variable: str, default: int) -> int:
-    """The number that a launcher of processes has set in the environment, such as that of this process in `RANK`."""
-    text = os.environ.get(variable, str(default))
-    if not (text.isascii() and text.isdecimal()):
-        raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")
-    return int(text)
 
 
 def check_launch() -> None:
@@ -59,39 +57,32 @@ def check_launch() -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
                 f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
-                "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU), where every process holds "
-                "the model."
+                "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU)."
             )
 
 
-@contextmanager
-def unshared() -> Iterator[None]:
+def unshared() -> AbstractContextManager[None]:
     """Let every process do all the work inside `with`, for libraries that share work among processes themselves."""
-    global _together
-    before, _together = _together, False
-    try:
-        yield
-    finally:
-        _together = before
+    return _sharing(False)
 
 
 def process_count() -> int:
-    """The number of processes that share the work."""
+    """Count the processes that share the work."""
     return _dist().get_world_size() if _together else 1
 
 
 def process_index() -> int:
-    """The number of this process among them, from 0."""
+    """Number this process among them, from 0."""
     return _dist().get_rank() if _together else 0
 
 
 def every_process_runs(samples: Sized) -> bool:
-    """Whether all processes run the same samples, because these are fewer than the processes."""
+    """Is true if all processes run the same samples, because there are fewer samples than processes."""
     return len(samples) < process_count()
 
 
 def shard(samples: T) -> T:
-    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes."""
+    """Select the samples that this process runs: every N-th, or all if they are fewer than the processes."""
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
 
@@ -132,14 +123,16 @@ def wait_for_all() -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that saves: it is alone, or the first of several, whatever these share."""
+    """Is true if this process saves: it is alone, or the first of several, whatever these share."""
     return _rank_and_count()[0] == 0
 
 
 @contextmanager
 def rank_zero_first(name: str) -> Iterator[bool]:
-    """Raise an error that the first process meets inside `with` in all others too, which wait for it; it gets True,
-    leaves its outcome in the store through which they found each other, and may as well come here alone.
+    """Raise an error of the first process inside `with` in all others too, which wait for it.
+
+    Only the first process gets True. It leaves its outcome in the store through which they found each other, so that
+    it may also come here alone.
     """
     rank, count = _rank_and_count()
     if count == 1:
@@ -157,7 +150,7 @@ def rank_zero_first(name: str) -> Iterator[bool]:
         return
     yield False
     try:
-        store.wait([key], PATIENCE)
+        store.wait([key], MAX_WAIT)
         outcome = store.get(key).decode()
     except RuntimeError as error:  # the store is gone, or has nothing after all the time
         raise StructPruneError(f"The first process did not say what came of {name}.") from error
@@ -180,7 +173,7 @@ def _rank_and_count() -> tuple[int, int]:
         return _dist().get_rank(), _dist().get_world_size()
     # `torchrun`, or accelerate with it, keeps a store for the processes that it has started.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ:
-        return launched("RANK", 0), launched("WORLD_SIZE", 1)
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 

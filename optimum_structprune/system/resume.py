@@ -1,4 +1,4 @@
-"""What a run has reached, on disk, so that the same call goes on from there after a kill."""
+"""Keeps on disk what a run has reached, so that the same call goes on from there after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """What a store holds: the number of finished layers, values as JSON has them, and this process's own tensors."""
+    """Holds the number of finished layers, values as JSON has them, and the tensors of this process."""
 
     number: int
     values: dict[str, Any]
@@ -59,14 +59,12 @@ class Resume:
             wait_for_all()
             self._remove_older(number)
         except (OSError, SafetensorError) as error:
-            what = self.kind.partition("-")[0].capitalize()
-            raise StructPruneError(
-                f"{what} {number} could not be saved to {self.folder}: {error}. What was saved before is intact, and "
-                "the same call goes on from it."
-            ) from error
+            layer = f"{self.kind.partition('-')[0].capitalize()} {number}"
+            reason = f"{layer} could not be saved to {self.folder}: {error}"
+            raise StructPruneError(f"{reason}. What was saved before is intact; the same call goes on.") from error
 
     def load(self) -> Saved | None:
-        """What was saved last; None where nothing was."""
+        """Read what was saved last; None if nothing was."""
         state = self.check()
         saved = None
         if state is not None:
@@ -78,43 +76,37 @@ class Resume:
         return saved
 
     def check(self) -> dict[str, Any] | None:
-        """The description of what was saved last, None where nothing was; another run's is refused."""
+        """Read the description of what was saved last, None if nothing was; another run's is refused."""
         if not self.state.exists():
             return None
         with self.readable():
             state = json.loads(self.state.read_text(encoding="utf-8"))
             key, number, processes = state["key"], int(state["number"]), state["processes"]
-        holds = f"{self.folder} holds {self.kind} {number} of a run with"
+        holds, count = f"{self.folder} holds {self.kind} {number} of a run with", process_count()
         if key != self.key:
-            raise StructPruneError(
-                f"{holds} another model, config or calibration text; name another folder, or remove this one."
-            )
-        if processes not in (None, process_count()):
-            raise StructPruneError(
-                f"{holds} {processes} processes, each with its part of the samples, and this run has "
-                f"{process_count()}; start {processes}, or remove the folder to start anew."
-            )
+            raise StructPruneError(f"{holds} another model, config or calibration text; name another, or remove it.")
+        if processes not in (None, count):
+            raise StructPruneError(f"{holds} {processes} processes, this run has {count}; start {processes}.")
         return state
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were saved with a number."""
+        """Read the tensors that were saved with a number."""
         with self.readable():
             return load_file(self._shared(number))
 
     @property
     def state(self) -> Path:
-        """The file that says what was saved last."""
+        """Name the file that describes what was saved last."""
         return self.folder / f"{self.kind}.json"
 
     @contextmanager
     def readable(self) -> Iterator[None]:
-        """Turn whatever a damaged file causes inside `with` into one error that names it."""
+        """Turn any error of a damaged file inside `with` into one that names it."""
         try:
             yield
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise StructPruneError(
-                f"{self.state} is not a readable checkpoint ({error}); remove it to start anew."
-            ) from error
+            message = f"{self.state} is not a readable checkpoint ({error}); remove it to start anew."
+            raise StructPruneError(message) from error
 
     def _shared(self, number: int) -> Path:
         return self.folder / f"{self.kind}-{number}.safetensors"

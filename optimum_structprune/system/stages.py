@@ -1,4 +1,4 @@
-"""What a run costs: its stages, which are announced and timed, how far they are, and the size of its weights."""
+"""Announces and times the stages of a run, shows how far they are, and measures its weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-UNITS = ("bytes", "kB", "MB", "GB")
+SIZE_UNITS = ("bytes", "kB", "MB", "GB")
 # Says each stage when it begins, and without a terminal how far it is.
 logger = logging.getLogger(__name__)
-# Where no bar can be drawn, a line says how far the work is after so many seconds without one; the last was then.
-SILENCE, _said = 10.0, [perf_counter()]
+# Where no bar can be drawn, a line says how far the work is after so many seconds without one.
+MAX_SILENT_SECONDS = 10.0
+_last_line = [perf_counter()]
 # The seconds by stage that the stages around this place add to.
 _around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None)
 
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """Announce a stage that begins for the first time, and add its own time to `seconds`, or to those around it."""
+    """Announce a stage when it begins for the first time, and add its time to `seconds`, or to those around it."""
     outer = _around.get()
     times = seconds if seconds is not None else {} if outer is None else outer
     if name not in times:
@@ -42,8 +43,8 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Give a line to the logger here, or to the standard error where bars are shown and none is drawn."""
-    _said[0] = perf_counter()
+    """Log a line, or write it to the standard error where bars are shown and none is drawn."""
+    _last_line[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
     elif _bars() is not None:
@@ -53,25 +54,25 @@ def say(line: str) -> None:
             sys.stderr.write(f"{line}\n")
 
 
-def progress(iterable: Iterable[Any] | None = None, **how: Any) -> Any:
-    """The progress bar of transformers, which takes what tqdm takes, or where no bar can be drawn, lines."""
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """Draw the progress bar of transformers, which takes what tqdm takes; where none can be drawn, write lines."""
     bars = _bars()
     if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
-        return bars.tqdm(iterable, **how)
-    return _Lines(iterable, **how)
+        return bars.tqdm(iterable, **options)
+    return _Lines(iterable, **options)
 
 
 def _bars() -> Any:
-    """The module of transformers that draws bars; None where it has not been imported, or draws none."""
+    """Give the module of transformers that draws bars; None if it has not been imported, or draws none."""
     bars: Any = sys.modules.get("transformers.utils.logging")
     return bars if bars is not None and bars.is_progress_bar_enabled() else None
 
 
 class _Lines:
-    """What stands for a bar: it writes a line after each `SILENCE`."""
+    """Stands for a bar and writes a line after `MAX_SILENT_SECONDS`."""
 
     def __init__(
-        self, iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **how: Any
+        self, iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **others: Any
     ):
         self.iterable, self.desc, self.done = iterable, desc, initial
         self.units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
@@ -85,7 +86,7 @@ class _Lines:
     def update(self) -> None:
         """Count one more step."""
         self.done += 1
-        if perf_counter() - _said[0] >= SILENCE and self.done < self.total:
+        if perf_counter() - _last_line[0] >= MAX_SILENT_SECONDS and self.done < self.total:
             say(f"{self.desc}: {self.done} of {self.total} {self.units}")
 
     def __enter__(self) -> _Lines:
@@ -96,12 +97,12 @@ class _Lines:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """The size of a model's weights on the disk; what several names share counts once."""
+    """Compute the bytes of a model's weights on the disk; what several names share counts once."""
     tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes in the largest unit that leaves a digit before the point."""
-    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
-    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"
+    """Write a number of bytes in the largest unit that leaves a digit before the point."""
+    power = min((len(str(size)) - 1) // 3, len(SIZE_UNITS) - 1)
+    return f"{size:,} {SIZE_UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {SIZE_UNITS[power]}"

@@ -1,6 +1,7 @@
 """Files and devices that a user can get wrong: each is one sentence and exit code 2, and nothing is lost."""
 
 import json
+import os
 import shutil
 from unittest.mock import Mock
 
@@ -76,6 +77,17 @@ def test_a_cut_file_and_noise_are_refused_by_name(copy):
     for content in (b"\xff" * 5000, whole[:3000], whole[:5], b""):
         path.write_bytes(content)
         refused(copy, "copy/model.safetensors is damaged or cut")
+
+
+def test_a_pipe_in_the_place_of_weights_an_odd_index_and_a_gguf_file_are_refused_by_name(copy):
+    weights, index = copy / "model.safetensors", copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": 5}}))
+    weights.rename(copy / "part.safetensors")
+    refused(copy, "model.safetensors.index.json is damaged or cut")
+    os.mkfifo(weights)
+    refused(copy, "model.safetensors is no regular file")
+    (copy / "model.gguf").write_bytes(b"GGUF\x03")
+    refused(copy / "model.gguf", "model.gguf is a GGUF file")
 
 
 def test_an_odd_value_in_a_config_is_refused_with_what_transformers_says(copy):

@@ -166,6 +166,7 @@ def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_
 
 # --- options without effect
 
+
 def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
     model = build("glm4_moe")
     with pytest.warns(UserWarning, match="num_nextn_predict_layers.*its config says 0"):

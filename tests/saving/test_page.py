@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 from models import build, config, tokenizer
@@ -48,27 +47,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def text_of(folder, **more) -> str:
-    return page(folder, **more)
-
-
-class Outline(HTMLParser):
-    """The tags of a page with their attributes."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-
 def test_every_part_is_there_with_its_tables(folder):
     text = (folder / PAGE_NAME).read_text()
     assert [name for name in PARTS if f"<h2>{name}</h2>" not in text] == []
     report = json.loads((folder / "report.json").read_text())
-    uneven = [kind for kind, of in report["widths"].items() if len({*of.values()}) > 1]
+    uneven = [kind for kind, widths in report["widths"].items() if len({*widths.values()}) > 1]
     assert text.count(" by layer: ") == len(uneven)
     share = report["parameters"]["after"] / report["parameters"]["before"] - 1
     for shown in ("18.00", "12.00", "x 1.333", "x 1.500", "0.750", f"{share:+.1%}"):
@@ -83,7 +66,7 @@ def test_widths_are_a_sentence_where_they_are_equal_and_a_list_where_they_are_no
         ({"0": 6, "1": 4}, "2 to 4 of 8 FFN channels (38 % in the mean) in each of 2 layers"),
     ):
         (tmp_path / "report.json").write_text(json.dumps({**report, "widths": {"mlp": widths}}))
-        text = text_of(tmp_path)
+        text = page(tmp_path)
         assert sentence in text and ("FFN channels by layer" in text) == (len({*widths.values()}) > 1)
 
 
@@ -91,7 +74,7 @@ SPEED = {"new_tokens": 4, "repeats": 9, "threads": 2, "clock": "wall", "device":
 
 
 def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
-    assert "speed-up" not in text_of(folder)
+    assert "speed-up" not in page(folder)
     shutil.copytree(folder, tmp_path / "fast")
     first, fast, same = (
         {"tokens_per_second": 8.0, "speedup": {"low": low, "median": 1.25, "high": 1.5}} for low in (1.0, 1.125, 0.5)
@@ -99,7 +82,7 @@ def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
     shape = "batch 1, prompt 128"
     times = {"prefill": {shape: {"dense": first, "model": fast}}, "decode": {shape: {"dense": first, "model": same}}}
     Speed(**times, run_memory={shape: {"dense": 2, "model": 1}}, **SPEED).save(tmp_path / "fast" / "speed.json")
-    text = text_of(tmp_path / "fast")
+    text = page(tmp_path / "fast")
     (read, written) = (re.search(f"{work} speed-up.*?</tr>", text, re.S)[0] for work in ("reading", "writing"))
     assert "1.250" in read and "not shown" not in read
     assert "1.250" not in written and "not shown" in written
@@ -108,10 +91,8 @@ def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
 
 def test_it_needs_nothing_else_and_is_small(folder):
     text = (folder / PAGE_NAME).read_text()
-    outline = Outline(text)
-    assert len(text.encode()) < 1_000_000
-    assert "script" not in {tag for tag, _ in outline.tags}
-    targets = [values[name] for _, values in outline.tags for name in ("src", "href", "xlink:href") if name in values]
+    assert len(text.encode()) < 1_000_000 and "<script" not in text
+    targets = re.findall(r'<[^>]*(?:src|href)="([^"]*)', text)
     assert targets and all(target.startswith("data:") for target in targets)
     assert not re.search(r"url\((?!#)|@import", text)
     # What comes from a user is escaped.
@@ -127,12 +108,12 @@ def test_what_was_not_recorded_is_not_there(folder, tmp_path):
     (tmp_path / "few" / "report.json").write_text(json.dumps(report))
     for name in ("evaluation.json", "recovery_report.json", "calibration_manifest.json"):
         (tmp_path / "few" / name).unlink()
-    text = text_of(tmp_path / "few")
+    text = page(tmp_path / "few")
     for what in ("Measured later", "answers right", "Trained afterwards"):
         assert what not in text and what in (folder / PAGE_NAME).read_text()
-    assert "DENSE is the dense model" in text and "DENSE" not in text_of(tmp_path / "few", dense="big")
+    assert "DENSE is the dense model" in text and "DENSE" not in page(tmp_path / "few", dense="big")
     assert "Warning: a perplexity is infinite on" in text
-    with pytest.raises(StructPruneError, match=r"has no report.json, so it is not what `structprune prune`"):
+    with pytest.raises(StructPruneError, match="has no report.json"):
         write_report(tmp_path)
     (tmp_path / "few" / PAGE_NAME).write_text("my own words")
     with pytest.raises(StructPruneError, match=r"report.html is not as structprune wrote it"):

@@ -54,14 +54,11 @@ def test_what_may_be_written_to_and_is_left_as_it_was(tmp_path):
     Output(result(tmp_path / "out"), True, elsewhere).check()
 
 
-def test_a_name_that_is_not_utf_8_is_refused_for_all_that_is_written(tmp_path):
-    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
-    for refused in (Output(f"{tmp_path}/café").check, lambda: Output(name), lambda: check_folder(name)):
-        if refused.__name__ == "check":
-            refused()
-            continue
-        with pytest.raises(StructPruneError, match=r"caf\\udce9' cannot be written: its path is not text in UTF-8"):
-            refused()
+@pytest.mark.parametrize("refuse", [Output, check_folder])
+def test_a_name_that_is_not_utf_8_is_refused_for_all_that_is_written(tmp_path, refuse):
+    refuse(f"{tmp_path}/café")
+    with pytest.raises(StructPruneError, match=r"caf\\udce9' cannot be written: its path is not text in UTF-8"):
+        refuse(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
 
 
 def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
@@ -69,7 +66,7 @@ def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
     (tmp_path / "deep" / "thesis.txt").write_text("x" * 2000)
     for text in ("", "[]", "{}", '{"files": 5}', '{"files": ["deep"]}', "5"):
         (tmp_path / LIST_NAME).write_text(text)
-        with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
+        with pytest.raises(StructPruneError, match="no result of structprune"):
             Output(tmp_path, True).check()
     build("llama-tied").save_pretrained(tmp_path / "dense")
     with pytest.raises(StructPruneError, match="no result"):
@@ -117,7 +114,7 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
     held, around = [inside, text, link / "in", out / "linked"], [tmp_path / "home", "home", link.parent]
     for name in (*links_into_it, *itself, *held, *around):
         for target in (out, link, "home/../home/out"):
-            shared = f"out shares files with {re.escape(str(name))}, which this run reads.*would be lost"
+            shared = f"out shares files with {re.escape(str(name))}, which this run reads"
             with pytest.raises(StructPruneError, match=shared):
                 Output(target, True, [None, "", "owner/name", name]).check()
     Output(result(tmp_path / "other"), True, [dense, dense / "elsewhere"]).check()

@@ -107,7 +107,7 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(resume, "process_count", lambda: 2)
         save(tmp_path, 2)
-    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1; start 2, or remove"):
+    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1; start 2"):
         store(tmp_path).load()
 
 
