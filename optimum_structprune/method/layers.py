@@ -57,13 +57,20 @@ class OneProcess:
         return tensor
 
 
+class ResidualPath(Protocol):
+    """How the output of a consumer comes into the output of its layer."""
+
+    def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The inputs, the error to make up for and the product of a consumer, for an error of the layer's output."""
+        ...
+
+
 class Gain(NamedTuple):
-    """The output of a consumer comes into the output of its layer times a factor."""
+    """The residual path of an output that is multiplied by a factor."""
 
     factor: float
 
     def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The inputs, the error to make up for and the product of a consumer, for an error of the layer's output."""
         return x, error / self.factor, product
 
 
@@ -248,8 +255,8 @@ class InMemory(Source):
         # The gains of modules by their names, which are the same in all layers, and the paths that are of another kind
         # by layer and name, with what finds them.
         self.gains: dict[str, float | None] = {}
-        self.other_paths: dict[tuple[int, str], Any] = {}
-        self.find_other_path: Callable[[InMemory, int, str], Any] | None = None
+        self.other_paths: dict[tuple[int, str], ResidualPath | None] = {}
+        self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
         # The outputs of the present layer by batch, where it is fixed, and those of its parts.
         self.outputs: dict[int, Tensor] = {}
         self.changed: set[str] = set()
@@ -312,18 +319,20 @@ class InMemory(Source):
                     raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
             yield [moments[name].checked(axis.module, domain) for name, axis in axes.items()]
 
-    def _observe(self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, Any]) -> None:
+    def _observe(
+        self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, ResidualPath | None]
+    ) -> None:
         """Run a layer on one batch, and take what its consumers read into their moments."""
         batch = self.batches[index]
         # Those whose error is known only once the layer has run to its end.
-        waiting: list[tuple[str, Tensor, Tensor | None]] = []
+        waiting: list[tuple[str, ResidualPath, Tensor, Tensor | None]] = []
 
         def see(name: str, x: Tensor, product: Tensor | None) -> None:
             x, product = batch.counted(x), None if product is None else batch.counted(product)
-            if paths.get(name) is None:
+            if (path := paths.get(name)) is None:
                 moments[name].update(x, output=product)
             else:
-                waiting.append((name, x, product))
+                waiting.append((name, path, x, product))
 
         with hooks.observe_products(self.module(layer), moments, see):
             output = self.output(layer, index)
@@ -332,8 +341,8 @@ class InMemory(Source):
         if waiting:
             dense = self.dense[index].to(output.device)
             error = batch.counted(self.error_feedback * (dense.float() - output.float()))
-        for name, x, product in waiting:
-            moments[name].update(*paths[name].to_fit(x, error, product))
+        for name, path, x, product in waiting:
+            moments[name].update(*path.to_fit(x, error, product))
 
     def advance(self, layer: int) -> None:
         if len(self.outputs) == len(self.hidden):
@@ -372,10 +381,8 @@ class InMemory(Source):
         yield
         check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
 
-    def residual_path(self, layer: int, module: str) -> Any:
-        """How the output of a module comes into the output of its layer: times a gain, or on a path of another kind;
-        None where it does not do so straight. It is found by noise when it is first asked for.
-        """
+    def residual_path(self, layer: int, module: str) -> ResidualPath | None:
+        """The residual path of a module, or None; it is found by noise when it is first asked for."""
         name = self._local(layer, module)
         if name not in self.gains:
             self.gains[name] = gain_of(self, layer, name)

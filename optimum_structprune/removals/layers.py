@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import criterion_of
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
-from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
+from ..method.layers import MAX_DEVIATION, Batch, InMemory, ResidualPath, equal, noise_like
 from ..method.linalg import ridge_strength
 from ..method.score import best_units, check_scores
 from ..method.shrink import check_same, read_consumer, write_consumer_
@@ -98,7 +98,7 @@ def _refit_before_gap_(
         model.get_parameter(f"{path.module}.weight").data.add_(path.weight, alpha=size - 1)
 
 
-def _last_writer(arch: ArchSpec, layer: int, source: InMemory) -> tuple[Space | None, Any]:
+def _last_writer(arch: ArchSpec, layer: int, source: InMemory) -> tuple[Space | None, ResidualPath | None]:
     """The last space of a layer whose only consumer writes to the residual stream, and its path there, if any does."""
     for space in reversed([*arch.at(layer)]):
         if space.experts is None and len(space.consumers) == 1:
@@ -126,7 +126,7 @@ class Norm(NamedTuple):
     weight: Tensor
 
     def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `method.layers.Gain.to_fit`; what hardly comes through the norm is left out."""
+        """See `ResidualPath.to_fit`; what hardly comes through the norm is left out."""
         assert product is not None
         square = self.weight.square()
         # The norm divides by the size of the product, so that is what an error of a token is relative to.
