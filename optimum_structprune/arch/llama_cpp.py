@@ -30,13 +30,9 @@ MIXTURES: dict[str, dict[str, tuple[Any, ...]]] = {
 # other a layer of Qwen3 under a tied head.
 BY_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
 # These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
-INTERLEAVED = ("llama", "deci")
-# The others take the width of the residual stream for that of all heads together.
-ANY_HEADS = (*INTERLEAVED, "qwen3", "qwen3moe", "openelm", "gemma3")
-ROTATED = {"q_proj": "heads", "k_proj": "groups"}
+INTERLEAVED_ARCHITECTURES = ("llama", "deci")
 # The gate and up projections of all experts in one parameter, shape `(experts, 2 * width, channels)`.
-EXPERTS_FUSED = "experts.gate_up_proj"
-ROPE_TYPES = ("default", "linear", "llama3")
+FUSED_EXPERTS = "experts.gate_up_proj"
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,10 +64,12 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
 
 def _fits_stock(config: PretrainedConfig) -> bool:
     stock, (heads, groups, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
-    heads_fit = stock in ANY_HEADS or heads * head_dim == config.hidden_size
+    # Others than these take the width of the residual stream for that of all heads together.
+    any_heads = (*INTERLEAVED_ARCHITECTURES, "qwen3", "qwen3moe", "openelm", "gemma3")
+    heads_fit = stock in any_heads or heads * head_dim == config.hidden_size
     heads_fit = heads_fit and (stock != "olmoe" or groups == heads)
     # Only an interleaved architecture has factors of frequencies.
-    rope_fits = stock in INTERLEAVED or rope_of(config).get("rope_type") != "llama3"
+    rope_fits = stock in INTERLEAVED_ARCHITECTURES or rope_of(config).get("rope_type") != "llama3"
     return not config.is_heterogeneous and heads_fit and rope_fits
 
 
@@ -101,7 +99,7 @@ def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
     plain = BY_LAYER.get(config.model_type) == "deci"
     needs: dict[str, tuple[Any, ...]] = {
         **{"hidden_activation" if gemma else "hidden_act": ("gelu_pytorch_tanh" if gemma else "silu",)},
-        "rope_type": ROPE_TYPES if plain else ROPE_TYPES[:2],
+        "rope_type": ("default", "linear", "llama3") if plain else ("default", "linear"),
         "partial_rotary_factor": (1.0, None),
     }
     if not plain:
@@ -138,7 +136,7 @@ def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
 
     There is no pair for a parameter that lies in another one, and there are two for one that the file divides.
     """
-    if name.endswith(EXPERTS_FUSED):
+    if name.endswith(FUSED_EXPERTS):
         return [(name.replace("gate_up_proj", f"{half}_proj") + ".weight", [name]) for half in ("gate", "up")]
     if name.endswith("experts.down_proj"):
         return [(f"{name}.weight", [name])]
@@ -154,12 +152,13 @@ def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str,
     Queries and keys of an interleaved one have channel i of each head at place 2i, and channel i + half at place
     2i + 1. The weights of some norms have one added. Of a divided parameter, `known_as` names the half.
     """
-    if name.endswith(EXPERTS_FUSED):
+    if name.endswith(FUSED_EXPERTS):
         return rows.chunk(2, dim=1)["up_proj" in known_as]
     module = name.split(".")[-2]
     if architecture == "gemma3" and module.endswith("norm"):
         return rows + 1
-    if architecture not in INTERLEAVED or module not in ROTATED:
+    if architecture not in INTERLEAVED_ARCHITECTURES or module not in ("q_proj", "k_proj"):
         return rows
-    heads = getattr(heads_of(layer_config), ROTATED[module])
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    heads = heads_of(layer_config)
+    count = heads.groups if module == "k_proj" else heads.heads
+    return rows.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(rows.shape)

@@ -126,13 +126,13 @@ def compare(
     batch_size: int = 1,
     known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """How a model compares with the dense one on the same text, in one pass of each: the mean losses per predicted
-    token in each sample, shape `(samples,)`, as "dense" and "model", then the mean KL(dense‖model) per predicted token
-    in nats, and the share of these tokens for which both find the same one likeliest.
+    """Compares a model with the dense one on the same text, in one pass of each.
 
-    The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
-    logits, those of one batch. `samples` has the shape `(samples, seq_length)`. `known` keeps the dense model's hidden
-    states, see `row_losses`.
+    It gives the mean losses per predicted token in each sample, shape `(samples,)`, as "dense" and "model"; then the
+    mean KL(dense‖model) per predicted token in nats, and the share of these tokens for which both find the same one
+    likeliest. The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or
+    scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`. `known` keeps the dense
+    model's hidden states, see `row_losses`.
     """
     collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
@@ -140,9 +140,10 @@ def compare(
             batch = (*(_losses(logits, targets) for logits in both), *_closeness(*both))
             for parts, part in zip(collected, batch, strict=True):
                 parts.append(part)
-    losses = {"dense": _by_sample(collected[1], samples), "model": _by_sample(collected[0], samples)}
-    mean_divergence, agreement = (_total(parts) / samples[:, 1:].numel() for parts in collected[2:])
-    return losses, (mean_divergence, agreement)
+    shape = samples[:, 1:].shape
+    mine, theirs = (torch.cat(parts).reshape(shape).mean(1).cpu() for parts in collected[:2])
+    mean_divergence, agreement = (_total(parts) / shape.numel() for parts in collected[2:])
+    return {"dense": theirs, "model": mine}, (mean_divergence, agreement)
 
 
 @contextmanager
@@ -253,11 +254,6 @@ def _closeness(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 
 def _total(parts: Sequence[Tensor]) -> float:
     return float(torch.stack(list(parts)).sum())
-
-
-def _by_sample(losses: Sequence[Tensor], samples: Tensor) -> Tensor:
-    """The mean of the losses of each sample, shape `(samples,)`, from those of all predicted tokens in order."""
-    return torch.cat(list(losses)).reshape(samples[:, 1:].shape).mean(1).cpu()
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

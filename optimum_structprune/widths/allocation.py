@@ -242,20 +242,13 @@ def widths_for_sparsity(
 
 @dataclass
 class LayerWidth:
-    """The width of one kind of space in one layer: the widths that it may take, descending, the index `at` of the
-    present one, the parameters of one unit, and the mean score of the units that go with each step.
-    """
+    """The width of one kind of space in one layer, which shrinks step by step."""
 
     layer: int
-    widths: Sequence[int]
-    unit_params: int
-    scores: Sequence[float]
-    at: int = 0
-
-    @property
-    def is_narrowest(self) -> bool:
-        """True if the layer cannot shrink further."""
-        return self.at == len(self.scores)
+    widths: Sequence[int]  # all that it may take, descending
+    unit_params: int  # the number of parameters of one unit
+    scores: Sequence[float]  # the mean score of the units that go with each step
+    at: int = 0  # the index of the present width
 
     @property
     def cost(self) -> int:
@@ -368,7 +361,7 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
         else:
             goal -= layer.cost
             layer.at += 1
-    unfinished = [layer for layer in layers if not layer.is_narrowest]
+    unfinished = [layer for layer in layers if layer.at < len(layer.scores)]
     cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:
         cheapest.at += 1
