@@ -12,21 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import AUTO, RunOptions, StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.model_tokenizer import ids_in
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.measure import Comparison
-from .pruning.memory import check_memory, with_batch_size
-from .pruning.request import Request, ask, check_arguments, check_config_kind
+from .pruning.memory import check_memory
+from .pruning.request import ask, check_arguments, check_config_kind
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report
 from .sources.data import CalibrationData
 from .system.fingerprint import checksums
-from .system.offloading import compute_device, is_offloaded
 
 
 class StructPruner:
@@ -91,8 +90,6 @@ class StructPruner:
         with report.timed("domains"):
             data = CalibrationData.read(config, model, tokenizer, inputs, self.options)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
-            if self.options.batch_size == AUTO:
-                run.data = with_batch_size(run.data, request, run.model)
             run.start()
             comparison = Comparison(run, vocabulary_changes=tokens is not None)
             teacher = run.dense_model or deepcopy(run.model) if run.config.recovery is not None else None
@@ -181,9 +178,6 @@ class StructPruner:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
         with Run(model, arch, CalibrationData(self.config, domains, self.options)) as run:
-            if self.options.batch_size == AUTO:
-                info = ModelInfo(arch, model, compute_device(model), offloaded=is_offloaded(model))
-                run.data = with_batch_size(run.data, Request(self.config, info), model)
             for step in self.steps(arch, model, widths):
                 self.apply_step_(run, step)
         return run.plan

@@ -15,7 +15,7 @@ from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from optimum_structprune import StructPruner
+from optimum_structprune import RunOptions, StructPruner
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.sources.data import batches_of
@@ -158,6 +158,6 @@ def test_pruning_by_hand_gives_the_same_bits():
     pruner, model = StructPruner(settings), build("llama-tied")
     expected = pruner.prune_model(build("llama-tied"), tokenizer(), inputs=inputs)
     domains = given_domains(inputs, settings.holdout)
-    batches = batches_of(domains, settings.samples_at_once)
+    batches = batches_of(domains, RunOptions().batch_size)
     by_hand.prune_by_hand_(model, batches, tuple(domain.weight for domain in domains), 24)
     assert same_weights(model, expected)

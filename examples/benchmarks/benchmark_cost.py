@@ -154,7 +154,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     before = resident("VmRSS")
     model = load(args, layers)
     arch, size = describe(model), sum(parameter.nbytes for parameter in model.parameters())
-    batch_size = RunOptions().samples_at_once
+    batch_size = RunOptions().batch_size
     forward_seconds(model, samples[:batch_size], batch_size)
     first = forward_seconds(model, samples, batch_size, clock)
 

@@ -135,7 +135,7 @@ class RunOptions(Serialisable):
     """How the machine prunes. No field changes what comes out, but for the rounding of sums.
 
     Args:
-        batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
+        batch_size: The number of samples in a forward pass. Larger ones brought no more speed where that was measured.
         checkpoint_dir: A folder that remembers measured losses and finished layers. A run that was killed goes on from
             there, and runs with other targets read the losses. It takes one round.
 
@@ -143,13 +143,8 @@ class RunOptions(Serialisable):
         StructPruneError: If a field is unknown, or a value has another type or lies outside of its range.
     """
 
-    batch_size: int | Literal["auto"] = validated_field(positive, default=4)
+    batch_size: int = validated_field(positive, default=4)
     checkpoint_dir: str | None = None
-
-    @property
-    def samples_at_once(self) -> int:
-        """The number of samples in a forward pass; 1 where `auto` has not asked the device yet."""
-        return 1 if self.batch_size == AUTO else int(self.batch_size)
 
 
 @config_class

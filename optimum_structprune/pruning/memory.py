@@ -1,25 +1,21 @@
-"""The memory of a pruning, from shapes alone: what does not fit is refused, and a batch size is found that does."""
+"""The memory of a pruning, from shapes alone; a pruning that does not fit is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import psutil
 import torch
-from accelerate.utils import find_executable_batch_size
-from transformers import PreTrainedModel
 
 from ..arch.spec import EXPERT, LAYER
-from ..config.pruning import RunOptions
 from ..criteria import CRITERIA
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
-from ..forward.metrics import TOKENS_AT_ONCE, evaluating
+from ..forward.metrics import TOKENS_AT_ONCE
 from ..method.calibrate import Moments
-from ..method.layers import InMemory, run_model
-from ..sources.data import CalibrationData
+from ..method.layers import InMemory
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from .measure import PROBE_TOKENS, STRIDE
@@ -33,9 +29,6 @@ WIDE_ACTIVATIONS = 3
 UNCOUNTED_BYTES = 60 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
 RELATIVE_ERROR = 0.15
-# The most samples in a batch: larger ones brought no more speed wherever it was tried. A CPU computes no faster with
-# more samples of a few hundred tokens, and what asks for too much there is killed.
-MOST_SAMPLES, MOST_SAMPLES_ON_CPU = 32, 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     # the head runs on a whole sample.
     part = min(TOKENS_AT_ONCE, length)
     loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32_BYTES)
-    batch = min(request.options.samples_at_once, ceil(samples / domains)) * length
+    batch = min(request.options.batch_size, ceil(samples / domains)) * length
     working = max(loss, *_steps(request, channels, samples * length, batch, domains > 1))
     return MemoryEstimate(itemsize * weights, itemsize * hidden, working + UNCOUNTED_BYTES, itemsize * host)
 
@@ -171,7 +164,7 @@ def check_memory(request: Request, inplace: bool) -> None:
             "inplace=True": copy > 0,
             f"--offload {'disk' if device.type == 'cpu' else 'cpu or disk'}": not info.offloaded,
             f"num_samples below {config.num_samples}": estimate.hidden > 0,
-            f"batch_size below {options.batch_size}": options.samples_at_once > 1,
+            f"batch_size below {options.batch_size}": options.batch_size > 1,
             "criterion='wanda' with refit='none', which take no Gram matrix": config.fits,
         }
         raise StructPruneError(
@@ -180,30 +173,3 @@ def check_memory(request: Request, inplace: bool) -> None:
             f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is "
             f"{' or '.join(text for text, helps in advice.items() if helps) or 'a device with more memory'}."
         )
-
-
-def with_batch_size(data: CalibrationData, request: Request, model: PreTrainedModel) -> CalibrationData:
-    """Give the data the largest batch size up to `MOST_SAMPLES` that fits."""
-    device, samples = request.model_info.device, max((domain.samples for domain in data.domains), key=len)
-
-    @torch.no_grad()
-    def attempt(batch_size: int) -> int:
-        with evaluating(model):
-            run_model(model.base_model, samples[:batch_size])  # type: ignore[arg-type]
-        return batch_size
-
-    most, free = MOST_SAMPLES_ON_CPU if device.type == "cpu" else MOST_SAMPLES, free_bytes(device)
-    size = max(min(len(samples), most), 1)
-    while size > 1 and free is not None:
-        estimate = estimate_memory(replace(request, options=RunOptions(batch_size=size)))
-        if estimate.above * (1 + RELATIVE_ERROR) <= free:
-            break
-        size //= 2
-    try:  # on a CPU no error says that a batch is too large
-        size = size if device.type == "cpu" else find_executable_batch_size(attempt, starting_batch_size=size)()
-    except RuntimeError as error:
-        raise StructPruneError(
-            f"batch_size='auto' found no batch that {device} has memory for: one sample of the shape "
-            f"{tuple(samples.shape[1:])} is too much already. Choose --offload cpu or disk, or a smaller seq_length."
-        ) from error
-    return replace(data, options=replace(data.options, batch_size=size))

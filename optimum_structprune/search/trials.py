@@ -73,7 +73,7 @@ class Probe:
             replace(domain, samples=domain.probe_or_heldout[:count, :length], mask=None)
             for domain, count in zip(data.domains, counts, strict=True)
         ]
-        return cls(model, arch, batches_of(samples, data.options.samples_at_once))
+        return cls(model, arch, batches_of(samples, data.options.batch_size))
 
     def advance(self) -> None:
         """Go on to the next layer."""

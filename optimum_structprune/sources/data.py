@@ -112,7 +112,7 @@ class CalibrationData:
     def own_batches(self) -> list[Batch]:
         """Batch the samples that this process runs, one domain after the other."""
         domains = [_own(domain) for domain in self.domains] if process_count() > 1 else self.domains
-        return batches_of(domains, self.options.samples_at_once)
+        return batches_of(domains, self.options.batch_size)
 
     def portion(self, tokens: int) -> CalibrationData:
         """Cut the data to at most `tokens` tokens, with as many samples in each domain."""

@@ -136,7 +136,7 @@ def test_flags_override_the_file(tmp_path):
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
     line = ["prune", "m", "o", "--config", str(tmp_path / "run.yaml")]
-    assert run_options(parsed(*line, "--batch-size", "auto")) == RunOptions(batch_size="auto", checkpoint_dir="here")
+    assert run_options(parsed(*line, "--batch-size", "9")) == RunOptions(batch_size=9, checkpoint_dir="here")
     config = pruning_config(parsed(*line, *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.answer_share) == (500, 0.25)

@@ -6,24 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import same_weights
-from models import build, config, documents, tokenizer
+from models import build, config, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
 from optimum_structprune import (
     DomainConfig,
-    RunOptions,
     StructPruneConfig,
     StructPruneError,
-    StructPruner,
     prune_model,
 )
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import memory
-from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory, with_batch_size
+from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory
 from optimum_structprune.pruning.request import Request
-from optimum_structprune.sources.data import CalibrationData
 
 
 STATUS = Path("/proc/self/status")
@@ -124,65 +120,3 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     found = memory.free_bytes(torch.device("cpu"))
     assert found is None or 0 < found < 2**60
     assert memory.free_bytes(torch.device("meta")) is None
-
-
-@pytest.fixture
-def text():
-    """More samples than a batch can have."""
-    return [DomainConfig(name="a", source=documents(200))]
-
-
-def data_on(device, text):
-    """Calibration data that says `auto`, of a model whose compute device is said to be another one."""
-    model, settings = build("llama-tied"), config(domains=text, num_samples=40)
-    info = replace(ModelInfo.of(model), device=torch.device(device))
-    domains = load_domains(settings, tokenizer())
-    return CalibrationData(settings, domains, RunOptions(batch_size="auto")), Request(settings, info), model
-
-
-def test_a_run_keeps_to_it_and_gives_the_same_model(text):
-    found = []
-    for batch_size in (4, "auto"):
-        pruner = StructPruner(config(domains=text), RunOptions(batch_size=batch_size))
-        found.append(pruner.prune_model(build("llama-tied"), tokenizer()))
-    assert same_weights(*found)
-
-
-def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
-    data, request, model = data_on("cuda", text)
-    sizes = []
-
-    def run(base, samples):
-        sizes.append(len(samples))
-        if len(samples) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(memory, "MOST_SAMPLES", 8)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
-    monkeypatch.setattr(memory, "run_model", run)
-    found = with_batch_size(data, request, model).options.batch_size
-    assert sizes[0] == memory.MOST_SAMPLES and found == sizes[-1] <= 5
-    monkeypatch.setattr(
-        memory, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
-    )
-    with pytest.raises(StructPruneError, match=r"one sample of the shape \(24,\) is too much"):
-        with_batch_size(data, request, model)
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_estimate_fits_and_twice_as_much_would_not(share, text, monkeypatch):
-    data, request, model = data_on("cpu", text)
-    monkeypatch.setattr(memory, "MOST_SAMPLES_ON_CPU", 64)
-
-    def above(size):
-        estimate = estimate_memory(replace(request, options=RunOptions(batch_size=size)))
-        return estimate.above * (1 + RELATIVE_ERROR)
-
-    def found(free):
-        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-        return with_batch_size(data, request, model).options.batch_size
-
-    samples = len(data.domains[0].samples)
-    free = int(above(1) + share * (above(16) - above(1)))
-    assert above(found(free)) <= free < above(2 * found(free)) or found(free) == samples
-    assert found(None) == samples and found(0) == 1

@@ -303,8 +303,8 @@ def _batches(data: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]
         one = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[row]
         by_length.setdefault(len(ids), []).append((ids, one))
     for pairs in by_length.values():
-        for start in range(0, len(pairs), config.samples_at_once):
-            ids, masks = zip(*pairs[start : start + config.samples_at_once], strict=True)
+        for start in range(0, len(pairs), data.options.batch_size):
+            ids, masks = zip(*pairs[start : start + data.options.batch_size], strict=True)
             yield torch.stack(ids), torch.stack(masks)
 
 
