@@ -150,20 +150,18 @@ class StructPruneCallback(TrainerCallback):
         self.hooks.close()
         _check_run(args, model, self.trainer)
         # What is trained a second time goes on from its dense widths.
-        if self._dense is not None:
-            dense, here = self._dense[0], describe(model, self.config.arch_file)
-            is_dense = all(here.widths(name) == dense.widths(name) for name in dense.names)
-        if self._dense is None or (state.global_step == 0 and is_dense):
+        arch = describe(model, self.config.arch_file)
+        if self._dense is None or state.global_step == 0 and arch == self._dense[0]:
             self.begin(model)
         _adapt_(self._wrapped(model))  # where the same Trainer has resumed from other widths
         check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
             self.plan = self._resumed(state)
         assert self._dense is not None and self.plan is not None
-        arch, widths = self._dense
+        dense, widths = self._dense
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
         in_rounds = replace(self.config, rounds=len(numbers))
-        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
+        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, dense, model.config, widths), strict=True))
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
@@ -373,14 +371,11 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
 
 def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None:
     """Refuse what a Trainer cannot do between its steps, with any model."""
-    if options is not None and options.checkpoint_dir is not None:
-        raise StructPruneError(
-            "checkpoint_dir spans the layers of one pruning, and a Trainer prunes in steps of its own; leave it out."
-        )
-    if config.allocation != "uniform":
-        raise StructPruneError(
-            f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
-            "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
-        )
-    if config.recovery is not None:
-        raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
+    checkpoints = options is not None and options.checkpoint_dir is not None
+    for name, is_set, reason in (
+        ("checkpoint_dir", checkpoints, "spans the layers of one pruning, and a Trainer prunes in steps of its own"),
+        (f"allocation={config.allocation!r}", config.allocation != "uniform", "ranks the units of the dense model"),
+        ("recovery", config.recovery is not None, "is training after a pruning, and a Trainer trains already"),
+    ):
+        if is_set:
+            raise StructPruneError(f"{name} {reason}; leave it out, or prune first (`structprune prune`).")

@@ -130,8 +130,8 @@ def test_the_text_is_what_a_run_reads_next():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "global"}, "which a Trainer's steps do not"),
-    ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
+    ({"allocation": "global"}, "ranks the units of the dense model"),
+    ({"allocation": "sensitivity"}, "ranks the units of the dense model"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
