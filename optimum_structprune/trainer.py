@@ -69,8 +69,6 @@ class RecentText:
         """The tokens as one domain, of which nothing is held out."""
         tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
         samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
-        if not len(samples):
-            raise StructPruneError(self.shortage())
         if len(samples) < self.num_samples:
             warn(
                 f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
@@ -78,13 +76,6 @@ class RecentText:
                 "calibration='domains'."
             )
         return Domain("training", 1.0, samples, samples[:0])
-
-    def shortage(self) -> str:
-        """How much text there is and how much is needed, as a sentence."""
-        return (
-            f"calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has shown "
-            f"{len(self)} so far; start later, lower seq_length, or use calibration='domains'."
-        )
 
 
 class StructPruneCallback(TrainerCallback):
@@ -187,7 +178,11 @@ class StructPruneCallback(TrainerCallback):
             with across_processes():
                 if not self._domains and len(text := self.text.of_all_processes()) < self.config.seq_length:
                     if step == state.global_step:
-                        warn(f"The removal at step {step} is put off: {text.shortage()}")
+                        warn(
+                            f"The removal at step {step} is put off: it takes a sample of seq_length="
+                            f"{self.config.seq_length} tokens, and training has shown {len(text)} so far; start "
+                            "later, lower seq_length, or use calibration='domains'."
+                        )
                     return
                 pruned = self.prune_(model, getattr(optimizer, "optimizer", optimizer), self._due.pop(step))
             if pruned:
