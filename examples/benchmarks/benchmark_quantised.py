@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_structprune import DomainConfig, export_gguf
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import row_losses, standard_error
+from optimum_structprune.forward.metrics import margin_of_error, row_losses
 
 
 def read(file: Path) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def losses(file: Path, rows: list[Tensor], in_torch: bool) -> Tensor:
 
 def ratio(more: Tensor) -> str:
     """By what perplexity is multiplied where a token of each sample costs so many nats more."""
-    value, error = float(more.mean().exp()), standard_error(more)
+    value, error = float(more.mean().exp()), margin_of_error(more)
     return f"{value:.3f}" + ("" if math.isnan(error) else f" ± {value * error:.3f}")  # too few samples have none
 
 

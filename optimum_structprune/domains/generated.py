@@ -5,7 +5,7 @@ section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -64,7 +64,7 @@ def self_documents(
 ) -> Iterator[str]:
     """Gives documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk.
 
-    With the name `OTHER` they go on from words, or from `openings` that are given, and rare tokens are drawn too.
+    With the name `OTHER` they go on from openings of all kinds, or from `openings` that are given.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY, OTHER):
@@ -72,11 +72,12 @@ def self_documents(
     if not predicts_next(model):
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
     chats = bool(tokenizer.chat_template) and name in kinds
-    if name not in kinds:
-        prompts = [*openings] if openings else vocabulary_words(tokenizer)
+    if name == ANY:
+        prompts = vocabulary_words(tokenizer)
+    elif name == OTHER:
+        prompts = [*openings] if openings else [text for kind in kinds.values() for text in _prompts(kind, "begin")]
     else:
-        forms = kinds[name]["ask" if chats else "begin"]
-        prompts = [form.replace("{topic}", topic) for form in forms for topic in kinds[name]["topics"]]
+        prompts = _prompts(kinds[name], "ask" if chats else "begin")
     seed = Random(f"{name} {seed}").getrandbits(32) if name == OTHER else seed  # nothing that is written for others
     Random(seed).shuffle(prompts)
     keeps = not chats or kinds[name].get("keep", False)
@@ -99,6 +100,11 @@ def self_documents(
                     "themselves or are unlikely; use other text for this model."
                 )
             yield from documents
+
+
+def _prompts(kind: Mapping[str, Any], form: str) -> list[str]:
+    """Gives all prompts of a form about all topics of a kind of text."""
+    return [prompt.replace("{topic}", topic) for prompt in kind[form] for topic in kind["topics"]]
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:

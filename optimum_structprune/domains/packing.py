@@ -216,6 +216,17 @@ class Domain:
         return replace(self, samples=self.samples[:count], mask=None if self.mask is None else self.mask[:count])
 
 
+def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
+    """The number of the document that each token of packed samples belongs to, of the same shape `(samples,
+    seq_length)`; where nothing ends a document, each sample is one.
+    """
+    if eos is None:
+        return torch.arange(len(samples))[:, None].expand_as(samples)
+    ends = samples[:, 1:] == eos
+    numbers = ends.flatten().cumsum(0).view_as(ends)
+    return torch.cat([numbers[:, :1], numbers], 1)
+
+
 def document_hash(text: str) -> str:
     """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

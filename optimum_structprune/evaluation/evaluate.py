@@ -44,9 +44,10 @@ class Evaluation(Record):
         prefix: The token at the head of each sample; None where the tokenizer has none.
         perplexity: The perplexities per token of the dense tokenizer, `{domain: {"dense": …, "model": …}}`; "dense"
             only where there is a dense model.
-        perplexity_stderr: Their standard errors over samples, and with a dense model that of "ratio" over the same
-            samples; NaN where there is one sample.
+        perplexity_margin: Their margins of error, and with a dense model that of "ratio": the truth lies within them
+            nine times in ten, on other documents of the kind; NaN on fewer than 5 documents.
         perplexity_tokens: The number of tokens that they were measured on, by domain.
+        perplexity_documents: The number of documents that these begin in, by domain.
         bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
         divergence: The mean KL(dense‖model) per token of the dense tokenizer in nats, by domain; where the model has
@@ -58,7 +59,7 @@ class Evaluation(Record):
         warnings: The reasons why these numbers may be too good.
         shared: The domains that share something with what the model was calibrated on; None where that is not known.
         answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`.
-        figures: The figures of all answers, `{"model": {"right": …, "right_stderr": …, …}, "dense": {…}}`.
+        figures: The figures of all answers, `{"model": {"right": …, "right_margin": …, …}, "dense": {…}}`.
         paired: How the figures differ from the dense model's on the same questions, by figure.
     """
 
@@ -67,8 +68,9 @@ class Evaluation(Record):
     seq_length: int = 0
     prefix: str | None = None
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    perplexity_documents: dict[str, int] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class Dense:
         self._answers: list[Answer] = []
 
     def ask(self, reader: PreTrainedTokenizerBase, questions: Sequence[Question], *how: int) -> list[Answer]:
-        """What `ask` gives for the dense model."""
+        """Gives the dense model's answers, as `ask` does."""
         asked = ([question.ids(reader) for question in questions], questions, how)
         if asked != self._asked:
             self._asked, self._answers = asked, ask(self.model, reader, questions, *how)
@@ -105,7 +107,7 @@ class Dense:
 
 
 class _States(dict[tuple[int, ...], Tensor]):
-    """Hidden states by the shape and the tokens that were read, of which the first ones stay, up to so many values."""
+    """Hidden states by the shape and ids of what was read. Later ones are dropped once there are so many values."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -134,8 +136,7 @@ def evaluate(
     max_new_tokens: int = 120,
     pairs: Sequence[str | Path] = (),
 ) -> Evaluation:
-    """Measure a causal language model, by itself and against the dense one, or the vectors of an encoder against those
-    of the dense one.
+    """Measure a model, by itself or against the dense one; of an encoder its vectors.
 
     Args:
         model: The model to measure; its training mode is left as it was.
@@ -204,7 +205,7 @@ def evaluate(
 
 
 def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
-    """Enter which texts are of kinds that were calibrated on, and warn of those that share sentences with these."""
+    """Enter the kinds that were calibrated on, and warn of text that shares sentences with them."""
     # They have the name of one that was calibrated on, or were read from the same place.
     evaluation.calibrated = [
         domain.name
@@ -239,8 +240,9 @@ def _compare_vectors(
 
 
 def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
-    """Gives the parts of the dense model's tokens; None where the model has other tokens, or in another order, or
-    lacks letters to spell them.
+    """Gives the parts of the dense model's tokens; None where the model cannot spell them all.
+
+    It cannot either where it has tokens of its own, or in another order.
     """
     with suppress(StructPruneError):
         parts = Parts.between(models["dense"], readers["dense"], models["model"], readers["model"])
@@ -275,7 +277,7 @@ def check_evaluation(
     dense_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
-    """Refuse what cannot be measured, with models that may be without weights."""
+    """Refuse an evaluation that cannot be made; the models may be without weights."""
     if not domains and answers is None and not pairs:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
     encoders = [model for model in models.values() if not predicts_next(model)]

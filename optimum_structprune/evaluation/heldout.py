@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from ..domains.packing import SampleFormat, check_vocabulary, tokenised
+from ..domains.packing import SampleFormat, check_vocabulary, document_numbers, tokenised
 from ..domains.passages import Passages
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
-from ..forward.metrics import compare, evaluating, perplexity_errors, perplexity_of, row_losses, sample_losses
+from ..forward.metrics import compare, evaluating, perplexity_margins, perplexity_of, row_losses, sample_losses
 from ..vocabulary.parts import Parts, divergence_from_dense
 
 
@@ -84,6 +84,7 @@ class Judged:
         known: dict[tuple[int, ...], Tensor] | None = None,
     ):
         self.samples, self.parts, self.known = samples, parts, known
+        self.documents = document_numbers(samples, readers["dense"].eos_token_id)[:, 0]
         self.pair = {which: models[which] for which in ("model", "dense") if which in models}
         self.passages = Passages([*samples], readers["dense"])
         self.rows: dict[str, list[Tensor]] = {}
@@ -114,8 +115,9 @@ class Judged:
             close = dict(zip(("divergence", "agreement"), pair, strict=True))
         return {
             "perplexity": {which: perplexity_of(loss) for which, loss in losses.items()},
-            "perplexity_stderr": perplexity_errors(losses),
+            "perplexity_margin": perplexity_margins(losses, self.documents),
             "perplexity_tokens": self.samples[:, 1:].numel(),
+            "perplexity_documents": len(self.documents.unique()),
             "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
             **close,
         }

@@ -23,7 +23,7 @@ from ..arch.meta import positions_of
 from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
 from ..domains.passages import Passages
-from ..forward.metrics import FEWEST, evaluating, standard_error
+from ..forward.metrics import FEWEST, evaluating, margin_of_error
 from ..method.layers import input_device, run_model
 from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
@@ -86,7 +86,7 @@ class Embeddings:
             for which, (by, _) in zip((after, before), both, strict=True):
                 if name in self.pairs:
                     shares = retrieved(*by[name].chunk(2))
-                    figures = {"retrieval": float(shares.mean()), "retrieval_stderr": standard_error(shares)}
+                    figures = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_error(shares)}
                     by_domain[name][which] |= figures
         every = [torch.cat([*by.values()]) for by, _ in both]
         return by_domain, {code: embedding_figures(*(by[code] for _, by in both), *every) for code in self.spoken}
@@ -172,20 +172,20 @@ def embedding_figures(vectors: Tensor, dense: Tensor, more: Tensor, dense_more: 
     figures: dict[str, float] = {"texts": len(vectors)}
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
-        figures |= {"cosine": float(cosines.mean()), "cosine_stderr": error_of(cosines)}
+        figures |= {"cosine": float(cosines.mean()), "cosine_margin": error_of(cosines)}
         figures |= {"cosine_p5": float(cosines.quantile(0.05)), "cosine_worst": float(cosines.min())}
     if len(vectors) + len(more) > 2 * NEAREST:
         ours, theirs = nearest(vectors, more), nearest(dense, dense_more)
         kept = (ours[:, :, None] == theirs[:, None]).any(2).double().mean(1)
-        figures |= {"neighbours": float(kept.mean()), "neighbours_stderr": error_of(kept)}
+        figures |= {"neighbours": float(kept.mean()), "neighbours_margin": error_of(kept)}
     return figures
 
 
 def error_of(values: Tensor) -> float:
-    """The standard error of the mean of figures of texts, shape `(texts,)`: over runs of eight texts, where there are
+    """The margin of error of the mean of figures of texts, shape `(texts,)`: over runs of eight texts, where there are
     enough, as neighbours in a text resemble each other.
     """
-    return standard_error(values.unfold(0, 8, 8).mean(1) if len(values) >= 8 * FEWEST else values)
+    return margin_of_error(values.unfold(0, 8, 8).mean(1) if len(values) >= 8 * FEWEST else values)
 
 
 def nearest(vectors: Tensor, more: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from ..arch.hooks import replaying
 from ..arch.meta import reads_text
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..domains.packing import Domain
+from ..domains.packing import Domain, document_numbers
 from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.metrics import (
     ENOUGH,
     FEWEST,
     evaluating,
-    perplexity_errors,
+    perplexity_margins,
     perplexity_of,
     row_losses,
     total_loss,
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 2048
 STRIDE = 4
-# Held-out samples are cut to no fewer tokens than this: with less in front of them, tokens are hard to predict.
-SHORTEST = 64
+ROW = 64  # tokens in a row of held-out text: fewer are hard to predict, with so little in front of them
 # Short rows run together, up to so many tokens.
 AT_ONCE = 512
 # The name of other text beside the domains, whose names are not empty.
@@ -136,8 +135,12 @@ class Measure:
         vocabulary_changes: bool = False,
         other: Sequence[Tensor] = (),
     ):
-        self.heldout: Rows = {domain.name: short_rows(domain.heldout, most // len(domains)) for domain in domains}
+        share, eos = most // len(domains), None if tokenizer is None else tokenizer.eos_token_id
+        self.heldout: Rows = {domain.name: short_rows(domain.heldout, share) for domain in domains}
         self.heldout |= {OTHER: [*other]} if other else {}
+        numbers = {domain.name: document_numbers(domain.heldout, eos) for domain in domains}
+        self.documents = {name: torch.stack(short_rows(of, share))[:, 1] for name, of in numbers.items()}
+        self.documents |= {OTHER: torch.arange(len(other))}  # each row is of another one
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: dict[str, Passages] = {}
         if tokenizer is not None:
@@ -155,13 +158,14 @@ class Measure:
         figures = self._losses(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
-            perplexity, errors = {when: perplexity_of(of) for when, of in losses.items()}, perplexity_errors(losses)
-            tokens = self.tokens_predicted[name] * len(self.heldout[name])
+            perplexity = {when: perplexity_of(of) for when, of in losses.items()}
+            margins = perplexity_margins(losses, self.documents[name])
+            tokens, documents = self.tokens_predicted[name] * len(before), len(self.documents[name].unique())
             if name == OTHER:
-                report.other |= {"perplexity": perplexity, "stderr": errors, "tokens": tokens}
+                report.other |= {"perplexity": perplexity, "margin": margins, "tokens": tokens, "documents": documents}
                 continue
-            report.perplexity[name], report.perplexity_stderr[name] = perplexity, errors
-            report.perplexity_tokens[name] = tokens
+            report.perplexity[name], report.perplexity_margin[name] = perplexity, margins
+            report.perplexity_tokens[name], report.perplexity_documents[name] = tokens, documents
             if passages := self.texts.get(name):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
@@ -190,11 +194,15 @@ class Measure:
 
 
 def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
-    """Rows of about so many tokens in all, each behind the prefix, of samples of shape `(samples, seq_length)`."""
-    length = min(max(tokens // FEWEST, SHORTEST), samples.shape[1])
+    """Cuts rows of about so many tokens in all from samples, shape `(samples, seq_length)`, each behind the prefix and
+    evenly over them, as the margin of error is one over documents.
+    """
+    length = min(ROW, samples.shape[1])
     parts = samples[:, 1:].split(max(length - 1, 1), 1)
     rows = [torch.cat([samples[:, :1], part], 1) for part in parts if part.shape[1] == length - 1]
-    return [*torch.cat(rows)[: max(tokens // length, FEWEST)]]
+    every = torch.stack(rows, 1).flatten(0, 1)
+    count = min(max(tokens // length, FEWEST), len(every))
+    return [*every[torch.arange(count) * len(every) // count]]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..forward.metrics import standard_error
+from ..forward.metrics import margin_of_error
 
 
 Items = Sequence[Mapping[str, Any]]
@@ -27,7 +27,7 @@ def mcnemar(better: int, worse: int) -> float:
 
 def paired(items: Items, name: str) -> dict[str, Any]:
     """How a figure (`right`, `loops` or `stopped`) of the last model differs from the first one's on the same items:
-    the mean difference with its standard error, the numbers of items for which it holds of the last model alone
+    the mean difference with its margin of error, the numbers of items for which it holds of the last model alone
     (`more`) and of the first alone (`less`), `mcnemar`'s probability, and `worse`, `better`, or `alike` above 0.05.
     """
     both = [[float(answer[name]) for answer in item["answers"].values()] for item in items]
@@ -36,7 +36,7 @@ def paired(items: Items, name: str) -> dict[str, Any]:
     p_value, is_better = mcnemar(more, less), (more > less) is not (name == "loops")
     verdict = "alike" if p_value >= 0.05 else "better" if is_better else "worse"
     counted = {"items": len(both), "more": more, "less": less, "p_value": p_value, "verdict": verdict}
-    return {"difference": float(differences.mean()), "stderr": standard_error(differences), **counted}
+    return {"difference": float(differences.mean()), "margin": margin_of_error(differences), **counted}
 
 
 def outcome(answer: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
-from ..forward.metrics import ENOUGH, FEWEST
+from ..forward.metrics import FEWEST, MANY
 from .answers import as_lines, counts, sample_items
-from .table import as_number, as_text
+from .table import as_number, as_text, margin_of_mean
 
 
 # A share that was removed is warned of where it is off by more than this part of what was asked for.
@@ -19,9 +19,9 @@ MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where it takes so much more.
 MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
-TEXTS = (
-    "cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; ±: standard error"
-)
+MARGIN = "± covers the truth nine times in ten"
+TEXTS = f"cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; {MARGIN}"
+OVER = f"{MARGIN}, over {FEWEST} documents or more; rough: fewer than {MANY}"
 _UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
@@ -64,7 +64,7 @@ LAST = "do not use it: remove less, or take it as the beginning of a long traini
 
 
 def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
-    """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
+    """Yields the removed share of each kind of space, as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
     for kind, by_layer in sorted((report.get("widths") or {}).items()):
         full, name = report["dense_widths"][kind], NAMES.get(kind, f"units of {kind}")
         gone = [full - width for width in by_layer.values()]
@@ -76,12 +76,15 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
         else:
             count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
         where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
-        numbers = f": {', '.join(map(str, of))}" if (of := report.get("removed_layers")) and kind == LAYER else ""
+        layers = ", ".join(map(str, report.get("removed_layers") or ())) if kind == LAYER else ""
+        numbers = layers and f": {layers}"
         yield f"{count}{where}{numbers}".replace("%", " %")
 
 
 def target_summary(report: Mapping[str, Any]) -> str:
-    """What was asked for and what came of it, as a warning where they are far apart; empty where no share was."""
+    """States the share that was asked for and the one removed. It is a warning where they are far apart, and empty
+    where no share was asked for.
+    """
     target, sparsity, counts = report.get("target"), report.get("sparsity", 0.0), report.get("parameters")
     if target is None or not counts:
         return ""
@@ -93,7 +96,7 @@ def target_summary(report: Mapping[str, Any]) -> str:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: what was compared and tried."""
+    """Yields the lines below the table of a report."""
     if report.get("changed"):
         yield f"warning: {CHANGED}"
     if summary := target_summary(report):
@@ -103,13 +106,11 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{NAMES.get(kind, kind)} by layer: {' '.join(map(str, by_layer.values()))}"
     if report.get("embeddings"):
         yield TEXTS
-    if report.get("perplexity_stderr"):
-        yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
-    measured = [
-        *(report.get("perplexity") or {}).items(),
-        *((report.get("recovery") or {}).get("perplexity") or {}).items(),
-    ]
-    if broken := sorted({name for name, of in measured if {None, inf} & {*of.values()}}):
+    if report.get("perplexity_margin"):
+        yield OVER
+    records = report, report.get("recovery") or {}
+    measured = [pair for record in records for pair in (record.get("perplexity") or {}).items()]
+    if broken := sorted({name for name, by_model in measured if {None, inf} & {*by_model.values()}}):
         yield f"warning: a perplexity is infinite on {', '.join(broken)}; the model is of no use there"
     if (other := report.get("other")) and not other.get("tokens"):
         yield "other text than that of these kinds was not measured: there was none"
@@ -117,31 +118,32 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         simple = ", which is simpler than most" if other["source"] == "built-in" else ""
         words = f"; {other['respelled']:.1%} of its words are spelled otherwise now" if "respelled" in other else ""
         yield f"other text is {other['source']}{simple}; nothing was chosen by it{words}".replace("%", " %")
-    if of := report.get("trimmed"):
+    if trimmed := report.get("trimmed"):
         rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
-        gone = f"{of['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
+        gone = f"{trimmed['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
         if not (measured or report.get("embeddings")):
             rest += "; no loss was measured, as the model reads more than text"
-        yield f"{gone}, which are {of['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
-        counts = (f"{name} {count:,}" for name, count in sorted(of["reasons"].items()))
+        yield f"{gone}, which are {trimmed['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
+        counts = (f"{name} {count:,}" for name, count in sorted(trimmed["reasons"].items()))
         yield f"tokens that stay, by reason: {', '.join(counts)}"
-        if unreadable := _by_number(of["unreadable"]):
+        if unreadable := _by_number(trimmed["unreadable"]):
             yield f"letters that cannot be read now, by script: {unreadable}"
     yield from _languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
-        numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}
-        widths = ", ".join(f"{name} {as_number(of)}" for name, of in numbers.items())
+        by_kind = shape["widths"].items()
+        each = ((name, [width] if isinstance(width, int) else [*width.values()]) for name, width in by_kind)
+        widths = ", ".join(f"{name} {as_number(width)}" for name, width in each)
         loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
         yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
 
 
 def measurements_text(record: Mapping[str, Any]) -> str:
-    """What an evaluation, a measurement of speed, or both say: a table, what it means, some answers, and warnings."""
+    """Renders an evaluation or a measurement of speed as a table, its explanation, some answers, and warnings."""
     lines = [as_text(record)]
     if record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
-        lines.append(f"± is the standard error over {FEWEST} samples or more of {record['seq_length']} tokens{head}")
+        lines.append(f"{OVER}; samples of {record['seq_length']} tokens{head}")
     lines += [TEXTS, *_languages(record)] if record.get("embeddings") else []
     lines += [speed_remark(record)] if record.get("run_memory") else []
     answers = map(as_lines, sample_items(record.get("answers") or ()))
@@ -150,7 +152,7 @@ def measurements_text(record: Mapping[str, Any]) -> str:
 
 
 def speed_remark(record: Mapping[str, Any]) -> str:
-    """How speed was measured, and what its rows mean."""
+    """States how speed was measured."""
     return (
         f"speed on {record['device']} ({record['clock']} time, threads: {record['threads']}, repeats in turns: "
         f"{record['repeats']}, new tokens: {record['new_tokens']}); the speed-up is the median of the pairs with the "
@@ -159,7 +161,7 @@ def speed_remark(record: Mapping[str, Any]) -> str:
 
 
 def _languages(report: Mapping[str, Any]) -> Iterator[str]:
-    """Which scripts and languages a smaller vocabulary is hard on."""
+    """Yields the scripts and languages that a smaller vocabulary is hard on."""
     if scripts := _by_number(report.get("scripts") or {}):
         yield f"tokens that are gone, by script: {scripts}"
     if by_code := report.get("languages"):
@@ -174,38 +176,39 @@ def _by_number(scripts: Mapping[str, int]) -> str:
 
 
 def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the pruning costs the languages to keep and those that were known, in bits per byte or in tokens."""
-    by_code = {code: of for code, of in by_code.items() if of.get("after") is not None}
+    """Yields the cost of the languages to keep, and of those that the dense model knew."""
+    by_code = {code: cost for code, cost in by_code.items() if cost.get("after") is not None}
     if not by_code:
         return
-    causal, known = any("known" in of for of in by_code.values()), _known(by_code)
+    causal, known = any("known" in cost for cost in by_code.values()), known_ratios(by_code)
     losing = [code for code, ratio in known.items() if ratio > LOSES]
     unit, digits = ("bits per byte", 3) if causal else ("tokens", 0)
 
     def shown(codes: Sequence[str]) -> str:
         pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
         return ", ".join(
-            f"{name} {of['before']:.{digits}f} to {of['after']:.{digits}f}{_UNKNOWN * (not of.get('known', True))}"
-            + (f" (cosine {as_number(of['cosine'], of['cosine_stderr'], 3)})" if of.get("cosine") else "")
-            for name, of in pairs
+            f"{name} {cost['before']:.{digits}f} to {cost['after']:.{digits}f}"
+            + _UNKNOWN * (not cost.get("known", True))
+            + (f" (cosine {as_number(cost['cosine'], cost['cosine_margin'], 3)})" if cost.get("cosine") else "")
+            for name, cost in pairs
         )
 
-    if wanted := [code for code, of in by_code.items() if of["wanted"]]:
+    if wanted := [code for code, cost in by_code.items() if cost["wanted"]]:
         yield f"{unit} in the languages to keep: {shown(wanted)}"
     all_of = f"of {len(known)} languages that the dense model knew," if causal else f"of {len(known)} languages,"
     worst = f": {shown(losing[:MOST_SHOWN])}" if losing else ""
     yield f"{all_of} {len(losing) or 'none'} now take{'' if len(losing) > 1 else 's'} more {unit}{worst}"
 
 
-def _known(by_code: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How many times as much the languages that the dense model knew take now, those first that lose most."""
-    measured = {code: of for code, of in by_code.items() if of.get("after") is not None and of.get("known", True)}
-    ratios = {code: of["after"] / of["before"] for code, of in measured.items()}
+def known_ratios(by_code: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Gives the cost of each language that the dense model knew, as a multiple of the dense one's, greatest first."""
+    measured = {code: cost for code, cost in by_code.items() if cost.get("after") is not None}
+    ratios = {code: cost["after"] / cost["before"] for code, cost in measured.items() if cost.get("known", True)}
     return {code: ratios[code] for code in sorted(ratios, key=lambda code: -ratios[code])}
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
-    """The figures that decide, and the advice that follows; nothing where no loss was measured."""
+    """Gives the figures that decide and the advice that follows; nothing where no loss was measured."""
     if report.get("embeddings"):
         return _verdict_on_vectors(report)
     ratios = _ratios(report)
@@ -214,20 +217,24 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
     trained = report.get("recovery") or {}
     before = " before the training" * bool(trained.get("perplexity") and not trained.get("other"))
-    worst, other, kept, loops, answers = ratios[kind], _other(report), *_answers(report)
-    parameters = report["parameters"]
+    worst, measured = ratios[kind], trained.get("other") or report.get("other") or {}
+    kept, loops, answers = _answers(report)
+    other = _ratios({"perplexity": {"": measured["perplexity"]}})[""] if measured.get("perplexity") else None
+    parameters, far = report["parameters"], (measured.get("margin") or {}).get("ratio")
+    by_kind = judged(report).get("perplexity_margin") or {}
+    margin = margin_of_mean([*ratios.values()], ((by_kind.get(name) or {}).get("ratio") for name in ratios))
     figures = [
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
-        f"your kinds x {mean:.2f}, at worst x {worst:.2f} ({kind})",
-        "" if other is None else f"other text x {other:.2f}{before}",
+        f"kinds calibrated on x {as_number(mean, margin, 2)}, at worst x {worst:.2f} ({kind})",
+        "" if other is None else f"other text x {as_number(other, far, 2)}{before}",
         answers,
         "speed: structprune evaluate --speed",
     ]
     simple = (report.get("other") or {}).get("source") == "built-in"  # on such text a model loses least
     rules = RULES if answers and not simple else RULES[1:]
     far = mean if other is None else other
-    of_text = (of for of in rules if mean <= of.mean and worst <= of.worst and far <= of.other)
-    met = (of for of in of_text if kept >= of.kept and loops <= of.loops)
+    by_text = (rule for rule in rules if mean <= rule.mean and worst <= rule.worst and far <= rule.other)
+    met = (rule for rule in by_text if kept >= rule.kept and loops <= rule.loops)
     advice = next((rule.advice for rule in met), LAST)
     unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
     lost = _lost(report["languages"]) if report.get("languages") else ""
@@ -235,8 +242,8 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
-    """The verdict on an encoder; none on less text than has neighbours."""
-    shares = {name: of["after"].get("neighbours") for name, of in report["embeddings"].items()}
+    """Gives the verdict on an encoder; none on less text than has neighbours."""
+    shares = {name: by_model["after"].get("neighbours") for name, by_model in report["embeddings"].items()}
     if None in shares.values():
         return []
     mean, kind, parameters = fmean(shares.values()), min(shares, key=shares.__getitem__), report["parameters"]
@@ -251,42 +258,40 @@ def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
 
 
 def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
-    """The languages that the pruning has made worse, of those to keep or else of those that were known, and those to
-    keep that were not known.
+    """Names the languages that a verdict excludes: those that lose, and those to keep that the dense model did not
+    know. Where some are to keep, others are not named.
     """
-    wanted = {code for code, of in by_code.items() if of["wanted"]} or {*by_code}
-    unknown = [code for code, of in by_code.items() if of["wanted"] and not of.get("known", True)]
-    worse = [code for code, ratio in _known(by_code).items() if ratio > LOSES and code in wanted]
+    wanted = {code for code, cost in by_code.items() if cost["wanted"]} or {*by_code}
+    unknown = [code for code, cost in by_code.items() if cost["wanted"] and not cost.get("known", True)]
+    worse = [code for code, ratio in known_ratios(by_code).items() if ratio > LOSES and code in wanted]
     lost = [LANGUAGES[code] for code in worse + unknown]
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
     return f"; not in {', '.join(lost[:MOST_NAMED])}{more}" if lost else ""
 
 
+def judged(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Gives the record that a model is judged by: that of a training with the dense model, or else the report."""
+    recovery = report.get("recovery") or {}
+    trained = (recovery.get("perplexity") or {}).values()
+    return recovery if trained and all("dense" in by_model for by_model in trained) else report
+
+
 def _ratios(report: Mapping[str, Any]) -> dict[str, float]:
-    """The last model's perplexity as a multiple of the first one's, by kind of text."""
-    measured, trained = report.get("perplexity") or {}, (report.get("recovery") or {}).get("perplexity") or {}
-    if trained and all("dense" in by_model for by_model in trained.values()):  # else it was trained without a teacher
-        measured = trained
+    """Gives the last model's perplexity as a multiple of the first one's, by kind of text."""
     ratios = {}
-    for kind, by_model in measured.items():
+    for kind, by_model in (judged(report).get("perplexity") or {}).items():
         first, *_, last = [inf if value is None else value for value in by_model.values()] or [inf]
         ratios[kind] = last / first if isfinite(last) and 0 < first < inf else inf
     return ratios
 
 
-def _other(report: Mapping[str, Any]) -> float | None:
-    """The perplexity of other text as a multiple of the dense model's; None where it was not measured."""
-    trained = ((report.get("recovery") or {}).get("other") or {}).get("perplexity")
-    measured = trained or (report.get("other") or {}).get("perplexity")
-    return _ratios({"perplexity": {"": measured}})[""] if measured else None
-
-
 def _answers(report: Mapping[str, Any]) -> tuple[float, float, str]:
-    """The share of right answers that is kept, that of questions which loop anew, and both in words, if any."""
+    """Gives the share of right answers that is kept, the share of questions that loop anew, and both in words."""
     items = (report.get("recovery") or {}).get("answers") or report.get("answers") or []
     if not items or len(items[0]["answers"]) < 2:  # the model before was not asked
         return 1.0, 0.0, ""
     first, *_, last = counts(items, "loops")
-    right = [answers[-1]["right"] for answers in ([*of["answers"].values()] for of in items) if answers[0]["right"]]
+    every = ([*item["answers"].values()] for item in items)
+    right = [answers[-1]["right"] for answers in every if answers[0]["right"]]
     words = f"{sum(right)} of {len(right)} right answers stay right, loops {first} → {last}"
     return sum(right) / len(right) if right else 1.0, (last - first) / len(items), words

@@ -27,14 +27,15 @@ PERPLEXITY = (
 
 @dataclass
 class RecoveryReport:
-    """What training after pruning did, and what it cost; see `saving/schemas/report.schema.json`."""
+    """The numbers of a training after pruning; see `saving/schemas/report.schema.json`."""
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    perplexity_documents: dict[str, int] = field(default_factory=dict)
     divergence: dict[str, dict[str, float]] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
     kept_step: int = 0
@@ -60,7 +61,7 @@ class RecoveryReport:
 
     @property
     def kept(self) -> str:
-        """What came of the training in words."""
+        """States which step of the training is kept."""
         if not self.kept_step:
             return "no checkpoint was better than the pruned model, which is kept"
         return f"step {self.kept_step} is kept"
@@ -68,7 +69,7 @@ class RecoveryReport:
 
 @dataclass
 class Report(Record):
-    """What was done and what it cost. Each field has its sentence in `saving/schemas/report.schema.json`."""
+    """The numbers of a pruning. Each field has its sentence in `saving/schemas/report.schema.json`."""
 
     model_type: str
     criterion: str
@@ -77,8 +78,9 @@ class Report(Record):
     widths: dict[str, dict[int, int]] = field(default_factory=dict)
     dense_widths: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    perplexity_documents: dict[str, int] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     target: float | None = None
     recovery: RecoveryReport | None = None
@@ -139,7 +141,7 @@ class Report(Record):
 
 
 class PruneResult(NamedTuple):
-    """What a pruning gives beside the model, which carries it as `model.prune_result`.
+    """The records of a pruning, which the model carries as `model.prune_result`.
 
     Attributes:
         config: The config, which says what general text has been read.

@@ -15,10 +15,11 @@ from math import floor, hypot, inf, isfinite, log10
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from ..forward.metrics import ENOUGH
+from ..forward.metrics import MANY
 
 
 UNKNOWN = "–"
+COUNTED = ("perplexity_tokens", "perplexity_documents")  # the fields of a record with a number for each domain
 PERCENT, RATIO = "percent", "ratio"
 # What has one number for each model, with its label.
 COUNTS = {
@@ -53,50 +54,53 @@ Record = Mapping[str, Any]
 class Row:
     """One figure of several models: a value for each, None where it is not known, a list where it is one by layer or a
     range. `change` says how the last is compared with the first known one: in `PERCENT`, as a `RATIO`, or not at all.
-    `errors` are the standard errors of the values and of the ratio; a `note` stands in the place of a change.
+    `margins` are the margins of error of the values and of the ratio; a `note` stands in the place of a change.
     """
 
     label: str
     values: tuple[float | Sequence[float] | None, ...]
     digits: int = 0
     change: str = ""
-    errors: tuple[float | None, ...] = ()
+    margins: tuple[float | None, ...] = ()
     tokens: int | None = None
+    documents: int | None = None
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        """The last value, in the mean over the layers, as a multiple of the first; None where that is not known."""
+        """Gives the last value as a multiple of the first known one; None where either is not known. A value by layer
+        counts as its mean.
+        """
         known = [value for value in self.values[:-1] if value is not None][:1]
         ends = [fmean(value) if isinstance(value, Sequence) else value or 0.0 for value in (*known, self.values[-1])]
         is_comparable = self.change and len(ends) == 2 and self.values[-1] is not None
         return ends[1] / ends[0] if is_comparable and ends[0] > 0 and all(map(isfinite, ends)) else None
 
     def cells(self) -> list[str]:
-        """The label, the values, with as many digits as their standard errors allow, and the change."""
+        """Shows the label, the values, with as many digits as their margins of error allow, and the change."""
         label = f"{self.label} ({self.tokens:,} tokens)" if self.tokens else self.label
-        errors = self.errors or (None,) * (len(self.values) + 1)
-        shown = [as_number(*pair, self.digits) for pair in zip(self.values, errors[:-1], strict=True)]
-        ratio, rough = self.ratio, self.tokens is not None and self.tokens < ENOUGH
+        margins = self.margins or (None,) * (len(self.values) + 1)
+        shown = [as_number(*pair, self.digits) for pair in zip(self.values, margins[:-1], strict=True)]
+        ratio, rough = self.ratio, self.documents is not None and self.documents < MANY
         if ratio is None:
             change = self.note
         elif self.change == PERCENT:
             change = f"{ratio - 1:+.1%}"
         else:
-            change = f"x {as_number(ratio, errors[-1], 1 if rough else 3)}{' rough' * rough}"
+            change = f"x {as_number(ratio, margins[-1], 1 if rough else 3)}{' rough' * rough}"
         return [label, *shown, change]
 
 
-def as_number(value: float | Sequence[float] | None, error: float | None = None, digits: int = 0) -> str:
-    """A value and its standard error, with the digits up to the first one of the error, and at most 3."""
+def as_number(value: float | Sequence[float] | None, margin: float | None = None, digits: int = 0) -> str:
+    """Shows a value and its margin of error, with the digits up to the first one of the margin, and at most 3."""
     if value is None:
         return UNKNOWN
     if isinstance(value, Sequence):
         return "-".join(f"{end:,.{digits}f}" for end in sorted({min(value), max(value)}))
-    if error is None or not isfinite(error):
+    if margin is None or not isfinite(margin):
         return f"{value:,.{digits}f}"
-    digits = min(max(-floor(log10(error)), 0), 3) if error > 0 else 3
-    return f"{value:,.{digits}f} ± {error:.{digits}f}"
+    digits = min(max(-floor(log10(margin)), 0), 3) if margin > 0 else 3
+    return f"{value:,.{digits}f} ± {margin:.{digits}f}"
 
 
 def models_of(record: Record) -> list[str]:
@@ -118,21 +122,32 @@ def size_rows(record: Record) -> list[Row]:
 def quality_rows(record: Record) -> list[Row]:
     """Perplexity by domain and its geometric mean, bits per byte, what `BY_DOMAIN` and `EMBEDDINGS` name, answers."""
     models, rows = models_of(record), []
-    stderr, tokens = record.get("perplexity_stderr") or {}, record.get("perplexity_tokens") or {}
+    margins, tokens, documents = (record.get(f"perplexity_{of}") or {} for of in ("margin", "tokens", "documents"))
     for group, domains in _groups(record).items():
         title = f", {group}" if group else ""
         of_group = [
-            _row(f"perplexity {name}{title}", of, models, 2, RATIO, stderr.get(name, {}), tokens=tokens.get(name))
+            _row(
+                f"perplexity {name}{title}",
+                of,
+                models,
+                2,
+                RATIO,
+                margins.get(name, {}),
+                tokens=tokens.get(name),
+                documents=documents.get(name),
+            )
             for name, of in domains.items()
         ]
         rows += of_group
         if len(of_group) > 1:
             columns = zip(*(row.values for row in of_group), strict=True)
-            means, errors = tuple(map(_geometric_mean, columns)), (*(None for _ in models), _error_of_mean(of_group))
-            rows.append(Row(f"  geometric mean{title}", means, 2, RATIO, errors))
+            means, none = tuple(map(_geometric_mean, columns)), (None for _ in models)
+            each = [row.ratio for row in of_group], ((row.margins or (None,))[-1] for row in of_group)
+            rows.append(Row(f"  geometric mean{title}", means, 2, RATIO, (*none, margin_of_mean(*each))))
     if (other := record.get("other") or {}).get("perplexity"):
         label = f"perplexity other text, {other['source']}"
-        rows.append(_row(label, other["perplexity"], models, 2, RATIO, other["stderr"], tokens=other["tokens"]))
+        counted = {"tokens": other["tokens"], "documents": other["documents"]}
+        rows.append(_row(label, other["perplexity"], models, 2, RATIO, other["margin"], **counted))
     if bits := record.get("bits_per_byte"):
         of_each = [[of.get(model) for of in bits.values()] for model in models]
         rows.append(Row("bits per byte", tuple(None if None in of else fmean(of) for of in of_each), 3))
@@ -141,11 +156,11 @@ def quality_rows(record: Record) -> list[Row]:
             rows.append(_row(f"{label} {name}", _by_model(of), models, digits, change))
     for figure, label in EMBEDDINGS.items():
         for name, by_model in (record.get("embeddings") or {}).items():
-            known, error = (
-                {model: of.get(key) for model, of in by_model.items()} for key in (figure, f"{figure}_stderr")
+            known, margin = (
+                {model: of.get(key) for model, of in by_model.items()} for key in (figure, f"{figure}_margin")
             )
             if {*known.values()} != {None}:
-                rows.append(_row(f"{label} {name}", known, models, 3, "", error))
+                rows.append(_row(f"{label} {name}", known, models, 3, "", margin))
     return rows + (_figure_rows(record, models) if record.get("figures") else [])
 
 
@@ -175,13 +190,13 @@ def speed_rows(record: Record) -> list[Row]:
 def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
     """The figures of answers, and how those of the last model differ from the first one's on the same questions."""
     figures, rows = record["figures"], []
-    for name in dict.fromkeys(name for of in figures.values() for name in of if not name.endswith("_stderr")):
-        values, errors = ({model: of.get(key) for model, of in figures.items()} for key in (name, f"{name}_stderr"))
+    for name in dict.fromkeys(name for of in figures.values() for name in of if not name.endswith("_margin")):
+        values, margins = ({model: of.get(key) for model, of in figures.items()} for key in (name, f"{name}_margin"))
         note, pair = "", (record.get("paired") or {}).get(name)
         if pair:
-            difference = "+" * (pair["difference"] >= 0) + as_number(pair["difference"], pair["stderr"], 3)
+            difference = "+" * (pair["difference"] >= 0) + as_number(pair["difference"], pair["margin"], 3)
             note = f"{difference}, {pair['verdict']} (p = {pair['p_value']:.3f})"
-        rows.append(_row(f"answers {name}", values, models, 0 if name == "tokens" else 3, "", errors, note=note))
+        rows.append(_row(f"answers {name}", values, models, 0 if name == "tokens" else 3, "", margins, note=note))
     return rows
 
 
@@ -191,11 +206,11 @@ def _row(
     models: Sequence[str],
     digits: int = 0,
     change: str = "",
-    stderr: Mapping[str, float | None] | None = None,
+    margins: Mapping[str, float | None] | None = None,
     **more: Any,
 ) -> Row:
-    errors = tuple(stderr.get(name) for name in (*models, "ratio")) if stderr else ()
-    return Row(label, tuple(by_model.get(model) for model in models), digits, change, errors, **more)
+    of_each = tuple(margins.get(name) for name in (*models, "ratio")) if margins else ()
+    return Row(label, tuple(by_model.get(model) for model in models), digits, change, of_each, **more)
 
 
 def _by_model(of: Any) -> Mapping[str, Any]:
@@ -229,16 +244,18 @@ def _geometric_mean(values: Sequence[Any]) -> float | None:
     return geometric_mean(values) if usable else None
 
 
-def _error_of_mean(rows: Sequence[Row]) -> float | None:
-    """The standard error of the geometric mean of ratios that were measured on texts of their own."""
-    parts = [((row.errors or (None,))[-1] or inf) / row.ratio for row in rows if row.ratio]
-    mean = _geometric_mean([row.ratio for row in rows])
-    return None if mean is None or not isfinite(hypot(*parts)) else mean * hypot(*parts) / len(rows)
+def margin_of_mean(ratios: Sequence[float | None], margins: Iterable[float | None]) -> float | None:
+    """Gives the margin of error of the geometric mean of ratios that were measured on texts of their own."""
+    if (mean := _geometric_mean(ratios)) is None:
+        return None
+    each = (inf if margin is None else margin / (ratio or 1) for ratio, margin in zip(ratios, margins, strict=True))
+    margin = mean * hypot(*each) / len(ratios)
+    return margin if isfinite(margin) else None
 
 
 def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[str, Any]:
     """One record of several models, from records with the names that their models are to have."""
-    joined: dict[str, Any] = {"perplexity_tokens": {}}
+    joined: dict[str, Any] = {field: {} for field in COUNTED}
     items: dict[str, dict[str, Any]] = {}
     for record, names in records:
 
@@ -248,10 +265,11 @@ def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[st
         for field in (*COUNTS, "figures"):
             if of := record.get(field):
                 joined.setdefault(field, {}).update(named(of))
-        for field in ("widths", "perplexity", "perplexity_stderr", "bits_per_byte", "embeddings", *BY_DOMAIN):
+        for field in ("widths", "perplexity", "perplexity_margin", "bits_per_byte", "embeddings", *BY_DOMAIN):
             for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
                 joined.setdefault(field, {}).setdefault(key, {}).update(named(of))
-        joined["perplexity_tokens"] |= record.get("perplexity_tokens") or {}
+        for field in COUNTED:
+            joined[field] |= record.get(field) or {}
         for item in record.get("answers") or ():
             if of := named(item["answers"]):
                 items.setdefault(item["prompt"], {**item, "answers": {}})["answers"] |= of

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from ..config.fields import build
 from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.metrics import evaluating, perplexity_errors, perplexity_of
+from ..forward.metrics import evaluating, perplexity_margins, perplexity_of
 from ..record.report import RecoveryReport
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
@@ -172,12 +172,13 @@ def enter_measurements(
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
         if name == OTHER_TEXT:
             perplexity = {when: perplexity_of(each) for when, each in losses.items()}
-            tokens = int(pruned["tokens"].sum())
-            report.other |= {"perplexity": perplexity, "stderr": perplexity_errors(losses), "tokens": tokens}
+            counts = {"tokens": int(pruned["tokens"].sum()), "documents": len(pruned["loss"])}
+            report.other |= {"perplexity": perplexity, "margin": perplexity_margins(losses), **counts}
         elif name not in (ANSWERS, VALIDATION):
             report.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
-            report.perplexity_stderr[name] = perplexity_errors(losses)
+            report.perplexity_margin[name] = perplexity_margins(losses)
             report.perplexity_tokens[name] = int(pruned["tokens"].sum())
+            report.perplexity_documents[name] = len(pruned["loss"])
         if "kl" in pruned:
             pair = {"pruned": pruned, "recovered": after[name]}
             report.divergence[name] = {when: float(each["kl"].mean()) for when, each in pair.items()}

@@ -28,9 +28,9 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, an eighth of their number, in
-# about a fifth of the run. Each document gives one row, so that the standard error is one over documents.
-MOST, SHARE, ROW = 4096, 8, 57
+# So many tokens of other text are measured at most, and in a run that calibrates on few, a tenth of their number, which
+# takes less than a fifth of the run. Each document gives one row, as the margin of error is one over documents.
+MOST, SHARE, ROW = 4096, 10, 57
 # A run that calibrates on fewer tokens is a trial, and no model writes for it.
 LEAST_READ = 4096
 # Of so many times the documents that are needed, some are long enough.
@@ -40,8 +40,9 @@ HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
 
 
 class OtherText(NamedTuple):
-    """Where other text is from, the beginnings of its documents, shape `(tokens,)` behind a prefix, and the entries of
-    a manifest, by which nothing counts or reads it.
+    """The source of other text, the beginnings of its documents, and its entries in a manifest.
+
+    A beginning has the shape `(tokens,)`, behind a prefix. By the entries, nothing counts or reads the documents.
     """
 
     source: str
@@ -92,7 +93,9 @@ def _rows(
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """What the dense model writes at a temperature of 1, in the languages that a config names."""
+    """Yields text that the dense model writes at a temperature of 1, in the languages that a config names, or else in
+    English behind openings of many kinds.
+    """
     from ..domains.generated import self_documents
     from ..vocabulary.languages import openings
 

@@ -1,7 +1,6 @@
 """Evaluation: metrics against their definitions, and held-out text."""
 
 import warnings
-from math import isnan
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner, evaluate, perplexity
 from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import compare, perplexity_of, sample_losses, standard_error
+from optimum_structprune.forward.metrics import compare, margin_of_error, perplexity_of, sample_losses
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +136,18 @@ def test_what_evaluate_refuses(pair, folder):
         evaluate(other, tokenizer(), [domain], seq_length=24)
 
 
-def test_errors_of_perplexities_are_those_of_the_samples():
+def test_margins_of_perplexities_are_those_of_the_documents():
     model, dense = build("llama-tied", 0), build("llama-tied", 1)
     domain = DomainConfig("a", documents(40))
     found = evaluate(model, tokenizer(), [domain], dense=dense, seq_length=24, num_samples=6, batch_size=4)
-    samples = read_heldout(domain, tokenizer(), 24, 6).samples
+    heldout = read_heldout(domain, tokenizer(), 24, 6)
+    samples, numbers = heldout.samples, document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
+    assert found.perplexity_documents["a"] == len(numbers.unique()) <= len(heldout.documents)
     mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (model, dense))
     for which, losses in (("model", mine), ("dense", theirs), ("ratio", mine - theirs)):
-        expected = float(losses.mean().exp() * losses.std() / 6**0.5)
-        assert found.perplexity_stderr["a"][which] == pytest.approx(expected, rel=1e-6)
+        expected = float(losses.mean().exp()) * margin_of_error(losses, numbers)
+        assert found.perplexity_margin["a"][which] == pytest.approx(expected, rel=1e-6)
     assert " ± " in str(found).splitlines()[1]
-    assert isnan(standard_error(mine[:4])) and not isnan(standard_error(mine[:5]))
     alone = evaluate(model, tokenizer(), [domain], seq_length=24, num_samples=4)
     assert "±" not in str(alone).splitlines()[1]
 

@@ -144,10 +144,10 @@ def test_the_same_vectors_lose_nothing_and_others_what_is_counted():
     vectors[0] = -vectors[0]
     figures = embedding_figures(vectors, dense, others, others)
     assert figures["cosine"] == pytest.approx(28 / 30) and figures["cosine_worst"] == pytest.approx(-1)
-    assert figures["cosine_p5"] == pytest.approx(1) and figures["cosine_stderr"] == pytest.approx(2 / 30, rel=0.01)
+    assert figures["cosine_p5"] == pytest.approx(1) and figures["cosine_margin"] == pytest.approx(2 / 30, rel=0.01)
     assert 0.5 < figures["neighbours"] < 1
     unrelated = embedding_figures(random_vectors(500, seed=2), random_vectors(500, seed=3), others[:0], others[:0])
-    assert unrelated["neighbours"] == pytest.approx(NEAREST / 499, abs=4 * unrelated["neighbours_stderr"])
+    assert unrelated["neighbours"] == pytest.approx(NEAREST / 499, abs=4 * unrelated["neighbours_margin"])
 
 
 def test_the_error_counts_texts_that_resemble_each_other_once():

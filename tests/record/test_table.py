@@ -1,4 +1,4 @@
-"""What a table shows of a figure is as exact as its standard error, and every form shows the same."""
+"""What a table shows of a figure is as exact as its margin of error, and every form shows the same."""
 
 import csv
 import io
@@ -10,30 +10,33 @@ from hypothesis import strategies as st
 from optimum_structprune.record.table import as_csv, as_text, models_of, quality_rows, side_by_side, speed_rows
 
 
-def of(ratio, stderr=None, tokens=9_000, names=("a",)):
+def of(ratio, margin=None, documents=90, names=("a",)):
     """A report of a perplexity that grew from 10 by a factor on each text."""
     both = {"before": 10.0, "after": 10.0 * ratio}
-    errors = {} if stderr is None else {name: {"ratio": stderr} for name in names}
-    counts = dict.fromkeys(names, tokens)
-    return {"perplexity": dict.fromkeys(names, both), "perplexity_stderr": errors, "perplexity_tokens": counts}
+    margins = {} if margin is None else {name: {"ratio": margin} for name in names}
+    counts = {
+        "perplexity_tokens": dict.fromkeys(names, 9_000),
+        "perplexity_documents": dict.fromkeys(names, documents),
+    }
+    return {"perplexity": dict.fromkeys(names, both), "perplexity_margin": margins, **counts}
 
 
-@pytest.mark.parametrize(("error", "shown"), [
+@pytest.mark.parametrize(("margin", "shown"), [
     (0.2, "x 1.5 ± 0.2"), (0.04, "x 1.50 ± 0.04"), (0.0004, "x 1.500 ± 0.000"), (2.0, "x 2 ± 2"), (None, "x 1.500"),
 ])  # fmt: skip
-def test_digits_follow_the_standard_error(error, shown):
-    assert quality_rows(of(1.5, error))[0].cells()[-1] == shown
+def test_digits_follow_the_margin_of_error(margin, shown):
+    assert quality_rows(of(1.5, margin))[0].cells()[-1] == shown
 
 
-def test_a_few_tokens_without_an_error_give_one_digit():
-    assert quality_rows(of(1.23, tokens=1_000))[0].cells()[-1] == "x 1.2 rough"
+def test_a_few_documents_without_a_margin_give_one_digit():
+    assert quality_rows(of(1.23, documents=4))[0].cells()[-1] == "x 1.2 rough"
 
 
 @pytest.mark.parametrize("kinds", [2, 4, 9])
-def test_the_error_of_a_mean_is_that_of_one_text_over_the_root_of_their_number(kinds):
+def test_the_margin_of_a_mean_is_that_of_one_text_over_the_root_of_their_number(kinds):
     *_, mean = quality_rows(of(2, 0.3, names=[f"text {n}" for n in range(kinds)]))
     assert mean.label.strip() == "geometric mean" and mean.ratio == pytest.approx(2)
-    assert mean.errors[-1] == pytest.approx(0.3 / kinds**0.5)
+    assert mean.margins[-1] == pytest.approx(0.3 / kinds**0.5)
 
 
 @given(st.lists(st.floats(0.5, 3), min_size=1, max_size=4))

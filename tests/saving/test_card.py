@@ -36,7 +36,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 
 def with_error(form: str, value: float, error: float) -> str:
-    """A value and its standard error, with the digits up to the first one of the error."""
+    """A value and its margin of error, with the digits up to the first one of the margin."""
     digits = next(digits for digits in (0, 1, 2, 3) if digits == 3 or error * 10**digits >= 1)
     return form.format(value, digits, error, digits)
 
@@ -47,9 +47,9 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cards")
     build("llama-tied").save_pretrained(folder / "dense")
     (folder / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
-    domains = [DomainConfig("a", documents(60)), DomainConfig("b", documents(60, seed=1), weight=3.0)]
+    domains = [DomainConfig("a", documents(240)), DomainConfig("b", documents(240, seed=1), weight=3.0)]
     for name, fields in (("slim", {}), ("uneven", {"sparsity": 0.3, "allocation": "global", "round_to": 1})):
-        pruner = StructPruner(config(domains=domains, num_samples=40, **fields))
+        pruner = StructPruner(config(domains=domains, num_samples=240, **fields))
         pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
         pruner.save(pruned, folder / name, tokenizer())
     return folder
@@ -69,11 +69,12 @@ def test_it_says_what_the_records_say(desk):
     for (name, dense, pruned, ratio), (domain, ppl) in zip(
         found["What it loses and gains"][2:4], report["perplexity"].items(), strict=True
     ):
-        errors = report["perplexity_stderr"][domain]
+        errors = report["perplexity_margin"][domain]
         assert name == f"perplexity {domain} ({report['perplexity_tokens'][domain]:,} tokens)"
         assert dense == with_error("{:,.{}f} ± {:.{}f}", ppl["before"], errors["before"])
         assert pruned == with_error("{:,.{}f} ± {:.{}f}", ppl["after"], errors["after"])
-        assert ratio == with_error("x {:.{}f} ± {:.{}f} rough", ppl["after"] / ppl["before"], errors["ratio"])
+        change = with_error("x {:.{}f} ± {:.{}f}", ppl["after"] / ppl["before"], errors["ratio"])
+        assert ratio.removesuffix(" rough") == change
     *figures, advice = map(escaped, verdict(report))
     assert f"{figures[0]}." in card.text and f"**{advice[0].upper()}{advice[1:]}.**" in card.text
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]

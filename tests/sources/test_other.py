@@ -23,9 +23,9 @@ def short(tmp_path, monkeypatch):
     """Few tokens are written and kept, in a folder of this test, and the Hub is not asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
-    for name, number in {"LEAST_READ": 64, "ROW": 17, "MOST": 160}.items():
+    for name, number in {"LEAST_READ": 64, "MOST": 560}.items():
         monkeypatch.setattr(other, name, number)
 
 
@@ -47,7 +47,7 @@ def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, read
     domains = [DomainConfig(name="a", source=source)]
     (_, _, tokenizer, loaded), (where, rows, (entry,)) = read(writer, domains=domains, general_share=0.0)
     assert where == ("built-in" if reads else "model-written")
-    assert len(rows) >= FEWEST and {len(row) for row in rows} == {17}
+    assert len(rows) >= FEWEST and {len(row) for row in rows} == {other.ROW}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
     assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
     chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.probe_or_heldout]))
@@ -61,8 +61,8 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     pruner.prune_model(model, tokenizer)
     measured = pruner.report.other
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert measured["source"] == "model-written" and measured["tokens"] == 96 and measured["stderr"]["ratio"] < 1e-4
-    assert "perplexity other text, model-written (96 tokens)" in str(pruner.report)
+    assert measured["source"] == "model-written" and measured["documents"] == FEWEST and measured["margin"]["ratio"] < 1e-4
+    assert f"perplexity other text, model-written ({FEWEST * (other.ROW - 1)} tokens)" in str(pruner.report)
     assert "other text x 1.00" in str(pruner.report)
 
 
