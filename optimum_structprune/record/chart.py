@@ -13,6 +13,7 @@ from .remarks import LOSES, MOST_SHOWN, judged, known_ratios
 from .table import RATIO, as_number, quality_rows
 
 
+CHART_NAME = "chart.svg"
 LEFT, RIGHT, LINE = 112, 244, 22  # the ends of the scale and the height of a row, in pixels of a picture 360 wide
 KINDS, OTHER = "calibrated on: perplexity, × dense", "other text: perplexity, × dense"
 COLOURS = {KINDS: "#2a8f6d", OTHER: "#d9730d"}
@@ -24,7 +25,10 @@ STYLE = (
 
 def chart(report: Mapping[str, Any]) -> str:
     """Draws the losses in a report as SVG; empty where nothing was measured."""
-    marks = [*_marks(report)]
+    marks = [
+        (group, name, value, margin if margin is not None and isfinite(margin) else 0.0)
+        for group, name, value, margin in _marks(report)
+    ]
     low = min((value - margin for *_, value, margin in marks), default=1.0)
     high = max((value + margin for *_, value, margin in marks), default=1.0)
     low, scale = min(low, 1.0), (RIGHT - LEFT) / (max(high, 1.0, low + 0.01) - min(low, 1.0))
@@ -46,25 +50,23 @@ def chart(report: Mapping[str, Any]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{drawn}{note}</svg>\n' * bool(marks)
 
 
-def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
     """Yields the group, name, value and margin of error of each kind of text and of some languages.
 
-    A margin that is not known is 0. The languages are those that lose most.
+    The languages are those that lose most.
     """
     for row in quality_rows(judged(report)):
         figure, _, name = row.label.partition(" ")
         if figure == "perplexity" and row.change == RATIO and row.ratio:
             group = OTHER if name.startswith("other text, ") else KINDS
-            yield group, name.removeprefix("other text, "), row.ratio, _drawn(*row.margins[-1:])
+            yield group, name.removeprefix("other text, "), row.ratio, row.margins[-1] if row.margins else None
     by_domain, by_code = report.get("embeddings") or {}, report.get("languages") or {}
     cosines = {code: of for code, of in by_code.items() if of.get("cosine")}
     lowest = sorted(cosines, key=lambda code: cosines[code]["cosine"])[:MOST_SHOWN]
     vectors = [("cosine to the dense model", name, of["after"]) for name, of in by_domain.items()]
     vectors += [("cosine by language, lowest first", LANGUAGES[code], cosines[code]) for code in lowest]
-    yield from ((*names, of["cosine"], _drawn(of.get("cosine_margin"))) for *names, of in vectors if of.get("cosine"))
-    losing = [(code, ratio) for code, ratio in known_ratios(by_code).items() if ratio > LOSES and not cosines]
-    yield from (("languages that lose, × dense", LANGUAGES[code], ratio, 0.0) for code, ratio in losing[:MOST_SHOWN])
-
-
-def _drawn(margin: float | None = None) -> float:
-    return margin if margin is not None and isfinite(margin) else 0.0
+    for group, name, near in vectors:
+        if near.get("cosine"):
+            yield group, name, near["cosine"], near.get("cosine_margin")
+    losing = [pair for pair in known_ratios(by_code).items() if pair[1] > LOSES] if by_code and not cosines else []
+    yield from (("languages that lose, × dense", LANGUAGES[code], ratio, None) for code, ratio in losing[:MOST_SHOWN])

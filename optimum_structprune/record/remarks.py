@@ -128,7 +128,10 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"tokens that stay, by reason: {', '.join(counts)}"
         if unreadable := _by_number(trimmed["unreadable"]):
             yield f"letters that cannot be read now, by script: {unreadable}"
-    yield from _languages(report)
+    if scripts := report.get("scripts"):
+        yield f"tokens that are gone, by script: {_by_number(scripts)}"
+    if by_code := report.get("languages"):
+        yield from _languages(by_code)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
         by_kind = shape["widths"].items()
@@ -144,7 +147,7 @@ def measurements_text(record: Mapping[str, Any]) -> str:
     if record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
         lines.append(f"{OVER}; samples of {record['seq_length']} tokens{head}")
-    lines += [TEXTS, *_languages(record)] if record.get("embeddings") else []
+    lines += [TEXTS, *_languages(record.get("languages") or {})] if record.get("embeddings") else []
     lines += [speed_remark(record)] if record.get("run_memory") else []
     answers = map(as_lines, sample_items(record.get("answers") or ()))
     warnings = map("warning: {}".format, record.get("warnings") or ())
@@ -160,14 +163,6 @@ def speed_remark(record: Mapping[str, Any]) -> str:
     )
 
 
-def _languages(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the scripts and languages that a smaller vocabulary is hard on."""
-    if scripts := _by_number(report.get("scripts") or {}):
-        yield f"tokens that are gone, by script: {scripts}"
-    if by_code := report.get("languages"):
-        yield from _cost_by_language(by_code)
-
-
 def _by_number(scripts: Mapping[str, int]) -> str:
     """Names the scripts of most tokens."""
     first = sorted(scripts.items(), key=lambda pair: -pair[1])
@@ -175,7 +170,7 @@ def _by_number(scripts: Mapping[str, int]) -> str:
     return shown + f" and {len(first) - MOST_SHOWN} others" * (len(first) > MOST_SHOWN)
 
 
-def _cost_by_language(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _languages(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yields the cost of the languages to keep, and of those that the dense model knew."""
     by_code = {code: cost for code, cost in by_code.items() if cost.get("after") is not None}
     if not by_code:

@@ -28,6 +28,7 @@ from ..config.recovery import RATES, RecoveryConfig
 from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
 from ..record.answers import Items, outcome, remark, sample_items
+from ..record.chart import CHART_NAME, chart
 from ..record.remarks import remarks, removal_phrases, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..record.table import Row, cells, escaped, markdown, models_of, quality_rows, size_rows, speed_rows
@@ -144,6 +145,7 @@ def result_text(
         removed=list(removal_phrases(report)),
         counts=report.get("parameters"),
         verdict=list(map(sentence, verdict(report))) if is_sized else [],
+        picture=CHART_NAME if chart(report) else "",
         sizes=_table(report, sizes, recovery) if sizes else [],
         tables={name: _table(measured[name], found, recovery) for name, found in rows.items() if found},
         notes=_notes(records),
@@ -287,6 +289,8 @@ def leave_card(
     """Write the card of a result in its working folder; if it cannot be made, only warn."""
     with warn_on_error(output, CARD):
         replace_text(folder / CARD, model_card(folder, resolved(output).name, config, dense, arch_file))
+        if picture := chart(Records.read(folder).report):
+            replace_text(folder / CHART_NAME, picture)
 
 
 def model_card(

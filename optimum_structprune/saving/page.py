@@ -11,6 +11,7 @@ from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
 from ..errors import StructPruneError
+from ..record.chart import chart
 from ..record.report import REPORT_NAME
 from ..system.processes import is_first_rank
 from ..written import check_unchanged, replace_text, warn_on_error
@@ -37,8 +38,9 @@ def page(folder: str | Path, dense: str = "") -> str:
         text = result_text(records, title, named, dense, str(folder), f"{folder}-again")
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise StructPruneError(f"{folder}: a record is not what this package writes: {error!r}.") from error
-    body = MarkdownIt("js-default").render(text)  # which takes no HTML
-    body = re.sub(r"<tr>\n<td>(.*)</td>", r'<tr>\n<th scope="row">\1</th>', body)
+    markdown = MarkdownIt("js-default")  # without HTML of others
+    markdown.add_render_rule("image", lambda *_: chart(records.report))
+    body = re.sub(r"<tr>\n<td>(.*)</td>", r'<tr>\n<th scope="row">\1</th>', markdown.render(text))
     shell = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return shell.substitute(title=escape(title), body=body)
 

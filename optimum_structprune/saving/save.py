@@ -50,7 +50,7 @@ MAX_DIFFERENCE = 1e-4
 MAX_STEPS_OF_DTYPE = 4
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
 OWN_FILES = re.compile(
-    r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
+    r"\..*|__pycache__|additional_chat_templates|README\.md|chart\.svg|report\.(html|json)|"
     r"(config|generation_config|evaluation|speed|written_files)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r"(?!\w+_linear\.pt).+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -28,8 +28,8 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, a tenth of their number, which
-# takes less than a fifth of the run. Each document gives one row, as the margin of error is one over documents.
+# So many tokens of other text are measured at most, and in a run that calibrates on few, a tenth of their number: less
+# than a fifth of the run. Each document gives one row, as the margin of error is one over documents.
 MOST, SHARE, ROW = 4096, 10, 57
 # A run that calibrates on fewer tokens is a trial, and no model writes for it.
 LEAST_READ = 4096
@@ -70,24 +70,19 @@ def other_text(
     beside = builtin_beside(named, bool(config.trims) and not config.languages)
     sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
     for where, texts in sources.items():
+        found: dict[str, Tensor] = {}  # the beginnings of those that are long enough, by the hash of the document
         with suppress(StructPruneError):  # no network, or a model that writes nothing of use
-            rows = _rows(islice(texts(), PATIENCE * count), tokenizer, row, used)
-            if len(found := [*islice(rows, count)]) >= min(count, FEWEST):
-                beginnings, names = zip(*found, strict=True)
-                together = torch.stack(beginnings)
-                entry = Entry.of(Domain(OTHER, 0.0, together[:0], together, heldout_documents=names), JUDGED)
-                return OtherText(where, beginnings, [entry])
+            for text in islice(texts(), PATIENCE * count):
+                ids, name = tokenize_with_prefix(text, tokenizer), document_hash(text)
+                if len(ids) >= row and name not in used:
+                    found[name] = torch.tensor(ids[:row])
+                if len(found) == count:
+                    break
+        if len(found) >= min(count, FEWEST):
+            together = torch.stack([*found.values()])
+            entry = Entry.of(Domain(OTHER, 0.0, together[:0], together, heldout_documents=tuple(found)), JUDGED)
+            return OtherText(where, [*together], [entry])
     return OtherText(BUILTIN)
-
-
-def _rows(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, used: Collection[str]
-) -> Iterator[tuple[Tensor, str]]:
-    """The beginnings of texts that are long enough and not `used`, and their hashes."""
-    for text in texts:
-        ids, name = tokenize_with_prefix(text, tokenizer), document_hash(text)
-        if len(ids) >= length and name not in used:
-            yield torch.tensor(ids[:length]), name
 
 
 def _written(

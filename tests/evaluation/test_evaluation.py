@@ -91,7 +91,7 @@ def test_evaluate(pair, folder):
     alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
     assert alone.perplexity == {"a": {"model": pytest.approx(both["model"], rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
-    assert str(alone).endswith("samples or more of 24 tokens, each begun with '<s>'")
+    assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
 
 
 def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
@@ -138,11 +138,11 @@ def test_what_evaluate_refuses(pair, folder):
 
 def test_margins_of_perplexities_are_those_of_the_documents():
     model, dense = build("llama-tied", 0), build("llama-tied", 1)
-    domain = DomainConfig("a", documents(40))
-    found = evaluate(model, tokenizer(), [domain], dense=dense, seq_length=24, num_samples=6, batch_size=4)
-    heldout = read_heldout(domain, tokenizer(), 24, 6)
+    domain = DomainConfig("a", documents(90))
+    found = evaluate(model, tokenizer(), [domain], dense=dense, seq_length=24, num_samples=40, batch_size=4)
+    heldout = read_heldout(domain, tokenizer(), 24, 40)
     samples, numbers = heldout.samples, document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
-    assert found.perplexity_documents["a"] == len(numbers.unique()) <= len(heldout.documents)
+    assert found.perplexity_documents["a"] == len(numbers.unique()) <= len(heldout.documents) < 40
     mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (model, dense))
     for which, losses in (("model", mine), ("dense", theirs), ("ratio", mine - theirs)):
         expected = float(losses.mean().exp()) * margin_of_error(losses, numbers)

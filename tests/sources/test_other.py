@@ -61,7 +61,11 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     pruner.prune_model(model, tokenizer)
     measured = pruner.report.other
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert measured["source"] == "model-written" and measured["documents"] == FEWEST and measured["margin"]["ratio"] < 1e-4
+    assert (
+        measured["source"] == "model-written"
+        and measured["documents"] == FEWEST
+        and measured["margin"]["ratio"] < 1e-4
+    )
     assert f"perplexity other text, model-written ({FEWEST * (other.ROW - 1)} tokens)" in str(pruner.report)
     assert "other text x 1.00" in str(pruner.report)
 
@@ -93,7 +97,7 @@ def test_words_that_are_spelled_as_before_do_not_count(writer):
 def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
     asked = []
     texts = [
-        f"Text number {n} of the Hub, and it is long enough to be of use: {n * n} and {n**3}." for n in range(120)
+        f"Text number {n} of the Hub, and it is long enough to be of use: {n * n} and {n**3}. " * 2 for n in range(120)
     ]
 
     def documents(domain, *more):
