@@ -6,7 +6,6 @@ section 3.1).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, inf, log
@@ -220,28 +219,24 @@ def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> di
     """The first of some batches and those after it, one written by each process, which are kept on the disk."""
     own = batches[process_index() : process_index() + 1]
     with unshared():
-        documents = [author.write(batch) for batch in own]
-    written = {batch: texts for batch, (texts,) in zip(batches, filter(None, gather_objects(documents)), strict=False)}
-    if process_index() == 0:
-        _append(path, written)
-    return written
-
-
-def _read(path: Path) -> dict[range, list[Document]]:
-    """The batches in a cache file by the numbers of their documents."""
-    batches = {}
-    for batch in whole_lines(path):
-        with suppress(ValueError, KeyError, TypeError):
-            batches[range(*batch["numbers"])] = [Document.joined(map(tuple, parts)) for parts in batch["documents"]]
-    return batches
-
-
-def _append(path: Path, batches: dict[range, list[Document]]) -> None:
+        texts = [author.write(batch) for batch in own]
+    written = {batch: own for batch, (own,) in zip(batches, filter(None, gather_objects(texts)), strict=False)}
+    if process_index() != 0:
+        return written
     try:
-        for batch, documents in batches.items():
+        for batch, documents in written.items():
             parts = [list(document.parts()) for document in documents]
             append_line(path, {"numbers": [batch.start, batch.stop], "documents": parts})
     except OSError as error:
         raise StructPruneError(
             f"Self-written text cannot be kept in {path.parent} ({error}); set HF_HOME to another folder."
         ) from error
+    return written
+
+
+def _read(path: Path) -> dict[range, list[Document]]:
+    """Gives the batches in a cache file by the numbers of their documents."""
+    return {
+        range(*batch["numbers"]): [Document.joined(map(tuple, parts)) for parts in batch["documents"]]
+        for batch in whole_lines(path)
+    }

@@ -182,17 +182,15 @@ def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 
 @dataclass(frozen=True)
 class Domain:
-    """A calibration domain as token ids, each of shape `(samples, seq_length)`; a document has one use in all domains.
+    """A calibration domain as token ids. Each document has one use, in all domains.
 
     Attributes:
-        name: The name of the domain.
-        weight: Its share of all domains, which sum to 1.
-        samples: The samples that calibrate.
-        heldout: The samples that the report measures.
+        weight: The domain's share of all domains.
+        samples, heldout, probe: Samples that calibrate, that the report measures, and that choices are made on, each
+            of shape `(samples, seq_length)`.
         mask: The tokens of `samples` that calibrate; None for all.
         origin: The config of the domain; None for inputs that were given.
         documents, heldout_documents, probe_documents: The hashes of the documents of each use.
-        probe: The samples that choices are made on; None where nothing is chosen.
     """
 
     name: str
