@@ -37,8 +37,6 @@ FORM = (
     'is no question, which has a "prompt" or "messages", and in "right" a regular expression that right answers match '
     '("" accepts all)'
 )
-# After so many tokens, the answers that have ended leave the batch.
-PIECE_TOKENS = 40
 AT_ONCE = 32  # answers that are written together at least
 # The short check of `prune` and `recover`: the first questions, the tokens of an answer, and those that a run reads at
 # least: one that reads fewer is a trial of the command, and would mostly answer.
@@ -104,19 +102,19 @@ def ask(
     prompts = [question.ids(tokenizer) for question in questions]
     check_positions(model, max_new_tokens, f"max_new_tokens={max_new_tokens}", max(map(len, prompts)))
     answers: list[list[int]] = [[] for _ in prompts]
-    going, ended = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set()
-    rooms = [min(PIECE_TOKENS, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE_TOKENS)]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     with evaluating(model), stage("answers"):
-        for room in progress(rooms, desc="answering"):
-            for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
-                rows = [[*prompts[n], *answers[n]] for n in batch]
-                texts = continuations(model, tokenizer, rows, {**GREEDY, "max_new_tokens": room})
-                for n, ids in zip(batch, texts, strict=True):
-                    answers[n] += ids
-                    ended |= {n} if len(ids) < room else set()
-            going = [n for n in going if n not in ended]
+        for start in progress(range(0, len(order), batch_size), desc="answering"):
+            batch = order[start : start + batch_size]
+            settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+            texts = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            for number, ids in zip(batch, texts, strict=True):
+                answers[number] = ids
     chats, decoded = bool(tokenizer.chat_template), tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [_judged(question, answers[n], decoded[n], n in ended, chats) for n, question in enumerate(questions)]
+    return [
+        _judged(question, ids, text, len(ids) < max_new_tokens, chats)
+        for question, ids, text in zip(questions, answers, decoded, strict=True)
+    ]
 
 
 def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats: bool) -> Answer:
