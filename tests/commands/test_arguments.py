@@ -140,19 +140,15 @@ def test_flags_override_the_file(tmp_path):
     config = pruning_config(parsed(*line, *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.answer_share) == (500, 0.25)
+    (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")  # all of which another amount replaces
+    for amount, widths in ((["--seed", "1"], {"mlp": 8, "attention": 2}), (["--width", "mlp=9"], {"mlp": 9})):
+        given = pruning_config(parsed(*line, *amount))
+        assert given.widths == widths
     assert [(d.name, d.source, d.weight) for d in config.domains] == [
         ("a", "x@y.txt", 0.5),
         ("b", "c@d.txt", 1.0),
         ("m", "self:math", 2.0),
     ]
-
-
-def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
-    (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")
-    line = ["m", "o", "--config", str(tmp_path / "run.yaml")]
-    assert pruning_config(parsed("prune", *line)).widths == {"mlp": 8, "attention": 2}
-    assert pruning_config(parsed("prune", *line, "--width", "mlp=9")).widths == {"mlp": 9}
-    assert pruning_config(parsed("prune", *line, "--sparsity", "0.3")).sparsity == 0.3
 
 
 def test_flags_of_recovery_override_the_file(tmp_path):

@@ -120,19 +120,6 @@ def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     assert len(loaded) == 3
 
 
-def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
-    monkeypatch.setattr(Loading, "model", None)
-    monkeypatch.chdir(folder)
-    for line, message in (
-        (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
-        (["--csv", "dense/config.json"], "--csv dense/config.json exists; name another file, or replace it with"),
-        (["--json", "dense/config.json"], "--json dense/config.json exists; name another file, or replace it with"),
-        (["/nowhere/model"], "/nowhere/model"),
-    ):
-        assert main(["evaluate", str(folder / "dense"), *line]) == 2
-        assert message in error_line(capsys)
-
-
 @pytest.mark.slow
 def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     dense, other = str(folder / "dense"), str(folder / "small")

@@ -85,7 +85,8 @@ def test_every_place_refuses_a_tokenizer_of_as_many_other_tokens_before_text_is_
 def test_what_a_run_has_returned_is_read_by_the_tokenizer_of_the_run():
     model, other = build("llama-tied"), with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
     pruned = prune_model(model, config(), tokenizer())
-    for known in (model, pruned, recover(pruned, tokenizer(), recovery_config(tokens=96))):
+    copied = deepcopy(pruned)
+    for known in (model, copied, recover(pruned, tokenizer(), recovery_config(tokens=96))):
         with pytest.raises(StructPruneError, match=OTHERS):
             evaluate(known, other, TEXT, seq_length=24)
 
