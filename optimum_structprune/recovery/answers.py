@@ -13,9 +13,7 @@ from random import Random
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of
-from ..arch.modules import blocks
 from ..config.domains import template_fields
 from ..config.fields import read_yaml
 from ..domains.packing import prompt_ids
@@ -121,7 +119,7 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
 
     def write(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         room = int(min(length, positions_of(model) - max(map(len, prompts))))
-        with evaluating(model), in_fast_dtype(blocks(model)), stage("writing"):
+        with evaluating(model), stage("writing"):
             return sampled_continuations(model, tokenizer, prompts, room, TEMPERATURE, seed)
 
     return write

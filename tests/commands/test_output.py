@@ -87,13 +87,6 @@ def test_a_file_that_exists_is_replaced_only_on_request_whatever_is_in_it(conten
         assert Path(file.name).read_bytes() == content
 
 
-def test_the_signal_to_end_is_like_an_interruption(folder, monkeypatch):
-    script = "import os, signal, sys; from optimum_structprune.commands import checks, cli\n"
-    script += "checks.check_flags = lambda args: os.kill(os.getpid(), signal.SIGTERM)\n"
-    script += f"sys.exit(cli.main(['inspect', {str(folder / 'model')!r}]))"
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 130
-
-
 def switches():
     return logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled(), datasets.is_progress_bar_enabled()
 
