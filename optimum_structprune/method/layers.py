@@ -71,6 +71,7 @@ class Gain(NamedTuple):
     factor: float
 
     def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `ResidualPath.to_fit`."""
         return x, error / self.factor, product
 
 

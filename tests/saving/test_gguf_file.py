@@ -2,7 +2,6 @@
 
 import json
 import re
-from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,9 +46,12 @@ def reader(pieces: bool) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def differing():
-    """A model whose layers differ in the widths of FFN and attention; no tokenizer is known of a copy."""
+    """A model whose layers differ in the widths of FFN and attention; no tokenizer is known of it."""
     widths = {"mlp": [24, 40], "attention": [4, 2]}
-    return deepcopy(StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer()))
+    pruned = StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer())
+    model = type(pruned)(pruned.config)
+    model.load_state_dict(pruned.state_dict())
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
