@@ -106,21 +106,23 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(pruned, run, tmp_
 
 @pytest.mark.parametrize(("case", "fields"), [
     ("pruned", {}),
+    ("taught", {"answer_share": 0.75}),
     ("pruned", {"train": "full", "lora": {}}),
     # In a checkpoint of the published format, each expert would have a name that the Trainer passes over.
     pytest.param("olmoe", {"train": "full", "lora": {}, "training": {"learning_rate": 1e-3}}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, tmp_path, monkeypatch, case, fields):
-    before = deepcopy(pruned) if case == "pruned" else build(case)
+    before = build(case) if case == "olmoe" else deepcopy(pruned)
+    teacher = build("llama-tied", seed=1) if case == "taught" else None
     next(before.parameters()).requires_grad_(False)
-    whole = recover(deepcopy(before), tokenizer(), settings(tmp_path / "whole", **fields))
+    whole = recover(deepcopy(before), tokenizer(), settings(tmp_path / "whole", **fields), teacher)
     model = deepcopy(before)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DistillTrainer, "compute_loss", failing(DistillTrainer.compute_loss, 6, KeyboardInterrupt()))
-        recover(model, tokenizer(), settings(tmp_path / "half", **fields))
+        recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher)
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
     assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in before.parameters()]
-    resumed = recover(model, tokenizer(), settings(tmp_path / "half", **fields), resume=True)
+    resumed = recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher, resume=True)
     assert same_weights(resumed, whole) and not same_weights(whole, before)
 
 
