@@ -28,7 +28,7 @@ from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import StructPruneError, warn
-from ..system.fingerprint import computing, weights_hash
+from ..system.fingerprint import weights_hash
 from .resume import model_of
 
 
@@ -177,15 +177,6 @@ def _check_tied(model: PeftModel) -> None:
                 "would not be the one that was trained; leave it out of lora['target_modules'] and "
                 "lora['modules_to_save'], or keep the adapter with merge=False."
             )
-
-
-def source_of(model: PreTrainedModel) -> str:
-    """Gives the name that a model was loaded by, or none if its sizes are others now."""
-    try:
-        there = type(model.config).from_pretrained(name := model.name_or_path or "")
-    except (OSError, ValueError):
-        return ""
-    return name if computing(there) == computing(model.config) else ""
 
 
 def name_base_(model: PeftModel, name: str) -> None:

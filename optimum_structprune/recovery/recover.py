@@ -32,7 +32,7 @@ from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from ..system.stages import stage
 from ..written import replace_json
-from .adapter import check_adapter, check_fits, lora_config, name_base_, source_of, trainable
+from .adapter import check_adapter, check_fits, lora_config, name_base_, trainable
 from .answers import read_prompts
 from .resume import TrainingInputs
 from .teacher import Teacher, load_teacher
@@ -53,7 +53,7 @@ class Recovery:
         callbacks: Further callbacks for the Trainer.
         pruned: The folder of the pruned model, whose pruning config, plan, report and manifest `save` copies where it
             has them, as they are when the recovery is made; an adapter names it as what it belongs to. By default an
-            adapter names what the model was loaded from, if it had not changed since.
+            adapter names what the model was loaded from, if it was not pruned since.
 
     Raises:
         StructPruneError: If `config` is no `RecoveryConfig`.
@@ -98,7 +98,8 @@ class Recovery:
         if teacher is not None:
             taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
         name = None if taught_by is None or taught_by.model is None else taught_by.model.name_or_path or ""
-        self._base, seen = str(self._pruned or source_of(model)), Manifest.seen_by(model)
+        loaded_from = "" if "prune_result" in vars(model) else model.name_or_path or ""  # it was pruned since
+        self._base, seen = str(self._pruned or loaded_from), Manifest.seen_by(model)
         if seen is None and MANIFEST_NAME in self._records:
             seen = Manifest.load(str(self._pruned))
         seed = self.pruning.seed if config.seed is None else config.seed

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import ceil
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -113,20 +112,13 @@ class DistillTrainer(Trainer):
     def outcome(self, seconds: float) -> RecoveryReport:
         """Report a training of so many seconds: tokens, steps, and the step that is kept."""
         return RecoveryReport(
-            tokens=self.tokens_seen(),
+            tokens=round((self.state.epoch or 0) * len(self.data.samples)) * tokens_in(self.data.samples[0]),
             steps=self.state.global_step,
             seconds=seconds,
             stopped=self.stopped,
             kept_step=self.state.best_global_step or self.state.global_step,
             learning_rate=self.args.learning_rate,
         )
-
-    def tokens_seen(self) -> int:
-        """Count the tokens in the loss; a sample that fills up a last batch counts once an epoch."""
-        arguments, samples = self.args, cast("Any", self.train_dataset)
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        seen = min(self.state.global_step * batch, len(samples) * ceil(self.state.epoch or 0))
-        return seen * tokens_in(samples[0]) if seen else 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any

@@ -2,7 +2,6 @@
 
 import json
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,16 +304,6 @@ def test_an_offloaded_teacher_teaches_the_same(pruned):
     cpu_offload(teacher, execution_device=torch.device("cpu"))
     assert teacher.device.type == "meta"
     torch.testing.assert_close(logits(recover(pruned, tokenizer(), few, teacher=teacher)), logits(expected))
-
-
-def test_tokens_are_those_that_count_in_the_loss():
-    # Of two processes with 4 samples each, the last batch of 10 samples is filled up.
-    samples = [{"targets": torch.tensor([-100, *[5] * 24])}] * 10
-    arguments = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, world_size=2)
-    for epoch, steps, tokens in ((1.0, 2, 240), (0.5, 1, 192), (2.0, 4, 480)):
-        state = SimpleNamespace(epoch=epoch, global_step=steps)
-        trainer = SimpleNamespace(train_dataset=samples, state=state, args=arguments)
-        assert DistillTrainer.tokens_seen(trainer) == tokens
 
 
 # --- the training text: shares by weight and nothing that was held out
