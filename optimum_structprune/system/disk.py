@@ -181,7 +181,7 @@ class GGUFOutput(Output):
 
 @contextmanager
 def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
-    """Lock an output inside `with`; gives False if this thread holds it already, further out."""
+    """Lock an output inside `with`; gives True if it is locked here and was not before, further out."""
     name = path.with_name(f".{path.name}.lock")
     lock = FileLock(name, timeout=LOCK_SECONDS, is_singleton=True)
     if lock.is_locked:

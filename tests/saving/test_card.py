@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, export_uniform
 from optimum_structprune.record.remarks import verdict
 from optimum_structprune.record.table import escaped
 from optimum_structprune.saving.card import model_card
@@ -134,19 +134,6 @@ def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_
     assert is_unchanged(tmp_path / "padded" / "README.md")
     assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
     assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
-
-
-def test_words_of_the_user_are_never_overwritten(tmp_path):
-    pruner = StructPruner(config())
-    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
-    for _ in range(2):
-        pruner.save(pruned, tmp_path / "out", overwrite=True)
-    card = tmp_path / "out" / "README.md"
-    for words in ("my own", card.read_text().replace("## Limits", "## My limits")):
-        card.write_text(words)
-        with pytest.raises(StructPruneError, match="not as structprune wrote it .README.md."):
-            pruner.save(pruned, tmp_path / "out", overwrite=True)
-        assert card.read_text() == words
 
 
 ACTIVE = ("![t](https://e.vil/t.png)", "[win](javascript:alert(1))", "<b>bold</b>", "<https://e.vil>", "`` ` ```")
