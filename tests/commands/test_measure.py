@@ -55,7 +55,7 @@ def test_models_side_by_side(folder, capsys):
         assert found["cache_per_token"][name] == 2 * 4 * heads
         assert found["figures"][name]["right"] == float(rows[name]["answers right"]) == 0.25
         assert [item["answers"][name]["right"] for item in found["answers"]] == [True, False, False, False]
-        assert f"{model.num_parameters():,}" in shown and f"{found['perplexity']['a'][name]:.2f}" in shown
+        assert f"{model.num_parameters():,}" in shown
     samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
     assert float(rows["dense"]["perplexity a"]) == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
 
