@@ -106,7 +106,7 @@ PLAN = {
 }  # fmt: skip
 ENTRY = {
     "name": "a", "origin": {"name": "a", "source": "x.txt"}, "weight": 0.5, "calibration_tokens": 5,
-    "evidence_tokens": 5, "heldout_tokens": 2, "samples_sha256": "00", "heldout_sha256": "01", "documents": ["02"],
+    "heldout_tokens": 2, "samples_sha256": "00", "heldout_sha256": "01", "documents": ["02"],
     "heldout_documents": ["03"],
 }  # fmt: skip
 MANIFEST = {

@@ -83,8 +83,6 @@ class DomainConfig(Serialisable):
         revision: The commit, tag or branch of a Hub dataset.
         template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; any other
             template is a text with column names, such as `"Question: {question}\nAnswer: {answer}"`.
-        answers_only: Whether evidence is taken from answers only: from what the assistant says in a chat, from the
-            last field of a template, from what the model wrote.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message
@@ -99,19 +97,13 @@ class DomainConfig(Serialisable):
     split: str = "train"
     revision: str | None = None
     template: str | None = validated_field(_template, default=None)
-    answers_only: bool = False
+    gone = {"answers_only": False}
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):
             self.source = str(self.source)
         elif isinstance(self.source, Iterator):
             self.source = Reiterable(self.source)
-
-    def validate_answers(self) -> None:
-        """Refuse `answers_only` where nothing tells the answers from the rest."""
-        preset = isinstance(self.source, str) and self.source.startswith(PRESET)
-        if self.answers_only and self.template is None and not (preset or written_by_model(self)):
-            raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; of a source in memory only the name of its class is kept."""

@@ -30,7 +30,7 @@ from ..system.processes import broadcast_object, gather_objects, process_index, 
 from ..system.stages import progress, stage
 from ..written import append_line, whole_lines
 from .packing import tokenize_with_prefix
-from .templates import Document, chat_text
+from .templates import chat_text
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
@@ -133,9 +133,9 @@ class _TextGenerator:
         """The file of what this model writes of a kind; it need not exist."""
         settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        return kept_text(name, fingerprint(self.model), *reader, *settings, self.prompts[:MAX_BATCH], self.seed)
+        return kept_text(name, fingerprint(self.model), *settings, *reader, self.prompts[:MAX_BATCH], self.seed)
 
-    def write(self, batch: range) -> list[Document]:
+    def write(self, batch: range) -> list[str]:
         """The documents of these numbers that pass the filters."""
         prompts = [self.prompts[i % len(self.prompts)] for i in batch]
         if self.chats:
@@ -149,7 +149,7 @@ class _TextGenerator:
         for prompt, ids, loss in of_use:
             if abs(loss - middle) <= log(MAX_PERPLEXITY_RATIO):
                 text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-                documents.append(Document.joined([(prompt if self.keeps else "", False), (text, True)]))
+                documents.append(prompt + text if self.keeps else text)
         return documents
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ def _varied(ids: Sequence[int]) -> bool:
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT_RUNS * len(runs)
 
 
-def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[Document]]:
+def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[str]]:
     """The first of some batches and those after it, one written by each process, which are kept on the disk."""
     own = batches[process_index() : process_index() + 1]
     with unshared():
@@ -225,8 +225,7 @@ def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> di
         return written
     try:
         for batch, documents in written.items():
-            parts = [list(document.parts()) for document in documents]
-            append_line(path, {"numbers": [batch.start, batch.stop], "documents": parts})
+            append_line(path, {"numbers": [batch.start, batch.stop], "documents": documents})
     except OSError as error:
         raise StructPruneError(
             f"Self-written text cannot be kept in {path.parent} ({error}); set HF_HOME to another folder."
@@ -234,9 +233,6 @@ def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> di
     return written
 
 
-def _read(path: Path) -> dict[range, list[Document]]:
+def _read(path: Path) -> dict[range, list[str]]:
     """Gives the batches in a cache file by the numbers of their documents."""
-    return {
-        range(*batch["numbers"]): [Document.joined(map(tuple, parts)) for parts in batch["documents"]]
-        for batch in whole_lines(path)
-    }
+    return {range(*batch["numbers"]): batch["documents"] for batch in whole_lines(path)}

@@ -103,7 +103,7 @@ def load_domains(
                 write_all = partial(write, tokens=packer.tokens(index)) if write else None
                 texts = documents(domain, config.seed, tokenizer, write_all)
                 at_once = 1 if written else DOCUMENTS_PER_CALL
-                pools[index] = DocumentPool(tokenised(texts, tokenizer, domain.answers_only, at_once))
+                pools[index] = DocumentPool(tokenised(texts, tokenizer, at_once))
         loaded |= packer.load(pools)
     return [loaded[index] for index in sorted(loaded)]
 
@@ -179,16 +179,11 @@ class _Packer:
         parts = [frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)]
         check_vocabulary(int(torch.cat([part.samples for part in parts]).max()), self.vocab_size)
         heldout, packed, probe, more = parts
-        if packed.mask is not None and not packed.mask.any():
-            raise StructPruneError(
-                f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
-            )
         return Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
             samples=packed.samples,
             heldout=torch.cat([heldout.samples, more.samples]),
-            mask=packed.mask,
             origin=domain,
             documents=packed.hashes,
             heldout_documents=heldout.hashes + more.hashes,

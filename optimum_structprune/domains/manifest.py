@@ -43,7 +43,6 @@ class Entry:
     origin: dict[str, Any]
     weight: Number
     calibration_tokens: int
-    evidence_tokens: int
     heldout_tokens: int
     samples_sha256: str
     heldout_sha256: str
@@ -63,7 +62,6 @@ class Entry:
             place_sha256="" if domain.origin is None else _place(domain.origin.source),
             weight=domain.weight,
             calibration_tokens=_count(domain.samples),
-            evidence_tokens=_count(domain.samples) if domain.mask is None else int(domain.mask.sum()),
             heldout_tokens=_count(domain.heldout),
             samples_sha256=tensor_hash(domain.samples),
             heldout_sha256=tensor_hash(domain.heldout),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
 from ..errors import StructPruneError
-from .templates import Document, chat_text
+from .templates import chat_text
 
 
 DOCUMENTS_PER_CALL = 32
@@ -25,23 +25,17 @@ MAX_PASSED_DOCUMENTS = 10_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document as token ids, which of them belong to an answer (None: nobody asks), and the SHA-256 of its text."""
+    """A document as token ids, and the SHA-256 of its text."""
 
     ids: list[int]
-    answers: list[bool] | None
     hash: str
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Samples of token ids, int64, shape `(num_samples, seq_length)`.
-
-    The `mask` has the same shape and marks the tokens that calibrate; None is all. The hashes are of the documents,
-    each once.
-    """
+    """Samples of token ids, shape `(num_samples, seq_length)`, and the hash of each document in them."""
 
     samples: Tensor
-    mask: Tensor | None
     hashes: tuple[str, ...]
 
 
@@ -82,25 +76,18 @@ class SampleFormat:
     def pack(self, documents: Iterable[Tokens], most: int) -> Packed:
         """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
         ids: list[int] = []
-        answers: list[bool] = []
         starts: list[tuple[int, str]] = []
-        masked = False
         for document in documents:
             if ids and self.eos is not None:
                 ids.append(self.eos)
-                answers.append(False)
             starts.append((len(ids), document.hash))
             ids += document.ids
-            answers += document.answers or [False] * len(document.ids)
-            masked = masked or document.answers is not None
         count = min(most, len(ids) // self.body)
         used = dict.fromkeys(name for start, name in starts if start < count * self.body)
-        mask = self._samples(answers, count, 0, torch.bool) if masked else None
-        return Packed(self._samples(ids, count, self.prefix or 0, torch.int64), mask, tuple(used))
-
-    def _samples(self, values: Sequence[int], count: int, head: int, dtype: torch.dtype) -> Tensor:
-        samples = torch.tensor(values[: count * self.body], dtype=dtype).view(count, self.body)
-        return samples if self.prefix is None else torch.cat([samples.new_full((count, 1), head), samples], dim=1)
+        samples = torch.tensor(ids[: count * self.body], dtype=torch.int64).view(count, self.body)
+        if self.prefix is not None:
+            samples = torch.cat([samples.new_full((count, 1), self.prefix), samples], dim=1)
+        return Packed(samples, tuple(used))
 
 
 class DocumentPool:
@@ -161,23 +148,12 @@ def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: P
 
 
 def tokenised(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, answers: bool = False, at_once: int = DOCUMENTS_PER_CALL
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, at_once: int = DOCUMENTS_PER_CALL
 ) -> Iterator[Tokens]:
-    """The tokens of documents; one that has none is left out."""
+    """Gives the tokens of documents. One that has none is left out."""
     while batch := list(islice(texts, at_once)):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_offsets_mapping=answers)
-        for i, text in enumerate(batch):
-            if ids := encoded["input_ids"][i]:
-                marks = _answers(text, encoded["offset_mapping"][i]) if answers else None
-                yield Tokens(ids, marks, document_hash(text))
-
-
-def _answers(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    inside = torch.zeros(len(text) + 1, dtype=torch.bool)
-    for start, end in text.answers if isinstance(text, Document) else ():
-        inside[start:end] = True
-    # A token counts if its last character does: the space before an answer's first word belongs to that word.
-    return [bool(end > start and inside[end - 1]) for start, end in offsets]
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (Tokens(ids, document_hash(text)) for ids, text in zip(encoded, batch, strict=True) if ids)
 
 
 @dataclass(frozen=True)
@@ -188,7 +164,7 @@ class Domain:
         weight: The domain's share of all domains.
         samples, heldout, probe: Samples that calibrate, that the report measures, and that choices are made on, each
             of shape `(samples, seq_length)`.
-        mask: The tokens of `samples` that calibrate; None for all.
+        mask: The tokens of `samples` that this process counts; None for all.
         origin: The config of the domain; None for inputs that were given.
         documents, heldout_documents, probe_documents: The hashes of the documents of each use.
     """

@@ -1,12 +1,11 @@
-"""From a row of data to a document: a text that knows which parts of it are answers."""
+"""From a row of data to a document, and files of conversations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import CHAT, DomainConfig, template_fields
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 
 Row = Mapping[str, Any]
-Span = tuple[int, int]
 T = TypeVar("T")
 # The two usual forms of a message: `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -33,76 +31,18 @@ TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content
 DATES = tuple(datetime(2024, month, 26) for month in range(1, 13))
 
 
-class Document(str):
-    """A text that knows the character positions (start, end) of its answers."""
-
-    answers: tuple[Span, ...] = ()
-
-    @classmethod
-    def joined(cls, parts: Iterable[tuple[str, bool]]) -> Document:
-        """A document made of pieces of text, each with whether it is an answer."""
-        text, answers = "", []
-        for part, is_answer in parts:
-            if is_answer and part:
-                answers.append((len(text), len(text) + len(part)))
-            text += part
-        document = cls(text)
-        document.answers = tuple(answers)
-        return document
-
-    def parts(self) -> Iterator[tuple[str, bool]]:
-        """The pieces of text, each with whether it is an answer: what `joined` takes."""
-        done = 0
-        for start, end in self.answers:
-            yield str(self[done:start]), False
-            yield str(self[start:end]), True
-            done = end
-        yield str(self[done:]), False
-
-
-def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:
-    """The document that a row makes."""
+def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Gives the text that a row makes."""
     if domain.template is None:
-        return Document(_text(row, domain.text_column, domain, "text_column"))
-    if domain.template == CHAT:
-        return chat_document(_messages(row, domain), domain, tokenizer)
-    names = template_fields(domain.template)
-    values = {name: _text(row, name, domain, "template") for name in names}
-    parts: list[tuple[str, bool]] = []
-    for literal, name, _, _ in Formatter().parse(domain.template):
-        parts.append((literal, False))
-        if name is not None:
-            parts.append((values[name], name == names[-1]))
-    return Document.joined(parts)
-
-
-def chat_document(
-    messages: Sequence[dict[str, Any]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Document:
-    """Gives a conversation in the form that the model was trained on. The assistant's turns are the answers."""
+        return _text(row, domain.text_column, domain, "text_column")
+    if domain.template != CHAT:
+        names = template_fields(domain.template)
+        return domain.template.format(**{name: _text(row, name, domain, "template") for name in names})
     if tokenizer is None:
         raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
-    if not messages:
-        return Document()
-    template, where = None if tokenizer.chat_template else TRANSCRIPT, f" in the domain {domain.name!r}"
-    text = chat_text(tokenizer, messages, template, where=where)
-    # Marks in place of the messages show where the template puts them.
-    marks = {f"\ue000{i}\ue001": message for i, message in enumerate(messages)}
-    marked = chat_text(tokenizer, [{**m, "content": mark} for mark, m in marks.items()], template, where=where)
-    pieces = re.split(f"({'|'.join(marks)})", marked)
-    for form in (str, str.strip):
-        document = Document.joined(
-            (form(marks[piece]["content"]), marks[piece]["role"] == "assistant") if piece in marks else (piece, False)
-            for piece in pieces
-        )
-        if document == text:
-            return document
-    if domain.answers_only:
-        raise StructPruneError(
-            f"The domain {domain.name!r}: the chat template rewrites messages, so that the answers cannot be told "
-            "apart; leave answers_only off."
-        )
-    return Document(text)
+    template = None if tokenizer.chat_template else TRANSCRIPT
+    messages = _messages(row, domain)
+    return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}") if messages else ""
 
 
 def chat_text(

@@ -61,7 +61,6 @@ def text_shares(
     entry = replace(
         Entry.of(domain, COUNTED),
         calibration_tokens=tokens,
-        evidence_tokens=tokens,
         documents=[*dict.fromkeys(names)],
     )
     return counts / max(tokens, 1), entry

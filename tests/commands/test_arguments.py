@@ -163,8 +163,8 @@ def test_flags_of_recovery_override_the_file(tmp_path):
 def test_settings_have_types_and_a_domain_all_its_fields():
     for text, value in {"1e-4": 1e-4, "true": True, "3": 3, "cosine": "cosine", "[q, v]": ["q", "v"]}.items():
         assert setting(f"a={text}") == ("a", value) and type(setting(f"a={text}")[1]) is type(value)
-    text = "{name: qa, source: qa.jsonl, template: 'Q: {question}', answers_only: true}"
-    assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}", "answers_only": True}
+    text = "{name: qa, source: qa.jsonl, template: 'Q: {question}'}"
+    assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}"}
     for read, wrong in (*((setting, text) for text in ("a", "=3", "a=", "a=[3")), (domain, "{name: qa")):
         with pytest.raises(ArgumentTypeError):
             read(wrong)

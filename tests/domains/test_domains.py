@@ -1,4 +1,4 @@
-"""Presets, templates, calibration on answers only, and the manifest of what was calibrated on."""
+"""Presets, templates, masks, and the manifest of what was calibrated on."""
 
 import json
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import whole_model_at_once, write_texts
-from models import build, config, real_text_model, token_ids, tokenizer
+from models import build, config, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.hooks import observe
@@ -21,14 +21,11 @@ from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
-from optimum_structprune.domains.templates import Document, chat_document
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import batches_of, source_of
 
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
-TRIMMED = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
-REWRITING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}"
 MESSAGES = [
     {"role": "user", "content": " user? "},
     {"role": "assistant", "content": "assistant"},
@@ -70,10 +67,6 @@ def chatty(template: str | None):
     return reader
 
 
-def answers(document: Document) -> list[str]:
-    return [document[start:end] for start, end in document.answers]
-
-
 # --- presets
 
 
@@ -84,7 +77,7 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     (domain,) = resolve([DomainConfig("mine", f"preset:{name}", weight=2)])
     chat = "".join(f"<|{m['role']}|>{m['content']}</s>\n" for m in MESSAGES)
     assert list(documents(domain, 0, chatty(CHATML))) == [chat if domain.template == "chat" else TEXT.get(name, "t")]
-    fields = {"split": "test", "template": "{answer}", "revision": "abc", "answers_only": True}
+    fields = {"split": "test", "template": "{answer}", "revision": "abc"}
     (other,) = resolve([DomainConfig("m", f"preset:{name}", **fields)])
     assert {name: getattr(other, name) for name in fields} == fields, "a domain's own fields go before the preset's"
     entry = presets()[name]
@@ -133,23 +126,21 @@ def test_presets_that_will_not_do(tmp_path, entries, source, message):
 # --- templates
 
 
-def test_a_text_template_knows_its_answer():
+def test_a_text_template_is_filled_with_columns():
     rows = [{"q": "what {x}?", "a": "that"}, {"q": None, "a": "this"}]
     domain = DomainConfig("d", rows, template="Q: {q}\nA: {a} {{end}}")
     found = sorted(documents(domain, 0))
     assert found == ["Q: \nA: this {end}", "Q: what {x}?\nA: that {end}"]
-    assert [answers(text) for text in found] == [["this"], ["that"]]
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED, None])
-def test_a_chat_template_is_followed_and_its_answers_found(template):
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_chat_template_is_followed(template):
     reader = chatty(template)
-    document = chat_document(MESSAGES, DomainConfig("d", []), reader)
+    (text,) = documents(DomainConfig("d", [{"messages": MESSAGES}], template="chat"), 0, reader)
     if template is None:
-        assert document.startswith("User:  user? \n\nAssistant: assistant\n\nUser: more")
+        assert text.startswith("User:  user? \n\nAssistant: assistant\n\nUser: more")
     else:
-        assert document == reader.apply_chat_template(MESSAGES, tokenize=False)
-    assert answers(document) == ["assistant", "a longer answer" if template == TRIMMED else "a longer answer "]
+        assert text == reader.apply_chat_template(MESSAGES, tokenize=False)
 
 
 def test_conversations_in_either_form_from_a_file(tmp_path):
@@ -159,7 +150,6 @@ def test_conversations_in_either_form_from_a_file(tmp_path):
     domain = DomainConfig("d", str(tmp_path), template="chat")
     found = list(documents(domain, 0, chatty(CHATML)))
     assert found == ["<|user|>hi</s>\n<|assistant|>ho</s>\n"] * 2
-    assert answers(found[0]) == ["ho"]
 
 
 def test_parts_are_joined_and_one_message_is_a_conversation():
@@ -189,7 +179,6 @@ def test_rows_and_fields_that_will_not_do():
         (None, {"template": "no field"}, "'chat' or to hold column names"),
         (None, {"template": "{a.b}"}, "column's name, got 'a.b'"),
         (None, {"template": "{a!r}"}, "column's name"),
-        (None, {"answers_only": True}, "answers_only needs a template"),
     ):
         with pytest.raises(StructPruneError, match=message):
             domain = DomainConfig.from_dict({"name": "d", "source": "a.txt", **fields})
@@ -203,36 +192,9 @@ def test_a_conversation_takes_a_tokenizer_and_a_willing_template():
     refusing = chatty("{{ raise_exception('only one turn') }}")
     with pytest.raises(StructPruneError, match="refuses a conversation of the roles user, assistant.* only one turn"):
         list(documents(replace(domain, source=rows), 0, refusing))
-    assert "A LONGER ANSWER" in chat_document(MESSAGES, domain, chatty(REWRITING))
-    with pytest.raises(StructPruneError, match="rewrites messages"):
-        chat_document(MESSAGES, replace(domain, answers_only=True), chatty(REWRITING))
 
 
-# --- calibration on answers only
-
-
-def question_rows(count: int = 40) -> list[dict[str, str]]:
-    return [{"q": f"w{3 + i % 40} w{4 + i % 7}", "a": f"w{50 + i % 40} w{51 + i % 30}"} for i in range(count)]
-
-
-def test_the_mask_is_of_the_answers_tokens():
-    domain = DomainConfig("d", question_rows(), template="w3 {q} w4 {a}", answers_only=True)
-    (loaded,) = load_domains(config(domains=[domain], num_samples=4), tokenizer())
-    assert loaded.mask.shape == loaded.samples.shape
-    assert not loaded.mask[:, 0].any()
-    assert (loaded.samples[loaded.mask] >= 50).all()
-    assert (loaded.samples[~loaded.mask] < 50).all()
-    none = replace(domain, source=[{**row, "a": ""} for row in question_rows(80)])
-    with pytest.raises(StructPruneError, match="has answers_only, but its .* hold no answer"):
-        load_domains(config(domains=[none], num_samples=4), tokenizer())
-
-
-def test_the_mask_of_real_text():
-    _, reader = real_text_model()
-    text = Document.joined([("Question: 2 + 3 = ?\nAnswer:", False), (" It is 5, naïvely.", True), ("\n", False)])
-    (tokens,) = tokenised(iter([text]), reader, answers=True)
-    inside = [token for token, answer in zip(tokens.ids, tokens.answers, strict=True) if answer]
-    assert reader.decode(inside) == " It is 5, naïvely."
+# --- calibration on some tokens of the samples
 
 
 def masked_domain(mask: torch.Tensor | None) -> list[Domain]:

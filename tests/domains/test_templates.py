@@ -4,18 +4,17 @@ from datetime import datetime
 
 import pytest
 from helpers import today_is
-from hypothesis import example, given
-from hypothesis import strategies as st
 from models import real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError
 from optimum_structprune.domains.generated import self_documents
-from optimum_structprune.domains.templates import DATES, chat_document, chat_text
+from optimum_structprune.domains.templates import DATES, chat_text, rendered
 from optimum_structprune.evaluation.answers import read_questions
 
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 CHAT = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+DOMAIN = DomainConfig("d", [], template="chat")
 RAISING = [
     "{{ raise_exception('system\nfirst') }}",
     "{{ 1 / 0 }}",
@@ -36,7 +35,7 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
     reader.chat_template, reader.name_or_path = template, "some/model"
     for render in (
         lambda: chat_text(reader, CHAT),
-        lambda: chat_document(CHAT, DomainConfig("d", [], template="chat"), reader),
+        lambda: rendered({"messages": CHAT}, DOMAIN, reader),
         lambda: next(self_documents(model, reader, "dialogue", 0, tokens=64)),
         lambda: read_questions()[0].ids(reader),
     ):
@@ -45,14 +44,6 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         ) as caught:
             render()
         assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
-
-
-@example(before="\ue00099\ue001", said=["a", "b"])
-@given(before=st.text("\ue000\ue001019a"), said=st.lists(st.text("\ue000\ue0010a"), min_size=2, max_size=2))
-def test_marks_that_a_template_or_a_message_writes_itself_are_text(before, said):
-    reader, chat = tokenizer(), [{**message, "content": text} for message, text in zip(CHAT, said, strict=True)]
-    reader.chat_template = before + PLAIN
-    assert chat_document(chat, DomainConfig("d", [], template="chat"), reader) == before + "".join(said)
 
 
 DATED = [
@@ -73,7 +64,7 @@ def test_a_template_writes_what_it_would_on_the_date_and_never_asks_the_clock(te
         expected = reader.apply_chat_template(CHAT, tokenize=False)
         today_is(monkeypatch, datetime(1999, 1, 1, 9))
         assert chat_text(reader, CHAT, date=date) == expected
-    assert chat_document(CHAT, DomainConfig("d", [], template="chat"), reader) == chat_text(reader, CHAT)
+    assert rendered({"messages": CHAT}, DOMAIN, reader) == chat_text(reader, CHAT)
 
 
 def test_the_dates_have_every_month_and_every_day_of_the_week():

@@ -153,7 +153,7 @@ def test_margins_of_perplexities_are_those_of_the_documents():
 
 
 def test_calibrated_kinds_stand_apart():
-    entry = Entry("prose", {"source": "somewhere"}, 1.0, 8, 8, 8, "", "", [], [])
+    entry = Entry("prose", {"source": "somewhere"}, 1.0, 8, 8, "", "", [], [])
     manifest = Manifest(0, 8, "", {}, [entry])
     domains = [DomainConfig(name, documents(10, seed)) for seed, name in enumerate(("law", "prose", "poems"))]
     found = evaluate(build("llama-tied"), tokenizer(), domains, seq_length=24, num_samples=2, manifest=manifest)
