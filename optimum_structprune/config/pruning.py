@@ -57,10 +57,10 @@ AUTO = "auto"
 
 def _codes(languages: Sequence[str]) -> tuple[str, ...]:
     """Languages by their codes, of which one or several with commas stand in each string; a region is left out."""
-    codes = tuple(code.strip().lower().partition("-")[0] for of in languages for code in of.split(","))
+    codes = tuple(code.strip().lower().partition("-")[0] for text in languages for code in text.split(","))
     for code in codes:
         if code not in LANGUAGES:
-            known = [f"{of} ({name})" for of, name in LANGUAGES.items()]
+            known = [f"{known_code} ({name})" for known_code, name in LANGUAGES.items()]
             reason = f"has no language {code!r}.{did_you_mean(code, known)}"
             raise FieldError(StructPruneConfig.__name__, "languages", reason)
     return codes

@@ -101,11 +101,11 @@ class Comparison:
             return
         with run.report.timed("perplexity"):
             measure.after(run.model, run.arch, run.report)
-        if isinstance(measure, Measure) and run.report.trimmed and (of := measure.texts.get(OTHER)):
+        if isinstance(measure, Measure) and run.report.trimmed and (other := measure.texts.get(OTHER)):
             from ..sources.other import respelled
 
             assert run.dense_tokenizer is not None and run.tokenizer is not None
-            run.report.other["respelled"] = respelled(of.texts, run.dense_tokenizer, run.tokenizer)
+            run.report.other["respelled"] = respelled(other.texts, run.dense_tokenizer, run.tokenizer)
 
     def finish_languages(self) -> None:
         """Put what languages cost into the report, after a training too."""
@@ -158,7 +158,7 @@ class Measure:
         figures = self._losses(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
-            perplexity = {when: perplexity_of(of) for when, of in losses.items()}
+            perplexity = {when: perplexity_of(loss) for when, loss in losses.items()}
             margins = perplexity_margins(losses, self.documents[name])
             tokens, documents = self.tokens_predicted[name] * len(before), len(self.documents[name].unique())
             if name == OTHER:
@@ -168,7 +168,7 @@ class Measure:
             report.perplexity_tokens[name], report.perplexity_documents[name] = tokens, documents
             if passages := self.texts.get(name):
                 report.bits_per_byte[name] = {
-                    when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
+                    when: passages.bits_per_byte(loss * self.tokens_predicted[name]) for when, loss in losses.items()
                 }
 
     def _losses(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
@@ -227,6 +227,6 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
 def skipping_layers(source: InMemory, count: int, index: int) -> Iterator[None]:
     """The first layers of a model do not run inside `with`: they give the stored hidden states of one batch."""
     hidden, extras = source.hidden[index], source.extras
-    outputs = [hidden if (of := extras[layer]) is None else (hidden, *of) for layer in range(count)]
+    outputs = [hidden if (more := extras[layer]) is None else (hidden, *more) for layer in range(count)]
     with replaying(layer_list(source.model, source.arch)[:count], outputs):
         yield
