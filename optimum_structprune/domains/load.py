@@ -37,6 +37,8 @@ from .resolve import resolve, split_samples, texts_of, with_written_text
 from .sources import documents
 
 
+BEGINNING = 64  # tokens of a document that is held out beyond need: the margin of error is one over documents
+
 logger = logging.getLogger(__name__)
 
 
@@ -135,7 +137,7 @@ class Needs(NamedTuple):
         heldout: The tokens that the report measures, whatever `num_samples` is.
         calibration: The tokens that calibrate.
         probe: The tokens that choices are made on; 0 where nothing is chosen.
-        more_heldout: More to measure, as far as there is text, for a perplexity that is not rough.
+        more_heldout: More to measure, as far as there is text, of the beginnings of many documents.
     """
 
     heldout: int
@@ -169,9 +171,10 @@ class _Packer:
     ) -> dict[int, list[list[Tokens]]]:
         needs = {index: self._needs(num_samples, index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
-        for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT)):
+        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING)
+        for step, (use, longest) in enumerate(steps):
             for index, pool in pools.items():
-                texts[index].append(pool.take(self.frame, needs[index][step], use, uses))
+                texts[index].append(pool.take(self.frame, needs[index][step], use, uses, longest))
         return texts
 
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:

@@ -98,10 +98,17 @@ class DocumentPool:
         self._aside: set[str] = set()
         self._rest = self._noted(stream)
 
-    def take(self, frame: SampleFormat, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
-        """Gives documents with `need` tokens for one use, each once; `uses` by hash grows."""
+    def take(
+        self, frame: SampleFormat, need: int, use: str, uses: dict[str, str], longest: int | None = None
+    ) -> list[Tokens]:
+        """Gives documents with `need` tokens for one use, each once; `uses` by hash grows.
+
+        Of each, the first `longest` tokens count, by default all.
+        """
         passed: list[Tokens] = []
-        taken = frame.take(self._fitting(use, uses, passed), need)
+        fitting = self._fitting(use, uses, passed)
+        cut = (Tokens(text.ids[:longest], text.answers and text.answers[:longest], text.hash) for text in fitting)
+        taken = frame.take(cut, need)
         self._rest = chain(passed, self._rest)
         return taken
 

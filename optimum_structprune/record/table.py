@@ -19,7 +19,7 @@ from ..forward.metrics import MANY
 
 
 UNKNOWN = "–"
-COUNTED = ("perplexity_tokens", "perplexity_documents")  # the fields of a record with a number for each domain
+MEASURED = ("margin", "tokens", "documents")  # what a record has of each perplexity beside it
 PERCENT, RATIO = "percent", "ratio"
 # What has one number for each model, with its label.
 COUNTS = {
@@ -122,21 +122,12 @@ def size_rows(record: Record) -> list[Row]:
 def quality_rows(record: Record) -> list[Row]:
     """Perplexity by domain and its geometric mean, bits per byte, what `BY_DOMAIN` and `EMBEDDINGS` name, answers."""
     models, rows = models_of(record), []
-    margins, tokens, documents = (record.get(f"perplexity_{of}") or {} for of in ("margin", "tokens", "documents"))
+    fields = [record.get(f"perplexity_{name}") or {} for name in MEASURED]
     for group, domains in _groups(record).items():
         title = f", {group}" if group else ""
         of_group = [
-            _row(
-                f"perplexity {name}{title}",
-                of,
-                models,
-                2,
-                RATIO,
-                margins.get(name, {}),
-                tokens=tokens.get(name),
-                documents=documents.get(name),
-            )
-            for name, of in domains.items()
+            _row(f"perplexity {name}{title}", by_model, models, 2, RATIO, *(field.get(name) for field in fields))
+            for name, by_model in domains.items()
         ]
         rows += of_group
         if len(of_group) > 1:
@@ -146,8 +137,7 @@ def quality_rows(record: Record) -> list[Row]:
             rows.append(Row(f"  geometric mean{title}", means, 2, RATIO, (*none, margin_of_mean(*each))))
     if (other := record.get("other") or {}).get("perplexity"):
         label = f"perplexity other text, {other['source']}"
-        counted = {"tokens": other["tokens"], "documents": other["documents"]}
-        rows.append(_row(label, other["perplexity"], models, 2, RATIO, other["margin"], **counted))
+        rows.append(_row(label, other["perplexity"], models, 2, RATIO, *(other[name] for name in MEASURED)))
     if bits := record.get("bits_per_byte"):
         of_each = [[of.get(model) for of in bits.values()] for model in models]
         rows.append(Row("bits per byte", tuple(None if None in of else fmean(of) for of in of_each), 3))
@@ -207,10 +197,12 @@ def _row(
     digits: int = 0,
     change: str = "",
     margins: Mapping[str, float | None] | None = None,
-    **more: Any,
+    *counted: int | None,
+    note: str = "",
 ) -> Row:
-    of_each = tuple(margins.get(name) for name in (*models, "ratio")) if margins else ()
-    return Row(label, tuple(by_model.get(model) for model in models), digits, change, of_each, **more)
+    values, each = tuple(map(by_model.get, models)), tuple(map((margins or {}).get, (*models, "ratio")))
+    tokens, documents = counted or (None, None)
+    return Row(label, values, digits, change, each if margins else (), tokens, documents, note)
 
 
 def _by_model(of: Any) -> Mapping[str, Any]:
@@ -255,7 +247,7 @@ def margin_of_mean(ratios: Sequence[float | None], margins: Iterable[float | Non
 
 def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[str, Any]:
     """One record of several models, from records with the names that their models are to have."""
-    joined: dict[str, Any] = {field: {} for field in COUNTED}
+    joined: dict[str, Any] = {f"perplexity_{name}": {} for name in MEASURED[1:]}
     items: dict[str, dict[str, Any]] = {}
     for record, names in records:
 
@@ -268,8 +260,8 @@ def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[st
         for field in ("widths", "perplexity", "perplexity_margin", "bits_per_byte", "embeddings", *BY_DOMAIN):
             for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
                 joined.setdefault(field, {}).setdefault(key, {}).update(named(of))
-        for field in COUNTED:
-            joined[field] |= record.get(field) or {}
+        for name in MEASURED[1:]:
+            joined[f"perplexity_{name}"] |= record.get(f"perplexity_{name}") or {}
         for item in record.get("answers") or ():
             if of := named(item["answers"]):
                 items.setdefault(item["prompt"], {**item, "answers": {}})["answers"] |= of

@@ -16,7 +16,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.load import BEGINNING, load_domains, num_heldout
 from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
@@ -298,3 +298,15 @@ def test_a_frame_tells_which_documents_its_samples_hold():
         words = {f"w{token}" for token in packed.samples.flatten().tolist() if token > 2}
         assert [document_hash(text) for text in texts if words & set(text.split())] == [*packed.hashes]
         assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)
+
+
+def test_beyond_need_the_beginnings_of_many_documents_are_held_out_and_calibrate_nothing():
+    texts = [" ".join(f"w{(number * place) % 90}" for place in range(400)) for number in range(1, 60)]
+    few, many = (
+        load_domains(config(domains=[DomainConfig("a", texts)], num_samples=count), tokenizer()) for count in (4, 64)
+    )
+    kept = few[0].heldout
+    assert torch.equal(many[0].heldout[: len(kept)], kept)  # what is needed is the same text
+    tokens = many[0].heldout[num_heldout(64, 0.125) :].numel()
+    assert len(many[0].heldout_documents) - len(few[0].heldout_documents) >= tokens // (BEGINNING + 1)
+    assert not {*many[0].heldout_documents} & {*many[0].documents}
