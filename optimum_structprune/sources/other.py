@@ -28,14 +28,12 @@ from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
 
 
-# So many tokens of other text are measured at most, and in a run that calibrates on few, a tenth of their number: less
-# than a fifth of the run. Each document gives one row, as the margin of error is one over documents.
-MOST, SHARE, ROW = 4096, 10, 57
-# A run that calibrates on fewer tokens is a trial, and no model writes for it.
-LEAST_READ = 4096
-# Of so many times the documents that are needed, some are long enough.
-PATIENCE = 4
-REACHABLE = 3.0  # seconds in which the Hub answers, or does without
+MAX_TOKENS = 4096  # of other text, of all documents together
+READ_PER_TOKEN = 10  # tokens that calibrate for each one of other text, so that it takes less than a fifth of the run
+DOCUMENT_TOKENS = 57  # that are read of each document, which gives one row, as the margin of error is over documents
+MIN_TOKENS_READ = 4096  # a run that calibrates on fewer is a trial, and no model writes for it
+TRIES_PER_DOCUMENT = 4  # documents of which one is long enough
+HUB_SECONDS = 3.0  # in which the Hub answers, or other text does without
 HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
 
 
@@ -53,15 +51,16 @@ class OtherText(NamedTuple):
 def other_text(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain]
 ) -> OtherText:
-    """Other text, without rows if no source has enough: text of the Hub is best, then the model's own, and built-in
-    text, which is simple, comes last.
+    """Gives other text from the best source that has enough; without rows if none has.
+
+    Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
     """
     used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
     read = sum(domain.samples.numel() for domain in domains)
-    row = min(ROW, config.seq_length)
-    count = max(min(MOST, read // SHARE) // (row - 1), FEWEST)
+    row = min(DOCUMENT_TOKENS, config.seq_length)
+    count = max(min(MAX_TOKENS, read // READ_PER_TOKEN) // (row - 1), FEWEST)
     sources: dict[str, Callable[[], Iterator[str]]] = {}
-    if read >= LEAST_READ:
+    if read >= MIN_TOKENS_READ:
         if not (config.languages or constants.HF_HUB_OFFLINE):
             sources[HUB] = partial(_from_hub, count)
         if can_write(model, tokenizer):
@@ -72,7 +71,7 @@ def other_text(
     for where, texts in sources.items():
         found: dict[str, Tensor] = {}  # the beginnings of those that are long enough, by the hash of the document
         with suppress(StructPruneError):  # no network, or a model that writes nothing of use
-            for text in islice(texts(), PATIENCE * count):
+            for text in islice(texts(), TRIES_PER_DOCUMENT * count):
                 ids, name = tokenize_with_prefix(text, tokenizer), document_hash(text)
                 if len(ids) >= row and name not in used:
                     found[name] = torch.tensor(ids[:row])
@@ -88,8 +87,9 @@ def other_text(
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """Yields text that the dense model writes at a temperature of 1, in the languages that a config names, or else in
-    English behind openings of many kinds.
+    """Yields text that the dense model writes at a temperature of 1.
+
+    It goes on from words in the languages that a config names, or else from English openings of many kinds.
     """
     from ..domains.generated import self_documents
     from ..vocabulary.languages import openings
@@ -107,7 +107,7 @@ def _from_hub(count: int) -> Iterator[str]:
         with suppress(Exception):  # of the network, of the Hub, or of the disk
             from huggingface_hub import HfApi
 
-            HfApi().dataset_info(parts[0].source, timeout=REACHABLE)
+            HfApi().dataset_info(parts[0].source, timeout=HUB_SECONDS)
             texts = [text for part in parts for text in islice(documents(part, None), 2 * ceil(count / len(parts)))]
             for text in texts:
                 append_line(path, text)

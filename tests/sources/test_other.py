@@ -25,7 +25,7 @@ def short(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
-    for name, number in {"LEAST_READ": 64, "MOST": 560}.items():
+    for name, number in {"MIN_TOKENS_READ": 64, "MAX_TOKENS": 560}.items():
         monkeypatch.setattr(other, name, number)
 
 
@@ -43,11 +43,11 @@ def read(writer, **fields):
 @pytest.mark.parametrize("reads", [0, 10**9], ids=["model-written", "built-in"])
 @pytest.mark.parametrize("source", ["builtin:math", "builtin:general", "self:any"])
 def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, reads, source):
-    monkeypatch.setattr(other, "LEAST_READ", reads)
+    monkeypatch.setattr(other, "MIN_TOKENS_READ", reads)
     domains = [DomainConfig(name="a", source=source)]
     (_, _, tokenizer, loaded), (where, rows, (entry,)) = read(writer, domains=domains, general_share=0.0)
     assert where == ("built-in" if reads else "model-written")
-    assert len(rows) >= FEWEST and {len(row) for row in rows} == {other.ROW}
+    assert len(rows) >= FEWEST and {len(row) for row in rows} == {other.DOCUMENT_TOKENS}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
     assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
     chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.probe_or_heldout]))
@@ -66,7 +66,9 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
         and measured["documents"] == FEWEST
         and measured["margin"]["ratio"] == pytest.approx(LEAST_MARGIN)
     )
-    assert f"perplexity other text, model-written ({FEWEST * (other.ROW - 1)} tokens)" in str(pruner.report)
+    assert f"perplexity other text, model-written ({FEWEST * (other.DOCUMENT_TOKENS - 1)} tokens)" in str(
+        pruner.report
+    )
     assert "other text x 1.00" in str(pruner.report)
 
 
@@ -77,7 +79,7 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
         return model.state_dict(), pruner.report, pruner.manifest
 
     before, with_text, manifest = pruned()
-    monkeypatch.setattr(other, "PATIENCE", 0)  # no document of any source
+    monkeypatch.setattr(other, "TRIES_PER_DOCUMENT", 0)  # no document of any source
     after, without, _ = pruned()
     assert all(torch.equal(of, after[name]) for name, of in before.items())
     used = manifest.domains
