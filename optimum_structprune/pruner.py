@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import RunOptions, StructPruneConfig
+from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.model_tokenizer import ids_in
 from .domains.packing import Domain
@@ -50,6 +50,7 @@ class StructPruner:
     def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
         check_config_kind(config)
         self.config = self.used_config = config
+        self.on_trial = False  # set by a search for a size: languages that are not to keep are not measured
         self.options = options or RunOptions()
         self.report: Report | None = None
         self.plan: Plan | None = None
@@ -84,6 +85,10 @@ class StructPruner:
         check_arguments(model, tokenizer, inputs, inplace)
         model_info = ModelInfo.of(model, self.config.arch_file)
         request = ask(self.config, model_info, tokenizer, inputs, options=self.options)
+        if LOSS in (self.config.budget or {}) and tokenizer is not None:
+            from .search.loss import prune_within_loss
+
+            return prune_within_loss(self, request, model, tokenizer, inplace)
         check_memory(request, inplace)
         config, arch, widths, tokens = request.config, model_info.arch, request.widths, request.tokens
         report = Report(arch.model_type, config.scored_by)
@@ -91,7 +96,7 @@ class StructPruner:
             data = CalibrationData.read(config, model, tokenizer, inputs, self.options)
         with Run(model, arch, data, tokenizer, inplace, report) as run:
             run.start()
-            comparison = Comparison(run, vocabulary_changes=tokens is not None)
+            comparison = Comparison(run, tokens is not None, self.on_trial)
             teacher = run.dense_model or deepcopy(run.model) if run.config.recovery is not None else None
             if tokens is not None:
                 from .removals.vocabulary import prune_vocabulary_

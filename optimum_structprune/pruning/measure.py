@@ -53,13 +53,15 @@ class Comparison:
     """Measures the dense model of a run when it is made, and the smaller one beside it when it is finished.
 
     Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `use_tokenizer`.
+    On trial no languages are measured but those to keep.
     """
 
-    def __init__(self, run: Run, vocabulary_changes: bool = False):
+    def __init__(self, run: Run, vocabulary_changes: bool = False, on_trial: bool = False):
         self.run = run
         self.measure: Measure | Embeddings | None = None
         data, report, tokenizer, causal = run.data, run.report, run.dense_tokenizer, run.arch.causal
         domains, wanted = data.domains, run.config.languages or ()
+        languages = bool(wanted) or vocabulary_changes and not on_trial
         with report.timed("perplexity"):
             if causal:
                 most = min(ENOUGH, round(run.config.holdout * sum(domain.samples.numel() for domain in domains)))
@@ -70,8 +72,8 @@ class Comparison:
                 from .embeddings import Embeddings, passages_of
 
                 texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
-                self.measure = Embeddings(run.model, texts, tokenizer, vocabulary_changes or bool(wanted))
-        if tokenizer is not None and (vocabulary_changes or wanted):
+                self.measure = Embeddings(run.model, texts, tokenizer, languages)
+        if tokenizer is not None and languages:
             from ..vocabulary.languages import costs_before
 
             with report.timed("languages"):
@@ -84,7 +86,7 @@ class Comparison:
         run = self.run
         assert run.dense_tokenizer is not None
         with run.report.timed("other text"):
-            found = other_text(run.config, run.model, run.dense_tokenizer, run.data.domains)
+            found = other_text(run.config, run.model, run.dense_tokenizer, run.data.domains, run.earlier)
         run.report.other = {"source": found.source}
         run.entries += found.entries
         return found.rows

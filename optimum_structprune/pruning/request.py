@@ -9,7 +9,7 @@ optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import RunOptions, StructPruneConfig
+from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULTS
 from ..domains.model_tokenizer import check_tokens
 from ..errors import StructPruneError, one_line, warn
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
 PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
+# The share of a model that stands for one whose size is not found yet.
+NEARLY_DENSE = 0.99
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def ask(
     options: RunOptions | None = None,
 ) -> Request:
     """Gives what is asked of a model once it can be met; see `Request.check`."""
+    if LOSS in (config.budget or {}):
+        config = _with_size(config, use, inputs)
     if config.trims or config.trims is None and inputs is None and (use == DRY_RUN or tokenizer is not None):
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
@@ -208,6 +212,16 @@ def ask(
     if use == PRUNE:
         _ = request.tokens  # what cannot stay is refused now
     return request
+
+
+def _with_size(config: StructPruneConfig, use: str, inputs: Mapping[str, Tensor] | None) -> StructPruneConfig:
+    """The config with a size in place of a loss, for which prunings on trial will find another."""
+    if use != PRUNE or inputs is not None:
+        reason = f"a {use} has none" if inputs is None else "they are judged on text, which inputs are not"
+        raise StructPruneError(
+            f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
+        )
+    return replace(config, budget={"parameters": NEARLY_DENSE})
 
 
 def check_config_kind(config: Any) -> None:

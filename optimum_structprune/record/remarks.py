@@ -82,10 +82,12 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def target_summary(report: Mapping[str, Any]) -> str:
-    """States the share that was asked for and the one removed. It is a warning where they are far apart, and empty
-    where no share was asked for.
+    """States what was asked for and what came of it. It is a warning where they are far apart, and empty where neither
+    a share nor a loss was asked for.
     """
     target, sparsity, counts = report.get("target"), report.get("sparsity", 0.0), report.get("parameters")
+    if report.get("wish"):
+        return _wish(report["wish"], report["parameters"])
     if target is None or not counts:
         return ""
     share = f"{1 - counts['after'] / counts['before']:.1%}"
@@ -139,6 +141,17 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         widths = ", ".join(f"{name} {as_number(width)}" for name, width in each)
         loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
         yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
+
+
+def _wish(wish: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
+    """Says what was found for a loss that was asked for, and what the next step would cost."""
+    measured = wish["measured"].items()
+    losses = [f"{as_number(100 * loss, margin and 100 * margin, 1)}% on {text}" for text, (loss, margin) in measured]
+    found = f"{1 - parameters['after'] / parameters['before']:.1%} smaller, which loses {' and '.join(losses)}"
+    return (
+        f"asked: a loss of {wish['loss']:.1%}; found by {len(wish['trials'])} prunings on trial: {found}; "
+        f"with 5% more gone about {wish['next']:.1%}"
+    ).replace("%", " %")
 
 
 def measurements_text(record: Mapping[str, Any]) -> str:

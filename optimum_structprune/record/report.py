@@ -87,6 +87,7 @@ class Report(Record):
     embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     shapes: list[dict[str, Any]] = field(default_factory=list)
+    wish: dict[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)

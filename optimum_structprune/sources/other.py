@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
 from ..domains.load import can_write
-from ..domains.manifest import JUDGED, Entry
+from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.resolve import builtin_beside, resolve, texts_of
 from ..domains.sources import documents
@@ -49,13 +49,18 @@ class OtherText(NamedTuple):
 
 
 def other_text(
-    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain]
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[Domain],
+    seen: Manifest | None = None,
 ) -> OtherText:
     """Gives other text from the best source that has enough; without rows if none has.
 
     Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
     """
     used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    used |= set() if seen is None else seen.uses().keys()
     read = sum(domain.samples.numel() for domain in domains)
     row = min(DOCUMENT_TOKENS, config.seq_length)
     count = max(min(MAX_TOKENS, read // READ_PER_TOKEN) // (row - 1), FEWEST)

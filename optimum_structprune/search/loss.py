@@ -1,0 +1,216 @@
+"""Finds the smallest model whose measured loss keeps to a wish, by a few prunings on trial."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import replace
+from itertools import pairwise
+from math import inf, log, sqrt
+from statistics import fmean, geometric_mean
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.spec import VOCAB
+from ..config.pruning import LOSS, StructPruneConfig
+from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_text
+from ..errors import StructPruneError
+from ..pruning.memory import check_memory
+from ..pruning.request import Request, ask
+from ..record.report import Report
+from ..system.stages import say
+
+
+if TYPE_CHECKING:
+    from ..pruner import StructPruner
+
+# So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger. The
+# search aims a little below the wish, and is content above the second share of it.
+TRIALS, MOST_TRIALS, AIM, CONTENT = 4, 6, 0.85, 0.6
+# The loss grows with this power of the share that goes, where one cut has been measured.
+POWER = 1.5
+# Smaller losses are noise, and larger ones follow no law.
+LEAST, MOST = 1e-4, 1.0
+# About so many tokens spell the text of a few languages; the first trial removes those beyond.
+FEW_LANGUAGES = 2**16
+# A trial calibrates on so many tokens at most.
+TRIAL_TOKENS = 16_384
+# The step of which the report says what it would cost, as a share of the model.
+NEXT = 0.05
+KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
+# A loss and its margin of error, by text.
+Losses = Mapping[str, tuple[float, float]]
+
+
+def prune_within_loss(
+    pruner: StructPruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inplace: bool
+) -> PreTrainedModel:
+    """Prunes a model as far as its loss on trial keeps to the budget, and measures that on other text.
+
+    Raises:
+        StructPruneError: If the model is offloaded, or no cut keeps to the budget.
+    """
+    config, record, start = pruner.config, TextRecord.of(model), perf_counter()
+    limit = float((config.budget or {})[LOSS])
+    trials = Trials(pruner, request, model, tokenizer)
+    losses = largest_cut(trials.loss, limit, trials.first(limit))
+    if not (met := max(removed for removed, loss in losses.items() if loss <= limit)):
+        least = min(removed for removed in losses if removed)
+        raise StructPruneError(
+            f"budget {LOSS}={limit} cannot be met: the smallest cut that was tried, {least:.2%} of the parameters, "
+            f"loses {losses[least]:.2g}; allow that, or target other spaces."
+        )
+    seconds = perf_counter() - start
+    remember_text(model, manifest=trials.text_set_aside())
+    pruner.config = trials.config(met)
+    try:
+        smaller = pruner.prune_model(model, tokenizer, inplace)
+    finally:
+        pruner.config = config
+        if not inplace:
+            vars(model)["text_record"] = record
+    assert pruner.report is not None
+    pruner.report.seconds["trials"] = seconds
+    pruner.report.wish = {
+        "loss": limit,
+        "measured": losses_in(pruner.report),
+        "next": expected_loss(losses, met + NEXT),
+        "trials": [{"removed": removed, **trials.measured[removed]} for removed in sorted(trials.measured)],
+    }
+    return smaller
+
+
+class Trials:
+    """Prunings on trial of copies of a model; `measured` has their losses by the share of the parameters that went."""
+
+    def __init__(
+        self, pruner: StructPruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ):
+        if request.model_info.offloaded:
+            raise StructPruneError(
+                f"budget {LOSS} prunes copies on trial, and {request.model_info.name} is offloaded, which leaves no "
+                "memory for one; give a size, such as parameters=0.9."
+            )
+        check_memory(request, inplace=False)
+        self.pruner, self.request, self.model, self.tokenizer = pruner, request, model, tokenizer
+        self.parameters = request.model_info.plain_model.num_parameters()
+        self.measured: dict[float, Losses] = {}
+        self._manifests: list[Manifest] = []
+
+    def config(self, removed: float) -> StructPruneConfig:
+        """The config of a pruning that removes this share of the parameters."""
+        return replace(self.pruner.config, budget={"parameters": int((1 - removed) * self.parameters)})
+
+    def first(self, limit: float) -> float:
+        """The share that the first trial removes: as much as may be lost, or the tokens beyond a usual number."""
+        if not self.request.config.trims:
+            return limit
+        tokens = self.request.model_info.arch.of(VOCAB)[0]
+        return max(limit, (tokens.size - FEW_LANGUAGES) * tokens.unit_params / self.parameters)
+
+    def loss(self, removed: float) -> float:
+        """The larger of the losses on the named kinds and on other text; infinite where so much cannot go."""
+        trial, config = copy(self.pruner), self.config(removed)
+        trial.on_trial, trial.options = True, replace(trial.options, checkpoint_dir=None)
+        samples = max(min(config.num_samples, TRIAL_TOKENS // config.seq_length), len(config.domains or ()))
+        # With another seed the model writes other text than for the last pruning.
+        trial.config = replace(config, num_samples=samples, seed=config.seed + 1, recovery=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the last pruning says them
+            try:
+                ask(trial.config, self.request.model_info, self.tokenizer)
+            except StructPruneError:
+                return inf
+            trial.prune_model(_copy(self.model, self.request), self.tokenizer, inplace=True)
+        assert trial.report is not None and trial.manifest is not None
+        self._manifests.append(trial.manifest)
+        self.measured[removed] = losses_in(trial.report)
+        loss = max(of_text for of_text, _ in self.measured[removed].values())
+        say(f"on trial, without {removed:.2%} of the parameters the model loses {loss:.4f}")
+        return loss
+
+    def text_set_aside(self) -> Manifest:
+        """The record of the text that judged the trials, as text of choices, beside what the model had seen before."""
+        aside: list[Entry] = []
+        for entry in (entry for manifest in self._manifests for entry in manifest.domains if entry.use != EARLIER):
+            judged = replace(entry, documents=[], heldout_documents=[], probe_documents=entry.heldout_documents)
+            aside += [judged] if judged not in aside else []
+        return replace(self._manifests[0], domains=aside).after(Manifest.seen_by(self.model))
+
+
+def _copy(model: PreTrainedModel, request: Request) -> PreTrainedModel:
+    """A copy of a model. It shares the weights where nothing but tokens goes, as no trial writes into them then."""
+    shared = model.parameters() if {*request.widths} == {VOCAB} and not request.model_info.quantized else ()
+    return deepcopy(model, {id(parameter): copy(parameter) for parameter in shared})
+
+
+def losses_in(report: Report) -> dict[str, tuple[float, float]]:
+    """The losses that a report holds, with their margins of error, by text.
+
+    A loss is perplexity as a multiple of the dense model's less 1, in the geometric mean over the kinds, or of an
+    encoder 1 less the mean cosine.
+    """
+    if report.embeddings:
+        wanted = [figures for figures in report.languages.values() if figures["wanted"]]
+        by_text = {KINDS: [figures["after"] for figures in report.embeddings.values()], LANGUAGES: wanted}
+        return {
+            text: (1 - fmean(one["cosine"] for one in figures), _margin([one["cosine_margin"] for one in figures]))
+            for text, figures in by_text.items()
+            if figures
+        }
+    ratios = [perplexity["after"] / perplexity["before"] for perplexity in report.perplexity.values()]
+    margin = _margin([margins["ratio"] for margins in report.perplexity_margin.values()])
+    losses = {KINDS: (geometric_mean(ratios) - 1, margin)}
+    if perplexity := report.other.get("perplexity"):
+        losses[OTHER] = (perplexity["after"] / perplexity["before"] - 1, report.other["margin"]["ratio"])
+    return losses
+
+
+def _margin(margins: Sequence[float]) -> float:
+    """The margin of error of a mean of independent values with these margins."""
+    return sqrt(sum(margin**2 for margin in margins)) / len(margins)
+
+
+def largest_cut(measure: Callable[[float], float], limit: float, first: float) -> dict[float, float]:
+    """Looks for the largest share that may go at a loss within a limit, and gives the measured losses by share.
+
+    Nothing gone loses nothing. An infinite loss, of what cannot be removed, is no trial.
+    """
+    losses, share, count = {0.0: 0.0}, first, 0
+    while True:
+        losses[share] = measure(share)
+        count += losses[share] < inf
+        met = max(removed for removed, loss in losses.items() if loss <= limit)
+        above = min((removed for removed in losses if removed > met), default=inf)
+        gap, goal = above - met, AIM * limit
+        enough = TRIALS if gap < met / 2 else MOST_TRIALS
+        if losses[met] >= CONTENT * limit or gap < max(met / 20, 1e-3) or count >= enough:
+            return losses
+        if losses.get(above) == inf:
+            share = met + gap / 2
+            continue
+        near, loss, power = _power_law(losses, above)
+        share = near * (goal / loss) ** (1 / power)
+        if above < inf:
+            share = min(max(share, met + gap / 5 if met else 0), met + gap * 4 / 5)
+        else:
+            share = min(max(share, 1.2 * met), 3 * met, (1 + met) / 2)
+
+
+def expected_loss(losses: Mapping[float, float], share: float) -> float:
+    """The loss with this share gone, by a power law through the measured losses around it, or the last two."""
+    near, loss, power = _power_law(losses, share)
+    return float(loss * (share / near) ** power)
+
+
+def _power_law(losses: Mapping[float, float], share: float) -> tuple[float, float, float]:
+    """A measured share at or beyond another one, or else the largest, its loss, and the power of growth."""
+    known = {removed: min(max(loss, LEAST), MOST) for removed, loss in losses.items() if removed and loss < inf}
+    pairs = [*pairwise(sorted(known))]
+    if not pairs:
+        return *known.popitem(), POWER
+    left, right = next((pair for pair in pairs if pair[1] >= share), pairs[-1])
+    return right, known[right], max(log(known[right] / known[left]) / log(right / left), 1.0)

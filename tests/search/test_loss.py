@@ -1,0 +1,98 @@
+"""A size that is found by its loss: how near the search comes, the text that it is judged on, and what is refused."""
+
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import build, config, real_text_model, token_ids, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
+from optimum_structprune.arch.spec import MODEL, VOCAB
+from optimum_structprune.domains.manifest import EARLIER, Manifest
+from optimum_structprune.search.loss import MOST_TRIALS, expected_loss, largest_cut
+
+
+def pruned(model, limit, inplace=False, **fields):
+    pruner = StructPruner(config(**{"widths": None, "budget": {"loss": limit}, "targets": ("mlp",), **fields}))
+    return pruner, pruner.prune_model(model, tokenizer(), inplace=inplace)
+
+
+@given(
+    st.floats(1, 3), st.sampled_from([0.01, 0.02, 0.1]), st.floats(0.01, 0.4), st.floats(0, 0.3), st.floats(0.25, 4)
+)
+def test_a_few_trials_come_near_the_largest_cut(power, limit, most, free, factor):
+    """Of losses that grow with a power of what goes beyond a part that is free; no more than nine tenths can go."""
+    tried = []
+
+    def measure(share):
+        tried.append(share)
+        return inf if share > 0.9 else limit * (max(share - free, 0) / most) ** power
+
+    losses = largest_cut(measure, limit, first=min(factor * (free + most), 0.9))
+    met = max(share for share, loss in losses.items() if loss <= limit)
+    assert len(tried) == len({*tried}) and sum(losses[share] < inf for share in tried) <= MOST_TRIALS
+    assert 0.5 * min(0.9, free + most) <= met <= free + most
+
+
+def test_the_next_step_costs_what_the_measured_losses_say():
+    losses = {0.0: 0.0, 0.1: 0.01, 0.2: 0.04, 0.9: inf}
+    assert expected_loss(losses, 0.15) == pytest.approx(0.0225) and expected_loss(losses, 0.3) == pytest.approx(0.09)
+
+
+def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
+    model = prune_model(build("llama-tied"), config(widths={"attention": 2}), tokenizer())
+    before, seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}, Manifest.seen_by(model)
+    pruner, small = pruned(model, 0.05)
+    wish, report = pruner.report.wish, pruner.report
+    assert wish["loss"] == 0.05 and pruner.config.budget == {"loss": 0.05}
+    met = max(one["removed"] for one in wish["trials"] if max(one["your kinds"][0], one["other text"][0]) <= 0.05)
+    assert 1 - report.parameters["after"] / report.parameters["before"] == pytest.approx(met, abs=0.01)
+    chosen = {name for entry in pruner.manifest.of_use(EARLIER) for name in entry.probe_documents}
+    entries = [entry for entry in pruner.manifest.domains if entry.use != EARLIER]
+    assert chosen and not chosen & {name for entry in entries for name in entry.heldout_documents}
+    # What is saved names the size that was found.
+    (size,) = vars(small)["prune_result"].config.budget.values()
+    assert small.num_parameters() <= size
+    assert seen.uses().items() <= pruner.manifest.uses().items()
+    # The dense model is as it was, and has seen no more.
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert Manifest.seen_by(model) is seen
+
+
+@pytest.mark.slow
+def test_tokens_go_in_place_and_their_trials_share_the_weights():
+    model, reader = real_text_model()
+    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
+    fields = {"targets": ("vocab",), "domains": texts, "seq_length": 48, "round_to": 1}
+    pruner = StructPruner(config(widths=None, budget={"loss": 0.5}, **fields))
+    assert pruner.prune_model(model, reader, inplace=True) is model
+    kept = pruner.plan.keep[MODEL, VOCAB]
+    assert len(kept) == model.config.vocab_size < len(reader)
+    # The rows that are left are the dense model's own, whatever the trials have cut.
+    dense = real_text_model()[0].get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, dense[[*kept]])
+
+
+def test_an_encoder_loses_the_cosine_of_its_vectors():
+    pruner, _ = pruned(build("bert"), 0.02)
+    cosines = [figures["after"]["cosine"] for figures in pruner.report.embeddings.values()]
+    assert pruner.report.wish["measured"]["your kinds"][0] == pytest.approx(1 - sum(cosines) / len(cosines))
+    assert min(cosines) >= 0.96 and "asked: a loss of 2.0 %" in str(pruner.report)
+
+
+def test_a_wish_that_nothing_meets_names_the_smallest_loss():
+    with pytest.raises(StructPruneError, match="loss=1e-12 cannot be met"):
+        pruned(build("bert"), 1e-12)
+
+
+def test_what_measures_no_loss_on_text_is_refused():
+    model = build("llama-tied")
+    asked = config(widths=None, budget={"loss": 0.02})
+    with pytest.raises(StructPruneError, match="a dry run has none"):
+        dry_run(model.config, asked)
+    with pytest.raises(StructPruneError, match="which inputs are not"):
+        prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})
+    with pytest.raises(StructPruneError, match="below 1"):
+        config(widths=None, budget={"loss": 2})
