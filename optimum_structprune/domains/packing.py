@@ -107,7 +107,7 @@ class DocumentPool:
         """
         passed: list[Tokens] = []
         fitting = self._fitting(use, uses, passed)
-        cut = (Tokens(text.ids[:longest], text.answers and text.answers[:longest], text.hash) for text in fitting)
+        cut = (Tokens(text.ids[:longest], text.hash) for text in fitting)
         taken = frame.take(cut, need)
         self._rest = chain(passed, self._rest)
         return taken

@@ -120,16 +120,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         simple = ", which is simpler than most" if other["source"] == "built-in" else ""
         words = f"; {other['respelled']:.1%} of its words are spelled otherwise now" if "respelled" in other else ""
         yield f"other text is {other['source']}{simple}; nothing was chosen by it{words}".replace("%", " %")
-    if trimmed := report.get("trimmed"):
-        rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
-        gone = f"{trimmed['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
-        if not (measured or report.get("embeddings")):
-            rest += "; no loss was measured, as the model reads more than text"
-        yield f"{gone}, which are {trimmed['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
-        counts = (f"{name} {count:,}" for name, count in sorted(trimmed["reasons"].items()))
-        yield f"tokens that stay, by reason: {', '.join(counts)}"
-        if unreadable := _by_number(trimmed["unreadable"]):
-            yield f"letters that cannot be read now, by script: {unreadable}"
+    if report.get("trimmed"):
+        yield from _tokens(report, bool(measured or report.get("embeddings")))
     if scripts := report.get("scripts"):
         yield f"tokens that are gone, by script: {_by_number(scripts)}"
     if by_code := report.get("languages"):
@@ -152,6 +144,20 @@ def _wish(wish: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
         f"asked: a loss of {wish['loss']:.1%}; found by {len(wish['trials'])} prunings on trial: {found}; "
         f"with 5% more gone about {wish['next']:.1%}"
     ).replace("%", " %")
+
+
+def _tokens(report: Mapping[str, Any], measured: bool) -> Iterator[str]:
+    """Yields how many tokens went and stayed, and why."""
+    trimmed = report["trimmed"]
+    rest = "channels give the rest" if len(report["widths"]) > 1 else "nothing else goes"
+    gone = f"{trimmed['tokens']:,} of {report['dense_widths'][VOCAB]:,} tokens go"
+    if not measured:
+        rest += "; no loss was measured, as the model reads more than text"
+    yield f"{gone}, which are {trimmed['respelled']:.2%} of held-out text; {rest}".replace("%", " %")
+    counts = (f"{name} {count:,}" for name, count in sorted(trimmed["reasons"].items()))
+    yield f"tokens that stay, by reason: {', '.join(counts)}"
+    if unreadable := _by_number(trimmed["unreadable"]):
+        yield f"letters that cannot be read now, by script: {unreadable}"
 
 
 def measurements_text(record: Mapping[str, Any]) -> str:

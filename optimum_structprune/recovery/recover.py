@@ -68,8 +68,7 @@ class Recovery:
     ):
         if not isinstance(config, RecoveryConfig):
             raise StructPruneError(f"A recovery takes a RecoveryConfig, got {type(config).__name__}.")
-        self.config = config
-        self.callbacks = callbacks
+        self.config, self.callbacks = config, callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.entries: list[Entry] = []
         self._manifest: Manifest | None = None
