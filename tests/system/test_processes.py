@@ -136,7 +136,7 @@ def pruned(case):
 
 def on_text_of_its_own():
     model, reader = real_text_model()
-    short = patch.multiple(generated, FEWEST=2, MOST=4, MAX_TOKENS=40, MIN_TOKENS=8)
+    short = patch.multiple(generated, MIN_BATCH=2, MAX_BATCH=4, MAX_TOKENS=40, MIN_TOKENS=8)
     with TemporaryDirectory() as home, patch("huggingface_hub.constants.HF_HOME", home), short:
         pruner = StructPruner(config(domains=[DomainConfig(name="own", source="self:code")], num_samples=4))
         return pruner, pruner.prune_model(model, reader)
