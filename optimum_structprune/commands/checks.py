@@ -51,9 +51,8 @@ def check_flags(args: Namespace) -> None:
             check_source(domain)
     if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
         raise StructPruneError(f"There is no file {file}.")
-    for name in ("json", "csv"):
-        if isinstance(file := given.get(name), str):
-            check_file(file, f"--{name} {file}", args.overwrite)
+    if isinstance(file := given.get("json"), str):
+        check_file(file, f"--json {file}", args.overwrite)
     if "form" in given:
         _check_form(args)
     if given.get("gguf"):

@@ -166,7 +166,6 @@ COMMANDS = (
             **QUALITY,
             **SPEED,
             "--html": switch("Keep the numbers in the folder of the pruned model, and write its report.html anew."),
-            "--csv": named("FILE", "Write a line for each model to a file of comma-separated values."),
             **ARCH,
             **LOADING,
         },

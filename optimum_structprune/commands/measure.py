@@ -20,7 +20,7 @@ from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
 from ..record.remarks import measurements_text
-from ..record.table import as_csv, side_by_side
+from ..record.table import side_by_side
 from ..saving.card import EVALUATION_NAME, SPEED_NAME
 from ..saving.page import PAGE_NAME, check_result, write_report
 from ..system.disk import check_folder, unchanging
@@ -41,7 +41,7 @@ def evaluate(args: Namespace) -> Result:
     loading, paths = Loading.of(args), _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
     dense_tokenizer, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
-    if args.html and not (is_judged or args.speed or args.csv):
+    if args.html and not (is_judged or args.speed):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model
@@ -56,8 +56,6 @@ def evaluate(args: Namespace) -> Result:
         if args.html:
             speed.save(Path(args.models[0], SPEED_NAME))
     values = {**record, **shown, "notes": notes}
-    if args.csv is not None:
-        Path(args.csv).write_text(as_csv(values), encoding="utf-8")
     text = "\n".join([measurements_text(shown), *notes])
     return _with_page(args, text, values) if args.html else Result(text, values)
 

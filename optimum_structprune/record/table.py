@@ -1,4 +1,4 @@
-"""Rows of figures, each of several models, and the forms in which they are shown: text, Markdown, HTML and CSV.
+"""Rows of figures, each of several models, and the forms in which they are shown: text, Markdown and HTML.
 
 A record is the JSON of a report, of a training or of an evaluation. It names each figure of a model in the same way:
 `{"parameters": {model: …}, "perplexity": {domain: {model: …}}, …}`.
@@ -6,8 +6,6 @@ A record is the JSON of a report, of a training or of an evaluation. It names ea
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,18 +280,6 @@ def all_rows(record: Record) -> list[Row]:
 def as_text(record: Record) -> str:
     """All figures of a record as a table of text."""
     return aligned(cells(models_of(record), all_rows(record)))
-
-
-def as_csv(record: Record) -> str:
-    """All figures of a record as comma-separated values, a line for each model; of widths the least and the most."""
-    rows, file = all_rows(record), io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["model", *(row.label.strip() for row in rows)])
-    for name, *values in zip(models_of(record), *(row.values for row in rows), strict=True):
-        pairs = zip(values, (row.digits for row in rows), strict=True)
-        plain = (as_number(of, None, to).replace(",", "") if isinstance(of, Sequence) else of for of, to in pairs)
-        writer.writerow([name, *plain])
-    return file.getvalue()
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -81,9 +81,9 @@ def test_json_to_a_file_leaves_the_text(folder, tmp_path, capsys):
 def test_a_file_that_exists_is_replaced_only_on_request_whatever_is_in_it(content):
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(content)
-        with pytest.raises(StructPruneError, match="--csv a exists; name another .*--overwrite"):
-            check_file(file.name, "--csv a")
-        check_file(file.name, "--csv a", overwrite=True)
+        with pytest.raises(StructPruneError, match="--json a exists; name another .*--overwrite"):
+            check_file(file.name, "--json a")
+        check_file(file.name, "--json a", overwrite=True)
         assert Path(file.name).read_bytes() == content
 
 
