@@ -272,14 +272,10 @@ def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
     return table if any(line[-1] for line in table) else [line[:-1] for line in table]
 
 
-def all_rows(record: Record) -> list[Row]:
-    """Every figure that a record has."""
-    return [*size_rows(record), *quality_rows(record), *speed_rows(record)]
-
-
 def as_text(record: Record) -> str:
     """All figures of a record as a table of text."""
-    return aligned(cells(models_of(record), all_rows(record)))
+    rows = [*size_rows(record), *quality_rows(record), *speed_rows(record)]
+    return aligned(cells(models_of(record), rows))
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
