@@ -6,8 +6,8 @@ import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import partial
 from importlib import import_module
 from inspect import getdoc
 from textwrap import dedent
@@ -44,8 +44,6 @@ GROUPS = {
     "for experts": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
-# What a value of fields that hold numbers by name looks like.
-EXAMPLES = {"budget": "parameters=0.8", "widths": "mlp=1024"}
 # What `add_argument` takes by the name of a flag, or its help alone.
 Flags = Mapping[str, str | Mapping[str, Any]]
 
@@ -149,12 +147,7 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
     if origin is dict or is_dataclass(kind):
         names = [] if inside else [field.name for field in fields(kind)]
         text = f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." if names else "Repeatable."
-        return {
-            "action": "append",
-            "help": text,
-            "type": partial(setting, example=EXAMPLES.get(name, "")),
-            "metavar": "NAME=VALUE",
-        }
+        return {"action": "append", "help": text, "type": setting, "metavar": "NAME=VALUE"}
     if origin in (list, tuple):
         repeated = {"action": "append", "help": "Repeatable."}
         if is_dataclass(inside[0]):
@@ -175,13 +168,10 @@ def _divided(text: str, form: str) -> tuple[str, str]:
     return name, value
 
 
-def setting(text: str, example: str = "") -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`; with an example, text is refused."""
-    name, value = _divided(text, f"NAME=VALUE{f', such as {example}' if example else ''}")
-    read = yaml_value(value)
-    if example and isinstance(read, str):
-        raise ArgumentTypeError(f"expected a number behind {name}=, as in {example}, got {value!r}")
-    return name, read
+def setting(text: str) -> tuple[str, Any]:
+    """Reads `NAME=VALUE` as a pair, the value as YAML: `mlp=24`, `bf16=true`."""
+    name, value = _divided(text, "NAME=VALUE, such as mlp=1024 or parameters=0.8")
+    return name, yaml_value(value)
 
 
 def whole(text: str) -> int:
@@ -212,14 +202,10 @@ def domain(text: str) -> dict[str, Any]:
         raise ArgumentTypeError(f"expected NAME=SOURCE[@WEIGHT], such as {name}={text}, got {text!r}")
     name, source = _divided(text, "NAME=SOURCE[@WEIGHT]")
     head, at, weight = source.rpartition("@")
-    if os.path.exists(os.path.expanduser(source)):  # a name may hold an @ too
-        at = ""
-    try:
-        return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
-    except ValueError as error:
-        if os.path.exists(os.path.expanduser(head)):
-            raise ArgumentTypeError(f"expected a weight such as {head}@2, got {source!r}") from error
-        return {"name": name, "source": source}
+    with suppress(ValueError):  # a name may hold an @ too
+        if at:
+            return {"name": name, "source": head, "weight": float(weight)}
+    return {"name": name, "source": source}
 
 
 def text_file(path: str) -> dict[str, Any]:

@@ -170,14 +170,6 @@ def test_settings_have_types_and_a_domain_all_its_fields():
             read(wrong)
 
 
-def test_a_source_whose_name_holds_an_at_sign(tmp_path):
-    (tmp_path / "dir").mkdir()
-    assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir", "weight": 3.0}
-    (tmp_path / "dir@3").mkdir()
-    assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir@3"}
-    assert domain(f"a={tmp_path}/dir@3@2") == {"name": "a", "source": f"{tmp_path}/dir@3", "weight": 2.0}
-
-
 def test_text_is_the_short_form_of_domains_named_after_their_files():
     line, text = ["prune", "m", "o", "--sparsity", "0.2"], ["--text", "notes.jsonl", "in/my letters.txt"]
     args = parsed(*line, *text, "--domain", "a=b.txt", "--text", "c/")
