@@ -313,18 +313,22 @@ class InMemory(Source):
             }
             for index, batch in enumerate(self.batches):
                 if batch.domain == domain:
-                    with self._caching(layer, index, parts):
-                        self._observe(layer, index, moments, paths)
+                    self._observe(layer, index, parts, moments, paths)
             for name, axis in axes.items():
                 if not self.ranks.sum_(moments[name]).count:
                     raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
             yield [moments[name].checked(axis.module, domain) for name, axis in axes.items()]
 
     def _observe(
-        self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, ResidualPath | None]
+        self,
+        layer: int,
+        index: int,
+        parts: Sequence[str],
+        moments: Mapping[str, Moments],
+        paths: Mapping[str, ResidualPath | None],
     ) -> None:
-        """Run a layer on one batch, and take what its consumers read into their moments."""
-        batch = self.batches[index]
+        """Run a layer on one batch; take the inputs of consumers into their moments, and keep outputs of `parts`."""
+        batch, module = self.batches[index], self.module(layer)
         # Those whose error is known only once the layer has run to its end.
         waiting: list[tuple[str, ResidualPath, Tensor, Tensor | None]] = []
 
@@ -335,7 +339,13 @@ class InMemory(Source):
             else:
                 waiting.append((name, path, x, product))
 
-        with hooks.observe_products(self.module(layer), moments, see):
+        def keep(name: str, output: Any) -> None:
+            self.cache.setdefault(name, {})[index] = output
+
+        with (
+            hooks.cached_outputs(module, parts, self.changed, keep, self.keep_on),
+            hooks.observe_products(module, moments, see),
+        ):
             output = self.output(layer, index)
         if self.fixed:
             self.outputs[index] = output.to(device=self.keep_on)
@@ -412,16 +422,6 @@ class InMemory(Source):
         sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
         least = 0.02 * sum(each.numel() for each in module.parameters())  # a norm has far less
         return [name for name in parts if name in self.changed or sizes[name] >= least]
-
-    def _caching(self, layer: int, index: int, parts: Sequence[str]) -> AbstractContextManager[None]:
-        """Keep what the parts of a layer give for one batch in front of the pruned parts."""
-
-        def keep(name: str, output: Any) -> None:
-            self.cache.setdefault(name, {})[index] = output
-
-        if not parts:
-            return nullcontext()
-        return hooks.cached_outputs(self.module(layer), parts, self.changed, keep, self.keep_on)
 
     def _local(self, layer: int, name: str) -> str:
         return name.removeprefix(self.arch.layer_prefix(layer))
