@@ -97,7 +97,7 @@ class ModelInfo:
         device: torch.device | None = None,
         offloaded: bool = False,
     ) -> ModelInfo:
-        """Describe the model that a config describes, whose weights are to be on a `device`."""
+        """Describe the model of a config, whose weights are to be on a `device`."""
         saved = dtype or config.dtype or torch.float32
         dtype = getattr(torch, saved) if isinstance(saved, str) else saved
         model = meta_model(config, arch_file, dtype, trust_remote_code)

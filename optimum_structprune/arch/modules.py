@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,13 @@ FORWARD_HOOKS = (
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
     """The layers of a model, over all lists that hold them."""
-    return [layer for path, _ in arch.stacks for layer in _layers_at(model, path)]
+    layers: list[nn.Module] = []
+    for path, _ in arch.stacks:
+        found = model.get_submodule(path)
+        if not isinstance(found, nn.ModuleList):
+            raise StructPruneError(f"{path} should be a list of layers, found {type(found).__name__}.")
+        layers += found
+    return layers
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -34,20 +40,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [layer for name in outer for layer in model.get_submodule(name).children()]
     return layers if head is None else [*layers, head]
-
-
-def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
-    """Replace the layers of a model that has a single list of layers; the new list may be shorter."""
-    modules = _layers_at(model, arch.layer_path)
-    del modules[:]
-    modules.extend(layers)
-
-
-def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
-    layers = model.get_submodule(path)
-    if not isinstance(layers, nn.ModuleList):
-        raise StructPruneError(f"{path} should be a list of layers, found {type(layers).__name__}.")
-    return layers
 
 
 def replace_(model: nn.Module, path: str, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StructPruneError
-from .linalg import add_product_, operand, submatrix, update_gram_
+from .linalg import add_product_, submatrix, update_gram_
 
 
 @dataclass
@@ -53,7 +53,9 @@ class Moments:
             return self
         self.count += len(x)
         share = len(x) / self.count
-        x = operand(x.to(self.mean.device))
+        x = x.to(self.mean.device)
+        if not (x.is_cuda and x.dtype == torch.bfloat16):  # whose products are exact in fp32 there
+            x = x.float()
         mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
         for part in x.split(256):  # so many tokens are in memory in fp64 at a time
             precise = part.double()

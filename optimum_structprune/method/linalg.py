@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,27 +21,16 @@ MIN_MOMENT_SHARE = 1e-6
 ROWS_AT_ONCE = 1024
 
 
-def panels(size: int) -> Iterator[slice]:
-    """The rows of a symmetric matrix in 8 panels at most, of which only the part right of the diagonal is computed.
-
-    Smaller panels cost more than they save.
-    """
-    step = max(PANEL_ROWS, -(-size // 8))
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
-
-
 @torch.no_grad()
 def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
     """Take tokens into a running Gram matrix E[x xᵀ]. `gram` has the shape `(n, n)`, `x` `(tokens, n)`."""
-    for rows in panels(len(gram)):
-        right = slice(rows.start, len(gram))
+    # It is symmetric, so only the part right of the diagonal is computed, in 8 panels at most: smaller ones cost more
+    # than they save.
+    step = max(PANEL_ROWS, -(-len(gram) // 8))
+    for start in range(0, len(gram), step):
+        rows, right = slice(start, min(start + step, len(gram))), slice(start, len(gram))
         add_product_(gram[rows, right], x[:, rows], x[:, right], share)
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
-
-
-def operand(x: Tensor) -> Tensor:
-    """Inputs in the dtype that products are taken in: fp32, unless products of what they are in are exact in fp32."""
-    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
 
 
 @torch.no_grad()

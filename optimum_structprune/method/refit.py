@@ -53,7 +53,9 @@ def least_squares(
 def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> Tensor:
     """`W_R H_RS + E[e x_Sᵀ]`, what the kept columns are to make up for, shape `(out, kept)`."""
     gram, mean = moments.full_gram(), moments.mean.to(weight)
-    removed = _others(keep, weight.shape[1])
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
+    removed[keep] = False
+    removed = removed.nonzero().squeeze(1)
     missing = weight.new_zeros(len(weight), len(keep))
     for panel in removed.split(ROWS_AT_ONCE):
         missing.addmm_(weight[:, panel], submatrix(gram, panel, keep).to(weight))
@@ -64,9 +66,3 @@ def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> T
         if centred:
             missing.addr_(moments.error_mean.to(weight), mean[keep], alpha=-1)
     return missing
-
-
-def _others(keep: Tensor, size: int) -> Tensor:
-    others = torch.ones(size, dtype=torch.bool, device=keep.device)
-    others[keep] = False
-    return others.nonzero().squeeze(1)

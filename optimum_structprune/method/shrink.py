@@ -155,7 +155,7 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: str | Non
 
 @torch.no_grad()
 def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model without weights, which gets the kept units.
+    """Replace one layer by that of a `smaller` model without weights, filled with the kept units.
 
     The parameters are the same objects with less data in them, so that an optimizer still holds them. The layer is
     made in the CPU's memory, so another device never has both, and an error leaves the whole one.

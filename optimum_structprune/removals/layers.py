@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import adding, observe
 from ..arch.load import describe
-from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
+from ..arch.spec import LAYER, MODEL, ArchSpec, Axis
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import criterion_of
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
-from ..method.layers import MAX_DEVIATION, Batch, InMemory, ResidualPath, equal, noise_like
+from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
 from ..method.linalg import ridge_strength
 from ..method.score import best_units, check_scores
 from ..method.shrink import check_same, read_consumer, write_consumer_
@@ -86,9 +86,11 @@ def _refit_before_gap_(
 
     ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) does so with a map behind that matrix.
     """
-    space, path = _last_writer(arch, layer, source)
-    if space is None:
+    writers = (space for space in arch.at(layer) if space.experts is None and len(space.consumers) == 1)
+    paths = [(space, path) for space in writers if (path := source.residual_path(layer, space.consumers[0].module))]
+    if not paths:
         return
+    space, path = paths[-1]
     (axis,), weight = space.consumers, read_consumer(model, space.consumers[0])[0]
     (moments,) = mixed(source.moments(layer, space, True), data.shares, [weight])
     refitted = refit_consumer_(model, data.config, axis, moments, torch.arange(weight.shape[1]))
@@ -96,15 +98,6 @@ def _refit_before_gap_(
         energy = output_energy(refitted, replace(moments, energy=None))
         size = (energy / output_energy(weight, moments)) ** 0.5
         model.get_parameter(f"{path.module}.weight").data.add_(path.weight, alpha=size - 1)
-
-
-def _last_writer(arch: ArchSpec, layer: int, source: InMemory) -> tuple[Space | None, ResidualPath | None]:
-    """The last space of a layer whose only consumer writes to the residual stream, and its path there, if any does."""
-    for space in reversed([*arch.at(layer)]):
-        if space.experts is None and len(space.consumers) == 1:
-            if path := source.residual_path(layer, space.consumers[0].module):
-                return space, path
-    return None, None
 
 
 def size_of(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.meta import skeleton
-from ..arch.modules import adopt_config_, layer_list, put_layers_, replace_
+from ..arch.modules import adopt_config_, layer_list, replace_
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, ResidualStream, Width
 from ..arch.token_space import renumber_
@@ -47,7 +47,10 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
         old, new = layer_list(model, arch), layer_list(shorter, arch)
         for index, layer in zip(keep, new, strict=True):
             replace_(model, f"{arch.layer_path}.{index}", layer, old[index].state_dict(), arch)
-        put_layers_(model, arch, new)
+        layers = model.get_submodule(arch.layer_path)
+        assert isinstance(layers, nn.ModuleList)
+        del layers[:]
+        layers.extend(new)
 
 
 @torch.no_grad()
