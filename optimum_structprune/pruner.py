@@ -114,6 +114,8 @@ class StructPruner:
             if report.languages:
                 comparison.finish_languages()
             run.finish()
+        # It says what general text was read, and names tokens only where the caller did.
+        self.used_config = data.config if tokens is None else replace(data.config, targets=self.config.targets)
         self._remember(run)
         return run.model
 
@@ -121,9 +123,6 @@ class StructPruner:
         """Keep the records of a run here and with its model, and warn of a target that was missed."""
         from .record.remarks import target_summary
 
-        # Once tokens are gone, the run's config says only what is left to do.
-        requested = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
-        self.used_config = replace(run.config, **requested)
         self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +130,17 @@ class CalibrationData:
         criterion = CRITERIA.get(config.scored_by)
         whole = criterion.whole_model_statistics
         by_domain = {} if whole is None else whole(model, arch, self)
+
+        def options(layer: int) -> StructPruneConfig:
+            # Random draws do not depend on the layers in front: a run that goes on where another was killed does not
+            # score those again.
+            seeded = copy(config)
+            seeded.seed = (config.seed + layer) % 2**32
+            return seeded
+
         return Method(
             criterion=criterion,
-            # So that random draws do not depend on the layers in front: a run that goes on where another was killed
-            # does not score those again.
-            options=lambda layer: replace(config, seed=(config.seed + layer) % 2**32),
+            options=options,
             refit=REFITS.get(refit),
             shares=self.shares,
             damping=config.damping,
