@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
@@ -36,7 +37,7 @@ class Step(NamedTuple):
     widths: Widths
 
 
-class Run:
+class Run(AbstractContextManager["Run"]):
     """The state that the steps of one pruning share.
 
     As a context, it makes sure that an error leaves no model behind that looks finished: a model that has begun to
@@ -111,9 +112,6 @@ class Run:
             remember_text(self.dense_model, self.dense_tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
         self.report.target = self.config.sparsity
-
-    def __enter__(self) -> Run:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
