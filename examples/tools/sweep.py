@@ -105,6 +105,8 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
         options = replace(options, checkpoint_dir=str(Path(args.output) / "losses"))
     pruner = StructPruner(config, options)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
+    for finished in Path(args.output, "losses").glob("layer-*"):  # which no other size reads
+        finished.unlink(missing_ok=True)
     if folder is not None:
         # A model without a place on the curve is left from a sweep that was killed.
         pruner.save(pruned, folder, tokenizer, overwrite=True)
