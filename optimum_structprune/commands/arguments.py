@@ -242,6 +242,14 @@ def run_options(args: Namespace) -> RunOptions:
     return RunOptions.from_dict(_laid_over(values, _values_of_flags(args, RunOptions)))
 
 
+def tokens_config(args: Namespace, number: int) -> StructPruneConfig:
+    """Gives the config of the flags for a model that keeps a number of tokens."""
+    from ..config.pruning import AMOUNTS
+
+    others = {name: value for name, value in vars(args).items() if name not in (*AMOUNTS, "targets")}
+    return pruning_config(Namespace(**others, widths={"vocab": number}))
+
+
 def recovery_config(args: Namespace) -> RecoveryConfig:
     """The `RecoveryConfig` of the file, if any, with the flags laid over it."""
     from ..config.recovery import RecoveryConfig

@@ -24,7 +24,7 @@ from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
-from .arguments import pruning_config, recovery_config, run_options
+from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .flags import FORM
 from .output import check_file
 
@@ -128,7 +128,7 @@ def progress_folder(output: str) -> Path:
 # How the flags of each command become configs.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
-    "plan": lambda args: [pruning_config(args), run_options(args)],
+    "plan": lambda args: [tokens_config(args, 1) if args.tokens else pruning_config(args), run_options(args)],
     "recover": lambda args: [recovery_config(args)],
 }
 

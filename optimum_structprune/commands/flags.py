@@ -133,6 +133,10 @@ COMMANDS = (
             "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
             "--cost": switch("Show the memory that the pruning takes, and the operations of both models, as well."),
             "--offload": choice("With --cost: where the layers are while they do not run.", OFFLOADS),
+            "--tokens": switch(
+                "Show how much of the text (--text) and of --languages keeps its tokens in a vocabulary of each of "
+                "eight sizes; needs the tokenizer too."
+            ),
             **TRUST,
         },
         config="StructPruneConfig",

@@ -76,6 +76,10 @@ def _ranges(sizes: Sequence[int]) -> str:
 
 def plan(args: Namespace) -> Result:
     """Build the dense and the pruned model on the meta device and compare them."""
+    if args.tokens:
+        from .tokens import plan_tokens
+
+        return plan_tokens(args)
     config = pruning_config(args)
     if args.offload is not None and not args.cost:
         raise StructPruneError("--offload says where a cost is counted for; add --cost.")

@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import chain, groupby, islice, zip_longest
 from math import inf
 from pathlib import Path
+from random import Random
 from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of
 from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
+from ..config.domains import written_by_model
+from ..domains.manifest import JUDGED, Entry
+from ..domains.packing import Domain, document_hash
 from ..domains.passages import Passages
+from ..domains.sources import documents
 from ..forward.metrics import FEWEST, evaluating, margin_of_error
 from ..method.layers import input_device, run_model
 from ..record.report import Report
@@ -33,6 +38,8 @@ from ..vocabulary.languages import texts as language_texts
 # tokens; a domain has at most so many passages.
 ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")
 SHORTEST, LONGEST, TOKENS, MOST = 20, 200, 256, 128
+SET_ASIDE = 8  # one of so many documents that nothing else reads is judged by
+RUN = 8  # sentences of one document that are taken for another one where there are too few documents
 NEAREST = 10  # neighbours of a text
 AT_ONCE = 32  # texts of equal length that run together at most
 # How states of shape `(texts, tokens, channels)` become vectors, by the names of sentence-transformers. All others
@@ -45,6 +52,18 @@ POOLING: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Texts(NamedTuple):
+    """Texts, or inputs in their place, and the number of the document that each is from."""
+
+    texts: Sequence[str] | Tensor
+    documents: Sequence[int]
+
+    @classmethod
+    def apart(cls, texts: Sequence[str] | Tensor) -> Texts:
+        """Takes each text for a document."""
+        return cls(texts, range(len(texts)))
+
+
 class Embeddings:
     """The vectors of texts by domain, and of the same text in 30 languages. Those of the dense model are computed at
     once, and it is not kept. In the texts that `pairs` names, the second half are translations of the first.
@@ -53,14 +72,15 @@ class Embeddings:
     def __init__(
         self,
         model: PreTrainedModel,
-        texts: Mapping[str, Sequence[str] | Tensor],
+        texts: Mapping[str, Texts | Sequence[str]],
         tokenizer: PreTrainedTokenizerBase | None,
         languages: bool,
         pairs: Collection[str] = (),
     ):
-        self.texts, self.tokenizer, self.pairs = texts, tokenizer, pairs
+        self.texts = {name: of if isinstance(of, Texts) else Texts.apart(of) for name, of in texts.items()}
+        self.tokenizer, self.pairs = tokenizer, pairs
         by_code = language_texts() if languages and tokenizer is not None else {}
-        self.spoken = {code: sentences([text]) for code, text in by_code.items()}
+        self.spoken = {code: Texts.apart(sentences([text]).texts) for code, text in by_code.items()}
         self.pooling = pooling_of(model)
         self.dense = self._vectors(model)
 
@@ -77,39 +97,82 @@ class Embeddings:
         self, model: PreTrainedModel, before: str, after: str
     ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
         """The `embedding_figures` of a smaller model by domain, under the names of both models, and by the code of a
-        language. The neighbours of a text are those of its own domain or language and of all domains.
+        language. The neighbours of a text are those of its own domain or language and of all domains, but for its own
+        document, whose sentences stay together however many documents there are.
         """
-        by_domain, both = dict[str, dict[str, dict[str, float]]](), (self._vectors(model), self.dense)
-        for name in self.texts:
-            others = [torch.cat([of for other, of in by.items() if other != name] or [by[name][:0]]) for by, _ in both]
-            by_domain[name] = {before: {}, after: embedding_figures(*(by[name] for by, _ in both), *others)}
-            for which, (by, _) in zip((after, before), both, strict=True):
+        (ours, ours_spoken), (theirs, theirs_spoken) = self._vectors(model), self.dense
+        by_domain = dict[str, dict[str, dict[str, float]]]()
+        for name, texts in self.texts.items():
+            more, dense_more = (
+                torch.cat([by[name][:0], *(of for other, of in by.items() if other != name)]) for by in (ours, theirs)
+            )
+            figures = embedding_figures(ours[name], theirs[name], more, dense_more, texts.documents)
+            by_domain[name] = {before: {}, after: figures}
+            for which, by in ((after, ours), (before, theirs)):
                 if name in self.pairs:
                     shares = retrieved(*by[name].chunk(2))
-                    figures = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_error(shares)}
-                    by_domain[name][which] |= figures
-        every = [torch.cat([*by.values()]) for by, _ in both]
-        return by_domain, {code: embedding_figures(*(by[code] for _, by in both), *every) for code in self.spoken}
+                    found = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_error(shares)}
+                    by_domain[name][which] |= found
+        every, dense_every = torch.cat([*ours.values()]), torch.cat([*theirs.values()])
+        return by_domain, {
+            code: embedding_figures(ours_spoken[code], dense, every, dense_every)
+            for code, dense in theirs_spoken.items()
+        }
 
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rows = [rows_of(of, self.tokenizer, model) for of in (*self.texts.values(), *self.spoken.values())]
+        rows = [rows_of(of.texts, self.tokenizer, model) for of in (*self.texts.values(), *self.spoken.values())]
         vectors = embed(model, [row for of in rows for row in of], self.pooling).split([*map(len, rows)])
         of_texts, of_spoken = vectors[: len(self.texts)], vectors[len(self.texts) :]
         return dict(zip(self.texts, of_texts, strict=True)), dict(zip(self.spoken, of_spoken, strict=True))
 
 
-def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[str] | Tensor:
-    """The sentences in samples of token ids; inputs, and samples without any, as they are."""
+def judged_texts(
+    domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> tuple[dict[str, Texts], list[Entry]]:
+    """The held-out sentences of domains, with those of more documents that nothing chooses by, and the entries of
+    these: sentences of few documents say little of others.
+    """
+    used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    texts, entries = {}, []
+    for domain in domains:
+        more = dict[str, str]()
+        if not (tokenizer is None or domain.origin is None or written_by_model(domain.origin)):
+            every = islice(documents(domain.origin, seed, tokenizer), MOST * SET_ASIDE)
+            others = {name: text for text in every if (name := document_hash(text)) not in used}
+            more = dict(islice(others.items(), 0, None, SET_ASIDE))
+            none = domain.heldout[:0]
+            aside = Domain(domain.name, 0.0, none, none, origin=domain.origin, heldout_documents=(*more,))
+            entries.append(Entry.of(aside, JUDGED))
+        texts[domain.name] = passages_of(domain.heldout, tokenizer, more.values())
+    return texts, entries
+
+
+def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more: Iterable[str] = ()) -> Texts:
+    """The sentences in samples of token ids and in more documents; inputs, and samples without any, as they are."""
     if tokenizer is None or samples.is_floating_point():
-        return samples
-    return sentences(text for of in Passages([*samples], tokenizer).texts for text in of) or samples
+        return Texts.apart(samples)
+    held_out = (text for of in Passages([*samples], tokenizer).texts for text in of)
+    found = sentences([*held_out, *more])
+    return found if found.texts else Texts.apart(samples)
 
 
-def sentences(texts: Iterable[str]) -> list[str]:
-    """The sentences of texts, each once, long ones in parts; evenly chosen ones where there are more than 128."""
-    parts = (part for text in texts for sentence in ENDS.split(text) for part in wrap(sentence, LONGEST))
-    found = [*dict.fromkeys(part for part in parts if len(part.encode()) >= SHORTEST)]
-    return found if len(found) <= MOST else [found[n * len(found) // MOST] for n in range(MOST)]
+def sentences(documents: Sequence[str]) -> Texts:
+    """The sentences of documents, each once, long ones in parts; where there are more than 128, as many of each
+    document as there can be.
+    """
+    seen, shuffled = set[str](), []
+    for number, text in enumerate(documents):
+        parts = (part for sentence in ENDS.split(text) for part in wrap(sentence, LONGEST))
+        new = [*dict.fromkeys(part for part in parts if len(part.encode()) >= SHORTEST and part not in seen)]
+        seen |= {*new}
+        shuffled.append([(number, part) for part in Random(number).sample(new, len(new))])
+    Random(0).shuffle(shuffled)
+    one_of_each = chain.from_iterable(zip_longest(*shuffled))
+    found = sorted(islice(filter(None, one_of_each), MOST))
+    numbers = [number for number, _ in found]
+    if len({*numbers}) < FEWEST:
+        numbers = [number // RUN for number in range(len(found))]
+    return Texts([part for _, part in found], numbers)
 
 
 def rows_of(
@@ -164,34 +227,48 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, encoder_hidden_states=encoder(ids)[0], use_cache=False)[0]
 
 
-def embedding_figures(vectors: Tensor, dense: Tensor, more: Tensor, dense_more: Tensor) -> dict[str, float]:
+def embedding_figures(
+    vectors: Tensor, dense: Tensor, more: Tensor, dense_more: Tensor, documents: Sequence[int] | None = None
+) -> dict[str, float]:
     """How near the vectors of texts are to the dense model's, each of shape `(texts, channels)`: the cosine (mean, 5th
     percentile, worst), if both have as many channels, and the share of the 10 nearest neighbours that stay, if these
-    texts and the texts in `more` are more than twice as many.
+    texts and the texts in `more` are more than twice as many. Neighbours are of other `documents`.
     """
     figures: dict[str, float] = {"texts": len(vectors)}
+    numbers = torch.tensor([*range(len(vectors))] if documents is None else [*documents])
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
-        figures |= {"cosine": float(cosines.mean()), "cosine_margin": error_of(cosines)}
+        figures |= {"cosine": float(cosines.mean()), "cosine_margin": margin_of_error(cosines, numbers)}
         figures |= {"cosine_p5": float(cosines.quantile(0.05)), "cosine_worst": float(cosines.min())}
-    if len(vectors) + len(more) > 2 * NEAREST:
-        ours, theirs = nearest(vectors, more), nearest(dense, dense_more)
-        kept = (ours[:, :, None] == theirs[:, None]).any(2).double().mean(1)
-        figures |= {"neighbours": float(kept.mean()), "neighbours_margin": error_of(kept)}
+    if len(vectors) + len(more) - int(numbers.bincount().max()) >= 2 * NEAREST:
+        near = nearness(vectors, more, numbers), nearness(dense, dense_more, numbers)
+        figures |= {"neighbours": kept_share(*near), "neighbours_margin": kept_margin(*near, numbers)}
     return figures
 
 
-def error_of(values: Tensor) -> float:
-    """The margin of error of the mean of figures of texts, shape `(texts,)`: over runs of eight texts, where there are
-    enough, as neighbours in a text resemble each other.
-    """
-    return margin_of_error(values.unfold(0, 8, 8).mean(1) if len(values) >= 8 * FEWEST else values)
-
-
-def nearest(vectors: Tensor, more: Tensor) -> Tensor:
-    """The numbers of the 10 vectors nearest to each, among these and then the more, shape `(texts, 10)`."""
+def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:
+    """The cosine of each vector to these and then the more, shape `(texts, all)`; no document is near to itself."""
     near = normalize(torch.cat([vectors, more]).double())
-    return (near[: len(vectors)] @ near.T).fill_diagonal_(-inf).topk(NEAREST).indices
+    cosines = near[: len(vectors)] @ near.T
+    cosines[:, : len(vectors)].masked_fill_(documents[:, None] == documents, -inf)
+    return cosines
+
+
+def kept_share(ours: Tensor, theirs: Tensor) -> float:
+    """The share of the 10 nearest that two models have in common, from the cosines of each, `(texts, all)`."""
+    first, second = ours.topk(NEAREST).indices, theirs.topk(NEAREST).indices
+    return float((first[:, :, None] == second[:, None]).any(2).double().mean())
+
+
+def kept_margin(ours: Tensor, theirs: Tensor, documents: Tensor) -> float:
+    """Gives the margin of error of that share over documents, by leaving out each in turn (jackknife): a text is also
+    a neighbour of others, so that their shares are not independent.
+    """
+    shares = []
+    for number in documents.unique():
+        row, column = documents != number, (documents == number).nonzero().flatten()
+        shares.append(kept_share(*(near[row].index_fill(1, column, -inf) for near in (ours, theirs))))
+    return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ class Comparison:
                 other = self._other_text() if tokenizer is not None and domains[0].origin is not None else ()
                 self.measure = Measure(run.model, domains, run.arch, most, tokenizer, vocabulary_changes, other)
             elif tokenizer is None or reads_text(run.model):
-                from .embeddings import Embeddings, passages_of
+                from .embeddings import Embeddings, judged_texts
 
-                texts = {domain.name: passages_of(domain.heldout, tokenizer) for domain in domains}
+                texts, entries = judged_texts(domains, tokenizer, run.config.seed)
+                run.entries += entries
                 self.measure = Embeddings(run.model, texts, tokenizer, languages)
         if tokenizer is not None and languages:
             from ..vocabulary.languages import costs_before

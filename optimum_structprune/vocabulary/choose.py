@@ -25,10 +25,11 @@ from ..errors import StructPruneError
 from .amount import Room
 from .count import (
     MOST_COUNTED,
-    check_word_lists,
+    has_words,
     is_punctuation,
     language_shares,
     letters,
+    note_missing_words,
     prior_shares,
     text_shares,
 )
@@ -37,7 +38,8 @@ from .tokens import Vocabulary, with_needs
 
 
 # The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
-PRIOR = 0.3
+# Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts.
+PRIOR, PRIOR_BESIDE_WORDS = 0.3, 0.003
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
 # Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
@@ -185,13 +187,13 @@ def number_within(room: Room | None, lost: Tensor) -> int:
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
     """The share of held-out text whose tokens are gone, by the number of rows that stay, shape `(rows + 1,)`."""
-    by_domain = [domain.weight * _shares(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
+    by_domain = [domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
     shares = torch.stack(by_domain).sum(0)
     lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
     return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]
 
 
-def _shares(ids: Tensor, size: int) -> Tensor:
+def shares_of(ids: Tensor, size: int) -> Tensor:
     counts = torch.bincount(ids.flatten(), minlength=size).double()
     return counts / counts.sum()
 
@@ -221,7 +223,7 @@ def _letters(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabular
     """The letters of languages, within a word and at its head, those of the scripts that these are written in and of
     the Latin one, and all marks of punctuation and other symbols.
     """
-    check_word_lists(codes)
+    note_missing_words()
     of_all = {"", "LATIN", *scripts_in(codes)}
     alike = {token for token in vocabulary.letters if script(vocabulary.surface(token)) in of_all}
     forms = [form for letter in sorted(letters(codes)) for form in (letter, f" {letter}")]
@@ -271,8 +273,8 @@ def wanted_shares(
     shown = _by_script(vocabulary, of_text + of_languages) >= NEVER
     letters = torch.zeros(size, dtype=torch.bool)
     letters[[*vocabulary.letters]] = True
-    prior = prior_shares(vocabulary)
-    other = PRIOR / (prior * shown).sum() * prior * (shown | letters)  # text in all scripts needs letters
+    prior, weight = prior_shares(vocabulary), PRIOR_BESIDE_WORDS if codes and all(map(has_words, codes)) else PRIOR
+    other = weight / (prior * shown).sum() * prior * (shown | letters)  # text in all scripts needs letters
     needed = (letters & (shown | (of_text > 0))).double()
     return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -17,11 +18,11 @@ from ..config.domains import written_by_model
 from ..domains.manifest import COUNTED, Entry
 from ..domains.packing import Domain, tokenised
 from ..domains.sources import documents
-from ..errors import warn
 from .languages import CHOOSING, texts
 from .tokens import Vocabulary
 
 
+logger = logging.getLogger(__name__)
 # So many tokens of the text of all domains together are counted at most; no model reads them.
 MOST_COUNTED = 4_000_000
 # So many tokens are added to the counts at a time.
@@ -97,13 +98,23 @@ def is_punctuation(text: str) -> bool:
     return len(text) == 1 and unicodedata.category(text).startswith("P")
 
 
-def check_word_lists(codes: Sequence[str]) -> None:
-    """Warn where there are no lists of words to count, and so only a few sentences of each language."""
-    if codes and find_spec("wordfreq") is None:
-        warn(
+@cache
+def note_missing_words() -> None:
+    """Log once where there are no lists of words to count, and so only a few sentences of each language."""
+    if find_spec("wordfreq") is None:
+        logger.warning(
             "languages counts the words of the package wordfreq, which is not installed, and so only a few sentences "
-            "of each: pip install 'optimum-structprune[languages]'."
+            "of each: pip install 'optimum-structprune[languages]'"
         )
+
+
+def has_words(code: str) -> bool:
+    """Whether there is a list of the words of a language."""
+    if find_spec("wordfreq") is None:
+        return False
+    from wordfreq import available_languages
+
+    return code in available_languages()
 
 
 def prior_shares(vocabulary: Vocabulary) -> Tensor:
@@ -114,16 +125,12 @@ def prior_shares(vocabulary: Vocabulary) -> Tensor:
 @cache
 def _lines(code: str) -> Sequence[tuple[str, float]]:
     """Texts of a language and how often each occurs: words by their frequency, in each form, or sample sentences."""
-    if find_spec("wordfreq") is None:
-        return [(texts(CHOOSING)[code], 1.0)]
-    return [*_words(code)] or [(texts(CHOOSING)[code], 1.0)]
+    return [*_words(code)] if has_words(code) else [(texts(CHOOSING)[code], 1.0)]
 
 
 def _words(code: str) -> Iterator[tuple[str, float]]:
-    from wordfreq import available_languages, get_frequency_list
+    from wordfreq import get_frequency_list
 
-    if code not in available_languages():
-        return
     count = 0
     for hundredths, listed in enumerate(get_frequency_list(code)):  # all words of a frequency
         words = [*_unfolded(listed, code)]

@@ -26,7 +26,7 @@ from optimum_structprune.vocabulary.choose import (
     VocabularyRequest,
     wanted_shares,
 )
-from optimum_structprune.vocabulary.count import check_word_lists, language_shares, letters, text_shares
+from optimum_structprune.vocabulary.count import language_shares, letters, note_missing_words, text_shares
 from optimum_structprune.vocabulary.languages import (
     CHOOSING,
     cost_by_language,
@@ -152,12 +152,15 @@ def test_the_letters_of_languages_stay_small_and_capital():
     assert letters(["ru"]) >= {*"жяЖЯ"}
 
 
-def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeypatch):
+def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeypatch, caplog):
     monkeypatch.setattr(count, "find_spec", lambda name: None)
     count._lines.cache_clear()
     _, tokenizer = real_text_model()
-    with pytest.warns(UserWarning, match=r"pip install 'optimum-structprune\[languages\]'"):
-        check_word_lists(["de"])
+    note_missing_words.cache_clear()
+    for _ in range(2):
+        note_missing_words()
+    (said,) = caplog.messages
+    assert "pip install 'optimum-structprune[languages]'" in said
     shares = language_shares(["de"], tokenizer, len(tokenizer))
     ids = tokenizer(texts(CHOOSING)["de"], add_special_tokens=False)["input_ids"]
     torch.testing.assert_close(shares, torch.bincount(torch.tensor(ids), minlength=len(tokenizer)).double() / len(ids))

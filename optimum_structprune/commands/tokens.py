@@ -1,0 +1,78 @@
+"""`structprune plan --tokens`: how much text keeps its tokens in a vocabulary of each size."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arch.load import describe
+from ..arch.spec import VOCAB
+from ..config.domains import GENERAL
+from ..config.pruning import LANGUAGES
+from ..domains.load import load_domains
+from ..dryrun import ask_without_weights
+from ..pruning.request import DRY_RUN
+from ..record.table import aligned
+from ..vocabulary.choose import TEXT, VocabularyRequest, shares_of, wanted_shares
+from ..vocabulary.count import language_shares
+from .arguments import tokens_config
+from .loading import Loading
+from .output import Result
+
+
+SIZES = 8  # from all tokens to the fewest
+MULTIPLE = 64  # of tokens, as in the sizes that a budget chooses
+
+
+def plan_tokens(args: Namespace) -> Result:
+    """Count the text that a run would count, and show what is left of it at eight sizes; no weights are read."""
+    loading = Loading.of(args, arch_file=getattr(args, "arch_file", None), offload=None)
+    model, tokenizer = loading.without_weights(args.model), loading.tokenizer(args.model)
+    (space,) = describe(model, loading.arch_file).of(VOCAB)
+    config = tokens_config(args, space.size)
+    asked = ask_without_weights(
+        model.config, config, loading.torch_dtype, loading.trust_remote_code, DRY_RUN, tokenizer
+    )
+    request, domains = asked.tokens, load_domains(config, tokenizer)
+    assert request is not None
+    held_out = {name for domain in domains for name in domain.heldout_documents}
+    wanted, _ = wanted_shares(config, domains, tokenizer, request.vocabulary, held_out)
+    order = request.order(sum(wanted.values(), torch.zeros(request.vocabulary.size)))
+    words = {LANGUAGES[code]: language_shares([code], tokenizer, len(order)) for code in config.languages or ()}
+    named = (domain for domain in domains if domain.name != GENERAL)
+    texts = {domain.name: shares_of(domain.trial[:, 1:], len(order)) for domain in named}
+    sizes = []
+    for number, kept in _kept_by_size(request, order, {**texts, **words}):
+        parameters = model.num_parameters() - (space.size - number) * space.unit_params
+        sizes.append({"tokens": number, "parameters": parameters, "bytes": parameters * model.dtype.itemsize, **kept})
+    used = {name: {*of.nonzero().flatten().tolist()} for name, of in {"text": wanted[TEXT], **words}.items()}
+    counts = {name: len(ids) for name, ids in [*used.items(), ("all", set().union(*used.values()))]}
+    lines = [
+        f"{args.model}: {space.size:,} tokens, {space.size * space.unit_params / model.num_parameters():.1%} of the "
+        f"parameters; {len(request.always):,} always stay",
+        f"tokens in use: {', '.join(f'{name} {count:,}' for name, count in counts.items())}",
+        aligned([["tokens", "parameters", "MB", *texts, *words], *map(_cells, sizes)]),
+        "the share of held-out text, and of the words of languages as often as they occur, that keeps its tokens",
+    ]
+    return Result("\n".join(lines), {"model": args.model, "tokens_in_use": counts, "sizes": sizes})
+
+
+def _kept_by_size(
+    request: VocabularyRequest, order: list[int], shares: Mapping[str, Tensor]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Numbers of tokens, each a like part of the one before, and how much of each text they keep."""
+    rows, fewest = request.rows, request.may.start
+    for step in range(SIZES):
+        number = rows * (fewest / rows) ** (step / (SIZES - 1))
+        number = min(-int(-number // MULTIPLE) * MULTIPLE, rows)
+        stays = torch.tensor(request.keep(order, number))
+        yield number, {name: float(of_text[stays].sum()) for name, of_text in shares.items()}
+
+
+def _cells(size: Mapping[str, Any]) -> list[str]:
+    tokens, parameters, byte_count, *kept = size.values()
+    return [f"{tokens:,}", f"{parameters:,}", f"{byte_count / 1e6:,.0f}", *(f"{share:.2%}" for share in kept)]
