@@ -44,7 +44,7 @@ def plan_tokens(args: Namespace) -> Result:
     order = request.order(sum(wanted.values(), torch.zeros(request.vocabulary.size)))
     words = {LANGUAGES[code]: language_shares([code], tokenizer, len(order)) for code in config.languages or ()}
     named = (domain for domain in domains if domain.name != GENERAL)
-    texts = {domain.name: shares_of(domain.trial[:, 1:], len(order)) for domain in named}
+    texts = {domain.name: shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in named}
     sizes = []
     for number, kept in _kept_by_size(request, order, {**texts, **words}):
         parameters = model.num_parameters() - (space.size - number) * space.unit_params

@@ -1,5 +1,6 @@
 """A smaller vocabulary: what its model computes, what it is chosen by, what is saved, and layers beside it."""
 
+import json
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -30,6 +31,7 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.arch.load import ModelInfo
+from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import document_hash
@@ -226,6 +228,26 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
     assert operations.widths["vocab"] < 400
     share = 2 * 32 * 400 / model.num_parameters()
     assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
+
+
+def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_text(tmp_path, capsys):
+    model = text_model()
+    for part in (model, reader()):
+        part.save_pretrained(tmp_path)
+    flags = "--tokens --languages en,de --domain math=builtin:math --general-share 0 --num-samples 8 --seq-length 48"
+    assert main(["plan", str(tmp_path), *flags.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = found["sizes"]
+    assert len(sizes) == 8 and sizes[0]["tokens"] == 400 and sizes[0]["parameters"] == model.num_parameters()
+    for name in ("math", "English", "German"):
+        kept = [size[name] for size in sizes]
+        assert kept == sorted(kept, reverse=True) and kept[0] == pytest.approx(1) and kept[-1] < 1
+    size = sizes[1]
+    fields = {"languages": ["en", "de"], "domains": [DomainConfig("math", "builtin:math")]}
+    pruner, small = pruned(model, widths={"vocab": size["tokens"]}, **fields)
+    assert small.num_parameters() == size["parameters"] == size["bytes"] // 4
+    assert 1 - pruner.report.trimmed["respelled"] == pytest.approx(size["math"])
+    assert max(found["tokens_in_use"].values()) == found["tokens_in_use"]["all"] <= 400
 
 
 @pytest.mark.slow
