@@ -17,9 +17,9 @@ from shutil import copytree
 
 import pytest
 import yaml
-from models import GROUPED, real_text_model
+from models import GROUPED, PLAIN, TOKENS, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import optimum_structprune
 from optimum_structprune import StructPruneConfig
@@ -44,6 +44,7 @@ BY_SIZE = re.compile(
 SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
     "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",
+    "plan": "--num-samples 6 --seq-length 64",
     "recover": "--tokens 200 --training per_device_train_batch_size=2",
 }
 UNKNOWN = "flint"  # a model type that no family describes
@@ -103,6 +104,17 @@ def inputs(tmp_path_factory):
     )
     for saved in (wide, tokenizer):
         saved.save_pretrained(folder / "google" / "gemma-3-270m")
+    padded = {**TOKENS, "vocab_size": 4 * len(tokenizer), "max_position_embeddings": 1024}
+    encoder = AutoModel.from_config(AutoConfig.for_model("bert", **{**PLAIN, **padded}))
+    for saved in (encoder, tokenizer):
+        saved.save_pretrained(folder / "intfloat" / "multilingual-e5-small")
+    speaker = deepcopy(tokenizer)
+    speaker.add_special_tokens({"additional_special_tokens": ["eng_Latn", "deu_Latn"]})
+    sizes = {"d_model": 32, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    translator = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("m2m_100", **{**sizes, **heads, **padded}))
+    for saved in (translator, speaker):
+        saved.save_pretrained(folder / "facebook" / "nllb-200-distilled-600M")
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))
