@@ -59,7 +59,7 @@ class Texts(NamedTuple):
     documents: Sequence[int]
 
     @classmethod
-    def apart(cls, texts: Sequence[str] | Tensor) -> Texts:
+    def one_each(cls, texts: Sequence[str] | Tensor) -> Texts:
         """Takes each text for a document."""
         return cls(texts, range(len(texts)))
 
@@ -77,10 +77,10 @@ class Embeddings:
         languages: bool,
         pairs: Collection[str] = (),
     ):
-        self.texts = {name: of if isinstance(of, Texts) else Texts.apart(of) for name, of in texts.items()}
+        self.texts = {name: of if isinstance(of, Texts) else Texts.one_each(of) for name, of in texts.items()}
         self.tokenizer, self.pairs = tokenizer, pairs
         by_code = language_texts() if languages and tokenizer is not None else {}
-        self.spoken = {code: Texts.apart(sentences([text]).texts) for code, text in by_code.items()}
+        self.spoken = {code: Texts.one_each(sentences([text]).texts) for code, text in by_code.items()}
         self.pooling = pooling_of(model)
         self.dense = self._vectors(model)
 
@@ -150,10 +150,10 @@ def judged_texts(
 def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more: Iterable[str] = ()) -> Texts:
     """The sentences in samples of token ids and in more documents; inputs, and samples without any, as they are."""
     if tokenizer is None or samples.is_floating_point():
-        return Texts.apart(samples)
+        return Texts.one_each(samples)
     held_out = (text for of in Passages([*samples], tokenizer).texts for text in of)
     found = sentences([*held_out, *more])
-    return found if found.texts else Texts.apart(samples)
+    return found if found.texts else Texts.one_each(samples)
 
 
 def sentences(documents: Sequence[str]) -> Texts:

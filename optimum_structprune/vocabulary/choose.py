@@ -38,8 +38,10 @@ from .tokens import Vocabulary, with_needs
 
 
 # The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
-# Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts.
-PRIOR, PRIOR_BESIDE_WORDS = 0.3, 0.003
+# Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts;
+# text in scripts that nothing shows has a little weight, for its letters.
+PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
+TINY = 1e-38  # what divides a share that may be zero
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
 # Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
@@ -194,6 +196,7 @@ def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequ
 
 
 def shares_of(ids: Tensor, size: int) -> Tensor:
+    """The share of each token in some ids, shape `(size,)`, float64."""
     counts = torch.bincount(ids.flatten(), minlength=size).double()
     return counts / counts.sum()
 
@@ -270,11 +273,13 @@ def wanted_shares(
     part = len(codes) / (1 + len(codes))  # each counts as much as the text
     of_languages = part * language_shares(codes, tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
-    shown = _by_script(vocabulary, of_text + of_languages) >= NEVER
+    by_script = _by_script(vocabulary, of_text + of_languages)
+    shown, prior = by_script >= NEVER, prior_shares(vocabulary)
     letters = torch.zeros(size, dtype=torch.bool)
     letters[[*vocabulary.letters]] = True
-    prior, weight = prior_shares(vocabulary), PRIOR_BESIDE_WORDS if codes and all(map(has_words, codes)) else PRIOR
-    other = weight / (prior * shown).sum() * prior * (shown | letters)  # text in all scripts needs letters
+    other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(TINY) if codes else 1)
+    other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
+    other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
     needed = (letters & (shown | (of_text > 0))).double()
     return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
 
