@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arch.load import describe
+from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB
 from ..config.domains import GENERAL
 from ..config.pruning import LANGUAGES
 from ..domains.load import load_domains
-from ..dryrun import ask_without_weights
-from ..pruning.request import DRY_RUN
 from ..record.table import aligned
 from ..vocabulary.choose import TEXT, VocabularyRequest, shares_of, wanted_shares
 from ..vocabulary.count import language_shares
@@ -31,14 +29,14 @@ MULTIPLE = 64  # of tokens, as in the sizes that a budget chooses
 def plan_tokens(args: Namespace) -> Result:
     """Count the text that a run would count, and show what is left of it at eight sizes; no weights are read."""
     loading = Loading.of(args, arch_file=getattr(args, "arch_file", None), offload=None)
-    model, tokenizer = loading.without_weights(args.model), loading.tokenizer(args.model)
-    (space,) = describe(model, loading.arch_file).of(VOCAB)
-    config = tokens_config(args, space.size)
-    asked = ask_without_weights(
-        model.config, config, loading.torch_dtype, loading.trust_remote_code, DRY_RUN, tokenizer
+    tokenizer = loading.tokenizer(args.model)
+    model_info = ModelInfo.without_weights(
+        loading.config(args.model), loading.arch_file, loading.torch_dtype, loading.trust_remote_code
     )
-    request, domains = asked.tokens, load_domains(config, tokenizer)
-    assert request is not None
+    model, (space,) = model_info.plain_model, model_info.arch.of(VOCAB)
+    config = tokens_config(args, space.size)
+    request = VocabularyRequest.of(config, model_info, tokenizer, {VOCAB: space.size})
+    domains = load_domains(config, tokenizer)
     held_out = {name for domain in domains for name in domain.heldout_documents}
     wanted, _ = wanted_shares(config, domains, tokenizer, request.vocabulary, held_out)
     order = request.order(sum(wanted.values(), torch.zeros(request.vocabulary.size)))
