@@ -33,7 +33,8 @@ def report(ratios, kept=16, dense=16, loops=0, asked=16, other=None) -> dict:
 
 def encoder(*shares) -> dict:
     """The report of a run after which these shares of neighbours stay."""
-    embeddings = {f"kind {n}": {"before": {}, "after": {"neighbours": share}} for n, share in enumerate(shares)}
+    figures = [{"neighbours": share, "neighbours_margin": 0.0} for share in shares]
+    embeddings = {f"kind {n}": {"before": {}, "after": each} for n, each in enumerate(figures)}
     return {"parameters": {"before": 100, "after": 90}, "embeddings": embeddings}
 
 
