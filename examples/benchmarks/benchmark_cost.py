@@ -137,7 +137,7 @@ def divided(domains: Sequence[Domain], count: int | None) -> list[Domain]:
     if count is None:
         return list(domains)
     parts = torch.cat([domain.samples for domain in domains]).tensor_split(count)
-    like = replace(domains[0], weight=1 / count, spare=None, mask=None)
+    like = replace(domains[0], weight=1 / count)
     return [replace(like, name=f"part {number}", samples=part) for number, part in enumerate(parts)]
 
 
