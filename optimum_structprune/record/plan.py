@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..arch.load import describe
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
 from ..config.fields import by_layer, read_json
 from ..errors import StructPruneError
@@ -43,44 +42,6 @@ class Plan:
         """The plan that keeps all of a dense model."""
         sizes = {kind: max(arch.widths(kind).values()) for kind in arch.offered}
         return cls(arch.model_type, {}, sizes, fingerprint(model))
-
-    def check(self, model: PreTrainedModel, arch_file: str | Path | None = None) -> None:
-        """Check that the plan belongs to a dense model: no other one, and none that was pruned before.
-
-        Args:
-            model: The dense model.
-            arch_file: The file that describes its architecture, where the package does not.
-
-        Raises:
-            StructPruneError: If it is for another model type, for other sizes or weights, names a space the model does
-                not have, or keeps units that are not there.
-        """
-        arch = describe(model, arch_file)
-        if self.model_type != arch.model_type:
-            raise StructPruneError(
-                f"The plan is for a {self.model_type!r} model, this is a {arch.model_type!r} model."
-            )
-        here = Plan.of(model, arch)
-        for kind, size in self.sizes.items():
-            if size != here.sizes.get(kind):
-                raise StructPruneError(
-                    f"The plan is for a dense model with {kind} {size}, and this model has {here.sizes.get(kind)}; "
-                    "take the model that was pruned, as it was before."
-                )
-        if self.dense and self.dense != here.dense:
-            raise StructPruneError(
-                f"The plan is for another {arch.model_type!r} model: in its config, its dtype ({model.dtype} here) or "
-                "a weight it differs from the one that was pruned; take that one, as it was before."
-            )
-        sizes = {space.key: space.size for space in (*arch.model_spaces, *arch.spaces)}
-        for (layer, name), keep in self.keep.items():
-            if (layer, name) not in sizes:
-                raise StructPruneError(f"The plan names {name!r} in layer {layer}, which this model does not have.")
-            size = sizes[layer, name]
-            if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= size:
-                raise StructPruneError(
-                    f"The plan for {name!r} in layer {layer} has to keep ascending units between 0 and {size - 1}."
-                )
 
     def widths(self) -> dict[str, dict[int, int]]:
         """The number of kept units, by kind of space and layer: the width in the config."""

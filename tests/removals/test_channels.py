@@ -131,7 +131,6 @@ def test_all_spaces_in_one_run(tmp_path):
     model = build("mixtral")
     pruner = StructPruner(config(widths=widths, rounds=2))
     small = pruner.prune_model(model, tokenizer())
-    pruner.plan.check(model)
     assert {layer for layer, _ in pruner.plan.keep} == {MODEL, *pruner.plan.keep[MODEL, LAYER]}
     assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {
         name: {width} for name, width in widths.items()
