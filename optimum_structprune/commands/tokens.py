@@ -27,7 +27,7 @@ MULTIPLE = 64  # of tokens, as in the sizes that a budget chooses
 
 
 def plan_tokens(args: Namespace) -> Result:
-    """Count the text that a run would count, and show what is left of it at eight sizes; no weights are read."""
+    """Count text as a run would, without weights, and show how much of it each of eight sizes keeps."""
     loading = Loading.of(args, arch_file=getattr(args, "arch_file", None), offload=None)
     tokenizer = loading.tokenizer(args.model)
     model_info = ModelInfo.without_weights(

@@ -97,8 +97,7 @@ class Embeddings:
         self, model: PreTrainedModel, before: str, after: str
     ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
         """The `embedding_figures` of a smaller model by domain, under the names of both models, and by the code of a
-        language. The neighbours of a text are those of its own domain or language and of all domains, but for its own
-        document, whose sentences stay together however many documents there are.
+        language. The neighbours of a text are those of all domains, but for its own document.
         """
         (ours, ours_spoken), (theirs, theirs_spoken) = self._vectors(model), self.dense
         by_domain = dict[str, dict[str, dict[str, float]]]()
@@ -108,14 +107,12 @@ class Embeddings:
             )
             figures = embedding_figures(ours[name], theirs[name], more, dense_more, texts.documents)
             by_domain[name] = {before: {}, after: figures}
-            for which, by in ((after, ours), (before, theirs)):
-                if name in self.pairs:
-                    shares = retrieved(*by[name].chunk(2))
-                    found = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_error(shares)}
-                    by_domain[name][which] |= found
-        every, dense_every = torch.cat([*ours.values()]), torch.cat([*theirs.values()])
+            for which, by in ((after, ours), (before, theirs)) if name in self.pairs else ():
+                shares = retrieved(*by[name].chunk(2))
+                by_domain[name][which]["retrieval"] = float(shares.mean())
+                by_domain[name][which]["retrieval_margin"] = margin_of_error(shares)
         return by_domain, {
-            code: embedding_figures(ours_spoken[code], dense, every, dense_every)
+            code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
             for code, dense in theirs_spoken.items()
         }
 
@@ -129,8 +126,9 @@ class Embeddings:
 def judged_texts(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> tuple[dict[str, Texts], list[Entry]]:
-    """The held-out sentences of domains, with those of more documents that nothing chooses by, and the entries of
-    these: sentences of few documents say little of others.
+    """Gives the sentences of domains that judge a model, and the entries of documents that are held out for that.
+
+    Beside what a domain holds out, these are of more documents, as sentences of few say little of others.
     """
     used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
     texts, entries = {}, []
@@ -157,8 +155,9 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more
 
 
 def sentences(documents: Sequence[str]) -> Texts:
-    """The sentences of documents, each once, long ones in parts; where there are more than 128, as many of each
-    document as there can be.
+    """Gives at most 128 sentences of documents, of each document as many as of others where it has them.
+
+    A sentence is taken once, and a long one in parts.
     """
     seen, shuffled = set[str](), []
     for number, text in enumerate(documents):
@@ -178,7 +177,7 @@ def sentences(documents: Sequence[str]) -> Texts:
 def rows_of(
     texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> list[Tensor]:
-    """Texts as token ids with what a tokenizer puts around them, cut to what the model reads; inputs as they are."""
+    """Gives texts as token ids, with what a tokenizer puts around them, cut to what the model reads."""
     if isinstance(texts, Tensor):
         return [*texts]
     assert tokenizer is not None
@@ -204,8 +203,9 @@ def pooling_of(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def embed(model: PreTrainedModel, rows: Sequence[Tensor], pooling: Sequence[str] = ("mean",)) -> Tensor:
-    """The pooled last hidden states of each row of token ids or pixels, shape `(rows, channels)`, fp32, on the CPU; an
-    encoder-decoder model reads a row on both sides. A row runs with others of its length, so nothing is padded.
+    """Gives the pooled last hidden states of rows of token ids or pixels, shape `(rows, channels)`, fp32, on the CPU.
+
+    An encoder-decoder model reads a row on both sides. A row runs with others of its length, so nothing is padded.
     """
     order, parts = sorted(range(len(rows)), key=lambda n: rows[n].shape), []
     with evaluating(model):

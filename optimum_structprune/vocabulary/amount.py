@@ -50,7 +50,7 @@ def with_tokens(
 
 
 def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
-    """The config of what else is to go, within a `limit` if given; None where that is nothing."""
+    """Gives the config of what goes beside tokens, within a `limit` if there is one; None where nothing does."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         return replace(config, widths=widths) if widths else None
@@ -83,7 +83,7 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
 
 @dataclass(frozen=True)
 class Room:
-    """What a budget leaves to the tokens: the numbers that may stay, ascending, and the `smallest` other widths."""
+    """A budget, the numbers of tokens that may stay within it, ascending, and the `smallest` other widths."""
 
     budget: Budget
     numbers: Sequence[int]
@@ -108,7 +108,7 @@ class Room:
         return cls(budget, numbers, smallest, size)
 
     def met_by(self, number: int) -> bool:
-        """Whether so many tokens alone keep to the budget."""
+        """Says whether the budget is met by a number of tokens and the full other widths."""
         return self.budget.cost({VOCAB: number}) <= self.budget.limit
 
     def largest(self, widths: Widths) -> int:

@@ -26,9 +26,7 @@ from .amount import Room
 from .count import (
     MOST_COUNTED,
     has_words,
-    is_punctuation,
     language_shares,
-    letters,
     note_missing_words,
     prior_shares,
     text_shares,
@@ -42,6 +40,7 @@ from .tokens import Vocabulary, with_needs
 # text in scripts that nothing shows has a little weight, for its letters.
 PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
 TINY = 1e-38  # what divides a share that may be zero
+RARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
 # Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
@@ -75,13 +74,12 @@ class VocabularyRequest:
         tokenizer: PreTrainedTokenizerBase,
         widths: Widths,
     ) -> VocabularyRequest:
-        """The tokens of a dense model; a number that it cannot keep, or a budget that takes fewer, is refused."""
+        """Finds which tokens have to stay, and refuses a number of tokens or a budget that leaves fewer."""
         model = described.plain_model
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
         always = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
-        codes = config.languages
-        always |= vocabulary.letters if codes is None else _letters(codes, tokenizer, vocabulary)
+        always |= _letters(config.languages, vocabulary)
         if config.keep_tokens is not None:
             always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
         below = {*range(padding := counted_from(model))} - always  # the padding has to keep its id
@@ -124,14 +122,15 @@ class VocabularyRequest:
 
     @property
     def _beyond(self) -> int:
-        """The number of tokens that the tokenizer names and that have no weights; their ids come after all others."""
+        """The number of tokens without rows in the model, whose ids come after all others."""
         return max(self.vocabulary.size - self.rows, 0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The tokens that stay, as ascending ids of which the first `number` have weights, and the tokenizer that has no
-    others; the text that was counted, and what a report says.
+    """The ids of the tokens that stay, ascending, of which the first `number` have weights.
+
+    With them come the tokenizer that has no others, the text that was counted, and what a report says.
     """
 
     keep: tuple[int, ...]
@@ -149,8 +148,9 @@ def choose_tokens(
     domains: Sequence[Domain],
     held_out: Collection[str] = (),
 ) -> Choice | None:
-    """The tokens that stay of a model, with the tokenizer that is left, proved on text; None if all stay. All text of
-    the domains is counted but for the documents that are `held_out`, by their hashes.
+    """Chooses the tokens that stay, and proves the smaller tokenizer on text; None if all tokens stay.
+
+    All text of the domains is counted but for the documents that are `held_out`, by their hashes.
     """
     vocabulary = request.vocabulary
     shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, held_out)
@@ -188,7 +188,7 @@ def number_within(room: Room | None, lost: Tensor) -> int:
 
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
-    """The share of held-out text whose tokens are gone, by the number of rows that stay, shape `(rows + 1,)`."""
+    """Gives the share of held-out tokens that are gone by the number of rows that stay, shape `(rows + 1,)`."""
     by_domain = [domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
     shares = torch.stack(by_domain).sum(0)
     lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
@@ -212,42 +212,34 @@ def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[st
     return [found[token] for token in keep]
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"keep_tokens={path!r} cannot be read as UTF-8: {error}") from error
-    if not lines:
-        raise StructPruneError(f"keep_tokens={path!r} is empty; write a token or a text in each line.")
-    return lines
-
-
-def _letters(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    """The letters of languages, within a word and at its head, those of the scripts that these are written in and of
-    the Latin one, and all marks of punctuation and other symbols.
-    """
+def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[int]:
+    """Gives the letters of the scripts of languages and of the Latin one, and all symbols; all letters without any."""
+    if codes is None:
+        return vocabulary.letters
     note_missing_words()
-    of_all = {"", "LATIN", *scripts_in(codes)}
-    alike = {token for token in vocabulary.letters if script(vocabulary.surface(token)) in of_all}
-    forms = [form for letter in sorted(letters(codes)) for form in (letter, f" {letter}")]
-    spelled = tokenizer(forms, add_special_tokens=False)["input_ids"]
-    marks = {token for token in range(vocabulary.size) if is_punctuation(vocabulary.surface(token).strip())}
-    return alike | marks | {token for row in spelled for token in row}
+    scripts = {"", "LATIN", *scripts_in(codes)}
+    return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+    """Gives the tokens that a file has in its lines, as tokens or as text, or those that a regular expression fits."""
     path = os.path.expanduser(named)
-    if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
-        ids, lines = tokenizer.get_vocab(), _lines(path)
-        # Within a text, a word begins with its space.
-        spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
-        return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}
     try:
-        kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
-    except re.error as error:
-        raise StructPruneError(f"keep_tokens={named!r} is no file and no regular expression: {error}") from error
+        if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
+            ids, lines = tokenizer.get_vocab(), [*filter(None, Path(path).read_text("utf-8-sig").splitlines())]
+            forms = [
+                form for line in lines for form in (line, f" {line}")
+            ]  # within a text, a word begins with its space
+            spelled = tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else []
+            kept = {token for row in spelled for token in row} | {ids[line] for line in lines if line in ids}
+        else:
+            kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
+    except (OSError, ValueError, re.error) as error:
+        raise StructPruneError(
+            f"keep_tokens={named!r} is neither a file in UTF-8 nor a regular expression: {error}"
+        ) from error
     if not kept:
-        raise StructPruneError(f"keep_tokens={named!r} is no file, and as a regular expression fits no token.")
+        raise StructPruneError(f"keep_tokens={named!r} names no token, neither as a file nor as a regular expression.")
     return kept
 
 
@@ -280,7 +272,7 @@ def wanted_shares(
     other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(TINY) if codes else 1)
     other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
     other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
-    needed = (letters & (shown | (of_text > 0))).double()
+    needed = (letters & (shown | (of_text > 0) | (of_languages > RARE))).double()
     return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
 
 

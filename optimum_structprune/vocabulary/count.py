@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -33,8 +31,6 @@ MOST_WORDS = 100_000
 # what is in no word; the parts of Korean ones are listed as words.
 FORMS = ((" ", False, 0.6), (" ", True, 0.4))
 OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko": ((" ", False, 0.5), ("、", False, 0.5))}
-# A letter with a smaller share of the letters of a language is one of foreign words.
-RARE = 1e-6
 
 
 def text_shares(
@@ -80,24 +76,6 @@ def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, si
     return shares
 
 
-def letters(codes: Sequence[str]) -> set[str]:
-    """The letters of languages, small and capital."""
-    found: set[str] = set()
-    for code in codes:
-        counts = defaultdict[str, float](float)
-        for text, weight in _lines(code):
-            for letter, number in Counter(text).items():
-                counts[letter] += weight * number
-        total = sum(counts.values())
-        found |= {letter for letter, count in counts.items() if letter.isalpha() and count > RARE * total}
-    return found | {letter.upper() for letter in found if len(letter.upper()) == 1}
-
-
-def is_punctuation(text: str) -> bool:
-    """Whether a text is one mark of punctuation."""
-    return len(text) == 1 and unicodedata.category(text).startswith("P")
-
-
 @cache
 def note_missing_words() -> None:
     """Log once where there are no lists of words to count, and so only a few sentences of each language."""
@@ -109,7 +87,7 @@ def note_missing_words() -> None:
 
 
 def has_words(code: str) -> bool:
-    """Whether there is a list of the words of a language."""
+    """Says whether there is a list of the words of a language."""
     if find_spec("wordfreq") is None:
         return False
     from wordfreq import available_languages

@@ -1,4 +1,4 @@
-"""What a smaller vocabulary means for languages and scripts."""
+"""Languages and scripts: text in 30 languages, and its cost in bits per byte or tokens."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """What the same text takes a dense model by language: first the wanted ones, then those of few tokens."""
+    """Gives the cost of the same text by language for a dense model: the wanted ones, then those of few tokens."""
     rows = tokens_by_language(tokenizer)
     codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
     costs = cost_by_language(model, tokenizer, causal, codes)

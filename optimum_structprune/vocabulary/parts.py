@@ -1,4 +1,4 @@
-"""The tokens of a dense model spelled by those that stay, and what it expects next in these: its words are theirs."""
+"""Translates the tokens of a dense model, and what it expects next, into the tokens of a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Parts:
         return cls(spellings, size)
 
     def change_nothing(self) -> bool:
-        """Whether each token is its own only part, under the same id."""
+        """Says whether each token is its own only part, under the same id."""
         return self.size == len(self.spellings) and torch.equal(self.first, torch.arange(self.size))
 
     def spelled(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:

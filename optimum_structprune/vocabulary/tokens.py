@@ -62,7 +62,7 @@ class Spelling:
         return 1 / (token + ALIKE)
 
     def is_irreplaceable(self, token: int) -> bool:
-        """Whether nothing else can spell a token."""
+        """Says whether a token, or a letter in it, can be spelled by nothing else."""
         if self.bytes:
             return token in self.bytes
         letters = self.letters(self.pieces[token])
@@ -89,7 +89,7 @@ class MergedSpelling(Spelling):
         self.last: dict[int, tuple[int, ...]] = {}
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """The two tokens of the last merge; where `kept` lacks one of them, what it is spelled by."""
+        """Gives the two tokens of the last merge, or those of `kept` that spell them."""
         if token not in self.last:
             self.last[token] = self._last(token)
         if kept is None:
@@ -135,7 +135,7 @@ class ScoredSpelling(Spelling):
         return exp(self.scores[token])
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """The best cut without the token, if that is not better than the token, which is then never read."""
+        """Gives the best cut without the token; none where that is better, so that the token is never read."""
         score, parts = self._best(token, None)
         if token < len(self.scores) and score > self.scores[token]:
             return ()
@@ -211,12 +211,12 @@ class Vocabulary:
 
     @cached_property
     def always(self) -> frozenset[int]:
-        """The ids of tokens that have to stay where text of any language is read."""
+        """The ids of tokens that stay where text of any language is read."""
         return self.fixed | self.letters
 
     @cached_property
     def fixed(self) -> frozenset[int]:
-        """The ids of tokens that have to stay whatever is read, with all that they are formed from."""
+        """The ids of tokens that stay whatever is read, and of all that they are formed from."""
         fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
             is_byte = self._irreplaceable_are_bytes and self._spelling.is_irreplaceable(token)
@@ -235,7 +235,7 @@ class Vocabulary:
         return frozenset(filter(self._spelling.is_irreplaceable, names))
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
-        """The tokens, of `kept` if given, that take the place of one that is gone; none if it is never read."""
+        """Gives the tokens that spell one that is gone, out of `kept` if given; none if it is never read."""
         return () if token in self._added or token not in self._names else self._spelling.parts(token, kept)
 
     def needs(self, token: int) -> tuple[int, ...]:
@@ -284,7 +284,7 @@ class Vocabulary:
         return smaller
 
     def check(self, smaller: PreTrainedTokenizerFast, keep: Sequence[int], texts: Iterable[str]) -> None:
-        """Prove on texts, and on what the chat template writes, that a smaller tokenizer reads as this one does."""
+        """Prove that a smaller tokenizer reads texts, and what the chat template writes, as this one does."""
         if [*chats(smaller)] != (written := [*chats(self._tokenizer)]):
             raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
         new = {old: number for number, old in enumerate(keep)}
@@ -313,7 +313,7 @@ def with_needs(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> 
 
 
 def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, int]) -> dict[str, Any]:
-    """What `tokenizer.json` says once only the tokens of `new` are there, under their new numbers."""
+    """Rewrites `tokenizer.json` for the tokens of `new` alone, under their new numbers."""
     model = described["model"]
     for token in described["added_tokens"]:
         token["id"] = new[token["id"]]
@@ -348,7 +348,7 @@ def renumber(step: Any, new: Mapping[int, int]) -> None:
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the chat templates of a tokenizer write for conversations of the usual roles, in each month."""
+    """Yields the text that chat templates write for conversations of the usual roles, in each month."""
     templates: Any = tokenizer.chat_template or {}
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template, roles, tools in product(templates, ROLES, TOOLS):

@@ -261,13 +261,11 @@ def test_users_keep_tokens_of_their_own(tmp_path):
         assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
     (tmp_path / "words.txt").write_text("\ufeff" + words[0], encoding="utf-8")
     assert gone[0] in pruned(keep_tokens=str(tmp_path / "words.txt"))[0].plan.keep[-1, "vocab"]
-    wrong = {"is no file, and as a regular expression fits no token": "qqqqqqq", "no regular expression": "["}
-    for number, (content, message) in enumerate(((b"", "is empty"), (b"Gr\xf6\xdfe", "cannot be read as UTF-8"))):
+    for number, content in enumerate((b"", b"Gr\xf6\xdfe")):
         (tmp_path / str(number)).write_bytes(content)
-        wrong[message] = str(tmp_path / str(number))
-    for message, given in wrong.items():
-        with pytest.raises(StructPruneError, match=message):
-            pruned(keep_tokens=given)
+    for wrong in ("qqqqqqq", "[", str(tmp_path / "0"), str(tmp_path / "1")):
+        with pytest.raises(StructPruneError, match="keep_tokens="):
+            pruned(keep_tokens=wrong)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -26,7 +26,7 @@ from optimum_structprune.vocabulary.choose import (
     VocabularyRequest,
     wanted_shares,
 )
-from optimum_structprune.vocabulary.count import language_shares, letters, note_missing_words, text_shares
+from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
 from optimum_structprune.vocabulary.languages import (
     CHOOSING,
     cost_by_language,
@@ -145,11 +145,6 @@ def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
     torch.testing.assert_close(shares, (english + german) / 2)
     of = tokenizer.get_vocab()
     assert english[of["Ġthe"]] > english[of["Ġof"]] > 0 and english[of["Ġthe"]] > german[of["Ġthe"]]
-
-
-def test_the_letters_of_languages_stay_small_and_capital():
-    assert letters(["de"]) >= {*"abcäöüßÄÖÜ"} and not letters(["de"]) & {*"жя"}
-    assert letters(["ru"]) >= {*"жяЖЯ"}
 
 
 def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeypatch, caplog):
