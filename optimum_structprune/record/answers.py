@@ -31,7 +31,7 @@ def paired(items: Items, name: str) -> dict[str, Any]:
     (`more`) and of the first alone (`less`), `mcnemar`'s probability, and `worse`, `better`, or `alike` above 0.05.
     """
     both = [[float(answer[name]) for answer in item["answers"].values()] for item in items]
-    differences = torch.tensor([of[-1] - of[0] for of in both], dtype=torch.float64)
+    differences = torch.tensor([values[-1] - values[0] for values in both], dtype=torch.float64)
     more, less = int((differences > 0).sum()), int((differences < 0).sum())
     p_value, is_better = mcnemar(more, less), (more > less) is not (name == "loops")
     verdict = "alike" if p_value >= 0.05 else "better" if is_better else "worse"
@@ -47,13 +47,15 @@ def outcome(answer: Mapping[str, Any]) -> str:
 
 def as_lines(item: Mapping[str, Any]) -> str:
     """A question, and what each model answers, as lines of text."""
-    answers = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
+    by_model = item["answers"].items()
+    answers = [f"  {name} ({outcome(answer)}): {' '.join(answer['text'].split())}" for name, answer in by_model]
     return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *answers])
 
 
 def counts(items: Items, name: str) -> list[int]:
     """How many answers of each model are `right`, `loops` or `stopped`."""
-    return [sum(of) for of in zip(*([of[name] for of in item["answers"].values()] for item in items), strict=True)]
+    by_item = ([answer[name] for answer in item["answers"].values()] for item in items)
+    return [sum(by_model) for by_model in zip(*by_item, strict=True)]
 
 
 def remark(items: Items) -> list[str]:

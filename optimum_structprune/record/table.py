@@ -111,7 +111,7 @@ def models_of(record: Record) -> list[str]:
 def size_rows(record: Record) -> list[Row]:
     """Widths, numbers of parameters and bytes."""
     models = models_of(record)
-    rows = [_row(f"width {kind}", of, models, change=PERCENT) for kind, of in widths_of(record).items()]
+    rows = [_row(f"width {kind}", widths, models, change=PERCENT) for kind, widths in widths_of(record).items()]
     return rows + [
         _row(label, record[name], models, change=PERCENT) for name, label in COUNTS.items() if record.get(name)
     ]
@@ -137,15 +137,15 @@ def quality_rows(record: Record) -> list[Row]:
         label = f"perplexity other text, {other['source']}"
         rows.append(_row(label, other["perplexity"], models, 2, RATIO, *(other[name] for name in MEASURED)))
     if bits := record.get("bits_per_byte"):
-        of_each = [[of.get(model) for of in bits.values()] for model in models]
-        rows.append(Row("bits per byte", tuple(None if None in of else fmean(of) for of in of_each), 3))
+        by_column = [[by_model.get(model) for by_model in bits.values()] for model in models]
+        rows.append(Row("bits per byte", tuple(None if None in values else fmean(values) for values in by_column), 3))
     for field, (label, digits, change) in BY_DOMAIN.items():
-        for name, of in (record.get(field) or {}).items():
-            rows.append(_row(f"{label} {name}", _by_model(of), models, digits, change))
+        for name, found in (record.get(field) or {}).items():
+            rows.append(_row(f"{label} {name}", _by_model(found), models, digits, change))
     for figure, label in EMBEDDINGS.items():
         for name, by_model in (record.get("embeddings") or {}).items():
             known, margin = (
-                {model: of.get(key) for model, of in by_model.items()} for key in (figure, f"{figure}_margin")
+                {model: found.get(key) for model, found in by_model.items()} for key in (figure, f"{figure}_margin")
             )
             if {*known.values()} != {None}:
                 rows.append(_row(f"{label} {name}", known, models, 3, "", margin))
@@ -156,9 +156,9 @@ def speed_rows(record: Record) -> list[Row]:
     """Tokens per second, the speed-up over the first model where its quartiles show one, and memory, by shape."""
     models, rows = models_of(record), []
     for stage, work in STAGES.items():
-        for shape, of in (record.get(stage) or {}).items():
-            rates = {model: one["tokens_per_second"] for model, one in of.items()}
-            ratios = {model: one["speedup"] for model, one in list(of.items())[1:]}
+        for shape, by_model in (record.get(stage) or {}).items():
+            rates = {model: timed["tokens_per_second"] for model, timed in by_model.items()}
+            ratios = {model: timed["speedup"] for model, timed in list(by_model.items())[1:]}
             rows.append(_row(f"{work} tokens/s, {shape}", rates, models, 1))
             if ratios:
                 medians = {
@@ -171,7 +171,8 @@ def speed_rows(record: Record) -> list[Row]:
                     _row(f"{work} quartiles, {shape}", quartiles, models, 3),
                 ]
     return rows + [
-        _row(f"memory, {shape}", of, models, change=PERCENT) for shape, of in (record.get("run_memory") or {}).items()
+        _row(f"memory, {shape}", by_model, models, change=PERCENT)
+        for shape, by_model in (record.get("run_memory") or {}).items()
     ]
 
 
@@ -179,7 +180,8 @@ def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
     """The figures of answers, and how those of the last model differ from the first one's on the same questions."""
     figures, rows = record["figures"], []
     for name in dict.fromkeys(name for of in figures.values() for name in of if not name.endswith("_margin")):
-        values, margins = ({model: of.get(key) for model, of in figures.items()} for key in (name, f"{name}_margin"))
+        keys = name, f"{name}_margin"
+        values, margins = ({model: found.get(key) for model, found in figures.items()} for key in keys)
         note, pair = "", (record.get("paired") or {}).get(name)
         if pair:
             difference = "+" * (pair["difference"] >= 0) + as_number(pair["difference"], pair["margin"], 3)
@@ -203,9 +205,9 @@ def _row(
     return Row(label, values, digits, change, each if margins else (), tokens, documents, note)
 
 
-def _by_model(of: Any) -> Mapping[str, Any]:
-    """A figure by model; one that stands alone is the smaller model's."""
-    return of if isinstance(of, Mapping) else {"after": of, "model": of}
+def _by_model(figure: Any) -> Mapping[str, Any]:
+    """Gives a figure by model; one that stands alone is the smaller model's."""
+    return figure if isinstance(figure, Mapping) else {"after": figure, "model": figure}
 
 
 def _groups(record: Record) -> dict[str, dict[str, Any]]:
@@ -215,8 +217,8 @@ def _groups(record: Record) -> dict[str, dict[str, Any]]:
         return {"": perplexity}
     known = {*record["calibrated"], *(record.get("shared") or ())}
     groups: dict[str, dict[str, Any]] = {"calibrated on": {}, "other text": {}}
-    for name, of in perplexity.items():
-        groups["calibrated on" if name in known else "other text"][name] = of
+    for name, by_model in perplexity.items():
+        groups["calibrated on" if name in known else "other text"][name] = by_model
     return groups
 
 
@@ -224,8 +226,8 @@ def widths_of(record: Record) -> dict[str, dict[str, list[int]]]:
     """The widths of the layers by kind of space and model."""
     full = record.get("dense_widths")
     return {
-        kind: dict(of) if full is None else {"before": [full[kind]], "after": [*of.values()]}
-        for kind, of in sorted((record.get("widths") or {}).items())
+        kind: dict(widths) if full is None else {"before": [full[kind]], "after": [*widths.values()]}
+        for kind, widths in sorted((record.get("widths") or {}).items())
     }
 
 
@@ -249,20 +251,20 @@ def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[st
     items: dict[str, dict[str, Any]] = {}
     for record, names in records:
 
-        def named(of: Any, names: Mapping[str, str] = names) -> dict[str, Any]:
-            return {names[model]: value for model, value in _by_model(of).items() if model in names}
+        def named(figure: Any, names: Mapping[str, str] = names) -> dict[str, Any]:
+            return {names[model]: value for model, value in _by_model(figure).items() if model in names}
 
         for field in (*COUNTS, "figures"):
-            if of := record.get(field):
-                joined.setdefault(field, {}).update(named(of))
+            if figure := record.get(field):
+                joined.setdefault(field, {}).update(named(figure))
         for field in ("widths", "perplexity", "perplexity_margin", "bits_per_byte", "embeddings", *BY_DOMAIN):
-            for key, of in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
-                joined.setdefault(field, {}).setdefault(key, {}).update(named(of))
+            for key, figure in (widths_of(record) if field == "widths" else record.get(field) or {}).items():
+                joined.setdefault(field, {}).setdefault(key, {}).update(named(figure))
         for name in MEASURED[1:]:
             joined[f"perplexity_{name}"] |= record.get(f"perplexity_{name}") or {}
         for item in record.get("answers") or ():
-            if of := named(item["answers"]):
-                items.setdefault(item["prompt"], {**item, "answers": {}})["answers"] |= of
+            if answers := named(item["answers"]):
+                items.setdefault(item["prompt"], {**item, "answers": {}})["answers"] |= answers
     return {**joined, "answers": [*items.values()]} if items else joined
 
 
