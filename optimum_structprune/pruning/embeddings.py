@@ -24,7 +24,7 @@ from ..arch.meta import positions_of
 from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
-from ..domains.manifest import JUDGED, Entry
+from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash
 from ..domains.passages import Passages
 from ..domains.sources import documents
@@ -124,13 +124,17 @@ class Embeddings:
 
 
 def judged_texts(
-    domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int
+    domains: Sequence[Domain],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    earlier: Manifest | None = None,
 ) -> tuple[dict[str, Texts], list[Entry]]:
     """Gives the sentences of domains that judge a model, and the entries of documents that are held out for that.
 
     Beside what a domain holds out, these are of more documents, as sentences of few say little of others.
     """
     used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    used |= set() if earlier is None else earlier.uses().keys()
     texts, entries = {}, []
     for domain in domains:
         more = dict[str, str]()

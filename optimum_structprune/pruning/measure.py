@@ -71,7 +71,7 @@ class Comparison:
             elif tokenizer is None or reads_text(run.model):
                 from .embeddings import Embeddings, judged_texts
 
-                texts, entries = judged_texts(domains, tokenizer, run.config.seed)
+                texts, entries = judged_texts(domains, tokenizer, run.config.seed, run.earlier)
                 run.entries += entries
                 self.measure = Embeddings(run.model, texts, tokenizer, languages)
         if tokenizer is not None and languages:

@@ -139,10 +139,11 @@ def _wish(wish: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
     """Says what was found for a loss that was asked for, and what the next step would cost."""
     measured = wish["measured"].items()
     losses = [f"{as_number(100 * loss, margin and 100 * margin, 1)}% on {text}" for text, (loss, margin) in measured]
+    beyond = any(loss - (margin or 0) > wish["loss"] for _, (loss, margin) in measured)
     found = f"{1 - parameters['after'] / parameters['before']:.1%} smaller, which loses {' and '.join(losses)}"
     return (
-        f"asked: a loss of {wish['loss']:.1%}; found by {len(wish['trials'])} prunings on trial: {found}; "
-        f"with 5% more gone about {wish['next']:.1%}"
+        f"{'warning: ' * beyond}asked: a loss of {wish['loss']:.1%}; found by {len(wish['trials'])} prunings on trial"
+        f": {found}; with 5% more gone about {wish['next']:.1%}"
     ).replace("%", " %")
 
 

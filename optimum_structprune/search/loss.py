@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import pairwise
-from math import inf, log, sqrt
+from math import inf, isnan, log, sqrt
 from statistics import fmean, geometric_mean
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,8 +41,6 @@ TRIAL_TOKENS = 16_384
 # The step of which the report says what it would cost, as a share of the model.
 NEXT = 0.05
 KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
-# A loss and its margin of error, by text.
-Losses = Mapping[str, tuple[float, float]]
 
 
 def prune_within_loss(
@@ -61,7 +59,7 @@ def prune_within_loss(
         least = min(removed for removed in losses if removed)
         raise StructPruneError(
             f"budget {LOSS}={limit} cannot be met: the smallest cut that was tried, {least:.2%} of the parameters, "
-            f"loses {losses[least]:.2g}; allow that, or target other spaces."
+            f"may lose {losses[least]:.2g}; allow that, give more text, or target other spaces."
         )
     seconds = perf_counter() - start
     remember_text(model, manifest=trials.text_set_aside())
@@ -77,14 +75,14 @@ def prune_within_loss(
     pruner.report.wish = {
         "loss": limit,
         "measured": losses_in(pruner.report),
-        "next": expected_loss(losses, met + NEXT),
-        "trials": [{"removed": removed, **trials.measured[removed]} for removed in sorted(trials.measured)],
+        "next": expected_loss(trials.measured, _removed(pruner.report) + NEXT),
+        "trials": trials.records,
     }
     return smaller
 
 
 class Trials:
-    """Prunings on trial of copies of a model; `measured` has their losses by the share of the parameters that went."""
+    """Prunings on trial of copies of a model, with their losses by the share of the parameters that went."""
 
     def __init__(
         self, pruner: StructPruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -97,7 +95,8 @@ class Trials:
         check_memory(request, inplace=False)
         self.pruner, self.request, self.model, self.tokenizer = pruner, request, model, tokenizer
         self.parameters = request.model_info.plain_model.num_parameters()
-        self.measured: dict[float, Losses] = {}
+        self.measured = {0.0: 0.0}
+        self.records: list[dict[str, Any]] = []
         self._manifests: list[Manifest] = []
 
     def config(self, removed: float) -> StructPruneConfig:
@@ -112,7 +111,7 @@ class Trials:
         return max(limit, (tokens.size - FEW_LANGUAGES) * tokens.unit_params / self.parameters)
 
     def loss(self, removed: float) -> float:
-        """The larger of the losses on the named kinds and on other text; infinite where so much cannot go."""
+        """The larger of what may be lost on the named kinds and on other text; infinite where so much cannot go."""
         trial, config = copy(self.pruner), self.config(removed)
         trial.on_trial, trial.options = True, replace(trial.options, checkpoint_dir=None)
         samples = max(min(config.num_samples, TRIAL_TOKENS // config.seq_length), len(config.domains or ()))
@@ -127,10 +126,12 @@ class Trials:
             trial.prune_model(_copy(self.model, self.request), self.tokenizer, inplace=True)
         assert trial.report is not None and trial.manifest is not None
         self._manifests.append(trial.manifest)
-        self.measured[removed] = losses_in(trial.report)
-        loss = max(of_text for of_text, _ in self.measured[removed].values())
-        say(f"on trial, without {removed:.2%} of the parameters the model loses {loss:.4f}")
-        return loss
+        losses, gone = losses_in(trial.report), _removed(trial.report)
+        self.measured[gone] = max(loss for loss, _ in losses.values())
+        self.records.append({"removed": gone, **losses})
+        most = max(loss + (0.0 if isnan(margin) else margin) for loss, margin in losses.values())
+        say(f"on trial: {gone:.2%} smaller, which loses {self.measured[gone]:.4f}, at most {most:.4f}")
+        return most
 
     def text_set_aside(self) -> Manifest:
         """The record of the text that judged the trials, as text of choices, beside what the model had seen before."""
@@ -145,6 +146,11 @@ def _copy(model: PreTrainedModel, request: Request) -> PreTrainedModel:
     """A copy of a model. It shares the weights where nothing but tokens goes, as no trial writes into them then."""
     shared = model.parameters() if {*request.widths} == {VOCAB} and not request.model_info.quantized else ()
     return deepcopy(model, {id(parameter): copy(parameter) for parameter in shared})
+
+
+def _removed(report: Report) -> float:
+    """The share of the parameters that a pruning has removed."""
+    return 1 - report.parameters["after"] / report.parameters["before"]
 
 
 def losses_in(report: Report) -> dict[str, tuple[float, float]]:
