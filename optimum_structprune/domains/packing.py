@@ -198,8 +198,9 @@ class Domain:
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
-    """The number of the document that each token of packed samples belongs to, of the same shape `(samples,
-    seq_length)`; where nothing ends a document, each sample is one.
+    """Numbers the documents of packed samples, one number for each token, shape `(samples, seq_length)`.
+
+    Where nothing ends a document, each sample is one.
     """
     if eos is None:
         return torch.arange(len(samples))[:, None].expand_as(samples)
