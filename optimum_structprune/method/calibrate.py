@@ -110,8 +110,9 @@ class Moments:
 
 
 def output_energy(weight: Tensor, moments: Moments) -> float:
-    """E‖W x‖² of a consumer: what was seen of its outputs; else from the Gram matrix, or without one from the second
-    moments alone (as if components were uncorrelated). `weight` has the shape `(out, n)`.
+    """E‖W x‖² of a consumer, from its outputs if they were seen, else from the Gram matrix or second moments.
+
+    Second moments alone stand for components that are uncorrelated. `weight` has the shape `(out, n)`.
     """
     if moments.energy is not None:
         return float(moments.energy)

@@ -160,9 +160,10 @@ def capture(
 
 @torch.no_grad()
 def gain_of(source: InMemory, layer: int, name: str) -> float | None:
-    """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
-    module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
-    None where the output does not go straight into the residual stream.
+    """The gain of a module's output in the layer's output, or None if it does not go straight there.
+
+    With noise n added to the module's output, the layer's changes by g · n + r; g is the gain if ‖r‖ is small beside
+    ‖g · n‖.
     """
     # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
     hidden, noise = source.hidden[0], noise_like(source.hidden[0])
