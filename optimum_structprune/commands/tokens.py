@@ -51,7 +51,7 @@ def plan_tokens(args: Namespace) -> Result:
     counts = {name: len(ids) for name, ids in [*used.items(), ("all", set().union(*used.values()))]}
     lines = [
         f"{args.model}: {space.size:,} tokens, {space.size * space.unit_params / model.num_parameters():.1%} of the "
-        f"parameters; {len(request.always):,} always stay",
+        f"parameters; {len(request.required):,} always stay",
         f"tokens in use: {', '.join(f'{name} {count:,}' for name, count in counts.items())}",
         aligned([["tokens", "parameters", "MB", *texts, *words], *map(_cells, sizes)]),
         "the share of held-out text, and of the words of languages as often as they occur, that keeps its tokens",
@@ -63,7 +63,7 @@ def _kept_by_size(
     request: VocabularyRequest, order: list[int], shares: Mapping[str, Tensor]
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Numbers of tokens, each a like part of the one before, and how much of each text they keep."""
-    rows, fewest = request.rows, request.may.start
+    rows, fewest = request.rows, request.allowed.start
     for step in range(SIZES):
         number = rows * (fewest / rows) ** (step / (SIZES - 1))
         number = min(-int(-number // MULTIPLE) * MULTIPLE, rows)

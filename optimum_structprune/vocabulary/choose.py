@@ -32,7 +32,7 @@ from .count import (
     text_shares,
 )
 from .languages import script, scripts_in, scripts_of
-from .tokens import Vocabulary, with_needs
+from .tokens import Vocabulary, with_dependencies
 
 
 # The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
@@ -55,14 +55,16 @@ FREE = 2e-3
 
 @dataclass(frozen=True)
 class VocabularyRequest:
-    """The tokens of a model that is to have fewer: it has `rows` of weights, and `always` stay, among them those that
-    only the tokenizer knows, and rows that only a config names. `number` of the rows are to stay; None where text and
-    the `room` in a budget say how many.
+    """The tokens of a model that is to have fewer.
+
+    It has `rows` of weights. `required` are the tokens that stay, among them those that only the tokenizer knows, and
+    rows that only a config names. `number` of the rows are to stay; None where text and the `room` in a budget say
+    how many.
     """
 
     vocabulary: Vocabulary
     rows: int
-    always: frozenset[int]
+    required: frozenset[int]
     number: int | None
     room: Room | None = None
 
@@ -78,39 +80,40 @@ class VocabularyRequest:
         model = described.plain_model
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
-        always = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
-        always |= _letters(config.languages, vocabulary)
+        required = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
+        required |= _letters(config.languages, vocabulary)
         if config.keep_tokens is not None:
-            always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-        below = {*range(padding := counted_from(model))} - always  # the padding has to keep its id
-        always = with_needs(always | below, vocabulary.needs) & {*ids}
-        request = cls(vocabulary, rows, frozenset(always), cast("int", widths[VOCAB]))
+            required |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
+        below = {*range(padding := counted_from(model))} - required  # the padding has to keep its id
+        required = with_dependencies(required | below, vocabulary.dependencies) & {*ids}
+        request = cls(vocabulary, rows, frozenset(required), cast("int", widths[VOCAB]))
         if config.budget is not None:
-            room = Room.of(config, described.arch, described.plain_model, request.may)
+            room = Room.of(config, described.arch, described.plain_model, request.allowed)
             return replace(request, room=room, number=None if room.smallest else request.number)
-        if request.number not in request.may:
+        if request.number not in request.allowed:
             why = f", since it counts positions from the id of its padding, {padding}" if below else ""
             raise StructPruneError(
-                f"vocab={request.number:,} is no number of tokens that this model can keep: {request.may.start:,} of "
-                f"{rows:,} always stay{why}."
+                f"vocab={request.number:,} is no number of tokens that this model can keep: "
+                f"{request.allowed.start:,} of {rows:,} always stay{why}."
             )
         return request
 
     @property
-    def may(self) -> range:
+    def allowed(self) -> range:
         """The numbers of rows that the model can keep."""
-        return range(len(self.always) - self._beyond, self.rows + 1)
+        return range(len(self.required) - self._num_rowless, self.rows + 1)
 
     def order(self, scores: Tensor) -> list[int]:
-        """All ids, those first that stay longest: `always`, then those of the highest score, shape `(size,)`, each
-        behind what it is formed from, so that what stays can be formed wherever the order is cut.
+        """Gives all ids in the order in which they stay: those required, then those of the highest score, `(size,)`.
+
+        Each stands behind what it is formed from, so that what stays can be formed wherever the order is cut.
         """
-        ranked = [*sorted(self.always), *torch.argsort(scores, descending=True, stable=True).tolist()]
+        ranked = [*sorted(self.required), *torch.argsort(scores, descending=True, stable=True).tolist()]
         order = dict[int, None]()
         for token in ranked:
             waiting = [token]
             while waiting:
-                lacking = [part for part in self.vocabulary.needs(waiting[-1]) if part not in order]
+                lacking = [part for part in self.vocabulary.dependencies(waiting[-1]) if part not in order]
                 waiting += lacking
                 if not lacking:
                     order[waiting.pop()] = None
@@ -118,10 +121,10 @@ class VocabularyRequest:
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
         """The ascending ids of the first tokens of an order, `number` of which have weights."""
-        return tuple(sorted(order[: number + self._beyond]))
+        return tuple(sorted(order[: number + self._num_rowless]))
 
     @property
-    def _beyond(self) -> int:
+    def _num_rowless(self) -> int:
         """The number of tokens without rows in the model, whose ids come after all others."""
         return max(self.vocabulary.size - self.rows, 0)
 
@@ -203,12 +206,12 @@ def shares_of(ids: Tensor, size: int) -> Tensor:
 
 def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[str, Tensor]) -> list[str]:
     """Why each token stays."""
-    usual, needs = shares[USUAL].tolist(), request.vocabulary.needs
+    usual, needs = shares[USUAL].tolist(), request.vocabulary.dependencies
     found = {token: NEEDED for token in keep} | {token: USUAL for token in keep if token < len(usual) and usual[token]}
     found |= {part: NEEDED for token in keep for part in needs(token) if usual[part] < usual[token]}
     for reason in (LANGUAGE, TEXT, ALWAYS):
         found |= dict.fromkeys(shares[reason].nonzero().flatten().tolist(), reason)
-    found |= dict.fromkeys(request.always, ALWAYS)
+    found |= dict.fromkeys(request.required, ALWAYS)
     return [found[token] for token in keep]
 
 

@@ -32,7 +32,7 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", 
 TOOLS: Any = (None, [TOOL])
 
 
-class Spelling:
+class Segmenter:
     """How a model of `tokenizer.json` spells a piece of text, and the id of every piece."""
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
@@ -72,12 +72,12 @@ class Spelling:
         """The tokens that spell a token without itself, none if the tokenizer never yields it."""
         raise NotImplementedError
 
-    def needs(self, token: int) -> tuple[int, ...]:
+    def dependencies(self, token: int) -> tuple[int, ...]:
         """The tokens without which a token cannot be formed."""
         return ()
 
 
-class MergedSpelling(Spelling):
+class BPESegmenter(Segmenter):
     """BPE: a token is formed from its characters or bytes by merges, the first of the list first."""
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
@@ -98,7 +98,7 @@ class MergedSpelling(Spelling):
             end for part in self.last[token] for end in ([part] if part in kept else self.parts(part, kept) or [part])
         )
 
-    def needs(self, token: int) -> tuple[int, ...]:
+    def dependencies(self, token: int) -> tuple[int, ...]:
         """The two tokens of the last merge; a character needs none, as it is read before any merge."""
         return self.parts(token, None) if len(self.letters(self.pieces.get(token, ""))) > 1 else ()
 
@@ -119,7 +119,7 @@ class MergedSpelling(Spelling):
         return tuple(pair) if symbols == [token] else ()
 
 
-class ScoredSpelling(Spelling):
+class UnigramSegmenter(Segmenter):
     """Unigram: text is cut into the tokens whose scores add up to the most."""
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
@@ -154,7 +154,7 @@ class ScoredSpelling(Spelling):
         return best[-1] if best[-1][0] > NOWHERE else (NOWHERE, ())
 
 
-class GreedySpelling(Spelling):
+class WordPieceSegmenter(Segmenter):
     """WordPiece: a word is cut from its start, each time at the end of the longest token."""
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ class GreedySpelling(Spelling):
         return tuple(parts)
 
 
-KINDS: dict[str, type[Spelling]] = {"BPE": MergedSpelling, "Unigram": ScoredSpelling, "WordPiece": GreedySpelling}
+KINDS: dict[str, type[Segmenter]] = {"BPE": BPESegmenter, "Unigram": UnigramSegmenter, "WordPiece": WordPieceSegmenter}
 
 
 class Vocabulary:
@@ -187,11 +187,11 @@ class Vocabulary:
         self.size = 1 + max(self._names)
         model, vocab = described["model"], described["model"]["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
-        self._spelling = KINDS[model["type"]](model, ids)
+        self._segmenter = KINDS[model["type"]](model, ids)
         self._unknown = model.get("unk_id", ids.get(model.get("unk_token")))
         steps = json.dumps([described["pre_tokenizer"], described["decoder"]], ensure_ascii=False)
         self._byte_level, self._marks_space = '"ByteLevel"' in steps, SPACE in steps
-        self._irreplaceable_are_bytes = self._byte_level or bool(self._spelling.bytes)
+        self._irreplaceable_are_bytes = self._byte_level or bool(self._segmenter.bytes)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -210,7 +210,7 @@ class Vocabulary:
         return cls(tokenizer, described)
 
     @cached_property
-    def always(self) -> frozenset[int]:
+    def required(self) -> frozenset[int]:
         """The ids of tokens that stay where text of any language is read."""
         return self.fixed | self.letters
 
@@ -219,32 +219,32 @@ class Vocabulary:
         """The ids of tokens that stay whatever is read, and of all that they are formed from."""
         fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
-            is_byte = self._irreplaceable_are_bytes and self._spelling.is_irreplaceable(token)
+            is_byte = self._irreplaceable_are_bytes and self._segmenter.is_irreplaceable(token)
             # Bytes in place of the mark of a space would be decoded to the mark.
-            is_mark = token in (self._unknown, self._spelling.lowest) or self._names[token] == SPACE
+            is_mark = token in (self._unknown, self._segmenter.lowest) or self._names[token] == SPACE
             if is_byte or is_mark or self.surface(token).strip() in DIGITS:
                 fixed.add(token)
         for text in chats(self._tokenizer):
             fixed.update(self._tokenizer(text, verbose=False).input_ids)
-        return frozenset(with_needs(fixed, self._spelling.needs))
+        return frozenset(with_dependencies(fixed, self._segmenter.dependencies))
 
     @cached_property
     def letters(self) -> frozenset[int]:
         """The ids of tokens without which some letter cannot be read; none where bytes spell all letters."""
         names = () if self._irreplaceable_are_bytes else self._names.keys() - self._added
-        return frozenset(filter(self._spelling.is_irreplaceable, names))
+        return frozenset(filter(self._segmenter.is_irreplaceable, names))
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
         """Gives the tokens that spell one that is gone, out of `kept` if given; none if it is never read."""
-        return () if token in self._added or token not in self._names else self._spelling.parts(token, kept)
+        return () if token in self._added or token not in self._names else self._segmenter.parts(token, kept)
 
-    def needs(self, token: int) -> tuple[int, ...]:
+    def dependencies(self, token: int) -> tuple[int, ...]:
         """The tokens without which a token cannot be formed."""
-        return () if token in self._added or token not in self._names else self._spelling.needs(token)
+        return () if token in self._added or token not in self._names else self._segmenter.dependencies(token)
 
     def prior(self, token: int) -> float:
         """How often a token occurs in text of all kinds, relative to others, as far as the tokenizer tells."""
-        return 0.0 if token in self._added or token not in self._names else self._spelling.prior(token)
+        return 0.0 if token in self._added or token not in self._names else self._segmenter.prior(token)
 
     def surface(self, token: int) -> str:
         """The text of a token as it stands in decoded text, with its space."""
@@ -253,10 +253,10 @@ class Vocabulary:
             return name
         if self._byte_level:
             return str(ByteLevel().decode([name]))
-        if token in self._spelling.bytes:
-            return bytes([self._spelling.bytes[token]]).decode("utf-8", "replace")
-        spelling = self._spelling
-        if isinstance(spelling, GreedySpelling):
+        if token in self._segmenter.bytes:
+            return bytes([self._segmenter.bytes[token]]).decode("utf-8", "replace")
+        spelling = self._segmenter
+        if isinstance(spelling, WordPieceSegmenter):
             return name.removeprefix(spelling.prefix) if name.startswith(spelling.prefix) else f" {name}"
         name = name.replace(SPACE, " ") if self._marks_space else name
         return name.removesuffix(spelling.suffix) + " " if spelling.suffix and name.endswith(spelling.suffix) else name
@@ -269,7 +269,7 @@ class Vocabulary:
         with TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder, legacy_format=False)
             path = Path(folder, "tokenizer.json")
-            described = rewritten(json.loads(path.read_text("utf-8")), self._spelling, new)
+            described = rewritten(json.loads(path.read_text("utf-8")), self._segmenter, new)
             path.write_text(json.dumps(described, ensure_ascii=False), "utf-8")
             smaller = type(self._tokenizer).from_pretrained(folder)
         for name in ("name_or_path", "padding_side", "truncation_side"):  # what was set since it was loaded counts
@@ -301,7 +301,7 @@ class Vocabulary:
                 raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
 
 
-def with_needs(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> set[int]:
+def with_dependencies(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> set[int]:
     """Tokens with all that they are formed from."""
     closed: set[int] = set()
     waiting = [*tokens]
@@ -312,7 +312,7 @@ def with_needs(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> 
     return closed
 
 
-def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, int]) -> dict[str, Any]:
+def rewritten(described: dict[str, Any], spelling: Segmenter, new: Mapping[int, int]) -> dict[str, Any]:
     """Rewrites `tokenizer.json` for the tokens of `new` alone, under their new numbers."""
     model = described["model"]
     for token in described["added_tokens"]:
@@ -322,7 +322,7 @@ def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, i
     else:
         model["vocab"] = [entry for old, entry in enumerate(model["vocab"]) if old in new]
         model["unk_id"] = new.get(model["unk_id"])
-    if isinstance(spelling, MergedSpelling):
+    if isinstance(spelling, BPESegmenter):
         # What the dense tokenizer never yields, the smaller one must not form of what stays either.
         model["merges"] = [
             pair

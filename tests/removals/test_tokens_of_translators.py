@@ -127,7 +127,7 @@ def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind
     read = [f"{texts(CHOOSING)[code]} {n}" for n in range(40) for code in ("en", "ru")[: 1 + shown]]
     model = random_model(cls, model_type, {**SIZES, "vocab_size": len(reader)})
     asked = config(domains=[DomainConfig("a", read)], languages=["en"], widths={"vocab": len(reader)})
-    fewest = VocabularyRequest.of(asked, ModelInfo.of(model), reader, asked.widths).may.start
+    fewest = VocabularyRequest.of(asked, ModelInfo.of(model), reader, asked.widths).allowed.start
     pruner = StructPruner(replace(asked, widths={"vocab": fewest + 80}))
     pruner.prune_model(model, reader)
     smaller, remarks = pruner.tokenizer, str(pruner.report)

@@ -36,7 +36,7 @@ from optimum_structprune.vocabulary.languages import (
     texts,
     tokens_by_language,
 )
-from optimum_structprune.vocabulary.tokens import Vocabulary, with_needs
+from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Words:
     """A vocabulary of letters, and of words that grow from them by merges."""
 
     words: str
-    always: tuple[int, ...] = ()
+    required: tuple[int, ...] = ()
     letters: tuple[int, ...] = (0, 1, 2, 3)
     names: list[str] = field(init=False)
 
@@ -55,7 +55,7 @@ class Words:
     def size(self):
         return len(self.names)
 
-    def needs(self, token):
+    def dependencies(self, token):
         name = self.names[token]
         return [self.names.index(part) for part in (name[:-1], name[-1])] if len(name) > 1 else ()
 
@@ -67,7 +67,7 @@ class Words:
 
 
 def request_of(vocabulary, always=(), rows=None):
-    ids = with_needs({*vocabulary.always, *always}, vocabulary.needs)
+    ids = with_dependencies({*vocabulary.required, *always}, vocabulary.dependencies)
     return VocabularyRequest(vocabulary, rows or vocabulary.size, frozenset(ids), None)
 
 
@@ -76,7 +76,7 @@ def kept(words, counts, number, always=()):
     return " ".join(words.names[token] for token in request.keep(request.order(torch.tensor(counts) * 1.0), number))
 
 
-WORDS = Words("a b c д ab abc abca ca дa", always=(0, 1, 2, 3))
+WORDS = Words("a b c д ab abc abca ca дa", required=(0, 1, 2, 3))
 
 
 def test_rare_tokens_go_first_and_of_equal_ones_the_last():
@@ -99,8 +99,8 @@ def test_what_a_token_is_built_from_stays_with_it():
 def test_wherever_the_order_is_cut_what_stays_can_be_formed(scores, number):
     request = request_of(WORDS)
     keep = request.keep(request.order(torch.tensor(scores)), number)
-    assert len(keep) == number and {*keep} >= {*WORDS.always}
-    assert all({*WORDS.needs(token)} <= {*keep} for token in keep)
+    assert len(keep) == number and {*keep} >= {*WORDS.required}
+    assert all({*WORDS.dependencies(token)} <= {*keep} for token in keep)
 
 
 def of_text(name, text, weight=1.0):
@@ -164,7 +164,7 @@ def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeyp
 
 def test_a_tokenizer_is_left_with_what_is_chosen():
     vocabulary = Vocabulary.of(real_text_model()[1])
-    number, request = (len(vocabulary.always) + vocabulary.size) // 2, request_of(vocabulary)
+    number, request = (len(vocabulary.required) + vocabulary.size) // 2, request_of(vocabulary)
     keep = request.keep(request.order(torch.rand(vocabulary.size)), number)
     assert len(vocabulary.smaller(keep)) == len(keep) == number
 
@@ -234,7 +234,7 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
     for at, (name, form) in enumerate(fields.items()):
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
     tokens = VocabularyRequest.of(config(widths={"vocab": rows}), ModelInfo.of(model), reader(), {"vocab": rows})
-    left = data.draw(st.sampled_from(tokens.may))
+    left = data.draw(st.sampled_from(tokens.allowed))
     keep = tokens.keep(tokens.order(torch.rand(400)), left)
     drop_tokens_(model, ModelInfo.of(model).arch, keep)
     smaller, weights = tokens.vocabulary.smaller(keep), model.get_input_embeddings().weight

@@ -129,8 +129,8 @@ def some(vocabulary: Vocabulary, seed: int, share: float) -> list[int]:
     """Of the tokens that may go, a share stays by chance; a token that another is formed from goes after it."""
     chance, kept = random.Random(seed), set(range(vocabulary.size))
     uses = Counter(part for token in kept for part in vocabulary.parts(token))
-    for _ in range(int((1 - share) * len(kept - vocabulary.always))):
-        if leaves := [token for token in sorted(kept - vocabulary.always) if not uses[token]]:
+    for _ in range(int((1 - share) * len(kept - vocabulary.required))):
+        if leaves := [token for token in sorted(kept - vocabulary.required) if not uses[token]]:
             kept.remove(token := chance.choice(leaves))
             uses.subtract(vocabulary.parts(token))
     return sorted(kept)
@@ -162,7 +162,7 @@ def test_the_parts_of_a_token_are_what_it_is_read_as_without_it(kind):
     vocabulary, reader = dense(kind)
     parts = {token: vocabulary.parts(token) for token in range(vocabulary.size)}
     needed = {part for token in parts for part in parts[token]} if kind in MERGED else set()
-    may_go = sorted(parts.keys() - vocabulary.always - needed)
+    may_go = sorted(parts.keys() - vocabulary.required - needed)
     for token in random.Random(0).sample(may_go, min(len(may_go), 8)):
         keep = [other for other in parts if other != token]
         name, model = reader.convert_ids_to_tokens(token), vocabulary.smaller(keep).backend_tokenizer.model
@@ -177,20 +177,20 @@ def test_every_token_that_is_read_has_a_surface_and_parts_of_tokens_that_stay(ki
     ids = reader("the other cats sat on naive mats", add_special_tokens=False).input_ids
     assert "".join(map(vocabulary.surface, ids)).strip() == reader.decode(ids).strip()
     read = {token for text in TEXT for token in reader(text).input_ids}
-    for token in read - vocabulary.always:
+    for token in read - vocabulary.required:
         assert vocabulary.parts(token), reader.convert_ids_to_tokens(token)
-        assert vocabulary.always.issuperset(vocabulary.parts(token, vocabulary.always) or [-1])
+        assert vocabulary.required.issuperset(vocabulary.parts(token, vocabulary.required) or [-1])
 
 
 @kinds
 def test_what_always_stays(kind):
     vocabulary, reader = dense(kind)
-    names = {reader.convert_ids_to_tokens(token) for token in vocabulary.always}
+    names = {reader.convert_ids_to_tokens(token) for token in vocabulary.required}
     assert names.issuperset([*reader.all_special_tokens, "<tool>", "0"])
     assert names.issuperset(BYTES) or kind not in ("byte fallback", "unigram of bytes")
     chat = [{"role": role, "content": "0"} for role in ("user", "assistant")]
-    assert vocabulary.always.issuperset(reader.apply_chat_template(chat)["input_ids"])
-    assert kind not in MERGED or all(vocabulary.always.issuperset(vocabulary.parts(t)) for t in vocabulary.always)
+    assert vocabulary.required.issuperset(reader.apply_chat_template(chat)["input_ids"])
+    assert kind not in MERGED or all(vocabulary.required.issuperset(vocabulary.parts(t)) for t in vocabulary.required)
 
 
 def of_class(name: str) -> PreTrainedTokenizerFast:
@@ -238,7 +238,7 @@ def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
 def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
     reader = transformers.LlamaTokenizer(*pieces(), legacy=legacy)
     vocabulary = Vocabulary.of(reader)
-    less = vocabulary.smaller(keep := sorted(vocabulary.always))
+    less = vocabulary.smaller(keep := sorted(vocabulary.required))
     vocabulary.check(less, keep, ["cats</s>sat", *TEXT])
     scheme = json.loads(less.backend_tokenizer.to_str())["pre_tokenizer"]["prepend_scheme"]
     assert scheme == {True: "always", False: "first"}[legacy]
@@ -247,7 +247,7 @@ def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
 def test_a_smaller_tokenizer_pads_and_cuts_where_the_dense_one_does_now():
     vocabulary, reader = copy.deepcopy(dense("byte level"))
     vocabulary, reader.padding_side, reader.truncation_side = Vocabulary.of(reader), "left", "left"
-    less = vocabulary.smaller(sorted(vocabulary.always))
+    less = vocabulary.smaller(sorted(vocabulary.required))
     assert (less.padding_side, less.truncation_side) == ("left", "left")
 
 
@@ -256,7 +256,7 @@ def test_files_of_other_forms_are_not_saved_again(tmp_path):
     (tmp_path / "dense" / "tokenizer.model").write_bytes(b"SentencePiece")
     reader = AutoTokenizer.from_pretrained(tmp_path / "dense")
     vocabulary = Vocabulary.of(reader)
-    less = vocabulary.smaller(sorted(vocabulary.always))
+    less = vocabulary.smaller(sorted(vocabulary.required))
     less.save_pretrained(tmp_path / "less")
     assert not (tmp_path / "less" / "tokenizer.model").exists()
     assert less.name_or_path == reader.name_or_path
@@ -266,10 +266,10 @@ def test_named_chat_templates_and_what_they_write_stay():
     reader, other = copy.deepcopy(dense("byte level")[1]), "The other cats{{ messages[0]['content'] }}"
     reader.chat_template = {"default": CHAT, "other": other, "bad": "{{ 1 / 0 }}"}
     vocabulary = Vocabulary.of(reader)
-    assert vocabulary.always.issuperset(reader("The other cats0").input_ids)
-    less = vocabulary.smaller(sorted(vocabulary.always))
+    assert vocabulary.required.issuperset(reader("The other cats0").input_ids)
+    less = vocabulary.smaller(sorted(vocabulary.required))
     assert less.chat_template == reader.chat_template
-    vocabulary.check(less, sorted(vocabulary.always), TEXT)
+    vocabulary.check(less, sorted(vocabulary.required), TEXT)
 
 
 def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
@@ -285,8 +285,8 @@ def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
     for date in (datetime(2026, 1, 15, 8, 30), datetime(2031, 9, 28, 23, 59)):
         today_is(monkeypatch, date)
         vocabulary = Vocabulary.of(reader)
-        vocabulary.check(vocabulary.smaller(sorted(vocabulary.always)), sorted(vocabulary.always), [])
-        always.append(vocabulary.always)
+        vocabulary.check(vocabulary.smaller(sorted(vocabulary.required)), sorted(vocabulary.required), [])
+        always.append(vocabulary.required)
     assert always[0] == always[1] >= {token for month in months for token in reader(f" {month}").input_ids}
     assert not always[0] >= {*reader(" 2031").input_ids}, "numbers are spelled by digits"
 
