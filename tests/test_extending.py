@@ -14,7 +14,6 @@ from models import build
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneConfig
-from optimum_structprune.pruning.measure import Measure
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,12 +66,12 @@ def test_a_third_partys_criterion_on_the_command_line(installed, tmp_path):
     assert made["criterion"] == "redundancy"
 
 
-def test_the_pruner_of_the_page_stops_early_and_leaves_an_ordinary_model(tmp_path, monkeypatch):
+def test_the_pruner_of_the_page_stops_early_and_leaves_an_ordinary_model(tmp_path):
     names = {}
     exec(CODE[1], names)
     config = StructPruneConfig(widths={"mlp": 24}, num_samples=6, seq_length=24)
-    ratios = iter([1.0, 1.5, 3.0, 3.0])
-    monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: {"a": next(ratios)})
+    measured = iter([10.0, 15.0, 30.0, 30.0])
+    names["perplexity"] = lambda model, samples: next(measured)
     pruner = names["Careful"](config)
     pruned = pruner.prune_model(build("llama-tied"), inputs={"a": torch.randint(64, (8, 24))})
     # After two of four geometric steps from 40 to 24.

@@ -1,6 +1,5 @@
 """`examples/tools/sweep.py`: the curve, what lies beside it, and that it goes on."""
 
-import csv
 import json
 
 import pytest
@@ -43,29 +42,29 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
     assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again
     out = folder / "out"
     values = json.loads(capsys.readouterr().out)["parameters"]
-    rows = {row["model"]: row for row in csv.DictReader((out / "curve.csv").open())}
-    assert [*values] == [*rows] == ["dense", "0.1", "0.3"] and len([*(out / "losses").iterdir()]) == 1
+    curve = json.loads((out / "curve.json").read_text())
+    assert [*values] == [*curve["parameters"]] == ["dense", "0.1", "0.3"] and len([*(out / "losses").iterdir()]) == 1
     for size in ("0.1", "0.3"):
         small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size}")
         report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
-        assert int(rows[size]["parameters"]) == small.num_parameters() == values[size]
+        assert curve["parameters"][size] == small.num_parameters() == values[size]
         for name, when in (("dense", "before"), (size, "after")):
-            assert float(rows[name]["perplexity a"]) == pytest.approx(report["perplexity"]["a"][when])
+            assert curve["perplexity"]["a"][name] == pytest.approx(report["perplexity"]["a"][when])
 
 
 def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
     short = ["--no-save", "--round-to", "8"]
     shown = [word for word in line(folder, "bare", "0.2", "0.21", more=short) if word != "--json"]
     assert main(shown) == 0
-    assert {path.name for path in (folder / "bare").iterdir()} == {"size.json", "curve.csv"}
+    assert {path.name for path in (folder / "bare").iterdir()} == {"size.json", "curve.json"}
     assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
 
 
 def test_sizes_that_differ_in_the_last_digit_are_different_points(folder):
     sizes = ["0.3", "0.3000001", "0.30000000000000004"]
     assert main(line(folder, "close", *sizes, more=["--no-save"])) == 0
-    rows = [row["model"] for row in csv.DictReader((folder / "close" / "curve.csv").open())]
-    assert rows == ["dense", *sorted(sizes, key=float)]
+    curve = json.loads((folder / "close" / "curve.json").read_text())
+    assert [*curve["parameters"]] == ["dense", *sorted(sizes, key=float)]
 
 
 def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys):
@@ -75,15 +74,15 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
 
     written()
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
-    curve = (tmp_path / "out" / "curve.csv").read_text()
-    (tmp_path / "out" / "curve.csv").unlink()  # it was killed before it wrote it
+    curve = (tmp_path / "out" / "curve.json").read_text()
+    (tmp_path / "out" / "curve.json").unlink()  # it was killed before it wrote it
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
     for changed, flags in (({}, ["--error-feedback", "0.25"]), ({"seed": 1}, []), ({"text": 1}, [])):
         written(**changed)
         capsys.readouterr()
         assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2
         assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
-        assert (tmp_path / "out" / "curve.csv").read_text() == curve
+        assert (tmp_path / "out" / "curve.json").read_text() == curve
     written()
     state = tmp_path / "out" / "size.json"
     for damaged in (5, {"odd": 1}):

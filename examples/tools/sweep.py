@@ -27,12 +27,12 @@ from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.checkpoint import run_key
 from optimum_structprune.pruning.request import ask, check_arguments
-from optimum_structprune.record.table import as_csv, as_text, side_by_side
+from optimum_structprune.record.table import as_text, side_by_side
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_index
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.written import replace_text
+from optimum_structprune.written import replace_json
 
 
 def sweep(args: Namespace) -> Result:
@@ -59,7 +59,7 @@ def sweep(args: Namespace) -> Result:
                 finished.save(len(reports), reports)
                 record = _curve(reports)
             if process_index() == 0:
-                replace_text(output / "curve.csv", as_csv(record))
+                replace_json(output / "curve.json", record)
     lines = [as_text(record), *_coinciding([*reports], record), f"saved to {args.output}"]
     return Result("\n".join(lines), {**record, "output": args.output})
 

@@ -14,6 +14,7 @@ from typing import Any
 from .. import __version__
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
+from ..system.processes import launched
 from .arguments import by_flag
 from .flags import COMMANDS
 from .output import Result, show, visible, working
@@ -77,7 +78,7 @@ def execute(args: Namespace) -> int:
         return args.run(args)
     number = 0
     try:
-        number = int(os.environ.get("RANK", 0))
+        number = launched("RANK", 0)
         from .checks import check_flags  # late, as all that imports a config
 
         check_flags(args)

@@ -45,10 +45,18 @@ def across_processes() -> Iterator[None]:
         StructPruneError: If they were started to shard the model; see `check_launch`.
     """
     check_launch()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process that is alone may yet choose its device
+    if launched("WORLD_SIZE", 1) > 1:  # a process that is alone may yet choose its device
         import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
     with _sharing(_initialized() and _dist().get_world_size() > 1):
         yield
+
+
+def launched(variable: str, default: int) -> int:
+    """Read a number that a launcher of processes sets in the environment, such as that of this process in `RANK`."""
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")
+    return int(text)
 
 
 def check_launch() -> None:

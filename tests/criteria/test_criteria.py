@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import build, config
 
+from optimum_structprune import StructPruneConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA, producer_norms
 from optimum_structprune.method.calibrate import Moments
@@ -38,15 +39,16 @@ def test_magnitude_wanda_and_flap_are_their_definitions(case):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("size", "columns_per_unit"), [(6, 1), (6, 2), (6, 3), (384, 192), (1024, 512)])
-def test_obs_is_half_the_error_after_the_best_refit_of_the_others(size, columns_per_unit, threads):
+def test_obs_is_half_the_error_after_the_best_refit_of_the_others(size, columns_per_unit, threads, monkeypatch):
     """For units as large as the groups of real models too."""
+    monkeypatch.setattr(StructPruneConfig, "damping", 1e-7)
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     x = torch.randn(max(400, 2 * size), size, generator=generator)
     x = x if size > 6 else x @ torch.randn(6, 6, generator=generator) + 1
     weight, moments = torch.randn(16, size, generator=generator), Moments.empty(size, gram=True).update(x)
     torch.set_num_threads(threads)
     try:
-        scores = score("obs", (weight, x, moments), columns_per_unit, damping=1e-7)
+        scores = score("obs", (weight, x, moments), columns_per_unit)
     finally:
         torch.set_num_threads(before)
     target = (x @ weight.T).double()
