@@ -68,10 +68,13 @@ class Parts:
         new = {old: number for number, old in enumerate(keep)}
         spellings: list[tuple[int, ...]] = [(new[token],) if token in new else () for token in range(rows)]
         if gone := {*range(min(theirs, rows))} - new.keys():
-            vocabulary = Vocabulary.of(dense_tokenizer)
+            vocabulary, unknown = Vocabulary.of(dense_tokenizer), new.get(dense_tokenizer.unk_token_id)
             for token in gone:
                 parts = vocabulary.parts(token, new)
                 spellings[token] = tuple(new[part] for part in parts) if new.keys() >= {*parts} else ()
+                is_read = token in vocabulary.letters or vocabulary.parts(token)
+                if not spellings[token] and is_read and unknown is not None:  # letters whose script is gone
+                    spellings[token] = (unknown,)
         return cls(spellings, size)
 
     def change_nothing(self) -> bool:

@@ -27,6 +27,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.vocabulary.choose import VocabularyRequest
 from optimum_structprune.vocabulary.languages import CHOOSING, texts
+from optimum_structprune.vocabulary.parts import Parts
 
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -129,10 +130,13 @@ def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind
     asked = config(domains=[DomainConfig("a", read)], languages=["en"], widths={"vocab": len(reader)})
     fewest = VocabularyRequest.of(asked, ModelInfo.of(model), reader, asked.widths).allowed.start
     pruner = StructPruner(replace(asked, widths={"vocab": fewest + 80}))
-    pruner.prune_model(model, reader)
+    small = pruner.prune_model(model, reader)
     smaller, remarks = pruner.tokenizer, str(pruner.report)
     unknown = {code: reader.unk_token_id in smaller(texts()[code]).input_ids for code in ("en", "ru", "el")}
     assert unknown == {"en": False, "ru": not shown, "el": True}
+    greek = reader(texts()["el"]).input_ids
+    spelled = Parts.between(model, reader, small, smaller).spelled(greek, [True] * len(greek))
+    assert smaller.unk_token_id in {part for part, *_ in spelled}
     lines = [line for line in remarks.splitlines() if line.startswith("letters that cannot be read")]
     assert "Greek" in lines[0] and ("Cyrillic" in lines[0]) == (not shown)
 
