@@ -138,7 +138,7 @@ class RunOptions(Serialisable):
     """How the machine prunes. No field changes what comes out, but for the rounding of sums.
 
     Args:
-        batch_size: The number of samples in a forward pass. Larger ones brought no more speed where that was measured.
+        batch_size: The number of samples in a forward pass.
         checkpoint_dir: A folder that remembers measured losses and finished layers. A run that was killed goes on from
             there, and runs with other targets read the losses. It takes one round.
 
