@@ -88,10 +88,12 @@ def test_the_demo_trims_a_real_model_and_talks_to_it(smollm2, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("What is the capital of France? The capital of France is Paris") == 2, done.stdout
-    assert "verdict: use it as it is" in done.stdout and "report.html" in done.stdout
+    assert "verdict: use it on the kinds of text" in done.stdout and "report.html" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["parameters"]["after"] <= 0.9 * report["parameters"]["before"]
-    # Measured: prose 0.998, code 1.047, math 0.995.
+    assert report["parameters"]["after"] <= 0.97 * report["parameters"]["before"]
+    # Measured: prose 0.996, code 1.017, math 0.998, general 0.97, other text 1.07.
     ratios = [values["after"] / values["before"] for values in report["perplexity"].values()]
     assert geometric_mean(ratios) < 1.05 and max(ratios) < 1.1, ratios
-    assert (tmp_path / "out-Q8_0.gguf").stat().st_size < 140e6
+    other = report["other"]["perplexity"]
+    assert other["after"] / other["before"] < 1.2
+    assert (tmp_path / "out-Q8_0.gguf").stat().st_size < 141e6
