@@ -197,8 +197,10 @@ class Measure:
 
 
 def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
-    """Cuts rows of about so many tokens in all from samples, shape `(samples, seq_length)`, each behind the prefix and
-    evenly over them, as the margin of error is one over documents.
+    """Cut short rows from samples, of about `tokens` tokens in all.
+
+    The samples have the shape `(samples, seq_length)`. Each row has the prefix in front. The rows lie evenly over the
+    samples, because the margin of error is one over documents.
     """
     length = min(ROW, samples.shape[1])
     parts = samples[:, 1:].split(max(length - 1, 1), 1)

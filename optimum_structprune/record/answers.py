@@ -26,9 +26,11 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def paired(items: Items, name: str) -> dict[str, Any]:
-    """How a figure (`right`, `loops` or `stopped`) of the last model differs from the first one's on the same items:
-    the mean difference with its margin of error, the numbers of items for which it holds of the last model alone
-    (`more`) and of the first alone (`less`), `mcnemar`'s probability, and `worse`, `better`, or `alike` above 0.05.
+    """Compare a figure (`right`, `loops` or `stopped`) of the last model with the first one's, on the same items.
+
+    The result has the mean difference with its margin of error, the numbers of items for which the figure holds of the
+    last model alone (`more`) and of the first alone (`less`), `mcnemar`'s probability, and `worse`, `better`, or
+    `alike` above 0.05.
     """
     both = [[float(answer[name]) for answer in item["answers"].values()] for item in items]
     differences = torch.tensor([values[-1] - values[0] for values in both], dtype=torch.float64)

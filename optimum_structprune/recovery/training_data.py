@@ -41,7 +41,7 @@ class TrainingData:
         validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
         other: Rows of text by which nothing is chosen, each of shape `(tokens,)`.
         model: The model that is trained.
-        seeds: That of the order of the samples, and that of the text.
+        seeds: Two seeds: the first orders the samples, and the second chooses the text.
     """
 
     def __init__(

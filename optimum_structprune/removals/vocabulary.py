@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparison) -> Widths:
-    """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
-    other spaces to the widths that are returned.
+    """Remove the tokens that the text of a run needs least, and return the widths of the other spaces.
+
+    Later steps take the model that is left as dense, and bring it to these widths.
     """
     data, tokenizer = run.data, run.dense_tokenizer
     assert tokenizer is not None

@@ -98,9 +98,10 @@ class Parts:
 
     @torch.no_grad()
     def expected(self, probabilities: Tensor, rows: Tensor, first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities of the next part at each place, shape `(places, size)`, and how sure it is that one of
-        them follows, shape `(places,)`: less than 1 inside a token where another one may have ended, behind which
-        nobody has read on.
+        """Return the probabilities of the next part at each place, and the probability that one of them follows.
+
+        They have the shapes `(places, size)` and `(places,)`. The second is less than 1 inside a token where another
+        one may have ended, behind which nobody has read on.
 
         Args:
             probabilities: What the dense model expects, shape `(tokens, dense size)`.
@@ -130,8 +131,10 @@ class Parts:
         return ends[:, None] * whole[rows] + (1 - ends)[:, None] * inside, torch.where(first, 1.0, share)
 
     def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """The KL divergence from the dense model's words in nats, summed over the parts of each dense token, shape
-        `(tokens,)`, fp32. Where a token may have ended that was not read, the smaller model is taken to be right.
+        """Return the KL divergence from the dense model's words in nats, shape `(tokens,)`, fp32.
+
+        It is summed over the parts of each dense token. Where a token may have ended that was not read, the smaller
+        model is taken to be right.
 
         Args:
             logits: Those of the smaller model, shape `(places, size)`.

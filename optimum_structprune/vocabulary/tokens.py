@@ -58,7 +58,7 @@ class Segmenter:
         return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace")) if self.bytes else ()
 
     def prior(self, token: int) -> float:
-        """How often a token occurs, relative to others: its number tells how often it did when it was made."""
+        """Estimate the relative frequency of a token by its number: frequent tokens were made first."""
         return 1 / (token + ALIKE)
 
     def is_irreplaceable(self, token: int) -> bool:
@@ -131,7 +131,7 @@ class UnigramSegmenter(Segmenter):
         self.unknown_score = self.scores[self.lowest] - 10
 
     def prior(self, token: int) -> float:
-        """How often a token occurs, relative to others: its score is the logarithm of that."""
+        """Return the relative frequency of a token, of which its score is the logarithm."""
         return exp(self.scores[token])
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
