@@ -102,10 +102,10 @@ class StructPruner:
                 from .removals.vocabulary import prune_vocabulary_
 
                 widths = prune_vocabulary_(run, tokens, comparison)
-            if widths and run.config.allocation != "uniform":
+            if widths and run.config.searches:
                 from .search.search import choose_shape
 
-                widths = choose_shape(run, widths)
+                widths = choose_shape(run)
             for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
                 self.apply_step_(run, step)
             comparison.finish()

@@ -369,7 +369,7 @@ def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None
     checkpoints = options is not None and options.checkpoint_dir is not None
     for name, is_set, reason in (
         ("checkpoint_dir", checkpoints, "spans the layers of one pruning, and a Trainer prunes in steps of its own"),
-        (f"allocation={config.allocation!r}", config.allocation != "uniform", "ranks the units of the dense model"),
+        (f"allocation={config.allocation!r}", config.allocation != "uniform", "measures what the dense model loses"),
         ("recovery", config.recovery is not None, "is training after a pruning, and a Trainer trains already"),
     ):
         if is_set:

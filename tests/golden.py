@@ -23,7 +23,6 @@ BOTH = {"mlp": 96, "attention": 2}
 RUNS = {
     "uniform": ("trained", {"sparsity": 0.2}),
     "attention": ("trained", {"widths": BOTH}),
-    "global": ("trained", {"sparsity": 0.3, "allocation": "global", "targets": ("mlp", "attention")}),
     "sensitivity": ("trained", {"sparsity": 0.3, "allocation": "sensitivity"}),
     "search": ("trained", {"sparsity": 0.3, "allocation": "search"}),
     "search_uniform": ("trained", {"sparsity": 0.3, "allocation": "search_uniform"}),

@@ -47,7 +47,7 @@ def test_layers_that_differ():
     assert "once optimum_structprune has been imported" in outcome.reload[0] and len(outcome.reload) == 3
     assert "24-40" in str(outcome)
 
-    wish = config(sparsity=0.3, allocation="global", targets=("mlp", "attention"), round_to=1)
+    wish = config(sparsity=0.3, allocation="sensitivity", targets=("mlp", "attention"), round_to=1)
     outcome = dry_run(config_of(model), wish)
     small = prune_model(model, wish, tokenizer())
     step = max(space.unit_params for space in describe(model).spaces)

@@ -11,7 +11,6 @@ from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.calibrate import Moments, output_energy
 from optimum_structprune.method.linalg import solve_damped, with_damped_factor
 from optimum_structprune.method.refit import least_squares
-from optimum_structprune.search.ranking import standardised
 
 
 FFN = 1536
@@ -134,13 +133,3 @@ def test_output_energies_are_those_of_the_outputs():
         assert output_energy(weight, moments) == pytest.approx(expected, rel=1e-4)
         moments.update(part, output=part @ weight.T)  # what was seen of the outputs goes before what follows from H
         assert output_energy(weight, moments) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("columns_per_unit", [1, 192, 512])
-def test_standardised_scores_have_mean_zero(columns_per_unit):
-    columns = inputs(1, tokens=FFN)[:, 0] * 1e-6 + 1e-3
-    precise = columns.double()
-    expected = ((precise - precise.mean()) / precise.std(correction=0)).reshape(-1, columns_per_unit).mean(1)
-    scores = standardised(columns, columns_per_unit)
-    assert torch.allclose(scores.double(), expected, atol=1e-2)
-    assert torch.isfinite(standardised(torch.ones(FFN), columns_per_unit)).all()

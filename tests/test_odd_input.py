@@ -57,11 +57,11 @@ def test_odd_tensors_and_models(tmp_path):
 
 
 @pytest.mark.parametrize("give", [lambda w: None, lambda w: w.sum(0).numpy(), lambda w: np.float64(3)])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
 def test_odd_criteria(give, allocation, monkeypatch):
     monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
     register_criterion("odd")(lambda weight, *_: give(weight))
-    fields = {} if allocation == "uniform" else {"sparsity": 0.2, "allocation": "global", "round_to": 1}
+    fields = {} if allocation == "uniform" else {"sparsity": 0.2, "allocation": allocation, "round_to": 1}
     with pytest.raises(StructPruneError, match="'odd' has to give"):
         pruned({"a": token_ids(8, 8)}, criterion="odd", **fields)
 

@@ -39,7 +39,7 @@ def test_without_a_criterion_the_refit_names_it(refit, criterion):
     assert pruners[0].report.criterion == criterion
 
 
-@pytest.mark.parametrize("fields", [{}, {"sparsity": 0.35, "allocation": "global", "round_to": 1}])
+@pytest.mark.parametrize("fields", [{}, {"widths": {"mlp": [18, 34]}}])
 def test_rounds_end_where_one_round_does(fields):
     """Of several rounds the first work on masked layers and the last on shrunk ones."""
     once, thrice = (

@@ -163,7 +163,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     run = Run(model, arch, CalibrationData(settings, domains))
     chosen = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        chosen = choose_shape(run, chosen)
+        chosen = choose_shape(run)
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

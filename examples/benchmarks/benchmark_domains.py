@@ -71,8 +71,6 @@ ROUNDS: dict[str, dict[str, Any]] = {
     "iterative": {"rounds": 3},
     "10 rounds": {"rounds": 10},
 }
-# Steps as fine as those of the one width that other methods get.
-BY_GATES = {"allocation": "learned", "round_to": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "flap + bias": {"criterion": "flap", "refit": "bias"},
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
@@ -85,22 +83,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs_drive + refit": {"criterion": "obs_drive", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
     "taylor + refit": {"criterion": "taylor", "refit": "least_squares"},
-    "slimllm": {"criterion": "slimllm", "refit": "slope", "allocation": "cosine"},
-    "slimllm uniform": {"criterion": "slimllm", "refit": "slope"},
+    "slimllm": {"criterion": "slimllm", "refit": "slope"},
     "slimllm + refit": {"criterion": "slimllm", "refit": "least_squares"},
     "pip": {"criterion": "pip", "refit": "none"},
     "pip + refit": {"criterion": "pip", "refit": "least_squares"},
     "iterative norm": {"criterion": "iterative_norm", "refit": "none"},
     "iterative norm + refit": {"criterion": "iterative_norm", "refit": "least_squares"},
-    "ddp": {"criterion": "ddp", "refit": "folded", **BY_GATES},
-    "ddp uniform": {"criterion": "ddp", "refit": "folded"},
-    "ddp + refit": {"criterion": "ddp", "refit": "least_squares", **BY_GATES},
-    "ddp uniform + refit": {"criterion": "ddp", "refit": "least_squares"},
-    "obs by ddp + refit": {"criterion": "obs", "refit": "least_squares", **BY_GATES},
-    "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
-    "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
-    "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
-    "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
+    "ddp": {"criterion": "ddp", "refit": "folded"},
+    "ddp + refit": {"criterion": "ddp", "refit": "least_squares"},
     "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
     "obs_drive by sensitivity + refit": {
         "criterion": "obs_drive",

@@ -46,7 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     DENSE: {},
     OURS: {},
     "widths by measured loss": {"allocation": "sensitivity"},
-    FLAP: {**ALONE, **METHODS["flap global + bias"]},
+    FLAP: {**ALONE, **METHODS["flap + bias"]},
     "wanda": {**ALONE, **METHODS["wanda"]},
     "SlimLLM": {**ALONE, **METHODS["slimllm"]},
     "PIP at once": {**ALONE, **METHODS["pip"]},  # in ten rounds, it takes ten times as long

@@ -33,15 +33,10 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The allocations that give all layers one width, and those that measure what the model loses.
+# The allocations that give all layers one width.
 ONE_WIDTH = ("uniform", "search_uniform")
-MEASURED = ("sensitivity", "search", "search_uniform")
-# What makes up for removed units, see `method.refit.least_squares`, and what ranks all units of the dense model, see
-# `search.ranking.dense_scores`; `uniform` and those that measure rank none.
+# What makes up for removed units, see `method.refit.least_squares`.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
-ALLOCATIONS: Registry[Any] = Registry(
-    "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
-)
 # The languages of which there are texts, by their codes (ISO 639-1).
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "de": "German", "el": "Greek", "en": "English",
@@ -186,10 +181,9 @@ class StructPruneConfig(WithDomains):
             default, and whole layers too.
         refit: What makes up for the removed units: `none`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
-        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model by score, and a registered allocation by scores of its own. The others go by
-            the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries one
-            shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
+        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere. The others go
+            by the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries
+            one shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
@@ -239,7 +233,7 @@ class StructPruneConfig(WithDomains):
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
-    allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
+    allocation: Literal["uniform", "sensitivity", "search", "search_uniform"] = "uniform"
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     tensor_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None
@@ -284,8 +278,7 @@ class StructPruneConfig(WithDomains):
     @property
     def trims(self) -> bool | None:
         """True if tokens go; None if a budget may be divided between tokens and layers."""
-        open_to_both = self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes", LOSS})
-        if open_to_both and (self.searches or self.allocation == "uniform"):
+        if self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes", LOSS}):
             return None
         return "vocab" in (self.widths or self.shrinking)
 
@@ -307,7 +300,7 @@ class StructPruneConfig(WithDomains):
     @property
     def searches(self) -> bool:
         """True if widths follow from measured losses, on text set aside."""
-        return self.allocation in MEASURED
+        return self.allocation != "uniform"
 
     @property
     def refit_reads_gram(self) -> bool:

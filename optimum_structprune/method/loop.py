@@ -116,14 +116,13 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
 
 
 def consumer_scores(
-    method: Method, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments], by_column: bool = False
+    method: Method, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments]
 ) -> list[Tensor]:
-    """The scores that each consumer of a space gives its units, shape `(units,)`, or each of its columns."""
+    """The scores that each consumer of a space gives its units, shape `(units,)`."""
     options, scores = method.options(space.layer), list[Tensor]()
     for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
-        columns_per_unit = 1 if by_column else axis.per_unit
-        scores.append(method.criterion.score(weight, own_moments, columns_per_unit, options))
-        check_scores(scores[-1], weight.shape[1] // columns_per_unit, method.criterion.name, axis.module)
+        scores.append(method.criterion.score(weight, own_moments, axis.per_unit, options))
+        check_scores(scores[-1], weight.shape[1] // axis.per_unit, method.criterion.name, axis.module)
     return scores
 
 

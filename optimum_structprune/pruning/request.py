@@ -182,7 +182,7 @@ class Request:
         if not arch.causal:
             raise StructPruneError(
                 f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a "
-                f"model of type {arch.model_type!r} makes none; use allocation='uniform' or 'global'."
+                f"model of type {arch.model_type!r} makes none; use allocation='uniform'."
             )
         for name in [name for name in widths if name != VOCAB] or widths:
             if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL:

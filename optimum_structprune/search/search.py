@@ -1,4 +1,4 @@
-"""Chooses the final shape of a run by scores of all units or by measured losses and short prunings."""
+"""Chooses the final shape of a run by measured losses and short prunings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Space, Widths
-from ..config.pruning import ALLOCATIONS
 from ..forward.metrics import evaluating
 from ..method.loop import prune_layers_
 from ..method.shrink import Masks
@@ -25,7 +24,6 @@ from ..system.processes import broadcast_object
 from ..system.stages import progress
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
-from . import ranking as ranking  # registers `global`
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
 
 
@@ -37,17 +35,7 @@ class Candidate(NamedTuple):
     predicted: float | None = None
 
 
-def choose_shape(run: Run, widths: Widths) -> Widths:
-    """Chooses a shape of the same total as `widths`, by scores of all units or by measured losses."""
-    if run.config.searches:
-        return searched_shape(run)
-    rank = ALLOCATIONS.get(run.config.allocation)
-    with evaluating(run.model), run.report.timed("ranking"):
-        scores = rank(run.model, run.arch, run.data, list(widths))
-    return widths_of(run.config, run.arch, run.model, scores)
-
-
-def searched_shape(run: Run) -> Widths:
+def choose_shape(run: Run) -> Widths:
     """Prunes the likeliest shapes on trial, all layers together, and gives the one of least loss.
 
     They are those for which the losses of single layers speak, see `Trials`, and the one without measurements. A loss
@@ -111,13 +99,14 @@ class Search:
     def _layer_by_layer(self, curves: Curves) -> list[Candidate]:
         """Widths by one ranking of all units, and halfway to one width, as losses add up to more."""
         scores = {key: self._scores(key, curve) for key, curve in curves.items()}
-        best, most, beyond = self._ranked(scores), max(float(of.max()) for of in scores.values()), {}
-        for key, of_units in scores.items():
-            space, sizes = self._spaces[key][0], torch.arange(len(of_units)).flip(0)  # once each unit is gone
+        best = widths_of(self.config, self.arch, self.model, scores)
+        highest, beyond = max(float(unit_scores.max()) for unit_scores in scores.values()), {}
+        for key, unit_scores in scores.items():
+            space, sizes = self._spaces[key][0], torch.arange(len(unit_scores)).flip(0)  # once each unit is gone
             # Units above halfway go first, and steps that end beyond it go in the order of how far they do.
             is_beyond = 2 * sizes < space.width_in(self.plain) + space.width_in(best)
-            beyond[key] = (most + of_units) * is_beyond
-        shapes = {"each layer": best, "halfway": self._ranked(beyond)}
+            beyond[key] = (highest + unit_scores) * is_beyond
+        shapes = {"each layer": best, "halfway": widths_of(self.config, self.arch, self.model, beyond)}
         return [Candidate(name, widths, predicted_loss(curves, widths)) for name, widths in shapes.items()]
 
     def _scores(self, key: Key, curve: Sequence[float]) -> Tensor:
@@ -128,15 +117,6 @@ class Search:
             least = {key[1]: self.legal[key[1]][0]}
             saved = (budget.dense - budget.cost(least)) / max(removed_parameters(self.arch, least), 1)
         return torch.tensor(curve, dtype=torch.float64).diff() / (saved * params)
-
-    def _ranked(self, scores: Mapping[Key, Tensor]) -> Widths:
-        """The widths by one ranking of all units."""
-        by_space = {
-            space.key: of_units.repeat_interleave(space.scale)
-            for key, of_units in scores.items()
-            for space in self._spaces[key]
-        }
-        return widths_of(self.config, self.arch, self.model, by_space)
 
     @cached_property
     def _spaces(self) -> dict[Key, list[Space]]:

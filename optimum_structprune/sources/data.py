@@ -44,7 +44,7 @@ class CalibrationData:
     config: StructPruneConfig
     domains: Sequence[Domain]
     options: RunOptions = field(default_factory=RunOptions)
-    # What registered criteria and allocations remember during the run, by a name of their own.
+    # What registered criteria remember during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -67,12 +67,12 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
     if config.widths is not None:
         legal_widths(replace(config, widths={VOCAB: config.widths[VOCAB]}), arch, model.config)  # refuses others
         return {VOCAB: cast("int", config.widths[VOCAB]), **({} if rest is None else widths_of(rest, arch, model))}
-    if config.budget is None or rest and not (config.searches or config.allocation == "uniform"):
+    if config.budget is None:
         example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}" if arch.of(VOCAB) else "widths"
         raise StructPruneError(
             f"targets={list(config.shrinking)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share "
             f"of those says how much of it goes; give {example} or another number, beside the widths of other spaces, "
-            f"or target {VOCAB!r} with a budget, alone or with an allocation that measures losses or is uniform."
+            f"or target {VOCAB!r} with a budget."
         )
     room = Room.of(config, arch, model)
     if rest is None:

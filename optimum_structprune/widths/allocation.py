@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, lcm
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -262,7 +263,7 @@ def ranked_widths(
     legal: Mapping[str, Sequence[int]],
     scores: Mapping[tuple[int, str], Tensor],
 ) -> dict[str, dict[int, int]]:
-    """Widths by kind of space and layer from one ranking of all units.
+    """Widths by kind of space and layer from one ranking of all units, with scores `(width,)` by layer and kind.
 
     With `sparsity`, spaces compete for the budget. With `widths`, each width is the mean over the layers, and a budget
     of its own. The budget is met to within half of the cheapest step.
@@ -289,16 +290,11 @@ def _layer_width(
     spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]
 ) -> LayerWidth:
     """The width of the spaces of one kind in one layer, which share it."""
-    scores_by_space = [
-        scores[space.key].sort().values.reshape(space.width, space.scale).mean(1)
-        if scores
-        else torch.arange(space.width) / space.width
-        for space in spaces
-    ]
+    layer, size = spaces[0].layer, spaces[0].width
+    unit_scores = (scores[layer, spaces[0].kind].sort().values if scores else torch.arange(size) / size).tolist()
     params = sum(space.unit_params * space.scale for space in spaces)
-    unit_scores, size = torch.stack(scores_by_space).mean(0).tolist(), spaces[0].width
     going = [unit_scores[size - wide : size - narrow] for wide, narrow in pairwise(widths)]
-    return LayerWidth(spaces[0].layer, widths, params, [sum(scores) / len(scores) for scores in going])
+    return LayerWidth(layer, widths, params, [fmean(scores_of_step) for scores_of_step in going])
 
 
 def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:

@@ -74,7 +74,7 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="global", round_to=1))
+    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="sensitivity", round_to=1))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.save(model, folder / "out", tokenizer=tokenizer())
     save_file({"logits": logits(model), "ids": token_ids()}, folder / "expected.safetensors")
@@ -200,7 +200,7 @@ def test_it_can_be_pruned_again(saved):
     assert "optimum_structprune" not in (folder / "out" / "modeling_structprune.py").read_text()
     before = widths_of(model)
     assert pruner.report.widths == before and 0.29 < pruner.report.sparsity < 0.31
-    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="global", round_to=1))
+    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="sensitivity", round_to=1))
     after = widths_of(pruner.prune_model(model, tokenizer()))
     assert all(after[name][layer] <= width for name in before for layer, width in before[name].items())
     assert pruner.report.sparsity == pytest.approx(0.3, abs=0.02)

@@ -42,7 +42,6 @@ configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"sparsity": 0.2}, ("mlp",)),
-    ({"sparsity": 0.2, "allocation": "global"}, ("mlp",)),
     ({"budget": {"parameters": 9}, "allocation": "search"}, ("mlp", "attention")),
     ({"budget": {"cache_bytes_per_token": 9}}, ("attention",)),
     ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
@@ -86,7 +85,7 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),
     ({"sparsity": 0.2, "recovery": {"seed": -1}}, "'seed'.*between 0 and 4294967295"),
     ({"sparsity": 0.2, "error_feedback": 1.5}, "'error_feedback'.*between 0 and 1, got 1.5"),
-    ({"widths": {"mlp": [24, 32]}, "allocation": "global"}, "what every layer keeps, so allocation='global'"),
+    ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
     ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
     ({"sparsity": 0.2, "recovery": {"merge": False}}, "merge=False leaves an adapter"),

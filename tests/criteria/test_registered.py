@@ -1,4 +1,4 @@
-"""What a third party registers: a criterion with statistics of its own, an allocation and a refit."""
+"""What a third party registers: a criterion with statistics of its own, and a refit."""
 
 from collections import OrderedDict
 from importlib.metadata import EntryPoint
@@ -9,13 +9,11 @@ from accelerate import disk_offload
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner, register_criterion, registry
-from optimum_structprune.config.pruning import ALLOCATIONS, REFITS
+from optimum_structprune.config.pruning import REFITS
 from optimum_structprune.criteria import CRITERIA, per_unit
 from optimum_structprune.registry import Registry
-from optimum_structprune.search import search  # noqa: F401  # whose allocations stay where a test has registered its own
 
 
-WATCHED = {"criterion": "watched", "allocation": "by_layer", "refit": "halved", "round_to": 1}
 SEEN = []
 
 
@@ -35,15 +33,6 @@ def watched(weight, moments, columns_per_unit, options):
     return per_unit(moments.prior.to(weight), columns_per_unit)
 
 
-def by_layer(model, arch, data, names):
-    """The first layer is worth more than any other."""
-    return {
-        (space.layer, space.name): torch.arange(space.size) / space.size + (space.layer == 0)
-        for space in arch.spaces
-        if space.kind in names
-    }
-
-
 def halved(weight, bias, moments, keep, damping):
     assert moments.gram is not None
     return weight[:, keep] / 2, bias
@@ -52,27 +41,20 @@ def halved(weight, bias, moments, keep, damping):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     SEEN.clear()
-    for table in (CRITERIA, ALLOCATIONS, REFITS):
+    for table in (CRITERIA, REFITS):
         monkeypatch.setattr(table, "_entries", dict(table._entries))
     register_criterion("watched", whole_model_statistics=places, check=check)(watched)
-    ALLOCATIONS.register("by_layer")(by_layer)
     REFITS.register("halved")(halved)
 
 
-def test_all_three_are_used():
+def test_both_are_used():
     model = build("llama-tied")
-    pruner = StructPruner(config(**WATCHED, widths={"mlp": 24}, rounds=2))
+    pruner = StructPruner(config(criterion="watched", refit="halved", widths={"mlp": {1: 8}}, rounds=2))
     small = pruner.prune_model(model, tokenizer())
-    widths = pruner.report.widths["mlp"]
-    assert widths == {0: 40, 1: 8} and pruner.plan.keep[1, "mlp"] == tuple(range(8))
+    assert pruner.plan.keep[1, "mlp"] == tuple(range(8))
     weight = model.model.layers[1].mlp.down_proj.weight[:, :8]
     torch.testing.assert_close(small.model.layers[1].mlp.down_proj.weight, weight / 2)
     assert SEEN == [0, 0], "once before each round, with the cache of the run"
-
-
-def test_a_refit_of_ones_own_is_refused_for_the_residual_stream():
-    with pytest.raises(StructPruneError, match="refit='halved' is for consumers inside the layers"):
-        StructPruner(config(refit="halved", widths={"hidden": 24})).prune_model(build("llama-tied"), tokenizer())
 
 
 @pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])

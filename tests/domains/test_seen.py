@@ -109,7 +109,7 @@ def run_on(settings, domains):
     arch = describe(model)
     widths = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        widths = choose_shape(Run(model, arch, data), widths)
+        widths = choose_shape(Run(model, arch, data))
     return pruned_on(data, model, widths)
 
 

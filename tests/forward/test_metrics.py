@@ -45,7 +45,6 @@ class State:
 KINDS = {
     "plain": {},
     "flap": {"criterion": "flap"},
-    "global": {"allocation": "global"},
     "sensitivity": {"allocation": "sensitivity"},
     "rounds": {"rounds": 2},
 }

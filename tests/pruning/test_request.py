@@ -76,16 +76,16 @@ REFUSED = [
     ("bert", {"widths": {"mlp": [24, 32]}}, "layers of different widths, which 'mlp' of a bert model cannot"),
     (
         "phi3",
-        {"sparsity": 0.2, "allocation": "global", "targets": ["attention"]},
+        {"sparsity": 0.2, "allocation": "search", "targets": ["attention"]},
         "'attention' of a phi3.*number of heads",
     ),
     ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
-    ("bert", {"allocation": "global"}, "offered for decoders only; use allocation='uniform' without"),
-    ("llava", {"allocation": "global"}, "only a text model by itself"),
+    ("bert", {"skip_layers": [0]}, "offered for decoders only; use allocation='uniform' without"),
+    ("llava", {"skip_layers": [0]}, "only a text model by itself"),
     ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["layer"]}, "'layer' is none of"),
     ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["hidden"]}, "'hidden' is none"),
     ("bert", {"sparsity": 0.2, **UNIFORM, "targets": ["mlp"]}, "makes none; use allocation='unif"),
-    ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "global"}, "belongs to the whole model"),
+    ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "search"}, "belongs to the whole model"),
     ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
     # the criterion
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
@@ -94,7 +94,7 @@ REFUSED = [
     ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
-    ("t5", {"allocation": "global"}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
+    ("t5", {"skip_layers": [0]}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
     # the recovery, of which `recovery/test_checks.py` has the other rules
     ("bert", {"recovery": training()}, "Recovery trains causal language models, and BertForMaskedLM is none"),
     ("llama-tied", {"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
@@ -130,8 +130,7 @@ def test_the_text_is_what_a_run_reads_next():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "global"}, "ranks the units of the dense model"),
-    ({"allocation": "sensitivity"}, "ranks the units of the dense model"),
+    ({"allocation": "search"}, "measures what the dense model loses"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -200,7 +199,7 @@ TRIED = [
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
     ("targets", ["attention"], {"sparsity": 0.2, "round_to": 4}, True),
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
-    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
+    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "search"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),

@@ -277,10 +277,6 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
     (
-        {"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp"), "allocation": "global"},
-        "target 'vocab' with a budget, alone or with an allocation that measures losses",
-    ),
-    (
         {"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
         "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
     ),

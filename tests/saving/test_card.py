@@ -48,7 +48,7 @@ def desk(tmp_path_factory):
     build("llama-tied").save_pretrained(folder / "dense")
     (folder / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
     domains = [DomainConfig("a", documents(240)), DomainConfig("b", documents(240, seed=1), weight=3.0)]
-    for name, fields in (("slim", {}), ("uneven", {"sparsity": 0.3, "allocation": "global", "round_to": 1})):
+    for name, fields in (("slim", {}), ("uneven", {"widths": {"mlp": [20, 30]}})):
         pruner = StructPruner(config(domains=domains, num_samples=240, **fields))
         pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
         pruner.save(pruned, folder / name, tokenizer())

@@ -17,7 +17,7 @@ from optimum_structprune.errors import StructPruneError
 
 @pytest.fixture(scope="module")
 def run():
-    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="global", round_to=1))
+    pruner = StructPruner(config(widths={"mlp": [20, 30], "attention": [4, 2]}))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     assert model.config.is_heterogeneous
     return pruner, model
@@ -44,7 +44,7 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     )
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
-    assert StructPruneConfig.from_pretrained(tmp_path / "out").allocation == "global"
+    assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["parameters"]["after"] == padding.before == model.num_parameters()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

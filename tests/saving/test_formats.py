@@ -57,7 +57,7 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
     {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
     {"sparsity": 0.2, "allocation": "sensitivity", "criterion": "wanda"},
     {"budget": {"bytes": 10}, "domains": None},
-    {"sparsity": 0.2, "allocation": "global", "criterion": "flap", "refit": "none"},
+    {"sparsity": 0.2, "criterion": "flap", "refit": "none"},
     {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
 ])  # fmt: skip
 def test_every_config_keeps_to_its_schema(fields, tmp_path):

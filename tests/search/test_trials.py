@@ -21,7 +21,6 @@ from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
 from optimum_structprune.search.trials import STRIDE, Probe, candidate_values, trial_losses, tried, unit_losses
 from optimum_structprune.sources.data import batches_of
-from optimum_structprune.widths.budget import widths_of
 
 
 def domains():
@@ -153,7 +152,7 @@ def test_a_layer_that_does_little_gives_up_more():
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for source in (whole_model_at_once(), nullcontext()):
         with source:
-            assert choose_shape(Run(model, arch, data_of(settings)), widths_of(settings, arch, model)) == found
+            assert choose_shape(Run(model, arch, data_of(settings))) == found
 
 
 def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):

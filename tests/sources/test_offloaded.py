@@ -49,7 +49,7 @@ RUNS = {
     "llama-untied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"widths": {"mlp": 24}, "criterion": "flap"},
     "qwen2": {"widths": {"mlp": 24}, "rounds": 3},
-    "qwen3": {"sparsity": 0.25, "allocation": "global", "round_to": 1},
+    "qwen3": {"widths": {"mlp": {0: 24}}},
     "gemma2": {"sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "gpt2-tied": {"widths": {"mlp": 24}},
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},

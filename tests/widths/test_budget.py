@@ -77,7 +77,7 @@ def test_any_number_of_parameters(most, targets):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rounds": 2}, {"round_to": 8}, {"allocation": "global"}, {"skip_layers": (1,)}, {"dtype": 2}]
+    "fields", [{"rounds": 2}, {"round_to": 8}, {"allocation": "sensitivity"}, {"skip_layers": (1,)}, {"dtype": 2}]
 )
 def test_pruning_keeps_to_it(fields):
     itemsize = fields.pop("dtype", 4)

@@ -9,7 +9,7 @@ gates that are learned on few tokens from learning the kind of text.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import cos, isfinite, pi, sqrt
@@ -22,7 +22,7 @@ from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
-from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
+from optimum_structprune.config.pruning import REFITS, StructPruneConfig
 from optimum_structprune.criteria import per_unit
 from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
 from optimum_structprune.method.calibrate import Moments
@@ -35,7 +35,7 @@ from optimum_structprune.widths.budget import widths_of
 from .gradients import frozen
 
 
-LEARNED, DDP = "learned", "ddp"
+DDP = "ddp"
 # The range of a gate; below 0 a unit is closed, and a gradient may open it again.
 LEAST, MOST = -0.1, 2.0
 # The gate at which a unit counts as half kept falls from the first number to the second.
@@ -102,7 +102,7 @@ def gates_of(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> d
         if is_offloaded(model):
             raise StructPruneError(
                 f"Gates are learned by passes through all layers of {type(model).__name__} at once, which is "
-                "offloaded; choose criterion='obs' or 'wanda', and another allocation than 'learned'."
+                "offloaded; choose criterion='obs' or 'wanda'."
             )
         with evaluating(model), frozen(model):
             budgets = budgets_of(data.config, arch, model)
@@ -112,7 +112,7 @@ def gates_of(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> d
 
 def check_learnable(config: StructPruneConfig, arch: ArchSpec) -> None:
     """Refuse what has no gates: predictions of no next token, whole layers or channels of the model, and experts."""
-    cause = f"criterion={DDP!r}" if config.scored_by == DDP else f"allocation={LEARNED!r}"
+    cause = f"criterion={DDP!r}"
     if not arch.causal:
         raise StructPruneError(
             f"{cause} learns gates by the predictions of the next token, and a model of type {arch.model_type!r} "
@@ -133,19 +133,11 @@ def check_learnable(config: StructPruneConfig, arch: ArchSpec) -> None:
 
 
 def budgets_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> list[Budget]:
-    """What keeps which share: each space by itself where its width is known, all layers together elsewhere."""
+    """The share that each space keeps, those that lose something."""
     widths = widths_of(config, arch, model)
     spaces = [space for space in arch.spaces if space.kind in widths and space.layer not in config.skip_layers]
-    if config.allocation != LEARNED:
-        shares = [(space, space.width_in(widths) / space.width) for space in spaces]
-        return [Budget((space,), kept) for space, kept in shares if kept < 1]
-    together = [(name,) for name in widths] if config.widths is not None else [tuple(widths)]
-    return [_together([space for space in spaces if space.kind in names], widths) for names in together]
-
-
-def _together(spaces: Sequence[Space], widths: Mapping) -> Budget:
-    left = sum(space.unit_params * space.width_in(widths) * space.scale for space in spaces)
-    return Budget(tuple(spaces), left / sum(space.unit_params * space.size for space in spaces))
+    shares = [(space, space.width_in(widths) / space.width) for space in spaces]
+    return [Budget((space,), kept) for space, kept in shares if kept < 1]
 
 
 def learned_gates(
@@ -348,10 +340,10 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
             "criterion='ddp' learns gates for the final widths before anything is removed, and a Trainer prunes "
             "in steps of its own; choose another criterion, or prune first (`structprune prune`)."
         )
-    if config.allocation not in ("uniform", LEARNED):
+    if config.searches:
         raise StructPruneError(
-            "criterion='ddp' learns gates for widths that are known, or for one budget over all layers, and "
-            f"allocation={config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'."
+            "criterion='ddp' learns gates for widths that are known, and "
+            f"allocation={config.allocation!r} measures which; use allocation='uniform'."
         )
     check_learnable(config, arch)
 
@@ -375,11 +367,3 @@ def ddp(weight: Tensor, moments: Moments, columns_per_unit: int, options: Struct
     """
     assert moments.prior is not None
     return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit
-
-
-@ALLOCATIONS.register(LEARNED)
-def learned_scores(
-    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]
-) -> dict[tuple[int, str], Tensor]:
-    """The gates of one budget over all layers."""
-    return dict(gates_of(model, arch, data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,19 +10,14 @@ from transformers import PreTrainedModel
 
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec, Axis, Space
-from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
-from optimum_structprune.criteria import block_influence, norms_by_unit
+from optimum_structprune.config.pruning import REFITS, StructPruneConfig
+from optimum_structprune.criteria import norms_by_unit
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.linalg import submatrix
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.processes import all_reduce_
 
 from .watching import check_dense, of_samples, run_watched
-
-
-# How much the ratios of layers differ with `cosine`; SlimLLM takes 10 where it removes 20 % of a model, 7 for 50 %.
-SHARPNESS = 10.0
 
 
 def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -119,28 +114,6 @@ def _similarity(products: Tensor, squares: Tensor, total: Tensor) -> Tensor:
     """Pearson's correlation of outputs with the output of all units."""
     scale = (squares.clamp(min=0) * total.clamp(min=0)).sqrt()
     return products / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-
-
-@ALLOCATIONS.register("cosine")
-def cosine_scores(
-    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]
-) -> dict[tuple[int, str], Tensor]:
-    """Scores by which every layer gives up units in proportion to softmax(`SHARPNESS` · cos(input, output)).
-
-    These are the layer ratios of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), which has the same ones for heads
-    and channels, and leaves out the layers that change the residual stream most; here all layers take part.
-    """
-    batches = data.own_batches
-    by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(data.domains))]
-    lost = [block_influence(model, arch, of_domain) for of_domain in by_domain]
-    shares = torch.tensor(data.shares, dtype=torch.float64)
-    ratios = torch.softmax(-SHARPNESS * (shares @ torch.stack(lost)), 0)
-    # Where a threshold cuts off a multiple of its ratio from every layer, the widths are in these proportions.
-    return {
-        (space.layer, space.name): torch.arange(space.size) / space.size / float(ratios[space.layer])
-        for space in arch.spaces
-        if space.kind in names
-    }
 
 
 @REFITS.register("slope")

@@ -78,7 +78,6 @@ def test_gates_multiply_what_their_units_own():
         ({"widths": {"mlp": 24, "attention": 2}}, [0.6, 0.5, 0.6, 0.5]),
         ({"widths": {"mlp": {0: 10}}}, [0.25]),
         ({"skip_layers": (0,)}, [0.6]),
-        ({"allocation": "learned", "round_to": 1, "widths": {"mlp": 24, "attention": 2}}, [0.6, 0.5]),
     ],
 )
 def test_budgets_are_what_the_config_asks_for(fields, budgets):
@@ -87,36 +86,13 @@ def test_budgets_are_what_the_config_asks_for(fields, budgets):
     assert sorted(budget.kept for budget in found) == pytest.approx(sorted(budgets))
 
 
-def test_with_sparsity_all_spaces_share_one_budget_of_parameters():
-    model = build("llama-tied")
-    arch = describe(model)
-    (found,) = budgets_of(
-        settings(sparsity=0.25, targets=("mlp", "attention"), allocation="learned", round_to=1), arch, model
-    )
-    every = sum(space.unit_params * space.size for space in arch.spaces)
-    assert set(found.spaces) == set(arch.spaces)
-    assert (1 - found.kept) * every == pytest.approx(0.25 * sum(arch.layer_params), rel=0.02)
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "learned"])
-def test_the_share_of_open_gates_comes_to_the_budget(allocation, monkeypatch):
+def test_the_share_of_open_gates_comes_to_the_budget(monkeypatch):
     monkeypatch.setattr(gates, "SETTINGS", LONG)
-    model = build("llama-tied")
-    fields = settings(allocation=allocation, round_to=1)
-    found = learned(model, fields)
+    found = learned(build("llama-tied"), settings())
     values = torch.cat(list(found.values()))
     assert LEAST - 1e-6 <= values.min() < 0 and 0.2 < values.max() <= MOST
-    for part in [values] if allocation == "learned" else found.values():
+    for part in found.values():
         assert float((part > 2 * gates.SHARP).double().mean()) == pytest.approx(0.6, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"criterion": "ddp"}, {"criterion": "ddp", "allocation": "learned"}, {"allocation": "learned"}]
-)
-def test_widths_are_met_exactly(fields):
-    _, pruner = pruned(build("llama-tied"), **{"criterion": None, "round_to": 1, **fields})
-    kept = [len(units) for units in pruner.plan.keep.values()]
-    assert sum(kept) == 48 and (kept == [24, 24] or "allocation" in fields)
 
 
 def test_what_the_predictions_do_not_need_goes(monkeypatch):
@@ -125,11 +101,8 @@ def test_what_the_predictions_do_not_need_goes(monkeypatch):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 5:20] = 0
         model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
-    _, uniform = pruned(model)
-    assert not set(range(5, 20)) & set(uniform.plan.keep[0, "mlp"]) and 7 not in uniform.plan.keep[1, "mlp"]
-    _, ranked = pruned(model, allocation="learned", round_to=1, criterion=None)
-    widths = ranked.report.widths["mlp"]
-    assert widths[0] < widths[1]
+    _, pruner = pruned(model)
+    assert not set(range(5, 20)) & set(pruner.plan.keep[0, "mlp"]) and 7 not in pruner.plan.keep[1, "mlp"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -234,7 +207,7 @@ def test_predictions_that_are_no_numbers_are_named():
 
 # --- refusals
 
-DDP, LEARNED = {"criterion": "ddp"}, {"allocation": "learned", "round_to": 1}
+DDP = {"criterion": "ddp"}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +217,7 @@ DDP, LEARNED = {"criterion": "ddp"}, {"allocation": "learned", "round_to": 1}
         ("llama-tied", {**DDP, "widths": {"hidden": 24}}, "gates on units inside the layers, and 'hidden' is none"),
         ("llama-tied", {**DDP, "widths": {"layer": 1}}, "gates on units inside the layers, and 'layer' is none"),
         ("mixtral", DDP, "criterion='ddp' learns gates on what a matrix reads, and the experts of 'mlp'"),
-        ("llama-tied", {**DDP, "allocation": "global", "round_to": 1}, "use allocation='learned' or 'uniform'"),
+        ("llama-tied", {**DDP, "allocation": "search", "round_to": 1}, "use allocation='uniform'"),
     ],
 )
 def test_what_has_no_gates_is_refused_before_anything_runs(case, fields, message, tmp_path, monkeypatch):
@@ -256,14 +229,6 @@ def test_what_has_no_gates_is_refused_before_anything_runs(case, fields, message
         dry_run(build(case).config, config(**fields))
 
 
-def test_an_allocation_by_gates_refuses_experts():
-    model = build("mixtral")
-    before = build("mixtral")
-    with pytest.raises(StructPruneError, match="allocation='learned' learns gates on what a matrix reads"):
-        StructPruner(config(**LEARNED)).prune_model(model, tokenizer(), inplace=True)
-    assert same_weights(model, before)
-
-
 def test_settings_are_read_from_a_text():
     assert Settings.of_text("") == Settings()
     assert Settings.of_text("steps=7,learning_rate=0.5") == Settings(steps=7, learning_rate=0.5)
@@ -273,13 +238,9 @@ def test_settings_are_read_from_a_text():
 
 
 def test_names_of_the_plug_in_are_known_and_others_refused():
-    assert StructPruneConfig(sparsity=0.2, allocation="learned", refit="slope").allocation == "learned"
-    for field, name, nearest in (("allocation", "lerned", "learned"), ("refit", "slop", "slope")):
-        with pytest.raises(
-            StructPruneError,
-            match=f"'{field}' has to name a registered {field}, got '{name}'. Did you mean '{nearest}'",
-        ):
-            StructPruneConfig(sparsity=0.2, **{field: name})
+    assert StructPruneConfig(sparsity=0.2, refit="slope").refit == "slope"
+    with pytest.raises(StructPruneError, match="'refit' has to name a registered refit.*Did you mean 'slope'"):
+        StructPruneConfig(sparsity=0.2, refit="slop")
 
 
 # --- several processes, and a trained model
@@ -310,10 +271,9 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 @needs_shared
 def test_learned_units_are_better_than_random_ones(monkeypatch):
-    """On a trained model, without a refit, with widths and units by gates; the loss is the logarithm of the ratio."""
+    """On a trained model, without a refit; the loss is the logarithm of the ratio."""
     stories = stories_model()
     monkeypatch.setattr(gates, "SETTINGS", Settings(steps=100, tokens_per_step=512))
-    fields = {"refit": "none", "round_to": 4}
-    learned_ratio = loss_ratio(stories, criterion="ddp", allocation="learned", **fields)
+    learned_ratio = loss_ratio(stories, criterion="ddp", refit="none")
     random_ratio = loss_ratio(stories, criterion="random", refit="none")
     assert log(learned_ratio) < 0.75 * log(random_ratio)

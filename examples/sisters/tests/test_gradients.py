@@ -90,10 +90,6 @@ def test_taylor_prunes_and_drops_what_the_loss_does_not_need():
     small = pruner.prune_model(model, tokenizer())
     kept = pruner.plan.keep[0, "mlp"]
     assert len(kept) == 24 and set(range(5, 20)) & set(kept) == set() and count_hooks(small) == 0
-    ranked = StructPruner(config(criterion="taylor", allocation="global", round_to=4, sparsity=0.2))
-    ranked.prune_model(model, tokenizer())
-    widths = ranked.report.widths["mlp"]
-    assert widths[0] < widths[1]
 
 
 @pytest.mark.parametrize("case", ["bert", "mixtral"])

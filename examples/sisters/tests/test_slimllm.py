@@ -1,37 +1,15 @@
-"""The widths of `cosine` and the refit of `slope`, as SlimLLM has them."""
+"""The refit of `slope`, as SlimLLM has it."""
 
 import pytest
 import torch
-from helpers import data_of
 from models import build, config, tokenizer
-from structprune_sisters.slimllm import SHARPNESS, slope_refit
+from structprune_sisters.slimllm import slope_refit
 
 from optimum_structprune import StructPruneError, StructPruner
-from optimum_structprune.arch.load import describe
-from optimum_structprune.criteria import block_influence
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import choose_shape
-from optimum_structprune.widths.budget import widths_of
 
 
 pytestmark = pytest.mark.nightly
-
-
-def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
-    model = build("llama-tied")
-    with torch.no_grad():  # the first layer changes the residual stream little
-        for module in (model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj):
-            module.weight.mul_(0.1)
-    settings = config(allocation="cosine", widths={"mlp": 30}, round_to=1)
-    data, arch = data_of(settings), describe(model)
-    widths = choose_shape(Run(model, arch, data), widths_of(settings, arch, model))
-    removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
-    by_domain = [[batch for batch in data.own_batches if batch.domain == domain] for domain in (0, 1)]
-    lost = torch.stack([block_influence(model, arch, batches) for batches in by_domain]).mean(0)
-    expected = torch.softmax(SHARPNESS * (1 - lost), 0)
-    assert removed.sum() == 20 and removed[0] > removed[1]
-    torch.testing.assert_close(removed / 20, expected, atol=0.05, rtol=0)
 
 
 def test_the_slope_is_no_refit_of_what_is_read_all_over_the_model():
