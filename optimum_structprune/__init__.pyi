@@ -19,7 +19,6 @@ from .forward.metrics import perplexity as perplexity
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
 from .record.plan import Plan as Plan
-from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .saving.export import export_nemotron_nas as export_nemotron_nas

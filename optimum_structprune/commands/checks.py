@@ -23,7 +23,7 @@ from ..domains.resolve import resolve
 from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
-from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
+from ..system.disk import GGUF, GGUFOutput, Output
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .flags import FORM
 from .output import check_file
@@ -144,11 +144,10 @@ def _check_model(name: str) -> None:
                 f"{one_line(error)[:300]}"
             ) from error
     elif not Path(name, "config.json").is_file():
-        if Path(name, ADAPTER).is_file():
+        if Path(name, "adapter_config.json").is_file():
             raise StructPruneError(
-                f"{name} holds an adapter and no model. In Python, load_adapter(pruned_model, {name!r}) puts it on "
-                "the pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a "
-                "folder that this command takes."
+                f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
+                f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
             )
         raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json.")
     for index in Path(name).glob("*.index.json"):

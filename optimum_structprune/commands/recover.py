@@ -19,11 +19,9 @@ def recover(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
     config, folder = recovery_config(args), Path(args.model)
     pruning = StructPruneConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
-    # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
-    needed = None if config.merge else args.model
-    used = [needed, args.teacher, args.arch_file, *used_paths(config, pruning)]
+    used = [args.teacher, args.arch_file, *used_paths(config, pruning)]
     output = Output(args.output, args.overwrite, used)
-    output.check(weights_bytes(args.model) if config.merge else 0)
+    output.check(weights_bytes(args.model))
     check_apart(args.output, config)
     with output.locked():
         with unchanging(folder):

@@ -9,9 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import join
-from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.fields import read_json
@@ -63,8 +61,7 @@ def recover_and_save(
     report = recovery.report
     assert report is not None
     check = ShortCheck(tokenizer, report.tokens)
-    trained: Any = recovered.get_base_model() if isinstance(recovered, PeftModel) else recovered
-    check.ask("recovered", trained)
+    check.ask("recovered", recovered)
     report.answers = check.items(earlier)
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)

@@ -91,7 +91,6 @@ def _check_amount(config: "StructPruneConfig") -> None:
 
 def _check_together(config: "StructPruneConfig") -> None:
     """Refuse two fields that no model meets together; `pruning.request` refuses what depends on the model."""
-    recovery = config.recovery
     by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
     if by_layer and (config.allocation != "uniform" or config.skip_layers):
         raise ValueError(
@@ -118,11 +117,6 @@ def _check_together(config: "StructPruneConfig") -> None:
         raise ValueError(
             f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
             "looks for one shape of all layers; choose allocation='search'"
-        )
-    if recovery is not None and not recovery.merge:
-        raise ValueError(
-            "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
-            "call recover"
         )
 
 

@@ -54,8 +54,6 @@ class RecoveryConfig(WithDomains):
             they are built in, and for a model without a chat template, they are openings of the text.
         validation: The source of the validation text, of a kind that is not trained on, by which checkpoints are
             compared. By default it is built-in text of other kinds.
-        merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
-            an adapter.
         seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
             them are held out, follows the seed of the pruning.
 
@@ -64,7 +62,7 @@ class RecoveryConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    gone = {"kl_weight": 1.0}
+    gone = {"kl_weight": 1.0, "merge": True}
 
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
@@ -75,7 +73,6 @@ class RecoveryConfig(WithDomains):
     answer_share: Number = validated_field(proportion, default=0.5)
     prompts: str | None = validated_field(filled, default=None)
     validation: str | None = validated_field(filled, default=None)
-    merge: bool = True
     seed: int | None = validated_field(seed_of_all, default=None)
 
     @classmethod
@@ -94,8 +91,3 @@ class RecoveryConfig(WithDomains):
         """Refuse what belongs to another way of training."""
         if self.lora and self.train != "lora":
             raise ValueError(f"lora={self.lora} belongs to train='lora', got train={self.train!r}; leave out either")
-        if self.train == "full" and not self.merge:
-            raise ValueError(
-                "merge=False keeps an adapter apart, and train='full' trains the weights themselves; leave merge out, "
-                "or use train='lora'"
-            )

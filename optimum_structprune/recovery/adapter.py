@@ -7,29 +7,18 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
-from ..errors import StructPruneError, warn
-from ..system.fingerprint import weights_hash
-from .resume import model_of
+from ..errors import StructPruneError
 
 
 # What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
@@ -93,16 +82,14 @@ def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
 
 
 @contextmanager
-def trainable(
-    model: PreTrainedModel, kind: PeftConfig | None, merge: bool = True
-) -> Iterator[tuple[Any, Callable[[], None]]]:
+def trainable(model: PreTrainedModel, kind: PeftConfig | None) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Put a new adapter on a model, or without one make all its weights trainable, for a training inside `with`.
 
     It yields what is trained, and a function that gives it the values of the start, with which a new adapter changes
     nothing. An error inside `with` does that, and takes the adapter off.
     """
     training, flags = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    trained: Any = model if kind is None else adapted(model, kind, merge)
+    trained: Any = model if kind is None else adapted(model, kind)
     if kind is None:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -118,18 +105,17 @@ def trainable(
         yield trained, take_back
     except BaseException:  # Ctrl-C too
         take_back()
-        merge = True
         if trained is not model:
             trained.unload()
         raise
     finally:
         model.zero_grad()
-        for parameter, flag in flags if merge else ():
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
         trained.train(training)
 
 
-def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> None:
+def check_fits(model: PreTrainedModel, kind: PeftConfig) -> None:
     """Refuse an adapter that cannot be put on a model of the same kind without weights."""
     kind = deepcopy(kind)
     if isinstance(kind, LoraConfig):
@@ -139,10 +125,10 @@ def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> 
     except Exception:
         return  # a model class of an unusual constructor says nothing about the adapter
     with torch.device("meta"):
-        adapted(empty, kind, merge)
+        adapted(empty, kind)
 
 
-def adapted(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> PeftModel:
+def adapted(model: PreTrainedModel, kind: PeftConfig) -> PeftModel:
     """Put a new adapter on a model; one that could not be merged afterwards is refused."""
     with warnings.catch_warnings():
         # peft warns of tied weights; where that matters, `_check_tied` refuses.
@@ -155,8 +141,7 @@ def adapted(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> Pef
             with_adapter: PeftModel = get_peft_model(model, kind)
         except PEFT_ERRORS as error:
             raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
-    if merge:
-        _check_tied(with_adapter)
+    _check_tied(with_adapter)
     return with_adapter
 
 
@@ -175,53 +160,5 @@ def _check_tied(model: PeftModel) -> None:
             raise StructPruneError(
                 f"The adapter would train {wrapped[0]}, which is one tensor with {others}, so that the merged model "
                 "would not be the one that was trained; leave it out of lora['target_modules'] and "
-                "lora['modules_to_save'], or keep the adapter with merge=False."
+                "lora['modules_to_save']."
             )
-
-
-def name_base_(model: PeftModel, name: str) -> None:
-    """Make an adapter and its card say that they belong to the model of this name; an empty one is none."""
-    base: Any = model.get_base_model()
-    base.name_or_path = base.config._name_or_path = name
-    for kind in model.peft_config.values():
-        kind.base_model_name_or_path = name
-
-
-def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on the pruned model that it was trained on.
-
-    As with `PeftModel.from_pretrained`, the weights of the model are frozen afterwards.
-
-    Args:
-        model: The pruned model.
-        folder: The folder of the adapter that a recovery with `merge=False` saved.
-        is_trainable: Whether the adapter can be trained on; otherwise it is frozen too, and the model is in eval mode.
-
-    Raises:
-        StructPruneError: If the folder holds no adapter, or the adapter was trained on another model. The message
-            names both by their hashes.
-    """
-    trained_on, base = model_of(folder), weights_hash(model)
-    if trained_on is None:
-        warn(
-            f"{folder} does not say which model its adapter was trained on; only the shapes of its tensors could be "
-            "compared."
-        )
-    elif trained_on != base:
-        raise StructPruneError(
-            f"The adapter in {folder} was trained on the model {trained_on[:12]}…, and this is {base[:12]}…: "
-            "their weights are not the same. Load the pruned model that the adapter was trained on."
-        )
-    try:
-        Path(folder, SAFETENSORS_WEIGHTS_NAME).stat()  # without it, peft reads a file that can hold code
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except LIBRARY_ERRORS as error:
-        raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
-
-
-def check_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Refuse a saved adapter that is not the one on a model."""
-    saved = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
-    expected = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-    if {*saved} != {*expected} or not all(torch.equal(tensor, expected[name]) for name, tensor in saved.items()):
-        raise StructPruneError(f"The adapter that was written to {folder} does not come back the same.")

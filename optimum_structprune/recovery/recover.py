@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -32,7 +31,7 @@ from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from ..system.stages import stage
 from ..written import replace_json
-from .adapter import check_adapter, check_fits, lora_config, name_base_, trainable
+from .adapter import check_fits, lora_config, trainable
 from .answers import read_prompts
 from .resume import TrainingInputs
 from .teacher import Teacher, load_teacher
@@ -52,8 +51,7 @@ class Recovery:
             open, and says which documents were held out.
         callbacks: Further callbacks for the Trainer.
         pruned: The folder of the pruned model, whose pruning config, plan, report and manifest `save` copies where it
-            has them, as they are when the recovery is made; an adapter names it as what it belongs to. By default an
-            adapter names what the model was loaded from, if it was not pruned since.
+            has them, as they are when the recovery is made.
 
     Raises:
         StructPruneError: If `config` is no `RecoveryConfig`.
@@ -74,9 +72,8 @@ class Recovery:
         self._manifest: Manifest | None = None
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
-        self._pruned, self._base = pruned, ""
+        self._pruned = pruned
         self.report: RecoveryReport | None = None
-        self._inputs: TrainingInputs | None = None
 
     @own_settings()
     def recover_model(
@@ -87,9 +84,9 @@ class Recovery:
         resume: bool = False,
         trust_remote_code: bool = False,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> PreTrainedModel | PeftModel:
+    ) -> PreTrainedModel:
         """Train a model; see `recover`."""
-        config, self._inputs = self.config, None
+        config = self.config
         check_changeable(model)
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
@@ -97,20 +94,18 @@ class Recovery:
         if teacher is not None:
             taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
         name = None if taught_by is None or taught_by.model is None else taught_by.model.name_or_path or ""
-        loaded_from = "" if "prune_result" in vars(model) else model.name_or_path or ""  # it was pruned since
-        self._base, seen = str(self._pruned or loaded_from), Manifest.seen_by(model)
+        seen = Manifest.seen_by(model)
         if seen is None and MANIFEST_NAME in self._records:
             seen = Manifest.load(str(self._pruned))
         seed = self.pruning.seed if config.seed is None else config.seed
-        if resume or "output_dir" in config.training or not config.merge:  # else no one reads them
-            self._inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
+        inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
             domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
             seeds = seed, self.pruning.seed
             data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
-            recovered, outcome = self._trained(model, seed, data, arguments, resume)
+            recovered, outcome = self._trained(model, seed, data, arguments, inputs, resume)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "")
         self.report.other |= {"source": other.source} if other.rows else {}
@@ -142,32 +137,38 @@ class Recovery:
             return domains, validation_text(config, pruning, teacher.tokenizer), other
 
     def _trained(
-        self, model: PreTrainedModel, seed: int, data: TrainingData, arguments: TrainingArguments, resume: bool
-    ) -> tuple[PreTrainedModel | PeftModel, RecoveryReport]:
-        """Train the model, and give it back with its adapter merged or on it, with the numbers of the training.
+        self,
+        model: PreTrainedModel,
+        seed: int,
+        data: TrainingData,
+        arguments: TrainingArguments,
+        inputs: TrainingInputs,
+        resume: bool,
+    ) -> tuple[PreTrainedModel, RecoveryReport]:
+        """Train the model, and give it back with the numbers of the training.
 
         It has the values of the best checkpoint, or those of before if these are better.
         """
-        config, inputs = self.config, [] if self._inputs is None else [self._inputs]
-        checkpoint = inputs[0].last_checkpoint(str(arguments.output_dir)) if resume else None
+        config = self.config
+        checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
         before = data.measure(model)
         fewer_tokens = data.teacher is not None and data.teacher.parts is not None
         adapter = None if config.train == "full" else lora_config(config, model, fewer_tokens)
         set_seed(seed)  # of the adapter's values
-        with trainable(model, adapter, config.merge) as (trained, take_back):
-            trainer = DistillTrainer(trained, arguments, data, [*self.callbacks, *inputs])
+        with trainable(model, adapter) as (trained, take_back):
+            trainer = DistillTrainer(trained, arguments, data, [*self.callbacks, inputs])
             outcome = trainer.outcome(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
             if data.validation_loss(trained) >= data.loss_in(before):
                 take_back()
                 outcome.kept_step = 0
-        if config.merge and isinstance(trained, PeftModel):
+        if adapter is not None:
             trained = trained.merge_and_unload()
         enter_measurements(outcome, before, data.measure(trained) if outcome.kept_step else before)
         return trained, outcome
 
     def save(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel,
         save_directory: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
@@ -175,7 +176,7 @@ class Recovery:
         """Save what `recover_model` returned, with the config and the report of the run.
 
         Args:
-            model: The recovered model, or the adapter on the pruned one.
+            model: The recovered model.
             save_directory: The folder to write to; it appears only after the result has been read back.
             tokenizer: The tokenizer that is saved beside the model.
             overwrite: Whether a folder that exists is replaced.
@@ -197,17 +198,10 @@ class Recovery:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
-            if not isinstance(model, PeftModel):  # peft writes the card of an adapter
-                leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
-            elif self._inputs is not None:
-                self._inputs.save(folder)
+            leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
 
         used = used_paths(self.config, self.pruning)
-        if isinstance(model, PeftModel):
-            name_base_(model, self._base)
-            used.append(self._base)  # an adapter is of no use without the model under it
-        check = check_adapter if isinstance(model, PeftModel) else check_reload
-        save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
+        save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 
 
 def recover(
@@ -219,7 +213,7 @@ def recover(
     resume: bool = False,
     trust_remote_code: bool = False,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> PreTrainedModel | PeftModel:
+) -> PreTrainedModel:
     """Train a pruned model in one call. `Recovery` does the same, keeps the numbers and saves.
 
     Args:
@@ -235,8 +229,7 @@ def recover(
             it was loaded from. Where there is none, a teacher of as many tokens is taken to have the same ones.
 
     Returns:
-        The model, with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
-        frozen then.
+        The model, with the adapter merged.
 
     Raises:
         StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
@@ -271,7 +264,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     if config.train == "lora":
-        check_fits(model, lora_config(config, model), config.merge)
+        check_fits(model, lora_config(config, model))
     # A model without weights will be on the GPU, if there is one.
     on_cpu = model.device.type == "cpu" or not torch.cuda.is_available()
     training_arguments(config, text.seed, on_cpu, tempfile.gettempdir())

@@ -15,10 +15,7 @@ from ..config.fields import read_json
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..system.fingerprint import weights_hash
-from ..written import plain, replace_json
-
-
-INPUTS_NAME = "recovery_inputs.json"
+from ..written import plain
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
@@ -36,10 +33,6 @@ class TrainingInputs(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Give the Trainer what it writes into a checkpoint; see `ExportableState`."""
         return {"args": {"inputs": self.inputs}, "attributes": {}}
-
-    def save(self, folder: Path) -> None:
-        """Write the inputs into the folder of an adapter."""
-        replace_json(folder / INPUTS_NAME, self.inputs)
 
     def last_checkpoint(self, folder: str) -> str:
         """Find the last whole checkpoint of this training in a folder.
@@ -62,9 +55,3 @@ class TrainingInputs(TrainerCallback, ExportableState):
                 )
             return checkpoint
         raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-
-
-def model_of(folder: str | Path) -> str | None:
-    """Reads the `weights_hash` of the model under the adapter in a folder, or None."""
-    path = Path(folder, INPUTS_NAME)
-    return str(read_json(path).get("model")) if path.is_file() else None

@@ -13,12 +13,12 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPEr
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
-from ..system.disk import ADAPTER, CARD
+from ..system.disk import CARD
 from ..written import LIST_NAME, as_list, is_unchanged, written_files
 
 
 # The files of a result that may name folders of this machine.
-TEXTS = re.compile(r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)")
+TEXTS = re.compile(r".+_(config|manifest|report|details)\.json|(report|evaluation).json|.+\.(html|md)")
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -90,7 +90,7 @@ def _result_files(folder: str | Path) -> dict[str, Path]:
     """List the files that belong to a result, by their names in a repository."""
     names = sorted(written_files(Path(folder)))
     files = {name: path for name in names if (path := Path(folder, name)).is_file()}
-    if not any(name in files for name in ("config.json", ADAPTER)):
+    if "config.json" not in files:
         raise StructPruneError(f"{folder} holds no model that structprune has saved; name the folder of a result.")
     return files
 

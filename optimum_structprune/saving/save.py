@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,10 +36,6 @@ from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
 from ..written import replace_json, written_files
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 logger = logging.getLogger(__name__)
@@ -97,7 +93,7 @@ def save_pruned(
 
 
 def save_checked(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel,
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool,
@@ -107,10 +103,7 @@ def save_checked(
 ) -> None:
     """Save a model, see `Output`; of several processes the first one saves, and all fail if it fails."""
     check_tokens(model, tokenizer)
-    need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
-    from peft import PeftModel  # late, as it takes a second
-
-    with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
+    with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
         if not is_first_rank():
             return
         options: dict[str, Any] = {}
@@ -127,7 +120,7 @@ def save_checked(
             if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
                 tokenizer.init_kwargs["legacy"] = tokenizer.legacy
             tokenizer.save_pretrained(staging)
-        if model.name_or_path and not isinstance(model, PeftModel):
+        if model.name_or_path:
             copy_extra_files(model, staging, tokenizer)
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):  # which may name code
             settle(staging / name, type(model.config))

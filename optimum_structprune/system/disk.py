@@ -29,7 +29,7 @@ from .stages import readable_size
 logger = logging.getLogger(__name__)
 
 GGUF = ".gguf"
-ADAPTER, CARD = "adapter_config.json", "README.md"
+CARD = "README.md"
 # The fields of configs, beside the sources of text, that name folders which a run writes, and files which it reads.
 WRITTEN_FIELDS, READ_FIELDS = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "validation")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.

@@ -156,8 +156,7 @@ def test_flags_of_recovery_override_the_file(tmp_path):
     flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
     config = recovery_config(parsed("recover", "m", "o", *flags, "--answer-share", "0"))
     assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
-    assert config.answer_share == 0 and config.merge
-    assert not recovery_config(parsed("recover", "m", "o", "--no-merge")).merge
+    assert config.answer_share == 0
 
 
 def test_settings_have_types_and_a_domain_all_its_fields():

@@ -65,12 +65,6 @@ def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folde
     assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
 
 
-def test_an_adapter_may_stand_alone(folder):
-    assert main(command(folder, "--no-merge", output="adapter")) == 0
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert not (folder / "adapter" / "model.safetensors").exists()
-
-
 def test_recover(folder, capsys):
     assert main(command(folder, "--teacher", str(folder / "model"), "--overwrite")) == 0
     shown = capsys.readouterr().out
@@ -151,7 +145,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     line = command(folder, output="wrong")
     for arguments, message in (
-        ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, load_adapter(pruned_model"),
+        ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, `peft.AutoPeft"),
         ([*line, "--tokens", "3"], "24 is enough"),
         ([*line, "--teacher", "no/where"], "'no/where' cannot be loaded"),
     ):

@@ -88,7 +88,6 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
     ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
-    ({"sparsity": 0.2, "recovery": {"merge": False}}, "merge=False leaves an adapter"),
     ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
     ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),
     ({"sparsity": 0.2, "languages": []}, "'languages'.*at least one"),

@@ -122,7 +122,7 @@ def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
 
 
 class Spoiler(TrainerCallback):
-    """Remembers the adapter at the beginning of each step, and makes it and so the loss of one step NaN."""
+    """Remembers what is trained at the beginning of each step, and makes it and so the loss of one step NaN."""
 
     def __init__(self, step: int):
         self.step, self.seen = step, []
@@ -137,11 +137,10 @@ class Spoiler(TrainerCallback):
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
-    settings = recovery_config(merge=False, training={"save_steps": 2})
-    recovery = Recovery(settings, callbacks=[spoiler])
-    adapted = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
+    recovery = Recovery(recovery_config(train="full", lora={}, training={"save_steps": 2}), callbacks=[spoiler])
+    recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
     assert "loss of step 6 is nan" in recovery.report.stopped and recovery.report.stopped in str(recovery.report)
-    kept, step = dict(adapted.named_parameters()), recovery.report.kept_step
+    kept, step = dict(recovered.named_parameters()), recovery.report.kept_step
     assert step in (2, 4)
     assert all(torch.equal(kept[name], tensor) for name, tensor in spoiler.seen[step].items())
 
@@ -167,16 +166,14 @@ def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_b
     assert all(torch.isfinite(parameter).all() for parameter in recovered.parameters())
 
 
-@pytest.mark.parametrize(
-    ("rate", "fields"), [(0.0, {}), (0.0, {"merge": False}), (1e3, {"train": "full", "lora": {}})]
-)
+@pytest.mark.parametrize(("rate", "fields"), [(0.0, {}), (1e3, {"train": "full", "lora": {}})])
 def test_a_training_that_brings_nothing_gives_the_model_back(pruned, rate, fields):
     before = deepcopy(pruned)
     recovery = Recovery(recovery_config(tokens=192, training={"learning_rate": rate}, **fields))
     with pytest.warns(NothingGainedWarning, match="no checkpoint was better"):
         recovered = recovery.recover_model(pruned, tokenizer())
     assert recovery.report.kept_step == 0 and "no checkpoint was better" in str(recovery.report)
-    assert torch.equal(logits(recovered), logits(before)) and (recovered is pruned) is (fields != {"merge": False})
+    assert torch.equal(logits(recovered), logits(before)) and recovered is pruned
 
 
 def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
@@ -266,7 +263,7 @@ def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
 
 
 def test_saved_configs_of_before_still_load():
-    old = RecoveryConfig.from_dict({"left_out": "other.jsonl", "kl_weight": 1.0})
+    old = RecoveryConfig.from_dict({"left_out": "other.jsonl", "kl_weight": 1.0, "merge": True})
     assert old == RecoveryConfig(validation="other.jsonl")
 
 
@@ -277,7 +274,7 @@ def test_saved_configs_of_before_still_load():
     ({"domains": []}, "at least one domain"),
     ({"token": 5}, "Did you mean 'tokens'"),
     ({"train": "full", "lora": {"r": 4}}, "belongs to train='lora', got train='full'"),
-    ({"train": "full", "merge": False}, "merge=False keeps an adapter apart, and train='full' trains"),
+    ({"merge": False}, "'merge' is gone"),
 ])  # fmt: skip
 def test_bad_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):

@@ -19,13 +19,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from optimum_structprune import (
     DomainConfig,
-    Recovery,
     RunOptions,
     StructPruneError,
     StructPruner,
     attach_pruner,
     dry_run,
-    load_adapter,
     perplexity,
     prune_model,
     recover,
@@ -342,26 +340,19 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_of_rows_goes_on_after_a_kill_and_is_kept_as_an_adapter_too(tmp_path, monkeypatch):
+def test_a_training_of_rows_goes_on_after_a_kill(tmp_path, monkeypatch):
     pruner, small = pruned(model := text_model())
     texts = [DomainConfig(name="a", source=[*map(str, documents(200))])]
     settings = recovery_config(domains=texts, training={"output_dir": str(tmp_path / "run"), "save_steps": 4})
 
-    def trained(resume=False, **fields):
-        recovery = Recovery(replace(settings, **fields))
-        return recovery, recovery.recover_model(deepcopy(small), pruner.tokenizer, model, resume, False, reader())
+    def trained(resume=False):
+        return recover(deepcopy(small), pruner.tokenizer, settings, model, resume=resume, teacher_tokenizer=reader())
 
-    _, whole = trained()
+    whole = trained()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
         trained()
-    assert same_weights(trained(resume=True)[1], whole) and not same_weights(whole, small)
-    recovery, adapted = trained(merge=False)
-    recovery.save(adapted, tmp_path / "adapter")
-    again = load_adapter(deepcopy(small), tmp_path / "adapter")
-    ids = torch.tensor([pruner.tokenizer("The sum of 17 and 25 is 42.")["input_ids"]])
-    for other in (again, whole):
-        torch.testing.assert_close(other(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert same_weights(trained(resume=True), whole) and not same_weights(whole, small)
 
 
 def test_both_models_are_measured_on_the_same_text_per_dense_token():

@@ -1,4 +1,4 @@
-"""A record belongs to what it describes: plans, reports and manifests to their model, an adapter to its base."""
+"""A record belongs to what it describes: plans, reports and manifests to their model."""
 
 import json
 import re
@@ -8,21 +8,11 @@ from itertools import product
 from shlex import split
 
 import pytest
-import torch
-from helpers import (
-    RECOVERY_TEXT,
-    recovery_config,
-    same_weights,
-    save_desk,
-    save_with_tokenizer,
-    without_refit,
-    write_texts,
-)
+from helpers import same_weights, save_desk, without_refit, write_texts
 from models import build, config, documents, tokenizer
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, Plan, Recovery, StructPruneError, StructPruner, evaluate
+from optimum_structprune import DomainConfig, Plan, StructPruneError, StructPruner, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.record.plan import PLAN_NAME
 from optimum_structprune.system.fingerprint import fingerprint
@@ -59,27 +49,6 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     assert second.plan.dense == fingerprint(small) and second.plan.sizes["mlp"] == 24
     assert plan.then(second.plan).dense == fingerprint(model)
     assert Plan.from_dict(second.plan.to_dict()) == second.plan
-
-
-@pytest.mark.slow
-def test_an_adapter_names_the_pruned_folder_or_nothing(tmp_path):
-    save_with_tokenizer(build("llama-tied"), tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    pruner = StructPruner(config(**RECOVERY_TEXT))
-    small = pruner.prune_model(dense, tokenizer())
-    pruner.save(small, tmp_path / "small", tokenizer())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    asked = recovery_config(merge=False, lora={"target_modules": ["q_proj", "v_proj"], "r": 2})
-    for name, model, pruned in (("given", small, tmp_path / "small"), ("loaded", loaded, None), ("none", small, None)):
-        recovery = Recovery(asked, pruner.config, pruned=pruned)
-        recovery.save(adapted := recovery.recover_model(deepcopy(model), tokenizer()), tmp_path / name)
-        base = json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert base == ("" if name == "none" else str(tmp_path / "small"))
-        assert str(tmp_path / "dense") not in (tmp_path / name / "README.md").read_text()
-        if base:
-            again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
-            ids = torch.arange(3, 15)[None]
-            torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
 
 
 def text_file(path, seed=0):

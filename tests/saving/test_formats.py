@@ -16,7 +16,6 @@ from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.record.report import RecoveryReport, Report
-from optimum_structprune.recovery.resume import TrainingInputs
 from optimum_structprune.saving.page import write_report
 from optimum_structprune.written import plain, to_json
 
@@ -140,8 +139,6 @@ def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
     Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
     Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")
     assert strict((tmp_path / "evaluation.json").read_text())["divergence"] == {"a": None}
-    TrainingInputs({"learning_rate": bad, "names": {"b", "a"}}).save(tmp_path)
-    assert strict((tmp_path / "recovery_inputs.json").read_text()) == {"learning_rate": None, "names": ["a", "b"]}
     plan = dry_run(build("llama-tied").config, config())
     replace(plan, notes=(bad,)).save(tmp_path / "plan.json")
     assert strict((tmp_path / "plan.json").read_text())["notes"] == [None]
