@@ -19,9 +19,8 @@ from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.criteria import obs_drive, producer_norms
 from optimum_structprune.method.calibrate import mixed
 from optimum_structprune.method.layers import Batch, InMemory
-from optimum_structprune.method.linalg import ridge_strength
-from optimum_structprune.method.refit import least_squares
-from optimum_structprune.method.score import best_units
+from optimum_structprune.method.loop import best_units
+from optimum_structprune.method.refit import least_squares, ridge_strength
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 
 

@@ -9,8 +9,7 @@ from models import config
 
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.calibrate import Moments, output_energy
-from optimum_structprune.method.linalg import solve_damped, with_damped_factor
-from optimum_structprune.method.refit import least_squares
+from optimum_structprune.method.refit import least_squares, solve_damped, with_damped_factor
 
 
 FFN = 1536

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_structprune import DomainConfig, export_gguf
-from optimum_structprune.domains.passages import Passages
+from optimum_structprune.domains.packing import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import margin_of_error, row_losses
 

@@ -210,7 +210,7 @@ class StructPruneConfig(WithDomains):
     gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1, "losses_dir": None}
     gone |= {"damping": 0.08, "holdout": 0.125}
     # The ridge of a refit toward the original weights, relative to the diagonal of the Gram matrix. It is twice as
-    # strong where there are 20 tokens per column, and so on; see `method.linalg.ridge_strength`.
+    # strong where there are 20 tokens per column, and so on; see `method.refit.ridge_strength`.
     damping: ClassVar[float] = 0.08
     # The share of each domain's samples that is set aside, from other documents, to measure perplexity. Where that is
     # under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The share is set aside

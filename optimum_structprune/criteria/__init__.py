@@ -1,6 +1,6 @@
 """Criteria: each a function that turns weights and activations into scores, higher = keep, with the paper it is from.
 
-`Criterion` in `method.score` says what such a function is given, and what else it may need.
+`Criterion` in `method.loop` says what such a function is given, and what else it may need.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..arch.modules import layer_list
 from ..arch.spec import CHANNEL, EXPERT, LAYER, ArchSpec, Axis, Space
 from ..method.calibrate import Moments
 from ..method.layers import Batch, run_model
-from ..method.linalg import ridge_strength, with_damped_factor
-from ..method.score import Criterion
+from ..method.loop import Criterion
+from ..method.refit import ridge_strength, with_damped_factor
 from ..registry import Registry
 from ..system.processes import all_reduce_
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from ..domains.packing import SampleFormat, check_vocabulary, document_numbers, tokenised
-from ..domains.passages import Passages
+from ..domains.packing import Passages, SampleFormat, check_vocabulary, document_numbers, tokenised
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
 from ..forward.metrics import compare, evaluating, perplexity_margins, perplexity_of, row_losses, sample_losses

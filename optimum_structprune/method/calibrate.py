@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import StructPruneError
-from .linalg import add_product_, submatrix, update_gram_
+
+
+# The least number of rows of a Gram matrix that are computed at a time.
+PANEL_ROWS = 512
 
 
 @dataclass
@@ -172,3 +175,35 @@ def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weigh
         for mixer, moments in zip(mixers, all_moments, strict=True):
             mixer.add(moments, share)
     return [mixer.moments() for mixer in mixers]
+
+
+@torch.no_grad()
+def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
+    """Take tokens into a running Gram matrix E[x xᵀ]. `gram` has the shape `(n, n)`, `x` `(tokens, n)`."""
+    # It is symmetric, so only the part right of the diagonal is computed, in 8 panels at most: smaller ones cost more
+    # than they save.
+    step = max(PANEL_ROWS, -(-len(gram) // 8))
+    for start in range(0, len(gram), step):
+        rows, right = slice(start, min(start + step, len(gram))), slice(start, len(gram))
+        add_product_(gram[rows, right], x[:, rows], x[:, right], share)
+        gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+
+
+@torch.no_grad()
+def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
+    """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32. `total` has the shape `(m, n)`."""
+    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
+        product = torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        product = left.T.float() @ right.float()
+    # Not added by the product itself, which would lose the digits of few tokens beside many.
+    total.lerp_(product.div_(len(left)), share)
+
+
+@torch.no_grad()
+def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Copies some rows and columns of a matrix, `(m, n)`, without a copy of whole rows."""
+    part = matrix.new_empty(len(rows), len(columns))
+    for target, panel in zip(part.split(PANEL_ROWS), rows.split(PANEL_ROWS), strict=True):
+        target.copy_(matrix[panel].index_select(1, columns))
+    return part

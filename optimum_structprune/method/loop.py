@@ -6,10 +6,10 @@ Lifecycle of `prune_layers_`, for each layer in turn:
 - For each space of the layer that gets smaller, in the order of the description:
     - calibrate: `source.moments` runs the layer on every batch; `mixed` makes one set of moments of the domains
       (calibrate.py).
-    - score: the criterion scores the units by the weights that read them and by the moments (score.py).
+    - score: the criterion scores the units by the weights that read them and by the moments (`Criterion`).
     - choose: the units with the highest scores stay.
     - refit: the columns of the kept units make up for the removed ones and for the error of the layers in front
-      (refit.py, linalg.py); the columns of the others are masked, which means that they become zero.
+      (refit.py); the columns of the others are masked, which means that they become zero.
 - Where the layer is cut, `shrink_layer_` replaces it by a smaller one (shrink.py), and `source.same_outputs` compares
   the two. A round before the last, and a pruning on trial, leave it masked.
 - `source.advance` takes the hidden states of the samples through it, to the next layer.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import Space, Widths
+from ..errors import StructPruneError
 from .calibrate import Moments, mixed
 from .layers import Source
-from .linalg import ridge_strength
-from .score import Criterion, best_units, check_scores
+from .refit import ridge_strength
 from .shrink import Masks, Values, read_consumer, shrink_layer_, units_to_columns
 
 
@@ -42,7 +43,7 @@ class Method:
     options: Callable[[int], Any]  # the config that the criterion reads in a layer, by the layer's index
     refit: Callable[..., Values]  # a function such as `refit.least_squares`
     shares: tuple[float, ...]  # the weights of the domains, which sum to 1
-    damping: float  # the ridge of the refit; see `linalg.ridge_strength`
+    damping: float  # the ridge of the refit; see `refit.ridge_strength`
     gram: bool  # whether Gram matrices are gathered
     # What the criterion made of passes through the whole model, by module, shape `(n,)`.
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -136,3 +137,66 @@ def refit_consumers(
         ridge = ridge_strength(method.damping, len(columns), own_moments.count)
         refitted.append((columns, *method.refit(weight, bias, own_moments, columns, ridge)))
     return refitted
+
+
+@dataclass(eq=False)
+class Criterion:
+    """A score function and its needs; `criteria.register_criterion` makes one of a function.
+
+    Args:
+        name: What `StructPruneConfig.criterion` calls it.
+        score: For units inside the layers, a function `(weight, moments, columns_per_unit, options)`: of the weight of
+            a consumer, shape `(out, units * columns_per_unit)`, fp32; of the moments of its input, with as many
+            components as the weight has columns; of the number of columns that a unit owns; and of the config of the
+            run, whose `seed` is another one in each layer. It gives one score per unit, shape `(units,)`.
+            For whole layers, a function `(model, arch, batches)` of the model in eval mode, its description, and text
+            of one domain. It gives one positive score per layer, shape `(layers,)`, fp64. Of several processes that
+            share the samples each has its own batches: a mean over all text takes `system.processes.all_reduce_`.
+            For whole experts, a function `(norms, gates, sums)` of the norms of what an expert gives for the tokens
+            that chose it, of its weights for them, and of the sums of the weights of all experts that each of them
+            chose, shape `(tokens,)` each. It gives one number per token, and the score is their mean.
+        judges: What is scored: "unit" (inside the layers), "layer" or "expert" (both whole).
+        paper: Where it is published.
+        needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
+        summed: Whether the score of an expert is the sum over its tokens, and not the mean.
+        prior: A function `(model, arch, space)` of what the weights alone say of each component of the consumers'
+            inputs, shape `(n,)` or None, which becomes `moments.prior`.
+        whole_model_statistics: A function `(model, arch, data)` that runs the whole model before each round, and gives
+            one tensor per consumer, by module, shape `(domains, n)`, fp64; the mean by the weights of the domains
+            becomes `moments.prior`.
+        check: A function `(config, arch, use)` that raises a StructPruneError, before any text is read, if the
+            criterion cannot score this model; `use` is "prune", "dry run" or "trainer".
+    """
+
+    name: str
+    score: Callable[..., Tensor]
+    judges: str = "unit"
+    paper: str = ""
+    needs_gram: bool = False
+    summed: bool = False
+    prior: Callable[..., Tensor | None] | None = None
+    whole_model_statistics: Callable[..., dict[str, Tensor]] | None = None
+    check: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        update_wrapper(self, self.score)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Give the scores, as the function that was decorated does."""
+        return self.score(*arguments)
+
+
+def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
+    """The units with the highest scores, ascending. `scores` has the shape `(units,)`."""
+    return tuple(scores.topk(width).indices.sort().values.tolist())
+
+
+def check_scores(scores: object, count: int, name: str, where: str) -> None:
+    """Refuse what a criterion gave, unless it is one finite number for each unit."""
+    if isinstance(scores, Tensor) and scores.shape == (count,) and bool(torch.isfinite(scores).all()):
+        return
+    shape = f", of the shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
+    raise StructPruneError(
+        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a tensor without "
+        f"NaN; it gives {scores!r:.60}{shape}."
+    )

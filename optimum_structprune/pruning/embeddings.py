@@ -25,8 +25,7 @@ from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
-from ..domains.packing import Domain, document_hash
-from ..domains.passages import Passages
+from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.metrics import FEWEST, evaluating, margin_of_error
 from ..method.layers import input_device, run_model

@@ -15,8 +15,7 @@ from ..arch.hooks import replaying
 from ..arch.meta import reads_text
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..domains.packing import Domain, document_numbers
-from ..domains.passages import Passages
+from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward.metrics import (
     ENOUGH,

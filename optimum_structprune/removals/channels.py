@@ -15,7 +15,7 @@ from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
 from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
-from ..method.score import best_units
+from ..method.loop import best_units
 from ..method.shrink import check_same, read_consumer
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of, ranks

@@ -15,8 +15,8 @@ from ..arch.spec import EXPERT, Axis, Space
 from ..criteria import criterion_of
 from ..method.calibrate import Moments
 from ..method.layers import Gain, InMemory, OneProcess
+from ..method.loop import best_units
 from ..method.refit import least_squares
-from ..method.score import best_units
 from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData

@@ -19,8 +19,8 @@ from ..criteria import criterion_of
 from ..forward.metrics import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
-from ..method.linalg import ridge_strength
-from ..method.score import best_units, check_scores
+from ..method.loop import best_units, check_scores
+from ..method.refit import ridge_strength
 from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of

@@ -18,8 +18,7 @@ from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.calibrate import Moments, output_energy
 from ..method.layers import Batch, InMemory, Source, run_model
-from ..method.loop import Method, calibrate, consumer_scores, refit_consumers
-from ..method.score import best_units
+from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, layers_of

@@ -14,7 +14,7 @@ from ..arch.hooks import intercept
 from ..arch.spec import Space
 from ..method.calibrate import Moments
 from ..method.layers import InMemory, Source
-from ..method.score import Criterion
+from ..method.loop import Criterion
 from ..system.processes import all_reduce_
 from .whole_model import WholeModel
 

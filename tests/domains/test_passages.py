@@ -8,7 +8,7 @@ from helpers import with_tokens
 from models import build, documents, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError
-from optimum_structprune.domains.passages import Passages
+from optimum_structprune.domains.packing import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, sample_losses
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.method.linalg import ridge_strength, solve_damped
-from optimum_structprune.method.refit import least_squares
+from optimum_structprune.method.refit import least_squares, ridge_strength, solve_damped
 
 
 def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):

@@ -5,7 +5,7 @@ import torch
 
 from optimum_structprune import Plan, StructPruneError
 from optimum_structprune.arch.spec import MODEL
-from optimum_structprune.method.score import best_units
+from optimum_structprune.method.loop import best_units
 
 
 def test_round_trip(tmp_path):

@@ -32,8 +32,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
-from optimum_structprune.domains.packing import document_hash
-from optimum_structprune.domains.passages import Passages
+from optimum_structprune.domains.packing import Passages, document_hash
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows

@@ -14,8 +14,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.loop import calibrate, consumer_scores, prune_layers_, refit_consumers
-from optimum_structprune.method.score import best_units
+from optimum_structprune.method.loop import best_units, calibrate, consumer_scores, prune_layers_, refit_consumers
 from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape

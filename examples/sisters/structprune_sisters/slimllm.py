@@ -12,9 +12,8 @@ from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec, Axis, Space
 from optimum_structprune.config.pruning import REFITS, StructPruneConfig
 from optimum_structprune.criteria import norms_by_unit
-from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.method.calibrate import Moments, submatrix
 from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.linalg import submatrix
 from optimum_structprune.system.processes import all_reduce_
 
 from .watching import check_dense, of_samples, run_watched
