@@ -15,10 +15,9 @@ from .arch.modules import blocks
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import RunOptions, StructPruneConfig
-from .domains.resolve import texts_of, with_written_text
+from .domains.load import texts_of, with_written_text
 from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
-from .pruning.memory import MemoryEstimate, estimate_memory
-from .pruning.request import DRY_RUN, Request, ask, check_config_kind
+from .pruning.request import DRY_RUN, MemoryEstimate, Request, ask, check_config_kind, estimate_memory
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record

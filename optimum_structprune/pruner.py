@@ -13,14 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import LOSS, RunOptions, StructPruneConfig
-from .domains.manifest import Manifest, remember_text
-from .domains.model_tokenizer import ids_in
+from .domains.manifest import Manifest, ids_in, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.measure import Comparison
-from .pruning.memory import check_memory
-from .pruning.request import ask, check_arguments, check_config_kind
+from .pruning.request import ask, check_arguments, check_config_kind, check_memory
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report

@@ -30,9 +30,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from optimum_structprune import RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.load import WRITTEN, load_domains
 from optimum_structprune.domains.packing import Domain
-from optimum_structprune.domains.resolve import WRITTEN
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import choose_shape
 from optimum_structprune.sources.data import CalibrationData

@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, perplexity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import BUILTIN
-from optimum_structprune.domains.resolve import texts_of
+from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.sources import builtin_kinds
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout

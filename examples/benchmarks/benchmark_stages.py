@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains.resolve import builtin_domains
+from optimum_structprune.domains.load import builtin_domains
 from optimum_structprune.system import stages
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
-from ..system.offloading import compute_device, is_offloaded
+from ..system.offloading import compute_device
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
-from .meta import check_plain, is_quantized, meta_model, reads_forward, skeleton
+from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
@@ -78,14 +78,15 @@ class ModelInfo:
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
         """Describe a model, and refuse what cannot be pruned whatever is asked for."""
         check_plain(model)
-        quantized = is_quantized(model)
+        quantized, offloaded = is_quantized(model), is_offloaded(model)
         plain_model = model
         if quantized:
             plain_model = skeleton(model, model.config)
             vars(plain_model)["generation_config"] = getattr(model, "generation_config", None)
         arch = describe(plain_model, arch_file)
         _check_whole(plain_model, arch)
-        return cls(arch, plain_model, compute_device(model), quantized, is_offloaded(model))
+        device = compute_device(model) if offloaded else model.device
+        return cls(arch, plain_model, device, quantized, offloaded)
 
     @classmethod
     def without_weights(

@@ -103,7 +103,8 @@ def check_plain(model: PreTrainedModel) -> None:
             f"Weights of this {type(model).__name__} are of the class {kind}, as one that quantizes makes them; prune "
             "the model first."
         )
-    check_reachable(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        check_reachable(model)
     _check_stock(model)
 
 
@@ -171,6 +172,12 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 def is_quantized(model: nn.Module) -> bool:
     """Tells if transformers regards the model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Tells if accelerate keeps weights of a model elsewhere between the calls of its modules."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and any(parameter.is_meta for parameter in model.parameters())
 
 
 def stays_packed(model: PreTrainedModel, space: Space) -> bool:

@@ -107,13 +107,14 @@ def disable_heterogeneous() -> None:
 @contextmanager
 def heterogeneous() -> Iterator[None]:
     """Enable the patches inside `with`, and leave them afterwards as they were before."""
-    before = bool(_originals)
+    if _originals:
+        yield
+        return
     enable_heterogeneous()
     try:
         yield
     finally:
-        if not before:
-            disable_heterogeneous()
+        disable_heterogeneous()
 
 
 def enable_on_import() -> None:

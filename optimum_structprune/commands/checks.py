@@ -19,7 +19,7 @@ from ..config.domains import GENERAL, DomainConfig, as_domain
 from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.resolve import resolve
+from ..domains.load import resolve
 from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type

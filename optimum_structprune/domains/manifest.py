@@ -1,8 +1,9 @@
-"""The text that a model has seen: to repeat a run, and to warn an evaluation that uses the same text."""
+"""The tokenizer of a model and the text that it has seen: to repeat a run, and to warn where text is used again."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -13,13 +14,14 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import Module
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import has_file
 
 from .. import __version__
 from ..config.domains import DomainConfig
 from ..config.fields import Number, read_json
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, some_of
 from ..system.fingerprint import tensor_hash
 from ..written import Record
 from .packing import HELDOUT, PROBE, USED, Domain
@@ -213,3 +215,58 @@ def _place(source: Any) -> str:
     """The hash of a local path, which means the same file from every working folder and does not show it."""
     path = os.path.expanduser(source) if isinstance(source, str) else ""
     return sha256(os.path.realpath(path).encode()).hexdigest() if path and os.path.exists(path) else ""
+
+
+def tokenizer_of(model: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """Gives the tokenizer of a model in memory, or else that of its folder for the same number of tokens."""
+    name = getattr(model, "name_or_path", None)
+    if (carried := TextRecord.of(model).tokenizer) is not None or not name:
+        return carried
+    with suppress(Exception):  # whatever there is in the place of a tokenizer
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        saved = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        sizes = {each.get_text_config().vocab_size for each in (config, model.config)}
+        if len(sizes) == 1 and has_files(saved):
+            return saved
+    return None
+
+
+def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tells if a tokenizer was read from files. For lack of them, transformers makes one up for some types."""
+    files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
+    return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
+
+
+def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
+    """Maps the ids of `tokenizer` below `size` to ids of another tokenizer.
+
+    It is -1 for a token that the other one lacks. An id that neither has a token for is the same in both.
+    """
+    names, ids = {number: name for name, number in tokenizer.get_vocab().items()}, other.get_vocab()
+    taken = {*ids.values()}
+    return [
+        ids.get(names[number], -1 if number in taken else number) if number in names else number
+        for number in range(size)
+    ]
+
+
+def check_tokens(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids are other tokens than the model's own, or have no row in the model."""
+    known = tokenizer_of(model) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    if known is None or known is tokenizer:
+        return
+    rows = model.config.get_text_config().vocab_size
+    beyond = {number for number in tokenizer.get_vocab().values() if number >= rows} - {*known.get_vocab().values()}
+    others = [number for number, same in enumerate(ids_in(known, tokenizer, rows)) if number != same]
+    if wrong := [*others, *sorted(beyond)]:
+        advice = (
+            "Pass the model's own (after a pruning, pruner.tokenizer); if it was trained with this one, save both to "
+            "one folder and load them."
+        )
+        if not others:
+            advice = "The model has no rows for these; model.resize_token_embeddings(len(tokenizer)) adds them."
+        raise StructPruneError(
+            f"The tokenizer, of {len(tokenizer):,} tokens, is not that of this {type(model).__name__}, which has "
+            f"{len(known):,} tokens and {rows:,} rows: {some_of(tokenizer.convert_ids_to_tokens(wrong))} are others "
+            f"there. {advice}"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import replaying
-from ..arch.meta import reads_text
+from ..arch.meta import is_offloaded, reads_text
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
 from ..domains.packing import Domain, Passages, document_numbers
@@ -28,7 +28,6 @@ from ..forward.metrics import (
 )
 from ..method.layers import Batch, InMemory
 from ..record.report import Report
-from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, gather_objects, shard
 
 

@@ -21,9 +21,8 @@ from ..method.shrink import Masks
 from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
-from ..system.offloading import give_back_free_memory
 from ..system.processes import unshared
-from ..system.stages import progress
+from ..system.stages import give_back_free_memory, progress
 
 
 # The kind of step inside the layers; those before are named as the spaces.

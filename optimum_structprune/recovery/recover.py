@@ -12,14 +12,13 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from ..arch.meta import check_changeable, check_positions, predicts_next
+from ..arch.meta import check_changeable, check_positions, is_offloaded, predicts_next
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, remember_text
-from ..domains.model_tokenizer import check_tokens
+from ..domains.load import texts_of
+from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, check_tokens, remember_text
 from ..domains.packing import Domain
-from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
@@ -27,7 +26,6 @@ from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, Recovery
 from ..saving.save import RECORD_NAMES, check_reload, save_checked
 from ..sources.other import OtherText, other_text
 from ..system.disk import check_folder, used_paths
-from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
 from ..system.stages import stage
 from ..written import replace_json

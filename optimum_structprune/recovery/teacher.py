@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import predicts_next
-from ..domains.model_tokenizer import tokenizer_of
+from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
 from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, few_inputs, plain_head
 from ..method.layers import input_device

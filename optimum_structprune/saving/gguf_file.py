@@ -31,7 +31,7 @@ from ..arch.llama_cpp import (
 )
 from ..arch.meta import check_plain, is_quantized
 from ..arch.spaces import heads_of
-from ..domains.model_tokenizer import check_tokens
+from ..domains.manifest import check_tokens
 from ..errors import StructPruneError
 from ..system.disk import GGUFOutput
 from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type

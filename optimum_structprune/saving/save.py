@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.families import with_former_rope
-from ..arch.meta import is_quantized
+from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
-from ..domains.manifest import MANIFEST_NAME
-from ..domains.model_tokenizer import check_tokens
+from ..domains.manifest import MANIFEST_NAME, check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import few_inputs, outputs_for, own_settings
 from ..record.plan import PLAN_NAME
@@ -32,7 +31,7 @@ from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
-from ..system.offloading import declared, is_offloaded, places
+from ..system.offloading import declared, places
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
 from ..written import replace_json, written_files
@@ -107,13 +106,15 @@ def save_checked(
         if not is_first_rank():
             return
         options: dict[str, Any] = {}
+        device_map: AbstractContextManager[None] = nullcontext()
         if is_offloaded(model):  # its weights are read into memory shard by shard, and none of them twice
             tied = getattr(model, "all_tied_weights_keys", {})
             state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
             options = {"max_shard_size": "2GB", "state_dict": state}
+            device_map = declared(model)
         if is_quantized(model):  # transformers 5 cannot bring back bitsandbytes' tensors from the form that it runs
             options["save_original_format"] = False
-        with heterogeneous(), declared(model), warnings.catch_warnings():
+        with heterogeneous(), device_map, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see above
             model.save_pretrained(str(staging), **options)
         if tokenizer is not None:

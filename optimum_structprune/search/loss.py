@@ -18,8 +18,7 @@ from ..arch.spec import VOCAB
 from ..config.pruning import LOSS, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_text
 from ..errors import StructPruneError
-from ..pruning.memory import check_memory
-from ..pruning.request import Request, ask
+from ..pruning.request import Request, ask, check_memory
 from ..record.report import Report
 from ..system.stages import say
 

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import dequantized
+from ..arch.meta import dequantized, is_offloaded
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA
+from ..domains.load import calibration_domains, given_domains, load_domains, texts_of
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
-from ..domains.resolve import texts_of
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess, Source
 from ..method.loop import Method
 from ..method.refit import least_squares, no_refit
 from ..system.fingerprint import fingerprint, json_hash
-from ..system.offloading import is_offloaded
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
 
 
@@ -59,8 +58,6 @@ class CalibrationData:
         """Read the text that a config names; the config of the data says which general text was read."""
         if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
             model = dequantized(model, inplace=False)
-        from ..domains.load import calibration_domains, given_domains
-
         if inputs is not None:
             read = config, given_domains(inputs, config.holdout, config.searches)
         else:
@@ -75,8 +72,6 @@ class CalibrationData:
         seen: Manifest | None,
     ) -> CalibrationData:
         """Read the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
-        from ..domains.load import load_domains
-
         seen = self.manifest(tokenizer).after(seen)
         return replace(self, domains=load_domains(self.config, reader, model, seen=seen, writer=tokenizer))
 

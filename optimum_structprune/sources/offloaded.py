@@ -23,7 +23,8 @@ from ..criteria import CRITERIA
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..method.layers import Batch, InMemory, NotSequentialError
-from ..system.offloading import bring_in, compute_device, give_back_free_memory, put_back
+from ..system.offloading import bring_in, compute_device, put_back
+from ..system.stages import give_back_free_memory
 
 
 def layer_device_map(

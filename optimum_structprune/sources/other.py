@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
-from ..domains.load import can_write
+from ..domains.load import builtin_beside, can_write, resolve, texts_of
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
-from ..domains.resolve import builtin_beside, resolve, texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..forward.metrics import FEWEST

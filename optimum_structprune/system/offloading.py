@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -22,11 +20,6 @@ from torch import Tensor, nn
 from ..errors import StructPruneError, one_line, some_of
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Is true if accelerate keeps weights of a model elsewhere between the calls of its modules."""
-    return any(True for _ in _offloading(model))
-
-
 def places(model: nn.Module) -> dict[str, str]:
     """Map each module to its device, or to the disk if it is offloaded, as a `device_map`."""
     devices: dict[str, str] = {}
@@ -38,9 +31,9 @@ def places(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
-    """Set `hf_device_map` inside `with`, by which transformers knows what is offloaded."""
+    """Set the `hf_device_map` of an offloaded model inside `with`, by which transformers knows what is offloaded."""
     former: Any = getattr(model, "hf_device_map", None)
-    if not is_offloaded(model) or {"cpu", "disk"} & set((former or {}).values()):
+    if {"cpu", "disk"} & set((former or {}).values()):
         yield
         return
     model.hf_device_map = places(model)  # type: ignore[assignment]  # typed as Tensor | Module
@@ -61,13 +54,6 @@ def compute_device(model: nn.Module) -> torch.device:
         if (tensor := next(module.parameters(recurse=False), None)) is not None:
             return tensor.device
     return torch.device("cpu")
-
-
-def give_back_free_memory() -> None:
-    """Have the C library give free memory back to the system; it would keep blocks of up to 32 MB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def names_in(file: str | Path) -> set[str]:

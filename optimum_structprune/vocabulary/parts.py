@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.token_space import named_ids
-from ..domains.model_tokenizer import ids_in
+from ..domains.manifest import ids_in
 from ..errors import StructPruneError
 from ..forward.metrics import outputs_for
 from .tokens import Vocabulary

@@ -21,8 +21,7 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.manifest import remember_text
-from optimum_structprune.domains.model_tokenizer import check_tokens, has_files, tokenizer_of
+from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
 
 
 ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]

@@ -17,9 +17,7 @@ from optimum_structprune import (
 )
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.pruning import memory
-from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory
-from optimum_structprune.pruning.request import Request
+from optimum_structprune.pruning.request import RELATIVE_ERROR, Request, estimate_memory, free_bytes
 
 
 STATUS = Path("/proc/self/status")
@@ -99,13 +97,13 @@ def test_more_domains_batches_rounds_and_feedback_take_more(monkeypatch):
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
     assert found(error_feedback=0).hidden * 3 == base.hidden * 2
     assert found(rounds=2).weights > base.weights and found(torch.bfloat16).weights * 2 == base.weights
-    monkeypatch.setattr(memory, "process_count", lambda: 2)
+    monkeypatch.setattr("optimum_structprune.pruning.request.process_count", lambda: 2)
     assert found().hidden * 2 == base.hidden
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("optimum_structprune.pruning.request.free_bytes", lambda device: 10**6)
     model, before = build("llama-tied"), build("llama-tied")
     nowhere = [DomainConfig(name="a", source="/nowhere.txt")]
     message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
@@ -114,9 +112,9 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     assert ("inplace=True" in str(found.value)) != inplace and "--offload disk" in str(found.value)
     assert same_weights(model, before)
     for free in (None, 10**9):  # what fits, or cannot be told, is pruned
-        monkeypatch.setattr(memory, "free_bytes", lambda device: free)  # noqa: B023
+        monkeypatch.setattr("optimum_structprune.pruning.request.free_bytes", lambda device: free)  # noqa: B023
         assert prune_model(model, config(), tokenizer(), inplace=False).config.intermediate_size == 24
     monkeypatch.undo()
-    found = memory.free_bytes(torch.device("cpu"))
+    found = free_bytes(torch.device("cpu"))
     assert found is None or 0 < found < 2**60
-    assert memory.free_bytes(torch.device("meta")) is None
+    assert free_bytes(torch.device("meta")) is None

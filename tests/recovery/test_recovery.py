@@ -21,8 +21,8 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
-from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.text import text_config, training_text, validation_text
 from optimum_structprune.recovery.trainer import DistillTrainer, NothingGainedWarning

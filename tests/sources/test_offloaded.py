@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.sources.offloaded import Offloaded, layer_in_memory
-from optimum_structprune.system.offloading import bring_in, is_offloaded, weight_of
+from optimum_structprune.system.offloading import bring_in, weight_of
 
 
 def offloaded(case, place, folder):

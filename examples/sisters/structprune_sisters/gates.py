@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
 from optimum_structprune.config.pruning import REFITS, StructPruneConfig
 from optimum_structprune.criteria import per_unit
@@ -28,7 +29,7 @@ from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, eval
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.system.offloading import compute_device, is_offloaded
+from optimum_structprune.system.offloading import compute_device
 from optimum_structprune.system.processes import all_reduce_, shard
 from optimum_structprune.widths.budget import widths_of
 
