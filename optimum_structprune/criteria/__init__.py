@@ -182,7 +182,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
     with intercept(layer_list(model, arch), before, after):
         for batch in batches:
             run_model(model.base_model, batch.ids)  # type: ignore[arg-type]
-            count += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
+            count += batch.ids.numel() * batch.counts
     total = torch.stack([torch.stack(parts).sum().cpu() for parts in lost])
     tokens = torch.tensor(float(count), dtype=torch.float64)
     all_reduce_([total, tokens])

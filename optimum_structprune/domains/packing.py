@@ -173,7 +173,6 @@ class Domain:
         weight: The domain's share of all domains.
         samples, heldout, probe: Samples that calibrate, that the report measures, and that choices are made on, each
             of shape `(samples, seq_length)`.
-        mask: The tokens of `samples` that this process counts; None for all.
         origin: The config of the domain; None for inputs that were given.
         documents, heldout_documents, probe_documents: The hashes of the documents of each use.
     """
@@ -182,7 +181,6 @@ class Domain:
     weight: float
     samples: Tensor
     heldout: Tensor
-    mask: Tensor | None = None
     origin: DomainConfig | None = None
     documents: tuple[str, ...] = ()
     heldout_documents: tuple[str, ...] = ()
@@ -196,7 +194,7 @@ class Domain:
 
     def head(self, count: int) -> Domain:
         """Gives the domain with its first `count` samples, or all if there are fewer."""
-        return replace(self, samples=self.samples[:count], mask=None if self.mask is None else self.mask[:count])
+        return replace(self, samples=self.samples[:count])
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:

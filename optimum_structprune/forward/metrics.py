@@ -9,7 +9,6 @@ from itertools import groupby
 from math import nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -99,7 +98,7 @@ def row_losses(
     for length, same in groupby(rows, len):
         batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
-        for targets, logits in _predictions([model], [batches], known):
+        for targets, logits in _predictions([model], batches, known):
             parts.append(_losses(logits, targets))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
@@ -137,7 +136,7 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
     pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids), strict=True)
-    return _total([_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs])
+    return float(sum(_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs))
 
 
 @torch.no_grad()
@@ -158,14 +157,14 @@ def compare(
     """
     collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
-        for targets, *both in _predictions([model, dense], [samples.split(batch_size)] * 2, known=known):
-            batch = (*(_losses(logits, targets) for logits in both), *_closeness(*both))
-            for parts, part in zip(collected, batch, strict=True):
+        for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size), known):
+            losses = _losses(mine, targets), _losses(theirs, targets)
+            closeness = divergence(mine, theirs, mean=False), mine.argmax(-1) == theirs.argmax(-1)
+            for parts, part in zip(collected, (*losses, *closeness), strict=True):
                 parts.append(part)
-    shape = samples[:, 1:].shape
-    mine, theirs = (torch.cat(parts).reshape(shape).mean(1).cpu() for parts in collected[:2])
-    mean_divergence, agreement = (_total(parts) / shape.numel() for parts in collected[2:])
-    return {"dense": theirs, "model": mine}, (mean_divergence, agreement)
+    by_row = (torch.cat(parts).double().reshape(samples[:, 1:].shape).mean(1).cpu() for parts in collected)
+    mine, theirs, distance, agreed = by_row
+    return {"dense": theirs, "model": mine}, (float(distance.mean()), float(agreed.mean()))
 
 
 @contextmanager
@@ -193,37 +192,30 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
     A module that has taken the place of another inside `with` is put in the mode of that one, and a module at a new
     place in the mode of the model.
     """
-    by_name = [{name: module.training for name, module in model.named_modules()} for model in models]
-    # Without keeping a module alive.
-    by_module = WeakKeyDictionary({module: module.training for model in models for module in model.modules()})
+    modes_by_name = [{name: module.training for name, module in model.named_modules()} for model in models]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, modes in zip(models, by_name, strict=True):
-            model.train(modes[""])
+        for model, modes in zip(models, modes_by_name, strict=True):
             for name, module in model.named_modules():
-                module.training = by_module.get(module, modes.get(name, modes[""]))
+                module.training = modes.get(name, modes[""])
 
 
 def _predictions(
-    models: Sequence[Any],
-    batches: Sequence[Sequence[Tensor]],
-    known: dict[tuple[int, ...], Tensor] | None = None,
+    models: Sequence[Any], batches: Sequence[Tensor], known: dict[tuple[int, ...], Tensor] | None = None
 ) -> Iterator[list[Tensor]]:
-    """Gives targets of the first model, `(tokens,)`, and logits of each, `(tokens, vocab)`, a few tokens at a time.
+    """Gives targets, `(tokens,)`, and the logits of each model, `(tokens, vocab)`, a few tokens at a time.
 
-    `batches` holds the inputs of each model, shape `(batch, seq_length)`, and `known` the hidden states of the last
-    model.
+    `batches` have the shape `(batch, seq_length)`, and `known` holds the hidden states of the last model.
     """
-    first = [inputs[0][:1, :HEAD_TOKENS] for inputs in batches]
-    heads = [_head(model, ids.to(input_device(model))) for model, ids in zip(models, first, strict=True)]
-    every, states = [*zip(*batches, strict=True)], [*[None] * (len(models) - 1), known]
-    for batch in progress(every, desc="predictions", unit="batch", leave=False, delay=1):
-        targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
-        each_model = zip(models, batch, heads, states, strict=True)
-        logits = [_next_token_logits(model, ids, head, kept) for model, ids, head, kept in each_model]
+    first, states = batches[0][:1, :HEAD_TOKENS], [*[None] * (len(models) - 1), known]
+    heads = [_head(model, first.to(input_device(model))) for model in models]
+    for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
+        targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
+        each_model = zip(models, heads, states, strict=True)
+        logits = [_next_token_logits(model, ids, head, kept) for model, head, kept in each_model]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
@@ -266,16 +258,6 @@ def plain_head(model: Any, ids: Tensor) -> bool:
     if hidden.shape[-1] != head.weight.shape[-1]:
         return False
     return torch.equal(_head_logits(head, hidden), run_model(model, ids).logits)
-
-
-def _closeness(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums the divergence of logits, `(tokens, vocab)`, and how often the likeliest agree, fp64."""
-    agreed = (logits.argmax(-1) == dense.argmax(-1)).sum()
-    return (divergence(logits, dense) * len(logits)).double(), agreed.double()
-
-
-def _total(parts: Sequence[Tensor]) -> float:
-    return float(torch.stack(list(parts)).sum())
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -102,8 +102,10 @@ class Moments:
         """The tensors that were gathered, by the name of their field."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "prior"}
 
-    def checked(self, module: str, domain: int) -> Moments:
-        """These moments of the input of a module in a domain; NaN and infinity are refused."""
+    def checked(self, module: str, domain: int, may_be_empty: bool = False) -> Moments:
+        """These moments of the input of a module in a domain; NaN and infinity are refused, and no tokens at all."""
+        if not (self.count or may_be_empty):
+            raise StructPruneError(f"{module} never ran during calibration in domain {domain}.")
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.square).all()):
             raise StructPruneError(
                 f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -31,18 +31,16 @@ class NotSequentialError(StructPruneError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of the domain with a number that go through the model together: token ids, shape `(batch, seq_length)`,
-    and a mask of that shape, which says what tokens are calibrated on; None stands for all.
-    """
+    """Samples of one domain that go through the model together; `ids` have the shape `(batch, seq_length)`."""
 
     domain: int
     ids: Tensor
-    mask: Tensor | None = None
+    counts: bool = True  # false where they run here too, and another process takes them into its moments
 
     def counted(self, x: Tensor) -> Tensor:
         """The tokens of an activation that are calibrated on, shape `(tokens, n)`. `x` has the shape `(..., n)`."""
         x = x.reshape(-1, x.shape[-1])
-        return x if self.mask is None else x[self.mask.flatten().to(x.device)]
+        return x if self.counts else x[:0]
 
 
 class OneProcess:
@@ -90,7 +88,7 @@ class Call(NamedTuple):
 
 
 def equal(first: Tensor, second: Tensor) -> bool:
-    """Tells if two tensors, which may be on different devices, have the same shape and values."""
+    """Compares shapes and values of two tensors, which may be on different devices."""
     return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
 
 
@@ -119,16 +117,12 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def capture(
-    model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool, plain: bool = False
-) -> tuple[Tensor, list[Call], bool]:
-    """Gives the hidden states that enter the first layer, the recorded calls, and if layers return a tensor alone.
+def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
+    """Gives the hidden states that enter the first layer, and the recorded calls.
 
     The calls are those of all layers if `whole`, else of the first; they carry masks and rotary embeddings, which may
-    differ by layer type. `plain` layers return a tensor alone, and do not run. `ids` has the shape `(batch,
-    seq_length)`, the hidden states `(batch, seq_length, channels)`.
+    differ by layer type. `ids` has the shape `(batch, seq_length)`, the hidden states `(batch, seq_length, channels)`.
     """
-    layers, alone = layer_list(model, arch), True
     first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
@@ -146,16 +140,11 @@ def capture(
             raise hooks.StopForward
 
     def after(index: int, output: Any) -> None:
-        nonlocal alone
-        alone = alone and isinstance(output, Tensor)
         outputs[:] = [hooks.first_of(output)]
 
-    with hooks.skipping(layers if plain else []), hooks.intercept(layers, before, after):
-        try:
-            run_model(model, ids)
-        except hooks.StopForward:
-            pass
-    return first[0], calls, alone
+    with hooks.intercept(layer_list(model, arch), before, after), suppress(hooks.StopForward):
+        run_model(model, ids)
+    return first[0], calls
 
 
 @torch.no_grad()
@@ -225,17 +214,11 @@ class InMemory(Source):
     """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
 
     A model whose layers hand on more than hidden states is refused. In memory are the hidden states of the samples,
-    shape `(batch, seq_length, channels)` per batch, in two copies with error feedback or `fixed` layers; the outputs
-    of a layer's parts in front of the pruned ones; and the moments of one layer. `fixed` layers stay as they are, so
-    their outputs are kept in place of a second pass.
+    shape `(batch, seq_length, channels)` per batch, in two copies with error feedback or `fixed` layers; and the
+    moments of one layer. `fixed` layers stay as they are, so their outputs are kept in place of a second pass.
     """
 
     keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
-
-    @staticmethod
-    def streams(error_feedback: float) -> int:
-        """How many hidden states of each token are kept: present, dense for feedback, and cached attention outputs."""
-        return 3 if error_feedback else 2
 
     def __init__(
         self,
@@ -254,20 +237,13 @@ class InMemory(Source):
         self.calls: dict[int, list[Call]] = {}
         # What a layer returns beside hidden states; None where it returns them alone.
         self.extras: dict[int, tuple[Any, ...] | None] = {}
-        # The gains of modules by their names, which are the same in all layers, and the paths that are of another kind
-        # by layer and name, with what finds them.
-        self.gains: dict[str, float | None] = {}
-        self.other_paths: dict[tuple[int, str], ResidualPath | None] = {}
+        self.gains: dict[str, float | None] = {}  # of modules by their names, which are the same in all layers
         self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
-        # The outputs of the present layer by batch, where it is fixed, and those of its parts.
-        self.outputs: dict[int, Tensor] = {}
-        self.changed: set[str] = set()
-        self.cache: dict[str, dict[int, Any]] = {}
-        hidden, calls, plain = capture(model, arch, batches[0].ids[:1, :16], True)
-        self.few = hidden, calls  # of a few tokens, by which a layer is compared before and after it shrinks
+        self.outputs: dict[int, Tensor] = {}  # of the present layer by batch, where it is fixed
+        self.few = capture(model, arch, batches[0].ids[:1, :16], True)  # by which a layer and its cut are compared
         for batch in batches:
             size = len(batch.ids)
-            hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, plain)
+            hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
             recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
@@ -303,9 +279,6 @@ class InMemory(Source):
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         axes = {self._local(layer, axis.module): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
-        self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
-        parts = self._parts_to_cache(layer)
-        self.cache = {name: self.cache[name] for name in self.cache if name in parts and name not in self.changed}
         out = self.hidden[0].shape[-1]
         for domain in range(self.num_domains):
             moments = {
@@ -314,22 +287,14 @@ class InMemory(Source):
             }
             for index, batch in enumerate(self.batches):
                 if batch.domain == domain:
-                    self._observe(layer, index, parts, moments, paths)
-            for name, axis in axes.items():
-                if not self.ranks.sum_(moments[name]).count:
-                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
-            yield [moments[name].checked(axis.module, domain) for name, axis in axes.items()]
+                    self._observe(layer, index, moments, paths)
+            yield [self.ranks.sum_(moments[name]).checked(axis.module, domain) for name, axis in axes.items()]
 
     def _observe(
-        self,
-        layer: int,
-        index: int,
-        parts: Sequence[str],
-        moments: Mapping[str, Moments],
-        paths: Mapping[str, ResidualPath | None],
+        self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, ResidualPath | None]
     ) -> None:
-        """Run a layer on one batch; take the inputs of consumers into their moments, and keep outputs of `parts`."""
-        batch, module = self.batches[index], self.module(layer)
+        """Run a layer on one batch, and take the inputs of consumers into their moments."""
+        batch = self.batches[index]
         # Those whose error is known only once the layer has run to its end.
         waiting: list[tuple[str, ResidualPath, Tensor, Tensor | None]] = []
 
@@ -340,13 +305,7 @@ class InMemory(Source):
             else:
                 waiting.append((name, path, x, product))
 
-        def keep(name: str, output: Any) -> None:
-            self.cache.setdefault(name, {})[index] = output
-
-        with (
-            hooks.cached_outputs(module, parts, self.changed, keep, self.keep_on),
-            hooks.observe_products(module, moments, see),
-        ):
+        with hooks.observe_products(self.module(layer), moments, see):
             output = self.output(layer, index)
         if self.fixed:
             self.outputs[index] = output.to(device=self.keep_on)
@@ -361,17 +320,12 @@ class InMemory(Source):
             self.hidden = [self.outputs[index] for index in range(len(self.hidden))]
         elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
-        self.outputs, self.changed, self.cache = {}, set(), {}
+        self.outputs = {}
 
     def pass_through(self, layer: int) -> None:
-        """Take the hidden states of all samples through a layer; parts whose outputs are kept do not run again."""
-        module = self.module(layer)
+        """Take the hidden states of all samples through a layer."""
         for index in range(len(self.hidden)):
-            cached = {name: outputs[index] for name, outputs in self.cache.items() if index in outputs}
-            device = next(module.parameters()).device
-            outputs = [send_to_device(output, device) for output in cached.values()]
-            with hooks.replaying([module.get_submodule(name) for name in cached], outputs):
-                self.hidden[index] = self.output(layer, index).to(device=self.keep_on)
+            self.hidden[index] = self.output(layer, index).to(device=self.keep_on)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
@@ -394,15 +348,13 @@ class InMemory(Source):
         check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
 
     def residual_path(self, layer: int, module: str) -> ResidualPath | None:
-        """The residual path of a module, or None; it is found by noise when it is first asked for."""
+        """The residual path of a module, or None; noise finds it."""
         name = self._local(layer, module)
         if name not in self.gains:
             self.gains[name] = gain_of(self, layer, name)
         if (gain := self.gains[name]) is not None:
             return Gain(gain)
-        if self.find_other_path is not None and (layer, name) not in self.other_paths:
-            self.other_paths[layer, name] = self.find_other_path(self, layer, name)
-        return self.other_paths.get((layer, name))
+        return None if self.find_other_path is None else self.find_other_path(self, layer, name)
 
     @property
     def device(self) -> torch.device:
@@ -412,17 +364,6 @@ class InMemory(Source):
     def module(self, layer: int) -> nn.Module:
         """The module of a layer, looked up anew each time, since a layer is replaced when it shrinks."""
         return layer_list(self.model, self.arch)[layer]
-
-    def _parts_to_cache(self, layer: int) -> list[str]:
-        """Lists the parts of a layer that are large or change, if outputs in front of the changes are kept."""
-        module = self.module(layer)
-        parts = dict(module.named_children())
-        # A hook cannot see when the layer uses a parameter of no part.
-        if self.fixed or not self.changed <= set(parts):
-            return []
-        sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
-        least = 0.02 * sum(each.numel() for each in module.parameters())  # a norm has far less
-        return [name for name in parts if name in self.changed or sizes[name] >= least]
 
     def _local(self, layer: int, name: str) -> str:
         return name.removeprefix(self.arch.layer_prefix(layer))

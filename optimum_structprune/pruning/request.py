@@ -31,7 +31,6 @@ from ..domains.manifest import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import TOKENS_AT_ONCE, few_inputs, outputs_for
 from ..method.calibrate import Moments
-from ..method.layers import InMemory
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from ..widths.budget import widths_of
@@ -388,7 +387,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     weights = model.num_parameters() - (sum(layers) - max(layers) if offload else 0)
     if config.rounds > 1:  # consumers that a round has masked keep their dense values until the last round
         weights += channels * sum(size for size, _ in _consumers(request))
-    streams = channels * samples * length * InMemory.streams(config.feedback) // process_count()
+    streams = channels * samples * length * (2 if config.feedback else 1) // process_count()  # present and dense
     host = streams + (sum(layers) if offload == "cpu" else max(layers)) if offload else 0
     vocabulary = settings.vocab_size if info.arch.causal else 0
     hidden = (vocabulary * PROBE_TOKENS // STRIDE if config.searches else 0) + (0 if offload else streams)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import pairwise
-from math import inf, isnan, log, sqrt
+from math import inf, log
 from statistics import fmean, geometric_mean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,25 +20,16 @@ from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_te
 from ..errors import StructPruneError
 from ..pruning.request import Request, ask, check_memory
 from ..record.report import Report
+from ..record.table import margin_of_mean
 from ..system.stages import say
 
 
 if TYPE_CHECKING:
     from ..pruner import StructPruner
 
-# So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger. The
-# search aims a little below the wish, and is content above the second share of it.
-TRIALS, MOST_TRIALS, AIM, CONTENT = 4, 6, 0.85, 0.6
-# The loss grows with this power of the share that goes, where one cut has been measured.
-POWER = 1.5
-# Smaller losses are noise, and larger ones follow no law.
-LEAST, MOST = 1e-4, 1.0
-# About so many tokens spell the text of a few languages; the first trial removes those beyond.
-FEW_LANGUAGES = 2**16
-# A trial calibrates on so many tokens at most.
-TRIAL_TOKENS = 16_384
-# The step of which the report says what it would cost, as a share of the model.
-NEXT = 0.05
+TRIAL_TOKENS = 16_384  # on which a trial calibrates at most
+# So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger.
+TRIALS, MOST_TRIALS = 4, 6
 KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
 
 
@@ -52,7 +43,7 @@ def prune_within_loss(
     """
     config, record, start = pruner.config, TextRecord.of(model), perf_counter()
     limit = float((config.budget or {})[LOSS])
-    trials = Trials(pruner, request, model, tokenizer)
+    trials = CutTrials(pruner, request, model, tokenizer)
     losses = largest_cut(trials.loss, limit, trials.first(limit))
     if not (met := max(removed for removed, loss in losses.items() if loss <= limit)):
         least = min(removed for removed in losses if removed)
@@ -74,13 +65,13 @@ def prune_within_loss(
     pruner.report.wish = {
         "loss": limit,
         "measured": losses_in(pruner.report),
-        "next": expected_loss(trials.measured, _removed(pruner.report) + NEXT),
+        "next": expected_loss(trials.measured, _removed(pruner.report) + 0.05),
         "trials": trials.records,
     }
     return smaller
 
 
-class Trials:
+class CutTrials:
     """Prunings on trial of copies of a model, with their losses by the share of the parameters that went."""
 
     def __init__(
@@ -103,11 +94,14 @@ class Trials:
         return replace(self.pruner.config, budget={"parameters": int((1 - removed) * self.parameters)})
 
     def first(self, limit: float) -> float:
-        """The share that the first trial removes: as much as may be lost, or the tokens beyond a usual number."""
+        """The share that the first trial removes: as much as may be lost, or the tokens beyond 65,536.
+
+        About so many spell the text of a few languages.
+        """
         if not self.request.config.trims:
             return limit
         tokens = self.request.model_info.arch.of(VOCAB)[0]
-        return max(limit, (tokens.size - FEW_LANGUAGES) * tokens.unit_params / self.parameters)
+        return max(limit, (tokens.size - 2**16) * tokens.unit_params / self.parameters)
 
     def loss(self, removed: float) -> float:
         """The larger of what may be lost on the named kinds and on other text; infinite where so much cannot go."""
@@ -128,7 +122,7 @@ class Trials:
         losses, gone = losses_in(trial.report), _removed(trial.report)
         self.measured[gone] = max(loss for loss, _ in losses.values())
         self.records.append({"removed": gone, **losses})
-        most = max(loss + (0.0 if isnan(margin) else margin) for loss, margin in losses.values())
+        most = max(loss + (margin or 0.0) for loss, margin in losses.values())
         say(f"on trial: {gone:.2%} smaller, which loses {self.measured[gone]:.4f}, at most {most:.4f}")
         return most
 
@@ -152,31 +146,27 @@ def _removed(report: Report) -> float:
     return 1 - report.parameters["after"] / report.parameters["before"]
 
 
-def losses_in(report: Report) -> dict[str, tuple[float, float]]:
+def losses_in(report: Report) -> dict[str, tuple[float, float | None]]:
     """The losses that a report holds, with their margins of error, by text.
 
     A loss is perplexity as a multiple of the dense model's less 1, in the geometric mean over the kinds, or of an
     encoder 1 less the mean cosine.
     """
+    losses: dict[str, tuple[float, float | None]] = {}
     if report.embeddings:
         wanted = [figures for figures in report.languages.values() if figures["wanted"]]
         by_text = {KINDS: [figures["after"] for figures in report.embeddings.values()], LANGUAGES: wanted}
-        return {
-            text: (1 - fmean(one["cosine"] for one in figures), _margin([one["cosine_margin"] for one in figures]))
-            for text, figures in by_text.items()
-            if figures
-        }
+        for text, figures in by_text.items():
+            if cosines := [one["cosine"] for one in figures]:
+                losses[text] = 1 - fmean(cosines), margin_of_mean(cosines, [one["cosine_margin"] for one in figures])
+        return losses
     ratios = [perplexity["after"] / perplexity["before"] for perplexity in report.perplexity.values()]
-    margin = _margin([margins["ratio"] for margins in report.perplexity_margin.values()])
-    losses = {KINDS: (geometric_mean(ratios) - 1, margin)}
+    margins = [margins["ratio"] for margins in report.perplexity_margin.values()]
+    losses[KINDS] = geometric_mean(ratios) - 1, margin_of_mean(ratios, margins)
     if perplexity := report.other.get("perplexity"):
-        losses[OTHER] = (perplexity["after"] / perplexity["before"] - 1, report.other["margin"]["ratio"])
+        ratio = perplexity["after"] / perplexity["before"]
+        losses[OTHER] = ratio - 1, margin_of_mean([ratio], [report.other["margin"]["ratio"]])
     return losses
-
-
-def _margin(margins: Sequence[float]) -> float:
-    """The margin of error of a mean of independent values with these margins."""
-    return sqrt(sum(margin**2 for margin in margins)) / len(margins)
 
 
 def largest_cut(measure: Callable[[float], float], limit: float, first: float) -> dict[float, float]:
@@ -190,9 +180,9 @@ def largest_cut(measure: Callable[[float], float], limit: float, first: float) -
         count += losses[share] < inf
         met = max(removed for removed, loss in losses.items() if loss <= limit)
         above = min((removed for removed in losses if removed > met), default=inf)
-        gap, goal = above - met, AIM * limit
-        enough = TRIALS if gap < met / 2 else MOST_TRIALS
-        if losses[met] >= CONTENT * limit or gap < max(met / 20, 1e-3) or count >= enough:
+        gap, goal = above - met, 0.85 * limit
+        most = TRIALS if gap < met / 2 else MOST_TRIALS
+        if losses[met] >= 0.6 * limit or gap < max(met / 20, 1e-3) or count >= most:
             return losses
         if losses.get(above) == inf:
             share = met + gap / 2
@@ -213,9 +203,10 @@ def expected_loss(losses: Mapping[float, float], share: float) -> float:
 
 def _power_law(losses: Mapping[float, float], share: float) -> tuple[float, float, float]:
     """A measured share at or beyond another one, or else the largest, its loss, and the power of growth."""
-    known = {removed: min(max(loss, LEAST), MOST) for removed, loss in losses.items() if removed and loss < inf}
+    # Losses below 1e-4 are noise, and those above 1 follow no law.
+    known = {removed: min(max(loss, 1e-4), 1.0) for removed, loss in losses.items() if removed and loss < inf}
     pairs = [*pairwise(sorted(known))]
     if not pairs:
-        return *known.popitem(), POWER
+        return *known.popitem(), 1.5
     left, right = next((pair for pair in pairs if pair[1] >= share), pairs[-1])
     return right, known[right], max(log(known[right] / known[left]) / log(right / left), 1.0)

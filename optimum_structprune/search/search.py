@@ -24,7 +24,7 @@ from ..system.processes import broadcast_object
 from ..system.stages import progress
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
 from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
-from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, Probe, Trials
+from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
 
 
 class Candidate(NamedTuple):
@@ -38,14 +38,13 @@ class Candidate(NamedTuple):
 def choose_shape(run: Run) -> Widths:
     """Prunes the likeliest shapes on trial, all layers together, and gives the one of least loss.
 
-    They are those for which the losses of single layers speak, see `Trials`, and the one without measurements. A loss
-    is KL(dense‖model) on text set aside.
+    They are those for which the losses of single layers speak, see `LayerTrials`, and the one without measurements. A
+    loss is KL(dense‖model) on text set aside.
     """
     with evaluating(run.model), run.report.timed("search"):
         search = Search(run.model, run.arch, run.data)
         trials = search.trials()
-        curves = trials.curves(trials.losses())
-        candidates, losses = broadcast_object(search.candidates(curves)), [0.0]
+        candidates, losses = broadcast_object(search.candidates(trials.curves(trials.losses()))), [0.0]
         if len(candidates) > 1:
             probe = Probe.of(run.model, run.arch, run.data)
             losses = [search.loss(candidate.widths, probe) for candidate in candidates]
@@ -75,10 +74,10 @@ class Search:
         uniform = replace(named, allocation="uniform")
         self.plain = widths_of(uniform, arch, model)
 
-    def trials(self) -> Trials:
+    def trials(self) -> LayerTrials:
         """The trials of single layers."""
         masks, probe = Masks(self.model, self.arch), Probe.of(self.model, self.arch, self.data, LAYER_TOKENS)
-        return Trials(masks, self.config.refit, self.data, probe, self._spaces)
+        return LayerTrials(masks, self.data, probe, self._spaces)
 
     def candidates(self, curves: Curves) -> list[Candidate]:
         """The shapes to prune on trial: those for which measured losses speak, and the one of `uniform`."""
@@ -156,10 +155,10 @@ class Search:
         return inf if isnan(total) else total
 
 
-def thinned(widths: Sequence[int], most: int = 16) -> list[int]:
-    """At most so many of several widths, evenly, with the first and the last."""
+def thinned(widths: Sequence[int]) -> list[int]:
+    """At most 16 of several widths, evenly, with the first and the last."""
     last = len(widths) - 1
-    return [*widths] if last < most else [widths[round(n * last / (most - 1))] for n in range(most)]
+    return [*widths] if last < 16 else [widths[round(n * last / 15)] for n in range(16)]
 
 
 def uniform_shapes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import TOKENS_AT_ONCE, divergence
-from ..method.calibrate import Moments, output_energy
+from ..method.calibrate import output_energy
 from ..method.layers import Batch, InMemory, Source, run_model
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, layers_of
-from ..system.processes import all_reduce_, gather_objects, process_count, process_index
+from ..system.processes import all_reduce_, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
 
@@ -39,10 +39,9 @@ Key = tuple[int, str]  # a layer and a kind of space
 Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
-# The values of the consumers of one kind of space in one layer, and the energy of their outputs' error. A function
-# makes them by the number of units removed.
-Candidate = tuple[Mapping[Axis, Values], float]
-Candidates = Callable[[], Mapping[int, Candidate]]
+# The values of the consumers of one kind of space in one layer, and the energy of their outputs' error, by the number
+# of units removed.
+Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
 
 
 class Probe:
@@ -69,7 +68,7 @@ class Probe:
         # Samples of all domains have the same length, which the layers are called with.
         length = ceil(per_domain / max(counts))
         samples = [
-            replace(domain, samples=domain.probe_or_heldout[:count, :length], mask=None)
+            replace(domain, samples=domain.probe_or_heldout[:count, :length])
             for domain, count in zip(data.domains, counts, strict=True)
         ]
         return cls(model, arch, batches_of(samples, data.options.batch_size))
@@ -82,14 +81,12 @@ class Probe:
     def losses(self, model: PreTrainedModel | None = None) -> Tensor:
         """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
-        first, step = (0, 1) if model is None else (process_index(), process_count())
-        for index, batch in [*enumerate(self.batches)][first::step]:
+        for index, batch in [*enumerate(self.batches)][process_index() :: process_count()]:
             pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense_logits[index]))
             for logits, dense in zip(*pairs, strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
-        if model is not None:
-            all_reduce_([total, count])
+        all_reduce_([total, count])
         return total / count
 
     @torch.no_grad()
@@ -102,11 +99,10 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Trials:
+class LayerTrials:
     """Measures the model's loss when one layer alone gives up a part of its units."""
 
     masks: Masks  # those that each trial puts on and takes off
-    refit: str  # the name of the refit
     data: CalibrationData
     probe: Probe
     spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
@@ -127,44 +123,28 @@ class Trials:
         config, folder = self.data.config, self.data.options.checkpoint_dir
         if folder is None:
             return None
-        refit = (self.refit, config.damping, config.error_feedback)
+        refit = (config.refit, config.damping, config.error_feedback)
         settings = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
         key = self.data.key(self.masks.model, settings, self.data.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
-        """Add the losses that are missing.
-
-        Of as many layers as there are processes, all processes gather the moments together; then each tries one.
-        """
+        """Add the losses that are missing."""
         masks, model, arch = self.masks, self.masks.model, self.masks.arch
-        method, num_layers, processes = self.data.method(model, arch, self.refit), arch.num_layers, process_count()
+        method = self.data.method(model, arch)
         source = self.data.source(model, arch, fixed=True)  # a trial has no errors that error feedback could see
-        for first in progress(range(0, num_layers, processes), desc="measuring losses"):
-            layers = range(first, min(first + processes, num_layers))
-            candidates: dict[Key, Candidates] = {}
-            for layer in layers:
-                own = layer % processes == process_index()
-                with source.at(layer):
-                    for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
-                        made = candidate_values(masks, self.spaces[key], source, method, own)
-                        candidates |= {key: made} if own else {}
-                    source.advance(layer)
-            measured: Losses = {}
-            for layer in layers:
-                with source.at(layer):
-                    for key in [key for key in candidates if key[0] == layer]:
-                        # Popped, because the moments of a space are let go with its trials.
-                        measured[key] = trial_losses(masks, candidates.pop(key), self.probe)
-                    self.probe.advance()
-            for of_process in gather_objects(measured):
-                losses |= of_process
+        for layer in progress(range(arch.num_layers), desc="measuring losses"):
+            with source.at(layer):
+                for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
+                    losses[key] = trial_losses(masks, candidates(masks, self.spaces[key], source, method), self.probe)
+                source.advance(layer)
+                self.probe.advance()
             if store is not None:
                 rows = [
                     (layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()})
                     for (layer, name), by_units in losses.items()
                 ]
-                store.save(layers[-1] + 1, {"losses": rows})
+                store.save(layer + 1, {"losses": rows})
 
     def curves(self, losses: Losses) -> Curves:
         """The loss of the model by the number of units that a layer gives up, in the mean over the domains."""
@@ -184,41 +164,25 @@ class Trials:
         return {key: [0.0, *unit_loss.double().cumsum(0).tolist()] for key, unit_loss in each.items()}
 
 
-def candidate_values(
-    masks: Masks, spaces: Sequence[Space], source: Source, method: Method, own: bool = True
-) -> Candidates:
-    """Gives a function that makes the values and errors of one kind of space in one layer, see `Candidates`.
-
-    For one space the function holds the moments, and scores and refits when it is called. The moments of all experts
-    together may be too much for the memory: for them it holds the values, if this process tries the layer (`own`).
-    """
-
-    def made_of(space: Space, dense: Sequence[Values], moments: Sequence[Moments]) -> Mapping[int, Candidate]:
-        width, weights, made = space.width, [weight for weight, _ in dense], dict[int, Candidate]()
+def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> Candidates:
+    """Removes units of one kind of space in one layer on trial; the experts of a layer share their width."""
+    made: dict[int, tuple[Mapping[Axis, Values], float]] = {}
+    for space in spaces:
+        dense, moments = calibrate(masks, source, method, space)
+        width, weights = space.width, [weight for weight, _ in dense]
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
         for units in sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0}):
             keep = best_units(scores, (width - units) * space.scale)
-            values = tried(masks, space, refit_consumers(method, space, keep, dense, moments))
-            error = 0.0
-            for axis, before, of_consumer in zip(space.consumers, weights, moments, strict=True):
+            values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
+            others, error = made.get(units, ({}, 0.0))
+            for axis, before, own_moments in zip(space.consumers, weights, moments, strict=True):
                 change = before - values[axis][0].float()
-                error += output_energy(change, replace(of_consumer, energy=None)) * of_consumer.count
-            made[units] = values, error
-        return made
-
-    if len(spaces) == 1:
-        calibrated = calibrate(masks, source, method, spaces[0])
-        return lambda: made_of(spaces[0], *calibrated)
-    by_units: dict[int, Candidate] = {}
-    for space in spaces:
-        calibrated = calibrate(masks, source, method, space)
-        for units, (values, error) in (made_of(space, *calibrated) if own else {}).items():
-            others, total = by_units.get(units, ({}, 0.0))
-            by_units[units] = {**others, **values}, total + error
-    return lambda: by_units
+                error += output_energy(change, replace(own_moments, energy=None)) * own_moments.count
+            made[units] = {**others, **values}, error
+    return made
 
 
-def tried(
+def values_on_trial(
     masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Mapping[Axis, Values]:
     """The values of the consumers of a space with these columns, in the model's dtype; the model is left as it is."""
@@ -229,13 +193,12 @@ def tried(
         return masks.present(space.consumers)
 
 
-def trial_losses(masks: Masks, candidates: Candidates, probe: Probe) -> dict[int, Tensor]:
+def trial_losses(masks: Masks, made: Candidates, probe: Probe) -> dict[int, Tensor]:
     """The losses by domain, shape `(domains,)`, by the number of units removed.
 
     They are measured where most go. With fewer gone they are in proportion to the energy of the outputs' error, since
     for small changes the divergence is a square of them.
     """
-    made = candidates()
     most = max(made, default=0)
     if not most:
         return {}

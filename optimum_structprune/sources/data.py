@@ -107,8 +107,11 @@ class CalibrationData:
     @property
     def own_batches(self) -> list[Batch]:
         """Batch the samples that this process runs, one domain after the other."""
-        domains = [_own(domain) for domain in self.domains] if process_count() > 1 else self.domains
-        return batches_of(domains, self.options.batch_size)
+        domains = [replace(domain, samples=shard(domain.samples)) for domain in self.domains]
+        # What every process runs counts in the first one alone.
+        counts = [process_index() == 0 or not every_process_runs(domain.samples) for domain in self.domains]
+        batches = batches_of(domains, self.options.batch_size)
+        return [replace(batch, counts=counts[batch.domain]) for batch in batches]
 
     def portion(self, tokens: int) -> CalibrationData:
         """Cut the data to at most `tokens` tokens, with as many samples in each domain."""
@@ -119,10 +122,9 @@ class CalibrationData:
         """Give the source of the activations of a model as it is now."""
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
-    def method(self, model: PreTrainedModel, arch: ArchSpec, refit: str | None = None) -> Method:
+    def method(self, model: PreTrainedModel, arch: ArchSpec) -> Method:
         """Describe how units are scored and refitted; some criteria run the whole model for that."""
-        config, refit = self.config, refit or self.config.refit
-        criterion = CRITERIA.get(config.scored_by)
+        config, criterion = self.config, CRITERIA.get(self.config.scored_by)
         whole = criterion.whole_model_statistics
         by_domain = {} if whole is None else whole(model, arch, self)
 
@@ -136,7 +138,7 @@ class CalibrationData:
         return Method(
             criterion=criterion,
             options=options,
-            refit=REFITS.get(refit),
+            refit=REFITS.get(config.refit),
             shares=self.shares,
             damping=config.damping,
             gram=criterion.needs_gram or config.refit_reads_gram,
@@ -213,16 +215,7 @@ def source_of(
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
     """Cut the samples of every domain into batches; no batch holds two domains."""
     return [
-        Batch(index, domain.samples[part], None if domain.mask is None else domain.mask[part])
+        Batch(index, domain.samples[start : start + batch_size])
         for index, domain in enumerate(domains)
-        for part in (slice(start, start + batch_size) for start in range(0, len(domain.samples), batch_size))
+        for start in range(0, len(domain.samples), batch_size)
     ]
-
-
-def _own(domain: Domain) -> Domain:
-    """Cut a domain to the samples that this process runs."""
-    mask = None if domain.mask is None else shard(domain.mask)
-    if every_process_runs(domain.samples) and process_index() > 0:
-        # The tokens of these samples count once, in the first process.
-        mask = torch.zeros_like(domain.samples, dtype=torch.bool)
-    return replace(domain, samples=shard(domain.samples), mask=mask)

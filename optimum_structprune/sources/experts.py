@@ -144,7 +144,7 @@ def inner_moments(
             moments.square.fill_(1)
             if moments.gram is not None:
                 moments.gram.fill_diagonal_(1)
-        yield [moments.checked(space.consumers[0].module, domain)]
+        yield [moments.checked(space.consumers[0].module, domain, may_be_empty=True)]
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import observe_products
 from ..arch.spec import ArchSpec, Space
-from ..errors import StructPruneError
 from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments
 from ..method.layers import Batch, OneProcess, Source, run_model
@@ -40,14 +39,9 @@ class WholeModel(Source):
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         if not self.gathered:
             self._gather(gram)
-        for domain, of_domain in enumerate(self.gathered):
-            by_consumer = [
-                self.ranks.sum_(of_domain[axis.module]).checked(axis.module, domain) for axis in space.consumers
-            ]
-            for axis, moments in zip(space.consumers, by_consumer, strict=True):
-                if not moments.count:
-                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
-            yield by_consumer
+        modules = [axis.module for axis in space.consumers]
+        for domain, moments in enumerate(self.gathered):
+            yield [self.ranks.sum_(moments[module]).checked(module, domain) for module in modules]
 
     def _gather(self, gram: bool) -> None:
         device = next(self.model.parameters()).device

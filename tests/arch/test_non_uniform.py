@@ -74,7 +74,7 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="sensitivity", round_to=1))
+    pruner = StructPruner(config(widths={"mlp": [20, 32], "attention": [4, 2]}))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.save(model, folder / "out", tokenizer=tokenizer())
     save_file({"logits": logits(model), "ids": token_ids()}, folder / "expected.safetensors")

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measure")
     dense = build("llama-tied")
     save_with_tokenizer(dense, folder / "dense")
-    small = StructPruner(config(widths={"mlp": [20, 30]})).prune_model(dense, tokenizer())
+    small = StructPruner(config(widths={"mlp": [14, 24]})).prune_model(dense, tokenizer())
     save_with_tokenizer(small, folder / "small")
     build("bert").save_pretrained(folder / "bert")
     write_texts(folder / "a.jsonl", documents(40))

@@ -18,7 +18,7 @@ from optimum_structprune.method.loop import best_units, calibrate, consumer_scor
 from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
-from optimum_structprune.search.trials import STRIDE, Probe, candidate_values, trial_losses, tried, unit_losses
+from optimum_structprune.search.trials import STRIDE, Probe, candidates, trial_losses, unit_losses, values_on_trial
 from optimum_structprune.sources.data import batches_of
 
 
@@ -34,7 +34,7 @@ def cut_on_trial(masks, method, space, source, width):
     dense, moments = calibrate(masks, source, method, space)
     scores = torch.stack(consumer_scores(method, space, [weight for weight, _ in dense], moments)).sum(0)
     keep = best_units(scores, width)
-    return tried(masks, space, refit_consumers(method, space, keep, dense, moments))
+    return values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
 
 
 def snapshot(model):
@@ -88,7 +88,7 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     masks = Masks(model, arch)
     method, source, space = data.method(model, arch), data.source(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(masks, candidate_values(masks, [space], source, method), probe)
+    losses = trial_losses(masks, candidates(masks, [space], source, method), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
     values = cut_on_trial(masks, method, space, source, 20)

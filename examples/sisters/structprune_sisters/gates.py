@@ -256,15 +256,13 @@ def _rate(step: int, steps: int) -> float:
 def _descend(model: PreTrainedModel, gates: Gates, data: CalibrationData, step: int) -> None:
     """Give the gates the gradient of KL(dense‖gated), in the mean over the predicted tokens of a step."""
     tokens = 0
-    for ids, mask in _batches(data, step):
+    for ids in _batches(data, step):
         with torch.no_grad():
             theirs = run_model(model, ids).logits[:, :-1]
         with torch.enable_grad(), multiplying(model, gates.factors()):
             mine = run_model(model, ids).logits[:, :-1]
-        predicted = mask[:, 1:].to(mine.device)
-        tokens += int(predicted.sum())
-        if predicted.any():
-            _backward(mine[predicted], theirs[predicted], step)
+        tokens += ids[:, 1:].numel()
+        _backward(mine.flatten(0, 1), theirs.flatten(0, 1), step)
     count = gates.values.new_tensor(float(tokens))
     slope = torch.zeros_like(gates.values) if gates.values.grad is None else gates.values.grad
     all_reduce_([slope, count])
@@ -285,20 +283,17 @@ def _backward(mine: Tensor, theirs: Tensor, step: int) -> None:
     mine.backward(torch.cat(slopes))
 
 
-def _batches(data: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The samples of a step that this process runs, each with one value per token, true where it is calibrated on."""
+def _batches(data: CalibrationData, step: int) -> Iterator[Tensor]:
+    """The samples of a step that this process runs."""
     config, domains = data.config, data.domains
     rows = [(domain, row) for domain, one in enumerate(domains) for row in range(len(one.samples))]
     chosen = shard(_order(len(rows), step, SETTINGS.samples_per_step(domains[0].samples.shape[1]), config.seed))
-    by_length: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    by_length: dict[int, list[Tensor]] = {}
     for domain, row in (rows[index] for index in chosen):
-        ids, mask = domains[domain].samples[row], domains[domain].mask
-        one = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[row]
-        by_length.setdefault(len(ids), []).append((ids, one))
-    for pairs in by_length.values():
-        for start in range(0, len(pairs), data.options.batch_size):
-            ids, masks = zip(*pairs[start : start + data.options.batch_size], strict=True)
-            yield torch.stack(ids), torch.stack(masks)
+        by_length.setdefault(len(ids := domains[domain].samples[row]), []).append(ids)
+    for samples in by_length.values():
+        for start in range(0, len(samples), data.options.batch_size):
+            yield torch.stack(samples[start : start + data.options.batch_size])
 
 
 def _order(count: int, step: int, per_step: int, seed: int) -> list[int]:

@@ -25,7 +25,6 @@ from .watching import of_samples
 # Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.
 Backward = Callable[[Tensor, Callable[[Tensor], Tensor]], dict[str, Tensor]]
 # The label of a token that no loss is taken of.
-IGNORED = -100
 # The size of a perturbation of an embedding, as a multiple of the embedding's own root mean square.
 NOISE = 0.1
 
@@ -33,9 +32,8 @@ NOISE = 0.1
 def saliencies(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Σ|x ∂L/∂x| of every consumer's input x, per predicted token, by module, shape `(domains, n)`, fp64.
 
-    L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a
-    domain has a mask, of its tokens alone. A whole batch's activations are held at a time, as in training, but no
-    gradient of any weight.
+    L is the sum of the next-token losses, so that the scale does not depend on the batch size. A whole batch's
+    activations are held at a time, as in training, but no gradient of any weight.
     """
 
     def of_batch(batch: Batch, backward: Backward) -> dict[str, Tensor]:
@@ -88,12 +86,11 @@ def _per_token(
     counts = torch.zeros(domains, dtype=torch.float64)
     with frozen(model):
         for batch in batches:
-            labels = batch.ids if batch.mask is None else batch.ids.masked_fill(~batch.mask, IGNORED)
-            predicted = int((labels[:, 1:] != IGNORED).sum())
-            if not predicted:
+            if not batch.counts:
                 continue
+            predicted = batch.ids[:, 1:].numel()
             counts[batch.domain] += predicted
-            found = of_batch(batch, partial(_backward, model, modules, labels, predicted))
+            found = of_batch(batch, partial(_backward, model, modules, batch.ids, predicted))
             for name, sum_of_batch in found.items():
                 total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
                 total[batch.domain] += sum_of_batch.cpu()

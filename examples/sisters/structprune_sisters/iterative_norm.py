@@ -41,8 +41,8 @@ def removal_orders(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Bat
     orders = {name: _Order(_weight(model, axis), axis.per_unit, samples) for name, axis in axes.items()}
 
     def see(batch: Batch, name: str, x: Tensor) -> None:
-        for row, sample in enumerate(x.reshape(len(batch.ids), -1, x.shape[-1])):
-            orders[name].remove_(sample if batch.mask is None else sample[batch.mask[row].to(sample.device)])
+        for sample in x.reshape(len(batch.ids), -1, x.shape[-1]):
+            orders[name].remove_(sample if batch.counts else sample[:0])
 
     run_watched(model, axes, mixed, see)
     places = {name: order.places() for name, order in orders.items()}

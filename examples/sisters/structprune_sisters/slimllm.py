@@ -37,7 +37,7 @@ def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) ->
 
     producers = sorted({axis.module for space in channels for axis in _matrices(model, space)})
     for batch in batches:
-        counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
+        counts[batch.domain] += batch.ids.numel() * batch.counts
     run_watched(model, producers, batches, see)
     all_reduce_([counts, *(squares[name] for name in producers)])
     means = {name: sums / counts.clamp(min=1)[:, None] for name, sums in squares.items()}

@@ -135,14 +135,6 @@ def test_the_seed_decides():
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_tokens_that_are_not_calibrated_on_say_nothing():
-    model, fields = build("llama-tied"), settings()
-    data = data_of(fields)
-    blank = [replace(one, mask=torch.zeros_like(one.samples, dtype=torch.bool)) for one in data.domains]
-    for values in learned(model, fields, replace(data, domains=blank)).values():
-        assert len(values.unique()) == 1
-
-
 @pytest.mark.parametrize("refit", ["none", "folded", "least_squares"])
 def test_only_where_it_is_folded_a_gate_scales(refit):
     model, fields = build("llama-bias"), settings(refit=refit, error_feedback=0.0)
