@@ -19,10 +19,6 @@ from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
 
 
-NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
-OTHER_HEAD = "the model has no head that predicts tokens, and what reads the residual stream then is not described"
-
-
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
     """Finds the spaces of a model. Tokens can go from any model that embeds them; other spaces take a description."""
     if is_quantized(model):
@@ -35,9 +31,11 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         if family.text is not None:
             config, prefix = config.get_text_config(), f"{prefix}{family.text}."
             family = family_of(config.model_type, arch_file)
-            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
+            reason = "what is not text writes to the residual stream too"
+            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
         if family.hidden is not None and model.get_output_embeddings() is None:
-            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: OTHER_HEAD})
+            reason = "the model has no head that predicts tokens, and what reads the residual stream is not described"
+            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         arch = resolve(family, config, shapes, prefix)
     except UndescribedError as error:

@@ -14,8 +14,6 @@ from ..errors import StructPruneError, one_line
 from .spec import ArchSpec
 
 
-# Attributes that transformers sets on modules when activation checkpointing is switched on.
-CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 FORWARD_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -24,13 +22,7 @@ FORWARD_HOOKS = (
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
     """The layers of a model, over all lists that hold them."""
-    layers: list[nn.Module] = []
-    for path, _ in arch.stacks:
-        found = model.get_submodule(path)
-        if not isinstance(found, nn.ModuleList):
-            raise StructPruneError(f"{path} should be a list of layers, found {type(found).__name__}.")
-        layers += found
-    return layers
+    return [layer for path, _ in arch.stacks for layer in model.get_submodule(path).children()]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -85,7 +77,7 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
     Transformers marks a model as hooked once it has been asked for hidden states, and does not look again; without
     their hooks, the new layers would be missing in the hidden states from then on.
     """
-    for key in CHECKPOINTING:
+    for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
         if key in vars(old):
             setattr(new, key, vars(old)[key])
     for kind in FORWARD_HOOKS:

@@ -36,18 +36,15 @@ def legal_round_widths(
     config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths
 ) -> list[Widths]:
     """`round_widths` for steps that each leave a model: a step between two legal widths goes to the larger."""
-    return [_next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
+    legal = {name: legal_sizes(model_config, arch, name) for name in widths}
 
-
-def _next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
-    new: dict[str, Width] = {}
-    for name, width in widths.items():
-        legal = legal_sizes(config, arch, name)
+    def next_legal(name: str, width: Width) -> Width:
         if isinstance(width, int):
-            new[name] = legal[bisect_left(legal, width)]
-        else:
-            new[name] = {layer: legal[bisect_left(legal, units)] for layer, units in width.items()}
-    return new
+            return legal[name][bisect_left(legal[name], width)]
+        return {layer: legal[name][bisect_left(legal[name], units)] for layer, units in width.items()}
+
+    goals = round_widths(config, arch, widths)
+    return [{name: next_legal(name, width) for name, width in goal.items()} for goal in goals]
 
 
 def removal_steps(
