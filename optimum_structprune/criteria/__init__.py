@@ -26,7 +26,7 @@ from ..system.processes import all_reduce_
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
 # The criteria of whole layers and whole experts where the config names one of something else.
-DEFAULTS = {LAYER: "block_influence", EXPERT: "reap"}
+DEFAULT_CRITERIA = {LAYER: "block_influence", EXPERT: "reap"}
 
 
 def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., Tensor]], Criterion]:
@@ -45,7 +45,7 @@ def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., 
 def criterion_of(name: str, judged: str) -> Criterion:
     """The criterion with a name if it scores what is `judged`, whole layers or experts; else their default."""
     criterion = CRITERIA.get(name)
-    return criterion if criterion.judges == judged else CRITERIA.get(DEFAULTS[judged])
+    return criterion if criterion.judges == judged else CRITERIA.get(DEFAULT_CRITERIA[judged])
 
 
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
@@ -163,7 +163,7 @@ def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: 
     return (roots + norms * scale).square() / 4
 
 
-@register_criterion(DEFAULTS[LAYER], judges=LAYER, paper="ShortGPT, Men et al. 2024, arXiv:2403.03853")
+@register_criterion(DEFAULT_CRITERIA[LAYER], judges=LAYER, paper="ShortGPT, Men et al. 2024, arXiv:2403.03853")
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
     """The score is the mean of 1 - cos(input, output) of a layer over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
@@ -189,7 +189,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
     return total / tokens
 
 
-@register_criterion(DEFAULTS[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
+@register_criterion(DEFAULT_CRITERIA[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
 def reap(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
     """The score is the mean of g · ‖f(x)‖ over the tokens that chose an expert f with the gate g (REAP, eq. 8)."""
     return norms * gates

@@ -30,7 +30,7 @@ from ..config.domains import (
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.metrics import ENOUGH
+from ..forward.metrics import MEASURED_TOKENS
 from ..registry import did_you_mean
 from .manifest import Manifest
 from .packing import (
@@ -213,7 +213,7 @@ class _Packer:
     def _needs(self, num_samples: int, index: int) -> Needs:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, self.config.holdout)
-        enough = min(ceil(ENOUGH / self.frame.body), count // 2)
+        enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
         more = 0 if written_by_model(self.domains[index]) else max(0, enough - aside)
         return Needs(*(self.frame.body * number for number in (aside, count, aside * self.config.searches, more)))
 

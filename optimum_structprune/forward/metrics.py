@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
-ENOUGH = 4000  # tokens on which a run measures perplexity, of all kinds together
+MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kinds together
 # The documents over which a margin of error is stated, and those over which it is not rough.
-FEWEST, MANY = 5, 12
-COVERED = 0.9  # the chance with which the truth lies within a margin of error
+MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
 LEAST_MARGIN = 0.005  # of a ratio: where few documents lose anything at all, those that were read may all be of others
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
@@ -124,9 +123,9 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
         index = documents.unique(return_inverse=True)[1].to(off.device)
         off = off.new_zeros(int(index.max()) + 1).index_add(0, index, off)
         off, count = off * len(off) / count, len(off)
-    if count < FEWEST:
+    if count < MIN_DOCUMENTS:
         return nan
-    z, free = NormalDist().inv_cdf((1 + COVERED) / 2), count - 1
+    z, free = NormalDist().inv_cdf(0.95), count - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     skewed = (off.pow(3).mean() / off.var()).nan_to_num(0.0).abs() * (1 + 2 * t**2) / (6 * count)
     return float(t * off.std() / count**0.5 + skewed)
@@ -265,7 +264,7 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="none").double()
 
 
-def few_inputs(model: PreTrainedModel) -> Tensor:
+def random_inputs(model: PreTrainedModel) -> Tensor:
     """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
 
     The last token ends a sequence, for heads that look for that. A head that chooses among sequences gets one, shape
@@ -284,6 +283,6 @@ def few_inputs(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def outputs_for(model: PreTrainedModel, inputs: Tensor | None = None) -> Tensor:
-    """The outputs for inputs, by default `few_inputs`, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
+    """The outputs for inputs, by default `random_inputs`, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
     with evaluating(model):
-        return outputs_of(run_model(model, few_inputs(model) if inputs is None else inputs))
+        return outputs_of(run_model(model, random_inputs(model) if inputs is None else inputs))

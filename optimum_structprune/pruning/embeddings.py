@@ -27,7 +27,7 @@ from ..config.domains import written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
-from ..forward.metrics import FEWEST, evaluating, margin_of_error
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error
 from ..method.layers import input_device, run_model
 from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
@@ -172,7 +172,7 @@ def sentences(documents: Sequence[str]) -> Texts:
     one_of_each = chain.from_iterable(zip_longest(*shuffled))
     found = sorted(islice(filter(None, one_of_each), MOST))
     numbers = [number for number, _ in found]
-    if len({*numbers}) < FEWEST:
+    if len({*numbers}) < MIN_DOCUMENTS:
         numbers = [number // RUN for number in range(len(found))]
     return Texts([part for _, part in found], numbers)
 

@@ -18,8 +18,8 @@ from ..arch.spec import ArchSpec
 from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward.metrics import (
-    ENOUGH,
-    FEWEST,
+    MEASURED_TOKENS,
+    MIN_DOCUMENTS,
     evaluating,
     perplexity_margins,
     perplexity_of,
@@ -62,7 +62,9 @@ class Comparison:
         languages = bool(wanted) or vocabulary_changes and not on_trial
         with report.timed("perplexity"):
             if causal:
-                most = min(ENOUGH, round(run.config.holdout * sum(domain.samples.numel() for domain in domains)))
+                most = min(
+                    MEASURED_TOKENS, round(run.config.holdout * sum(domain.samples.numel() for domain in domains))
+                )
                 # None where a program gave inputs.
                 other = self._other_text() if tokenizer is not None and domains[0].origin is not None else ()
                 self.measure = Measure(run.model, domains, run.arch, most, tokenizer, vocabulary_changes, other)
@@ -204,7 +206,7 @@ def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
     parts = samples[:, 1:].split(max(length - 1, 1), 1)
     rows = [torch.cat([samples[:, :1], part], 1) for part in parts if part.shape[1] == length - 1]
     every = torch.stack(rows, 1).flatten(0, 1)
-    count = min(max(tokens // length, FEWEST), len(every))
+    count = min(max(tokens // length, MIN_DOCUMENTS), len(every))
     return [*every[torch.arange(count) * len(every) // count]]
 
 

@@ -25,11 +25,11 @@ from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_i
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
-from ..criteria import CRITERIA, DEFAULTS
+from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.load import texts_of
 from ..domains.manifest import check_tokens
 from ..errors import StructPruneError, one_line, warn
-from ..forward.metrics import TOKENS_AT_ONCE, few_inputs, outputs_for
+from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
 from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
@@ -173,8 +173,8 @@ class Request:
         if criterion.check is not None:
             criterion.check(config, arch, self.use)
         others = [name for name in widths if name not in (criterion.judges, VOCAB)]
-        if criterion.judges in DEFAULTS and others:
-            whole, score = criterion.judges, DEFAULTS[criterion.judges]
+        if criterion.judges in DEFAULT_CRITERIA and others:
+            whole, score = criterion.judges, DEFAULT_CRITERIA[criterion.judges]
             raise StructPruneError(
                 f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of "
                 f"its own, or choose a criterion for {others[0]!r}: {whole!r} is judged by {score!r} then."
@@ -284,7 +284,7 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
     if not isinstance(samples, Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
     if reads_images(model):
-        expected = tuple(few_inputs(model).shape[1:])
+        expected = tuple(random_inputs(model).shape[1:])
         if samples.shape[1:] != expected or not samples.is_floating_point():
             raise StructPruneError(
                 f"inputs[{name!r}] holds images of shape {tuple(samples.shape[1:])} as {samples.dtype}; pass what the "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
-from ..forward.metrics import FEWEST, MANY
+from ..forward.metrics import MANY_DOCUMENTS, MIN_DOCUMENTS
 from .answers import as_lines, counts, sample_items
 from .table import as_number, as_text, margin_of_mean
 
@@ -21,7 +21,7 @@ MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
 MARGIN = "± covers the truth nine times in ten"
 TEXTS = f"cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; {MARGIN}"
-OVER = f"{MARGIN}, over {FEWEST} documents or more; rough: fewer than {MANY}"
+OVER = f"{MARGIN}, over {MIN_DOCUMENTS} documents or more; rough: fewer than {MANY_DOCUMENTS}"
 _UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.

@@ -13,7 +13,7 @@ from math import floor, hypot, inf, isfinite, log10
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from ..forward.metrics import MANY
+from ..forward.metrics import MANY_DOCUMENTS
 
 
 UNKNOWN = "–"
@@ -79,7 +79,7 @@ class Row:
         label = f"{self.label} ({self.tokens:,} tokens)" if self.tokens else self.label
         margins = self.margins or (None,) * (len(self.values) + 1)
         shown = [as_number(*pair, self.digits) for pair in zip(self.values, margins[:-1], strict=True)]
-        ratio, rough = self.ratio, self.documents is not None and self.documents < MANY
+        ratio, rough = self.ratio, self.documents is not None and self.documents < MANY_DOCUMENTS
         if ratio is None:
             change = self.note
         elif self.change == PERCENT:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
-from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, few_inputs, plain_head
+from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, plain_head, random_inputs
 from ..method.layers import input_device
 from ..system.fingerprint import computing, weights_hash
 from ..system.stages import stage
@@ -88,7 +88,7 @@ class Teacher:
     ):
         self.model: PreTrainedModel | None = model
         self.tokenizer, self.parts = tokenizer, parts
-        few = few_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
+        few = random_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
         self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
 
     def release(self) -> None:

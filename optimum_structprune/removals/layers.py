@@ -16,7 +16,7 @@ from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import criterion_of
-from ..forward.metrics import few_inputs, outputs_for
+from ..forward.metrics import outputs_for, random_inputs
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
 from ..method.loop import best_units, check_scores
@@ -69,7 +69,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
 
 def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
     """Runs layers one after the other on a few tokens, or the whole model where they cannot run so."""
-    source = layers_of(model, arch, [Batch(0, few_inputs(model))])
+    source = layers_of(model, arch, [Batch(0, random_inputs(model))])
     if not isinstance(source, InMemory):
         return outputs_for(model)
     hidden = source.hidden[0]

@@ -11,7 +11,7 @@ from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..domains.manifest import remember_text
 from ..domains.packing import USED
-from ..forward.metrics import few_inputs, outputs_for
+from ..forward.metrics import outputs_for, random_inputs
 from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
@@ -58,7 +58,7 @@ def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
     comparison.use_tokenizer(choice.tokenizer)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)
-    ids = torch.searchsorted(tokens, few_inputs(run.model)) % choice.number  # the same tokens, where they stay
+    ids = torch.searchsorted(tokens, random_inputs(run.model)) % choice.number  # the same tokens, where they stay
     outputs = outputs_for(run.model, tokens[ids])
     predicts = outputs.shape[-1] == run.arch.of(VOCAB)[0].size
     drop_tokens_(run.model, run.arch, choice.keep)

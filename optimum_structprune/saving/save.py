@@ -25,7 +25,7 @@ from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, check_tokens
 from ..errors import StructPruneError, some_of, warn
-from ..forward.metrics import few_inputs, outputs_for, own_settings
+from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..record.plan import PLAN_NAME
 from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
@@ -174,7 +174,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
             again = (reader or type(model)).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
-        inputs = few_inputs(model)
+        inputs = random_inputs(model)
         outputs, reloaded = (outputs_for(loaded, inputs) for loaded in (model, again))
         del again  # before the folder that it may read from is gone
     difference = float((outputs.float() - reloaded.float()).abs().max())

@@ -27,7 +27,6 @@ from ..system.stages import say
 if TYPE_CHECKING:
     from ..pruner import StructPruner
 
-TRIAL_TOKENS = 16_384  # on which a trial calibrates at most
 # So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger.
 TRIALS, MOST_TRIALS = 4, 6
 KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
@@ -107,7 +106,8 @@ class CutTrials:
         """The larger of what may be lost on the named kinds and on other text; infinite where so much cannot go."""
         trial, config = copy(self.pruner), self.config(removed)
         trial.on_trial, trial.options = True, replace(trial.options, checkpoint_dir=None)
-        samples = max(min(config.num_samples, TRIAL_TOKENS // config.seq_length), len(config.domains or ()))
+        # A trial calibrates on 16,384 tokens at most.
+        samples = max(min(config.num_samples, 2**14 // config.seq_length), len(config.domains or ()))
         # With another seed the model writes other text than for the last pruning.
         trial.config = replace(config, num_samples=samples, seed=config.seed + 1, recovery=None)
         with warnings.catch_warnings():

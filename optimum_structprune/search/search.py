@@ -121,9 +121,9 @@ class Search:
     def _spaces(self) -> dict[Key, list[Space]]:
         """The spaces that may shrink, by layer and kind."""
         return {
-            (layer, name): of_kind
+            (layer, name): spaces
             for name in self.plain
-            for layer, of_kind in spaces_by_layer(self.arch, name).items()
+            for layer, spaces in spaces_by_layer(self.arch, name).items()
             if layer not in self.config.skip_layers
         }
 
@@ -155,7 +155,7 @@ class Search:
         return inf if isnan(total) else total
 
 
-def thinned(widths: Sequence[int]) -> list[int]:
+def evenly_spaced(widths: Sequence[int]) -> list[int]:
     """At most 16 of several widths, evenly, with the first and the last."""
     last = len(widths) - 1
     return [*widths] if last < 16 else [widths[round(n * last / 15)] for n in range(16)]
@@ -173,7 +173,7 @@ def uniform_shapes(
     others = [name for name in choices if name != finest]
     widest_first = sorted(choices[finest], reverse=True)
     shapes: list[tuple[float, Widths]] = []
-    for widths_of_others in product(*(thinned(choices[name]) for name in others)):
+    for widths_of_others in product(*(evenly_spaced(choices[name]) for name in others)):
         coarse = dict(zip(others, widths_of_others, strict=True))
         with_finest = [{**coarse, finest: width} for width in widest_first]
         index = bisect_left(with_finest, True, key=is_small)

@@ -21,7 +21,7 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents
 from ..errors import StructPruneError
-from ..forward.metrics import FEWEST
+from ..forward.metrics import MIN_DOCUMENTS
 from ..system.fingerprint import kept_text
 from ..system.processes import broadcast_object, process_index
 from ..written import append_line, whole_lines
@@ -62,7 +62,7 @@ def other_text(
     used |= set() if seen is None else seen.uses().keys()
     read = sum(domain.samples.numel() for domain in domains)
     row = min(DOCUMENT_TOKENS, config.seq_length)
-    count = max(min(MAX_TOKENS, read // READ_PER_TOKEN) // (row - 1), FEWEST)
+    count = max(min(MAX_TOKENS, read // READ_PER_TOKEN) // (row - 1), MIN_DOCUMENTS)
     sources: dict[str, Callable[[], Iterator[str]]] = {}
     if read >= MIN_TOKENS_READ:
         if not (config.languages or constants.HF_HUB_OFFLINE):
@@ -81,7 +81,7 @@ def other_text(
                     found[name] = torch.tensor(ids[:row])
                 if len(found) == count:
                     break
-        if len(found) >= min(count, FEWEST):
+        if len(found) >= min(count, MIN_DOCUMENTS):
             together = torch.stack([*found.values()])
             entry = Entry.of(Domain(OTHER, 0.0, together[:0], together, heldout_documents=tuple(found)), JUDGED)
             return OtherText(where, [*together], [entry])

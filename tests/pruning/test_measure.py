@@ -5,7 +5,7 @@ import torch
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruner
-from optimum_structprune.forward.metrics import FEWEST
+from optimum_structprune.forward.metrics import MIN_DOCUMENTS
 from optimum_structprune.pruning.measure import ROW, short_rows
 
 
@@ -14,8 +14,8 @@ def test_short_rows_are_few_tokens_of_all_samples_in_rows_enough_for_an_error(sh
     samples = torch.arange(shape[0] * shape[1]).reshape(shape)
     rows = short_rows(samples, tokens)
     length = len(rows[0])
-    assert len(rows) >= FEWEST and {len(row) for row in rows} == {length}
-    assert length * len(rows) <= max(tokens, FEWEST * ROW)
+    assert len(rows) >= MIN_DOCUMENTS and {len(row) for row in rows} == {length}
+    assert length * len(rows) <= max(tokens, MIN_DOCUMENTS * ROW)
     heads, bodies = {int(row[0]) for row in rows}, torch.cat([row[1:] for row in rows])
     assert heads <= set(samples[:, 0].tolist()) and len(heads) == min(len(samples), len(rows))
     assert len(set(bodies.tolist())) == len(bodies) and (bodies.reshape(-1, length - 1).diff() == 1).all()

@@ -183,6 +183,6 @@ def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
 
 
 def test_few_widths_stand_for_many_and_have_the_numbers_that_are_left():
-    assert search.thinned(range(5)) == [0, 1, 2, 3, 4]
-    few = search.thinned(range(1000, 0, -1))
+    assert search.evenly_spaced(range(5)) == [0, 1, 2, 3, 4]
+    few = search.evenly_spaced(range(1000, 0, -1))
     assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)

@@ -7,7 +7,7 @@ from models import real_text_model
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.forward.metrics import FEWEST, LEAST_MARGIN
+from optimum_structprune.forward.metrics import LEAST_MARGIN, MIN_DOCUMENTS
 from optimum_structprune.record.remarks import remarks
 from optimum_structprune.sources import other
 from optimum_structprune.sources.other import other_text, respelled
@@ -47,7 +47,7 @@ def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, read
     domains = [DomainConfig(name="a", source=source)]
     (_, _, tokenizer, loaded), (where, rows, (entry,)) = read(writer, domains=domains, general_share=0.0)
     assert where == ("built-in" if reads else "model-written")
-    assert len(rows) >= FEWEST and {len(row) for row in rows} == {other.DOCUMENT_TOKENS}
+    assert len(rows) >= MIN_DOCUMENTS and {len(row) for row in rows} == {other.DOCUMENT_TOKENS}
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
     assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
     chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.probe_or_heldout]))
@@ -63,10 +63,10 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
     assert (
         measured["source"] == "model-written"
-        and measured["documents"] == FEWEST
+        and measured["documents"] == MIN_DOCUMENTS
         and measured["margin"]["ratio"] == pytest.approx(LEAST_MARGIN)
     )
-    assert f"perplexity other text, model-written ({FEWEST * (other.DOCUMENT_TOKENS - 1)} tokens)" in str(
+    assert f"perplexity other text, model-written ({MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)} tokens)" in str(
         pruner.report
     )
     assert "other text x 1.00" in str(pruner.report)
