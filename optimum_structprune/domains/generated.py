@@ -25,10 +25,9 @@ from ..errors import StructPruneError
 from ..forward.generation import continuations, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
-from ..system.fingerprint import fingerprint, kept_text
+from ..system.fingerprint import KeptText, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import progress, stage
-from ..written import append_line, whole_lines
 from .packing import tokenize_with_prefix
 from .templates import chat_text
 
@@ -39,18 +38,14 @@ SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
 MIN_BATCH, MAX_BATCH = 16, 64
 # The number of tokens in a document: at most, and at least if it is to be kept. Short ones take few steps.
 MAX_TOKENS, MIN_TOKENS = 64, 32
-# The share of `MAX_TOKENS` that a document is expected to have before any is written.
-EXPECTED_SHARE = 0.9
-# A token is never drawn that is so much less likely than the likeliest.
-MIN_P = 0.02
-# In other text, by which models are judged, rare words have to stand: there it is so much.
-OTHER_MIN_P = 1e-4
+EXPECTED_SHARE = 0.9  # of `MAX_TOKENS` that a document has, before any is written
+# A token is never drawn that is so much less likely than the likeliest. Text to judge models by needs rare words.
+MIN_P, OTHER_MIN_P = 0.02, 1e-4
 # A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
 RUN_TOKENS, MIN_DISTINCT_RUNS = 4, 0.5
 # So is one whose perplexity lies above or below the median of its batch by more than this factor.
 MAX_PERPLEXITY_RATIO = 4.0
-# After so many documents of which none is of use, no more are written.
-MAX_USELESS_DOCUMENTS = 120
+MAX_USELESS_DOCUMENTS = 120  # in a row, after which no more are written
 
 
 def self_documents(
@@ -81,16 +76,16 @@ def self_documents(
     Random(seed).shuffle(prompts)
     keeps = not chats or kinds[name].get("keep", False)
     author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed, OTHER_MIN_P if name == OTHER else MIN_P)
-    path = author.cache(name)
-    known = broadcast_object(_read(path))
+    kept = author.kept(name)
+    known = broadcast_object(kept.read())
     written = have = idle = 0  # documents, tokens of those that are kept, documents since the last of them
     while True:
         mean = have / written if have else EXPECTED_SHARE * MAX_TOKENS
         batches = _batches(written, ceil((tokens - have) / mean))
         for index, batch in enumerate(batches):
-            if batch not in known:
-                known |= _written(author, batches[index:], path)
-            documents = known.pop(batch)
+            if str(batch) not in known:
+                known |= _written(author, batches[index:], kept)
+            documents = known.pop(str(batch))
             written, have = batch[-1] + 1, have + sum(len(tokenizer(text)["input_ids"]) for text in documents)
             idle = 0 if documents else idle + len(batch)
             if idle >= MAX_USELESS_DOCUMENTS:
@@ -102,7 +97,6 @@ def self_documents(
 
 
 def _prompts(kind: Mapping[str, Any], form: str) -> list[str]:
-    """Gives all prompts of a form about all topics of a kind of text."""
     return [prompt.replace("{topic}", topic) for prompt in kind[form] for topic in kind["topics"]]
 
 
@@ -129,14 +123,14 @@ class _TextGenerator:
     seed: int
     min_p: float
 
-    def cache(self, name: str) -> Path:
-        """The file of what this model writes of a kind; it need not exist."""
+    def kept(self, name: str) -> KeptText:
+        """Gives the file of what this model writes of a kind."""
         settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        return kept_text(name, fingerprint(self.model), *settings, *reader, self.prompts[:MAX_BATCH], self.seed)
+        return KeptText(name, fingerprint(self.model), *settings, *reader, self.prompts[:MAX_BATCH], self.seed)
 
     def write(self, batch: range) -> list[str]:
-        """The documents of these numbers that pass the filters."""
+        """Writes the documents of these numbers, and gives those that pass the filters."""
         prompts = [self.prompts[i % len(self.prompts)] for i in batch]
         if self.chats:
             asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
@@ -201,7 +195,7 @@ def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
 
 
 def _batches(first: int, count: int) -> list[range]:
-    """The numbers of the documents of each batch, where so many are written, the next being the `first`."""
+    """Divides `count` documents, numbered from `first` on, into batches."""
     ends = [first]
     while count > 0 or len(ends) == 1:
         size = MAX_BATCH if count > 1.5 * MAX_BATCH else max(count, MIN_BATCH)
@@ -215,24 +209,13 @@ def _varied(ids: Sequence[int]) -> bool:
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT_RUNS * len(runs)
 
 
-def _written(author: _TextGenerator, batches: Sequence[range], path: Path) -> dict[range, list[str]]:
-    """The first of some batches and those after it, one written by each process, which are kept on the disk."""
+def _written(author: _TextGenerator, batches: Sequence[range], kept: KeptText) -> dict[str, list[str]]:
+    """Lets each process write one of the first batches, and keeps them on the disk."""
     own = batches[process_index() : process_index() + 1]
     with unshared():
         texts = [author.write(batch) for batch in own]
-    written = {batch: own for batch, (own,) in zip(batches, filter(None, gather_objects(texts)), strict=False)}
-    if process_index() != 0:
-        return written
-    try:
-        for batch, documents in written.items():
-            append_line(path, {"numbers": [batch.start, batch.stop], "documents": documents})
-    except OSError as error:
-        raise StructPruneError(
-            f"Self-written text cannot be kept in {path.parent} ({error}); set HF_HOME to another folder."
-        ) from error
+    by_process = zip(batches, filter(None, gather_objects(texts)), strict=False)
+    written = {str(batch): documents for batch, (documents,) in by_process}
+    for batch, documents in written.items() if process_index() == 0 else ():
+        kept.add(batch, documents)
     return written
-
-
-def _read(path: Path) -> dict[range, list[str]]:
-    """Gives the batches in a cache file by the numbers of their documents."""
-    return {range(*batch["numbers"]): batch["documents"] for batch in whole_lines(path)}

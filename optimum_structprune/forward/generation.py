@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..arch.hooks import in_fast_dtype
 from ..arch.modules import blocks
@@ -79,15 +78,6 @@ def sampled_continuations(
         texts = continuations(model, tokenizer, prompts, settings)
     ends = end_tokens(model, tokenizer)[:1]
     return [text + ends * (len(text) < max_new_tokens) for text in texts]
-
-
-def keeps_keys_and_values(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Tells if every layer of a model keeps the keys and values of a text, and no other state."""
-    if cache_name(model) is None:
-        return False
-    cache = cache_of(model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=True))
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return all(type(layer) in kinds for layer in getattr(cache, "layers", [None]))
 
 
 @torch.no_grad()

@@ -21,21 +21,16 @@ from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError
 from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
-from ..system.fingerprint import kept_text
+from ..system.fingerprint import KeptText
 from ..system.processes import is_first_rank
 from ..system.stages import stage
 from ..vocabulary.languages import tokens_by_language
-from ..written import append_line, whole_lines
+from ..written import whole_lines
 from .samples import Sample, answer_samples
 
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
-# A prompt is not trained on if its words and those of a built-in question share this part of both (Jaccard).
-TOO_LIKE = 0.7
-MOST_OF_A_KIND = 400
-# Prompts of a language are asked where text takes so many times the tokens of the same in English at most.
-SPELT_OUT = 1.6
 # The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
 OPENING, LONGEST = 24, 128
 # An equal share of the training has answers of up to so many tokens each: short ones first, which hardly go astray.
@@ -50,12 +45,12 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Gives the built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
     spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
     for entry in read_yaml(PROMPTS).values():
-        if spelt[entry.get("language", "en")] <= SPELT_OUT * spelt["en"]:
+        if spelt[entry.get("language", "en")] <= 1.6 * spelt["en"]:
             slots = [(form, dict.fromkeys(template_fields(form))) for form in entry["ask"]]
             rows = [(form, names, values) for form, names in slots for values in product(*(entry[n] for n in names))]
             Random(0).shuffle(rows)
-            kinds.append([form.format(**dict(zip(names, of, strict=True))) for form, names, of in rows])
-    turns = zip_longest(*(kind[:MOST_OF_A_KIND] for kind in kinds))
+            kinds.append([form.format(**dict(zip(names, values, strict=True))) for form, names, values in rows[:400]])
+    turns = zip_longest(*kinds)
     return list(dict.fromkeys(prompt for turn in turns for prompt in turn if prompt is not None))
 
 
@@ -65,7 +60,6 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
 
     def conversation(line: str) -> list[dict[str, str]]:
         messages = question_messages(json.loads(line) if is_json else {"prompt": line})
-        "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         while messages and messages[-1]["role"] == "assistant":  # what is to be answered comes last
             messages.pop()
         return messages
@@ -91,7 +85,8 @@ def prompts_of(
     else:
         builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
         conversations = read_prompts(path) if path else builtin
-        read = [(of[-1]["content"], prompt_ids(of, of[-1]["content"], tokenizer)) for of in conversations]
+        asking = [(messages, messages[-1]["content"]) for messages in conversations]
+        read = [(text, prompt_ids(messages, text, tokenizer)) for messages, text in asking]
     questions, fields = whole_lines(QUESTIONS), ("prompt", "opening")
     asked = [_words(question[name]) for question in questions for name in fields if name in question]
     longest = min(LONGEST, positions_of(model) // 2)
@@ -111,7 +106,7 @@ def _words(text: str) -> set[str]:
 
 
 def _is_like(words: set[str], questions: Sequence[set[str]]) -> bool:
-    return any(len(words & asked) >= TOO_LIKE * len(words | asked) for asked in questions)
+    return any(len(words & asked) >= 0.7 * len(words | asked) for asked in questions)  # the Jaccard index
 
 
 def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Write:
@@ -126,11 +121,11 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
 
 
 class Answers:
-    """Asks a writer prompts, `AT_ONCE` at a time, and keeps its answers in a file for the next time."""
+    """Asks a writer prompts, `AT_ONCE` at a time, and keeps its answers for the next time."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], write: Write, file: Path, seed: int):
-        self.prompts, self.write, self.file, self.seed = prompts, write, file, seed
-        self._kept = {batch["batch"]: batch["answers"] for batch in whole_lines(file)}
+    def __init__(self, prompts: Sequence[Sequence[int]], write: Write, kept: KeptText, seed: int):
+        self.prompts, self.write, self.kept, self.seed = prompts, write, kept, seed
+        self.known = kept.read()
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         """Give prompts and answers of so many tokens at most, without end."""
@@ -138,20 +133,20 @@ class Answers:
         for number in count():
             places = range(start + number * AT_ONCE, start + (number + 1) * AT_ONCE)
             prompts, key = [self.prompts[place % len(self.prompts)] for place in places], f"{length}/{number}"
-            if key not in self._kept:
+            if key not in self.known:
                 seed = int(sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12], 16)
-                self._kept[key] = self.write(prompts, length, seed)
+                self.known[key] = self.write(prompts, length, seed)
                 if is_first_rank():
-                    append_line(self.file, {"batch": key, "answers": self._kept[key]})
-            yield from zip(prompts, self._kept[key], strict=True)
+                    self.kept.add(key, self.known[key])
+            yield from zip(prompts, self.known[key], strict=True)
 
-    def samples(self, number: int, places: int, shared: int = 0) -> Iterator[Sample]:
+    def samples(self, number: int, places: int) -> Iterator[Sample]:
         """Give so many samples, each with `places` tokens of answers, which grow; see `answer_samples`."""
         ends = [number * part // len(LENGTHS) for part in range(len(LENGTHS) + 1)]
         for length, start, end in zip(LENGTHS, ends, ends[1:], strict=False):
-            yield from islice(answer_samples(self.conversations(length), places, shared), end - start)
+            yield from islice(answer_samples(self.conversations(length), places), end - start)
 
 
-def answers_file(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> Path:
+def kept_answers(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> KeptText:
     """Names the file with the answers of the model of these weights (a `fingerprint`), for all trainings."""
-    return kept_text("answers", weights, LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends], [*map(list, prompts)])
+    return KeptText("answers", weights, LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends], [*map(list, prompts)])

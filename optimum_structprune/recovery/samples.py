@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..arch.meta import positions_of
-from ..forward.generation import keeps_keys_and_values
-from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..method.shrink import check_same
 from ..vocabulary.parts import Parts
 
 
@@ -35,22 +31,20 @@ def text_sample(ids: Tensor) -> Sample:
     return {"input_ids": ids[:-1], "position_ids": torch.arange(len(ids) - 1), "targets": ids[1:]}
 
 
-def answer_samples(
-    conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int, shared: int = 0
-) -> Iterator[Sample]:
+def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int) -> Iterator[Sample]:
     """Packs prompts and answers as token ids into samples with `places` tokens that count, those of answers.
 
     The last answer of a sample is cut off. Positions begin anew with each prompt, by which models tell conversations
-    apart. The first `shared` tokens, which all prompts have, stand in a sample once; positions go on from them.
+    apart.
     """
     packed: list[list[Tensor]] = []
     room = places
     for prompt, answer in conversations:
-        kept, start = [*answer[:room]], shared if packed else 0
+        kept = [*answer[:room]]
         ids = torch.tensor([*prompt, *kept])
         targets = ids[1:].clone()
         targets[: len(prompt) - 1] = IGNORED
-        packed.append([ids[start:-1], torch.arange(start, len(ids) - 1), targets[start:]])
+        packed.append([ids[:-1], torch.arange(len(ids) - 1), targets])
         room -= len(kept)
         if not room:
             columns = [torch.cat(column) for column in zip(*packed, strict=True)]
@@ -61,20 +55,18 @@ def answer_samples(
 def in_parts(sample: Sample, parts: Parts) -> Sample:
     """Spells a sample of the teacher's tokens as a model reads it that has fewer."""
     positions, ids, targets = (sample[name].tolist() for name in ("position_ids", "input_ids", "targets"))
-    begins = [at for at, position in enumerate(positions) if not at or position != positions[at - 1] + 1]
+    begins = [at for at, position in enumerate(positions) if not position]
     columns: list[list[list[int]]] = []
-    seen, at_position = 0, [0]
+    seen = 0
     for start, end in pairwise([*begins, len(ids)]):
         counted = [target != IGNORED for target in targets[start:end]]
         last = targets[end - 1 : end] if counted[-1] else []
         text = [*ids[start:end], *last]
         spelled = parts.spelled(text, [False, *counted][: len(text)], seen)
-        if not columns:  # what conversations share lies in the first one
-            at_position = [0, *accumulate(len(parts.spellings[token]) for token in text)]
-        first, seen = at_position[positions[start]], seen + sum(counted)
+        seen += sum(counted)
         columns.append([
             [now[0], place, following[0] if following[1] >= 0 else IGNORED, *following[1:]]
-            for place, (now, following) in enumerate(pairwise(spelled), start=first)
+            for place, (now, following) in enumerate(pairwise(spelled))
         ])  # fmt: skip
     names = ("input_ids", "position_ids", "targets", "rows", "nodes")
     values = torch.tensor([row for rows in columns for row in rows]).unbind(1)
@@ -129,52 +121,7 @@ def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Gives the inputs of a causal language model for a batch.
-
-    Positions tell conversations apart, and a mask where these share a prefix.
-    """
+    """Gives the inputs of a causal language model for a batch; positions tell conversations apart."""
     device, known = input_device(model), signature(model.forward).parameters
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in known}
-    if (mask := shared_prefix_mask(batch["position_ids"])) is not None:
-        inputs["attention_mask"] = mask
-    return {**{name: value.to(device) for name, value in inputs.items()}, "use_cache": False}
-
-
-def shared_prefix_mask(positions: Tensor) -> Tensor | None:
-    """Makes the mask of the places that each place sees, shape `(batch, 1, tokens, tokens)`.
-
-    It is None where no prefix is shared. The first conversation of a row holds the prefix. A later one that shares it
-    begins at a position above 0, as many as the prefix has tokens. Each place sees its own conversation up to itself,
-    and the prefix.
-    """
-    places = torch.arange(positions.shape[1], device=positions.device)
-    begins = positions.diff(dim=1, prepend=positions[:, :1]) != 1
-    conversation = torch.where(begins, places, 0).cummax(1).values  # the place where it begins
-    prefix = positions.gather(1, conversation)
-    if not prefix.any():
-        return None
-    is_own = (conversation[:, :, None] == conversation[:, None]) & (places <= places[:, None])
-    return (is_own | (places < prefix[:, :, None]))[:, None]
-
-
-@torch.no_grad()
-def reads_shared_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Tries whether conversations of `length` tokens at most may share a prefix: the model predicts the same.
-
-    One that keeps a state of the text does not, nor one of a short window, or whose attention takes no mask of ours.
-    """
-    text = model.config.get_text_config()
-    length = int(min(length, positions_of(model)))
-    ids = torch.randint(text.vocab_size, (2 * length,), generator=torch.Generator()).tolist()
-    shared = length // 4
-    first, second = (ids[: length // 2], ids[:1]), ([*ids[:shared], *ids[length:-shared]], ids[:1])
-    try:
-        with evaluating(model):
-            if text._attn_implementation != "sdpa" or not keeps_keys_and_values(model, ids[:1]):
-                return False
-            samples = [*answer_samples([second], 1), *answer_samples([first, second], 2, shared)]
-            alone, joined = (logits_at(model, collate([sample])) for sample in samples)
-        check_same("", alone, joined[1:])
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-        return False
-    return True
+    names = [name for name in ("input_ids", "position_ids") if name in known]
+    return {**{name: batch[name].to(device) for name in names}, "use_cache": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, takewhile
+from itertools import islice
 from math import inf, isfinite
 from typing import Any
 
@@ -17,30 +17,24 @@ from ..domains.packing import Domain
 from ..errors import StructPruneError
 from ..forward.generation import end_tokens
 from ..system.fingerprint import fingerprint
-from .answers import LENGTHS, LONGEST, Answers, answers_file, prompts_of, writer_of
-from .samples import Sample, answer_samples, in_parts, reads_shared_prefix, text_sample
+from .answers import Answers, kept_answers, prompts_of, writer_of
+from .samples import Sample, answer_samples, in_parts, text_sample
 from .teacher import Teacher, measure_samples
 from .text import MEASURED, OTHER_TEXT, VALIDATION
 
 
 ANSWERS = "answers"
-# The prompts whose answers are not trained on but measured, and the tokens of such an answer at most.
-ASIDE, ASIDE_TOKENS = 32, 64
 
 
 class TrainingData:
-    """The samples of a recovery in their order, and by kind of text those that it is measured on.
+    """The `samples` of a recovery in their order, and by kind of text those that are `measured` and not read.
 
-    Attributes:
-        samples: The samples to train on; batches of texts and of answers take turns.
-        measured: The samples of each kind of text that no step reads.
-        weights: The share of each kind in the validation loss.
+    Batches of texts and of answers take turns. `weights` are the shares of the kinds in the validation loss.
 
     Args:
         domains: The training text, with the held-out text of the same kinds.
         validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
         other: Rows of text by which nothing is chosen, each of shape `(tokens,)`.
-        model: The model that is trained.
         seeds: Two seeds: the first orders the samples, and the second chooses the text.
     """
 
@@ -73,7 +67,7 @@ class TrainingData:
 
         answers: list[Sample] = []
         if teacher is not None and len(replaced):
-            aside, asked = _answers_of(teacher, model, config.prompts, replaced, text_seed)
+            aside, asked = _answers_of(teacher, config.prompts, replaced, text_seed)
             self.measured[ANSWERS], answers = [*islice(aside, most)], [*asked]
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order_seed))
         batch_size = max(1, arguments.train_batch_size)  # of 0 or less, the Trainer says what is wrong
@@ -82,8 +76,8 @@ class TrainingData:
             self._take_from(teacher, model, arguments.bf16)
 
     def _take_from(self, teacher: Teacher, model: PreTrainedModel, mixed: bool) -> None:
-        """Keep what the teacher predicts for all samples, and spell them as the model reads them."""
-        teacher.keep_states(self.samples, torch.bfloat16, mixed)  # which takes half of the room
+        # All samples are spelled as the model reads them.
+        teacher.keep_states(self.samples, torch.bfloat16, mixed)  # which takes half of the memory
         teacher.keep_states([sample for samples in self.measured.values() for sample in samples])
         teacher.release()
         if (parts := teacher.parts) is None:
@@ -119,39 +113,25 @@ class TrainingData:
 
 
 def _answers_of(
-    teacher: Teacher, model: PreTrainedModel, prompts_file: str | None, texts: Tensor, seed: int
+    teacher: Teacher, prompts_file: str | None, texts: Tensor, seed: int
 ) -> tuple[Iterator[Sample], Iterator[Sample]]:
-    """Makes samples of a teacher's answers as long as texts: to measure on, without end, and one for each text."""
+    """Makes samples of a teacher's answers: to measure on, without end, and one for each text, as long as that."""
     dense, tokenizer = teacher.model, teacher.tokenizer
     assert dense is not None and tokenizer is not None  # it has read the text
     prompts, places = prompts_of(prompts_file, dense, tokenizer, texts, seed), texts.shape[1] - 1
-    shared = _shared_prefix(prompts, texts.shape[1], model, dense)
     write, weights, ends = writer_of(dense, tokenizer), fingerprint(dense), end_tokens(dense, tokenizer)
-    count = min(ASIDE, len(prompts) // 2)
+    count = min(32, len(prompts) // 2)  # whose answers are measured
     aside, asked = (
-        Answers(part, write, answers_file(weights, ends, part, seed), seed)
+        Answers(part, write, kept_answers(weights, ends, part, seed), seed)
         for part in (prompts[:count], prompts[count:])
     )
-    measured_on = answer_samples(aside.conversations(ASIDE_TOKENS), places, shared)
-    return measured_on, asked.samples(len(texts), places, shared)
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]], seq_length: int, *models: PreTrainedModel) -> int:
-    """Counts the tokens with which all prompts begin, or gives 0 if a model cannot read them once.
-
-    The turn of the system can be more than half of a sample; read once, it costs half of the time less.
-    """
-    same = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*prompts, strict=False)))
-    shared = min(same, min(map(len, prompts)) - 1)
-    longest = max(LONGEST + LENGTHS[-1], seq_length)
-    return shared if all(reads_shared_prefix(model, longest) for model in models) else 0
+    measured_on = answer_samples(aside.conversations(64), places)
+    return measured_on, asked.samples(len(texts), places)
 
 
 def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
-    """Mixes texts and answers evenly, each in their order, in batches of one kind; those not full come last.
-
-    With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
-    """
+    """Mixes texts and answers evenly, each in their order, in batches of one kind; those not full come last."""
+    # With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
     batches: list[tuple[bool, float, Sequence[Sample]]] = []
     for samples in (texts, answers):
         for start in range(0, len(samples), batch_size):

@@ -22,9 +22,8 @@ from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..forward.metrics import MIN_DOCUMENTS
-from ..system.fingerprint import kept_text
+from ..system.fingerprint import KeptText
 from ..system.processes import broadcast_object, process_index
-from ..written import append_line, whole_lines
 
 
 MAX_TOKENS = 4096  # of other text, of all documents together
@@ -105,16 +104,15 @@ def _written(
 def _from_hub(count: int) -> Iterator[str]:
     """The first rows of data sets of many kinds, which are kept on the disk."""
     parts = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
-    path = kept_text(OTHER, count, [part.to_dict() for part in parts])
-    texts = [*whole_lines(path)]
+    kept = KeptText(OTHER, count, [part.to_dict() for part in parts])
+    texts = kept.read().get(OTHER, [])
     if not texts and process_index() == 0:
         with suppress(Exception):  # of the network, of the Hub, or of the disk
             from huggingface_hub import HfApi
 
             HfApi().dataset_info(parts[0].source, timeout=HUB_SECONDS)
             texts = [text for part in parts for text in islice(documents(part, None), 2 * ceil(count / len(parts)))]
-            for text in texts:
-                append_line(path, text)
+            kept.add(OTHER, texts)
     texts = broadcast_object(texts)
     if not texts:
         raise StructPruneError("No text of the Hub can be read.")

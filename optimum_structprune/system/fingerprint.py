@@ -1,4 +1,4 @@
-"""Hashes models, samples and vocabularies by what they hold, and names files by such hashes."""
+"""Hashes models, samples and vocabularies by what they hold, and keeps text in files named by such hashes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import StructPruneError
+from ..written import append_line, whole_lines
 from .offloading import weight_of
 
 
@@ -69,9 +71,25 @@ def json_hash(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def kept_text(kind: str, *key: Any) -> Path:
-    """Name the file that keeps model-written text of a kind, by all that it depends on."""
-    return Path(constants.HF_HOME, "structprune", f"{kind}-{json_hash(key)[:24]}.jsonl").expanduser()
+class KeptText:
+    """Keeps batches of text for later runs, in a file that is named by its kind and all that it depends on."""
+
+    def __init__(self, kind: str, *depends_on: Any):
+        name = f"{kind}-{json_hash(depends_on)[:24]}.jsonl"
+        self.path = Path(constants.HF_HOME, "structprune", name).expanduser()
+
+    def read(self) -> dict[str, Any]:
+        """Read the batches by their names."""
+        return dict(whole_lines(self.path))
+
+    def add(self, name: str, batch: Any) -> None:
+        """Add a batch to the file."""
+        try:
+            append_line(self.path, [name, batch])
+        except OSError as error:
+            raise StructPruneError(
+                f"Self-written text cannot be kept in {self.path.parent} ({error}); set HF_HOME to another folder."
+            ) from error
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -18,16 +18,10 @@ from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.forward.metrics import divergence
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import Answers, builtin_prompts, prompts_of
-from optimum_structprune.recovery.samples import (
-    answer_samples,
-    collate,
-    in_parts,
-    logits_at,
-    reads_shared_prefix,
-    text_sample,
-)
+from optimum_structprune.recovery.samples import answer_samples, collate, in_parts, logits_at, text_sample
 from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
 from optimum_structprune.recovery.trainer import DistillTrainer
+from optimum_structprune.system.fingerprint import KeptText
 from optimum_structprune.vocabulary.parts import Parts
 
 
@@ -128,12 +122,12 @@ def test_answers_are_written_once_and_grow(tmp_path):
         return [[*prompt[:1], *[7] * (length - 1)] for prompt in prompts]
 
     prompts = [[i, i + 1] for i in range(20)]
-    samples = list(Answers(prompts, write, tmp_path / "kept.jsonl", 0).samples(8, 64))
+    samples = list(Answers(prompts, write, KeptText("answers"), 0).samples(8, 64))
     assert [int(sample["targets"].ne(-100).sum()) for sample in samples] == [64] * 8
     assert [length for length, _ in calls] == sorted(length for length, _ in calls) and len({*calls}) == len(calls)
-    with (tmp_path / "kept.jsonl").open("a") as file:
-        file.write('{"batch": "16/9", "ans')
-    again = list(Answers(prompts, None, tmp_path / "kept.jsonl", 0).samples(8, 64))
+    with KeptText("answers").path.open("a") as file:
+        file.write('["16/9", [')
+    again = list(Answers(prompts, None, KeptText("answers"), 0).samples(8, 64))
     assert all(torch.equal(a[name], b[name]) for a, b in zip(samples, again, strict=True) for name in a)
 
 
@@ -150,25 +144,8 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
     torch.testing.assert_close(found[:8], torch.cat(alone)[:8])
 
 
-def test_a_shared_prefix_is_read_once_and_changes_nothing():
-    """Where a state or a window carries text on, or attention takes no mask, it is read with each conversation."""
-    pairs = [([5, 6, 7, 20], [8, 9, 2]), ([5, 6, 10], [11, 2]), ([5, 6, 12, 13], [15, 16, 17, 18])]
-    (each,), (once,) = (answer_samples(pairs, 8, shared) for shared in (0, 2))
-    assert len(once["input_ids"]) == len(each["input_ids"]) - 4
-    for case in ("llama-tied", "qwen2_moe", "gpt2-tied"):
-        model = build(case).eval()
-        assert reads_shared_prefix(model, 64)
-        text = text_sample(token_ids(1, 9)[0])
-        found = [logits_at(model, collate([sample, text])) for sample in (each, once)]
-        torch.testing.assert_close(*found)
-    assert not any(
-        reads_shared_prefix(build(case).eval(), 64) for case in ("mistral", "gemma2", "lfm2", "falcon-alibi")
-    )
-    assert reads_shared_prefix(build("mistral").eval(), 4) and not reads_shared_prefix(build("mistral").eval(), 5)
-
-
 def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_together_as_alone():
-    """Also with a prefix that is read once, and of a teacher that runs each time."""
+    """Also of a teacher that runs each time."""
     pairs = [([5, 80, 7, 61, 20], [70, 9, 2]), ([5, 80, 90], [11, 95]), ([5, 80, 12, 13], [15, 66, 17, 18])]
     parts = Parts(
         [*((token,) for token in range(60)), *((token % 8, token % 5, token % 3) for token in range(36))], 60
@@ -177,18 +154,15 @@ def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_t
         student = build(case, seed=1)
         student.resize_token_embeddings(60)
         teacher, found = Teacher(build(case), tokenizer(), parts), []
-        for shared, chosen in ((0, pairs), (2, pairs), *((0, [pair]) for pair in pairs)):
-            if shared and case == "gemma2":
-                continue
-            dense = [*answer_samples(chosen, sum(len(answer) for _, answer in chosen), shared)]
+        for chosen in (pairs, *([pair] for pair in pairs)):
+            dense = [*answer_samples(chosen, sum(len(answer) for _, answer in chosen))]
             teacher.keep_states(dense)
             found.append(measure_samples(student, [in_parts(sample, parts) for sample in dense], teacher))
-        alone = found[-3:]
+        together, *alone = found
         for name in ("kl", "loss", "teacher"):
-            expected = sum(of["tokens"] * of[name] for of in alone) / sum(of["tokens"] for of in alone)
-            for together in found[:-3]:
-                torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5)
-        assert found[0]["tokens"].tolist() == [9] and found[0]["kl"] > 0.01
+            expected = sum(one["tokens"] * one[name] for one in alone) / sum(one["tokens"] for one in alone)
+            torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5)
+        assert together["tokens"].tolist() == [9] and together["kl"] > 0.01
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
