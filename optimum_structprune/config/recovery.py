@@ -21,12 +21,7 @@ TRAINING = {
     "report_to": "none",
 }
 
-# A training on fewer tokens takes one sample in each step and is measured at quarters; a longer one takes as many as
-# here and is measured at eighths.
-SHORT, BATCH_SIZE = 50_000, 4
-
-# The learning rates of the ways to train.
-RATES = {"lora": 1e-3, "full": 1e-4}
+RATES = {"lora": 1e-3, "full": 1e-4}  # learning rates
 
 
 @config_class

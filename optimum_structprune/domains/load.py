@@ -33,24 +33,11 @@ from ..errors import StructPruneError
 from ..forward.metrics import MEASURED_TOKENS
 from ..registry import did_you_mean
 from .manifest import Manifest
-from .packing import (
-    DOCUMENTS_PER_CALL,
-    HELDOUT,
-    PROBE,
-    USED,
-    DocumentPool,
-    Domain,
-    SampleFormat,
-    Tokens,
-    check_vocabulary,
-    tokenised,
-)
+from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
 from .sources import documents
 
 
 WRITTEN = SELF + ANY
-BEGINNING = 64  # tokens of a document that is held out beyond need: the margin of error is one over documents
-
 logger = logging.getLogger(__name__)
 
 
@@ -85,16 +72,10 @@ def load_domains(
     writer: PreTrainedTokenizerBase | None = None,
     writes: bool = True,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config.
+    """Reads, tokenises and packs the domains of a config, `heldout_samples` of each held out, or the share `holdout`.
 
-    Args:
-        config: The config.
-        tokenizer: The tokenizer of the samples.
-        model: The model that writes domains of its own text.
-        heldout_samples: The number of held-out samples of a domain; None takes the share `config.holdout`.
-        seen: The text of an earlier run, whose documents keep their use.
-        writer: The tokenizer that the model writes with, by default `tokenizer`.
-        writes: Whether the model writes; otherwise such domains are left out.
+    Documents of the text `seen` by an earlier run keep their use. The model writes domains of its own text, with the
+    tokenizer `writer` if that is another one; such domains are left out unless it `writes`.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -116,14 +97,13 @@ def load_domains(
             if written_by_model(domain) == written:
                 write_all = partial(write, tokens=packer.tokens(index)) if write else None
                 texts = documents(domain, config.seed, tokenizer, write_all)
-                at_once = 1 if written else DOCUMENTS_PER_CALL
-                pools[index] = DocumentPool(tokenised(texts, tokenizer, at_once))
+                pools[index] = DocumentPool(tokenised(texts, tokenizer, 1 if written else 32))
         loaded |= packer.load(pools)
     return [loaded[index] for index in sorted(loaded)]
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
-    """Domains from inputs that are ready for the model, in equal shares. `inputs` has the shape `(samples, ...)`."""
+    """Makes domains of inputs that are ready for the model, each `(samples, ...)`, in equal shares."""
     domains = []
     for name, samples in inputs.items():
         aside = num_heldout(len(samples), holdout)
@@ -138,24 +118,17 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
 
 
 def num_heldout(num_samples: int, holdout: float) -> int:
-    """The number of held-out samples beside `num_samples` for calibration: their share `holdout`, and 2 at least."""
+    """Counts the held-out samples beside `num_samples` for calibration: their share `holdout`, and 2 at least."""
     return max(2, round(holdout * num_samples))
 
 
 class Needs(NamedTuple):
-    """Numbers of tokens of a domain. Taken in this order, each is the same text in all runs.
-
-    Attributes:
-        heldout: The tokens that the report measures, whatever `num_samples` is.
-        calibration: The tokens that calibrate.
-        probe: The tokens that choices are made on; 0 where nothing is chosen.
-        more_heldout: More to measure, as far as there is text, of the beginnings of many documents.
-    """
+    """Numbers of tokens of a domain. Taken in this order, each is the same text in all runs."""
 
     heldout: int
     calibration: int
-    probe: int
-    more_heldout: int
+    probe: int  # 0 where nothing is chosen
+    more_heldout: int  # as far as there is text, of the beginnings of many documents
 
 
 @dataclass(frozen=True)
@@ -183,7 +156,8 @@ class _Packer:
     ) -> dict[int, list[list[Tokens]]]:
         needs = {index: self._needs(num_samples, index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
-        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING)
+        # Beyond need, the beginnings of many documents are held out: the margin of error is one over documents.
+        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, 64)
         for step, (use, longest) in enumerate(steps):
             for index, pool in pools.items():
                 texts[index].append(pool.take(self.frame, needs[index][step], use, uses, longest))
@@ -207,7 +181,7 @@ class _Packer:
         )
 
     def tokens(self, index: int) -> int:
-        """Gives the number of tokens of a domain that a run cannot do without."""
+        """Counts the tokens of a domain that a run cannot do without."""
         return sum(self._needs(self.config.num_samples, index)[:3])
 
     def _needs(self, num_samples: int, index: int) -> Needs:
@@ -264,7 +238,7 @@ def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
 
 
 def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
-    """All presets by name, those of a file over the built-in ones: fields of a domain and a licence, or a `mix`."""
+    """Reads all presets by name, those of a file over the built-in ones: fields of a domain, or a `mix`."""
     table = {**read_yaml(Path(__file__).with_name("presets.yaml")), **(read_yaml(file) if file else {})}
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
@@ -304,12 +278,12 @@ def _filled(
 
 
 def builtin_domains() -> list[DomainConfig]:
-    """The domains where none are named, in equal shares; they need no download."""
+    """Gives the domains where none are named, in equal shares; they need no download."""
     return [DomainConfig(name=name, source=f"{BUILTIN}{name}") for name in ("prose", "code", "math")]
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a config, or the built-in ones, followed by the general text where it has a share."""
+    """Gives the domains of a config, or the built-in ones, and the general text where it has a share."""
     domains = builtin_domains() if config.domains is None else config.domains
     share = config.general_share
     if share is None:

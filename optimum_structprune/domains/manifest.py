@@ -28,9 +28,6 @@ from .packing import HELDOUT, PROBE, USED, Domain
 
 
 MANIFEST_NAME = "calibration_manifest.json"
-LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
-# What tells one data set from another; a different split of the same data holds other documents.
-WHERE = ("dataset_config", "split", "revision")
 # What an entry's documents were for, in words.
 CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
 COUNTED, JUDGED = "counted to choose tokens", "judged by"
@@ -57,7 +54,7 @@ class Entry:
 
     @classmethod
     def of(cls, domain: Domain, use: str = CALIBRATED) -> "Entry":
-        """The entry of a domain that was loaded."""
+        """Makes the entry of a domain that was loaded."""
         return cls(
             name=domain.name,
             origin={} if domain.origin is None else domain.origin.to_dict(),
@@ -80,7 +77,8 @@ class Entry:
             return source == self.name or self._is_from(source)
         if not isinstance(source.source, str):
             return False  # an object in memory has no name by which it could be known
-        same = all(getattr(source, key) == self.origin.get(key) for key in WHERE)
+        # A different split of the same data holds other documents.
+        same = all(getattr(source, key) == self.origin.get(key) for key in ("dataset_config", "split", "revision"))
         return bool(self.origin) and self._is_from(source.source) and same
 
     def _is_from(self, source: str) -> bool:
@@ -111,12 +109,13 @@ class Manifest(Record):
     def of(
         cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
     ) -> "Manifest":
-        """The manifest of domains that were loaded."""
+        """Makes the manifest of domains that were loaded."""
+        libraries = ("torch", "transformers", "datasets", "tokenizers")
         return cls(
             seed=config.seed,
             seq_length=config.seq_length,
             tokenizer=getattr(tokenizer, "name_or_path", ""),
-            versions={"optimum-structprune": __version__, **{name: version(name) for name in LIBRARIES}},
+            versions={"optimum-structprune": __version__, **{name: version(name) for name in libraries}},
             domains=[Entry.of(domain) for domain in domains],
         )
 
@@ -129,17 +128,15 @@ class Manifest(Record):
         return cls.load(path) if name and path.is_file() else None
 
     def with_entries(self, entries: Sequence[Entry]) -> "Manifest":
-        """The manifest with what a training has used as well."""
+        """Adds what a training has used."""
         return replace(self, domains=[*self.domains, *entries])
 
     def after(self, earlier: "Manifest | None") -> "Manifest":
         """Adds the text of an earlier run, whose result was the dense model of this one."""
-        return self.with_entries(
-            [replace(entry, use=EARLIER) for entry in ([] if earlier is None else earlier.domains)]
-        )
+        return self.with_entries([replace(entry, use=EARLIER) for entry in (earlier.domains if earlier else ())])
 
     def of_use(self, use: str) -> list[Entry]:
-        """The domains that were used for one thing."""
+        """Gives the domains that were used for one thing."""
         return [entry for entry in self.domains if entry.use == use]
 
     def uses(self) -> dict[str, str]:
@@ -207,12 +204,12 @@ def remember_text(model: Any, tokenizer: Any = None, manifest: Manifest | None =
 
 
 def _count(samples: Tensor) -> int:
-    """The number of tokens, shape `(samples, seq_length)`, or of what is no text, as images are."""
+    # Of what is no text, as images are, the samples count.
     return samples.numel() if samples.dim() == 2 else len(samples)
 
 
 def _place(source: Any) -> str:
-    """The hash of a local path, which means the same file from every working folder and does not show it."""
+    # The hash of a local path means the same file from every working folder, and does not show it.
     path = os.path.expanduser(source) if isinstance(source, str) else ""
     return sha256(os.path.realpath(path).encode()).hexdigest() if path and os.path.exists(path) else ""
 

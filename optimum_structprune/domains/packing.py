@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from math import log, nan
 
 import torch
@@ -18,11 +18,9 @@ from ..errors import StructPruneError
 from .templates import chat_text
 
 
-DOCUMENTS_PER_CALL = 32
 # What a document is for: one thing, in all domains and in all runs that a model comes from.
 HELDOUT, USED, PROBE = "held out", "used", "probe"
-# A text that repeats itself forever ends after so many documents in a row that are for something else.
-MAX_PASSED_DOCUMENTS = 10_000
+MAX_PASSED_DOCUMENTS = 10_000  # in a row that are for something else, as a text may repeat itself forever
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class SampleFormat:
 
     @property
     def body(self) -> int:
-        """The number of tokens of text in a sample: all but the prefix."""
+        """Counts the tokens of text in a sample: all but the prefix."""
         return self.seq_length - (self.prefix is not None)
 
     def take(self, tokenised: Iterator[Tokens], need: int) -> list[Tokens]:
@@ -71,7 +69,7 @@ class SampleFormat:
         return taken
 
     def length(self, documents: Sequence[Tokens]) -> int:
-        """The number of tokens in documents, those between two of them included."""
+        """Counts the tokens in documents, those between two of them included."""
         between = max(len(documents) - 1, 0) * (self.eos is not None)
         return sum(len(document.ids) for document in documents) + between
 
@@ -108,13 +106,12 @@ class DocumentPool:
         Of each, the first `longest` tokens count, by default all.
         """
         passed: list[Tokens] = []
-        fitting = self._fitting(use, uses, passed)
-        cut = (Tokens(text.ids[:longest], text.hash) for text in fitting)
+        cut = (Tokens(text.ids[:longest], text.hash) for text in self._free(use, uses, passed))
         taken = frame.take(cut, need)
         self._rest = chain(passed, self._rest)
         return taken
 
-    def _fitting(self, use: str, uses: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
+    def _free(self, use: str, uses: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
         missed = 0
         for document in self._rest:
             if uses.setdefault(document.hash, use) == use and document.hash not in self._aside:
@@ -134,7 +131,7 @@ class DocumentPool:
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS, if any."""
+    """Finds the token at the head of a text: the tokenizer's own, else its BOS, else its EOS, if any."""
     special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     if special[:1] != plain[:1]:
@@ -143,22 +140,20 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text behind that at its head."""
+    """Gives the tokens of a text behind that at its head."""
     prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if prefix is None else [prefix, *ids]
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a model answers: messages in its chat template, or an opening where it has none."""
+    """Gives the tokens that a model answers: messages in its chat template, or an opening where it has none."""
     if not tokenizer.chat_template:
         return tokenize_with_prefix(opening, tokenizer)
     text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def tokenised(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, at_once: int = DOCUMENTS_PER_CALL
-) -> Iterator[Tokens]:
+def tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, at_once: int = 32) -> Iterator[Tokens]:
     """Gives the tokens of documents. One that has none is left out."""
     while batch := list(islice(texts, at_once)):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
@@ -210,7 +205,7 @@ def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
 
 
 def document_hash(text: str) -> str:
-    """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
+    """Hashes a text in UTF-8 by SHA-256, in hexadecimal digits."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -235,11 +230,11 @@ class Passages:
         self.bytes = sum(len(text.encode()) for texts in self.texts for text in texts)
 
     def bits_per_byte(self, losses: Tensor) -> float:
-        """The bits per byte that the samples cost, from the total loss of each in nats, shape `(samples,)`."""
+        """Gives the bits per byte that the samples cost, from the total loss of each in nats, shape `(samples,)`."""
         return float(losses.mean()) * len(self.texts) / log(2) / self.bytes if self.bytes else nan
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:
-        """The samples as ids of another tokenizer in packed text, shape `(tokens,)`, in numbers that differ."""
+        """Spells the samples as ids of another tokenizer in packed text, each of shape `(tokens,)`."""
         prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
         if prefix is None:
             raise StructPruneError(
@@ -265,14 +260,9 @@ class Passages:
 
 
 def _documents(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The documents of a sample, which lie between EOS tokens, as text."""
-    eos = tokenizer.eos_token_id
-    parts: list[list[int]] = [[]]
-    for token in ids:
-        if token == eos:
-            parts.append([])
-        else:
-            parts[-1].append(token)
+    # The documents of a sample lie between EOS tokens.
+    ends = [-1, *(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id), len(ids)]
+    parts = [ids[before + 1 : end] for before, end in pairwise(ends)]
     texts = [str(tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in parts]
     texts[0] = texts[0].lstrip("\ufffd")
     texts[-1] = texts[-1].rstrip("\ufffd")

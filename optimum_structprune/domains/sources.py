@@ -7,7 +7,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob, has_magic
 from heapq import heappop, heappush
@@ -28,23 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-SAVED_FILES = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 HUB_BUFFER_ROWS = 10_000
 LOCAL_BUFFER_TEXTS = 100_000
 TEXTS = Path(__file__).with_name("texts")
 BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
-SECTION_CHARACTERS = 4_000  # characters of the parts that long texts are cut into
 PART_CHARACTERS = 800  # characters of the parts by which kinds of text take turns
+SECTION_CHARACTERS = 4_000  # characters of the parts that long texts are cut into
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A domain, the seed of its order, and the tokenizer that renders its conversations."""
-
-    domain: DomainConfig
-    seed: int | None
-    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def documents(
@@ -53,8 +42,9 @@ def documents(
     tokenizer: PreTrainedTokenizerBase | None = None,
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
-    """The texts of a domain in an order that the seed chooses, without the blank ones."""
-    return (text for text in _texts(_Reading(domain, seed, tokenizer), write) if text.strip())
+    """Gives the texts of a domain in an order that the seed chooses, without the blank ones."""
+    texts = _texts(domain, seed, lambda row: rendered(row, domain, tokenizer), write)
+    return (text for text in texts if text.strip())
 
 
 def check_source(domain: DomainConfig) -> None:
@@ -68,16 +58,20 @@ def check_source(domain: DomainConfig) -> None:
 
 
 def endless(domain: DomainConfig) -> bool:
-    """Tells if reading a domain may take forever: text that a model writes, or that streams from the Hub."""
+    """Is true if reading a domain may take forever: text that a model writes, or that streams from the Hub."""
     source = domain.source
     return isinstance(source, str) and not (source.startswith(BUILTIN) or _saved(domain) or _files(domain))
 
 
-def _texts(reader: _Reading, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
-    domain, seed = reader.domain, reader.seed
+def _texts(
+    domain: DomainConfig,
+    seed: int | None,
+    render: Callable[[Row], str],
+    write: Callable[[str, int], Iterator[str]] | None,
+) -> Iterator[str]:
     source = domain.source
     if not isinstance(source, str):
-        return _from_memory(reader)
+        return _from_memory(domain, seed, render)
     if source.startswith(IN_MEMORY):
         raise StructPruneError(
             f"The domain {domain.name!r} was read from a {source.removeprefix(IN_MEMORY)} in memory, which a saved "
@@ -90,31 +84,31 @@ def _texts(reader: _Reading, write: Callable[[str, int], Iterator[str]] | None) 
             raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
         return write(source.removeprefix(SELF), seed or 0)
     if _saved(domain):
-        return _from_dataset(_load_saved(domain), reader)
+        return _from_dataset(_load_saved(domain), seed, render)
     if files := _files(domain):
-        return _shuffled(_from_files(files, reader), seed)
+        return _shuffled(_from_files(domain, _reordered(files, seed), render), seed)
     what = f"{source!r} is no local file or folder, and as a dataset of the Hub it"
-    return _rows(_guarded(domain, what, _hub_rows, reader), reader)
+    return map(render, _guarded(domain, what, _hub_rows, domain, seed))
 
 
-def _from_memory(reader: _Reading) -> Iterator[str]:
+def _from_memory(domain: DomainConfig, seed: int | None, render: Callable[[Row], str]) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
-    datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
+    datasets, source = sys.modules.get("datasets"), domain.source
     if datasets is not None and isinstance(source, datasets.Dataset):
-        return _from_dataset(source, reader)
+        return _from_dataset(source, seed, render)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
-        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER_ROWS), reader)
-    return _shuffled(_items(source, reader), seed)
+        return map(render, _buffered(source, seed))
+    return _shuffled(_items(domain, render), seed)
 
 
-def _from_dataset(dataset: Dataset, reader: _Reading) -> Iterator[str]:
-    return _rows((dataset[i] for i in _reordered(range(len(dataset)), reader.seed)), reader)
+def _from_dataset(dataset: Dataset, seed: int | None, render: Callable[[Row], str]) -> Iterator[str]:
+    return (render(dataset[i]) for i in _reordered(range(len(dataset)), seed))
 
 
 def _saved(domain: DomainConfig) -> bool:
-    """Tells if the source is a folder that `save_to_disk` wrote."""
+    # A folder that `save_to_disk` wrote.
     folder = os.path.expanduser(domain.source)
-    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_FILES)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
 def _load_saved(domain: DomainConfig) -> Dataset:
@@ -162,17 +156,16 @@ def _files(domain: DomainConfig) -> list[Path]:
     return files
 
 
-def _from_files(files: list[Path], reader: _Reading) -> Iterator[str]:
-    domain, order = reader.domain, _reordered(files, reader.seed)
+def _from_files(domain: DomainConfig, files: list[Path], render: Callable[[Row], str]) -> Iterator[str]:
     for kind in dict.fromkeys(FORMATS.values()):
         # `datasets` fails at a CSV file without a head.
-        paths = [path for path in order if FORMATS[path.suffix.lower()] == kind and path.stat().st_size]
+        paths = [path for path in files if FORMATS[path.suffix.lower()] == kind and path.stat().st_size]
         if kind == "text":
             for path in paths:
                 yield from _guarded(domain, str(path), _read_text, path)
         elif paths:
             what = str(paths[0]) if len(paths) == 1 else f"one of {len(paths)} {kind} files"
-            yield from _rows(_guarded(domain, what, _stream, kind, paths), reader)
+            yield from map(render, _guarded(domain, what, _stream, kind, paths))
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -187,13 +180,15 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
         return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
 
 
-def _hub_rows(reader: _Reading) -> Iterable[Row]:
+def _hub_rows(domain: DomainConfig, seed: int | None) -> Iterable[Row]:
     from datasets import load_dataset
 
-    domain = reader.domain
-    revision = {} if domain.revision is None else {"revision": domain.revision}
-    rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True, **revision)
-    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER_ROWS)
+    where = {"split": domain.split, "revision": domain.revision}
+    return _buffered(load_dataset(domain.source, domain.dataset_config, streaming=True, **where), seed)
+
+
+def _buffered(rows: Any, seed: int | None) -> Iterable[Row]:
+    return rows if seed is None else rows.shuffle(seed=seed, buffer_size=HUB_BUFFER_ROWS)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
@@ -208,16 +203,12 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}{advice}") from error
 
 
-def _rows(rows: Iterable[Row], reader: _Reading) -> Iterator[str]:
-    return (rendered(row, reader.domain, reader.tokenizer) for row in rows)
-
-
-def _items(items: Iterable[Any], reader: _Reading) -> Iterator[str]:
-    for i, item in enumerate(items):
-        if reader.domain.template is not None and isinstance(item, Mapping):
-            yield rendered(item, reader.domain, reader.tokenizer)
+def _items(domain: DomainConfig, render: Callable[[Row], str]) -> Iterator[str]:
+    for i, item in enumerate(domain.source):
+        if domain.template is not None and isinstance(item, Mapping):
+            yield render(item)
         else:
-            yield string(item, reader.domain, f"item {i}")
+            yield string(item, domain, f"item {i}")
 
 
 def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
@@ -242,17 +233,17 @@ def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
 
 
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
-    """The documents of a built-in text in a seeded order; of several kinds of text, as much of each, in turns."""
+    """Gives the documents of a built-in text in a seeded order; of several kinds, as much of each, in turns."""
     names = builtin_kinds(name)
     if len(names) == 1:
         return _sections_of_kind(names[0], Random(seed))
     Random(seed).shuffle(names)
-    whole, size = [_sections_of_kind(kind, Random(seed)) for kind in names], PART_CHARACTERS
-    return _evenly([(part for text in texts for part in sections(text, size)) for texts in whole])
+    whole = [_sections_of_kind(kind, Random(seed)) for kind in names]
+    return _evenly([(part for text in texts for part in sections(text, PART_CHARACTERS)) for texts in whole])
 
 
 def builtin_kinds(name: str) -> list[str]:
-    """The kinds of text that a name of built-in text stands for."""
+    """Names the kinds of text that a name of built-in text stands for."""
     available = sorted(path.name.partition(".")[0] for path in TEXTS.glob("*.txt*"))
     first, *others = name.split("-")
     named = others if first == GENERAL else name.split("+")
@@ -263,7 +254,7 @@ def builtin_kinds(name: str) -> list[str]:
 
 
 def read_kind(kind: str) -> list[str]:
-    """The documents of one kind of text, as its file has them."""
+    """Reads the documents of one kind of text, as its file has them."""
     path = TEXTS / f"{kind}.txt"
     text = path.read_bytes() if path.exists() else gzip.decompress(path.with_suffix(".txt.gz").read_bytes())
     return text.decode().strip("\n").split(BETWEEN)

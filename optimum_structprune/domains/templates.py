@@ -85,7 +85,7 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
 
 
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation in the form of `role` and `content`; parts of a content are joined."""
+    """Gives the messages of a conversation in the form of `role` and `content`; parts of a content are joined."""
     messages = []
     single = isinstance(conversation, Mapping) or not isinstance(conversation, Iterable)
     for item in () if conversation is None else [conversation] if single else conversation:
@@ -136,7 +136,7 @@ def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
 
 
 def string(value: Any, domain: DomainConfig, where: str) -> str:
-    """The value itself, which has to be a string."""
+    """Gives back a value, which has to be a string."""
     if not isinstance(value, str):
         raise StructPruneError(
             f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "

@@ -1,4 +1,4 @@
-"""How near the vectors that an encoder makes of texts are to the dense model's, each read with its own tokenizer."""
+"""Compares the vectors that an encoder makes of texts with the dense model's, each read with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,10 @@ from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
 
 
-# Where a sentence ends, in most scripts. A passage has so many bytes at least, and at most so many characters and
-# tokens; a domain has at most so many passages.
-ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")
-SHORTEST, LONGEST, TOKENS, MOST = 20, 200, 256, 128
+SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
+MOST_SENTENCES = 128  # of a domain
 SET_ASIDE = 8  # one of so many documents that nothing else reads is judged by
-RUN = 8  # sentences of one document that are taken for another one where there are too few documents
 NEAREST = 10  # neighbours of a text
-AT_ONCE = 32  # texts of equal length that run together at most
 # How states of shape `(texts, tokens, channels)` become vectors, by the names of sentence-transformers. All others
 # divide the sum over tokens by a number, which changes no cosine.
 POOLING: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -64,8 +60,10 @@ class Texts(NamedTuple):
 
 
 class Embeddings:
-    """The vectors of texts by domain, and of the same text in 30 languages. Those of the dense model are computed at
-    once, and it is not kept. In the texts that `pairs` names, the second half are translations of the first.
+    """Compares vectors of texts by domain, and of the same text in 30 languages.
+
+    Those of the dense model are computed at once, and it is not kept. In the texts that `pairs` names, the second half
+    are translations of the first.
     """
 
     def __init__(
@@ -76,7 +74,7 @@ class Embeddings:
         languages: bool,
         pairs: Collection[str] = (),
     ):
-        self.texts = {name: of if isinstance(of, Texts) else Texts.one_each(of) for name, of in texts.items()}
+        self.texts = {name: each if isinstance(each, Texts) else Texts.one_each(each) for name, each in texts.items()}
         self.tokenizer, self.pairs = tokenizer, pairs
         by_code = language_texts() if languages and tokenizer is not None else {}
         self.spoken = {code: Texts.one_each(sentences([text]).texts) for code, text in by_code.items()}
@@ -90,20 +88,20 @@ class Embeddings:
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report."""
         report.embeddings, by_language = self.figures(model, "before", "after")
-        report.languages = {code: {**of, **by_language.get(code, {})} for code, of in report.languages.items()}
+        report.languages = {code: {**old, **by_language.get(code, {})} for code, old in report.languages.items()}
 
     def figures(
         self, model: PreTrainedModel, before: str, after: str
     ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-        """The `embedding_figures` of a smaller model by domain, under the names of both models, and by the code of a
-        language. The neighbours of a text are those of all domains, but for its own document.
+        """Gives `embedding_figures` of a smaller model by domain, under the names of both models, and by language.
+
+        The neighbours of a text are those of all domains, but for its own document.
         """
         (ours, ours_spoken), (theirs, theirs_spoken) = self._vectors(model), self.dense
         by_domain = dict[str, dict[str, dict[str, float]]]()
         for name, texts in self.texts.items():
-            more, dense_more = (
-                torch.cat([by[name][:0], *(of for other, of in by.items() if other != name)]) for by in (ours, theirs)
-            )
+            others = [other for other in self.texts if other != name]
+            more, dense_more = (torch.cat([by[name][:0], *map(by.__getitem__, others)]) for by in (ours, theirs))
             figures = embedding_figures(ours[name], theirs[name], more, dense_more, texts.documents)
             by_domain[name] = {before: {}, after: figures}
             for which, by in ((after, ours), (before, theirs)) if name in self.pairs else ():
@@ -116,10 +114,9 @@ class Embeddings:
         }
 
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rows = [rows_of(of.texts, self.tokenizer, model) for of in (*self.texts.values(), *self.spoken.values())]
-        vectors = embed(model, [row for of in rows for row in of], self.pooling).split([*map(len, rows)])
-        of_texts, of_spoken = vectors[: len(self.texts)], vectors[len(self.texts) :]
-        return dict(zip(self.texts, of_texts, strict=True)), dict(zip(self.spoken, of_spoken, strict=True))
+        rows = [rows_of(each.texts, self.tokenizer, model) for each in (*self.texts.values(), *self.spoken.values())]
+        vectors = iter(embed(model, [*chain.from_iterable(rows)], self.pooling).split([*map(len, rows)]))
+        return dict(zip(self.texts, vectors, strict=False)), dict(zip(self.spoken, vectors, strict=True))
 
 
 def judged_texts(
@@ -132,13 +129,13 @@ def judged_texts(
 
     Beside what a domain holds out, these are of more documents, as sentences of few say little of others.
     """
-    used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    used = {name for one in domains for name in (*one.documents, *one.heldout_documents, *one.probe_documents)}
     used |= set() if earlier is None else earlier.uses().keys()
     texts, entries = {}, []
     for domain in domains:
         more = dict[str, str]()
         if not (tokenizer is None or domain.origin is None or written_by_model(domain.origin)):
-            every = islice(documents(domain.origin, seed, tokenizer), MOST * SET_ASIDE)
+            every = islice(documents(domain.origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE)
             others = {name: text for text in every if (name := document_hash(text)) not in used}
             more = dict(islice(others.items(), 0, None, SET_ASIDE))
             none = domain.heldout[:0]
@@ -149,47 +146,46 @@ def judged_texts(
 
 
 def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more: Iterable[str] = ()) -> Texts:
-    """The sentences in samples of token ids and in more documents; inputs, and samples without any, as they are."""
+    """Finds the sentences in samples of token ids and in more documents; inputs without any stay as they are."""
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
-    held_out = (text for of in Passages([*samples], tokenizer).texts for text in of)
-    found = sentences([*held_out, *more])
+    found = sentences([*chain.from_iterable(Passages([*samples], tokenizer).texts), *more])
     return found if found.texts else Texts.one_each(samples)
 
 
 def sentences(documents: Sequence[str]) -> Texts:
-    """Gives at most 128 sentences of documents, of each document as many as of others where it has them.
+    """Gives at most `MOST_SENTENCES` of documents, of each document as many as of others where it has them.
 
-    A sentence is taken once, and a long one in parts.
+    A sentence is taken once, if it has 20 bytes, and a long one in parts of up to 200 characters.
     """
     seen, shuffled = set[str](), []
     for number, text in enumerate(documents):
-        parts = (part for sentence in ENDS.split(text) for part in wrap(sentence, LONGEST))
-        new = [*dict.fromkeys(part for part in parts if len(part.encode()) >= SHORTEST and part not in seen)]
+        parts = (part for sentence in SENTENCE_ENDS.split(text) for part in wrap(sentence, 200))
+        new = [*dict.fromkeys(part for part in parts if len(part.encode()) >= 20 and part not in seen)]
         seen |= {*new}
         shuffled.append([(number, part) for part in Random(number).sample(new, len(new))])
     Random(0).shuffle(shuffled)
     one_of_each = chain.from_iterable(zip_longest(*shuffled))
-    found = sorted(islice(filter(None, one_of_each), MOST))
+    found = sorted(islice(filter(None, one_of_each), MOST_SENTENCES))
     numbers = [number for number, _ in found]
-    if len({*numbers}) < MIN_DOCUMENTS:
-        numbers = [number // RUN for number in range(len(found))]
+    if len({*numbers}) < MIN_DOCUMENTS:  # too few for a margin of error, so each run of sentences is taken for one
+        numbers = [number // 8 for number in range(len(found))]
     return Texts([part for _, part in found], numbers)
 
 
 def rows_of(
     texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> list[Tensor]:
-    """Gives texts as token ids, with what a tokenizer puts around them, cut to what the model reads."""
+    """Gives texts as token ids, with what a tokenizer puts around them, cut to what the model reads, 256 at most."""
     if isinstance(texts, Tensor):
         return [*texts]
     assert tokenizer is not None
-    most = int(min(positions_of(model) - 2, TOKENS))  # RoBERTa's first two positions are for padding
+    most = int(min(positions_of(model) - 2, 256))  # RoBERTa's first two positions are for padding
     return [torch.tensor(row[:most]) for row in tokenizer([*texts], verbose=False)["input_ids"]]
 
 
 def pooling_of(model: PreTrainedModel) -> list[str]:
-    """How sentence-transformers pools the states of a model, as its folder says; "mean" where it says nothing."""
+    """Reads how sentence-transformers pools the states of a model; "mean" where its folder does not say."""
     name, commit = str(model.name_or_path), getattr(model.config, "_commit_hash", None)
     with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
 
@@ -213,15 +209,15 @@ def embed(model: PreTrainedModel, rows: Sequence[Tensor], pooling: Sequence[str]
     order, parts = sorted(range(len(rows)), key=lambda n: rows[n].shape), []
     with evaluating(model):
         for _, same in groupby(order, lambda n: rows[n].shape):
-            for batch in torch.stack([rows[n] for n in same]).split(AT_ONCE):
+            for batch in torch.stack([rows[n] for n in same]).split(32):
                 states = last_states(model, batch).float()
-                vectors = [POOLING.get(how, lambda of: of.mean(1))(states) for how in pooling]
+                vectors = [POOLING.get(name, lambda states: states.mean(1))(states) for name in pooling]
                 parts.append(torch.cat(vectors, 1).cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
-    """The last hidden states of a batch, shape `(batch, tokens, channels)`."""
+    """Gives the last hidden states of a batch, shape `(batch, tokens, channels)`."""
     if not model.config.is_encoder_decoder:
         return run_model(model.base_model, ids)[0]
     # T5's classes have no base model inside them, and give logits.
@@ -233,9 +229,10 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
 def embedding_figures(
     vectors: Tensor, dense: Tensor, more: Tensor, dense_more: Tensor, documents: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """How near the vectors of texts are to the dense model's, each of shape `(texts, channels)`: the cosine (mean, 5th
-    percentile, worst), if both have as many channels, and the share of the 10 nearest neighbours that stay, if these
-    texts and the texts in `more` are more than twice as many. Neighbours are of other `documents`.
+    """Compares the vectors of texts with the dense model's, each of shape `(texts, channels)`.
+
+    The cosine (mean, 5th percentile, worst) is given if both have as many channels. The share of the 10 nearest
+    neighbours that stay is given if these texts and those in `more` are twice as many. They are of other `documents`.
     """
     figures: dict[str, float] = {"texts": len(vectors)}
     numbers = torch.tensor([*range(len(vectors))] if documents is None else [*documents])
@@ -250,7 +247,7 @@ def embedding_figures(
 
 
 def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:
-    """The cosine of each vector to these and then the more, shape `(texts, all)`; no document is near to itself."""
+    """Gives the cosine of each vector to these and `more`, shape `(texts, all)`, -inf in its own document."""
     near = normalize(torch.cat([vectors, more]).double())
     cosines = near[: len(vectors)] @ near.T
     cosines[:, : len(vectors)].masked_fill_(documents[:, None] == documents, -inf)
@@ -258,14 +255,15 @@ def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:
 
 
 def kept_share(ours: Tensor, theirs: Tensor) -> float:
-    """The share of the 10 nearest that two models have in common, from the cosines of each, `(texts, all)`."""
+    """Gives the share of the 10 nearest that two models have in common, from the cosines of each, `(texts, all)`."""
     first, second = ours.topk(NEAREST).indices, theirs.topk(NEAREST).indices
     return float((first[:, :, None] == second[:, None]).any(2).double().mean())
 
 
 def kept_margin(ours: Tensor, theirs: Tensor, documents: Tensor) -> float:
-    """Gives the margin of error of that share over documents, by leaving out each in turn (jackknife): a text is also
-    a neighbour of others, so that their shares are not independent.
+    """Estimates the margin of error of that share by leaving out each document in turn (jackknife).
+
+    A text is also a neighbour of others, so their shares are not independent.
     """
     shares = []
     for number in documents.unique():
@@ -275,8 +273,6 @@ def kept_margin(ours: Tensor, theirs: Tensor, documents: Tensor) -> float:
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
-    """The share of right ones where each of a pair of vectors, shape `(pairs, channels)`, looks for the other among
-    all: 0, 0.5 or 1 for each pair, shape `(pairs,)`, fp64.
-    """
+    """Scores how each of a pair of vectors, shape `(pairs, channels)`, finds the other: 0, 0.5 or 1, `(pairs,)`."""
     cosines, right = normalize(texts) @ normalize(translations).T, torch.arange(len(texts))
     return ((cosines.argmax(1) == right).double() + (cosines.argmax(0) == right).double()) / 2

@@ -21,10 +21,9 @@ from ..config.recovery import LORA, RecoveryConfig
 from ..errors import StructPruneError
 
 
-# What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
-PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError, re.error)
-# What training and files of it raise too, where a setting or a file is wrong.
-LIBRARY_ERRORS = (*PEFT_ERRORS, OSError, SafetensorError)
+# What peft, a training and its files raise where a setting or a file is wrong.
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, AttributeError, KeyError, RuntimeError)
+LIBRARY_ERRORS += (ImportError, AssertionError, re.error, OSError, SafetensorError)
 
 
 def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:
@@ -52,10 +51,7 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bo
 
 
 def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Finds the stacked matrices of experts, and those of the routers beside them that are no plain linear layers.
-
-    Both by their names inside a layer. Shapes tell them: models that no family describes are trained as well.
-    """
+    # Both by their names inside a layer. Shapes tell them: models that no family describes are trained as well.
     experts, routers = set[str](), set[str]()
     for name, module in model.named_modules():
         stacked = [leaf for leaf, each in module.named_parameters(recurse=False) if each.ndim == 3]
@@ -71,7 +67,7 @@ def _of_experts(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
 
 def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
-    """Finds the linear layers that an adapter would break: routers, and those that Mamba's kernels do not call."""
+    # An adapter would break routers, and the linear layers that Mamba's kernels do not call.
     names, ends = list[str](), tuple(f".{router}" for router in routers)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight".endswith(ends):
@@ -83,7 +79,7 @@ def _not_called(model: PreTrainedModel, routers: Collection[str]) -> list[str]:
 
 @contextmanager
 def trainable(model: PreTrainedModel, kind: PeftConfig | None) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Put a new adapter on a model, or without one make all its weights trainable, for a training inside `with`.
+    """Put a new adapter on a model, or without one make all its weights trainable, inside `with`.
 
     It yields what is trained, and a function that gives it the values of the start, with which a new adapter changes
     nothing. An error inside `with` does that, and takes the adapter off.
@@ -139,7 +135,7 @@ def adapted(model: PreTrainedModel, kind: PeftConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match.*")
         try:
             with_adapter: PeftModel = get_peft_model(model, kind)
-        except PEFT_ERRORS as error:
+        except LIBRARY_ERRORS as error:
             raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
     _check_tied(with_adapter)
     return with_adapter

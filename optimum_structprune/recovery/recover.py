@@ -1,4 +1,4 @@
-"""Training after pruning on the recovery domains, with or without a teacher; an adapter is merged at the end."""
+"""Trains a pruned model on the recovery domains, with or without a teacher, and saves it."""
 
 from __future__ import annotations
 
@@ -121,11 +121,8 @@ class Recovery:
         teacher: Teacher | None,
         seen: Manifest | None,
     ) -> tuple[list[Domain], Tensor | None, OtherText]:
-        """Read the training text, and with a teacher the validation text and other text.
-
-        A teacher reads in its own tokens, also where the model has lost some. It writes the text of a domain that is
-        written, which is better then, and which the pruning has kept.
-        """
+        # A teacher reads in its own tokens, also where the model has lost some. It writes the text of a domain that is
+        # written, which is better then, and which the pruning has kept.
         config, pruning = self.config, self.pruning
         with stage("domains", {}):
             if teacher is None or teacher.model is None or teacher.tokenizer is None:
@@ -143,10 +140,7 @@ class Recovery:
         inputs: TrainingInputs,
         resume: bool,
     ) -> tuple[PreTrainedModel, RecoveryReport]:
-        """Train the model, and give it back with the numbers of the training.
-
-        It has the values of the best checkpoint, or those of before if these are better.
-        """
+        # The model has the values of the best checkpoint in the end, or those of before if these are better.
         config = self.config
         checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
         before = data.measure(model)

@@ -21,8 +21,6 @@ from ..errors import StructPruneError
 # Tokens of each kind of text, and of answers, that a model is measured on at most; of validation text more, since
 # checkpoints are compared by it.
 MEASURED, COMPARED = 1_024, 2_048
-MOST_HELDOUT = 8  # samples of each domain
-LENGTH = 128  # tokens of a sample at most; short ones give more steps to a small number of tokens
 VALIDATION, OTHER_TEXT = "validation text", "other text"
 # The kind that is kept for validation where the training text is of all built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
@@ -30,7 +28,8 @@ OTHER_KIND = f"{BUILTIN}news"
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
     """Says what to read for the training, by the seed of the pruning: it decides what is held out."""
-    seq_length = config.seq_length or min(pruning.seq_length, LENGTH)
+    # Short samples give more steps to a small number of tokens.
+    seq_length = config.seq_length or min(pruning.seq_length, 128)
     if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
         pruning = replace(pruning, general_share=0.0, general_text=None)
     domains = resolve(config.domains or texts_of(pruning))
@@ -64,7 +63,7 @@ def training_text(
 ) -> list[Domain]:
     """Reads the text to train on and held-out text; neither has had the other's use in what was `seen`."""
     text = text_config(config, pruning)
-    heldout = max(1, min(MOST_HELDOUT, MEASURED // text.seq_length))
+    heldout = max(1, min(8, MEASURED // text.seq_length))
     return load_domains(text, tokenizer, model, heldout, seen)
 
 
@@ -87,5 +86,4 @@ def validation_text(
 
 
 def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
-    """Tells whether some of the text is a mixture of built-in kinds."""
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)

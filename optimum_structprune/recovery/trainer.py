@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from ..config.fields import build
-from ..config.recovery import BATCH_SIZE, RATES, SHORT, TRAINING, RecoveryConfig
+from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating, perplexity_margins, perplexity_of
 from ..record.report import RecoveryReport
@@ -23,17 +23,14 @@ from .text import OTHER_TEXT, VALIDATION
 from .training_data import ANSWERS, TrainingData
 
 
-# The name of what peft trains of rows of tokens, and their learning rate as a share of that of the adapter.
-ROWS, ROWS_SHARE = "trainable_tokens_delta", 0.3
-
-
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """Lays `config.training` over the defaults; without an `output_dir`, checkpoints go to the scratch folder."""
-    own, short = config.training, config.tokens < SHORT
+    # A short training takes one sample in each step, and is measured at quarters.
+    own, short = config.training, config.tokens < 50_000
     strategy, steps = own.get("save_strategy", "steps"), own.get("save_steps", 0.25 if short else 0.125)
     settings = {
         **TRAINING,
-        **{"learning_rate": RATES[config.train], "per_device_train_batch_size": 1 if short else BATCH_SIZE},
+        **{"learning_rate": RATES[config.train], "per_device_train_batch_size": 1 if short else 4},
         # Measuring takes as long in a short training as in a long one.
         **{"save_strategy": strategy, "save_steps": steps, "save_total_limit": 1},
         # The best checkpoint is given back.
@@ -97,16 +94,16 @@ class DistillTrainer(Trainer):
                 bare.disable_input_require_grads()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer as `Trainer.create_optimizer` does, in which rows of tokens move less."""
+        """Make the optimizer as `Trainer.create_optimizer` does, but with 0.3 of the rate for rows of tokens."""
         made = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
-        rows = {id(parameter) for name, parameter in model.named_parameters() if ROWS in name}
+        rows = {id(parameter) for name, parameter in model.named_parameters() if "trainable_tokens_delta" in name}
         for group in [] if made else [*optimizer.param_groups]:
             own = [parameter for parameter in group["params"] if id(parameter) in rows]
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in rows]
-                optimizer.add_param_group({**group, "params": own, "lr": ROWS_SHARE * group["lr"]})
+                optimizer.add_param_group({**group, "params": own, "lr": 0.3 * group["lr"]})
         return optimizer
 
     def outcome(self, seconds: float) -> RecoveryReport:

@@ -38,8 +38,6 @@ from ..written import replace_text, warn_on_error, written_files
 
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
-PATH_FIELDS = ("arch_file", "keep_tokens")
-MAX_QUOTED_CHARACTERS = 200  # of a question or an answer
 # The classes of sentence-transformers that read a folder with its modules.
 SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")
 TEMPLATES = Environment(
@@ -55,9 +53,10 @@ TEMPLATES.filters["table"] = markdown
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a result, each empty where there is none: `report` has the numbers of the run, with those of a
-    training as `recovery`, `domains` the text, `training` the config of one that is no part of the pruning's,
-    `evaluation` and `speed` what was measured later; `dense` is the name of the dense model.
+    """The records of a result, each empty where there is none, and the name of the dense model.
+
+    `report` has the numbers of the run, with those of a training as `recovery`, and `domains` the text. `training` is
+    the config of one that is no part of the pruning's. `evaluation` and `speed` were measured later.
     """
 
     report: Mapping[str, Any]
@@ -107,7 +106,7 @@ class Records:
 
     @property
     def configs(self) -> dict[str, str]:
-        """The settings of the pruning and of the training that differ from the defaults, as YAML by file name."""
+        """Gives the settings of pruning and training that differ from the defaults, as YAML by file name."""
         pruning, training = _changed(StructPruneConfig, self.config), _changed(RecoveryConfig, self.training)
         by_name = {CONFIG_NAME: pruning, RECOVERY_CONFIG_NAME: training}
         return {name: to_yaml(values).strip() for name, values in by_name.items() if values}
@@ -195,16 +194,14 @@ def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, An
 
 
 def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Quote a question and the text of each model; such words never begin a line, where Markdown might read them."""
-    written = [
-        f"{outcome(answer)} ({name}): {shorten(answer['text'], MAX_QUOTED_CHARACTERS)}"
-        for name, answer in item["answers"].items()
+    # Such words never begin a line, where Markdown might read them.
+    answers = item["answers"].items()
+    return shorten(item["prompt"], 200), [
+        f"{outcome(answer)} ({name}): {shorten(answer['text'], 200)}" for name, answer in answers
     ]
-    return shorten(item["prompt"], MAX_QUOTED_CHARACTERS), written
 
 
 def _domains(records: Records, use: str) -> list[list[str]]:
-    """Tabulate the domains of the manifest that were used for one thing."""
     rows = [["domain", "source", "share", "tokens"]]
     for entry in records.domains:
         if entry.get("use", CALIBRATED) == use:
@@ -227,7 +224,7 @@ def short_name(source: str) -> str:
 def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Give the values that differ from the defaults of a config, with names in place of paths."""
     shown = changed(config, values)
-    for name in PATH_FIELDS:
+    for name in ("arch_file", "keep_tokens"):
         if (value := shown.get(name)) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value))):
             shown[name] = short_name(str(value))
     if domains := shown.get("domains"):
@@ -240,8 +237,10 @@ def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model as a card names it: `name` is its id on the Hub or the name of its folder, or empty;
-    `base_model` its id on the Hub; `licence` the fields of its card that tell the licence, and `card` all of them.
+    """The dense model as a card names it.
+
+    `name` is its id on the Hub or the name of its folder, or empty; `base_model` is its id on the Hub. `licence` has
+    the fields of its card that tell the licence, and `card` all of them.
     """
 
     name: str
@@ -259,9 +258,7 @@ class DenseModel:
                 fields = ModelCard.load(folder / CARD if folder.is_dir() else source).data.to_dict()
         # All that is used are texts and lists of them. In lists of lists, YAML's aliases make any number of few lines.
         lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
-        fields = {
-            name: fields[name] for name, values in lists.items() if all(isinstance(each, str) for each in values)
-        }
+        fields = {name: fields[name] for name in lists if all(isinstance(each, str) for each in lists[name])}
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
         licence = {"license": named["license"]} if named.get("license") else licence
@@ -327,7 +324,7 @@ def model_card(
 
 
 def _fields(records: Records, origin: DenseModel, kind: str) -> ModelCardData:
-    """Fill the fields that the Hub reads; it finds models of sentence-transformers by those of the dense one."""
+    # The Hub finds models of sentence-transformers by the fields of the dense one.
     found: dict[str, Any] = {"pipeline_tag": "text-generation" if kind == "AutoModelForCausalLM" else None}
     if kind in SENTENCE_CLASSES:
         found = {"library_name": "sentence-transformers", **origin.card}
@@ -346,16 +343,13 @@ def _fields(records: Records, origin: DenseModel, kind: str) -> ModelCardData:
 
 
 def _is_id(name: Any) -> bool:
-    """Is true if something has the form of a repository's id."""
-    try:
+    with suppress(ValueError):
         validate_repo_id(name)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Say whether only the file that we write runs in llama.cpp, and why not even that."""
     if not config.get_text_config().is_heterogeneous and {*(report.get("widths") or [""])} <= {"mlp", VOCAB}:
         return {"by_layer": False, "gguf_refusal": ""}
     from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal

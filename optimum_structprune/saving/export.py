@@ -83,11 +83,10 @@ def export_uniform(
         _copy_records(model, folder)
         leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
 
-    padding = _padding(model, uniform)
     save_checked(
         uniform, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )
-    return padding
+    return _padding(model, uniform)
 
 
 def export_nemotron_nas(
@@ -126,7 +125,6 @@ def export_nemotron_nas(
             state[name] = padded(name, state[name], sizes_of(layer, pad=False), sizes_of(layer, pad=True))
     llama.load_state_dict(state, assign=True)
     llama.tie_weights()
-    padding = _padding(model, llama)
 
     def write(folder: Path) -> None:
         check_reload(model, folder, type(llama))
@@ -137,7 +135,7 @@ def export_nemotron_nas(
         leave_card(folder, save_directory, config, model.name_or_path, None)
 
     save_checked(llama, save_directory, tokenizer, overwrite, write, lambda *_: None, used)
-    return padding
+    return _padding(model, llama)
 
 
 def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:

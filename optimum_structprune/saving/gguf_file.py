@@ -39,8 +39,6 @@ from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 
 # The type under which a model is written as it is, by its dtype.
 TYPE_OF_DTYPE = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
-# llama.cpp leaves the output head in more bits than the other matrices: what is lost there is lost at every token.
-HEAD, EMBEDDING, HEAD_TYPE = "output.weight", "token_embd.weight", "Q8_0"
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that some models do not mark as special, and that are.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
@@ -128,7 +126,6 @@ def check_gguf(
 
 
 def _quantise(whole: Path, target: Path, kind: str) -> None:
-    """Have llama.cpp quantise a file of 16 bits, which goes."""
     done = subprocess.run([QUANTISER, whole, target, kind], capture_output=True, text=True)
     whole.unlink()
     if done.returncode or not target.is_file():
@@ -138,10 +135,11 @@ def _quantise(whole: Path, target: Path, kind: str) -> None:
 
 def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
     """Choose the type of each tensor of a file by its shape; `kind` is that of the matrices."""
-    kinds, head = gguf.GGMLQuantizationType, HEAD if HEAD in tensors else EMBEDDING
-    types = {}
+    kinds, types = gguf.GGMLQuantizationType, {}
+    head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     for name, shape in tensors.items():
-        wanted = HEAD_TYPE if name == head and kind.lower() in BLOCKS else kind
+        # llama.cpp leaves the head in more bits than other matrices: what is lost there is lost at every token.
+        wanted = "Q8_0" if name == head and kind.lower() in BLOCKS else kind
         # llama.cpp adds and multiplies by vectors in F32 only; a rounded router sends tokens to other experts.
         if len(shape) == 1 or "ffn_gate_inp" in name:
             wanted = "F32"
@@ -225,7 +223,7 @@ def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
-    """Write the name of the model, and the origin that the card beside it names."""
+    # The card beside the model names its origin.
     writer.add_string("structprune.version", __version__)
     folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
     metadata = gguf.Metadata.load(model_path=folder, total_params=total)
@@ -236,7 +234,6 @@ def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, to
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    """Write the numbers of the config, one for each layer if the architecture reads that."""
     writer.add_block_count(config.num_hidden_layers)
     window, local = getattr(config, "sliding_window", None), (config.rope_parameters or {}).get("sliding_attention")
     if window and local:
@@ -271,7 +268,6 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Write a tokenizer into a GGUF file; one that llama.cpp does not have is refused."""
     model, pre = _parts_of(tokenizer)
     tokens, pieces = len(tokenizer), pre is None
     if tokens > size:
@@ -292,12 +288,11 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
 
 def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
     """Give a tokenizer's model, and llama.cpp's name for its steps before the merges; None for SentencePiece."""
-    if not tokenizer.is_fast:
-        raise StructPruneError(f"A GGUF file holds a fast BPE tokenizer, found a {type(tokenizer).__name__}.")
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = parts["model"]
-    if model["type"] != "BPE":
-        raise StructPruneError(f"A GGUF file holds a BPE tokenizer, found {model['type']}.")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    model = parts.get("model", {})
+    if model.get("type") != "BPE":
+        found = model.get("type", f"a slow {type(tokenizer).__name__}")
+        raise StructPruneError(f"A GGUF file holds a fast BPE tokenizer, found {found}.")
     return model, None if model.get("byte_fallback", False) else pre_tokenizer(parts)
 
 
@@ -319,7 +314,7 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
 
 
 def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Write a step before the merges as `PRE_TOKENIZERS` does; an unknown one becomes a pair of None."""
+    # As `PRE_TOKENIZERS` has a step; an unknown one becomes a pair of None.
     kind, field = STEPS.get(step.get("type", ""), (None, ""))
     value = step.get(field)
     if kind is None or step.get("add_prefix_space") or step.get("invert"):
@@ -328,7 +323,6 @@ def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
-    """Give the text and the type of each token."""
     kinds = gguf.TokenType
     names = {number: name for name, number in tokenizer.get_vocab().items()}
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
@@ -350,7 +344,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 
 
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
-    """Score pieces, of which llama.cpp joins the highest first: minus the number of the first merge to make it."""
+    # llama.cpp joins the pieces of the highest score first: minus the number of the first merge to make it.
     rank: dict[str, int] = {}
     for number, pair in enumerate(model["merges"]):
         rank.setdefault("".join(pair), number)
@@ -358,7 +352,6 @@ def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the special tokens, those that are put around a text, and the chat template."""
     for name in ("bos", "eos", "unk", "sep", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(number)

@@ -74,7 +74,6 @@ def check_push(repo_id: str) -> None:
 
 
 def _api(repo_id: str, token: str | None = None) -> HfApi:
-    """Open the Hub with a token."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise StructPruneError(f"{repo_id!r} names no owner; a repository is OWNER/NAME.")
@@ -87,7 +86,6 @@ def _api(repo_id: str, token: str | None = None) -> HfApi:
 
 
 def _result_files(folder: str | Path) -> dict[str, Path]:
-    """List the files that belong to a result, by their names in a repository."""
     names = sorted(written_files(Path(folder)))
     files = {name: path for name in names if (path := Path(folder, name)).is_file()}
     if "config.json" not in files:

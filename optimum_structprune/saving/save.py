@@ -40,9 +40,6 @@ from ..written import replace_json, written_files
 logger = logging.getLogger(__name__)
 # What a pruning leaves beside its model.
 RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
-# How far the outputs of the reloaded model may be off: absolutely, or in steps of the dtype.
-MAX_DIFFERENCE = 1e-4
-MAX_STEPS_OF_DTYPE = 4
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
 OWN_FILES = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|chart\.svg|report\.(html|json)|"
@@ -50,11 +47,10 @@ OWN_FILES = re.compile(
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r"(?!\w+_linear\.pt).+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )
-# Heads of another library beside a model, which read its channels.
+# Heads of another library beside a model, which read its channels; what a tokenizer writes beside its vocabulary; and
+# a vocabulary in other forms, which hold tokens that a smaller one has not.
 HEAD_FILES = re.compile(r"\w+_linear\.pt")
-# What a tokenizer writes, or leaves out, beside its vocabulary.
 TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
-# A vocabulary in other forms, which hold tokens that a smaller one has not.
 VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
 SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
 # The fields of a module's config that say what it reads of the model: channels or logits, and ids of tokens.
@@ -182,12 +178,11 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
     # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
     # is zero takes them apart by 25.
     rounding = torch.finfo(model.dtype).eps * float(outputs.abs().max())
-    if not difference <= max(MAX_DIFFERENCE, MAX_STEPS_OF_DTYPE * rounding):
+    if not difference <= max(1e-4, 4 * rounding):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
 
 
 def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
-    """Name the implementations of a model and its parts, in the form that `from_pretrained` takes."""
     kernels: dict[str, Any] = {"": getattr(config, f"_{name}", None)}
     for key in config.sub_configs:
         if (part := getattr(config, key, None)) is not None:
@@ -202,18 +197,19 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         with suppress(Exception):  # of the network or of the Hub, which the model may not need any more
             commit = getattr(model.config, "_commit_hash", None)
             source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
-    files = tokenizer.vocab_files_names.values() if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    beside = [name for name in _extra_files(source) if files is None or not TOKENIZER_FILES.fullmatch(name)]
-    new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
+    new = [name for name in _extra_files(source) if not (folder / name).exists()]
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        own = tokenizer.vocab_files_names.values()
+        new = [name for name in new if name not in own and not TOKENIZER_FILES.fullmatch(name)]
     sizes = _sizes(source)
     changed = {name for name, _ in sizes ^ _sizes(folder)}
     if "vocab_size" in changed:
         new = [name for name in new if not VOCABULARY_FILES.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
-    result = written_files(source)
     carried = [name for name in new if (source / name).is_file() and not name.endswith(".py")]
-    carried = [name for name in carried if "hidden_size" not in changed or not HEAD_FILES.fullmatch(name)]
-    carried = [name for name in carried if name in result or not result]
+    carried = [name for name in carried if name in (written_files(source) or carried)]
+    if "hidden_size" in changed:
+        carried = [name for name in carried if not HEAD_FILES.fullmatch(name)]
     if others := [name for name in new if name not in carried]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
     for name in carried:
@@ -243,7 +239,6 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: 
 
 
 def _sizes(folder: Path) -> set[tuple[str, str]]:
-    """Read the sizes that the config in a folder names, as they are written there."""
     with suppress(OSError, UnicodeDecodeError):
         return set(SIZE_FIELD.findall((folder / "config.json").read_text(encoding="utf-8")))
     return set()

@@ -30,15 +30,11 @@ logger = logging.getLogger(__name__)
 
 GGUF = ".gguf"
 CARD = "README.md"
-# The fields of configs, beside the sources of text, that name folders which a run writes, and files which it reads.
-WRITTEN_FIELDS, READ_FIELDS = ("checkpoint_dir",), ("arch_file", "keep_tokens", "prompts", "validation")
+# The fields of configs, beside the sources of text, that name files which a run reads.
+READ_FIELDS = ("arch_file", "keep_tokens", "prompts", "validation")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces
-# Words of the errors of torch and tokenizers that could not write a file.
-WRITE_ERRORS = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
-NO_LOCK_ERRORS = (ENOLCK, ENOSYS, ENOTSUP)  # of file systems without locks
-LOCK_SECONDS = 0.2  # in which a run that is just ending may give its lock back
 
 
 class Output:
@@ -183,7 +179,7 @@ class GGUFOutput(Output):
 def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
     """Lock an output inside `with`; gives True if it is locked here and was not before, further out."""
     name = path.with_name(f".{path.name}.lock")
-    lock = FileLock(name, timeout=LOCK_SECONDS, is_singleton=True)
+    lock = FileLock(name, timeout=0.2, is_singleton=True)  # in which a run that is just ending may give it back
     if lock.is_locked:
         yield False
         return
@@ -192,15 +188,14 @@ def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        other = f"process {_owner(name)}, which holds {name}"
-        raise StructPruneError(f"Another run writes to {shown} now: {other}. Wait, or name another folder.") from error
+        raise StructPruneError(
+            f"Another run writes to {shown} now and holds {name}. Wait, or name another folder."
+        ) from error
     except OSError as error:
-        if error.errno not in NO_LOCK_ERRORS:
+        if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):  # of file systems without locks
             raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
         logger.warning("%s cannot be locked (%s), so another run into the same output is not seen.", name, error)
     try:
-        with suppress(OSError):  # the number serves a message only
-            name.write_text(str(os.getpid()))
         yield lock.is_locked
     finally:
         with suppress(OSError):
@@ -260,9 +255,9 @@ def unchanging(name: str | Path) -> Iterator[None]:
 
 def is_write_error(error: BaseException) -> bool:
     """Is true if an error says that a file could not be written; those of torch and tokenizers say it in words."""
-    if isinstance(error, (OSError, SafetensorError)):
-        return True
-    return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITE_ERRORS)
+    said = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
+    in_words = type(error) in (RuntimeError, Exception) and any(words in str(error) for words in said)
+    return in_words or isinstance(error, (OSError, SafetensorError))
 
 
 def used_paths(*configs: Any) -> list[str]:
@@ -292,7 +287,7 @@ def _with_recovery(configs: Iterable[Any]) -> list[Any]:
 def _folders(config: Any) -> dict[str, Any]:
     """Name the folders that a run with a config writes to, by field."""
     training = getattr(config, "training", None) or {}
-    return {**{name: getattr(config, name, None) for name in WRITTEN_FIELDS}, "output_dir": training.get("output_dir")}
+    return {"checkpoint_dir": getattr(config, "checkpoint_dir", None), "output_dir": training.get("output_dir")}
 
 
 def remove_checkpoints(folder: str | Path) -> None:
@@ -302,12 +297,6 @@ def remove_checkpoints(folder: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # it is not there, or not empty
         Path(folder).rmdir()
-
-
-def _owner(lock: Path) -> str:
-    with suppress(OSError):
-        return lock.read_text(encoding="utf-8") or "?"
-    return "?"
 
 
 def _shares_files(folder: Path, name: str | Path) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
-MAX_WAIT, DONE = timedelta(hours=2), "done"  # for the first process, and what it says in the end
+DONE = "done"  # what the first process says in the end
 _together = False
 # How often the first process has decided on something, by its name: all processes count alike.
 _decisions: Counter[str] = Counter()
@@ -158,7 +158,7 @@ def rank_zero_first(name: str) -> Iterator[bool]:
         return
     yield False
     try:
-        store.wait([key], MAX_WAIT)
+        store.wait([key], timedelta(hours=2))
         outcome = store.get(key).decode()
     except RuntimeError as error:  # the store is gone, or has nothing after all the time
         raise StructPruneError(f"The first process did not say what came of {name}.") from error

@@ -20,21 +20,17 @@ from .tokens import Vocabulary
 
 
 logger = logging.getLogger(__name__)
-# A vocabulary is large where its rows are more than this share of a model.
-LARGE_VOCABULARY = 0.2
 
 
 def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
-    return next(
-        (space for space in arch.of(VOCAB) if space.unit_params * space.size > LARGE_VOCABULARY * parameters), None
-    )
+    """Gives the space of the tokens if their rows are more than a fifth of the `parameters` of a model, else None."""
+    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > parameters / 5), None)
 
 
 def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
-    """The config with the tokens among its targets, where a budget names none and they are a large part of a model."""
+    """Adds the tokens to the targets of a budget that names none, where they are a large part of a model."""
     arch, model = described.arch, described.plain_model
     if config.trims is not None or described.offloaded:
         return config
@@ -60,8 +56,9 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
-    """The final widths, tokens among them: as given, or the largest within a budget. Where other spaces give up
-    something for that too, text says how many tokens go: none yet.
+    """Gives the final widths, tokens among them: as given, or the largest within a budget.
+
+    Where other spaces give up something for that too, text says how many tokens go: none yet.
     """
     rest = without_tokens(config)
     if config.widths is not None:
@@ -83,7 +80,7 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
 
 @dataclass(frozen=True)
 class Room:
-    """A budget, the numbers of tokens that may stay within it, ascending, and the `smallest` other widths."""
+    """A budget, the `numbers` of tokens that may stay within it, ascending, and the `smallest` other widths."""
 
     budget: Budget
     numbers: Sequence[int]
@@ -92,7 +89,7 @@ class Room:
 
     @classmethod
     def of(cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range | None = None) -> Room:
-        """The numbers within `may`, if given; a budget that the fewest do not meet is refused."""
+        """Finds the numbers within `may`, if given; a budget that the fewest do not meet is refused."""
         rest, alone = without_tokens(config), replace(config, targets=(VOCAB,))
         sizes = legal_widths(alone, arch, model.config)[VOCAB]
         others = {} if rest is None else legal_widths(rest, arch, model.config)
@@ -112,9 +109,6 @@ class Room:
         return self.budget.cost({VOCAB: number}) <= self.budget.limit
 
     def largest(self, widths: Widths) -> int:
-        """The largest number of tokens that keeps to a budget with other widths; the smallest if none does."""
-
-        def cost(number: int) -> float:
-            return self.budget.cost({**widths, VOCAB: number})
-
-        return self.numbers[max(bisect_right(self.numbers, self.budget.limit, key=cost) - 1, 0)]
+        """Gives the largest number of tokens that keeps to a budget with other widths; the smallest if none does."""
+        fitting = bisect_right(self.numbers, self.budget.limit, key=lambda n: self.budget.cost({**widths, VOCAB: n}))
+        return self.numbers[max(fitting - 1, 0)]

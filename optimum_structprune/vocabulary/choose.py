@@ -23,14 +23,7 @@ from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..errors import StructPruneError
 from .amount import Room
-from .count import (
-    MOST_COUNTED,
-    has_words,
-    language_shares,
-    note_missing_words,
-    prior_shares,
-    text_shares,
-)
+from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, prior_shares, text_shares
 from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_dependencies
 
@@ -39,7 +32,6 @@ from .tokens import Vocabulary, with_dependencies
 # Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts;
 # text in scripts that nothing shows has a little weight, for its letters.
 PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
-TINY = 1e-38  # what divides a share that may be zero
 RARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
@@ -49,8 +41,6 @@ ALWAYS, TEXT, LANGUAGE, NEEDED, USUAL = "always", "text", "language", "needed", 
 # share of themselves: a factor times a power of it. See examples/benchmarks/LOG.md.
 RESPELLED_LOSS = 7.0
 LAYERS_LOSS, LAYERS_POWER = 3.0, 1.25
-# Tokens that lose fewer nats than this are not weighed against layers, which always lose some.
-FREE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ class VocabularyRequest:
 
     @property
     def allowed(self) -> range:
-        """The numbers of rows that the model can keep."""
+        """Gives the numbers of rows that the model can keep."""
         return range(len(self.required) - self._num_rowless, self.rows + 1)
 
     def order(self, scores: Tensor) -> list[int]:
@@ -120,7 +110,7 @@ class VocabularyRequest:
         return [*order, *(row for row in range(self.vocabulary.size, self.rows) if row not in order)]
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of the first tokens of an order, `number` of which have weights."""
+        """Gives the ascending ids of the first tokens of an order, `number` of which have weights."""
         return tuple(sorted(order[: number + self._num_rowless]))
 
     @property
@@ -174,8 +164,9 @@ def choose_tokens(
 
 
 def number_within(room: Room | None, lost: Tensor) -> int:
-    """The number of tokens of the least expected loss within a budget: of text whose tokens are gone, `lost` by the
-    number that stays, and of what the other spaces then give up.
+    """Gives the number of tokens within a budget for which the expected loss is least.
+
+    It is that of text whose tokens are gone, `lost` by the number that stays, and of what other spaces then give up.
     """
     assert room is not None
     fewest, most = room.largest({}), room.largest(room.smallest)
@@ -187,7 +178,8 @@ def number_within(room: Room | None, lost: Tensor) -> int:
         share = (dense - (room.size - number) * of_tokens - limit) / (dense - room.size * of_tokens)
         return RESPELLED_LOSS * float(lost[number]) + LAYERS_LOSS * max(0.0, share) ** LAYERS_POWER
 
-    return numbers[0] if loss(numbers[0]) < FREE else min(numbers, key=loss)
+    # So few nats are not weighed against layers, which always lose some.
+    return numbers[0] if loss(numbers[0]) < 2e-3 else min(numbers, key=loss)
 
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
@@ -199,13 +191,12 @@ def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequ
 
 
 def shares_of(ids: Tensor, size: int) -> Tensor:
-    """The share of each token in some ids, shape `(size,)`, float64."""
+    """Gives the share of each token in some ids, shape `(size,)`, float64."""
     counts = torch.bincount(ids.flatten(), minlength=size).double()
     return counts / counts.sum()
 
 
 def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[str, Tensor]) -> list[str]:
-    """Why each token stays."""
     usual, needs = shares[USUAL].tolist(), request.vocabulary.dependencies
     found = {token: NEEDED for token in keep} | {token: USUAL for token in keep if token < len(usual) and usual[token]}
     found |= {part: NEEDED for token in keep for part in needs(token) if usual[part] < usual[token]}
@@ -230,9 +221,7 @@ def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vo
     try:
         if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
             ids, lines = tokenizer.get_vocab(), [*filter(None, Path(path).read_text("utf-8-sig").splitlines())]
-            forms = [
-                form for line in lines for form in (line, f" {line}")
-            ]  # within a text, a word begins with its space
+            forms = [form for line in lines for form in (line, f" {line}")]  # as a text begins, and within one
             spelled = tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else []
             kept = {token for row in spelled for token in row} | {ids[line] for line in lines if line in ids}
         else:
@@ -253,9 +242,10 @@ def wanted_shares(
     vocabulary: Vocabulary,
     held_out: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[Entry]]:
-    """The shares of each token by reason, shape `(size,)`: in text, in the languages to keep, and in other text, and 1
-    for letters of the scripts that text shows; and the record of the text. General text behind the named domains, and
-    other text, count in the scripts that these show or the languages; of other scripts, only letters do.
+    """Gives the share of each token by reason, shape `(size,)`, and the record of the text that was counted.
+
+    Letters of the scripts that text shows have 1. General text behind the named domains, and other text, count in the
+    scripts that these show or the languages; of other scripts, only letters do.
     """
     size, most, named = vocabulary.size, MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
     of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
@@ -272,7 +262,7 @@ def wanted_shares(
     shown, prior = by_script >= NEVER, prior_shares(vocabulary)
     letters = torch.zeros(size, dtype=torch.bool)
     letters[[*vocabulary.letters]] = True
-    other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(TINY) if codes else 1)
+    other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(1e-38) if codes else 1)
     other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
     other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
     needed = (letters & (shown | (of_text > 0) | (of_languages > RARE))).double()
@@ -280,7 +270,7 @@ def wanted_shares(
 
 
 def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
-    """The share of the script of each token; digits, spaces and punctuation are of all scripts."""
+    # Digits, spaces and punctuation are of all scripts.
     scripts = [script(vocabulary.surface(token)) for token in range(vocabulary.size)]
     names = {name: index for index, name in enumerate(dict.fromkeys(["", *scripts]))}
     index = torch.tensor([names[name] for name in scripts])

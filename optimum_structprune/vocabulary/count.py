@@ -23,10 +23,7 @@ from .tokens import Vocabulary
 logger = logging.getLogger(__name__)
 # So many tokens of the text of all domains together are counted at most; no model reads them.
 MOST_COUNTED = 4_000_000
-# So many tokens are added to the counts at a time.
-AT_ONCE = 100_000
-# The words of a language that count, those that occur most first.
-MOST_WORDS = 100_000
+MOST_WORDS = 100_000  # of a language, those that occur most
 # What words stand behind, whether with a capital, and how often. In languages that write no spaces, words stand behind
 # what is in no word; the parts of Korean ones are listed as words.
 FORMS = ((" ", False, 0.6), (" ", True, 0.4))
@@ -36,7 +33,8 @@ OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko":
 def text_shares(
     domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
 ) -> tuple[Tensor, Entry]:
-    """The share of each token in the whole text of a domain, shape `(size,)`, float64, and the record of that text.
+    """Gives the share of each token in the whole text of a domain, shape `(size,)`, float64, and its record.
+
     Documents that are `held_out` are left out, by their hashes; of what a model has written, the samples count.
     """
     if domain.origin is None or written_by_model(domain.origin):
@@ -48,23 +46,19 @@ def text_shares(
             continue
         waiting += document.ids
         names.append(document.hash)
-        if len(waiting) >= AT_ONCE:
+        if len(waiting) >= 100_000:
             counts += torch.bincount(torch.tensor(waiting), minlength=size)
             waiting = []
         if counts.sum() + len(waiting) >= most:
             break
     counts += torch.bincount(torch.tensor(waiting, dtype=torch.int64), minlength=size)
     tokens = int(counts.sum())
-    entry = replace(
-        Entry.of(domain, COUNTED),
-        calibration_tokens=tokens,
-        documents=[*dict.fromkeys(names)],
-    )
-    return counts / max(tokens, 1), entry
+    names = [*dict.fromkeys(names)]
+    return counts / max(tokens, 1), replace(Entry.of(domain, COUNTED), calibration_tokens=tokens, documents=names)
 
 
 def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
-    """The share of each token in languages, which count alike, shape `(size,)`, float64."""
+    """Gives the share of each token in languages, which count alike, shape `(size,)`, float64."""
     shares = torch.zeros(size, dtype=torch.float64)
     for code in codes:
         pairs = [*_lines(code)]
@@ -87,7 +81,7 @@ def note_missing_words() -> None:
 
 
 def has_words(code: str) -> bool:
-    """Says whether there is a list of the words of a language."""
+    """Is true if there is a list of the words of a language."""
     if find_spec("wordfreq") is None:
         return False
     from wordfreq import available_languages
@@ -96,32 +90,31 @@ def has_words(code: str) -> bool:
 
 
 def prior_shares(vocabulary: Vocabulary) -> Tensor:
-    """The share of each token in text of all kinds, as the tokenizer tells it, shape `(size,)`, float64."""
+    """Gives the share of each token in text of all kinds, as the tokenizer tells it, shape `(size,)`, float64."""
     return torch.tensor([vocabulary.prior(token) for token in range(vocabulary.size)], dtype=torch.float64)
 
 
 @cache
 def _lines(code: str) -> Sequence[tuple[str, float]]:
-    """Texts of a language and how often each occurs: words by their frequency, in each form, or sample sentences."""
-    return [*_words(code)] if has_words(code) else [(texts(CHOOSING)[code], 1.0)]
-
-
-def _words(code: str) -> Iterator[tuple[str, float]]:
+    """Lists texts of a language and how often each occurs: words by frequency, in each form, or sample sentences."""
+    if not has_words(code):
+        return [(texts(CHOOSING)[code], 1.0)]
     from wordfreq import get_frequency_list
 
-    count = 0
+    lines, count = [], 0
     for hundredths, listed in enumerate(get_frequency_list(code)):  # all words of a frequency
         words = [*_unfolded(listed, code)]
         for between, capital, share in OTHER_FORMS.get(code, FORMS):
             text = between.join(["", *(word[:1].upper() + word[1:] if capital else word for word in words)])
-            yield text, share * 10.0 ** (-hundredths / 100)
+            lines.append((text, share * 10.0 ** (-hundredths / 100)))
         count += len(words)
         if count >= MOST_WORDS:
-            return
+            break
+    return lines
 
 
 def _unfolded(words: Sequence[str], code: str) -> Iterator[str]:
-    """Words as they are written: in the lists, German ones have no ß and Greek ones no final sigma."""
+    # In the lists, German words have no ß and Greek ones no final sigma.
     for word in words:
         yield word[:-1] + "ς" if code == "el" and word.endswith("σ") else word
         if code == "de" and "ss" in word:

@@ -22,41 +22,34 @@ from .tokens import Vocabulary
 
 # The files of text, a line for each language: the same text, on which languages are compared, and other text.
 SAME, CHOOSING = "languages", "samples"
-# The words of an opening, and the most letters of a word.
-OPENING, LETTERS = 2, 8
-# A dense model reads languages of so many tokens together: those to keep first, and then those of few tokens.
-MOST_TOKENS = 4096
-# What the names of marks and digits of all scripts begin with.
-OF_ALL_SCRIPTS = ("COMBINING", "DIGIT", "VARIATION")
-# A model knows a language if it reads a text in at most so many times the bits of its best language.
-KNOWN = 2.0
+KNOWN = 2.0  # times the bits of a model's best language, in which it reads a text of one that it knows
 
 
 @cache
 def texts(name: str = SAME) -> dict[str, str]:
-    """The texts of a file by language code: the same text in each of 30 languages, or `CHOOSING`."""
+    """Reads the texts of a file by language code: the same text in each of 30 languages, or `CHOOSING`."""
     lines = Path(__file__).with_name(f"{name}.txt").read_text("utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def openings(codes: Iterable[str]) -> list[str]:
-    """The first words of each sentence in some languages, which a text may begin with; of Chinese, the first signs."""
-    sentences = [of for code in codes for of in re.split(r"(?<=[.?!。？！।])\s*", texts(CHOOSING)[code]) if of]
-    return [" ".join(of.split()[:OPENING])[: OPENING * LETTERS] for of in sentences]
+    """Gives the first two words of each sentence in some languages; of Chinese, the first signs."""
+    sentences = [part for code in codes for part in re.split(r"(?<=[.?!。？！।])\s*", texts(CHOOSING)[code]) if part]
+    return [" ".join(sentence.split()[:2])[:16] for sentence in sentences]
 
 
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:
-    """The tokens of the text in each of 30 languages, by their codes, behind the token at the head of a text."""
+    """Gives the tokens of the text in each of 30 languages, by their codes, behind the token at the head of a text."""
     return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
 
 
 def scripts_in(codes: Iterable[str]) -> set[str]:
-    """The scripts of some languages."""
+    """Gives the scripts of some languages."""
     return {script(letter) for code in codes for letter in texts()[code]}
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
-    """The text of some languages by which tokens are chosen, in rows of at most `longest`, shape `(rows, tokens)`."""
+    """Gives the text of languages by which tokens are chosen, in rows of at most `longest`, shape `(rows, tokens)`."""
     by_code = tokens_by_language(tokenizer, CHOOSING)
     ids = torch.tensor([token for code in codes for token in by_code[code]])
     rows = ceil(len(ids) / longest)
@@ -68,9 +61,9 @@ def cost_by_language(
     tokenizer: PreTrainedTokenizerBase,
     causal: bool,
     codes: Collection[str],
-    most: float = MOST_TOKENS,
+    most: float = inf,
 ) -> dict[str, float]:
-    """Bits per byte of the same text in some languages, as far as it is read, or tokens if a model is not `causal`."""
+    """Measures bits per byte of the same text in languages, of `most` tokens, or counts tokens if not `causal`."""
     rows, read = tokens_by_language(tokenizer), 0
     if not causal:
         return {code: len(rows[code]) for code in codes}
@@ -86,10 +79,13 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Gives the cost of the same text by language for a dense model: the wanted ones, then those of few tokens."""
+    """Gives the cost of the same text by language for a dense model: the wanted ones, then those of few tokens.
+
+    It reads 4,096 tokens in all.
+    """
     rows = tokens_by_language(tokenizer)
     codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
-    costs = cost_by_language(model, tokenizer, causal, codes)
+    costs = cost_by_language(model, tokenizer, causal, codes, most=4096)
     knows = known(costs) if causal else None
     return {
         code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
@@ -103,27 +99,27 @@ def with_costs_after(
     tokenizer: PreTrainedTokenizerBase,
     causal: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The same costs with those of the smaller model, for languages to keep and those that the dense one knew."""
-    codes = [code for code, of in languages.items() if of["wanted"] or of.get("known", True)]
-    after = cost_by_language(model, tokenizer, causal, codes, most=inf)
-    return {code: {**of, "after": after.get(code)} for code, of in languages.items()}
+    """Adds the costs of the smaller model, for languages to keep and those that the dense one knew."""
+    codes = [code for code, costs in languages.items() if costs["wanted"] or costs.get("known", True)]
+    after = cost_by_language(model, tokenizer, causal, codes)
+    return {code: {**costs, "after": after.get(code)} for code, costs in languages.items()}
 
 
 def known(bits: Mapping[str, float]) -> set[str]:
-    """The languages in which the same text takes at most `KNOWN` times the bits of the best one."""
-    of_text = {code: of * len(texts()[code].encode()) for code, of in bits.items()}
-    return {code for code, of in of_text.items() if of <= KNOWN * min(of_text.values())}
+    """Gives the languages in which the same text takes at most `KNOWN` times the bits of the best one."""
+    of_text = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
+    return {code for code, cost in of_text.items() if cost <= KNOWN * min(of_text.values())}
 
 
 def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:
-    """How many of some tokens are of each script; those without a letter are of none."""
+    """Counts tokens by script; those without a letter are of none."""
     scripts = Counter(script(vocabulary.surface(token)) for token in tokens)
     del scripts[""]
     return scripts
 
 
 def script(text: str) -> str:
-    """The script of the first letter, mark or digit of a text that has one, as Unicode names it ("LATIN", "CJK")."""
+    """Names the script of the first letter, mark or digit of a text, as Unicode does ("LATIN", "CJK")."""
     return next(filter(None, map(_script_of, text)), "")
 
 
@@ -131,4 +127,4 @@ def script(text: str) -> str:
 def _script_of(character: str) -> str:
     is_of_one = character.isalpha() or unicodedata.category(character) in ("Mn", "Mc", "Nd")
     name = unicodedata.name(character, "").partition(" ")[0] if is_of_one else ""
-    return name if name not in OF_ALL_SCRIPTS else ""
+    return name if name not in ("COMBINING", "DIGIT", "VARIATION") else ""  # which are of all scripts

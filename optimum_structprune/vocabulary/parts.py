@@ -15,20 +15,12 @@ from ..forward.metrics import outputs_for
 from .tokens import Vocabulary
 
 
-# So many places are compared at a time, as the probabilities of a large vocabulary take much memory.
-PLACES_AT_ONCE = 64
-LEAST = 1e-38  # what divides a sum that may be zero
-
-
 class Parts:
-    """How each token of a dense model is spelled by the tokens of a smaller vocabulary, its parts.
+    """Spells each token of a dense model by the tokens of a smaller vocabulary of `size` tokens, its parts.
 
-    The spellings form a tree. Its nodes are the beginnings with which a longer spelling goes on; the branches of a
-    node are the tokens that begin so, each with the part that follows, or `size` where the token ends.
-
-    Args:
-        spellings: The parts of each dense token, by its id; none where nothing spells it.
-        size: The number of tokens in the smaller vocabulary.
+    The `spellings` by dense token, empty where nothing spells it, form a tree. Its nodes are the beginnings with which
+    a longer spelling goes on. The branches of a node are the tokens that begin so, each with the part that follows, or
+    `size` where the token ends.
     """
 
     def __init__(self, spellings: Sequence[tuple[int, ...]], size: int):
@@ -54,9 +46,9 @@ class Parts:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Parts:
-        """The parts of a dense model's tokens in the vocabulary of one that has lost some or none."""
-        rows, size = (of.config.get_text_config().vocab_size for of in (dense, model))
-        theirs, own = (1 + max(of.get_vocab().values()) for of in (dense_tokenizer, tokenizer))
+        """Gives the parts of a dense model's tokens in the vocabulary of one that has lost some or none."""
+        rows, size = (each.config.get_text_config().vocab_size for each in (dense, model))
+        theirs, own = (1 + max(each.get_vocab().values()) for each in (dense_tokenizer, tokenizer))
         keep, named = ids_in(dense_tokenizer, tokenizer, min(own, size)), named_ids(dense)
         # Of rows without a token, those stay that the configs name, and then the first ones.
         keep += sorted(sorted(range(theirs, rows), key=lambda row: row not in named)[: max(size - own, 0)])
@@ -78,13 +70,14 @@ class Parts:
         return cls(spellings, size)
 
     def change_nothing(self) -> bool:
-        """Says whether each token is its own only part, under the same id."""
+        """Is true if each token is its own only part, under the same id."""
         return self.size == len(self.spellings) and torch.equal(self.first, torch.arange(self.size))
 
     def spelled(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:
-        """The parts of a text of dense tokens. Beside each stand the number of its token among those that are counted,
-        from `seen` on, or -1; and the node of what was read of that token so far, for a first part of the token
-        before, or -1 if nothing is expected of it.
+        """Gives the parts of a text of dense tokens, each with the row of its token and the node before it.
+
+        Rows number the tokens that are counted, from `seen` on; others have -1. The node is what was read of the token
+        so far, or for a first part of the token before; -1 if nothing is expected of it.
         """
         spelled, before = [], -1
         for token, counts in zip(ids, counted, strict=True):
@@ -98,78 +91,56 @@ class Parts:
 
     @torch.no_grad()
     def expected(self, probabilities: Tensor, rows: Tensor, first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the probabilities of the next part at each place, and the probability that one of them follows.
+        """Gives the probabilities of the next part, shape `(places, size)`, and that one follows, `(places,)`.
 
-        They have the shapes `(places, size)` and `(places,)`. The second is less than 1 inside a token where another
-        one may have ended, behind which nobody has read on.
-
-        Args:
-            probabilities: What the dense model expects, shape `(tokens, dense size)`.
-            rows: The row of `probabilities` for the token that a place is part of; the row before is the token before.
-            first: At which places that token begins.
-            nodes: The nodes of `spelled`.
+        The second is less than 1 inside a token where another one may have ended, behind which nobody has read on.
+        The dense model expects `probabilities`, shape `(tokens, dense size)`; `rows` and `nodes` are those of
+        `spelled`, and a token begins at places that are `first`.
         """
         device, size = probabilities.device, self.size
         whole = probabilities.new_zeros(len(probabilities), size + 1)
         whole = whole.scatter_add_(1, self.first.to(device).expand_as(probabilities), probabilities)[:, :size]
         whole = whole / whole.sum(1, keepdim=True)
         at = (nodes >= 0).nonzero()[:, 0]
-        counts, starts = (of.to(device)[nodes[at]] for of in (self.counts, self.starts))
+        counts, starts = (each.to(device)[nodes[at]] for each in (self.counts, self.starts))
         branch = torch.arange(int(counts.sum()), device=device)
         branch += (starts + counts - counts.cumsum(0)).repeat_interleave(counts)
-        place, token, part = (
-            at.repeat_interleave(counts),
-            self.tokens.to(device)[branch],
-            self.following.to(device)[branch],
-        )
+        place, token = at.repeat_interleave(counts), self.tokens.to(device)[branch]
+        part = self.following.to(device)[branch]
         begun = probabilities.new_zeros(len(rows), size + 1)
         begun.index_put_((place, part), probabilities[(rows - first.long())[place], token], accumulate=True)
         goes_on = begun[:, :size].sum(1)
         share = (goes_on / (goes_on + begun[:, size])).nan_to_num()  # 0 where neither can be
-        inside = begun[:, :size] / goes_on.clamp_min(LEAST)[:, None]
+        inside = begun[:, :size] / goes_on.clamp_min(1e-38)[:, None]
         ends = torch.where(first, 1 - share, 0.0)
         return ends[:, None] * whole[rows] + (1 - ends)[:, None] * inside, torch.where(first, 1.0, share)
 
     def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """Return the KL divergence from the dense model's words in nats, shape `(tokens,)`, fp32.
+        """Gives the KL divergence from the dense model's words in nats, shape `(tokens,)`, fp32.
 
         It is summed over the parts of each dense token. Where a token may have ended that was not read, the smaller
-        model is taken to be right.
-
-        Args:
-            logits: Those of the smaller model, shape `(places, size)`.
-            dense: Those of the dense model for the tokens that are counted, shape `(tokens, dense size)`.
-            rows, nodes: What `spelled` says of the part that comes after each place, shape `(places,)`.
+        model is taken to be right. The `logits` of the smaller model have the shape `(places, size)`, `rows` and
+        `nodes` of what comes next `(places,)`, and the `dense` logits of counted tokens `(tokens, dense size)`.
         """
         rows, nodes = rows.to(logits.device), nodes.to(logits.device)
-        first, each = rows.diff(prepend=rows.new_tensor([-1])) != 0, []
-        for values, *places in zip(*(of.split(PLACES_AT_ONCE) for of in (logits, rows, first, nodes)), strict=True):
+        first, found = rows.diff(prepend=rows.new_tensor([-1])) != 0, []
+        # The probabilities of a large vocabulary take much memory.
+        for values, *places in zip(*(each.split(64) for each in (logits, rows, first, nodes)), strict=True):
             start, end = max(int(places[0][0]) - 1, 0), int(places[0][-1]) + 1
             taught = dense[start:end].to(logits.device).float().softmax(-1)
             expected, sure = self.expected(taught, places[0] - start, *places[1:])
             log = values.float().log_softmax(-1)
-            each.append(sure * (torch.special.xlogy(expected, expected) - expected * log).sum(-1))
-        return logits.new_zeros(len(dense), dtype=torch.float32).index_add(0, rows, torch.cat(each))
+            found.append(sure * (torch.special.xlogy(expected, expected) - expected * log).sum(-1))
+        return logits.new_zeros(len(dense), dtype=torch.float32).index_add(0, rows, torch.cat(found))
 
 
 @torch.no_grad()
 def divergence_from_dense(
     parts: Parts, dense: PreTrainedModel, model: PreTrainedModel, rows: Iterable[Sequence[int]], context: Iterable[int]
 ) -> Tensor:
-    """Gives the KL divergence from the dense model's words in nats, summed over the dense tokens of each row.
+    """Sums the KL divergence from the dense model's words over each row, in nats, shape `(rows,)`, fp64, on the CPU.
 
-    Args:
-        parts: Those of the dense tokens in the vocabulary of the model, which may have lost some.
-        dense: The dense model; both are in eval mode.
-        model: The model that is compared with it.
-        rows: The ids of dense tokens in each row, shape `(tokens,)`.
-        context: How many tokens at the head of each row are read and not predicted, 1 or more.
-
-    Returns:
-        The sums, shape `(rows,)`, fp64, on the CPU.
-
-    Raises:
-        StructPruneError: If a token of a row cannot be spelled.
+    The first tokens of a row of dense ids, as many as its `context`, are read and not predicted.
     """
     found = []
     for ids, begin in zip(rows, context, strict=True):

@@ -21,19 +21,16 @@ from ..errors import StructPruneError
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"  # what SentencePiece writes for a space
-DIGITS = frozenset("0123456789")
-ALIKE = 1000  # the first so many tokens of BPE and WordPiece occur alike
 NEVER = 1 << 62  # the rank of a pair that is not merged
 NOWHERE = -float("inf")  # the score of text that no tokens spell
 # What a chat template may be asked to write: conversations of these roles, with and without a tool.
 ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}
-TOOLS: Any = (None, [TOOL])
+TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}]
 
 
 class Segmenter:
-    """How a model of `tokenizer.json` spells a piece of text, and the id of every piece."""
+    """Spells a piece of text as a model of `tokenizer.json` does, and knows the id of every piece."""
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
         self.ids, self.pieces = ids, {number: piece for piece, number in ids.items()}
@@ -44,7 +41,7 @@ class Segmenter:
         self.lowest: int | None = None
 
     def letters(self, piece: str) -> list[str]:
-        """The pieces of one character each that a piece consists of."""
+        """Gives the pieces of one character each that a piece consists of."""
         if not (self.prefix or self.suffix):
             return list(piece)
         body = piece.removeprefix(self.prefix).removesuffix(self.suffix)
@@ -54,26 +51,26 @@ class Segmenter:
         return [(self.prefix if at else first) + char + last * (at == end) for at, char in enumerate(body)]
 
     def as_bytes(self, letter: str) -> tuple[int, ...]:
-        """The byte tokens of a character, where the tokenizer has them."""
+        """Gives the byte tokens of a character, where the tokenizer has them."""
         return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace")) if self.bytes else ()
 
     def prior(self, token: int) -> float:
-        """Estimate the relative frequency of a token by its number: frequent tokens were made first."""
-        return 1 / (token + ALIKE)
+        """Estimates the relative frequency of a token by its number: frequent tokens were made first."""
+        return 1 / (token + 1000)  # the first thousand occur alike
 
     def is_irreplaceable(self, token: int) -> bool:
-        """Says whether a token, or a letter in it, can be spelled by nothing else."""
+        """Is true if a token, or a letter in it, can be spelled by nothing else."""
         if self.bytes:
             return token in self.bytes
         letters = self.letters(self.pieces[token])
         return len(letters) == 1 or any(letter not in self.ids for letter in letters)
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """The tokens that spell a token without itself, none if the tokenizer never yields it."""
+        """Gives the tokens that spell a token without itself, none if the tokenizer never yields it."""
         raise NotImplementedError
 
     def dependencies(self, token: int) -> tuple[int, ...]:
-        """The tokens without which a token cannot be formed."""
+        """Gives the tokens without which a token cannot be formed."""
         return ()
 
 
@@ -89,7 +86,7 @@ class BPESegmenter(Segmenter):
         self.last: dict[int, tuple[int, ...]] = {}
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """Gives the two tokens of the last merge, or those of `kept` that spell them."""
+        # The two tokens of the last merge, or those of `kept` that spell them.
         if token not in self.last:
             self.last[token] = self._last(token)
         if kept is None:
@@ -99,7 +96,7 @@ class BPESegmenter(Segmenter):
         )
 
     def dependencies(self, token: int) -> tuple[int, ...]:
-        """The two tokens of the last merge; a character needs none, as it is read before any merge."""
+        # A character needs none, as it is read before any merge.
         return self.parts(token, None) if len(self.letters(self.pieces.get(token, ""))) > 1 else ()
 
     def _last(self, token: int) -> tuple[int, ...]:
@@ -131,13 +128,11 @@ class UnigramSegmenter(Segmenter):
         self.unknown_score = self.scores[self.lowest] - 10
 
     def prior(self, token: int) -> float:
-        """Return the relative frequency of a token, of which its score is the logarithm."""
         return exp(self.scores[token])
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """Gives the best cut without the token; none where that is better, so that the token is never read."""
         score, parts = self._best(token, None)
-        if token < len(self.scores) and score > self.scores[token]:
+        if token < len(self.scores) and score > self.scores[token]:  # it is never read
             return ()
         return parts if kept is None else self._best(token, kept)[1]
 
@@ -145,12 +140,12 @@ class UnigramSegmenter(Segmenter):
         piece, unknown = self.pieces[token], self.unknown_score if self.bytes else NOWHERE
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for end in range(1, len(piece) + 1):
-            ways = [(best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1]))]
+            cuts = [(best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1]))]
             for start in range(max(0, end - self.longest), end):
                 part = self.ids.get(piece[start:end])
                 if part is not None and part != token and (kept is None or part in kept):
-                    ways.append((best[start][0] + self.scores[part], (*best[start][1], part)))
-            best.append(max(ways, key=lambda way: way[0]))
+                    cuts.append((best[start][0] + self.scores[part], (*best[start][1], part)))
+            best.append(max(cuts, key=lambda cut: cut[0]))
         return best[-1] if best[-1][0] > NOWHERE else (NOWHERE, ())
 
 
@@ -158,7 +153,6 @@ class WordPieceSegmenter(Segmenter):
     """WordPiece: a word is cut from its start, each time at the end of the longest token."""
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """The longest tokens from the start of a token on."""
         letters = self.letters(self.pieces[token])
         parts: list[int] = []
         while letters:
@@ -195,7 +189,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """The vocabulary of a tokenizer."""
+        """Reads the vocabulary of a tokenizer."""
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
                 f"The tokenizer is a {type(tokenizer).__name__}, which is slow: it has no tokenizer.json to take "
@@ -211,18 +205,18 @@ class Vocabulary:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """The ids of tokens that stay where text of any language is read."""
+        """Gives the ids of tokens that stay where text of any language is read."""
         return self.fixed | self.letters
 
     @cached_property
     def fixed(self) -> frozenset[int]:
-        """The ids of tokens that stay whatever is read, and of all that they are formed from."""
+        """Gives the ids of tokens that stay whatever is read, and of all that they are formed from."""
         fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
             is_byte = self._irreplaceable_are_bytes and self._segmenter.is_irreplaceable(token)
             # Bytes in place of the mark of a space would be decoded to the mark.
             is_mark = token in (self._unknown, self._segmenter.lowest) or self._names[token] == SPACE
-            if is_byte or is_mark or self.surface(token).strip() in DIGITS:
+            if is_byte or is_mark or self.surface(token).strip() in {*"0123456789"}:
                 fixed.add(token)
         for text in chats(self._tokenizer):
             fixed.update(self._tokenizer(text, verbose=False).input_ids)
@@ -230,7 +224,7 @@ class Vocabulary:
 
     @cached_property
     def letters(self) -> frozenset[int]:
-        """The ids of tokens without which some letter cannot be read; none where bytes spell all letters."""
+        """Gives the ids of tokens without which some letter cannot be read; none where bytes spell all letters."""
         names = () if self._irreplaceable_are_bytes else self._names.keys() - self._added
         return frozenset(filter(self._segmenter.is_irreplaceable, names))
 
@@ -239,15 +233,15 @@ class Vocabulary:
         return () if token in self._added or token not in self._names else self._segmenter.parts(token, kept)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
-        """The tokens without which a token cannot be formed."""
+        """Gives the tokens without which a token cannot be formed."""
         return () if token in self._added or token not in self._names else self._segmenter.dependencies(token)
 
     def prior(self, token: int) -> float:
-        """How often a token occurs in text of all kinds, relative to others, as far as the tokenizer tells."""
+        """Estimates the relative frequency of a token in text of all kinds."""
         return 0.0 if token in self._added or token not in self._names else self._segmenter.prior(token)
 
     def surface(self, token: int) -> str:
-        """The text of a token as it stands in decoded text, with its space."""
+        """Gives the text of a token as it stands in decoded text, with its space."""
         name = self._names.get(token, "")
         if token in self._added:
             return name
@@ -262,7 +256,7 @@ class Vocabulary:
         return name.removesuffix(spelling.suffix) + " " if spelling.suffix and name.endswith(spelling.suffix) else name
 
     def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
-        """The tokenizer with only some tokens, ascending, which are numbered by their positions in `keep`."""
+        """Makes the tokenizer with only some tokens, ascending, numbered by their positions in `keep`."""
         new = {old: number for number, old in enumerate(keep)}
         if hasattr(self._tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
             self._tokenizer.init_kwargs["legacy"] = self._tokenizer.legacy
@@ -302,7 +296,7 @@ class Vocabulary:
 
 
 def with_dependencies(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> set[int]:
-    """Tokens with all that they are formed from."""
+    """Adds to tokens all that they are formed from."""
     closed: set[int] = set()
     waiting = [*tokens]
     while waiting:
@@ -351,7 +345,7 @@ def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yields the text that chat templates write for conversations of the usual roles, in each month."""
     templates: Any = tokenizer.chat_template or {}
     templates = templates.values() if isinstance(templates, dict) else [templates]
-    for template, roles, tools in product(templates, ROLES, TOOLS):
+    for template, roles, tools in product(templates, ROLES, (None, TOOLS)):
         chat = [{"role": role, "content": "0"} for role in roles]
         for date in DATES if "strftime_now" in template else DATES[:1]:
             with suppress(StructPruneError):  # of the conversations, a template may take a few

@@ -16,7 +16,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import BEGINNING, load_domains, num_heldout, presets, resolve
+from optimum_structprune.domains.load import load_domains, num_heldout, presets, resolve
 from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.sources import documents
@@ -83,7 +83,7 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     assert (domain.name, domain.weight) == ("mine", 2)
     assert entry["licence"]
     where = (entry["source"], entry.get("dataset_config"))
-    hub.assert_called_once_with(*where, split=entry.get("split", "train"), streaming=True)
+    hub.assert_called_once_with(*where, split=entry.get("split", "train"), streaming=True, revision=None)
 
 
 @pytest.mark.parametrize("preset", ["hybrid", "general"])
@@ -307,5 +307,5 @@ def test_beyond_need_the_beginnings_of_many_documents_are_held_out_and_calibrate
     kept = few[0].heldout
     assert torch.equal(many[0].heldout[: len(kept)], kept)  # what is needed is the same text
     tokens = many[0].heldout[num_heldout(64, 0.125) :].numel()
-    assert len(many[0].heldout_documents) - len(few[0].heldout_documents) >= tokens // (BEGINNING + 1)
+    assert len(many[0].heldout_documents) - len(few[0].heldout_documents) >= tokens // 65, "the beginnings of more"
     assert not {*many[0].heldout_documents} & {*many[0].documents}
