@@ -19,8 +19,7 @@ from ..config.domains import GENERAL, DomainConfig, as_domain
 from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import resolve
-from ..domains.sources import check_source
+from ..domains.sources import check_source, resolve
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output
@@ -38,8 +37,6 @@ def check_flags(args: Namespace) -> None:
     configs = [*filter(None, CONFIGS[args.command.name](args))] if args.command.config else []
     if given.get("base_model") and not HUB_ID.fullmatch(args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
-    if given.get("private") and args.push_to_hub is None:
-        raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
     for name in args.command.models:
         for model in [given[name]] if isinstance(given[name], str) else given[name] or ():
             _check_model(model)
@@ -104,12 +101,7 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
     config, options = pruning_config(args), run_options(args)
     recovery = config.recovery
     config = config if recovery is None else replace(config, recovery=None)
-    if args.resume:
-        if options.checkpoint_dir is not None:
-            raise StructPruneError(
-                f"checkpoint_dir={options.checkpoint_dir!r} remembers a run, and --resume does the same in a folder "
-                "beside the output; leave out either."
-            )
+    if args.resume and options.checkpoint_dir is None:
         options = replace(options, checkpoint_dir=str(progress_folder(args.output)))
     if args.offload is not None and recovery is not None:
         raise StructPruneError(

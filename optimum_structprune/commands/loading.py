@@ -174,11 +174,6 @@ def _check_offload(offload: str, device: str) -> None:
         raise StructPruneError(
             f"--device {device} spreads the layers itself, over the disk too where it has to; leave out --offload."
         )
-    if offload == "cpu" and torch.device(device).type == "cpu":
-        raise StructPruneError(
-            "--offload cpu keeps layers in the CPU's memory while another device computes them, and --device is the "
-            "CPU here; leave it out, or use --offload disk."
-        )
 
 
 def _check_readable_by_layer(name: str) -> None:

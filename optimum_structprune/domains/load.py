@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +19,18 @@ from ..config.domains import (
     ANY,
     BUILTIN,
     GENERAL,
-    PRESET,
     SELF,
     DomainConfig,
     Reiterable,
     is_general,
     written_by_model,
 )
-from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import MEASURED_TOKENS
-from ..registry import did_you_mean
 from .manifest import Manifest
 from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
-from .sources import documents
+from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
@@ -81,7 +77,7 @@ def load_domains(
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
     frame, domains = SampleFormat.of(tokenizer, config.seq_length), resolve(texts_of(config))
     uses = {} if seen is None else seen.uses()
-    if not config.searches:  # what choices were made on may be trained on, but tells nothing new
+    if config.allocation == "uniform":  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
     vocab_size = None if model is None else model.config.get_text_config().vocab_size
     packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size)
@@ -188,8 +184,9 @@ class _Packer:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, self.config.holdout)
         enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
+        probe = 0 if self.config.allocation == "uniform" else aside
         more = 0 if written_by_model(self.domains[index]) else max(0, enough - aside)
-        return Needs(*(self.frame.body * number for number in (aside, count, aside * self.config.searches, more)))
+        return Needs(*(self.frame.body * number for number in (aside, count, probe, more)))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
         needs = self._needs(num_samples, index)[:3]
@@ -225,56 +222,6 @@ def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     """Tells if a model can write text: it is causal, and its weights are in memory and not quantized."""
     in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
     return in_memory and predicts_next(model)
-
-
-def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
-    """Replace presets by their domains. A domain's own fields come first."""
-    resolved = [part for domain in domains for part in _resolved(domain)]
-    names = [domain.name for domain in resolved]
-    for name in names:
-        if names.count(name) > 1:
-            raise StructPruneError(f"Two domains are named {name!r} once the presets are resolved; rename one.")
-    return resolved
-
-
-def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
-    """Reads all presets by name, those of a file over the built-in ones: fields of a domain, or a `mix`."""
-    table = {**read_yaml(Path(__file__).with_name("presets.yaml")), **(read_yaml(file) if file else {})}
-    for name, entry in table.items():
-        if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
-            raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
-    return table
-
-
-def _resolved(domain: DomainConfig) -> list[DomainConfig]:
-    if not (isinstance(domain.source, str) and domain.source.startswith(PRESET)):
-        return [domain]
-    file, _, name = domain.source.removeprefix(PRESET).rpartition("#")
-    table = presets(file)
-    entry = _entry(name, table)
-    if "mix" not in entry:
-        return [_filled(domain, entry)]
-    parts = {part: _entry(part, table) for part in entry["mix"]}
-    for part in parts:
-        if "mix" in parts[part]:
-            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
-    weight = domain.weight / len(parts)
-    return [_filled(domain, fields, f"{domain.name}-{part}", weight) for part, fields in parts.items()]
-
-
-def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    if name not in table:
-        raise StructPruneError(f"There is no preset {name!r}.{did_you_mean(name, table)}")
-    return table[name]
-
-
-def _filled(
-    domain: DomainConfig, entry: Mapping[str, Any], name: str | None = None, weight: float | None = None
-) -> DomainConfig:
-    preset = {key: value for key, value in entry.items() if key != "licence"}
-    changed = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
-    fixed = {"name": name or domain.name, "weight": weight or domain.weight, "source": entry["source"]}
-    return DomainConfig.from_dict({**preset, **changed, **fixed})
 
 
 def builtin_domains() -> list[DomainConfig]:

@@ -249,10 +249,14 @@ def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, s
 
 def check_tokens(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer whose ids are other tokens than the model's own, or have no row in the model."""
-    known = tokenizer_of(model) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    if known is None or known is tokenizer:
+    carried = TextRecord.of(model).tokenizer
+    if carried is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
-    rows = model.config.get_text_config().vocab_size
+    rows, from_folder = model.config.get_text_config().vocab_size, tokenizer.name_or_path == model.name_or_path
+    if carried is None and from_folder and max(tokenizer.get_vocab().values()) < rows:
+        return
+    if (known := tokenizer_of(model)) is None:
+        return
     beyond = {number for number in tokenizer.get_vocab().values() if number >= rows} - {*known.get_vocab().values()}
     others = [number for number, same in enumerate(ids_in(known, tokenizer, rows)) if number != same]
     if wrong := [*others, *sorted(beyond)]:

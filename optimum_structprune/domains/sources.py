@@ -1,4 +1,4 @@
-"""Reads a domain's documents: from files, folders, the Hub, built-in text (in `texts`, see its README), or memory."""
+"""Resolves presets, and reads a domain's documents: from files, the Hub, memory, or built-in text in `texts`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from glob import escape, glob, has_magic
 from heapq import heappop, heappush
@@ -16,7 +17,8 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, SELF, DomainConfig
+from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, PRESET, SELF, DomainConfig
+from ..config.fields import read_yaml
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 from .templates import Row, rendered, string
@@ -294,3 +296,53 @@ def _evenly(streams: list[Iterator[str]]) -> Iterator[str]:
         if (part := next(stream, None)) is not None:
             heappush(heap, (characters + len(part), number, stream))
             yield part
+
+
+def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
+    """Replace presets by their domains. A domain's own fields come first."""
+    resolved = [part for domain in domains for part in _resolved(domain)]
+    names = [domain.name for domain in resolved]
+    for name in names:
+        if names.count(name) > 1:
+            raise StructPruneError(f"Two domains are named {name!r} once the presets are resolved; rename one.")
+    return resolved
+
+
+def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
+    """Reads all presets by name, those of a file over the built-in ones: fields of a domain, or a `mix`."""
+    table = {**read_yaml(Path(__file__).with_name("presets.yaml")), **(read_yaml(file) if file else {})}
+    for name, entry in table.items():
+        if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
+            raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
+    return table
+
+
+def _resolved(domain: DomainConfig) -> list[DomainConfig]:
+    if not (isinstance(domain.source, str) and domain.source.startswith(PRESET)):
+        return [domain]
+    file, _, name = domain.source.removeprefix(PRESET).rpartition("#")
+    table = presets(file)
+    entry = _entry(name, table)
+    if "mix" not in entry:
+        return [_filled(domain, entry)]
+    parts = {part: _entry(part, table) for part in entry["mix"]}
+    for part in parts:
+        if "mix" in parts[part]:
+            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
+    weight = domain.weight / len(parts)
+    return [_filled(domain, fields, f"{domain.name}-{part}", weight) for part, fields in parts.items()]
+
+
+def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if name not in table:
+        raise StructPruneError(f"There is no preset {name!r}.{did_you_mean(name, table)}")
+    return table[name]
+
+
+def _filled(
+    domain: DomainConfig, entry: Mapping[str, Any], name: str | None = None, weight: float | None = None
+) -> DomainConfig:
+    preset = {key: value for key, value in entry.items() if key != "licence"}
+    changed = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
+    fixed = {"name": name or domain.name, "weight": weight or domain.weight, "source": entry["source"]}
+    return DomainConfig.from_dict({**preset, **changed, **fixed})

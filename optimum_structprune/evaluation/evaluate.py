@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, predicts_next, reads_images
 from ..config.domains import DomainConfig, as_domain
-from ..domains.load import resolve
 from ..domains.manifest import CALIBRATED, Manifest, check_tokens
 from ..domains.packing import prefix_token
+from ..domains.sources import resolve
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..pruning.embeddings import Embeddings, passages_of

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of, random_image, reads_images
 from ..errors import StructPruneError
-from ..method.layers import input_device, run_model
+from ..method.layers import run_model
 from ..system.stages import progress
 
 
@@ -210,7 +210,10 @@ def _predictions(
     `batches` have the shape `(batch, seq_length)`, and `known` holds the hidden states of the last model.
     """
     first, states = batches[0][:1, :HEAD_TOKENS], [*[None] * (len(models) - 1), known]
-    heads = [_head(model, first.to(input_device(model))) for model in models]
+    # None unless the head alone makes the logits.
+    heads = [
+        partial(_head_logits, model.get_output_embeddings()) if plain_head(model, first) else None for model in models
+    ]
     for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
         targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
         each_model = zip(models, heads, states, strict=True)
@@ -236,11 +239,6 @@ def _next_token_logits(
     if known is not None:
         known[row] = hidden
     yield from map(head, hidden.split(TOKENS_AT_ONCE))
-
-
-def _head(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Gives a function from the base model's output to logits, or None unless there is a `plain_head`."""
-    return partial(_head_logits, model.get_output_embeddings()) if plain_head(model, ids) else None
 
 
 def _head_logits(head: Any, hidden: Tensor) -> Tensor:

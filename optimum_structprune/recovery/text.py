@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import BUILTIN, GENERAL, DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_beside, load_domains, resolve, texts_of
+from ..domains.load import WRITTEN, builtin_beside, load_domains, texts_of
 from ..domains.manifest import Manifest
 from ..domains.packing import Domain, SampleFormat, tokenised
-from ..domains.sources import documents
+from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
 
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
-from ..domains.load import builtin_beside, can_write, resolve, texts_of
+from ..domains.load import builtin_beside, can_write, texts_of
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
-from ..domains.sources import documents
+from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import MIN_DOCUMENTS
 from ..system.fingerprint import KeptText

@@ -18,9 +18,10 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import counted_from, named_ids
 from ..config.pruning import StructPruneConfig
-from ..domains.load import builtin_domains, resolve
+from ..domains.load import builtin_domains
 from ..domains.manifest import Entry
 from ..domains.packing import Domain
+from ..domains.sources import resolve
 from ..errors import StructPruneError
 from .amount import Room
 from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, prior_shares, text_shares

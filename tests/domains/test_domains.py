@@ -16,10 +16,10 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import load_domains, num_heldout, presets, resolve
+from optimum_structprune.domains.load import load_domains, num_heldout
 from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
-from optimum_structprune.domains.sources import documents
+from optimum_structprune.domains.sources import documents, presets, resolve
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import batches_of, source_of
 
