@@ -11,11 +11,10 @@ from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
 from ..errors import StructPruneError
-from ..record.chart import chart
 from ..record.report import REPORT_NAME
 from ..system.processes import is_first_rank
 from ..written import check_unchanged, replace_text, warn_on_error
-from .card import Records, result_text, short_name
+from .card import Records, chart, result_text, short_name
 
 
 PAGE_NAME = "report.html"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.chart import chart
+from optimum_structprune.saving.card import chart
 
 
 SVG = "{http://www.w3.org/2000/svg}"
