@@ -18,10 +18,10 @@ from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .checks import progress_folder, prune_configs
-from .exporting import with_gguf
+from .export import with_gguf
 from .loading import Loading
 from .output import Result, note
-from .recovering import pushed, recover_and_save, recovery_for
+from .recover import pushed, recover_and_save, recovery_for
 
 
 def prune(args: Namespace) -> Result:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from argparse import Namespace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import join
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
-from ..recovery.recover import check_recovery
+from ..config.recovery import RecoveryConfig
+from ..errors import StructPruneError
+from ..evaluation.answers import ShortCheck
+from ..record.answers import Items
+from ..record.report import REPORT_NAME
+from ..recovery.recover import Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
-from ..system.disk import Output, check_apart, unchanging, used_paths
+from ..recovery.trainer import NothingGainedWarning
+from ..saving.page import write_page_or_warn
+from ..saving.push import push_to_hub
+from ..system.disk import Output, check_apart, remove_checkpoints, resolved, unchanging, used_paths
+from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
-from .recovering import pushed, recover_and_save, recovery_for
 
 
 def recover(args: Namespace) -> Result:
@@ -33,3 +49,58 @@ def recover(args: Namespace) -> Result:
                 tokens_of_teacher(loading.without_weights(args.teacher), small, loading.tokenizer(args.model))
             model, tokenizer = loading.model_and_tokenizer(args.model)
         return pushed(args, recover_and_save(args, recovery, model, tokenizer))
+
+
+def pushed(args: Namespace, result: Result) -> Result:
+    """Pushes a result to the Hub if asked to, and gives it with the address."""
+    if args.push_to_hub is None or result.code or not is_first_rank():
+        return result
+    url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
+    return replace(result, text=f"{result.text}\npushed to {url}", values={**result.values, "pushed": url})
+
+
+def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneConfig | None) -> Recovery:
+    """Makes the training that the arguments of `recover` ask for; its checkpoints lie beside the output."""
+    training = {"output_dir": _checkpoints(args.output), **config.training}
+    return Recovery(replace(config, training=training), pruning, pruned=args.model)
+
+
+def recover_and_save(
+    args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Result:
+    """Trains and saves a model with the arguments of `recover`, and gives the report."""
+    earlier: Items = []
+    with suppress(StructPruneError):  # the pruning has no record, or one that cannot be read
+        earlier = read_json(Path(args.model, REPORT_NAME)).get("answers") or []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NothingGainedWarning)  # the report says it
+            recovered = recovery.recover_model(
+                model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
+            )
+    except KeyboardInterrupt:
+        _say_how_to_go_on(args)
+        raise
+    report = recovery.report
+    assert report is not None
+    check = ShortCheck(tokenizer, report.tokens)
+    check.ask("recovered", recovered)
+    report.answers = check.items(earlier)
+    recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    write_page_or_warn(args.output)
+    if recovery.config.training["output_dir"] == (checkpoints := _checkpoints(args.output)):
+        remove_checkpoints(checkpoints)
+    return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
+
+
+def _say_how_to_go_on(args: Namespace) -> None:
+    words = ["structprune", "recover", args.model, args.output]
+    for flag, value in (("--teacher", args.teacher), ("--arch", args.arch_file)):
+        words += [flag, value] if value else []
+    words += [f"--{name.replace('_', '-')}" for name in ("trust_remote_code", "overwrite") if vars(args)[name]]
+    sys.stderr.write(f"structprune: interrupted; go on with `{join([*words, '--resume'])}` and the same settings.\n")
+
+
+def _checkpoints(output: str) -> str:
+    """Gives the folder of checkpoints beside the output, however that is written, such as `a/..`."""
+    return f"{resolved(output)}.checkpoints"
