@@ -222,21 +222,13 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
-        _check_adapter(model)
         request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.model_info.arch, request.widths
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
         """Read the plan of a checkpoint: the removals from the model that its run began with."""
-        here = f"The checkpoint of step {state.global_step}"
-        try:
-            plan = Plan.from_dict(state.stateful_callbacks[PLAN])
-        except StructPruneError as error:
-            raise StructPruneError(
-                f"{here} does not say what has been removed ({error} It is in its trainer_state.json); resume from "
-                "another one."
-            ) from error
+        here, plan = f"The checkpoint of step {state.global_step}", Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
                 f"{here} is of a run that began with a model of widths {dict(plan.sizes)}, and this model has "
@@ -330,18 +322,8 @@ def _adapt_(wrapped: nn.Module) -> None:
         wrapped.__setstate__(state)
 
 
-def _check_adapter(model: PreTrainedModel) -> None:
-    try:
-        check_no_adapter(model)
-    except StructPruneError as error:
-        raise StructPruneError(
-            "A Trainer does not prune under the adapter that it trains: prune first (or train all weights), then "
-            "train it on the pruned model."
-        ) from error
-
-
 def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
-    _check_adapter(model)
+    check_no_adapter(model)  # which may have come after the callback
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {

@@ -67,10 +67,9 @@ def cut_state_(
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
                 tensors[key][name] = value
-    alike = all(value.shape == shapes[name] for held in tensors.values() for name, value in held.items())
-    # Those whose state is one number per weight, or one per parameter.
+    # Those whose state is one number per weight, or one per parameter, as that of a subclass may not be.
     kinds = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
-    if not (alike and isinstance(optimizer, kinds)):
+    if type(optimizer) not in kinds:
         for name, parameter in model.named_parameters():
             if parameter.shape != shapes[name]:
                 optimizer.state.pop(parameter, None)
