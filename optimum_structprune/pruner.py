@@ -100,7 +100,7 @@ class StructPruner:
                 from .removals.vocabulary import prune_vocabulary_
 
                 widths = prune_vocabulary_(run, tokens, comparison)
-            if widths and run.config.searches:
+            if widths and run.config.allocation != "uniform":
                 from .search.search import choose_shape
 
                 widths = choose_shape(run)
@@ -111,16 +111,19 @@ class StructPruner:
                 run.recover(teacher)
             if report.languages:
                 comparison.finish_languages()
-            run.finish()
-        # It says what general text was read, and names tokens only where the caller did.
-        self.used_config = data.config if tokens is None else replace(data.config, targets=self.config.targets)
-        self._remember(run)
+            # It says what general text was read, and names tokens only where the caller did.
+            self.used_config = data.config if tokens is None else replace(data.config, targets=self.config.targets)
+            self._remember(run)
         return run.model
 
     def _remember(self, run: Run) -> None:
-        """Keep the records of a run here and with its model, and warn of a target that was missed."""
+        """Complete the records of a run, keep them here and with its model, and warn of a target that was missed."""
         from .record.remarks import target_summary
 
+        run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
+        run.report.target = run.config.sparsity
+        if run.dense_model is not None:
+            remember_text(run.dense_model, run.dense_tokenizer)
         self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer

@@ -162,7 +162,7 @@ def pruned_on(data, model, widths) -> Run:
         for step in StructPruner(data.config).steps(run.arch, run.model, widths):
             StructPruner(data.config).apply_step_(run, step)
         comparison.finish()
-        run.finish()
+        run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
     return run
 
 

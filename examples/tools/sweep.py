@@ -101,7 +101,7 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
     """Prune to one size, and save the model if there is a folder; the report, with the perplexity after a training."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     options = run_options(args)
-    if config.searches and config.rounds == 1:  # losses are measured once for all sizes
+    if config.allocation != "uniform" and config.rounds == 1:  # losses are measured once for all sizes
         options = replace(options, checkpoint_dir=str(Path(args.output) / "losses"))
     pruner = StructPruner(config, options)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)

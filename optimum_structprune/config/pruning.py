@@ -108,15 +108,11 @@ def _check_together(config: "StructPruneConfig") -> None:
             f"general_share={config.general_share} adds a domain {GENERAL!r} of text of every kind, and domains has "
             "one; take it out, or leave general_share out"
         )
-    if config.widths is not None and config.allocation == "search_uniform":
+    if config.allocation == "search_uniform" and (config.widths is not None or config.skip_layers):
         raise ValueError(
-            f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much "
-            "with sparsity or budget"
-        )
-    if bool(config.skip_layers) and config.allocation == "search_uniform":
-        raise ValueError(
-            f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
-            "looks for one shape of all layers; choose allocation='search'"
+            f"allocation='search_uniform' looks for one shape of all layers, which widths={config.widths} and "
+            f"skip_layers={list(config.skip_layers)} contradict; say how much with sparsity or budget, or choose "
+            "allocation='search'"
         )
 
 
@@ -266,7 +262,7 @@ class StructPruneConfig(WithDomains):
     @property
     def shrinking(self) -> tuple[str, ...]:
         """The spaces that may shrink if `sparsity` or `budget` chooses their widths, named or not."""
-        by_default = ("mlp", "attention") if self.searches else ("mlp",)
+        by_default = ("mlp", "attention") if self.allocation != "uniform" else ("mlp",)
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
@@ -279,27 +275,12 @@ class StructPruneConfig(WithDomains):
     @property
     def scored_by(self) -> str:
         """The criterion, named or not."""
-        return self.criterion or ("obs_drive" if self.fits else "wanda")
-
-    @property
-    def fits(self) -> bool:
-        """True if every kept weight is fitted to the dense outputs. A registered refit may do so or not."""
-        return self.refit == "least_squares"
+        return self.criterion or ("obs_drive" if self.refit == "least_squares" else "wanda")
 
     @property
     def feedback(self) -> float:
         """The share of the error of the residual stream that the refit makes up for."""
-        return float(self.error_feedback) if self.fits else 0.0
-
-    @property
-    def searches(self) -> bool:
-        """True if widths follow from measured losses, on text set aside."""
-        return self.allocation != "uniform"
-
-    @property
-    def refit_reads_gram(self) -> bool:
-        """True if the refit may read Gram matrices, as registered ones may."""
-        return self.refit != "none"
+        return float(self.error_feedback) if self.refit == "least_squares" else 0.0
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""

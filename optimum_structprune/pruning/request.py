@@ -190,7 +190,7 @@ class Request:
                 f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the "
                 "model; use refit='least_squares' or 'none'."
             )
-        if not config.searches:
+        if config.allocation == "uniform":
             return
         if not arch.causal:
             raise StructPruneError(
@@ -325,13 +325,13 @@ def _check_folder(folder: str, rounds: int) -> None:
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
-    explicit, gram = config.widths is not None, config.fits
+    explicit = config.widths is not None
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
         "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
         "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
-        "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
+        "error_feedback": (config.refit != "least_squares", f"refit={config.refit!r} makes up for no error"),
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)
@@ -377,7 +377,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     else:
         from ..domains.load import given_domains
 
-        given = [domain.samples for domain in given_domains(inputs, config.holdout, config.searches)]
+        given = [domain.samples for domain in given_domains(inputs, config.holdout, config.allocation != "uniform")]
         # What is no text has as many tokens as the model makes of it, which shapes do not say.
         length = max(rows.shape[1] if rows.ndim == 2 else 1 for rows in given)
         samples, domains = sum(map(len, given)), len(inputs)
@@ -390,7 +390,8 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     streams = channels * samples * length * (2 if config.feedback else 1) // process_count()  # present and dense
     host = streams + (sum(layers) if offload == "cpu" else max(layers)) if offload else 0
     vocabulary = settings.vocab_size if info.arch.causal else 0
-    hidden = (vocabulary * PROBE_TOKENS // STRIDE if config.searches else 0) + (0 if offload else streams)
+    predictions = 0 if config.allocation == "uniform" else vocabulary * PROBE_TOKENS // STRIDE
+    hidden = predictions + (0 if offload else streams)
     # A loss takes logits in the model's dtype and twice in fp32, for few tokens at a time; where layers are offloaded,
     # the head runs on a whole sample.
     part = min(TOKENS_AT_ONCE, length)
@@ -416,7 +417,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
         removed[space.layer] += itemsize * units * space.unit_params
     if on_cpu:  # where smaller layers are made, so that both are there
         yield from (itemsize * size - gone for size, gone in zip(arch.layer_params, removed, strict=True))
-    reads_gram = config.refit_reads_gram or CRITERIA.get(config.scored_by).needs_gram
+    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
     for size, of_expert in _consumers(request):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         out = channels if config.feedback and not of_expert else 0
@@ -433,13 +434,14 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
             step += (itemsize * max(arch.layer_params) - max(removed)) // 3 if on_cpu else 0
         yield step
     if EXPERT in widths:  # what enters the experts and what they are to give, while all of them are there
-        yield (itemsize + FP32_BYTES * config.fits) * tokens * channels + activations
+        yield (itemsize + FP32_BYTES * (config.refit == "least_squares")) * tokens * channels + activations
 
 
 def _consumers(request: Request) -> list[tuple[int, bool]]:
     """List the number of components that each refitted consumer reads, and whether it is an expert's."""
     config, widths = request.config, request.widths
-    whole = [name for name, refits in ((LAYER, config.feedback), (EXPERT, config.fits)) if refits and name in widths]
+    whole = [LAYER] if config.feedback and LAYER in widths else []
+    whole += [EXPERT] if config.refit == "least_squares" and EXPERT in widths else []
     return [
         (space.size * axis.per_unit, space.experts is not None)
         for space in request.model_info.arch.spaces
@@ -473,7 +475,7 @@ def check_memory(request: Request, inplace: bool) -> None:
             f"--offload {'disk' if device.type == 'cpu' else 'cpu or disk'}": not info.offloaded,
             f"num_samples below {config.num_samples}": estimate.hidden > 0,
             f"batch_size below {options.batch_size}": options.batch_size > 1,
-            "criterion='wanda' with refit='none', which take no Gram matrix": config.fits,
+            "criterion='wanda' with refit='none', which take no Gram matrix": config.refit == "least_squares",
         }
         raise StructPruneError(
             f"Pruning takes at least {readable_size(least)} on {device} above the model (hidden states "

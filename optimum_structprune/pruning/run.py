@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import dequantized, is_quantized, shrunk_skeleton, stays_packed
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry, Manifest, remember_text
 from ..errors import InPlaceError
 from ..method.loop import prune_layers_
@@ -43,6 +42,7 @@ class Run(AbstractContextManager["Run"]):
     shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
+        config: The config of the calibration data.
         arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
@@ -66,7 +66,7 @@ class Run(AbstractContextManager["Run"]):
         else:
             self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)
         vars(self.model).pop("prune_result", None)  # that of an earlier run, if there was one
-        self.data = data
+        self.data, self.config = data, data.config
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
         self.arch = self.dense_arch = arch
@@ -75,11 +75,6 @@ class Run(AbstractContextManager["Run"]):
         self.entries: list[Entry] = []
         self.earlier: Manifest | None = None
         self.changed = False
-
-    @property
-    def config(self) -> StructPruneConfig:
-        """The config of the calibration data."""
-        return self.data.config
 
     def start(self) -> None:
         """Begin the records, with what the dense model is and comes from."""
@@ -104,13 +99,6 @@ class Run(AbstractContextManager["Run"]):
     def manifest(self) -> Manifest:
         """The record of the text of this run, and of earlier runs that the dense model comes from."""
         return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.earlier)
-
-    def finish(self) -> None:
-        """Complete the report, and let the dense model carry its tokenizer."""
-        if self.dense_model is not None:
-            remember_text(self.dense_model, self.dense_tokenizer)
-        self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
-        self.report.target = self.config.sparsity
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

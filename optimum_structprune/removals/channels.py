@@ -42,7 +42,7 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         keep = best_units(data.combined(energies.mean(0)), width)
         kept_energy = torch.ones(len(arch.residual.reads))
         run.changed = True
-        if config.fits:
+        if config.refit == "least_squares":
             mean_energies = data.mean(energies.movedim(1, 0))
             kept_energy = mean_energies[:, list(keep)].mean(1) * width / arch.residual.space.size
             refit_readers_(model, arch, data, keep)

@@ -46,7 +46,8 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                 with source.at(layer, changes=True):
                     source.advance_dense(layer, step.widths)
                     spaces = [space for space in arch.at(layer) if space.kind in step.widths]
-                    refits = {space.key: ExpertRefit(source, space, run.data) for space in spaces if run.config.fits}
+                    refitted = spaces if run.config.refit == "least_squares" else []
+                    refits = {space.key: ExpertRefit(source, space, run.data) for space in refitted}
                     for space in spaces:
                         see = refits[space.key].see_dense if refits else None
                         scores = run.data.combined(source.contributions(layer, space, criterion, see))

@@ -59,7 +59,7 @@ class CalibrationData:
         if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
             model = dequantized(model, inplace=False)
         if inputs is not None:
-            read = config, given_domains(inputs, config.holdout, config.searches)
+            read = config, given_domains(inputs, config.holdout, config.allocation != "uniform")
         else:
             read = calibration_domains(config, model, tokenizer)
         return cls(*read, options or RunOptions())
@@ -141,7 +141,7 @@ class CalibrationData:
             refit=REFITS.get(config.refit),
             shares=self.shares,
             damping=config.damping,
-            gram=criterion.needs_gram or config.refit_reads_gram,
+            gram=criterion.needs_gram or config.refit != "none",
             statistics={module: self.mean(values) for module, values in by_domain.items()},
         )
 

@@ -86,7 +86,7 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"sparsity": 0.2, "recovery": {"seed": -1}}, "'seed'.*between 0 and 4294967295"),
     ({"sparsity": 0.2, "error_feedback": 1.5}, "'error_feedback'.*between 0 and 1, got 1.5"),
     ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
-    ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
+    ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "one shape of all layers"),
     ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
     ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
     ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),

@@ -336,7 +336,7 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
             "criterion='ddp' learns gates for the final widths before anything is removed, and a Trainer prunes "
             "in steps of its own; choose another criterion, or prune first (`structprune prune`)."
         )
-    if config.searches:
+    if config.allocation != "uniform":
         raise StructPruneError(
             "criterion='ddp' learns gates for widths that are known, and "
             f"allocation={config.allocation!r} measures which; use allocation='uniform'."
