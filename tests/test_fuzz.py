@@ -21,9 +21,8 @@ from models import build, config
 
 from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.families import read_families
-from optimum_structprune.domains.load import resolve
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.domains.sources import documents
+from optimum_structprune.domains.sources import documents, resolve
 
 
 CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)
