@@ -33,6 +33,7 @@ from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
 from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
+from ..widths.allocation import widths_by_share
 from ..widths.budget import widths_of
 from .measure import PROBE_TOKENS, STRIDE
 
@@ -81,12 +82,12 @@ class Request:
         Raises:
             StructPruneError: If there are none that the model can have; the message names the nearest ones.
         """
-        arguments = self.config, self.model_info.arch, self.model_info.plain_model
-        if self.config.trims:
+        config, arch, model = self.config, self.model_info.arch, self.model_info.plain_model
+        if config.trims:
             from ..vocabulary.amount import widths_with_tokens  # which most runs do without
 
-            return widths_with_tokens(*arguments)
-        return widths_of(*arguments)
+            return widths_with_tokens(config, arch, model)
+        return widths_by_share(config, arch, model.config) if config.budget is None else widths_of(config, arch, model)
 
     @cached_property
     def tokens(self) -> VocabularyRequest | None:
