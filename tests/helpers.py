@@ -111,9 +111,8 @@ def with_tokens(model, reader, kept):
         state["model"]["merges"] = [pair for pair in merges if vocab["".join(pair)] in number]
     added = [{**token, "id": number[token["id"]]} for token in state["added_tokens"]]
     state["added_tokens"] = sorted(added, key=lambda token: token["id"])
-    other = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **reader.special_tokens_map
-    )
+    backend = Tokenizer.from_str(json.dumps(state))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, **reader.special_tokens_map)
     small_config = deepcopy(model.config)
     small_config.vocab_size = len(kept)
     small = type(model)(small_config).eval()
@@ -323,11 +322,8 @@ def silence(model, space, keep):
 
 def free_spaces(arch):
     """Kinds of space whose width may differ and that several layers have."""
-    return [
-        name
-        for name in arch.names
-        if not (arch.uniform or arch.of(name)[0].uniform) and len({space.layer for space in arch.of(name)}) > 1
-    ]
+    names = [] if arch.uniform else [name for name in arch.names if not arch.of(name)[0].uniform]
+    return [name for name in names if len({space.layer for space in arch.of(name)}) > 1]
 
 
 RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}

@@ -43,9 +43,8 @@ def test_generation_is_the_same_with_every_cache_and_attention(deployed):
         model = load(deployed, attn_implementation=attention)
         for cache in (None, "dynamic", "static"):
             options = {"use_cache": False} if cache is None else {"cache_implementation": cache}
-            tokens[attention, cache] = model.generate(
-                token_ids(2, 5), do_sample=False, min_new_tokens=8, max_new_tokens=8, **options
-            )
+            options |= {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+            tokens[attention, cache] = model.generate(token_ids(2, 5), **options)
     first = tokens.pop(("eager", None))
     assert first.shape == (2, 13) and all(torch.equal(first, other) for other in tokens.values())
 

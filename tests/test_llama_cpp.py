@@ -41,9 +41,8 @@ def check(model, tokenizer, path, prompt, new=24, tolerance=2e-4):
     for row, theirs in zip(ids, found["logprobs"], strict=True):
         with torch.no_grad():
             ours = model(torch.tensor([row])).logits[0, :-1].float().log_softmax(-1)
-        np.testing.assert_allclose(
-            [token["logprob"] for token in theirs], ours[range(len(row) - 1), row[1:]], atol=tolerance
-        )
+        found_here = [token["logprob"] for token in theirs]
+        np.testing.assert_allclose(found_here, ours[range(len(row) - 1), row[1:]], atol=tolerance)
         best = torch.tensor([token["best"] for token in theirs])
         assert ((ours.gather(1, best[:, None])[:, 0] - ours.amax(1)).abs() < tolerance).all()
     written = model.generate(torch.tensor([start]), max_new_tokens=new, min_new_tokens=new, do_sample=False)

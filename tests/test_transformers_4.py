@@ -96,10 +96,8 @@ def test_onnx_of_a_trimmed_model(tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(golden.TINY, dtype=torch.float32)
     dense.config.rope_parameters["rope_theta"] = 1e5  # not what transformers 4 takes where it reads none
     dense.save_pretrained(tmp_path / "dense")
-    dense, reader = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense"),
-        AutoTokenizer.from_pretrained(golden.TINY),
-    )
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    reader = AutoTokenizer.from_pretrained(golden.TINY)
     text = [*builtin_documents("prose")]
     settings = {"widths": {"vocab": 320}, "general_share": 0.0, "num_samples": 8, "seq_length": 64}
     pruner = StructPruner(StructPruneConfig(domains=[DomainConfig("prose", text[:40])], **settings))

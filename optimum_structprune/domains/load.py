@@ -38,10 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def calibration_domains(
-    config: StructPruneConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    writes: bool = True,
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, writes: bool = True
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """Loads the domains of a config, with general text that the model writes if it can; the new config says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config

@@ -120,10 +120,7 @@ class Embeddings:
 
 
 def judged_texts(
-    domains: Sequence[Domain],
-    tokenizer: PreTrainedTokenizerBase | None,
-    seed: int,
-    earlier: Manifest | None = None,
+    domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
 ) -> tuple[dict[str, Texts], list[Entry]]:
     """Gives the sentences of domains that judge a model, and the entries of documents that are held out for that.
 

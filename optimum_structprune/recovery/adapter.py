@@ -111,11 +111,10 @@ def trainable(model: PreTrainedModel, kind: PeftConfig | None) -> Iterator[tuple
         trained.train(training)
 
 
-def check_fits(model: PreTrainedModel, kind: PeftConfig) -> None:
+def check_fits(model: PreTrainedModel, kind: LoraConfig) -> None:
     """Refuse an adapter that cannot be put on a model of the same kind without weights."""
     kind = deepcopy(kind)
-    if isinstance(kind, LoraConfig):
-        kind.init_lora_weights = True  # others look at the weights
+    kind.init_lora_weights = True  # others look at the weights
     try:
         empty = skeleton(model, deepcopy(model.config))
     except Exception:

@@ -279,8 +279,7 @@ class DenseModel:
         # All that is used are texts and lists of them. In lists of lists, YAML's aliases make any number of few lines.
         lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
         fields = {name: fields[name] for name in lists if all(isinstance(each, str) for each in lists[name])}
-        names = ("license", "license_name", "license_link")
-        licence = {name: fields[name] for name in names if fields.get(name)}
+        licence = {name: value for name, value in fields.items() if name.startswith("license") and value}
         licence = {"license": named["license"]} if named.get("license") else licence
         base: Any = short_name(source)
         if folder.is_dir() and not HUB_CACHE.search(source):

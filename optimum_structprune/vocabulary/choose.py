@@ -61,11 +61,7 @@ class VocabularyRequest:
 
     @classmethod
     def of(
-        cls,
-        config: StructPruneConfig,
-        described: ModelInfo,
-        tokenizer: PreTrainedTokenizerBase,
-        widths: Widths,
+        cls, config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase, widths: Widths
     ) -> VocabularyRequest:
         """Finds which tokens have to stay, and refuses a number of tokens or a budget that leaves fewer."""
         model = described.plain_model

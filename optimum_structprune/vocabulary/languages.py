@@ -57,11 +57,7 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest
 
 
 def cost_by_language(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    causal: bool,
-    codes: Collection[str],
-    most: float = inf,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, codes: Collection[str], most: float = inf
 ) -> dict[str, float]:
     """Measures bits per byte of the same text in languages, of `most` tokens, or counts tokens if not `causal`."""
     rows, read = tokens_by_language(tokenizer), 0

@@ -51,13 +51,8 @@ ROWS = {
     "database": {"answer": "a", "question": "q", "context": "c"},
     **dict.fromkeys(("german", "spanish", "chinese"), {"id": "1", "url": "u", "title": "T", "text": "t"}),
 }
-TEXT = {
-    "math": "Question: q\nAnswer: a",
-    "medicine": "Question: q\nAnswer: a",
-    "multilingual": "q\na",
-    "abstracts": "T\n\nt",
-    "database": "c\n-- q\na",
-}
+TEXT = dict.fromkeys(("math", "medicine"), "Question: q\nAnswer: a")
+TEXT |= {"multilingual": "q\na", "abstracts": "T\n\nt", "database": "c\n-- q\na"}
 
 
 def chatty(template: str | None):
@@ -167,9 +162,7 @@ def test_rows_and_fields_that_will_not_do():
             for messages, shown in (
                 ([{"role": "user"}], "{'role': 'user'}"),
                 (["hello"], "'hello'"),
-                ([None], "None"),
                 (5, "5"),
-                ([{"role": "user", "content": [{"type": "text", "text": {"value": "x"}}]}], "{'role': 'user'"),
                 ([{"role": "user", "content": [3]}], "{'role': 'user', 'content': \\[3"),
             )
         ),
@@ -301,9 +294,8 @@ def test_a_frame_tells_which_documents_its_samples_hold():
 
 def test_beyond_need_the_beginnings_of_many_documents_are_held_out_and_calibrate_nothing():
     texts = [" ".join(f"w{(number * place) % 90}" for place in range(400)) for number in range(1, 60)]
-    few, many = (
-        load_domains(config(domains=[DomainConfig("a", texts)], num_samples=count), tokenizer()) for count in (4, 64)
-    )
+    asked = config(domains=[DomainConfig("a", texts)])
+    few, many = (load_domains(replace(asked, num_samples=count), tokenizer()) for count in (4, 64))
     kept = few[0].heldout
     assert torch.equal(many[0].heldout[: len(kept)], kept)  # what is needed is the same text
     tokens = many[0].heldout[num_heldout(64, 0.125) :].numel()

@@ -76,11 +76,9 @@ def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, mon
     whole = first(writer, 30)
     shutil.rmtree(cache)
     short = first(writer, 13)
-    sizes = []
-    generate = type(writer[0]).generate
-    monkeypatch.setattr(
-        type(writer[0]), "generate", lambda *args, **how: sizes.append(len(args[1])) or generate(*args, **how)
-    )
+    sizes, model = [], type(writer[0])
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **how: sizes.append(len(args[1])) or generate(*args, **how))
     # Whatever has been kept, the same is written for as many; all but the last batch is the same for more.
     assert first(writer, 13) == short and sizes == []
     longer = first(writer, 30)
@@ -98,29 +96,6 @@ def test_tokens_are_drawn_by_their_probability_among_the_likely():
         likely = expected >= generated.MIN_P * expected.max()
         assert (counts[~likely] == 0).all()
         torch.testing.assert_close(counts[likely], expected[likely] / expected[likely].sum(), atol=0.03, rtol=0)
-
-
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-ODD = {"stop_strings": ["e"], "max_time": 1e-9, "cache_implementation": "static", "forced_eos_token_id": 2}
-ODD |= {"bad_words_ids": [[5]], "suppress_tokens": [5], "begin_suppress_tokens": [5], "sequence_bias": [[[5], 9.0]]}
-ODD |= {"watermarking_config": {"greenlist_ratio": 0.9}, "constraints": [1]}
-ODD |= {"continuous_batching_config": {}, "compile_config": {}}
-
-
-@pytest.mark.slow
-def test_no_setting_of_the_models_own_changes_what_it_writes(writer, cache, monkeypatch):
-    model, _ = writer
-    monkeypatch.setattr(generated, "MAX_TOKENS", 12)
-    texts = first(writer, 3)
-    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in TOKENS]
-    assert {"max_time", "num_beams", "stop_strings", "prompt_lookup_num_tokens"} <= set(names)
-    for name in names:
-        shutil.rmtree(cache)
-        odd = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-        setattr(odd, name, ODD.get(name, not getattr(odd, name) if isinstance(getattr(odd, name), bool) else 3))
-        monkeypatch.setattr(model, "generation_config", odd)
-        assert first(writer, 3) == texts, name
-        assert model.generation_config is odd
 
 
 def test_a_damaged_file_and_a_line_that_was_cut_off_are_written_anew(writer, cache):

@@ -25,9 +25,7 @@ from optimum_structprune.domains.manifest import check_tokens, has_files, rememb
 
 
 ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
-OTHERS = (
-    "of 96 tokens, is not that of this LlamaForCausalLM, which has 96 tokens and 96 rows: w95, w94, w93 and 89 more"
-)
+OTHERS = "of 96 tokens, is not that of this LlamaForCausalLM, which has 96 tokens and 96 rows: w95, w94, w93"
 
 
 def words(vocabulary):
@@ -35,11 +33,8 @@ def words(vocabulary):
 
 
 NAMES, IDS = [f"t{number}" for number in range(8)], range(12)
-VOCABULARIES = st.lists(
-    st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)),
-    min_size=1,
-    unique_by=(lambda pair: pair[0], lambda pair: pair[1]),
-)
+PAIRS, PARTS = st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)), (lambda pair: pair[0], lambda pair: pair[1])
+VOCABULARIES = st.lists(PAIRS, min_size=1, unique_by=PARTS)
 
 
 @pytest.mark.slow
@@ -59,15 +54,11 @@ def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(ow
         check_tokens(model, words(other))
 
 
-def dense_of(model, reader):
-    evaluate(build("llama-tied"), reader, TEXT, dense=model, seq_length=24)
-
-
 TEXT = [DomainConfig("unread", unread())]
 PLACES = {
     "prune": lambda model, reader: prune_model(model, config(domains=TEXT), reader),
     "evaluate": lambda model, reader: evaluate(model, reader, TEXT, seq_length=24),
-    "dense": dense_of,
+    "dense": lambda model, reader: evaluate(build("llama-tied"), reader, TEXT, dense=model, seq_length=24),
     "gguf": lambda model, reader: export_gguf(model, "nowhere.gguf", reader),
     "recover": lambda model, reader: recover(model, reader, recovery_config(domains=TEXT)),
 }
@@ -124,12 +115,9 @@ def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
     more, longer = tokenizer(), tokenizer()
     more.add_tokens(["<a>", "<b>"])
     longer.add_tokens([f"<{number}>" for number in range(5)])
-    for number, other in enumerate(
-        (with_tokens(build("llama-tied"), tokenizer(), ORDER)[1], longer, words({"t0": 5}))
-    ):
-        with pytest.raises(
-            StructPruneError, match="is not that of this LlamaForCausalLM, which has 96 tokens and 100"
-        ):
+    swapped = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
+    for number, other in enumerate((swapped, longer, words({"t0": 5}))):
+        with pytest.raises(StructPruneError, match="is not that of this LlamaForCausalLM"):
             pruner.save(pruned, tmp_path / str(number), other)
     with pytest.raises(StructPruneError, match="resize_token_embeddings"):
         check_tokens(pruned, longer)

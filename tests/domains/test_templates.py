@@ -39,9 +39,7 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         lambda: next(self_documents(model, reader, "dialogue", 0, tokens=64)),
         lambda: read_questions()[0].ids(reader),
     ):
-        with pytest.raises(
-            StructPruneError, match="chat template of 'some/model' refuses .* the roles user"
-        ) as caught:
+        with pytest.raises(StructPruneError, match="chat template of 'some/model' refuses") as caught:
             render()
         assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
 

@@ -133,21 +133,6 @@ def test_several_kinds_have_equal_shares_of_the_characters():
     assert max(given.values()) - min(given.values()) <= 2 * sources.PART_CHARACTERS
 
 
-def test_prose_reads_other_files_than_code():
-    names = {name: list(itertools.islice(builtin_documents(name), 150)) for name in ("prose", "code")}
-    code = " ".join(" ".join(names["code"]).split())
-    paragraphs = [paragraph for text in names["prose"] for paragraph in text.split("\n\n")]
-    assert sum(paragraph in code for paragraph in paragraphs) < 0.02 * len(paragraphs)
-    assert not any("\n    def " in text or ">>>" in text for text in names["prose"])
-
-
-def test_built_in_code_is_of_many_files_not_of_their_tops_and_has_no_licence_of_its_own():
-    long = [text for text in sources.read_kind("code") if len(text) > 2 * sources.SECTION_CHARACTERS]
-    heads = [re.match(r'r?"""|#!|import |from ', text) is not None for text in long]
-    assert len(long) > 50 and sum(heads) < len(long) / 2
-    assert not any(render_texts.NOTICE.search(text) for kind in ("code", "prose") for text in builtin_documents(kind))
-
-
 def test_two_sections_of_a_document_lie_far_apart():
     order = list(builtin_documents("code", 1))
     longest = max(sources.read_kind("code"), key=len)

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import recovery_config, same_weights
+from helpers import recovery_config, same_weights, unread
 from models import build, config, tokenizer
 from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
@@ -19,11 +19,6 @@ from optimum_structprune.system.processes import across_processes
 
 def domain(**fields) -> dict:
     return {"domains": [DomainConfig(**{"name": "x", **fields})]}
-
-
-def unread():
-    pytest.fail("text was read")
-    yield
 
 
 @pytest.mark.parametrize(("fields", "message"), [

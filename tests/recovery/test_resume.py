@@ -171,9 +171,6 @@ def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
 def test_a_checkpoint_that_does_not_fit_on_the_disk(pruned, run, tmp_path, what):
     model, sizes = deepcopy(pruned), {path.name: path.stat().st_size for path in run[0].glob("checkpoint-8/*")}
     room = 2_000 if what == "adapter" else (sizes["adapter_model.safetensors"] + sizes["optimizer.pt"]) // 2
-    with (
-        full_disk(room),
-        pytest.raises(StructPruneError, match="stopped at step 2, "),
-    ):
+    with full_disk(room), pytest.raises(StructPruneError, match="stopped at step 2, "):
         recover(model, tokenizer(), settings(tmp_path))
     assert same_weights(model, pruned)

@@ -23,9 +23,8 @@ def test_a_teacher_is_refused_where_an_id_means_another_token(data):
     taught = special + data.draw(st.lists(st.sampled_from(range(3, VOCAB)), min_size=2, unique=True))
     left = [token for token in taught[3:] if data.draw(st.booleans())]
     order = data.draw(st.just(left) | st.permutations(left))
-    more = data.draw(
-        st.just([]) | st.lists(st.sampled_from(sorted({*range(3, VOCAB)} - {*taught}) or [95]), max_size=1)
-    )
+    others = sorted({*range(3, VOCAB)} - {*taught}) or [95]
+    more = data.draw(st.just([]) | st.lists(st.sampled_from(others), max_size=1))
     learnt = special + order + [token for token in more if token not in order]
     teacher, theirs = with_tokens(dense, tokenizer(), taught)
     model, own = with_tokens(dense, tokenizer(), learnt)
@@ -84,13 +83,8 @@ def test_what_is_no_causal_language_model_is_no_teacher():
 
 
 def test_a_teacher_whose_base_does_not_say_what_it_takes():
-    sizes = {
-        "vocab_size": VOCAB,
-        "d_model": 32,
-        "decoder_layers": 1,
-        "decoder_ffn_dim": 32,
-        "decoder_attention_heads": 2,
-    }
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 1}
+    sizes |= {"decoder_ffn_dim": 32, "decoder_attention_heads": 2}
     teacher, student = (BartForCausalLM(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)) for _ in "12")
     recovery = Recovery(recovery_config(tokens=96))
     recovery.recover_model(student, tokenizer(), teacher)

@@ -155,13 +155,9 @@ def card_of(result, place, words):
     speeds = {words: {"dense": time, words: time}}
     how = dict.fromkeys(("device", "threads", "clock", "repeats", "new_tokens", "memory_is"), words)
     domain, ratio = {"name": words, "source": words, "weight": 1.0}, {"dense": 2.0, "model": 3.0}
+    report = {"answers": [item], "scripts": {words: 1}, "model": {"name": str(dense)}}
     for record, values in {
-        "report.json": {
-            "answers": [item],
-            "scripts": {words: 1},
-            "perplexity": {words: {"before": 2.0, "after": 3.0}},
-            "model": {"name": str(dense)},
-        },
+        "report.json": {**report, "perplexity": {words: {"before": 2.0, "after": 3.0}}},
         "structprune_config.json": {"domains": [domain], "general_text": words},
         "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
         "evaluation.json": {"perplexity": {words: ratio}, "figures": {"model": {words: 0.5}}, "tasks": {words: {}}},
@@ -226,20 +222,12 @@ def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):
 def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_path):
     out = shutil.copytree(desk / "slim", tmp_path / "out")
     (out / "modules.json").write_text("[]")
-    about = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["feature-extraction"],
-    }
+    about = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    about |= {"tags": ["feature-extraction"]}
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(about)}---\n")
-    (out / "report.json").write_text(
-        json.dumps({**json.loads((out / "report.json").read_text()), "model": {"name": str(tmp_path)}})
-    )
-    for kind, loads in (
-        (None, "SentenceTransformer"),
-        ("SparseEncoder", "SparseEncoder"),
-        ("x; y", "SentenceTransformer"),
-    ):
+    report = {**json.loads((out / "report.json").read_text()), "model": {"name": str(tmp_path)}}
+    (out / "report.json").write_text(json.dumps(report))
+    for kind, loads in ((None, "SentenceTransformer"), ("SparseEncoder",) * 2, ("x; y", "SentenceTransformer")):
         (out / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
         card = ModelCard(model_card(out, "out", AutoConfig.from_pretrained(out)))
         assert f"from sentence_transformers import {loads}\n" in card.text and f"model = {loads}(name)" in card.text

@@ -39,9 +39,8 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.parameters["before"]
     share = (padding.after - padding.before) / (padding.dense - padding.before)
-    assert f"adds {padding.after - padding.before:,} parameters" in str(padding) and f"back {share:.1%}" in str(
-        padding
-    )
+    said = str(padding)
+    assert f"adds {padding.after - padding.before:,} parameters" in said and f"back {share:.1%}" in said
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
@@ -84,10 +83,8 @@ def blocks(folder):
     assert fields["model_type"] == "nemotron-nas" and fields["num_attention_heads"] == 8
     ffn = [int(2 * block["ffn"]["ffn_mult"] * fields["hidden_size"] / 3) for block in fields["block_configs"]]
     assert all(width % 256 in (0, 255) for width in ffn)  # rounded up to the next multiple
-    return [
-        (block["attention"]["n_heads_in_group"], -(-width // 256) * 256)
-        for block, width in zip(fields["block_configs"], ffn, strict=True)
-    ]
+    heads = [block["attention"]["n_heads_in_group"] for block in fields["block_configs"]]
+    return [(count, -(-width // 256) * 256) for count, width in zip(heads, ffn, strict=True)]
 
 
 # model type, fields, widths of FFN and numbers of KV groups, and then the query heads in a group and the FFN
@@ -108,9 +105,8 @@ def test_the_folder_has_the_sizes_of_the_layers(case, tmp_path):
         cost = export_nemotron_nas(small, tmp_path / "out", tokenizer(), overwrite=True, pad=True)
     assert blocks(tmp_path / "out") == expected
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert [tensors[f"model.layers.{layer}.mlp.up_proj.weight"].shape[0] for layer in (0, 1)] == [
-        w for _, w in expected
-    ]
+    widths = [tensors[f"model.layers.{layer}.mlp.up_proj.weight"].shape[0] for layer in (0, 1)]
+    assert widths == [width for _, width in expected]
     assert cost.after - cost.before == sum(map(torch.numel, tensors.values())) - small.num_parameters()
     assert (cost.after == cost.before) == (case in ("uniform", "differing"))
     assert (tmp_path / "out" / "configuration_nemotron_nas.py").is_file()

@@ -118,19 +118,14 @@ def test_what_llama_cpp_quantises_itself(alike, tmp_path, monkeypatch):
     with pytest.raises(StructPruneError, match="llama-quantize, which is not on the PATH.*or take q4_0"):
         export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m")
     program = tmp_path / "llama-quantize"
-    for body, reason in (
-        ('/bin/cp "$1" "$2"; echo "$3" >> "$2"', None),
-        ("echo no room >&2; exit 1", "Q6_K: no room"),
-    ):
-        program.write_text(f"#!/bin/sh\n{body}\n")
-        program.chmod(0o755)
-        if reason is None:
-            assert export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m").dtype == "Q4_K_M"
-            assert (tmp_path / "out.gguf").read_bytes().endswith(b"Q4_K_M\n")
-            assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.file_type").contents() == 1
-        else:
-            with pytest.raises(StructPruneError, match=reason):
-                export_gguf(alike, tmp_path / "more.gguf", reader(pieces=False), dtype="q6_k")
+    program.write_text('#!/bin/sh\n/bin/cp "$1" "$2"; echo "$3" >> "$2"\n')
+    program.chmod(0o755)
+    assert export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m").dtype == "Q4_K_M"
+    assert (tmp_path / "out.gguf").read_bytes().endswith(b"Q4_K_M\n")
+    assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.file_type").contents() == 1
+    program.write_text("#!/bin/sh\necho no room >&2; exit 1\n")
+    with pytest.raises(StructPruneError, match="Q6_K: no room"):
+        export_gguf(alike, tmp_path / "more.gguf", reader(pieces=False), dtype="q6_k")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "out.gguf"]
 
 

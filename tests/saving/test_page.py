@@ -40,9 +40,8 @@ def folder(tmp_path_factory):
     (folder / "recovery_report.json").write_text(json.dumps({**trained, "perplexity": perplexity}))
     both = {"dense": 10.0, "model": 15.0}
     figures = {"dense": {"right": 0.75}, "model": {"right": 0.5}}
-    Evaluation(str(folder), perplexity={"far": both, "near": both}, figures=figures, shared=["near"]).save(
-        folder / "evaluation.json"
-    )
+    found = Evaluation(str(folder), perplexity={"far": both, "near": both}, figures=figures, shared=["near"])
+    found.save(folder / "evaluation.json")
     write_report(folder)
     return folder
 
@@ -76,9 +75,8 @@ SPEED = {"new_tokens": 4, "repeats": 9, "threads": 2, "clock": "wall", "device":
 def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
     assert "speed-up" not in page(folder)
     shutil.copytree(folder, tmp_path / "fast")
-    first, fast, same = (
-        {"tokens_per_second": 8.0, "speedup": {"low": low, "median": 1.25, "high": 1.5}} for low in (1.0, 1.125, 0.5)
-    )
+    speedups = [{"low": low, "median": 1.25, "high": 1.5} for low in (1.0, 1.125, 0.5)]
+    first, fast, same = ({"tokens_per_second": 8.0, "speedup": speedup} for speedup in speedups)
     shape = "batch 1, prompt 128"
     times = {"prefill": {shape: {"dense": first, "model": fast}}, "decode": {shape: {"dense": first, "model": same}}}
     Speed(**times, run_memory={shape: {"dense": 2, "model": 1}}, **SPEED).save(tmp_path / "fast" / "speed.json")

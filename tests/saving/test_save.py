@@ -266,9 +266,8 @@ def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
         ViTConfig(hidden_size=hidden).save_pretrained(folder)
     (source / "sparse_linear.pt").write_text("32")
     for hidden in (32, 24):
-        copy_extra_files(
-            SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden)), out / str(hidden), None
-        )
+        model = SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden))
+        copy_extra_files(model, out / str(hidden), None)
         assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is (hidden == 24)
         assert (out / str(hidden) / "sparse_linear.pt").exists() is (hidden == 32)
         assert (f"Not copied from {source}: sparse_linear.pt" in caplog.text) is (hidden == 24)

@@ -83,9 +83,8 @@ def test_transformers_4_knows_the_tokenizer_and_no_machine_is_named(tmp_path):
     reader.save_pretrained(tmp_path)
     settle(tmp_path / "tokenizer_config.json", type(AutoConfig.for_model("llama")))
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (
-        fields["tokenizer_class"] == "PreTrainedTokenizerFast" and not {"is_local", "local_files_only"} & fields.keys()
-    )
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only"} & fields.keys()
     # transformers 4 takes none but names for `extra_special_tokens`, and ends with an error where they are a list
     assert fields["additional_special_tokens"] == ["w7", "w8"] and "extra_special_tokens" not in fields
     again = AutoTokenizer.from_pretrained(tmp_path)

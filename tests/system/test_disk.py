@@ -82,11 +82,9 @@ def test_a_folder_that_the_process_works_in_is_not_replaced_under_any_name(tmp_p
     monkeypatch.chdir(out)
     target = spelling.format(tmp_path.name if spelling.startswith("..") else out)
     model = build("llama-tied")
-    for refused in (
-        Output(target, True).check,
-        Output(target, True).staged().__enter__,
-        lambda: export_nemotron_nas(model, target, overwrite=True),
-    ):
+    output = Output(target, True)
+    export = lambda: export_nemotron_nas(model, target, overwrite=True)  # noqa: E731
+    for refused in (output.check, output.staged().__enter__, export):
         with pytest.raises(StructPruneError, match=f"is or holds the working directory, {re.escape(str(out))}, "):
             refused()
     monkeypatch.chdir("deep")
@@ -241,13 +239,9 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, other):
     before = names(tmp_path)
     assert len(before) == 2 and ".out.lock" in before
     (tmp_path / "link").symlink_to(tmp_path / "out")  # a link and its folder are one output
-    message = "Another run writes to"
-    for refused in (
-        Output(tmp_path / "out").locked(),
-        Output(tmp_path / "link").locked(),
-        Output(tmp_path / "out").staged(),
-    ):
-        with pytest.raises(StructPruneError, match=message), refused:
+    out, link = Output(tmp_path / "out"), Output(tmp_path / "link")
+    for refused in (out.locked(), link.locked(), out.staged()):
+        with pytest.raises(StructPruneError, match="Another run writes to"), refused:
             raise AssertionError
     (tmp_path / "link").unlink()
     assert names(tmp_path) == before

@@ -92,10 +92,8 @@ def shortened(path):
 
 def test_a_damaged_file_is_named(tmp_path):
     names, texts = ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"), ("{", "[]", '{"key": "x"}')
-    for name, damage in [
-        *((name, shortened) for name in names),
-        *(("layer.json", lambda path, t=t: path.write_text(t)) for t in texts),
-    ]:
+    damages = [("layer.json", lambda path, t=t: path.write_text(t)) for t in texts]
+    for name, damage in [*((name, shortened) for name in names), *damages]:
         save(tmp_path, 1)
         damage(tmp_path / name)
         with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start"):
@@ -167,10 +165,5 @@ def test_the_key_names_all_that_makes_a_run():
         return run_key(replace(data, config=settings, domains=domains), of, {"mlp": target})
 
     same = key()
-    others = [
-        key(config(rounds=3)),
-        key(of=build("llama-tied", seed=1)),
-        key(domains=data.domains[:1]),
-        key(target=20),
-    ]
-    assert len({same, *others}) == 5 and key() == same
+    others = [key(config(rounds=3)), key(of=build("llama-tied", seed=1)), key(domains=data.domains[:1])]
+    assert len({same, *others, key(target=20)}) == 5 and key() == same

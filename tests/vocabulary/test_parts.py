@@ -106,9 +106,8 @@ def test_where_all_tokens_stay_it_is_the_plain_divergence(tokens):
 @kinds
 def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
     reader, (keep, less) = dense(kind)[1], smaller(kind, 1)
-    whole, small = (
-        random_model(AutoModelForCausalLM, "llama", {**GROUPED, "vocab_size": len(of)}) for of in (reader, less)
-    )
+    sizes = [{**GROUPED, "vocab_size": len(each)} for each in (reader, less)]
+    whole, small = (random_model(AutoModelForCausalLM, "llama", fields) for fields in sizes)
     parts = Parts.between(whole, reader, small, less)
     assert [parts.spellings[token] for token in keep] == [(new,) for new in range(len(keep))]
     split = 0

@@ -89,11 +89,8 @@ def unigram(fallback: bool) -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    steps = {
-        "normalizer": normalizers.BertNormalizer(),
-        "pre_tokenizer": pre_tokenizers.BertPreTokenizer(),
-        "decoder": decoders.WordPiece(),
-    }
+    steps = {"normalizer": normalizers.BertNormalizer(), "pre_tokenizer": pre_tokenizers.BertPreTokenizer()}
+    steps["decoder"] = decoders.WordPiece()
     model, specials = models.WordPiece(unk_token="[UNK]"), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return trained(model, trainers.WordPieceTrainer, 300, specials, steps)
 
@@ -197,11 +194,8 @@ def of_class(name: str) -> PreTrainedTokenizerFast:
     """A tiny tokenizer of a class of transformers, most of which build their backend themselves."""
     model = json.loads(byte_level().to_str())["model"]
     scored = [tuple(entry) for entry in json.loads(unigram(False).to_str())["model"]["vocab"]][len(SPECIAL) :]
-    specials = {
-        "T5Tokenizer": ("<pad>", "</s>", "<unk>"),
-        "XLMRobertaTokenizer": ("<s>", "<pad>", "</s>", "<unk>"),
-        "AlbertTokenizer": ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"),
-    }
+    specials = {"T5Tokenizer": ("<pad>", "</s>", "<unk>"), "XLMRobertaTokenizer": ("<s>", "<pad>", "</s>", "<unk>")}
+    specials["AlbertTokenizer"] = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
     if name in specials:
         arguments = ([*((special, 0.0) for special in specials[name]), *scored],)
     elif name in ("BertTokenizer", "MPNetTokenizer"):
