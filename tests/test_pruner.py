@@ -12,7 +12,6 @@ from torch import nn
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
-from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.forward.metrics import margin_of_error, sample_losses
 from optimum_structprune.pruning.measure import short_rows
@@ -121,15 +120,15 @@ def test_perplexities_come_with_the_margins_that_an_evaluation_finds():
     settings = config(widths={"mlp": 20}, num_samples=96)
     model, reader = build("llama-untied"), tokenizer()
     every = load_domains(settings, reader)[0].heldout
-    both = every, document_numbers(every, reader.eos_token_id)
-    heldout, numbers = (torch.stack(short_rows(of, 96 // 2 // 8 * 24)) for of in both)
+    rows, numbers = short_rows(every, reader.eos_token_id, 96 // 2 // 8 * 24)
+    heldout = torch.stack(rows)
     pruner = StructPruner(settings)
     losses = [sample_losses(of, heldout) for of in (model, pruner.prune_model(model, reader))]
     before, after = (float(of.mean().exp()) for of in losses)
     compared = {"before": losses[0], "after": losses[1], "ratio": losses[1] - losses[0]}
-    margins = {name: float(of.mean().exp()) * margin_of_error(of, numbers[:, 1]) for name, of in compared.items()}
-    assert len(numbers[:, 1].unique()) >= 5 and pruner.report.perplexity_margin["a"] == pytest.approx(margins)
-    assert pruner.report.perplexity_documents["a"] == len(numbers[:, 1].unique())
+    margins = {name: float(of.mean().exp()) * margin_of_error(of, numbers) for name, of in compared.items()}
+    assert len(numbers.unique()) >= 5 and pruner.report.perplexity_margin["a"] == pytest.approx(margins)
+    assert pruner.report.perplexity_documents["a"] == len(numbers.unique())
     assert pruner.report.perplexity["a"] == pytest.approx({"before": before, "after": after})
     assert pruner.report.perplexity_tokens["a"] == heldout[:, 1:].numel()
     assert f"perplexity a ({heldout[:, 1:].numel()} tokens)" in str(pruner.report)

@@ -27,7 +27,7 @@ from ..config.domains import (
 )
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.metrics import MEASURED_TOKENS
+from ..forward.metrics import MANY_DOCUMENTS, MEASURED_TOKENS
 from .manifest import Manifest
 from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
 from .sources import documents, resolve
@@ -181,8 +181,9 @@ class _Packer:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, self.config.holdout)
         enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
+        documents = min(ceil(MANY_DOCUMENTS * BEGINNING / self.frame.body), count)  # samples of the beginnings of 12
         probe = 0 if self.config.allocation == "uniform" else aside
-        more = 0 if written_by_model(self.domains[index]) else max(0, enough - aside)
+        more = 0 if written_by_model(self.domains[index]) else max(documents, enough - aside)
         return Needs(*(self.frame.body * number for number in (aside, count, probe, more)))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:

@@ -191,8 +191,7 @@ def evaluate(
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
-        for figure, value in text.figures(batch_size).items():
-            getattr(evaluation, figure)[name] = value
+        evaluation.enter(name, text.figures(batch_size))
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
@@ -232,6 +231,8 @@ def _compare_vectors(
     measured = Embeddings(models["dense"], {**by_domain, **pairs}, readers["dense"], tokens_differ, pairs)
     measured.read_by(readers["model"], models["model"])
     evaluation.embeddings, by_language = measured.figures(models["model"], "dense", "model")
+    for name, figures in measured.perplexities(models["model"], "dense", "model").items():
+        evaluation.enter(name, figures)
     if by_language:
         costs = costs_before(models["dense"], readers["dense"], False, ())
         costs = with_costs_after(costs, models["model"], readers["model"], False)

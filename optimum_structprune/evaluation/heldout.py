@@ -17,7 +17,7 @@ from ..config.domains import DomainConfig
 from ..domains.packing import Passages, SampleFormat, check_vocabulary, document_numbers, tokenised
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
-from ..forward.metrics import compare, evaluating, perplexity_margins, perplexity_of, row_losses, sample_losses
+from ..forward.metrics import compare, evaluating, perplexity_figures, row_losses, sample_losses
 from ..vocabulary.parts import Parts, divergence_from_dense
 
 
@@ -113,10 +113,7 @@ class Judged:
             losses, pair = compare(models[0], models[1], self.samples, batch_size, self.known)
             close = dict(zip(("divergence", "agreement"), pair, strict=True))
         return {
-            "perplexity": {which: perplexity_of(loss) for which, loss in losses.items()},
-            "perplexity_margin": perplexity_margins(losses, self.documents),
-            "perplexity_tokens": self.samples[:, 1:].numel(),
-            "perplexity_documents": len(self.documents.unique()),
+            **perplexity_figures(losses, self.documents, self.samples[:, 1:].numel()),
             "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
             **close,
         }

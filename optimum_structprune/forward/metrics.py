@@ -71,6 +71,16 @@ def perplexity_margins(losses: Mapping[str, Tensor], documents: Tensor | None = 
     return margins
 
 
+def perplexity_figures(losses: Mapping[str, Tensor], documents: Tensor, tokens: int) -> dict[str, Any]:
+    """Gives what a record has of the perplexity on one domain, by its fields; see `perplexity_margins`."""
+    return {
+        "perplexity": {name: perplexity_of(each) for name, each in losses.items()},
+        "perplexity_margin": perplexity_margins(losses, documents),
+        "perplexity_tokens": tokens,
+        "perplexity_documents": len(documents.unique()),
+    }
+
+
 @torch.no_grad()
 def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> Tensor:
     """The mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU; see `perplexity`."""

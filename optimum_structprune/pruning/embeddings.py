@@ -27,7 +27,8 @@ from ..config.domains import written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error
+from ..forward.gaps import Gaps, fills_gaps
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, perplexity_figures
 from ..method.layers import input_device, run_model
 from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
@@ -80,6 +81,16 @@ class Embeddings:
         self.spoken = {code: Texts.one_each(sentences([text]).texts) for code, text in by_code.items()}
         self.pooling = pooling_of(model)
         self.dense = self._vectors(model)
+        self.gaps: dict[str, Gaps] = {}
+        if tokenizer is not None and fills_gaps(model, tokenizer):
+            for name, texts_of in self.texts.items():
+                if isinstance(texts_of.texts, Tensor):
+                    continue
+                both, half = texts_of.texts, len(texts_of.texts) // 2
+                translated = model.config.is_encoder_decoder and name in pairs
+                parts = (both[:half], both[half:]) if translated else (both, None)
+                self.gaps[name] = Gaps(parts[0], model, tokenizer, parts[1])
+        self.dense_losses = self._losses(model)
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Read from now on with another tokenizer."""
@@ -88,6 +99,8 @@ class Embeddings:
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report."""
         report.embeddings, by_language = self.figures(model, "before", "after")
+        for name, figures in self.perplexities(model, "before", "after").items():
+            report.enter(name, figures)
         report.languages = {code: {**old, **by_language.get(code, {})} for code, old in report.languages.items()}
 
     def figures(
@@ -112,6 +125,21 @@ class Embeddings:
             code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
             for code, dense in theirs_spoken.items()
         }
+
+    def perplexities(self, model: PreTrainedModel, before: str, after: str) -> dict[str, dict[str, Any]]:
+        """The `perplexity_figures` of a smaller model by domain; none where no head predicts tokens."""
+        return {
+            name: perplexity_figures(
+                {before: self.dense_losses[name], after: losses},
+                torch.tensor([*self.texts[name].documents])[: len(losses)],
+                int(self.gaps[name].tokens.sum()),
+            )
+            for name, losses in self._losses(model).items()
+        }
+
+    def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        assert self.tokenizer is not None or not self.gaps
+        return {name: gaps.losses(model, self.tokenizer) for name, gaps in self.gaps.items() if self.tokenizer}
 
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rows = [rows_of(each.texts, self.tokenizer, model) for each in (*self.texts.values(), *self.spoken.values())]

@@ -19,10 +19,9 @@ from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward.metrics import (
     MEASURED_TOKENS,
-    MIN_DOCUMENTS,
+    MANY_DOCUMENTS,
     evaluating,
-    perplexity_margins,
-    perplexity_of,
+    perplexity_figures,
     row_losses,
     total_loss,
 )
@@ -139,11 +138,10 @@ class Measure:
         other: Sequence[Tensor] = (),
     ):
         share, eos = most // len(domains), None if tokenizer is None else tokenizer.eos_token_id
-        self.heldout: Rows = {domain.name: short_rows(domain.heldout, share) for domain in domains}
-        self.heldout |= {OTHER: [*other]} if other else {}
-        numbers = {domain.name: document_numbers(domain.heldout, eos) for domain in domains}
-        self.documents = {name: torch.stack(short_rows(of, share))[:, 1] for name, of in numbers.items()}
-        self.documents |= {OTHER: torch.arange(len(other))}  # each row is of another one
+        short = {domain.name: short_rows(domain.heldout, eos, share) for domain in domains}
+        short |= {OTHER: ([*other], torch.arange(len(other)))} if other else {}  # each row is of another document
+        self.heldout: Rows = {name: rows for name, (rows, _) in short.items()}
+        self.documents = {name: numbers for name, (_, numbers) in short.items()}
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: dict[str, Passages] = {}
         if tokenizer is not None:
@@ -161,14 +159,11 @@ class Measure:
         figures = self._losses(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
-            perplexity = {when: perplexity_of(loss) for when, loss in losses.items()}
-            margins = perplexity_margins(losses, self.documents[name])
-            tokens, documents = self.tokens_predicted[name] * len(before), len(self.documents[name].unique())
+            found = perplexity_figures(losses, self.documents[name], self.tokens_predicted[name] * len(before))
             if name == OTHER:
-                report.other |= {"perplexity": perplexity, "margin": margins, "tokens": tokens, "documents": documents}
+                report.other |= {field.removeprefix("perplexity_"): value for field, value in found.items()}
                 continue
-            report.perplexity[name], report.perplexity_margin[name] = perplexity, margins
-            report.perplexity_tokens[name], report.perplexity_documents[name] = tokens, documents
+            report.enter(name, found)
             if passages := self.texts.get(name):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(loss * self.tokens_predicted[name]) for when, loss in losses.items()
@@ -196,18 +191,20 @@ class Measure:
         return losses
 
 
-def short_rows(samples: Tensor, tokens: int) -> list[Tensor]:
-    """Cut short rows from samples, of about `tokens` tokens in all.
+def short_rows(samples: Tensor, eos: int | None, tokens: int) -> tuple[list[Tensor], Tensor]:
+    """Cut short rows from samples, of about `tokens` tokens in all, and number the document that each begins in.
 
-    The samples have the shape `(samples, seq_length)`. Each row has the prefix in front. The rows lie evenly over the
-    samples, because the margin of error is one over documents.
+    The samples have the shape `(samples, seq_length)`, and documents end with `eos`. Each row has the prefix in front.
+    There are 12 rows or more, of as many documents as there are, because the margin of error is one over documents.
     """
-    length = min(ROW, samples.shape[1])
-    parts = samples[:, 1:].split(max(length - 1, 1), 1)
-    rows = [torch.cat([samples[:, :1], part], 1) for part in parts if part.shape[1] == length - 1]
-    every = torch.stack(rows, 1).flatten(0, 1)
-    count = min(max(tokens // length, MIN_DOCUMENTS), len(every))
-    return [*every[torch.arange(count) * len(every) // count]]
+    length, numbers = min(ROW, samples.shape[1]), document_numbers(samples, eos)
+    starts = range(1, samples.shape[1] - length + 2, length - 1)
+    rows = [torch.cat([sample[:1], sample[start : start + length - 1]]) for sample in samples for start in starts]
+    documents = [int(number[start]) for number in numbers for start in starts]
+    before = [documents[:place].count(number) for place, number in enumerate(documents)]  # rows of the same document
+    count = max(tokens // length, MANY_DOCUMENTS)
+    taken = sorted(sorted(range(len(rows)), key=before.__getitem__)[:count])
+    return [rows[place] for place in taken], torch.tensor(documents)[taken]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ MOST_OFF = 0.1
 MOST_SHOWN, LOSES = 6, 1.02
 MOST_NAMED = 3  # languages in a verdict
 MARGIN = "± covers the truth nine times in ten"
+GAPS = "perplexity: of what is missing in text (masked words, or all that follows), per token of the dense model"
 TEXTS = f"cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; {MARGIN}"
 OVER = f"{MARGIN}, over {MIN_DOCUMENTS} documents or more; rough: fewer than {MANY_DOCUMENTS}"
 _UNKNOWN = " (the dense model hardly knew it)"
@@ -108,6 +109,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{NAMES.get(kind, kind)} by layer: {' '.join(map(str, by_layer.values()))}"
     if report.get("embeddings"):
         yield TEXTS
+        yield from [GAPS] if report.get("perplexity") else ()
     if report.get("perplexity_margin"):
         yield OVER
     records = report, report.get("recovery") or {}
@@ -164,7 +166,9 @@ def _tokens(report: Mapping[str, Any], measured: bool) -> Iterator[str]:
 def measurements_text(record: Mapping[str, Any]) -> str:
     """Renders an evaluation or a measurement of speed as a table, its explanation, some answers, and warnings."""
     lines = [as_text(record)]
-    if record.get("perplexity") and record.get("seq_length"):
+    if record.get("perplexity") and record.get("embeddings"):
+        lines.append(f"{OVER}; {GAPS}")
+    elif record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
         lines.append(f"{OVER}; samples of {record['seq_length']} tokens{head}")
     lines += [TEXTS, *_languages(record.get("languages") or {})] if record.get("embeddings") else []
@@ -257,7 +261,9 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
-    """Gives the verdict on an encoder; none on less text than has neighbours."""
+    """Gives the verdict on an encoder by its vectors, and by its loss where it has one; none on less text than has
+    neighbours.
+    """
     shares = {name: by_model["after"].get("neighbours") for name, by_model in report["embeddings"].items()}
     if None in shares.values():
         return []
@@ -266,11 +272,15 @@ def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller; "
         f"neighbours kept {mean:.2f}, at worst {shares[kind]:.2f} ({kind})"
     )
+    ratios = [*_ratios(report).values()] or [1.0]
+    loss, worst = geometric_mean(ratios), max(ratios)
+    figures += f"; what is missing in text x {loss:.2f}, at worst x {worst:.2f}" * bool(report.get("perplexity"))
     levels = zip((*RULES[:2], RULES[-1]), VECTOR_LIMITS, strict=True)
     margins = (by_model["after"]["neighbours_margin"] or 0 for by_model in report["embeddings"].values())
     low = [share - (margin if isfinite(margin) else 0) for share, margin in zip(shares.values(), margins, strict=True)]
     found = fmean(low), min(low)  # so that it holds for other documents
-    met = (rule.advice.partition(":")[0] for rule, least in levels if found[0] >= least[0] and found[1] >= least[1])
+    kept = (rule for rule, least in levels if found[0] >= least[0] and found[1] >= least[1])
+    met = (rule.advice.partition(":")[0] for rule in kept if loss <= rule.mean and worst <= rule.worst)
     lost = _lost(report["languages"]) if report.get("languages") else ""
     return [figures, f"verdict: {next(met, LAST)}{lost}"]
 

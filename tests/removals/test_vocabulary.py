@@ -358,7 +358,7 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     model = text_model()
     pruner, small = pruned(model, widths={"vocab": 320, "mlp": 24})
     domain = load_domains(pruner.config, reader())[0]
-    heldout = torch.stack(short_rows(domain.heldout, domain.samples.numel() // 8))
+    heldout = torch.stack(short_rows(domain.heldout, reader().eos_token_id, domain.samples.numel() // 8)[0])
     text = Passages([*heldout], reader())
     rows = text.rows(pruner.tokenizer, small)
     assert sum(map(len, rows)) > heldout.numel()
