@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
 MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kinds together
-# The documents over which a margin of error is stated, and those over which it is not rough.
+# The documents over which a margin of error is not wide, and those over which it is not rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
+STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
 LEAST_MARGIN = 0.005  # of a ratio: where few documents lose anything at all, those that were read may all be of others
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
@@ -122,7 +123,7 @@ def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
 
 
 def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
-    """Gives what the mean of values, shape `(values,)`, is off by at most nine times in ten; NaN on few documents.
+    """Gives what the mean of values, shape `(values,)`, is off by at most nine times in ten; NaN on one document.
 
     Beside Student's t, whose quantile is expanded in 1/n (Abramowitz and Stegun 26.7.5), it counts in how skewed the
     documents are (Johnson, JASA 1978, 73:536), as a few may lose much. `documents` has the number of each value's
@@ -133,11 +134,11 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
         index = documents.unique(return_inverse=True)[1].to(off.device)
         off = off.new_zeros(int(index.max()) + 1).index_add(0, index, off)
         off, count = off * len(off) / count, len(off)
-    if count < MIN_DOCUMENTS:
+    if count < 2:
         return nan
     z, free = NormalDist().inv_cdf(0.95), count - 1
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-    skewed = (off.pow(3).mean() / off.var()).nan_to_num(0.0).abs() * (1 + 2 * t**2) / (6 * count)
+    t = STUDENT_T.get(free, z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2))
+    skewed = (off.pow(3).mean() / off.var()).nan_to_num(0.0, 0.0, 0.0).abs() * (1 + 2 * t**2) / (6 * count)
     return float(t * off.std() / count**0.5 + skewed)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
-from ..forward.metrics import MANY_DOCUMENTS, MIN_DOCUMENTS
+from ..forward.metrics import MANY_DOCUMENTS
 from .answers import as_lines, counts, sample_items
 from .table import as_number, as_text, margin_of_mean
 
@@ -22,7 +22,7 @@ MOST_NAMED = 3  # languages in a verdict
 MARGIN = "± covers the truth nine times in ten"
 GAPS = "perplexity: of what is missing in text (masked words, or all that follows), per token of the dense model"
 TEXTS = f"cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; {MARGIN}"
-OVER = f"{MARGIN}, over {MIN_DOCUMENTS} documents or more; rough: fewer than {MANY_DOCUMENTS}"
+OVER = f"{MARGIN}, over documents; rough: fewer than {MANY_DOCUMENTS} of them"
 _UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
