@@ -34,6 +34,7 @@ from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
+BEGINNING = 64  # tokens of each document that is held out beyond need
 logger = logging.getLogger(__name__)
 
 
@@ -150,7 +151,7 @@ class _Packer:
         needs = {index: self._needs(num_samples, index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
         # Beyond need, the beginnings of many documents are held out: the margin of error is one over documents.
-        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, 64)
+        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING)
         for step, (use, longest) in enumerate(steps):
             for index, pool in pools.items():
                 texts[index].append(pool.take(self.frame, needs[index][step], use, uses, longest))
@@ -181,9 +182,9 @@ class _Packer:
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, self.config.holdout)
         enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
-        documents = min(ceil(MANY_DOCUMENTS * BEGINNING / self.frame.body), count)  # samples of the beginnings of 12
+        many = min(ceil(MANY_DOCUMENTS * BEGINNING / self.frame.body), count)
         probe = 0 if self.config.allocation == "uniform" else aside
-        more = 0 if written_by_model(self.domains[index]) else max(documents, enough - aside)
+        more = 0 if written_by_model(self.domains[index]) else max(many, enough - aside)
         return Needs(*(self.frame.body * number for number in (aside, count, probe, more)))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:

@@ -18,8 +18,8 @@ from ..arch.spec import ArchSpec
 from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward.metrics import (
-    MEASURED_TOKENS,
     MANY_DOCUMENTS,
+    MEASURED_TOKENS,
     evaluating,
     perplexity_figures,
     row_losses,

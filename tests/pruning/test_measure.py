@@ -35,7 +35,7 @@ def test_each_document_has_a_row_before_one_has_two(lengths, tokens):
     samples = torch.cat([torch.zeros(len(text) // 23, 1, dtype=torch.int64), torch.tensor(text).reshape(-1, 23)], 1)
     rows, numbers = short_rows(samples, EOS, tokens)
     every = short_rows(samples, EOS, 10**6)[1].tolist()
-    assert len(rows) == len(numbers) <= max(tokens // 24, MANY)
+    assert len(rows) == len(numbers) <= max(tokens // 24, MANY_DOCUMENTS)
     assert len({*numbers.tolist()}) == min(len({*every}), len(rows))
 
 
@@ -43,7 +43,7 @@ def test_a_short_run_is_judged_by_many_documents_of_each_kind_and_no_more_is_mea
     pruner = StructPruner(config(num_samples=96))
     pruner.prune_model(build("llama-tied"), tokenizer())
     measured = pruner.report.perplexity_tokens
-    assert 0 < sum(measured.values()) <= max(96 * 24 / 8, MANY * 23 * len(measured))
+    assert 0 < sum(measured.values()) <= max(96 * 24 / 8, MANY_DOCUMENTS * 23 * len(measured))
     texts = [DomainConfig(name, documents(60, seed)) for seed, name in enumerate("abc")]
     few = StructPruner(config(domains=texts, num_samples=30))
     few.prune_model(build("llama-tied"), tokenizer())
