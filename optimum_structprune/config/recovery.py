@@ -21,7 +21,7 @@ TRAINING = {
     "report_to": "none",
 }
 
-RATES = {"lora": 1e-3, "full": 1e-4}  # learning rates
+LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}  # learning rates
 
 
 @config_class
@@ -41,7 +41,7 @@ class RecoveryConfig(WithDomains):
             domains of the pruning, without what the model wrote beside them.
         train: What is trained: `lora` trains a low-rank adapter, `full` all weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
-        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and the learning rate in `RATES`.
+        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and `LEARNING_RATES`.
             With an `output_dir`, checkpoints go there and training can be resumed.
         answer_share: The share of the tokens that are answers to prompts; the others are text. Without a teacher all
             are text.

@@ -37,7 +37,7 @@ from ..vocabulary.languages import texts as language_texts
 SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
 MOST_SENTENCES = 128  # of a domain
 SET_ASIDE = 8  # one of so many documents that nothing else reads is judged by
-NEAREST = 10  # neighbours of a text
+NUM_NEIGHBOURS = 10  # neighbours of a text
 # How states of shape `(texts, tokens, channels)` become vectors, by the names of sentence-transformers. All others
 # divide the sum over tokens by a number, which changes no cosine.
 POOLING: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -150,7 +150,7 @@ class Embeddings:
 def judged_texts(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
 ) -> tuple[dict[str, Texts], list[Entry]]:
-    """Gives the sentences of domains that judge a model, and the entries of documents that are held out for that.
+    """Gives the sentences of domains to judge a model by, and the entries of the documents held out for them.
 
     Beside what a domain holds out, these are of more documents, as sentences of few say little of others.
     """
@@ -201,7 +201,7 @@ def sentences(documents: Sequence[str]) -> Texts:
 def rows_of(
     texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> list[Tensor]:
-    """Gives texts as token ids, with what a tokenizer puts around them, cut to what the model reads, 256 at most."""
+    """Gives texts as token ids with the special tokens around them, cut to the positions of the model and to 256."""
     if isinstance(texts, Tensor):
         return [*texts]
     assert tokenizer is not None
@@ -265,7 +265,7 @@ def embedding_figures(
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
         figures |= {"cosine": float(cosines.mean()), "cosine_margin": margin_of_error(cosines, numbers)}
         figures |= {"cosine_p5": float(cosines.quantile(0.05)), "cosine_worst": float(cosines.min())}
-    if len(vectors) + len(more) - int(numbers.bincount().max()) >= 2 * NEAREST:
+    if len(vectors) + len(more) - int(numbers.bincount().max()) >= 2 * NUM_NEIGHBOURS:
         near = nearness(vectors, more, numbers), nearness(dense, dense_more, numbers)
         figures |= {"neighbours": kept_share(*near), "neighbours_margin": kept_margin(*near, numbers)}
     return figures
@@ -281,7 +281,7 @@ def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:
 
 def kept_share(ours: Tensor, theirs: Tensor) -> float:
     """Gives the share of the 10 nearest that two models have in common, from the cosines of each, `(texts, all)`."""
-    first, second = ours.topk(NEAREST).indices, theirs.topk(NEAREST).indices
+    first, second = ours.topk(NUM_NEIGHBOURS).indices, theirs.topk(NUM_NEIGHBOURS).indices
     return float((first[:, :, None] == second[:, None]).any(2).double().mean())
 
 

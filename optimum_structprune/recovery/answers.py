@@ -32,11 +32,11 @@ from .samples import Sample, answer_samples
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
 # The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
-OPENING, LONGEST = 24, 128
+OPENING_TOKENS, MAX_PROMPT_TOKENS = 24, 128
 # An equal share of the training has answers of up to so many tokens each: short ones first, which hardly go astray.
-LENGTHS = (16, 32, 64, 128)
+ANSWER_TOKENS = (16, 32, 64, 128)
 TEMPERATURE = 0.7
-AT_ONCE = 32
+PROMPTS_AT_ONCE = 32
 # Writes behind prompts of token ids, so many tokens at most, by a seed.
 Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 
@@ -81,8 +81,8 @@ def prompts_of(
     `(samples, seq_length)`.
     """
     if path is None and not tokenizer.chat_template:
-        rows = [row.tolist() for sample in texts for row in sample.split(OPENING)]
-        read = [(str(tokenizer.decode(row)), [*texts[0, :1].tolist(), *row][:OPENING]) for row in rows]
+        rows = [row.tolist() for sample in texts for row in sample.split(OPENING_TOKENS)]
+        read = [(str(tokenizer.decode(row)), [*texts[0, :1].tolist(), *row][:OPENING_TOKENS]) for row in rows]
     else:
         builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
         conversations = read_prompts(path) if path else builtin
@@ -90,7 +90,7 @@ def prompts_of(
         read = [(text, prompt_ids(messages, text, tokenizer)) for messages, text in asking]
     questions, fields = whole_lines(QUESTIONS), ("prompt", "opening")
     asked = [_words(question[name]) for question in questions for name in fields if name in question]
-    longest = min(LONGEST, positions_of(model) // 2)
+    longest = min(MAX_PROMPT_TOKENS, positions_of(model) // 2)
     kept = [ids for text, ids in read if 1 < len(ids) <= longest and not _is_like(_words(text), asked)]
     kept = [list(ids) for ids in dict.fromkeys(map(tuple, kept))]
     if not kept:
@@ -122,7 +122,7 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
 
 
 class Answers:
-    """Asks a writer prompts, `AT_ONCE` at a time, and keeps its answers for the next time."""
+    """Asks a writer prompts, `PROMPTS_AT_ONCE` at a time, and keeps its answers for the next time."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], write: Write, kept: KeptText, seed: int):
         self.prompts, self.write, self.kept, self.seed = prompts, write, kept, seed
@@ -130,9 +130,9 @@ class Answers:
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         """Give prompts and answers of so many tokens at most, without end."""
-        start = LENGTHS.index(length) * len(self.prompts) // len(LENGTHS)
+        start = ANSWER_TOKENS.index(length) * len(self.prompts) // len(ANSWER_TOKENS)
         for number in count():
-            places = range(start + number * AT_ONCE, start + (number + 1) * AT_ONCE)
+            places = range(start + number * PROMPTS_AT_ONCE, start + (number + 1) * PROMPTS_AT_ONCE)
             prompts, key = [self.prompts[place % len(self.prompts)] for place in places], f"{length}/{number}"
             if key not in self.known:
                 seed = int(sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12], 16)
@@ -143,11 +143,11 @@ class Answers:
 
     def samples(self, number: int, places: int) -> Iterator[Sample]:
         """Give so many samples, each with `places` tokens of answers, which grow; see `answer_samples`."""
-        ends = [number * part // len(LENGTHS) for part in range(len(LENGTHS) + 1)]
-        for length, start, end in zip(LENGTHS, ends, ends[1:], strict=False):
+        ends = [number * part // len(ANSWER_TOKENS) for part in range(len(ANSWER_TOKENS) + 1)]
+        for length, start, end in zip(ANSWER_TOKENS, ends, ends[1:], strict=False):
             yield from islice(answer_samples(self.conversations(length), places), end - start)
 
 
 def kept_answers(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> KeptText:
     """Names the file with the answers of the model of these weights (a `fingerprint`), for all trainings."""
-    return KeptText("answers", weights, LENGTHS, TEMPERATURE, AT_ONCE, seed, [*ends], [*map(list, prompts)])
+    return KeptText("answers", weights, ANSWER_TOKENS, TEMPERATURE, PROMPTS_AT_ONCE, seed, ends, prompts)

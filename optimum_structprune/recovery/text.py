@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 
 # Tokens of each kind of text, and of answers, that a model is measured on at most; of validation text more, since
 # checkpoints are compared by it.
-MEASURED, COMPARED = 1_024, 2_048
+HELDOUT_TOKENS, VALIDATION_TOKENS = 1_024, 2_048
 VALIDATION, OTHER_TEXT = "validation text", "other text"
 # The kind that is kept for validation where the training text is of all built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
@@ -63,7 +63,7 @@ def training_text(
 ) -> list[Domain]:
     """Reads the text to train on and held-out text; neither has had the other's use in what was `seen`."""
     text = text_config(config, pruning)
-    heldout = max(1, min(8, MEASURED // text.seq_length))
+    heldout = max(1, min(8, HELDOUT_TOKENS // text.seq_length))
     return load_domains(text, tokenizer, model, heldout, seen)
 
 
@@ -77,7 +77,7 @@ def validation_text(
     source = config.validation or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
     frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
-    samples = frame.pack(frame.take(read, COMPARED), max(1, COMPARED // text.seq_length)).samples
+    samples = frame.pack(frame.take(read, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length)).samples
     if not len(samples):
         raise StructPruneError(
             f"validation={source!r} has less text than a sample of {text.seq_length} tokens; add some."

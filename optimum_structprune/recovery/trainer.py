@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from ..config.fields import build
-from ..config.recovery import RATES, TRAINING, RecoveryConfig
+from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating, perplexity_margins, perplexity_of
 from ..record.report import RecoveryReport
@@ -30,7 +30,7 @@ def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch:
     strategy, steps = own.get("save_strategy", "steps"), own.get("save_steps", 0.25 if short else 0.125)
     settings = {
         **TRAINING,
-        **{"learning_rate": RATES[config.train], "per_device_train_batch_size": 1 if short else 4},
+        **{"learning_rate": LEARNING_RATES[config.train], "per_device_train_batch_size": 1 if short else 4},
         # Measuring takes as long in a short training as in a long one.
         **{"save_strategy": strategy, "save_steps": steps, "save_total_limit": 1},
         # The best checkpoint is given back.

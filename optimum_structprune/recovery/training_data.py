@@ -20,7 +20,7 @@ from ..system.fingerprint import fingerprint
 from .answers import Answers, kept_answers, prompts_of, writer_of
 from .samples import Sample, answer_samples, in_parts, text_sample
 from .teacher import Teacher, measure_samples
-from .text import MEASURED, OTHER_TEXT, VALIDATION
+from .text import HELDOUT_TOKENS, OTHER_TEXT, VALIDATION
 
 
 ANSWERS = "answers"
@@ -56,7 +56,7 @@ class TrainingData:
         texts = torch.cat([domain.samples[:count] for domain, count in zip(domains, counts, strict=True)])
         replaced = torch.cat([domain.samples[count:] for domain, count in zip(domains, counts, strict=True)])
 
-        most = max(1, MEASURED // texts.shape[1])
+        most = max(1, HELDOUT_TOKENS // texts.shape[1])
         rows: dict[str, Any] = {domain.name: domain.heldout[:most] for domain in domains}
         weights = {name: len(heldout) for name, heldout in rows.items()}
         if validation is not None:

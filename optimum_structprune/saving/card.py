@@ -26,7 +26,7 @@ from ..arch.spec import VOCAB
 from ..config.domains import IN_MEMORY, DomainConfig
 from ..config.fields import changed, read_json, to_yaml
 from ..config.pruning import CONFIG_NAME, LANGUAGES, StructPruneConfig
-from ..config.recovery import RATES, RecoveryConfig
+from ..config.recovery import LEARNING_RATES, RecoveryConfig
 from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
 from ..record.answers import Items, outcome, remark, sample_items
@@ -152,6 +152,7 @@ def result_text(
     rows = {name: [*quality_rows(record), *speed_rows(record)] for name, record in measured.items()}
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
     training = records.training or records.config.get("recovery") or {}
+    chosen = training.get("training") or {}
     seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
     sizes, is_sized, configs = size_rows(report), bool(report.get("parameters")), records.configs
     measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
@@ -173,7 +174,7 @@ def result_text(
         calibrated_on=_domains(records, CALIBRATED),
         trained=recovery,
         trained_on=_domains(records, TRAINED),
-        learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
+        learning_rate=chosen.get("learning_rate") or LEARNING_RATES.get(training.get("train", "")),
         version=__version__,
         spent=timedelta(seconds=round(sum(seconds.values()))) if seconds else "",
         resumed=report.get("resumed"),
@@ -415,9 +416,9 @@ def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float |
             group = OTHER if name.startswith("other text, ") else KINDS
             yield group, name.removeprefix("other text, "), row.ratio, row.margins[-1] if row.margins else None
     by_domain, by_code = report.get("embeddings") or {}, report.get("languages") or {}
-    cosines = {code: of for code, of in by_code.items() if of.get("cosine")}
+    cosines = {code: figures for code, figures in by_code.items() if figures.get("cosine")}
     lowest = sorted(cosines, key=lambda code: cosines[code]["cosine"])[:MOST_SHOWN]
-    vectors = [("cosine to the dense model", name, of["after"]) for name, of in by_domain.items()]
+    vectors = [("cosine to the dense model", name, figures["after"]) for name, figures in by_domain.items()]
     vectors += [("cosine by language, lowest first", LANGUAGES[code], cosines[code]) for code in lowest]
     for group, name, near in vectors:
         if near.get("cosine"):

@@ -124,7 +124,7 @@ def _refusals(repo_id: str, state: str) -> Iterator[None]:
 
 
 def _has_card_of_its_own(api: HfApi, repo_id: str) -> bool:
-    """Is true if the repository has a model card that this package did not write, or that somebody has changed."""
+    """Is true if the repository has a model card by others, or one that somebody has changed."""
     try:
         card = Path(api.hf_hub_download(repo_id, CARD))
     except EntryNotFoundError:

@@ -49,7 +49,7 @@ class Output:
         self.path = resolved(target)
 
     def check(self, need_bytes: int = 0) -> None:
-        """Refuse what must not be replaced and what could not be written to the end, before any work."""
+        """Refuse a protected target, and one without enough room, before any work."""
         with rank_zero_first(str(self.path)) as first:
             if first:
                 self._check(need_bytes)
@@ -300,7 +300,7 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 
 def _shares_files(folder: Path, name: str | Path) -> bool:
-    """Is true if a folder overlaps with a path that is read, links inside that included."""
+    """Is true if a folder overlaps with an input path, links inside the latter included."""
     try:
         read = Path(os.path.abspath(os.path.expanduser(name)))
         if not read.exists():

@@ -57,7 +57,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def computing(config: PretrainedConfig) -> dict[str, Any]:
-    """Select the fields of a config that determine what the model computes."""
+    """Select the fields of a config that change the outputs of the model."""
     return {name: value for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
@@ -72,7 +72,7 @@ def json_hash(value: Any) -> str:
 
 
 class KeptText:
-    """Keeps batches of text for later runs, in a file that is named by its kind and all that it depends on."""
+    """Keeps batches of text for later runs, in a file named by a hash of all dependencies."""
 
     def __init__(self, kind: str, *depends_on: Any):
         name = f"{kind}-{json_hash(depends_on)[:24]}.jsonl"

@@ -31,7 +31,7 @@ def places(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
-    """Set the `hf_device_map` of an offloaded model inside `with`, by which transformers knows what is offloaded."""
+    """Set the `hf_device_map` of an offloaded model inside `with`, as transformers reads it."""
     former: Any = getattr(model, "hf_device_map", None)
     if {"cpu", "disk"} & set((former or {}).values()):
         yield
@@ -129,7 +129,7 @@ def _read(weights: Any, name: str) -> Tensor:
 
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Load what is offloaded of a layer, and return the hooks of it, which do not drop it any more."""
+    """Load the offloaded weights of a layer, and return their hooks, which keep them in memory from then on."""
     offloading = [(module, hook) for _, module, hook in _offloading(layer)]
     # Copies, on the CPU too: a layer may be changed in place, and the stored weights must not be. What accelerate has
     # read from the disk onto another device is a copy, and of a large tensor there must not be two.

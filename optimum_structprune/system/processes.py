@@ -52,7 +52,7 @@ def across_processes() -> Iterator[None]:
 
 
 def launched(variable: str, default: int) -> int:
-    """Read a number that a launcher of processes sets in the environment, such as that of this process in `RANK`."""
+    """Read a number from the environment of a launched process, such as `RANK`."""
     text = os.environ.get(variable, str(default))
     if not (text.isascii() and text.isdecimal()):
         raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")

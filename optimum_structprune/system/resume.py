@@ -1,4 +1,4 @@
-"""Keeps on disk what a run has reached, so that the same call goes on from there after a kill."""
+"""Keeps the state of a run on disk, so that the same call goes on from there after a kill."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Resume:
 
     @property
     def state(self) -> Path:
-        """Name the file that describes what was saved last."""
+        """Name the file that describes the last state."""
         return self.folder / f"{self.kind}.json"
 
     @contextmanager

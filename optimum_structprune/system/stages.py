@@ -56,7 +56,7 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
-    """Draw the progress bar of transformers, which takes what tqdm takes; where none can be drawn, write lines."""
+    """Draw the progress bar of transformers, with the options of tqdm; without a terminal, write lines."""
     bars = _bars()
     if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
         return bars.tqdm(iterable, **options)

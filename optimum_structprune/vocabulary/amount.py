@@ -30,7 +30,7 @@ def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
 def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
-    """Adds the tokens to the targets of a budget that names none, where they are a large part of a model."""
+    """Adds the tokens to the targets of a budget without any, if they are a large part of the model."""
     arch, model = described.arch, described.plain_model
     if config.trims is not None or described.offloaded:
         return config
@@ -46,7 +46,7 @@ def with_tokens(
 
 
 def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
-    """Gives the config of what goes beside tokens, within a `limit` if there is one; None where nothing does."""
+    """Gives the config of the other spaces, within a `limit` if there is one; None if nothing else goes."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         return replace(config, widths=widths) if widths else None

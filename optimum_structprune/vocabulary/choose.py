@@ -33,9 +33,9 @@ from .tokens import Vocabulary, with_dependencies
 # Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts;
 # text in scripts that nothing shows has a little weight, for its letters.
 PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
-RARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
+FOREIGN_LETTER_SHARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
 # Of a script with a smaller share than this, the text shows no more than a name.
-NEVER = 1e-4
+MIN_SCRIPT_SHARE = 1e-4
 # Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
 ALWAYS, TEXT, LANGUAGE, NEEDED, USUAL = "always", "text", "language", "needed", "usual"
 # What a token of text loses on average, in nats, where it is spelled by others, and what layers lose that give up a
@@ -63,7 +63,7 @@ class VocabularyRequest:
     def of(
         cls, config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase, widths: Widths
     ) -> VocabularyRequest:
-        """Finds which tokens have to stay, and refuses a number of tokens or a budget that leaves fewer."""
+        """Finds the required tokens, and refuses a number of tokens or a budget for fewer."""
         model = described.plain_model
         vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
         ids = range(max(rows, vocabulary.size))
@@ -118,7 +118,7 @@ class VocabularyRequest:
 
 @dataclass(frozen=True)
 class Choice:
-    """The ids of the tokens that stay, ascending, of which the first `number` have weights.
+    """The ids of the kept tokens, ascending; the first `number` of them have weights.
 
     With them come the tokenizer that has no others, the text that was counted, and what a report says.
     """
@@ -180,7 +180,7 @@ def number_within(room: Room | None, lost: Tensor) -> int:
 
 
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
-    """Gives the share of held-out tokens that are gone by the number of rows that stay, shape `(rows + 1,)`."""
+    """Gives the share of held-out tokens that go, by the number of kept rows, shape `(rows + 1,)`."""
     by_domain = [domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
     shares = torch.stack(by_domain).sum(0)
     lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
@@ -213,7 +213,7 @@ def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[i
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    """Gives the tokens that a file has in its lines, as tokens or as text, or those that a regular expression fits."""
+    """Gives the tokens in the lines of a file, as tokens or as text, or all matches of a regular expression."""
     path = os.path.expanduser(named)
     try:
         if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
@@ -256,13 +256,13 @@ def wanted_shares(
     of_languages = part * language_shares(codes, tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
     by_script = _by_script(vocabulary, of_text + of_languages)
-    shown, prior = by_script >= NEVER, prior_shares(vocabulary)
+    shown, prior = by_script >= MIN_SCRIPT_SHARE, prior_shares(vocabulary)
     letters = torch.zeros(size, dtype=torch.bool)
     letters[[*vocabulary.letters]] = True
     other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(1e-38) if codes else 1)
     other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
     other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
-    needed = (letters & (shown | (of_text > 0) | (of_languages > RARE))).double()
+    needed = (letters & (shown | (of_text > 0) | (of_languages > FOREIGN_LETTER_SHARE))).double()
     return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
 
 

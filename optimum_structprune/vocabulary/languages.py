@@ -22,7 +22,7 @@ from .tokens import Vocabulary
 
 # The files of text, a line for each language: the same text, on which languages are compared, and other text.
 SAME, CHOOSING = "languages", "samples"
-KNOWN = 2.0  # times the bits of a model's best language, in which it reads a text of one that it knows
+MAX_KNOWN_RATIO = 2.0  # times the bits of a model's best language, in which it reads a text of one that it knows
 
 
 @cache
@@ -102,9 +102,9 @@ def with_costs_after(
 
 
 def known(bits: Mapping[str, float]) -> set[str]:
-    """Gives the languages in which the same text takes at most `KNOWN` times the bits of the best one."""
+    """Gives the languages in which the same text takes at most `MAX_KNOWN_RATIO` times the bits of the best one."""
     of_text = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
-    return {code for code, cost in of_text.items() if cost <= KNOWN * min(of_text.values())}
+    return {code for code, cost in of_text.items() if cost <= MAX_KNOWN_RATIO * min(of_text.values())}
 
 
 def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:

@@ -21,8 +21,8 @@ from ..errors import StructPruneError
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"  # what SentencePiece writes for a space
-NEVER = 1 << 62  # the rank of a pair that is not merged
-NOWHERE = -float("inf")  # the score of text that no tokens spell
+UNMERGED_RANK = 1 << 62  # the rank of a pair that is not merged
+UNSPELLED_SCORE = -float("inf")  # the score of text that no tokens spell
 # What a chat template may be asked to write: conversations of these roles, with and without a tool.
 ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
@@ -107,8 +107,8 @@ class BPESegmenter(Segmenter):
         symbols = [*chain.from_iterable(read)]
         pair: list[int] = []
         while len(symbols) > 1:
-            ranks = [self.ranks.get(two, NEVER) for two in pairwise(symbols)]
-            if (rank := min(ranks)) == NEVER:
+            ranks = [self.ranks.get(two, UNMERGED_RANK) for two in pairwise(symbols)]
+            if (rank := min(ranks)) == UNMERGED_RANK:
                 return tuple(symbols) if self.whole_words else ()
             at = ranks.index(rank)
             pair = symbols[at : at + 2]
@@ -137,7 +137,7 @@ class UnigramSegmenter(Segmenter):
         return parts if kept is None else self._best(token, kept)[1]
 
     def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
-        piece, unknown = self.pieces[token], self.unknown_score if self.bytes else NOWHERE
+        piece, unknown = self.pieces[token], self.unknown_score if self.bytes else UNSPELLED_SCORE
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for end in range(1, len(piece) + 1):
             cuts = [(best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1]))]
@@ -146,7 +146,7 @@ class UnigramSegmenter(Segmenter):
                 if part is not None and part != token and (kept is None or part in kept):
                     cuts.append((best[start][0] + self.scores[part], (*best[start][1], part)))
             best.append(max(cuts, key=lambda cut: cut[0]))
-        return best[-1] if best[-1][0] > NOWHERE else (NOWHERE, ())
+        return best[-1] if best[-1][0] > UNSPELLED_SCORE else (UNSPELLED_SCORE, ())
 
 
 class WordPieceSegmenter(Segmenter):
@@ -205,12 +205,12 @@ class Vocabulary:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """Gives the ids of tokens that stay where text of any language is read."""
+        """Gives the ids of the tokens to keep for text of any language."""
         return self.fixed | self.letters
 
     @cached_property
     def fixed(self) -> frozenset[int]:
-        """Gives the ids of tokens that stay whatever is read, and of all that they are formed from."""
+        """Gives the ids of the tokens to keep for any text, and of all their parts."""
         fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
             is_byte = self._irreplaceable_are_bytes and self._segmenter.is_irreplaceable(token)
@@ -224,12 +224,12 @@ class Vocabulary:
 
     @cached_property
     def letters(self) -> frozenset[int]:
-        """Gives the ids of tokens without which some letter cannot be read; none where bytes spell all letters."""
+        """Gives the ids of the tokens that single letters need; none if bytes spell all letters."""
         names = () if self._irreplaceable_are_bytes else self._names.keys() - self._added
         return frozenset(filter(self._segmenter.is_irreplaceable, names))
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
-        """Gives the tokens that spell one that is gone, out of `kept` if given; none if it is never read."""
+        """Gives the tokens that spell a removed one, out of `kept` if given; none if it is never read."""
         return () if token in self._added or token not in self._names else self._segmenter.parts(token, kept)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ class Vocabulary:
         return smaller
 
     def check(self, smaller: PreTrainedTokenizerFast, keep: Sequence[int], texts: Iterable[str]) -> None:
-        """Prove that a smaller tokenizer reads texts, and what the chat template writes, as this one does."""
+        """Prove that a smaller tokenizer reads texts, and chats in the template, as this one does."""
         if [*chats(smaller)] != (written := [*chats(self._tokenizer)]):
             raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
         new = {old: number for number, old in enumerate(keep)}

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM
 from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.pruning.embeddings import (
     MOST_SENTENCES,
-    NEAREST,
+    NUM_NEIGHBOURS,
     Embeddings,
     embed,
     embedding_figures,
@@ -146,7 +146,7 @@ def test_the_same_vectors_lose_nothing_and_others_what_is_counted():
     assert figures["cosine_p5"] == pytest.approx(1) and figures["cosine_margin"] > 2 / 30
     assert 0.5 < figures["neighbours"] < 1
     unrelated = embedding_figures(random_vectors(500, seed=2), random_vectors(500, seed=3), others[:0], others[:0])
-    assert unrelated["neighbours"] == pytest.approx(NEAREST / 499, abs=4 * unrelated["neighbours_margin"])
+    assert unrelated["neighbours"] == pytest.approx(NUM_NEIGHBOURS / 499, abs=4 * unrelated["neighbours_margin"])
 
 
 def test_neighbours_are_the_nearest_of_all_but_the_document_of_the_text():
@@ -154,10 +154,10 @@ def test_neighbours_are_the_nearest_of_all_but_the_document_of_the_text():
     documents, every = torch.arange(12) // 2, torch.cat([vectors, others])
     near = nearness(vectors, others, documents)
     assert kept_share(near, near) == 1
-    for number, row in enumerate(near.topk(NEAREST).indices.tolist()):
+    for number, row in enumerate(near.topk(NUM_NEIGHBOURS).indices.tolist()):
         cosines = torch.cosine_similarity(vectors[number][None], every)
         cosines[:12][documents == documents[number]] = -2
-        assert row == cosines.argsort(descending=True)[:NEAREST].tolist()
+        assert row == cosines.argsort(descending=True)[:NUM_NEIGHBOURS].tolist()
 
 
 def test_the_margin_that_a_run_states_covers_text_of_many_documents():

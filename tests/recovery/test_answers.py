@@ -35,7 +35,7 @@ def chats():
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "AT_ONCE", 8)
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 8)
     return tmp_path / "home"
 
 
@@ -93,7 +93,7 @@ def test_openings_are_those_of_the_text_without_a_chat_template():
     texts = token_ids(4, 48)
     texts[:, 0] = 1
     prompts = prompts_of(None, build("llama-tied"), tokenizer(), texts, 0)
-    assert len(prompts) == 8 and all(ids[0] == 1 and len(ids) == module.OPENING for ids in prompts)
+    assert len(prompts) == 8 and all(ids[0] == 1 and len(ids) == module.OPENING_TOKENS for ids in prompts)
     flat = texts.flatten().tolist()
     assert all(any(flat[i : i + 20] == ids[2:22] for i in range(len(flat))) for ids in prompts)
 
