@@ -446,6 +446,15 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
     return done
 
 
+def ask_python(python, script, place, requests, **variables):
+    """What a script answers under another Python, one process for all requests."""
+    command = [python, Path(__file__).with_name(script), place / "answers.json"]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, input=json.dumps(requests), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((place / "answers.json").read_text())
+
+
 def today_is(monkeypatch, date: datetime) -> None:
     """Set the clock that chat templates read."""
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date))

@@ -5,13 +5,13 @@
 import json
 import os
 import shutil
-import subprocess
 from copy import deepcopy
 from pathlib import Path
 
 import golden
 import pytest
 import torch
+from helpers import ask_python
 from models import CASES, OTHERS, described, random_model, token_ids
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -30,16 +30,8 @@ pytestmark = [
 
 
 def ask(place, requests):
-    """What transformers 4 answers, one process for all requests."""
-    done = subprocess.run(
-        [PYTHON, Path(__file__).with_name("transformers_4_ask.py"), place / "answers.json"],
-        input=json.dumps(requests),
-        env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((place / "answers.json").read_text())
+    """What transformers 4 answers."""
+    return ask_python(PYTHON, "transformers_4_ask.py", place, requests, PYTHONPATH="", HF_HUB_OFFLINE="1")
 
 
 # What else than another base a rotary embedding may have.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import without_refit
+from helpers import ask_python, without_refit
 from models import real_text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,18 +65,11 @@ def folders(models, tmp_path_factory):
 
 
 def ask(place, requests, **variables):
-    """What vLLM answers, one process for all requests."""
+    """What vLLM answers."""
     wanted = [{"folder": str(place / name), "ids": PROMPT, "new": NEW, "options": more} for name, more in requests]
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
-        [PYTHON, Path(__file__).with_name("vllm_ask.py"), place / "answers.json"],
-        input=json.dumps(wanted),
-        env={**os.environ, **quiet, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((place / "answers.json").read_text())
+    quiet |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(ROOT)}
+    return ask_python(PYTHON, "vllm_ask.py", place, wanted, **quiet, **variables)
 
 
 def check(model, answer):

@@ -38,8 +38,7 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
     if domain.template != CHAT:
         names = template_fields(domain.template)
         return domain.template.format(**{name: _text(row, name, domain, "template") for name in names})
-    if tokenizer is None:
-        raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
+    assert tokenizer is not None  # nothing is read without one
     template = None if tokenizer.chat_template else TRANSCRIPT
     messages = _messages(row, domain)
     return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}") if messages else ""

@@ -57,7 +57,10 @@ class Resume:
                 # Not `replace_json`, which has no word for infinity: a loss may be infinite.
                 replace_text(self.state, json.dumps(state))
             wait_for_all()
-            self._remove_older(number)
+            ours = re.compile(rf"{self.kind}-\d+-{process_index()}-of-{process_count()}\.safetensors")
+            for path in [*self.folder.iterdir()]:
+                if ours.fullmatch(path.name) and path != self._local(number):
+                    path.unlink()
         except (OSError, SafetensorError) as error:
             layer = f"{self.kind.partition('-')[0].capitalize()} {number}"
             reason = f"{layer} could not be saved to {self.folder}: {error}"
@@ -113,12 +116,6 @@ class Resume:
 
     def _local(self, number: int) -> Path:
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
-
-    def _remove_older(self, number: int) -> None:
-        ours = re.compile(rf"{self.kind}-\d+-{process_index()}-of-{process_count()}\.safetensors")
-        for path in [*self.folder.iterdir()]:
-            if ours.fullmatch(path.name) and path != self._local(number):
-                path.unlink()
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -177,10 +177,8 @@ def test_rows_and_fields_that_will_not_do():
             list(documents(replace(domain, source=[row]), 0, chatty(CHATML)))
 
 
-def test_a_conversation_takes_a_tokenizer_and_a_willing_template():
+def test_a_conversation_takes_a_willing_template():
     rows, domain = [{"messages": MESSAGES}], DomainConfig("d", [], template="chat")
-    with pytest.raises(StructPruneError, match="takes a tokenizer"):
-        list(documents(replace(domain, source=rows), 0))
     refusing = chatty("{{ raise_exception('only one turn') }}")
     with pytest.raises(StructPruneError, match="refuses a conversation of the roles user, assistant.* only one turn"):
         list(documents(replace(domain, source=rows), 0, refusing))

@@ -5,18 +5,13 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import failing, logits, recovery_config, same_weights, with_long
-from models import CASES, build, config, tokenizer
+from models import CASES, build, tokenizer
 
-from optimum_structprune import RecoveryConfig, StructPruneError, prune_model, recover
+from optimum_structprune import RecoveryConfig, StructPruneError, recover
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import EXPERT
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.trainer import DistillTrainer
-
-
-@pytest.fixture(scope="module")
-def pruned():
-    return prune_model(build("llama-tied"), config(), tokenizer())
 
 
 def trainable(model) -> set[str]:

@@ -29,17 +29,6 @@ from optimum_structprune.recovery.trainer import DistillTrainer, NothingGainedWa
 from optimum_structprune.system.fingerprint import computing
 
 
-@pytest.fixture(scope="module")
-def small():
-    """What no test changes."""
-    return prune_model(build("llama-tied"), config(), tokenizer())
-
-
-@pytest.fixture
-def pruned(small):
-    return deepcopy(small)
-
-
 @pytest.fixture
 def trained_on(monkeypatch):
     """The samples of each training."""

@@ -13,23 +13,18 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import failing, logits, recovery_config, same_weights, write_texts
-from models import build, config, documents, full_disk, tokenizer
+from models import build, documents, full_disk, tokenizer
 
-from optimum_structprune import StructPruneError, prune_model, recover
+from optimum_structprune import StructPruneError, recover
 from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.fingerprint import weights_hash
 
 
 @pytest.fixture(scope="module")
-def pruned():
-    return prune_model(build("llama-tied"), config(), tokenizer())
-
-
-@pytest.fixture(scope="module")
-def run(pruned, tmp_path_factory):
+def run(small, tmp_path_factory):
     """The folder of a training with the checkpoints 2, 4, 6 and 8, and what came of it."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, recover(deepcopy(pruned), tokenizer(), settings(folder))
+    return folder, recover(deepcopy(small), tokenizer(), settings(folder))
 
 
 def settings(folder, **fields):

@@ -142,25 +142,13 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def opened(folder, browser):
-    """Opens the page at a width, in a colour scheme, and gives what it complains of beside it."""
-
-    def open_(width: int, scheme: str):
-        tab, complaints = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("requestfailed", lambda request: complaints.append(request.url))
-        tab.goto((folder / PAGE_NAME).as_uri())
-        return tab, complaints
-
-    return open_
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1100, 400])
-def test_a_browser_shows_all_of_it(width, scheme, opened, tmp_path):
-    tab, complaints = opened(width, scheme)
+def test_a_browser_shows_all_of_it(width, scheme, folder, browser, tmp_path):
+    tab, complaints = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
+    for event in ("console", "pageerror", "requestfailed"):
+        tab.on(event, complaints.append)
+    tab.goto((folder / PAGE_NAME).as_uri())
     assert complaints == []
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert tab.evaluate(OVERFLOWING) == [] and tab.evaluate(EMPTY) == []
