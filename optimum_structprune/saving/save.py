@@ -207,7 +207,8 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         new = [name for name in new if not VOCABULARY_FILES.fullmatch(name)]
     # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
     carried = [name for name in new if (source / name).is_file() and not name.endswith(".py")]
-    carried = [name for name in carried if name in (written_files(source) or carried)]
+    listed = written_files(source) or carried
+    carried = [name for name in carried if name in listed]
     if "hidden_size" in changed:
         carried = [name for name in carried if not HEAD_FILES.fullmatch(name)]
     if others := [name for name in new if name not in carried]:
