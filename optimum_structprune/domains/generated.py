@@ -56,7 +56,7 @@ def self_documents(
     tokens: int,
     openings: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Gives documents that a model writes without end, the same for a seed and `tokens` needed, and kept on the disk.
+    """Yields documents that a model writes, the same for a seed and `tokens` needed, and kept on the disk.
 
     With the name `OTHER` they go on from openings of all kinds, or from `openings` that are given.
     """
@@ -166,7 +166,7 @@ class _TextGenerator:
 
 
 class _Sampler:
-    """Draws tokens and leaves greedy search no other choice; `losses` has theirs in nats, shape `(rows, 1)` each."""
+    """Draws tokens, which greedy search then takes; `losses` has theirs in nats, shape `(rows, 1)` each."""
 
     def __init__(self, bar: Any, min_p: float):
         self.bar, self.min_p = bar, min_p

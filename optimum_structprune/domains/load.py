@@ -1,4 +1,4 @@
-"""The domains that a config stands for, and their token samples of equal length, some of them held out."""
+"""The domains of a config, and their token samples of equal length, some of them held out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def calibration_domains(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, writes: bool = True
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """Loads the domains of a config, with general text that the model writes if it can; the new config says so."""
+    """Loads the domains of a config and general text that the model writes; the new config says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
     seen = Manifest.seen_by(model)
     load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
@@ -66,7 +66,7 @@ def load_domains(
     writer: PreTrainedTokenizerBase | None = None,
     writes: bool = True,
 ) -> list[Domain]:
-    """Reads, tokenises and packs the domains of a config, `heldout_samples` of each held out, or the share `holdout`.
+    """Reads, tokenises and packs the domains of a config; `heldout_samples` of each are held out.
 
     Documents of the text `seen` by an earlier run keep their use. The model writes domains of its own text, with the
     tokenizer `writer` if that is another one; such domains are left out unless it `writes`.
@@ -112,7 +112,7 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
 
 
 def num_heldout(num_samples: int, holdout: float) -> int:
-    """Counts the held-out samples beside `num_samples` for calibration: their share `holdout`, and 2 at least."""
+    """Counts the samples to hold out beside `num_samples`: their share `holdout`, and 2 at least."""
     return max(2, round(holdout * num_samples))
 
 
@@ -242,7 +242,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """Adds general text to other text, if nothing is said of it: the model's own, or built-in where tokens go."""
+    """Adds general text where a config says nothing of it: the model's own, or built-in where tokens go."""
     domains = config.domains or []
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:

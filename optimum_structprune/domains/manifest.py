@@ -1,4 +1,4 @@
-"""The tokenizer of a model and the text that it has seen: to repeat a run, and to warn where text is used again."""
+"""The tokenizer of a model and the text that it has seen, to repeat a run and to warn of a second use."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import os
@@ -36,7 +36,7 @@ COUNTED, JUDGED = "counted to choose tokens", "judged by"
 @strict
 @dataclass
 class Entry:
-    """One domain of a manifest; `saving/schemas/calibration_manifest.schema.json` has a sentence for each field."""
+    """One domain of a manifest; its schema in `saving/schemas` has a sentence for each field."""
 
     name: str
     origin: dict[str, Any]
@@ -183,7 +183,7 @@ class Manifest(Record):
 
 @dataclass(frozen=True)
 class TextRecord:
-    """The tokenizer of a model in memory and the text that it has seen; the model carries it as `text_record`."""
+    """The tokenizer and the seen text of a model in memory, which carries it as `text_record`."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
     manifest: Manifest | None = None
@@ -229,7 +229,7 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False) -> PreTrainedToken
 
 
 def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tells if a tokenizer was read from files. For lack of them, transformers makes one up for some types."""
+    """Tells if a tokenizer was read from files: transformers makes one up for some types."""
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
     return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
 

@@ -146,7 +146,7 @@ def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Gives the tokens that a model answers: messages in its chat template, or an opening where it has none."""
+    """Gives the tokens of a prompt: messages in the chat template, or an opening where there is none."""
     if not tokenizer.chat_template:
         return tokenize_with_prefix(opening, tokenizer)
     text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
@@ -230,7 +230,7 @@ class Passages:
         self.bytes = sum(len(text.encode()) for texts in self.texts for text in texts)
 
     def bits_per_byte(self, losses: Tensor) -> float:
-        """Gives the bits per byte that the samples cost, from the total loss of each in nats, shape `(samples,)`."""
+        """Gives the bits per byte of the samples, from the total loss of each in nats, shape `(samples,)`."""
         return float(losses.mean()) * len(self.texts) / log(2) / self.bytes if self.bytes else nan
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Resolves presets, and reads a domain's documents: from files, the Hub, memory, or built-in text in `texts`."""
+"""Resolves presets, and reads the documents of a domain from files, the Hub, memory or built-in text."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_source(domain: DomainConfig) -> None:
 
 
 def endless(domain: DomainConfig) -> bool:
-    """Is true if reading a domain may take forever: text that a model writes, or that streams from the Hub."""
+    """Is true if reading a domain may take forever: a model writes it, or it streams from the Hub."""
     source = domain.source
     return isinstance(source, str) and not (source.startswith(BUILTIN) or _saved(domain) or _files(domain))
 
@@ -235,7 +235,7 @@ def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
 
 
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
-    """Gives the documents of a built-in text in a seeded order; of several kinds, as much of each, in turns."""
+    """Gives the documents of a built-in text in a seeded order; several kinds take turns in equal shares."""
     names = builtin_kinds(name)
     if len(names) == 1:
         return _sections_of_kind(names[0], Random(seed))
@@ -275,7 +275,7 @@ def _sections_of_kind(kind: str, rng: Random) -> Iterator[str]:
 
 
 def sections(text: str, size: int = SECTION_CHARACTERS) -> Iterator[str]:
-    """Cut a text of more than `2 * size` characters into parts of `size / 2` to `size`, the last one up to `2 * size`.
+    """Cut a long text into parts of `size / 2` to `size` characters, the last one up to `2 * size`.
 
     The cut is on a blank line where there is one, else on the end of a line, else on a space.
     """

@@ -84,7 +84,7 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
 
 
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
-    """Gives the messages of a conversation in the form of `role` and `content`; parts of a content are joined."""
+    """Gives the messages of a conversation with `role` and `content`; parts of a content are joined."""
     messages = []
     single = isinstance(conversation, Mapping) or not isinstance(conversation, Iterable)
     for item in () if conversation is None else [conversation] if single else conversation:

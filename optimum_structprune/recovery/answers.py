@@ -42,7 +42,7 @@ Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 
 
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives the built-in prompts in the languages that a vocabulary spells in few tokens, of all kinds in turn."""
+    """Gives the built-in prompts in languages that take few tokens, of all kinds in turn."""
     spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
     for entry in read_yaml(PROMPTS).values():
         if spelt[entry.get("language", "en")] <= 1.6 * spelt["en"]:
@@ -55,7 +55,7 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
-    """Reads the conversations of a file: JSON lines with `messages` or a `prompt`, else a question in each line."""
+    """Reads the conversations of a file: JSON lines with `messages` or a `prompt`, else lines of questions."""
     is_json = path.endswith((".jsonl", ".json"))
 
     def conversation(line: str) -> list[dict[str, str]]:

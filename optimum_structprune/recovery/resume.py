@@ -19,7 +19,7 @@ from ..written import plain
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
-    """The config, the model and the teacher of a training, by name; a Trainer keeps them in each checkpoint."""
+    """The config, model and teacher of a training, by name; a Trainer keeps them in each checkpoint."""
 
     def __init__(self, inputs: Mapping[str, Any]):
         self.inputs = inputs

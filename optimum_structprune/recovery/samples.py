@@ -1,4 +1,4 @@
-"""Samples of a recovery: token ids with the places whose next tokens count, and what a model predicts there."""
+"""Samples of a recovery: token ids, the places that count, and what a model predicts there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text_sample(ids: Tensor) -> Sample:
 
 
 def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int) -> Iterator[Sample]:
-    """Packs prompts and answers as token ids into samples with `places` tokens that count, those of answers.
+    """Packs prompts and answers as token ids into samples with `places` tokens of answers, which count.
 
     The last answer of a sample is cut off. Positions begin anew with each prompt, by which models tell conversations
     apart.

@@ -29,7 +29,7 @@ def load_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """Makes a teacher that a model can be compared with; from an id or folder, it is loaded as the model is."""
+    """Makes a teacher for a model; from an id or folder, it is loaded as the model is."""
     same = teacher is model
     if isinstance(teacher, (str, Path)):
         try:

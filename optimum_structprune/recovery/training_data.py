@@ -27,7 +27,7 @@ ANSWERS = "answers"
 
 
 class TrainingData:
-    """The `samples` of a recovery in their order, and by kind of text those that are `measured` and not read.
+    """The `samples` of a recovery in order, and by kind of text the `measured` ones, which no step reads.
 
     Batches of texts and of answers take turns. `weights` are the shares of the kinds in the validation loss.
 
@@ -115,7 +115,7 @@ class TrainingData:
 def _answers_of(
     teacher: Teacher, prompts_file: str | None, texts: Tensor, seed: int
 ) -> tuple[Iterator[Sample], Iterator[Sample]]:
-    """Makes samples of a teacher's answers: to measure on, without end, and one for each text, as long as that."""
+    """Makes samples of a teacher's answers: to measure on, without end, and one in place of each text."""
     dense, tokenizer = teacher.model, teacher.tokenizer
     assert dense is not None and tokenizer is not None  # it has read the text
     prompts, places = prompts_of(prompts_file, dense, tokenizer, texts, seed), texts.shape[1] - 1
@@ -130,7 +130,7 @@ def _answers_of(
 
 
 def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
-    """Mixes texts and answers evenly, each in their order, in batches of one kind; those not full come last."""
+    """Mixes texts and answers evenly, in batches of one kind; those that are not full come last."""
     # With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
     batches: list[tuple[bool, float, Sequence[Sample]]] = []
     for samples in (texts, answers):

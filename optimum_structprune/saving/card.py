@@ -1,4 +1,4 @@
-"""Makes the model card of a result, the Markdown that the Hub shows, and its picture, from the records."""
+"""Makes the model card of a result, which the Hub shows, and its picture, from the records."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Records:
         )
 
     def commands(self, folder: str, dense: str, again: str) -> list[str]:
-        """Give the commands that make the model again from the configs in a folder; none if a program gave text."""
+        """Give the commands that repeat the run from the configs in a folder; none if a program gave text."""
         domains = [domain for config in (self.config, self.training) for domain in config.get("domains") or ()]
         named = all(entry.get("origin") for entry in self.domains if entry.get("use") != JUDGED)
         in_memory = any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
@@ -234,7 +234,7 @@ def _domains(records: Records, use: str) -> list[list[str]]:
 
 
 def short_name(source: str) -> str:
-    """Give the name by which people know a model or text: its id on the Hub, or its file's or folder's name."""
+    """Give the usual name of a model or text: its id on the Hub, or the name of its file or folder."""
     if cached := HUB_CACHE.search(source):
         return "/".join(cached.groups())
     path = Path(source)

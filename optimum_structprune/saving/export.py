@@ -1,4 +1,4 @@
-"""Writes a model for runtimes that take one width for all layers, or name the width of each in their own way."""
+"""Writes a model for runtimes that take one width for all layers, or name each in their own way."""
 
 from __future__ import annotations
 
@@ -96,8 +96,9 @@ def export_nemotron_nas(
     overwrite: bool = False,
     pad: bool = False,
 ) -> Padding:
-    """Save a model in the form `nemotron-nas` (DeciLM): vLLM, SGLang, TensorRT-LLM and MLX run it, and transformers
-    does not. The folder appears only after its weights have given the outputs of `model`.
+    """Save a model in the form `nemotron-nas` (DeciLM), which vLLM, SGLang, TensorRT-LLM and MLX run.
+
+    Transformers does not. The folder appears only after its weights have given the outputs of `model`.
 
     Args:
         model: A Llama, Mistral or Qwen2, uniform or not; it is left as it is.

@@ -1,4 +1,4 @@
-"""Writes a model as a GGUF file for llama.cpp, with a width for each layer where they differ, and its tokenizer."""
+"""Writes a model and its tokenizer as a GGUF file for llama.cpp, by layer where widths differ."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
 
 
 def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
-    """Give a tokenizer's model, and llama.cpp's name for its steps before the merges; None for SentencePiece."""
+    """Give a tokenizer's model, and llama.cpp's name for its first steps; None for SentencePiece."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     model = parts.get("model", {})
     if model.get("type") != "BPE":

@@ -1,4 +1,4 @@
-"""llama.cpp's names for what a GGUF file can hold; `optimum-cli` imports this on every call, and nothing heavy."""
+"""llama.cpp's names of the types in a GGUF file, for `optimum-cli`, which imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, card and tokenizer; they say if its weights have changed since."""
+    """Save a pruned model with its records, card and tokenizer; they say if weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
     config, report = result.config, result.report
@@ -159,7 +159,7 @@ def settle(path: Path, kind: type[PretrainedConfig]) -> None:
 @own_settings()
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None) -> None:
-    """Load a saved model, by default as one of its own class, and compare logits, or hidden states without a head."""
+    """Load a saved model, by default as its own class, and compare logits, or hidden states."""
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}

@@ -1,1 +1,1 @@
-"""Serves what lies below the models: processes, folders on the disk, weights that are held elsewhere, and hashes."""
+"""Serves what lies below the models: processes, folders on the disk, offloaded weights, and hashes."""

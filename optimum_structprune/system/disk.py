@@ -226,7 +226,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
-    """Find the first of some folders that exists, and its free bytes; refused if nothing can be made in it."""
+    """Find the first of some folders that exists, and its free bytes; a read-only one is refused."""
     try:
         place = next(path for path in places if path.exists())
         if not place.is_dir():
@@ -239,7 +239,7 @@ def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
 
 @contextmanager
 def unchanging(name: str | Path) -> Iterator[None]:
-    """Refuse what was read inside `with` if the weights in the folder of this name were replaced meanwhile."""
+    """Refuse a model that was read inside `with` if the weights in its folder were replaced meanwhile."""
 
     def identities() -> dict[Path, tuple[int, ...]]:
         found = {path: path.stat() for path in Path(name).glob("*.safetensors") if path.exists()}
@@ -254,14 +254,14 @@ def unchanging(name: str | Path) -> Iterator[None]:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Is true if an error says that a file could not be written; those of torch and tokenizers say it in words."""
+    """Is true if a file could not be written; errors of torch and tokenizers say it in words."""
     said = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
     in_words = type(error) in (RuntimeError, Exception) and any(words in str(error) for words in said)
     return in_words or isinstance(error, (OSError, SafetensorError))
 
 
 def used_paths(*configs: Any) -> list[str]:
-    """List the files and folders that configs name, for `Output.used`: text, losses, checkpoints and the like."""
+    """List the files and folders that configs name, for `Output.used`: text, checkpoints and the like."""
     names: list[Any] = []
     for config in _with_recovery(configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]

@@ -1,4 +1,4 @@
-"""Hashes models, samples and vocabularies by what they hold, and keeps text in files named by such hashes."""
+"""Hashes models, samples and vocabularies, and keeps text in files named by such hashes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def declared(model: nn.Module) -> Iterator[None]:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Find the device that computes the first weights of a model: where they are, or accelerate brings them."""
+    """Find the device of the first weights of a model, or the one that accelerate brings them to."""
     for module in model.modules():
         for hook in _hooks_of(module):
             if hook.offload and hook.execution_device is not None:
@@ -129,7 +129,7 @@ def _read(weights: Any, name: str) -> Tensor:
 
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Load the offloaded weights of a layer, and return their hooks, which keep them in memory from then on."""
+    """Load the offloaded weights of a layer, and return their hooks, which then keep them in memory."""
     offloading = [(module, hook) for _, module, hook in _offloading(layer)]
     # Copies, on the CPU too: a layer may be changed in place, and the stored weights must not be. What accelerate has
     # read from the disk onto another device is a copy, and of a large tensor there must not be two.
@@ -166,7 +166,7 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Put a tensor where the former one is held: in memory, or `on_disk`; return the readers of the latter."""
+    """Put a tensor in the place of the former one: in memory, or `on_disk`; return the readers of those."""
     weights, name = _unprefixed(weights, name)
     if not isinstance(weights, OffloadedWeightsLoader):
         weights[name] = tensor

@@ -1,4 +1,4 @@
-"""Lets several processes share one pruning, each with a part of the samples, inside `across_processes`."""
+"""Lets several processes share one pruning inside `across_processes`, each with a part of the samples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def launched(variable: str, default: int) -> int:
 
 
 def check_launch() -> None:
-    """Refuse a launch by which accelerate shards models: transformers then loads weights in one process alone."""
+    """Refuse a launch that shards models, as transformers then loads weights in one process alone."""
     for variable, flag in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
@@ -70,7 +70,7 @@ def check_launch() -> None:
 
 
 def unshared() -> AbstractContextManager[None]:
-    """Let every process do all the work inside `with`, for libraries that share work among processes themselves."""
+    """Let every process do all the work inside `with`, for libraries that share it out themselves."""
     return _sharing(False)
 
 

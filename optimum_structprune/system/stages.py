@@ -28,7 +28,7 @@ _around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """Announce a stage when it begins for the first time, and add its time to `seconds`, or to those around it."""
+    """Announce a stage the first time, and add its time to `seconds`, or to those of the stage around it."""
     outer = _around.get()
     times = seconds if seconds is not None else {} if outer is None else outer
     if name not in times:

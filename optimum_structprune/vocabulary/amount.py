@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """Gives the space of the tokens if their rows are more than a fifth of the `parameters` of a model, else None."""
+    """Gives the space of the tokens if their rows are more than a fifth of all `parameters`, else None."""
     return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > parameters / 5), None)
 
 
@@ -80,7 +80,7 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
 
 @dataclass(frozen=True)
 class Room:
-    """A budget, the `numbers` of tokens that may stay within it, ascending, and the `smallest` other widths."""
+    """A budget, the `numbers` of tokens to choose from, ascending, and the `smallest` other widths."""
 
     budget: Budget
     numbers: Sequence[int]
@@ -109,6 +109,6 @@ class Room:
         return self.budget.cost({VOCAB: number}) <= self.budget.limit
 
     def largest(self, widths: Widths) -> int:
-        """Gives the largest number of tokens that keeps to a budget with other widths; the smallest if none does."""
+        """Gives the largest number of tokens within the budget beside other widths; the smallest if none is."""
         fitting = bisect_right(self.numbers, self.budget.limit, key=lambda n: self.budget.cost({**widths, VOCAB: n}))
         return self.numbers[max(fitting - 1, 0)]

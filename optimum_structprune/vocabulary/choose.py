@@ -91,7 +91,7 @@ class VocabularyRequest:
         return range(len(self.required) - self._num_rowless, self.rows + 1)
 
     def order(self, scores: Tensor) -> list[int]:
-        """Gives all ids in the order in which they stay: those required, then those of the highest score, `(size,)`.
+        """Ranks all ids: those required first, then by falling score, shape `(size,)`.
 
         Each stands behind what it is formed from, so that what stays can be formed wherever the order is cut.
         """
@@ -204,7 +204,7 @@ def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[st
 
 
 def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """Gives the letters of the scripts of languages and of the Latin one, and all symbols; all letters without any."""
+    """Gives the letters of the scripts of languages, Latin ones, and symbols; all letters if none is named."""
     if codes is None:
         return vocabulary.letters
     note_missing_words()
@@ -213,7 +213,7 @@ def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[i
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    """Gives the tokens in the lines of a file, as tokens or as text, or all matches of a regular expression."""
+    """Gives the tokens in the lines of a file, as tokens or text, or all matches of a regular expression."""
     path = os.path.expanduser(named)
     try:
         if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
@@ -239,7 +239,7 @@ def wanted_shares(
     vocabulary: Vocabulary,
     held_out: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[Entry]]:
-    """Gives the share of each token by reason, shape `(size,)`, and the record of the text that was counted.
+    """Gives the share of each token by reason, shape `(size,)`, and the record of the counted text.
 
     Letters of the scripts that text shows have 1. General text behind the named domains, and other text, count in the
     scripts that these show or the languages; of other scripts, only letters do.

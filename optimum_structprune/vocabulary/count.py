@@ -1,4 +1,4 @@
-"""How often tokens occur: in all text that a run names, in the words of languages, and when the tokenizer was made."""
+"""Counts tokens: in the text of a run, in the words of languages, and when the tokenizer was made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko":
 def text_shares(
     domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
 ) -> tuple[Tensor, Entry]:
-    """Gives the share of each token in the whole text of a domain, shape `(size,)`, float64, and its record.
+    """Counts the share of each token in the text of a domain, shape `(size,)`, float64; and its record.
 
     Documents that are `held_out` are left out, by their hashes; of what a model has written, the samples count.
     """
@@ -90,13 +90,13 @@ def has_words(code: str) -> bool:
 
 
 def prior_shares(vocabulary: Vocabulary) -> Tensor:
-    """Gives the share of each token in text of all kinds, as the tokenizer tells it, shape `(size,)`, float64."""
+    """Estimates the share of each token in text of all kinds, shape `(size,)`, float64."""
     return torch.tensor([vocabulary.prior(token) for token in range(vocabulary.size)], dtype=torch.float64)
 
 
 @cache
 def _lines(code: str) -> Sequence[tuple[str, float]]:
-    """Lists texts of a language and how often each occurs: words by frequency, in each form, or sample sentences."""
+    """Lists texts of a language with their frequencies: words in each form, or sample sentences."""
     if not has_words(code):
         return [(texts(CHOOSING)[code], 1.0)]
     from wordfreq import get_frequency_list

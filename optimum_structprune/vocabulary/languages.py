@@ -39,7 +39,7 @@ def openings(codes: Iterable[str]) -> list[str]:
 
 
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:
-    """Gives the tokens of the text in each of 30 languages, by their codes, behind the token at the head of a text."""
+    """Gives the tokens of the text in each of 30 languages, by their codes, with the prefix."""
     return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
 
 
@@ -49,7 +49,7 @@ def scripts_in(codes: Iterable[str]) -> set[str]:
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
-    """Gives the text of languages by which tokens are chosen, in rows of at most `longest`, shape `(rows, tokens)`."""
+    """Gives the sample text of languages in rows of at most `longest` tokens, shape `(rows, tokens)`."""
     by_code = tokens_by_language(tokenizer, CHOOSING)
     ids = torch.tensor([token for code in codes for token in by_code[code]])
     rows = ceil(len(ids) / longest)
@@ -59,7 +59,7 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest
 def cost_by_language(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, codes: Collection[str], most: float = inf
 ) -> dict[str, float]:
-    """Measures bits per byte of the same text in languages, of `most` tokens, or counts tokens if not `causal`."""
+    """Measures bits per byte of text in languages, `most` tokens in all, or counts tokens if not `causal`."""
     rows, read = tokens_by_language(tokenizer), 0
     if not causal:
         return {code: len(rows[code]) for code in codes}
@@ -75,7 +75,7 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Gives the cost of the same text by language for a dense model: the wanted ones, then those of few tokens.
+    """Measures the dense model by language: the wanted ones first, then those of few tokens.
 
     It reads 4,096 tokens in all.
     """
@@ -102,7 +102,7 @@ def with_costs_after(
 
 
 def known(bits: Mapping[str, float]) -> set[str]:
-    """Gives the languages in which the same text takes at most `MAX_KNOWN_RATIO` times the bits of the best one."""
+    """Gives the languages with at most `MAX_KNOWN_RATIO` times the bits of the best one."""
     of_text = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
     return {code for code, cost in of_text.items() if cost <= MAX_KNOWN_RATIO * min(of_text.values())}
 

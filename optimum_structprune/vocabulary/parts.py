@@ -1,4 +1,4 @@
-"""Translates the tokens of a dense model, and what it expects next, into the tokens of a smaller vocabulary."""
+"""Translates tokens and predictions of a dense model into the tokens of a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tokens import Vocabulary
 
 
 class Parts:
-    """Spells each token of a dense model by the tokens of a smaller vocabulary of `size` tokens, its parts.
+    """Spells each token of a dense model by its parts, which are among `size` tokens of another vocabulary.
 
     The `spellings` by dense token, empty where nothing spells it, form a tree. Its nodes are the beginnings with which
     a longer spelling goes on. The branches of a node are the tokens that begin so, each with the part that follows, or
@@ -138,7 +138,7 @@ class Parts:
 def divergence_from_dense(
     parts: Parts, dense: PreTrainedModel, model: PreTrainedModel, rows: Iterable[Sequence[int]], context: Iterable[int]
 ) -> Tensor:
-    """Sums the KL divergence from the dense model's words over each row, in nats, shape `(rows,)`, fp64, on the CPU.
+    """Sums the KL divergence from the dense model's words in nats, shape `(rows,)`, fp64, on the CPU.
 
     The first tokens of a row of dense ids, as many as its `context`, are read and not predicted.
     """

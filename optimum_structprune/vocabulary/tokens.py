@@ -1,4 +1,4 @@
-"""The tokens of a fast tokenizer, how each is spelled by others, and the tokenizer that is left without some."""
+"""The tokens of a fast tokenizer, how others spell each, and the tokenizer without some of them."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ KINDS: dict[str, type[Segmenter]] = {"BPE": BPESegmenter, "Unigram": UnigramSegm
 
 
 class Vocabulary:
-    """The tokens of a fast tokenizer, which its `tokenizer.json` describes, and how each is spelled by others."""
+    """The tokens of a fast tokenizer, as its `tokenizer.json` has them, and how others spell each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, described: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
