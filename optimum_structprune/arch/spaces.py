@@ -280,7 +280,12 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
     if size is None or not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
         return None
-    axes += _biases(head, model, tensors, size) if head is not None else []
+    if head is not None:  # biases of the logits, one number per token, in the head or beside it
+        path = next(name for name, module in model.named_modules() if module is head)
+        for name, tensor in tensors.items():
+            is_beside = name.rpartition(".")[0] in (path, path.rpartition(".")[0])
+            if is_beside and tensor.shape[-1] == tensor.numel() == size:
+                axes.append(Axis(name, tensor.ndim - 1))
     per_layer = getattr(config, VOCAB_SIZE_PER_LAYER, None)
     axes += [
         Axis(f"{name}.weight", 0)
@@ -292,11 +297,3 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     }
     keys = ((VOCAB_SIZE, 1),)
     return Space(VOCAB, MODEL, size, tuple(axes), (), keys, (), sum(owned.values()), unit=TOKEN, uniform=ONE_PER_MODEL)
-
-
-def _biases(head: nn.Module, model: nn.Module, tensors: dict[str, Tensor], size: int) -> Iterator[Axis]:
-    """Finds biases of the logits, one number per token, in the head or beside it."""
-    path = next(name for name, module in model.named_modules() if module is head)
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[0] in (path, path.rpartition(".")[0]) and tensor.shape[-1] == tensor.numel() == size:
-            yield Axis(name, tensor.ndim - 1)

@@ -28,14 +28,11 @@ from .flags import FORM
 from .output import check_file
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 def check_flags(args: Namespace) -> None:
     """Refuse illegal values, missing models and files, and existing outputs."""
     given = vars(args)
     configs = [*filter(None, CONFIGS[args.command.name](args))] if args.command.config else []
-    if given.get("base_model") and not HUB_ID.fullmatch(args.base_model):
+    if given.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
     for name in args.command.models:
         for model in [given[name]] if isinstance(given[name], str) else given[name] or ():

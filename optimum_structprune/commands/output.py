@@ -21,8 +21,6 @@ from ..written import to_json
 
 # Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.
 MUTED_LOGGERS = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
-# The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-TRAINER_BAR_LOGGER = "transformers.training_args"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,8 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
             stack.enter_context(_at_level(name, logging.ERROR))
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.command.reads_text))
-            stack.enter_context(_at_level(TRAINER_BAR_LOGGER, logging.ERROR))
+            # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
+            stack.enter_context(_at_level("transformers.training_args", logging.ERROR))
             if not args.quiet:
                 stack.enter_context(_stages_announced())
         if args.quiet:  # what libraries tell their own users

@@ -23,9 +23,6 @@ from .loading import Loading
 from .output import Result
 
 
-MAX_LISTED_WIDTHS = 1_000_000  # legal widths of a space that are given one by one
-
-
 def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     model = Loading.of(args).without_weights(args.model)
@@ -42,7 +39,7 @@ def inspect(args: Namespace) -> Result:
         legal, units = legal_sizes(model.config, arch, name), sorted({space.width for space in spaces})
         lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
         # There may be very many, such as all numbers of tokens.
-        listed = _ranges(legal) if name == VOCAB or len(legal) > MAX_LISTED_WIDTHS else [*legal]
+        listed = _ranges(legal) if name == VOCAB or len(legal) > 1_000_000 else [*legal]
         offered[name] = {"units": units, "parameters": parameters, "legal": listed}
     for reason in dict.fromkeys(reason for _, reason in arch.missing):
         names = ", ".join(name for name, why in arch.missing if why == reason)

@@ -23,7 +23,6 @@ from .output import Result
 
 
 SIZES = 8  # from all tokens to the fewest
-MULTIPLE = 64  # of tokens, as in the sizes that a budget chooses
 
 
 def plan_tokens(args: Namespace) -> Result:
@@ -66,7 +65,7 @@ def _kept_by_size(
     rows, fewest = request.rows, request.allowed.start
     for step in range(SIZES):
         number = rows * (fewest / rows) ** (step / (SIZES - 1))
-        number = min(-int(-number // MULTIPLE) * MULTIPLE, rows)
+        number = min(-int(-number // 64) * 64, rows)  # as in the sizes that a budget chooses
         stays = torch.tensor(request.keep(order, number))
         yield number, {name: float(of_text[stays].sum()) for name, of_text in shares.items()}
 

@@ -30,7 +30,6 @@ from ..domains.load import texts_of
 from ..domains.manifest import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
-from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from ..widths.allocation import widths_by_share
@@ -44,11 +43,7 @@ if TYPE_CHECKING:
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
 PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
-# The share of a model that stands for one whose size is not found yet.
-NEARLY_DENSE = 0.99
 FP32_BYTES = 4
-# How many activations of its widest matrix a layer holds at a time: both factors of a gated product, and the product.
-WIDE_ACTIVATIONS = 3
 # What is not counted took so many bytes in measurements, whatever the size of the model.
 UNCOUNTED_BYTES = 60 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
@@ -235,7 +230,7 @@ def _with_size(config: StructPruneConfig, use: str, inputs: Mapping[str, Tensor]
         raise StructPruneError(
             f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
         )
-    return replace(config, budget={"parameters": NEARLY_DENSE})
+    return replace(config, budget={"parameters": 0.99})  # which stands for a size that is not found yet
 
 
 def check_config_kind(config: Any) -> None:
@@ -410,7 +405,8 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     config, arch, widths, info = request.config, request.model_info.arch, request.widths, request.model_info
     itemsize, on_cpu = info.plain_model.dtype.itemsize, info.device.type == "cpu"
     widest = max([channels, *(space.size * axis.per_unit for space in arch.spaces for axis in space.consumers)])
-    activations = itemsize * batch * (WIDE_ACTIVATIONS * widest + 2 * channels)
+    # Both factors of a gated product, and the product.
+    activations = itemsize * batch * (3 * widest + 2 * channels)
     yield activations
     removed = [0] * arch.num_layers
     for space in arch.spaces:
@@ -422,7 +418,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     for size, of_expert in _consumers(request):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         out = channels if config.feedback and not of_expert else 0
-        step = 2 * (Moments.matrix_bytes(size, reads_gram, out) + FP32_BYTES * channels * size) + activations * mixes
+        step = 2 * FP32_BYTES * size * (size * reads_gram + out + channels) + activations * mixes
         if of_expert:
             from ..sources.experts import WithExperts
 
