@@ -94,13 +94,9 @@ def test_an_odd_value_in_a_config_is_refused_with_what_transformers_says(copy):
     whole = (copy / "config.json").read_text()
     for fields, message in (
         ({"hidden_size": "x"}, "'hidden_size' expected"),
-        ({"intermediate_size": None}, "'intermediate_size' expected"),
         ({"num_attention_heads": 0}, ""),
-        ({"vocab_size": 1.5}, "'vocab_size' expected"),
-        ({"rope_parameters": "a"}, ""),
         ({"hidden_act": "nope"}, "nope"),
         ({"dtype": "nope"}, "nope"),
-        ({"quantization_config": 3}, ""),
         ({"per_layer_config": 3}, ""),
         ({"auto_map": 3}, ""),
         ({"model_type": 5}, "model type `5`"),

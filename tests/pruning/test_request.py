@@ -8,7 +8,7 @@ import pytest
 from helpers import recovery_config, same_weights
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BertForMaskedLM, Wav2Vec2FeatureExtractor
+from transformers import BertForMaskedLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import (
     RecoveryConfig,
@@ -70,9 +70,7 @@ REFUSED = [
     # of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
     ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
-    ("llama-tied", {"widths": {"mlp": [24] * 3}}, "list of length 3, and the model has 2 layers"),
     ("llama-tied", {"widths": {"mlp": {2: 24}}}, "names layer 2, which has no 'mlp'; the layers that have it are 0"),
-    ("llama-tied", {"widths": {"attention": {0: 3}}}, r"\[0\] = 3 is not legal.*nearest legal choice is 2 or 4"),
     ("bert", {"widths": {"mlp": [24, 32]}}, "layers of different widths, which 'mlp' of a bert model cannot"),
     (
         "phi3",
@@ -83,7 +81,6 @@ REFUSED = [
     ("bert", {"skip_layers": [0]}, "offered for decoders only; use allocation='uniform' without"),
     ("llava", {"skip_layers": [0]}, "only a text model by itself"),
     ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["layer"]}, "'layer' is none of"),
-    ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["hidden"]}, "'hidden' is none"),
     ("bert", {"sparsity": 0.2, **UNIFORM, "targets": ["mlp"]}, "makes none; use allocation='unif"),
     ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "search"}, "belongs to the whole model"),
     ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
@@ -91,7 +88,6 @@ REFUSED = [
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
     ("llama-tied", {"criterion": "block_influence"}, ONLY_LAYERS),
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
-    ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
     ("t5", {"skip_layers": [0]}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
@@ -136,7 +132,6 @@ def test_the_text_is_what_a_run_reads_next():
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
     ({"seq_length": 65}, "longer than the model's 64 positions"),
     ({"criterion": "wnada"}, "Did you mean 'wanda'"),
-    ({"criterion": "block_influence"}, ONLY_LAYERS),
 ])  # fmt: skip
 def test_what_a_trainer_cannot_do(fields, message):
     model, settings = build("llama-tied"), blind(**fields)
@@ -222,7 +217,6 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
 IDS = token_ids(12, 16)
 WRONG = [
     ({"model": "some/model"}, "model takes a model of transformers, got str"),
-    ({"model": AutoModelForCausalLM}, "model takes a model of transformers, got type"),
     ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
     (
         {"tokenizer": Wav2Vec2FeatureExtractor()},
@@ -230,13 +224,10 @@ WRONG = [
     ),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
-    ({"inputs": IDS}, "inputs takes a mapping .*, got Tensor"),
     ({"inputs": {"a": IDS.numpy()}}, r"inputs\['a'\] takes a tensor, got ndarray"),
-    ({"inputs": {"a": {"input_ids": IDS}}}, r"inputs\['a'\] takes a tensor, got dict"),
     ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS + 1000}}, "those of this model lie between 0 and"),
     ({"inputs": {"a": IDS.repeat(1, 5)}}, "80 tokens, is longer than the model.s 64 positions"),
-    ({"inputs": {"a": IDS[None]}}, r"shape \(1, 12, 16\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
 ]
 
