@@ -169,11 +169,6 @@ class Record:
         """Give the fields as plain values."""
         return asdict(cast("Any", self))
 
-    def enter(self, domain: str, figures: Mapping[str, Any]) -> None:
-        """Enter the figures of a domain, which are named as fields are."""
-        for name, value in figures.items():
-            getattr(self, name)[domain] = value
-
     def save(self, path: str | Path) -> None:
         """Write JSON; a number that is not finite becomes null."""
         replace_json(path, versioned(self.to_dict()))

@@ -191,7 +191,8 @@ def evaluate(
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
-        evaluation.enter(name, text.figures(batch_size))
+        for figure, value in text.figures(batch_size).items():
+            getattr(evaluation, figure)[name] = value
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
@@ -231,8 +232,9 @@ def _compare_vectors(
     measured = Embeddings(models["dense"], {**by_domain, **pairs}, readers["dense"], tokens_differ, pairs)
     measured.read_by(readers["model"], models["model"])
     evaluation.embeddings, by_language = measured.figures(models["model"], "dense", "model")
-    for name, figures in measured.perplexities(models["model"], "dense", "model").items():
-        evaluation.enter(name, figures)
+    for name, fields in measured.perplexities(models["model"], "dense", "model").items():
+        for field_name, value in fields.items():
+            getattr(evaluation, field_name)[name] = value
     if by_language:
         costs = costs_before(models["dense"], readers["dense"], False, ())
         costs = with_costs_after(costs, models["model"], readers["model"], False)

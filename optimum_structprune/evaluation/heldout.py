@@ -113,7 +113,7 @@ class Judged:
             losses, pair = compare(models[0], models[1], self.samples, batch_size, self.known)
             close = dict(zip(("divergence", "agreement"), pair, strict=True))
         return {
-            **perplexity_figures(losses, self.documents, self.samples[:, 1:].numel()),
+            **perplexity_figures(losses, self.samples[:, 1:].numel(), self.documents),
             "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
             **close,
         }

@@ -57,28 +57,25 @@ def perplexity_of(losses: Tensor) -> float:
     return float(losses.mean().exp())
 
 
-def perplexity_margins(losses: Mapping[str, Tensor], documents: Tensor | None = None) -> dict[str, float]:
-    """The margins of error of the perplexities of models, by name, from losses of the same samples.
+def perplexity_figures(losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None) -> dict[str, Any]:
+    """Gives the perplexities of models on a text, their margins of error, and counts, by the fields of a record.
 
-    With several models, "ratio" is that of the last perplexity divided by the first. `documents` has the number of the
-    document that each sample is of, shape `(samples,)`; by default all differ.
+    With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
+    samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
+    differ.
     """
     first, *others = losses.values()
+    perplexity = {name: perplexity_of(each) for name, each in losses.items()}
     # The margin of e to a mean is that of the mean, relative to it.
-    margins = {name: perplexity_of(each) * margin_of_error(each, documents) for name, each in losses.items()}
+    margins = {name: perplexity[name] * margin_of_error(each, documents) for name, each in losses.items()}
     if others:
         more = others[-1] - first
         margins["ratio"] = perplexity_of(more) * max(margin_of_error(more, documents), LEAST_MARGIN)
-    return margins
-
-
-def perplexity_figures(losses: Mapping[str, Tensor], documents: Tensor, tokens: int) -> dict[str, Any]:
-    """Gives what a record has of the perplexity on one domain, by its fields; see `perplexity_margins`."""
     return {
-        "perplexity": {name: perplexity_of(each) for name, each in losses.items()},
-        "perplexity_margin": perplexity_margins(losses, documents),
+        "perplexity": perplexity,
+        "perplexity_margin": margins,
         "perplexity_tokens": tokens,
-        "perplexity_documents": len(documents.unique()),
+        "perplexity_documents": len(first if documents is None else documents.unique()),
     }
 
 

@@ -99,8 +99,9 @@ class Embeddings:
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report."""
         report.embeddings, by_language = self.figures(model, "before", "after")
-        for name, figures in self.perplexities(model, "before", "after").items():
-            report.enter(name, figures)
+        for name, fields in self.perplexities(model, "before", "after").items():
+            for field, value in fields.items():
+                getattr(report, field)[name] = value
         report.languages = {code: {**old, **by_language.get(code, {})} for code, old in report.languages.items()}
 
     def figures(
@@ -131,8 +132,8 @@ class Embeddings:
         return {
             name: perplexity_figures(
                 {before: self.dense_losses[name], after: losses},
-                torch.tensor([*self.texts[name].documents])[: len(losses)],
                 int(self.gaps[name].tokens.sum()),
+                torch.tensor([*self.texts[name].documents])[: len(losses)],
             )
             for name, losses in self._losses(model).items()
         }

@@ -159,12 +159,13 @@ class Measure:
         figures = self._losses(model, arch)
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
-            found = perplexity_figures(losses, self.documents[name], self.tokens_predicted[name] * len(before))
-            if name == OTHER:
-                report.other |= {field.removeprefix("perplexity_"): value for field, value in found.items()}
-                continue
-            report.enter(name, found)
-            if passages := self.texts.get(name):
+            tokens = self.tokens_predicted[name] * len(before)
+            for field, value in perplexity_figures(losses, tokens, self.documents[name]).items():
+                if name == OTHER:
+                    report.other[field.removeprefix("perplexity_")] = value
+                else:
+                    getattr(report, field)[name] = value
+            if name != OTHER and (passages := self.texts.get(name)):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(loss * self.tokens_predicted[name]) for when, loss in losses.items()
                 }

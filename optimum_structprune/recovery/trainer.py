@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.metrics import evaluating, perplexity_margins, perplexity_of
+from ..forward.metrics import evaluating, perplexity_figures
 from ..record.report import RecoveryReport
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
@@ -159,15 +159,12 @@ def enter_measurements(
     for name, pruned in before.items():
         losses = {"dense": pruned["teacher"]} if "teacher" in pruned else {}
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
-        if name == OTHER_TEXT:
-            perplexity = {when: perplexity_of(each) for when, each in losses.items()}
-            counts = {"tokens": int(pruned["tokens"].sum()), "documents": len(pruned["loss"])}
-            report.other |= {"perplexity": perplexity, "margin": perplexity_margins(losses), **counts}
-        elif name not in (ANSWERS, VALIDATION):
-            report.perplexity[name] = {when: perplexity_of(each) for when, each in losses.items()}
-            report.perplexity_margin[name] = perplexity_margins(losses)
-            report.perplexity_tokens[name] = int(pruned["tokens"].sum())
-            report.perplexity_documents[name] = len(pruned["loss"])
+        if name not in (ANSWERS, VALIDATION):
+            for field, value in perplexity_figures(losses, int(pruned["tokens"].sum())).items():
+                if name == OTHER_TEXT:
+                    report.other[field.removeprefix("perplexity_")] = value
+                else:
+                    getattr(report, field)[name] = value
         if "kl" in pruned:
             pair = {"pruned": pruned, "recovered": after[name]}
             report.divergence[name] = {when: float(each["kl"].mean()) for when, each in pair.items()}

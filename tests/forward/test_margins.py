@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune.domains.packing import document_numbers
-from optimum_structprune.forward.metrics import margin_of_error, perplexity_margins
+from optimum_structprune.forward.metrics import margin_of_error, perplexity_figures
 
 
 def losses(documents: int, rows: int, spread: float) -> torch.Tensor:
@@ -46,8 +46,8 @@ def test_values_of_one_document_count_as_one_in_any_order(values, random):
 def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of():
     values = torch.randn(40)
     assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
-    margins = perplexity_margins({"before": values, "after": values + 1}, torch.arange(40) // 40)
-    assert all(map(isnan, margins.values()))
+    found = perplexity_figures({"before": values, "after": values + 1}, 40, torch.arange(40) // 40)
+    assert all(map(isnan, found["perplexity_margin"].values())) and found["perplexity_documents"] == 1
 
 
 def test_tokens_are_of_the_document_that_ends_behind_them():
