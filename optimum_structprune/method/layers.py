@@ -174,6 +174,11 @@ def noise_like(hidden: Tensor) -> Tensor:
 class Source(Protocol):
     """Gives activations layer by layer; a source that skips some of it derives from this."""
 
+    ranks: OneProcess = OneProcess()
+    # What gives the moments of a space inside experts, and what is routed to the experts of a layer, kept for it.
+    expert_moments: Callable[[Any, Space, bool], Iterator[list[Moments]]] | None = None
+    routed: tuple[int, Any] = (-1, ())
+
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
         return nullcontext()
@@ -227,9 +232,8 @@ class InMemory(Source):
         batches: Sequence[Batch],
         error_feedback: float = 0.0,
         fixed: bool = False,
-        ranks: OneProcess | None = None,
     ):
-        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
+        self.model, self.arch, self.batches = model, arch, list(batches)
         self.num_domains = 1 + max(batch.domain for batch in batches)
         # The share of the error of the residual stream that consumers make up for.
         self.error_feedback, self.fixed = error_feedback, fixed
@@ -277,6 +281,9 @@ class InMemory(Source):
             ]
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        if space.experts is not None and self.expert_moments is not None:
+            yield from self.expert_moments(self, space, gram)
+            return
         axes = {self._local(layer, axis.module): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         out = self.hidden[0].shape[-1]
@@ -320,7 +327,7 @@ class InMemory(Source):
             self.hidden = [self.outputs[index] for index in range(len(self.hidden))]
         elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
-        self.outputs = {}
+        self.outputs, self.routed = {}, (-1, ())
 
     def pass_through(self, layer: int) -> None:
         """Take the hidden states of all samples through a layer."""

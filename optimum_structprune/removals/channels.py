@@ -18,7 +18,7 @@ from ..method.layers import Batch, run_model
 from ..method.loop import best_units
 from ..method.shrink import check_same, read_consumer
 from ..record.plan import Plan
-from ..sources.data import CalibrationData, layers_of, ranks
+from ..sources.data import CalibrationData, ranks, source_of
 from .layers import refit_consumer_
 from .resize import mask_channels_, narrow_, scaled_norms
 
@@ -95,7 +95,7 @@ def refit_readers_(
 ) -> None:
     """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream."""
     assert arch.residual is not None
-    source = layers_of(model, arch, data.own_batches, fixed=True)
+    source = source_of(model, arch, data.own_batches, fixed=True)
     for layer in range(arch.num_layers):
         reads = [read for read in arch.residual.reads if read.layer == layer]
         # All consumers at one place get the same input, so the moments of the first one are those of all.

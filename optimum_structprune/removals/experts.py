@@ -20,7 +20,7 @@ from ..method.refit import least_squares
 from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData
-from ..sources.experts import WithExperts, inner_activations
+from ..sources.experts import contributions, experts_of, inner_activations, route
 from ..system.processes import all_reduce_
 from ..system.stages import progress
 from .resize import rebuilding_
@@ -28,6 +28,7 @@ from .resize import rebuilding_
 
 if TYPE_CHECKING:
     from ..pruning.run import Run, Step
+    from ..sources.whole_model import WholeModel
 
 
 def remove_experts_(run: Run, step: Step) -> Plan:
@@ -40,7 +41,6 @@ def remove_experts_(run: Run, step: Step) -> Plan:
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
         criterion = criterion_of(run.config.scored_by, EXPERT)
         source = run.data.source(model, arch, run.config.feedback)
-        assert isinstance(source, WithExperts)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
             for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
                 with source.at(layer, changes=True):
@@ -50,7 +50,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                     refits = {space.key: ExpertRefit(source, space, run.data) for space in refitted}
                     for space in spaces:
                         see = refits[space.key].see_dense if refits else None
-                        scores = run.data.combined(source.contributions(layer, space, criterion, see))
+                        scores = run.data.combined(contributions(source, space, criterion, see))
                         keep[space.key] = best_units(scores, space.width_in(step.widths))
                     run.changed = True
                     shrink_layer_(model, arch, layer, keep, smaller)
@@ -111,11 +111,11 @@ class ExpertRefit:
     experts.
     """
 
-    def __init__(self, source: WithExperts, space: Space, data: CalibrationData):
-        self.source, self.data, self.layer, self.name = source, data, space.layer, str(space.experts)
-        self.gain = self._gain(self.name)
+    def __init__(self, source: InMemory | WholeModel, space: Space, data: CalibrationData):
+        self.source, self.space, self.data = source, space, data
+        self.gain = self._gain(str(space.experts))
         self.targets: list[Tensor] = []
-        self.energy = torch.zeros(source.layers.num_domains, 2, dtype=torch.float64)
+        self.energy = torch.zeros(self.source.num_domains, 2, dtype=torch.float64)
 
     @staticmethod
     def fitting_bytes(tokens: int, channels: int, size: int) -> int:
@@ -124,18 +124,18 @@ class ExpertRefit:
 
     def _gain(self, module: str) -> float | None:
         """The factor of a module's output in the layer's; None where it takes another path."""
-        layers = self.source.layers
-        path = layers.residual_path(self.layer, module) if isinstance(layers, InMemory) else None
+        source = self.source
+        path = source.residual_path(self.space.layer, module) if isinstance(source, InMemory) else None
         return path.factor if isinstance(path, Gain) else None
 
     def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
         """Note the experts' outputs for a batch, shape `(tokens, hidden)`, while all of them are there."""
-        batch, layers, target = self.source.layers.batches[number], self.source.layers, routed.float()
+        batch, source, target = self.source.batches[number], self.source, routed.float()
         energy = target.square().sum(dtype=torch.float64)
         self.energy[batch.domain] += torch.stack([energy, energy.new_tensor(len(target))]).cpu()
-        if self.gain is not None and isinstance(layers, InMemory) and layers.error_feedback:
-            dense = layers.dense[number].to(output.device)
-            error = batch.counted(layers.error_feedback * (dense.float() - output.float()))
+        if self.gain is not None and isinstance(source, InMemory) and source.error_feedback:
+            dense = source.dense[number].to(output.device)
+            error = batch.counted(source.error_feedback * (dense.float() - output.float()))
             target = target + error / self.gain
         self.targets.append(target)
 
@@ -146,11 +146,11 @@ class ExpertRefit:
         weights = torch.tensor(self.data.shares).double() * count / energy.where(energy > 0, torch.inf)
         weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
         roots = (weights * count.sum() / count.clamp(min=1)).sqrt().tolist()
-        return [roots[batch.domain] for batch in self.source.layers.batches]
+        return [roots[batch.domain] for batch in self.source.batches]
 
     def fit_(self, kept: int) -> None:
         """Refit the layer, which has only the `kept` experts now."""
-        experts, scales, shared = self.source.layers.model.get_submodule(self.name), self.scales(), self._shared()
+        experts, scales, shared = experts_of(self.source, self.space), self.scales(), self._shared()
         residual: list[Tensor] = []
         seen: dict[str, list[Tensor]] = {axis.module: [] for axis, _ in shared}
 
@@ -158,10 +158,10 @@ class ExpertRefit:
             residual.append((self.targets[number] - routed.float()) * scales[number])
 
         def see_shared(module: str, x: Tensor) -> None:
-            seen[module].append(self.source.layers.batches[len(seen[module])].counted(x.detach()))
+            seen[module].append(self.source.batches[len(seen[module])].counted(x.detach()))
 
-        with observe(self.source.layers.model, seen, see_shared):
-            calls = self.source.route(self.layer, experts, see)
+        with observe(self.source.model, seen, see_shared):
+            calls = route(self.source, self.space, see)
         self.targets = []
 
         def inputs_of_expert(expert: int, space: Space, number: int) -> tuple[Tensor, Tensor]:
@@ -174,17 +174,17 @@ class ExpertRefit:
 
         blocks = [Block(axis, partial(inputs_of_shared, axis.module, gain)) for axis, gain in shared]
         inside = [
-            space for space in self.source.layers.arch.at(self.layer) if space.inside and space.experts is not None
+            space for space in self.source.arch.at(self.space.layer) if space.inside and space.experts is not None
         ]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
             blocks.append(Block(space.consumers[0], partial(inputs_of_expert, expert, space)))
-        refit_blocks_(self.source.layers.model, blocks, residual, self.source.layers.ranks)
+        refit_blocks_(self.source.model, blocks, residual, self.source.ranks)
 
     def _shared(self) -> list[tuple[Axis, float]]:
         """Gives the consumers of shared experts in the module of the experts, and their relative gains."""
-        prefix = f"{self.name.rpartition('.')[0]}."
+        prefix = f"{str(self.space.experts).rpartition('.')[0]}."
         found: list[tuple[Axis, float]] = []
-        for space in self.source.layers.arch.at(self.layer) if self.gain is not None else ():
+        for space in self.source.arch.at(self.space.layer) if self.gain is not None else ():
             if space.inside and space.experts is None and space.consumers[0].module.startswith(prefix):
                 gain = self._gain(space.consumers[0].module)
                 found += [] if gain is None else [(space.consumers[0], gain / (self.gain or 1.0))]

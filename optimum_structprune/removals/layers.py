@@ -23,7 +23,7 @@ from ..method.loop import best_units, check_scores
 from ..method.refit import ridge_strength
 from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
-from ..sources.data import CalibrationData, layers_of
+from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_
 from .resize import drop_layers_
 
@@ -48,7 +48,7 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
-    source = layers_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
+    source = source_of(model, arch, data.own_batches, data.config.feedback) if data.config.feedback else None
     if isinstance(source, InMemory):
         source.find_other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
         reached = 0
@@ -69,7 +69,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
 
 def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
     """Runs layers one after the other on a few tokens, or the whole model where they cannot run so."""
-    source = layers_of(model, arch, [Batch(0, random_inputs(model))])
+    source = source_of(model, arch, [Batch(0, random_inputs(model))])
     if not isinstance(source, InMemory):
         return outputs_for(model)
     hidden = source.hidden[0]

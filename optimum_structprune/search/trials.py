@@ -21,7 +21,7 @@ from ..method.layers import Batch, InMemory, Source, run_model
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
-from ..sources.data import CalibrationData, batches_of, layers_of
+from ..sources.data import CalibrationData, batches_of, source_of
 from ..system.processes import all_reduce_, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
@@ -53,7 +53,7 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.batches, self.layer = model, batches, 0
-        self.source = layers_of(model, arch, batches)
+        self.source = source_of(model, arch, batches)
         self.options: dict[str, Any] = {}
         if last_logits_only(model):
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)

@@ -20,7 +20,7 @@ from ..domains.load import calibration_domains, given_domains, load_domains, tex
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
 from ..method.calibrate import Moments
-from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess, Source
+from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
 from ..method.loop import Method
 from ..method.refit import least_squares, no_refit
 from ..system.fingerprint import fingerprint, json_hash
@@ -118,7 +118,9 @@ class CalibrationData:
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
         return replace(self, domains=[domain.head(most) for domain in self.domains])
 
-    def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
+    def source(
+        self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False
+    ) -> InMemory | WholeModel:
         """Give the source of the activations of a model as it is now."""
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
@@ -181,35 +183,31 @@ def ranks() -> OneProcess:
     return AcrossProcesses() if process_count() > 1 else OneProcess()
 
 
-def layers_of(
+def source_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
 ) -> InMemory | WholeModel:
     """Give a source that runs the layers of a model one by one, or the whole model if it does not allow that."""
+    source: InMemory | WholeModel
     if is_offloaded(model):
         from .offloaded import Offloaded, must_be_whole
 
         try:
-            return Offloaded(model, arch, batches, feedback, fixed, ranks())
+            source = Offloaded(model, arch, batches, feedback, fixed)
         except NotSequentialError as error:
             raise must_be_whole(arch, error) from error
-    try:
-        return InMemory(model, arch, batches, feedback, fixed, ranks())
-    except NotSequentialError:
-        from .whole_model import WholeModel
+    else:
+        try:
+            source = InMemory(model, arch, batches, feedback, fixed)
+        except NotSequentialError:
+            from .whole_model import WholeModel
 
-        return WholeModel(model, arch, batches, ranks())
+            source = WholeModel(model, arch, batches)
+    source.ranks = ranks()
+    if any(space.experts for space in arch.spaces):
+        from .experts import expert_moments
 
-
-def source_of(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
-) -> Source:
-    """Give the source of the activations of a model, with those of single experts if it has any."""
-    source = layers_of(model, arch, batches, feedback, fixed)
-    if not any(space.experts for space in (*arch.spaces, *arch.model_spaces)):
-        return source
-    from .experts import WithExperts
-
-    return WithExperts(source)
+        source.expert_moments = expert_moments
+    return source
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..arch.hooks import intercept
 from ..arch.spec import Space
 from ..method.calibrate import Moments
-from ..method.layers import InMemory, Source
+from ..method.layers import InMemory
 from ..method.loop import Criterion
 from ..system.processes import all_reduce_
 from .whole_model import WholeModel
@@ -41,73 +40,39 @@ class Routed(NamedTuple):
         return tokens, self.hidden[tokens], self.gates[tokens, slot]
 
 
-class WithExperts(Source):
-    """Adds to another source what single experts read, which their stacked forward hides.
+def expert_moments(source: InMemory | WholeModel, space: Space, gram: bool) -> Iterator[list[Moments]]:
+    """Gather the moments of what an expert's consumer reads, which a stacked forward hides; see `Source.moments`."""
+    if source.routed[0] != space.layer:  # the experts of a layer read the same tokens, whichever is pruned first
+        source.routed = space.layer, route(source, space)
+    return inner_moments(source, space, source.routed[1], gram)
 
-    In memory is what is routed to the experts of one layer, and the moments of only one expert.
+
+@torch.no_grad()
+def route(source: InMemory | WholeModel, space: Space, see: See | None = None) -> tuple[Routed, ...]:
+    """Run the layer of a space, and give the calls of its experts by batch.
+
+    `see` gets None in place of the layer's output where layers do not run alone.
     """
+    calls: list[Routed] = []
+    outputs: list[Tensor] = []
+    batch = source.batches[0]
 
-    def __init__(self, source: InMemory | WholeModel):
-        self.layers = source
-        self.routed: tuple[int, tuple[Routed, ...]] = (-1, ())
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
+        calls.append(Routed(batch.domain, *tokens))
 
-    @staticmethod
-    def routed_bytes(tokens: int, channels: int, itemsize: int) -> int:
-        """The bytes of what enters the experts of a layer, which is kept until all of them are done."""
-        return itemsize * tokens * channels
+    after = None if see is None else lambda _, output: outputs.append(output)
+    with intercept([experts_of(source, space)], before, after):
+        for index, batch in enumerate(source.batches):
+            output = source.output(space.layer, index)
+            if see is not None:
+                see(index, batch.counted(outputs.pop()), output)
+    return tuple(calls)
 
-    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
-        return self.layers.at(layer, changes)
 
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        self.layers.advance_dense(layer, kinds)
-
-    def same_outputs(self, layer: int) -> AbstractContextManager[None]:
-        return self.layers.same_outputs(layer)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.layers.state()
-
-    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self.layers.resume_(tensors, values)
-
-    def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        if space.experts is None:
-            self.routed = -1, ()
-            yield from self.layers.moments(layer, space, gram)
-            return
-        experts = self.layers.model.get_submodule(space.experts)
-        if self.routed[0] != layer:  # the experts of a layer read the same tokens, whichever is pruned first
-            self.routed = layer, self.route(layer, experts)
-        yield from inner_moments(experts, space, self.routed[1], gram, self.layers)
-
-    def contributions(self, layer: int, space: Space, criterion: Criterion, see: See | None = None) -> Tensor:
-        """Compute how much each expert of a space contributes, shape `(domains, experts)`; see `route`."""
-        experts = self.layers.model.get_submodule(str(space.experts))
-        calls = self.route(layer, experts, see)
-        return contributions(experts, space.size, calls, self.layers.num_domains, criterion)
-
-    def advance(self, layer: int) -> None:
-        self.routed = -1, ()
-        self.layers.advance(layer)
-
-    @torch.no_grad()
-    def route(self, layer: int, experts: nn.Module, see: See | None = None) -> tuple[Routed, ...]:
-        """Run a layer and give the calls of its experts by batch; `see` gets None if layers do not run alone."""
-        calls: list[Routed] = []
-        outputs: list[Tensor] = []
-        batch = self.layers.batches[0]
-
-        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
-            calls.append(Routed(batch.domain, *tokens))
-
-        with intercept([experts], before, None if see is None else lambda _, output: outputs.append(output)):
-            for index, batch in enumerate(self.layers.batches):
-                output = self.layers.output(layer, index)
-                if see is not None:
-                    see(index, batch.counted(outputs.pop()), output)
-        return tuple(calls)
+def experts_of(source: InMemory | WholeModel, space: Space) -> nn.Module:
+    """Find the module that holds the experts of a space."""
+    return source.model.get_submodule(str(space.experts))
 
 
 @torch.no_grad()
@@ -124,14 +89,15 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
 
 
 def inner_moments(
-    experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, source: InMemory | WholeModel
+    source: InMemory | WholeModel, space: Space, calls: Sequence[Routed], gram: bool
 ) -> Iterator[list[Moments]]:
     """Gather the moments of one expert's inner activations over the tokens that chose it, domain by domain.
 
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
     uncorrelated and had the second moment 1.
     """
-    device, expert = next(experts.parameters()).device, space.consumers[0].part or 0
+    experts, expert = experts_of(source, space), space.consumers[0].part or 0
+    device = next(experts.parameters()).device
     chosen = torch.tensor(sum(int((call.chosen == expert).sum()) for call in calls), device=device)
     all_reduce_([chosen])
     for domain in range(source.num_domains):
@@ -148,13 +114,11 @@ def inner_moments(
 
 
 @torch.no_grad()
-def contributions(
-    experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int, criterion: Criterion
-) -> Tensor:
-    """Compute how much each expert contributes, shape `(domains, experts)`; 0 if no token chose it."""
-    total = torch.zeros(num_domains, size, dtype=torch.float64)
+def contributions(source: InMemory | WholeModel, space: Space, criterion: Criterion, see: See | None = None) -> Tensor:
+    """Compute how much each expert of a space contributes, shape `(domains, experts)`; 0 if no token chose it."""
+    total, experts = torch.zeros(source.num_domains, space.size, dtype=torch.float64), experts_of(source, space)
     count = torch.zeros_like(total)
-    for call, expert in product(calls, range(size)):
+    for call, expert in product(route(source, space, see), range(space.size)):
         tokens, hidden, gates = call.of(expert)
         if len(hidden):
             index = torch.full((len(hidden), 1), expert, device=hidden.device)

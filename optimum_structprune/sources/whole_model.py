@@ -14,7 +14,7 @@ from ..arch.hooks import observe_products
 from ..arch.spec import ArchSpec, Space
 from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments
-from ..method.layers import Batch, OneProcess, Source, run_model
+from ..method.layers import Batch, Source, run_model
 from ..method.shrink import check_same
 
 
@@ -23,10 +23,8 @@ class WholeModel(Source):
 
     error_feedback = 0.0
 
-    def __init__(
-        self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], ranks: OneProcess | None = None
-    ):
-        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
+        self.model, self.arch, self.batches = model, arch, list(batches)
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.gathered: list[dict[str, Moments]] = []
 
@@ -37,6 +35,9 @@ class WholeModel(Source):
         check_same(f"The model with layer {layer} cut", before, outputs_for(self.model))
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        if space.experts is not None and self.expert_moments is not None:
+            yield from self.expert_moments(self, space, gram)
+            return
         if not self.gathered:
             self._gather(gram)
         modules = [axis.module for axis in space.consumers]

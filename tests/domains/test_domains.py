@@ -20,8 +20,8 @@ from optimum_structprune.domains.load import load_domains, num_heldout
 from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.sources import documents, presets, resolve
-from optimum_structprune.method.layers import run_model
-from optimum_structprune.sources.data import batches_of, source_of
+from optimum_structprune.method.layers import Batch, run_model
+from optimum_structprune.sources.data import source_of
 
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -187,32 +187,27 @@ def test_a_conversation_takes_a_willing_template():
 # --- calibration on some tokens of the samples
 
 
-def masked_domain(mask: torch.Tensor | None) -> list[Domain]:
-    samples = token_ids(4, 12)
-    return [Domain("a", 1.0, samples, samples[:2], mask)]
-
-
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("case", ["llama-tied", "opt", "mixtral"])
-def test_moments_are_of_the_masked_tokens_only(case, at_once):
+def test_moments_are_of_the_batches_that_count(case, at_once):
     model = build(case)
     arch = describe(model)
-    mask = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    ids = token_ids(4, 12)
     space = next(space for space in arch.at(0) if space.experts is None)
     seen = []
     with observe(model, [space.consumers[0].module], lambda _, x: seen.append(x)), torch.no_grad():
-        run_model(model, token_ids(4, 12))
-    wanted = seen[0].reshape(48, -1)[mask.flatten()]
+        run_model(model, ids)
+    wanted = seen[0][:3].flatten(0, 1)
     with whole_model_at_once() if at_once else nullcontext():
-        source = source_of(model, arch, batches_of(masked_domain(mask), 3))
+        source = source_of(model, arch, [Batch(0, ids[:3]), Batch(0, ids[3:], counts=False)])
     ((found,),) = source.moments(0, space, gram=True)
-    assert found.count == int(mask.sum())
+    assert found.count == 36
     assert torch.allclose(found.gram, wanted.T @ wanted / len(wanted), atol=1e-5)
     assert torch.allclose(found.mean.float(), wanted.mean(0), atol=1e-5)
     inner = [space for space in arch.at(0) if space.experts is not None and space.inside]
     # Two of the experts see each token.
     counts = [next(source.moments(0, space, gram=False))[0].count for space in inner]
-    assert sum(counts) == 2 * int(mask.sum()) * bool(inner)
+    assert sum(counts) == 2 * 36 * bool(inner)
 
 
 # --- the manifest

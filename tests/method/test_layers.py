@@ -18,7 +18,8 @@ from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.method.shrink import Masks
 from optimum_structprune.removals.layers import Norm
 from optimum_structprune.sources import data as calibration_data
-from optimum_structprune.sources.data import layers_of, source_of
+from optimum_structprune.sources.data import source_of
+from optimum_structprune.sources.experts import contributions
 from optimum_structprune.sources.whole_model import WholeModel
 
 
@@ -34,11 +35,11 @@ def test_layer_by_layer_equals_whole_model(case, fixed):
     layers = source_of(model, arch, batches(), fixed=fixed)
     with whole_model_at_once():
         whole = source_of(model, arch, batches())
-    assert isinstance(layers_of(model, arch, batches()), InMemory)
+    assert isinstance(source_of(model, arch, batches()), InMemory)
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
-                by_layer, at_once = (each.contributions(layer, space, reap) for each in (layers, whole))
+                by_layer, at_once = (contributions(each, space, reap) for each in (layers, whole))
                 torch.testing.assert_close(by_layer, at_once)
                 continue
             for left, right in zip(layers.moments(layer, space, True), whole.moments(layer, space, True), strict=True):
@@ -97,7 +98,7 @@ def test_a_family_whose_layers_get_more_than_hidden_states_falls_back(case):
     arch = describe(model)
     with pytest.raises(NotSequentialError, match="called with more than hidden states"):
         InMemory(model, arch, batches())
-    assert isinstance(layers_of(model, arch, batches()), WholeModel) and count_hooks(model) == 0
+    assert isinstance(source_of(model, arch, batches()), WholeModel) and count_hooks(model) == 0
     source = source_of(model, arch, batches())
     for space in arch.spaces:
         if space.inside:
@@ -137,7 +138,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case):
     widths = {"mlp": arch.of("mlp")[0].width // 2}
     source, smaller = data.source(model, arch, data.config.feedback), shrunk_skeleton(model, arch, widths)
     prune_layers_(Masks(model, arch, undoable=False), source, data.method(model, arch), widths, smaller)
-    source, entering = getattr(source, "layers", source), []
+    entering = []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():
         for batch in source.batches:

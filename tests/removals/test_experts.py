@@ -14,6 +14,7 @@ from optimum_structprune.arch.spec import Axis
 from optimum_structprune.method.layers import OneProcess
 from optimum_structprune.removals import experts
 from optimum_structprune.removals.experts import Block, ExpertRefit, refit_blocks_
+from optimum_structprune.sources.experts import route
 
 
 # The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
@@ -137,7 +138,7 @@ def test_the_refit_of_a_layer_that_keeps_all_experts_is_the_identity(case):
         for space in arch.at(layer):
             if space.name == "expert":
                 refit = ExpertRefit(source, space, data)
-                source.route(layer, model.get_submodule(space.experts), refit.see_dense)
+                route(source, space, refit.see_dense)
                 refit.fit_(space.size)
         source.advance(layer)
     for name, tensor in model.state_dict().items():

@@ -10,7 +10,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.sources.data import source_of
-from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
+from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments, route
 
 
 MIXTURES = [case for case in ("mixtral", *STRUCTURES) if describe(build(case)).of("expert")]
@@ -26,7 +26,7 @@ def routed(model, space):
     source = source_of(model, describe(model), batches())
     for layer in range(space.layer):
         source.advance(layer)
-    return source.route(space.layer, model.get_submodule(space.experts))
+    return source, route(source, space)
 
 
 @pytest.mark.parametrize("case", [case for case in MIXTURES if inside_experts(describe(build(case)))])
@@ -35,7 +35,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
     arch = describe(model)
     spaces = inside_experts(arch)
     experts = model.get_submodule(spaces[0].experts)
-    call = routed(model, spaces[0])[0]
+    call = routed(model, spaces[0])[1][0]
     with torch.no_grad():
         expected = experts(call.hidden, call.chosen, call.gates)
     output = torch.zeros_like(expected)
@@ -55,8 +55,8 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
     model = build("olmoe")  # whose gates do not sum to 1
     space = describe(model).of("expert")[0]
     experts = model.get_submodule(space.experts)
-    calls = routed(model, space)
-    found = contributions(experts, space.size, calls, 2, CRITERIA.get(name))
+    source, calls = routed(model, space)
+    found = contributions(source, space, CRITERIA.get(name))
     for domain in range(2):
         for expert in range(space.size):
             values = []
@@ -124,10 +124,9 @@ def test_refit_lets_a_channel_stand_in_for_its_twin():
 def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     model = build("mixtral")
     space = describe(model).of("mlp")[1]
-    experts = model.get_submodule(space.experts)
-    calls = [call for call in routed(model, space) if not (call.chosen == 1).any()]
-    source = source_of(model, describe(model), batches())
-    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, source.layers)]
+    source, every = routed(model, space)
+    calls = [call for call in every if not (call.chosen == 1).any()]
+    moments = [of_domain for (of_domain,) in inner_moments(source, space, calls, True)]
     weight, _ = read_consumer(model, space.consumers[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(mixture_of(moments, (0.5, 0.5), weight).full_gram(), torch.eye(space.size))
