@@ -6,17 +6,22 @@ import random
 from collections import Counter
 from datetime import datetime
 from functools import lru_cache
+from math import log
 
 import pytest
+import torch
 import transformers
 from helpers import today_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import GROUPED, random_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing, TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.forward.metrics import divergence
+from optimum_structprune.vocabulary.parts import Parts, divergence_from_dense
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -238,11 +243,13 @@ def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
     assert scheme == {True: "always", False: "first"}[legacy]
 
 
-def test_a_smaller_tokenizer_pads_and_cuts_where_the_dense_one_does_now():
-    vocabulary, reader = copy.deepcopy(dense("byte level"))
+def test_a_smaller_tokenizer_pads_with_its_own_token_and_cuts_where_the_dense_one_does_now():
+    _, reader = copy.deepcopy(dense("byte level"))
     vocabulary, reader.padding_side, reader.truncation_side = Vocabulary.of(reader), "left", "left"
-    less = vocabulary.smaller(sorted(vocabulary.required))
-    assert (less.padding_side, less.truncation_side) == ("left", "left")
+    reader(TEXT, padding=True)
+    less = vocabulary.smaller(keep := sorted(vocabulary.required))
+    assert (less.padding_side, less.truncation_side, less.backend_tokenizer.padding) == ("left", "left", None)
+    assert keep[less(["the", "the cats sat there"], padding=True).input_ids[0][0]] == reader.pad_token_id
 
 
 def test_files_of_other_forms_are_not_saved_again(tmp_path):
@@ -285,15 +292,6 @@ def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
     assert not always[0] >= {*reader(" 2031").input_ids}, "numbers are spelled by digits"
 
 
-def test_a_smaller_tokenizer_pads_with_its_own_token():
-    vocabulary, reader = copy.deepcopy(dense("byte level"))
-    keep = some(vocabulary, 0, 0.5)
-    reader(TEXT, padding=True)
-    less = vocabulary.smaller(keep)
-    assert less.backend_tokenizer.padding is None
-    assert keep[less(["the", "the cats sat there"], padding=True).input_ids[0][-1]] == reader.pad_token_id
-
-
 def test_what_reads_otherwise_is_not_proved():
     vocabulary, reader = dense("byte level")
     keep, every = some(vocabulary, 0, 0.5), list(range(vocabulary.size))
@@ -310,17 +308,110 @@ def test_what_reads_otherwise_is_not_proved():
         vocabulary.check(other, keep, [])
 
 
-def test_tokenizers_whose_tokens_are_not_spelled_by_others_are_refused():
+def test_tokenizers_whose_tokens_are_not_spelled_by_others_and_a_class_that_ignores_its_file_are_refused():
     with pytest.raises(StructPruneError, match="ByT5Tokenizer, which is slow: it has no tokenizer.json"):
         Vocabulary.of(transformers.ByT5Tokenizer())
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, "<unk>"))
     with pytest.raises(StructPruneError, match="kind WordLevel, .* out of BPE, Unigram, WordPiece"):
         Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=words))
-
-
-def test_a_class_that_ignores_its_file_is_refused():
     reader = of_class("Qwen2Tokenizer")
     reader.backend_tokenizer.normalizer = normalizers.Lowercase()
     vocabulary = Vocabulary.of(reader)
     with pytest.raises(StructPruneError, match="Qwen2Tokenizer makes another normalizer than its tokenizer.json says"):
         vocabulary.smaller(range(vocabulary.size))
+
+
+# --- what a dense model expects of words, in the tokens that a smaller vocabulary spells them by
+
+
+SIZE = 3
+SPELLINGS = st.lists(st.lists(st.integers(0, SIZE - 1), min_size=2, max_size=4).map(tuple), unique=True, max_size=8)
+
+
+def random_text(data, lost):
+    """Parts, a text of dense tokens, which of them are counted, and what a model expects for each of these."""
+    spellings = [(0,), (1,), (2,), *lost]
+    ids = data.draw(st.lists(st.integers(0, len(spellings) - 1), min_size=2, max_size=6))
+    counted = [False, *(data.draw(st.booleans()) for _ in ids[1:])]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    return Parts(spellings, SIZE), ids, counted, torch.randn(sum(counted), len(spellings), generator=generator) * 3
+
+
+def next_part(spellings, now, before, read, last):
+    """By enumeration of tokens, and of pairs of them: the probability of each next part, and that one of them follows.
+
+    `now` is expected of the token of which `read` is read, and `before` of the one before it, which was read as all of
+    `last`; None where nobody knows.
+    """
+    ways = {None: 0.0}  # the probability of what may follow; None is what nobody knows
+
+    def add(follows, chance):
+        ways[follows] = ways.get(follows, 0.0) + chance
+
+    for token, spelling in enumerate(spellings):
+        if read and spelling[: len(read)] == read:
+            add(spelling[len(read)] if len(spelling) > len(read) else None, now[token])
+        elif not read and before is None:
+            add(spelling[0], now[token])
+        elif not read and spelling == last:
+            for other, following in enumerate(spellings):
+                add(following[0], before[token] * now[other])
+        elif not read and spelling[: len(last)] == last:
+            add(spelling[len(last)], before[token])
+    total, known = sum(ways.values()), sum(ways.values()) - ways[None]
+    return [ways.get(part, 0) / known if known else 0 for part in range(SIZE)], known / total
+
+
+@settings(max_examples=100)
+@given(lost=SPELLINGS, data=st.data())
+def test_the_next_part_is_expected_as_all_words_that_have_it_there_are_together(lost, data):
+    parts, ids, counted, logits = random_text(data, lost)
+    expected, number = torch.zeros(len(logits)), -1
+    spelled = [entry for entry in parts.spelled(ids, counted) if entry[1] >= 0]
+    student = torch.randn(len(spelled), SIZE, generator=torch.Generator().manual_seed(1))
+    chances, place, before = logits.softmax(-1).tolist(), 0, None
+    for at, (token, counts) in enumerate(zip(ids, counted, strict=True)):
+        number += counts
+        for end in range(len(parts.spellings[token]) if counts else 0):
+            read, last = parts.spellings[token][:end], parts.spellings[ids[at - 1]]
+            target, sure = next_part(parts.spellings, chances[number], before, read, last)
+            ours = student[place].log_softmax(-1).tolist()
+            assert spelled[place][:2] == (parts.spellings[token][end], number)
+            expected[number] += sure * sum(p * (log(p) - q) for p, q in zip(target, ours, strict=True) if p)
+            place += 1
+        before = chances[number] if counts else None
+    if spelled:
+        _, rows, nodes = torch.tensor(spelled).unbind(1)
+        found = parts.divergence(student, logits, rows, nodes)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_where_all_tokens_stay_it_is_the_plain_divergence():
+    parts = Parts([(token,) for token in range(200)], 200)
+    ids = torch.randint(200, (150,)).tolist()
+    _, rows, nodes = torch.tensor(parts.spelled(ids, [False, *[True] * 149])[1:]).unbind(1)
+    ours, dense = torch.randn(2, 149, 200)
+    torch.testing.assert_close(parts.divergence(ours, dense, rows, nodes), divergence(ours, dense, mean=False))
+
+
+@kinds
+def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
+    reader, (keep, less) = dense(kind)[1], smaller(kind, 1)
+    sizes = [{**GROUPED, "vocab_size": len(each)} for each in (reader, less)]
+    whole, small = (random_model(AutoModelForCausalLM, "llama", fields) for fields in sizes)
+    parts = Parts.between(whole, reader, small, less)
+    assert [parts.spellings[token] for token in keep] == [(new,) for new in range(len(keep))]
+    split = 0
+    for text in TEXT:
+        ids = reader(text).input_ids
+        spelled = [part for part, *_ in parts.spelled(ids, [False] * len(ids))]
+        assert less.decode(spelled) == reader.decode(ids)
+        split += len(spelled) - len(ids)
+    assert split
+    rows = [reader(text).input_ids for text in TEXT[:2]]
+    found = divergence_from_dense(parts, whole, small, rows, (1, 4))
+    assert found.shape == (2,) and (found > 0).all()
+    same = Parts.between(whole, reader, whole, reader)
+    assert divergence_from_dense(same, whole, whole, rows, (1, 4)).abs().max() < 1e-4
+    with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
+        Parts.between(small, less, whole, reader)
