@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from math import nan
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -20,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, export_uniform
 from optimum_structprune.record.remarks import verdict
-from optimum_structprune.record.table import escaped
-from optimum_structprune.saving.card import model_card
+from optimum_structprune.record.table import escaped, quality_rows
+from optimum_structprune.saving.card import chart, model_card
 from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
 
 
@@ -33,12 +35,6 @@ def tables(text: str) -> dict[str, list[list[str]]]:
         for title, body in zip(sections[1::2], sections[2::2], strict=True)
     }
     return {title: found for title, found in rows.items() if found}
-
-
-def with_error(form: str, value: float, error: float) -> str:
-    """A value and its margin of error, with the digits up to the first one of the margin."""
-    digits = next(digits for digits in (0, 1, 2, 3) if digits == 3 or error * 10**digits >= 1)
-    return form.format(value, digits, error, digits)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +52,7 @@ def desk(tmp_path_factory):
 
 
 def test_it_says_what_the_records_say(desk):
-    folder = desk
-    card, report = ModelCard.load(folder / "slim" / "README.md"), json.loads((folder / "slim/report.json").read_text())
+    card, report = ModelCard.load(desk / "slim" / "README.md"), json.loads((desk / "slim/report.json").read_text())
     assert card.data.library_name == "transformers" and "structured-pruning" in card.data.tags
     assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "artistic", None)
     found = tables(card.text)
@@ -66,20 +61,13 @@ def test_it_says_what_the_records_say(desk):
     assert found["Size"][3] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}", change]
     assert found["Size"][2] == ["width mlp", "40", "24", "-40.0%"]
     assert "16 of 40 FFN channels (40 %) in each of 2 layers are gone" in card.text
-    for (name, dense, pruned, ratio), (domain, ppl) in zip(
-        found["What it loses and gains"][2:4], report["perplexity"].items(), strict=True
-    ):
-        errors = report["perplexity_margin"][domain]
-        assert name == f"perplexity {domain} ({report['perplexity_tokens'][domain]:,} tokens)"
-        assert dense == with_error("{:,.{}f} ± {:.{}f}", ppl["before"], errors["before"])
-        assert pruned == with_error("{:,.{}f} ± {:.{}f}", ppl["after"], errors["after"])
-        change = with_error("x {:.{}f} ± {:.{}f}", ppl["after"] / ppl["before"], errors["ratio"])
-        assert ratio.removesuffix(" rough") == change
+    rows = [row.cells()[:4] for row in quality_rows(report) if row.cells()[0].startswith("perplexity")]
+    assert found["What it loses and gains"][2:4] == rows[:2]
     *figures, advice = map(escaped, verdict(report))
     assert f"{figures[0]}." in card.text and f"**{advice[0].upper()}{advice[1:]}.**" in card.text
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
     settings = yaml.safe_load(re.search(r"```yaml\n# structprune_config.json\n(.*?)```", card.text, re.S)[1])
-    saved = StructPruneConfig.from_pretrained(folder / "slim")
+    saved = StructPruneConfig.from_pretrained(desk / "slim")
     assert StructPruneConfig.from_dict(settings) == saved, "only what differs from the defaults, and all of that"
     assert None not in settings.values() and "refit" not in settings
 
@@ -193,30 +181,22 @@ def test_what_others_have_named_and_said_is_nothing_but_text(desk, harmless, wor
         assert parsed(card_of(desk / "slim", place, words)) == harmless
 
 
-def test_a_short_card_of_a_dense_model_makes_no_long_one(desk, tmp_path):
-    """Each line of its YAML names the one before nine times."""
-    lines = ["x0: &x0 [a]", *(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 8))]
-    (tmp_path / "README.md").write_text("\n".join(["---", *lines, "license: *x7", "language: *x7", "---", ""]))
-    AutoModelForCausalLM.from_pretrained(desk / "dense").save_pretrained(tmp_path)
-    pruner = StructPruner(config())
-    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer())
-    pruner.save(pruned, tmp_path / "slim", tokenizer())
-    assert (tmp_path / "slim" / "README.md").stat().st_size < 100_000
+def test_lists_of_a_dense_card_are_taken_over_and_a_short_one_makes_no_long_one(desk, tmp_path):
+    out = shutil.copytree(desk / "slim", tmp_path / "out")
+    report = {**json.loads((out / "report.json").read_text()), "model": {"name": str(tmp_path)}}
+    (out / "report.json").write_text(json.dumps(report))
 
+    def made(head):
+        (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+        return model_card(out, 'odd"\\name', AutoConfig.from_pretrained(out))
 
-def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [de, en]\n---\n")
-    AutoModelForCausalLM.from_pretrained(desk / "dense").save_pretrained(tmp_path)
-    domains = [DomainConfig("a|b `c`\nd", documents(60))]
-    pruner = StructPruner(config(domains=domains))
-    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer())
-    pruner.save(pruned, tmp_path / 'odd"\\name', tokenizer())
-    card = ModelCard.load(tmp_path / 'odd"\\name' / "README.md")
+    card = ModelCard(made("license: [mit, apache-2.0]\nlanguage: [de, en]"))
     assert (card.data.language, card.data.license) == (["de", "en"], ["mit", "apache-2.0"])
     assert "mit, apache-2.0" in card.text
     compile(re.search(r"```python\n(.*?)```", card.text, re.S)[1], "snippet", "exec")
-    row = next(line for line in card.text.splitlines() if "memory:list" in line)
-    assert row.replace("\\|", "").count("|") == 5
+    # Each line of its YAML names the one before nine times.
+    lines = ["x0: &x0 [a]", *(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 8))]
+    assert len(made("\n".join([*lines, "license: *x7", "language: *x7"]))) < 100_000
 
 
 def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_path):
@@ -236,3 +216,69 @@ def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_
     (out / "modules.json").unlink()
     plain = ModelCard(model_card(out, "out", AutoConfig.from_pretrained(out)))
     assert plain.data.library_name == "transformers" and "feature-extraction" not in plain.data.tags
+
+
+# --- the picture: each kind of text and language where it stands, as XML that nothing runs in
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def report(ratios: dict[str, float], margin: float | None = 0.1, other: float | None = None) -> dict:
+    """A report of perplexities that grew from 10 by these factors."""
+    grown = {name: {"before": 10.0, "after": 10.0 * ratio} for name, ratio in ratios.items()}
+    margins = {name: {"ratio": margin} for name in ratios}
+    found = {"parameters": {"before": 9, "after": 8}, "perplexity": grown, "perplexity_margin": margins}
+    if other is not None:
+        text = {"source": "model-written", "tokens": 9, "documents": 9, "margin": {"ratio": margin}}
+        found["other"] = {**text, "perplexity": {"before": 10.0, "after": 10.0 * other}}
+    return found
+
+
+def drawn(svg: str) -> list[tuple[str, float, str]]:
+    """The colour, the place from the left, and the number of each value, from top to bottom."""
+    parts = [*ElementTree.fromstring(svg)]
+    circles = [place for place, part in enumerate(parts) if part.tag == f"{SVG}circle"]
+    return [(parts[place].get("fill"), float(parts[place].get("cx")), parts[place + 1].text) for place in circles]
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=30, alphabet="a<&é \"'"), st.floats(0.5, 9), min_size=1, max_size=5),
+    st.sampled_from([0.1, 0.0, nan, None]),
+    st.floats(0.5, 9),
+)
+def test_what_loses_more_stands_farther_right_and_other_text_has_its_own_colour(ratios, margin, other):
+    svg = chart(report(ratios, margin, other))
+    marks = drawn(svg)
+    assert "<script" not in svg and "href" not in svg and "prefers-color-scheme:dark" in svg
+    values = [*ratios.values(), other]
+    assert len(marks) == len(values) and len({colour for colour, *_ in marks}) == 2
+    assert marks[-1][0] != marks[0][0] and all(100 < place < 260 for _, place, _ in marks)
+    by_value = sorted(zip(values, (place for _, place, _ in marks), strict=True))
+    assert [place for _, place in by_value] == sorted(place for _, place in by_value)
+    assert all(("±" in number) == bool(margin and margin == margin) for *_, number in marks)
+
+
+LANGUAGES = {code: {"before": 1.0, "after": after, "wanted": False} for code, after in (("de", 1.2), ("fr", 1.0))}
+COSINES = {
+    code: {"before": 9, "after": 9, "wanted": True, "cosine": value, "cosine_margin": 0.01}
+    for code, value in {"de": 0.9, "ru": 0.7}.items()
+}
+VECTORS = {"a": {"before": {}, "after": {"cosine": 0.99, "cosine_margin": 0.002}}}
+TRAINED = {"perplexity": {"a": {"dense": 10.0, "pruned": 15.0, "recovered": 11.0}}}
+
+
+@pytest.mark.parametrize(("record", "names", "numbers"), [
+    ({**report({"a": 1.0}), "languages": LANGUAGES}, ["a", "German"], None),
+    ({"embeddings": VECTORS, "languages": COSINES, "parameters": report({})["parameters"]}, ["a", "Russian", "German"],
+     ["0.990 ± 0.002", "0.70 ± 0.01", "0.90 ± 0.01"]),
+    ({**report({"a": 1.5}, other=2.0), "recovery": TRAINED}, ["a"], ["1.10"]),
+], ids=["languages that lose", "cosines of an encoder", "after a training"])  # fmt: skip
+def test_what_is_drawn(record, names, numbers):
+    svg = chart(record)
+    assert all(name in svg for name in names) and "French" not in svg and len(drawn(svg)) == len(names)
+    assert numbers in (None, [number for *_, number in drawn(svg)])
+
+
+@pytest.mark.parametrize("nothing", [{}, report({}), report({"a": float("inf")})])
+def test_nothing_is_drawn_of_nothing(nothing):
+    assert chart(nothing) == ""

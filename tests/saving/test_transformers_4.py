@@ -44,10 +44,7 @@ SLIDING = {"rope_type": "default", "rope_theta": 5e3}
 
 
 @pytest.mark.parametrize(("case", "rope", "expected"), [
-    ("llama-tied", {"rope_type": "default", "rope_theta": 1e5}, {"rope_theta": 1e5}),
     ("llama-tied", {**LLAMA_3, "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA_3}),
-    ("glm4", {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
-     {"rope_theta": 1e5, "partial_rotary_factor": 0.25}),
     ("gpt_neox", {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
      {"rotary_emb_base": 1e5, "rotary_pct": 0.5}),
     ("gemma3_text",
@@ -62,8 +59,6 @@ SLIDING = {"rope_type": "default", "rope_theta": 5e3}
      {"rope_theta": 1e5, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}),
     ("gemma4_text", {"full_attention": {"rope_type": "proportional", "rope_theta": 2e6, "partial_rotary_factor": 0.25},
                      "sliding_attention": SLIDING}, {}),
-    ("phi3", {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 1.0}, {"rope_theta": 2e4}),
-    ("gpt2-tied", None, {}),
 ])  # fmt: skip
 def test_transformers_4_finds_its_own_names(case, rope, expected, tmp_path):
     config, fields = saved(case, tmp_path, **({"rope_parameters": rope} if rope else {}))
