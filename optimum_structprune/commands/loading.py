@@ -58,8 +58,11 @@ class Loading:
 
     def __post_init__(self) -> None:
         self.device = usable_device(self.device)
-        if self.offload is not None:
-            _check_offload(self.offload, self.device)
+        if self.offload is not None and self.device in SPREAD_DEVICES:
+            raise StructPruneError(
+                f"--device {self.device} spreads the layers itself, over the disk too where it has to; leave out "
+                "--offload."
+            )
         if self.arch_file is not None:
             enable_heterogeneous(self.arch_file)
 
@@ -81,7 +84,13 @@ class Loading:
         config = self.config(name)
         places: str | dict[str, str] | None = self.device
         if self.offload is not None:
-            _check_readable_by_layer(name)
+            older = next(Path(name).glob("*.bin"), None) if Path(name).is_dir() else None
+            if older is not None and not _weight_files(name):
+                raise StructPruneError(
+                    f"{older} is no safetensors file, and only these are read a layer at a time; convert it once "
+                    f"where it fits into memory: AutoModelForCausalLM.from_pretrained({name!r})"
+                    ".save_pretrained(FOLDER)."
+                )
             places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
         torch.manual_seed(0)  # what the files lack, as a pooler, is the same in each run
         try:
@@ -166,22 +175,6 @@ def usable_device(name: str | None) -> str:
 def weights_bytes(name: str) -> int:
     """The size of the safetensors files in a model's folder."""
     return sum(path.stat().st_size for path in _weight_files(name))
-
-
-def _check_offload(offload: str, device: str) -> None:
-    """Refuse to offload where it has no effect."""
-    if device in SPREAD_DEVICES:
-        raise StructPruneError(
-            f"--device {device} spreads the layers itself, over the disk too where it has to; leave out --offload."
-        )
-
-
-def _check_readable_by_layer(name: str) -> None:
-    if Path(name).is_dir() and not _weight_files(name) and (older := next(Path(name).glob("*.bin"), None)):
-        raise StructPruneError(
-            f"{older} is no safetensors file, and only these are read a layer at a time; convert it once where it "
-            f"fits into memory: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
-        )
 
 
 def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import suppress
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
@@ -36,7 +36,12 @@ def prune(args: Namespace) -> Result:
         smaller, tokenizer = _prune_and_save(args, output, loading, pruner)
         report = pruner.report
         assert report is not None
-        text = f"{report}\n{_where(smaller.config, args.output, config.arch_file)}"
+        loader = loader_of(args.output, smaller.config, config.arch_file)
+        text = f"{report}\nsaved to {args.output}; it loads with {loader}({args.output!r})"
+        if smaller.config.get_text_config().is_heterogeneous:
+            text += (
+                "\nonce optimum_structprune is imported, or with trust_remote_code=True, since layers differ in width"
+            )
         result = Result(text, {**report.to_dict(), "output": args.output})
         if recovery is not None:
             note(args, f"the pruned model is saved to {args.output}; now it is trained")
@@ -91,12 +96,3 @@ def _prune_and_save(
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
                 progress_folder(args.output).rename(scratch / "progress")
     return pruned, tokenizer
-
-
-def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
-    where = f"saved to {output}; it loads with {loader_of(output, config, arch_file)}({output!r})"
-    if config.get_text_config().is_heterogeneous:
-        where += (
-            "\nonce optimum_structprune is imported, or with trust_remote_code=True, since its layers differ in width"
-        )
-    return where

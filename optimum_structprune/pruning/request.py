@@ -212,7 +212,12 @@ def ask(
 ) -> Request:
     """Gives what is asked of a model once it can be met; see `Request.check`."""
     if LOSS in (config.budget or {}):
-        config = _with_size(config, use, inputs)
+        if use != PRUNE or inputs is not None:
+            reason = f"a {use} has none" if inputs is None else "they are judged on text, which inputs are not"
+            raise StructPruneError(
+                f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
+            )
+        config = replace(config, budget={"parameters": 0.99})  # which stands for a size that is not found yet
     if config.trims or config.trims is None and inputs is None and (use == DRY_RUN or tokenizer is not None):
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
@@ -222,16 +227,6 @@ def ask(
     if use == PRUNE:
         _ = request.tokens  # what cannot stay is refused now
     return request
-
-
-def _with_size(config: StructPruneConfig, use: str, inputs: Mapping[str, Tensor] | None) -> StructPruneConfig:
-    """The config with a size in place of a loss, for which prunings on trial will find another."""
-    if use != PRUNE or inputs is not None:
-        reason = f"a {use} has none" if inputs is None else "they are judged on text, which inputs are not"
-        raise StructPruneError(
-            f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
-        )
-    return replace(config, budget={"parameters": 0.99})  # which stands for a size that is not found yet
 
 
 def check_config_kind(config: Any) -> None:
@@ -277,7 +272,6 @@ def check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
-    """Refuse inputs that a model cannot read."""
     if not isinstance(samples, Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
     if reads_images(model):
