@@ -224,13 +224,13 @@ def pruning_config(args: Namespace) -> StructPruneConfig:
     """The `StructPruneConfig` of the file, if any, with the flags laid over it."""
     from ..config.pruning import AMOUNTS, StructPruneConfig
 
-    given = _values_of_flags(args, StructPruneConfig)
-    if getattr(args, "recover", False):
-        given.setdefault("recovery", {})
     values = _file(args)
-    if any(name in given for name in AMOUNTS):
+    if any(hasattr(args, name) for name in AMOUNTS):
         values = {name: value for name, value in values.items() if name not in AMOUNTS}
-    return StructPruneConfig.from_dict(_laid_over(values, given))
+    values = _laid_over(values, args, StructPruneConfig)
+    if getattr(args, "recover", False):
+        values.setdefault("recovery", {})
+    return StructPruneConfig.from_dict(values)
 
 
 def run_options(args: Namespace) -> RunOptions:
@@ -239,7 +239,7 @@ def run_options(args: Namespace) -> RunOptions:
 
     names = {field.name for field in fields(RunOptions)}
     values = {name: value for name, value in _file(args).items() if name in names}
-    return RunOptions.from_dict(_laid_over(values, _values_of_flags(args, RunOptions)))
+    return RunOptions.from_dict(_laid_over(values, args, RunOptions))
 
 
 def tokens_config(args: Namespace, number: int) -> StructPruneConfig:
@@ -254,7 +254,7 @@ def recovery_config(args: Namespace) -> RecoveryConfig:
     """The `RecoveryConfig` of the file, if any, with the flags laid over it."""
     from ..config.recovery import RecoveryConfig
 
-    return RecoveryConfig.from_dict(_laid_over(_file(args), _values_of_flags(args, RecoveryConfig)))
+    return RecoveryConfig.from_dict(_laid_over(_file(args), args, RecoveryConfig))
 
 
 def by_flag(error: StructPruneError, args: Namespace) -> str:
@@ -276,19 +276,12 @@ def _file(args: Namespace) -> dict[str, Any]:
     return dict(read_yaml(args.config)) if args.config else {}
 
 
-def _values_of_flags(args: Namespace, config_class: type) -> dict[str, Any]:
-    """The fields for which a flag was given; repeated pairs are a mapping."""
-    given = {field.name: getattr(args, field.name) for field in fields(config_class) if hasattr(args, field.name)}
-    return {
-        name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
-        for name, value in given.items()
-    }
-
-
-def _laid_over(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with new ones in their place; a mapping replaces only the keys that it has."""
+def _laid_over(values: Mapping[str, Any], args: Namespace, config_class: type) -> dict[str, Any]:
+    """The values, with those of the flags in their place; a mapping replaces only the keys that it has."""
     merged = dict(values)
-    for name, value in new.items():
-        below = merged.get(name)
+    for name in (field.name for field in fields(config_class) if hasattr(args, field.name)):
+        value, below = getattr(args, name), merged.get(name)
+        if isinstance(value, list) and isinstance(value[0], tuple):  # pairs of a flag that was repeated
+            value = dict(value)
         merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
