@@ -90,8 +90,7 @@ class StructPruneCallback(TrainerCallback):
     what a Trainer puts around a model, DDP or torch.compile, of each removal.
 
     Args:
-        config: What to remove and how. Its `rounds` is the number
-            of removals unless `every` is given.
+        config: What to remove and how. Its `rounds` is the number of removals unless `every` is given.
         start: The step after which the first units are removed; a float from 0.0 to 1.0 is a share of all steps.
         end: The step after which the last units are removed, or a share; None removes everything at `start`.
         every: The number of steps from one removal to the next, none of which lies beyond `end`.
@@ -134,9 +133,7 @@ class StructPruneCallback(TrainerCallback):
             self.hooks.close()
             self.hooks.enter_context(self.resizing(model))
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
         self.hooks.close()
         _check_run(args, model, self.trainer)

@@ -7,7 +7,7 @@ import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from inspect import getdoc
 from textwrap import dedent
@@ -113,7 +113,9 @@ def _declare_fields(group: Callable[[str], Any], config_class: type, without: Co
         if field.name in without:
             continue
         how = _how(field.name, types[field.name])
-        text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
+        is_shown = field.default not in (MISSING, None, ()) and not isinstance(field.default, bool)
+        default = f"(default: {field.default})" if is_shown else ""
+        text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), default)))
         name = f"--{field.name.replace('_', '-')}"
         # argparse fills in %(…)s, so a per cent sign of the text is doubled. Of two names the help has the short one.
         for flag, shown in {name: SUPPRESS, ALIASES.get(field.name, name): text.replace("%", "%%")}.items():
@@ -128,13 +130,6 @@ def first_sentences(config_class: type) -> dict[str, str]:
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", getdoc(config_class) or "", re.MULTILINE | re.DOTALL)
     entries = re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", dedent(section[1]) if section else "", re.MULTILINE | re.DOTALL)
     return {name: re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0] for name, text in entries}
-
-
-def _default(field: Field) -> str:
-    plain = field.default is not MISSING and field.default not in (None, ()) and not isinstance(field.default, bool)
-    if not plain:
-        return ""
-    return f"(default: {', '.join(field.default) if isinstance(field.default, tuple) else field.default})"
 
 
 def _how(name: str, annotation: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +41,20 @@ def plan_tokens(args: Namespace) -> Result:
     words = {LANGUAGES[code]: language_shares([code], tokenizer, len(order)) for code in config.languages or ()}
     named = (domain for domain in domains if domain.name != GENERAL)
     texts = {domain.name: shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in named}
-    sizes = []
+    sizes, rows = [], [["tokens", "parameters", "MB", *texts, *words]]
     for number, kept in _kept_by_size(request, order, {**texts, **words}):
         parameters = model.num_parameters() - (space.size - number) * space.unit_params
-        sizes.append({"tokens": number, "parameters": parameters, "bytes": parameters * model.dtype.itemsize, **kept})
+        byte_count = parameters * model.dtype.itemsize
+        sizes.append({"tokens": number, "parameters": parameters, "bytes": byte_count, **kept})
+        shares = (f"{share:.2%}" for share in kept.values())
+        rows.append([f"{number:,}", f"{parameters:,}", f"{byte_count / 1e6:,.0f}", *shares])
     used = {name: {*of.nonzero().flatten().tolist()} for name, of in {"text": wanted[TEXT], **words}.items()}
     counts = {name: len(ids) for name, ids in [*used.items(), ("all", set().union(*used.values()))]}
     lines = [
         f"{args.model}: {space.size:,} tokens, {space.size * space.unit_params / model.num_parameters():.1%} of the "
         f"parameters; {len(request.required):,} always stay",
         f"tokens in use: {', '.join(f'{name} {count:,}' for name, count in counts.items())}",
-        aligned([["tokens", "parameters", "MB", *texts, *words], *map(_cells, sizes)]),
+        aligned(rows),
         "the share of held-out text, and of the words of languages as often as they occur, that keeps its tokens",
     ]
     return Result("\n".join(lines), {"model": args.model, "tokens_in_use": counts, "sizes": sizes})
@@ -68,8 +70,3 @@ def _kept_by_size(
         number = min(-int(-number // 64) * 64, rows)  # as in the sizes that a budget chooses
         stays = torch.tensor(request.keep(order, number))
         yield number, {name: float(of_text[stays].sum()) for name, of_text in shares.items()}
-
-
-def _cells(size: Mapping[str, Any]) -> list[str]:
-    tokens, parameters, byte_count, *kept = size.values()
-    return [f"{tokens:,}", f"{parameters:,}", f"{byte_count / 1e6:,.0f}", *(f"{share:.2%}" for share in kept)]
