@@ -223,7 +223,7 @@ def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
 
 
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
-    """Yield a warning for each kind of space whose new widths no longer suit a kernel that the old ones did."""
+    """Yield a warning for each kind of space that loses a kernel of the dense widths."""
     parts = config.tensor_parallel
     needs = {
         CHANNEL: [(number * (parts if spread else 1), loss) for number, spread, loss in KERNELS],

@@ -261,14 +261,14 @@ class StructPruneCallback(TrainerCallback):
         return True
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
-        """A model with what the Trainer has put around it, where the Trainer is known."""
+        """The model inside DDP or torch.compile as the Trainer holds it; the model itself if no Trainer is known."""
         return model if self.trainer is None else self.trainer.model_wrapped
 
 
 def attach_pruner(
     trainer: Trainer, config: StructPruneConfig, start: int | float = 0.1, **schedule: Any
 ) -> StructPruneCallback:
-    """Make a Trainer prune while it trains; the callback stands before all others, so that all see what it logs.
+    """Make a Trainer prune while it trains, by a callback before all others, so that they see its logs.
 
     Args:
         trainer: Any Trainer, before `train`.

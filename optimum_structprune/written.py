@@ -156,7 +156,7 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[Any]:
-    """Read the values in a file of such lines, which need not exist; a line that was cut short is passed over."""
+    """Read the values in a file of JSON lines, without those cut short; a missing file has none."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             yield json.loads(line)

@@ -48,7 +48,7 @@ def plan_tokens(args: Namespace) -> Result:
         sizes.append({"tokens": number, "parameters": parameters, "bytes": byte_count, **kept})
         shares = (f"{share:.2%}" for share in kept.values())
         rows.append([f"{number:,}", f"{parameters:,}", f"{byte_count / 1e6:,.0f}", *shares])
-    used = {name: {*of.nonzero().flatten().tolist()} for name, of in {"text": wanted[TEXT], **words}.items()}
+    used = {name: {*counts.nonzero().flatten().tolist()} for name, counts in {"text": wanted[TEXT], **words}.items()}
     counts = {name: len(ids) for name, ids in [*used.items(), ("all", set().union(*used.values()))]}
     lines = [
         f"{args.model}: {space.size:,} tokens, {space.size * space.unit_params / model.num_parameters():.1%} of the "

@@ -112,7 +112,7 @@ class DomainConfig(Serialisable):
 
 
 def written_by_model(domain: DomainConfig) -> bool:
-    """Tell whether a domain is text that the model writes itself."""
+    """Tell whether the model writes the text of a domain itself."""
     return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 

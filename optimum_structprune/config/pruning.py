@@ -90,7 +90,7 @@ def _check_amount(config: "StructPruneConfig") -> None:
 
 
 def _check_together(config: "StructPruneConfig") -> None:
-    """Refuse two fields that no model meets together; `pruning.request` refuses what depends on the model."""
+    """Refuse fields that contradict each other whatever the model; see `pruning.request` for the others."""
     by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
     if by_layer and (config.allocation != "uniform" or config.skip_layers):
         raise ValueError(

@@ -133,7 +133,7 @@ class Request:
             check_sequential(info.plain_model, info.arch)
 
     def _check_model(self) -> None:
-        """Refuse weights that a Trainer cannot train, text that cannot be read, and a head that takes more."""
+        """Refuse weights unfit for a Trainer, unreadable text, and a head with more inputs than tokens."""
         info, model, use = self.model_info, self.model_info.plain_model, self.use
         if use == TRAINER and info.quantized:
             raise StructPruneError(
@@ -428,7 +428,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
 
 
 def _consumers(request: Request) -> list[tuple[int, bool]]:
-    """List the number of components that each refitted consumer reads, and whether it is an expert's."""
+    """List the refitted consumers: the number of components of the input, and if it is an expert's."""
     config, widths = request.config, request.widths
     whole = [LAYER] if config.feedback and LAYER in widths else []
     whole += [EXPERT] if config.refit == "least_squares" and EXPERT in widths else []
