@@ -21,7 +21,7 @@ TRAINING = {
     "report_to": "none",
 }
 
-LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}  # learning rates
+LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
 @config_class

@@ -75,7 +75,7 @@ class KeptText:
     """Keeps batches of text for later runs, in a file named by a hash of all dependencies."""
 
     def __init__(self, kind: str, *depends_on: Any):
-        name = f"{kind}-{json_hash(depends_on)[:24]}.jsonl"
+        name = f"{kind}-batches-{json_hash(depends_on)[:24]}.jsonl"
         self.path = Path(constants.HF_HOME, "structprune", name).expanduser()
 
     def read(self) -> dict[str, Any]:
