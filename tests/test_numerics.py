@@ -4,7 +4,6 @@ KV group of SmolLM2 192 columns and one of Llama 3 512. `obs` on such groups is 
 
 import pytest
 import torch
-from helpers import mix
 from models import config
 
 from optimum_structprune.criteria import CRITERIA
@@ -104,24 +103,6 @@ def test_every_criterion_scores_the_channels_of_an_ffn():
     for name in ("flap", "magnitude", "obs", "obs_drive", "random", "wanda"):
         scores = CRITERIA.get(name)(weight, moments, 1, config(criterion=name))
         assert scores.shape == (FFN,) and torch.isfinite(scores).all(), name
-
-
-def test_moments_are_those_of_all_tokens_however_they_come():
-    x, error = inputs(FFN), inputs(16, seed=3)
-    running = Moments.empty(FFN, gram=True, out=16)
-    for part in (slice(0, 1), slice(1, 700), slice(700, None)):
-        running.update(x[part], error[part])
-    halves = [Moments.empty(FFN, gram=True, out=16).update(x[part], error[part])
-              for part in (slice(0, 700), slice(700, None))]  # fmt: skip
-    precise = x.double()
-    for moments in (running, mix(halves, [half.count for half in halves])):
-        assert moments.count == TOKENS
-        close(moments.mean, precise.mean(0), 1e-9)
-        close(moments.square, precise.square().mean(0), 1e-9)
-        close(moments.variance, precise.var(0, correction=0), 1e-8)
-        close(moments.full_gram(), precise.T @ precise / TOKENS, 1e-5)
-        close(moments.error_mean, error.double().mean(0), 1e-5)
-        close(moments.error_cross, error.double().T @ precise / TOKENS, 1e-5)
 
 
 def test_output_energies_are_those_of_the_outputs():

@@ -60,13 +60,6 @@ def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
     assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
 
 
-def test_sizes_that_differ_in_the_last_digit_are_different_points(folder):
-    sizes = ["0.3", "0.3000001", "0.30000000000000004"]
-    assert main(line(folder, "close", *sizes, more=["--no-save"])) == 0
-    curve = json.loads((folder / "close" / "curve.json").read_text())
-    assert [*curve["parameters"]] == ["dense", *sorted(sizes, key=float)]
-
-
 def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys):
     def written(seed=0, text=0):
         save_with_tokenizer(build("llama-tied", seed), tmp_path / "model")

@@ -58,12 +58,6 @@ def test_a_long_stream_keeps_its_digits():
     assert float(moments.square) == pytest.approx(1 + 3 * share, rel=1e-9)
 
 
-def test_mixing_weighs_domains():
-    x, y = torch.randn(9, 3), torch.randn(30, 3) * 4
-    mixed = mix([streamed(x, [9]), streamed(y, [30])], [3.0, 1.0])
-    torch.testing.assert_close(mixed.gram, 0.75 * x.T @ x / 9 + 0.25 * y.T @ y / 30)
-
-
 def test_what_is_selected_is_a_principal_submatrix_and_the_error_goes_with_the_rest():
     x, errors = torch.randn(20, 6), torch.randn(20, 4)
     assert_same(streamed(x, [20]).select([4, 1]), streamed(x[:, [4, 1]], [20]))

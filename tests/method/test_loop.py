@@ -111,36 +111,14 @@ def test_no_layer_runs_with_a_graph():
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """A function that registers a score function for this test alone, as the criterion `own`."""
+def failing_at(monkeypatch):
+    """A function that makes the scores of a layer NaN, by a criterion `own` that is registered for this test alone."""
     monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
-    return register_criterion("own", needs_gram=True)
-
-
-def test_a_plain_function_is_a_criterion(registered):
-    calls = []
-
-    @registered
-    def last_units(weight, moments, columns_per_unit, options):
-        calls.append((tuple(weight.shape), moments.gram.shape, options.damping))
-        return per_unit(torch.arange(weight.shape[1]), columns_per_unit)
-
-    settings = config(criterion="own", refit="none", widths={"mlp": 24, "attention": 2})
-    model = build("llama-untied")
-    kept = {"mlp": tuple(range(16, 40)), "attention": (2, 3)}
-    assert pruned_by_hand(model, settings) == {(layer, name): kept[name] for layer in (0, 1) for name in kept}
-    assert same_weights(model, prune_model(build("llama-untied"), settings, tokenizer()))
-    assert ((32, 40), (40, 40), settings.damping) in calls and len(calls) == 2 * 4
-
-
-@pytest.fixture
-def failing_at(registered):
-    """A function that makes the scores of a layer NaN."""
 
     def arm(number):
         calls = []
 
-        @registered
+        @register_criterion("own", needs_gram=True)
         def scores(weight, moments, columns_per_unit, options):
             calls.append(number)
             found = per_unit(weight.square().sum(0), columns_per_unit)

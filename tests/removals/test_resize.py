@@ -71,6 +71,7 @@ def test_ids_in_configs_are_numbered_anew():
     model.config.forced_eos_token_id, model.config.pad_token_id = 70, 0
     model.generation_config.eos_token_id, model.generation_config.suppress_tokens = [2, 95], [71, 5]
     model.generation_config.bad_words_ids, model.generation_config.bos_token_id = [[70, 71]], None
+    model.generation_config.lang_to_id, model.generation_config.task_to_id = {"<|de|>": 70}, {"translate": 71}
     assert {2, 95, 71, 5, 70} <= named_ids(model)
     assert not describe(build("vit")).of("vocab"), "a model without tokens has no vocabulary"
     drop_tokens_(model, describe(model), KEEP)
@@ -79,6 +80,8 @@ def test_ids_in_configs_are_numbered_anew():
     assert model.generation_config.eos_token_id == [2, new[95]]
     assert model.generation_config.suppress_tokens == [new[71], new[5]]
     assert model.generation_config.bad_words_ids == [[new[70], new[71]]]
+    assert model.generation_config.lang_to_id == {"<|de|>": new[70]}
+    assert model.generation_config.task_to_id == {"translate": new[71]}
     images = build("llava")
     images.config.image_token_index = images.config.text_config.pad_token_id = 71
     images.config.vision_config.image_token_id = 70

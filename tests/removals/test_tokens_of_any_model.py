@@ -247,15 +247,3 @@ def test_a_checkpoint_without_the_pooler_that_nobody_reads_loads(tmp_path):
     command = f"prune {tmp_path / 'dense'} {tmp_path / 'small'} --width vocab=320 --num-samples 8 --seq-length 48"
     assert main(command.split()) == 0
     assert transformers.BertModel.from_pretrained(tmp_path / "small").config.vocab_size == 320
-
-
-def test_the_ids_of_languages_and_tasks_are_numbered_anew():
-    """As Whisper's configs of generation name them."""
-    model = model_of("MBartForConditionalGeneration", "mbart", BART)
-    model.generation_config.lang_to_id = {"<|de|>": 390}
-    model.generation_config.task_to_id = {"translate": 395}
-    pruner = StructPruner(asking())
-    small = pruner.prune_model(model, READER)
-    keep = pruner.plan.keep[-1, "vocab"]
-    assert keep[small.generation_config.lang_to_id["<|de|>"]] == 390
-    assert keep[small.generation_config.task_to_id["translate"]] == 395
