@@ -413,7 +413,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     for size, of_expert in _consumers(request):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         out = channels if config.feedback and not of_expert else 0
-        step = 2 * (Moments.matrix_bytes(size, reads_gram, out) + FP32_BYTES * channels * size) + activations * mixes
+        step = 2 * FP32_BYTES * size * (size * reads_gram + out + channels) + activations * mixes
         if of_expert:  # what enters the experts of a layer is kept until all of them are done
             step += itemsize * tokens * channels
         if of_expert and EXPERT in widths:
