@@ -87,12 +87,7 @@ def channel_energies(
     return torch.stack(by_read).cpu()
 
 
-def refit_readers_(
-    model: PreTrainedModel,
-    arch: ArchSpec,
-    data: CalibrationData,
-    keep: Sequence[int],
-) -> None:
+def refit_readers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream."""
     assert arch.residual is not None
     source = source_of(model, arch, data.own_batches, fixed=True)

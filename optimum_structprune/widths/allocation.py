@@ -21,16 +21,15 @@ from ..errors import StructPruneError
 from ..registry import did_you_mean
 
 
+LegalWidths = Mapping[str, Sequence[int]]  # of kinds of space, ascending
+Scores = Mapping[tuple[int, str], Tensor]  # of units, by layer and kind of space, shape `(width,)`
 # The share of its units that every layer keeps at least where layers get widths of their own: scores differ between
 # layers for reasons of their own, and would empty some.
 LEAST_KEPT = 0.1
 
 
 def widths_by_share(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model_config: PretrainedConfig,
-    scores: Mapping[tuple[int, str], Tensor] | None = None,
+    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, scores: Scores | None = None
 ) -> Widths:
     """The final widths where no budget says how much is removed; see `target_widths`."""
     widths = target_widths(config, arch, legal_widths(config, arch, model_config), scores)
@@ -39,10 +38,7 @@ def widths_by_share(
 
 
 def target_widths(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    legal: Mapping[str, Sequence[int]],
-    scores: Mapping[tuple[int, str], Tensor] | None = None,
+    config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None = None
 ) -> Widths:
     """The final width of each space, among legal ones: one number, or one per layer where layers may differ."""
     same = has_one_width(arch, legal)
@@ -67,9 +63,7 @@ def target_widths(
     return widths
 
 
-def legal_widths(
-    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig
-) -> dict[str, Sequence[int]]:
+def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> LegalWidths:
     """The legal widths of the spaces that a config names, ascending, by kind of space; another width is refused."""
     names, asked = _named(config, arch), asked_widths(config, arch) or {}
     legal = {name: legal_sizes(model_config, arch, name) for name in names}
@@ -120,7 +114,7 @@ def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequenc
     return multiples(legal, space.width, multiple_of(config, arch, name))
 
 
-def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]) -> Widths:
+def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths) -> Widths:
     """The smallest widths that `sparsity` may choose: one number, or one per layer where layers may differ."""
     smallest: dict[str, Width] = {}
     pruned = _without(arch, config.skip_layers)
@@ -215,7 +209,7 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
 
 
 def widths_for_sparsity(
-    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], round_to: Mapping[str, int]
+    arch: ArchSpec, sparsity: float, legal: LegalWidths, round_to: Mapping[str, int]
 ) -> dict[str, int]:
     """Widths that remove a share of the layers' parameters.
 
@@ -270,10 +264,7 @@ class LayerWidth:
 
 
 def ranked_widths(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    legal: Mapping[str, Sequence[int]],
-    scores: Mapping[tuple[int, str], Tensor],
+    config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores
 ) -> dict[str, dict[int, int]]:
     """Widths by kind of space and layer from one ranking of all units, with scores `(width,)` by layer and kind.
 
@@ -298,9 +289,7 @@ def ranked_widths(
     return {name: {layer.layer: layer.widths[layer.at] for layer in layers} for name, layers in by_kind.items()}
 
 
-def _layer_width(
-    spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]
-) -> LayerWidth:
+def _layer_width(spaces: Sequence[Space], widths: Sequence[int], scores: Scores) -> LayerWidth:
     """The width of the spaces of one kind in one layer, which share it."""
     layer, size = spaces[0].layer, spaces[0].width
     unit_scores = (scores[layer, spaces[0].kind].sort().values if scores else torch.arange(size) / size).tolist()

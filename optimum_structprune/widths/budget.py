@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.meta import shrunk_skeleton
@@ -15,14 +14,20 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths, widths_by_share
+from .allocation import (
+    LegalWidths,
+    Scores,
+    check_may_differ,
+    choices,
+    legal_widths,
+    smallest_widths,
+    target_widths,
+    widths_by_share,
+)
 
 
 def widths_of(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    scores: Mapping[tuple[int, str], Tensor] | None = None,
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Scores | None = None
 ) -> Widths:
     """The final widths, in whichever way a config says how much is removed; see `target_widths`."""
     if config.budget is None:
@@ -33,11 +38,7 @@ def widths_of(
 
 
 def _within_budget(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    legal: Mapping[str, Sequence[int]],
-    scores: Mapping[tuple[int, str], Tensor] | None,
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, legal: LegalWidths, scores: Scores | None
 ) -> Widths:
     """Finds the largest widths that keep to a budget, to within the cheapest step."""
     budget = budget_of(config, arch, model, legal)
@@ -71,11 +72,7 @@ def _within_budget(
 
 
 def _filled_up(
-    widths: Widths,
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    legal: Mapping[str, Sequence[int]],
-    fits: Callable[[Widths], bool],
+    widths: Widths, config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, fits: Callable[[Widths], bool]
 ) -> Widths:
     """Larger widths where they still fit: a coarse step of one space may leave room for a finer one of another."""
     filled = dict(widths)
@@ -98,12 +95,7 @@ class Budget(NamedTuple):
     cost: Callable[[Widths], float]  # that of a model with given widths
 
 
-def budget_of(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    names: Collection[str],
-) -> Budget:
+def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Budget:
     """The budget of a config for spaces with these `names`; a number below 1 is a share of the dense figure."""
     ((name, limit),) = (config.budget or {}).items()
     cost_of = _cost_of(config, arch, model, names)
