@@ -43,11 +43,6 @@ class Moments:
             moments.error_cross = torch.zeros(out, size, device=device)
         return moments
 
-    @staticmethod
-    def matrix_bytes(size: int, gram: bool, out: int = 0) -> int:
-        """The bytes of the matrices of `empty(size, gram, out=out)`, which its vectors are small beside."""
-        return 4 * size * (size * gram + out)
-
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
         """Take in inputs, and return these moments. `x` has the shape `(..., n)`, the others `(..., out)`."""

@@ -284,7 +284,8 @@ class InMemory(Source):
         if space.experts is not None and self.expert_moments is not None:
             yield from self.expert_moments(self, space, gram)
             return
-        axes = {self._local(layer, axis.module): axis for axis in space.consumers}
+        prefix = self.arch.layer_prefix(layer)
+        axes = {axis.module.removeprefix(prefix): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         out = self.hidden[0].shape[-1]
         for domain in range(self.num_domains):
@@ -356,7 +357,7 @@ class InMemory(Source):
 
     def residual_path(self, layer: int, module: str) -> ResidualPath | None:
         """The residual path of a module, or None; noise finds it."""
-        name = self._local(layer, module)
+        name = module.removeprefix(self.arch.layer_prefix(layer))
         if name not in self.gains:
             self.gains[name] = gain_of(self, layer, name)
         if (gain := self.gains[name]) is not None:
@@ -371,6 +372,3 @@ class InMemory(Source):
     def module(self, layer: int) -> nn.Module:
         """The module of a layer, looked up anew each time, since a layer is replaced when it shrinks."""
         return layer_list(self.model, self.arch)[layer]
-
-    def _local(self, layer: int, name: str) -> str:
-        return name.removeprefix(self.arch.layer_prefix(layer))

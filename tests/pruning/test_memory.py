@@ -94,7 +94,7 @@ def test_more_domains_batches_rounds_and_feedback_take_more(monkeypatch):
         return estimated(half(**fields), llama(), dtype=dtype)
 
     base = found()
-    # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
+    # Error feedback has two residual streams, and without it there is one.
     assert found(error_feedback=0).hidden * 2 == base.hidden
     assert found(rounds=2).weights > base.weights and found(torch.bfloat16).weights * 2 == base.weights
     monkeypatch.setattr("optimum_structprune.pruning.request.process_count", lambda: 2)
