@@ -30,7 +30,6 @@ from ..domains.load import texts_of
 from ..domains.manifest import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
-from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from ..widths.allocation import widths_by_share
