@@ -64,8 +64,14 @@ class Comparison:
                 most = min(
                     MEASURED_TOKENS, round(run.config.holdout * sum(domain.samples.numel() for domain in domains))
                 )
-                # None where a program gave inputs.
-                other = self._other_text() if tokenizer is not None and domains[0].origin is not None else ()
+                other: Sequence[Tensor] = ()
+                if tokenizer is not None and domains[0].origin is not None:  # no program gave inputs
+                    from ..sources.other import other_text
+
+                    with report.timed("other text"):
+                        found = other_text(run.config, run.model, tokenizer, domains, run.earlier)
+                    report.other, other = {"source": found.source}, found.rows
+                    run.entries += found.entries
                 self.measure = Measure(run.model, domains, run.arch, most, tokenizer, vocabulary_changes, other)
             elif tokenizer is None or reads_text(run.model):
                 from .embeddings import Embeddings, judged_texts
@@ -78,18 +84,6 @@ class Comparison:
 
             with report.timed("languages"):
                 report.languages = costs_before(run.model, tokenizer, causal, wanted)
-
-    def _other_text(self) -> Sequence[Tensor]:
-        """Rows of other text, which the dense model may write."""
-        from ..sources.other import other_text
-
-        run = self.run
-        assert run.dense_tokenizer is not None
-        with run.report.timed("other text"):
-            found = other_text(run.config, run.model, run.dense_tokenizer, run.data.domains, run.earlier)
-        run.report.other = {"source": found.source}
-        run.entries += found.entries
-        return found.rows
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Measure the same text from now on in the tokens of the smaller model."""

@@ -263,9 +263,9 @@ def is_write_error(error: BaseException) -> bool:
 def used_paths(*configs: Any) -> list[str]:
     """List the files and folders that configs name, for `Output.used`: text, checkpoints and the like."""
     names: list[Any] = []
-    for config in _with_recovery(configs):
+    for config, folders in _with_folders(configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
-        names += [*_folders(config).values(), *(getattr(config, name, None) for name in READ_FIELDS)]
+        names += [*folders.values(), *(getattr(config, name, None) for name in READ_FIELDS)]
     paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
     return [match for path in paths for match in (glob(path, recursive=True) or [path])]
 
@@ -273,21 +273,20 @@ def used_paths(*configs: Any) -> list[str]:
 def check_apart(target: str | Path, *configs: Any) -> None:
     """Refuse an output folder in which the run would write something else: the result replaces all of it."""
     folder = resolved(target)
-    for config in _with_recovery(configs):
-        for name, path in _folders(config).items():
+    for _, folders in _with_folders(configs):
+        for name, path in folders.items():
             if path and folder in (resolved(path), *resolved(path).parents):
                 raise StructPruneError(f"{name} {path} lies in the output folder {target}; name a folder beside it.")
 
 
-def _with_recovery(configs: Iterable[Any]) -> list[Any]:
-    """List configs, and those of the recoveries in them."""
-    return [*filter(None, (part for config in configs for part in (config, getattr(config, "recovery", None))))]
-
-
-def _folders(config: Any) -> dict[str, Any]:
-    """Name the folders that a run with a config writes to, by field."""
-    training = getattr(config, "training", None) or {}
-    return {"checkpoint_dir": getattr(config, "checkpoint_dir", None), "output_dir": training.get("output_dir")}
+def _with_folders(configs: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield configs, and those of the recoveries in them, with the folders that a run writes to, by field."""
+    for config in filter(None, (part for each in configs for part in (each, getattr(each, "recovery", None)))):
+        training = getattr(config, "training", None) or {}
+        yield (
+            config,
+            {"checkpoint_dir": getattr(config, "checkpoint_dir", None), "output_dir": training.get("output_dir")},
+        )
 
 
 def remove_checkpoints(folder: str | Path) -> None:
