@@ -98,7 +98,8 @@ class Run(AbstractContextManager["Run"]):
 
     def manifest(self) -> Manifest:
         """The record of the text of this run, and of earlier runs that the dense model comes from."""
-        return self.data.manifest(self.tokenizer).with_entries(self.entries).after(self.earlier)
+        manifest = Manifest.of(self.config, self.data.domains, self.tokenizer)
+        return manifest.with_entries(self.entries).after(self.earlier)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

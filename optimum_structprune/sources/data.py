@@ -72,7 +72,7 @@ class CalibrationData:
         seen: Manifest | None,
     ) -> CalibrationData:
         """Read the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
-        seen = self.manifest(tokenizer).after(seen)
+        seen = Manifest.of(self.config, self.domains, tokenizer).after(seen)
         return replace(self, domains=load_domains(self.config, reader, model, seen=seen, writer=tokenizer))
 
     @property
@@ -151,10 +151,6 @@ class CalibrationData:
         """Hash a dense model, the text, and what `more` a result depends on, by SHA-256."""
         entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
         return json_hash([fingerprint(model), entries, *more])
-
-    def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
-        """Record what was calibrated on."""
-        return Manifest.of(self.config, self.domains, tokenizer)
 
 
 class AcrossProcesses(OneProcess):
