@@ -260,7 +260,7 @@ class StructPruneConfig(WithDomains):
         return super().from_dict(data)
 
     @property
-    def shrinking(self) -> tuple[str, ...]:
+    def targets_or_default(self) -> tuple[str, ...]:
         """The spaces that may shrink if `sparsity` or `budget` chooses their widths, named or not."""
         by_default = ("mlp", "attention") if self.allocation != "uniform" else ("mlp",)
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
@@ -270,7 +270,7 @@ class StructPruneConfig(WithDomains):
         """True if tokens go; None if a budget may be divided between tokens and layers."""
         if self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes", LOSS}):
             return None
-        return "vocab" in (self.widths or self.shrinking)
+        return "vocab" in (self.widths or self.targets_or_default)
 
     @property
     def scored_by(self) -> str:

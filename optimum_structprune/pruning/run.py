@@ -60,7 +60,9 @@ class Run(AbstractContextManager["Run"]):
         inplace: bool = True,
         report: Report | None = None,
     ):
-        only_tokens = {*(data.config.widths or data.config.shrinking)} == {VOCAB} and data.config.recovery is None
+        only_tokens = {*(data.config.widths or data.config.targets_or_default)} == {
+            VOCAB
+        } and data.config.recovery is None
         if is_quantized(model) and not (only_tokens and stays_packed(model, arch.of(VOCAB)[0])):
             self.model, self.dense_model = dequantized(model, inplace), None
         else:

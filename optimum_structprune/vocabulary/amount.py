@@ -42,7 +42,7 @@ def with_tokens(
     except StructPruneError as error:
         logger.info("No tokens go: %s", error)
         return config
-    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.shrinking)) or arch.channels)))
+    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.targets_or_default)) or arch.channels)))
 
 
 def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
@@ -50,7 +50,7 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         return replace(config, widths=widths) if widths else None
-    targets = tuple(name for name in config.shrinking if name != VOCAB)
+    targets = tuple(name for name in config.targets_or_default if name != VOCAB)
     budget = config.budget if limit is None else dict.fromkeys(config.budget or {}, limit)
     return replace(config, targets=targets, budget=budget) if targets else None
 
@@ -67,9 +67,9 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
     if config.budget is None:
         example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}" if arch.of(VOCAB) else "widths"
         raise StructPruneError(
-            f"targets={list(config.shrinking)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share "
-            f"of those says how much of it goes; give {example} or another number, beside the widths of other spaces, "
-            f"or target {VOCAB!r} with a budget."
+            f"targets={list(config.targets_or_default)} has {VOCAB!r}, whose parameters lie outside of the layers, so "
+            f"no share of those says how much of it goes; give {example} or another number, beside the widths of "
+            f"other spaces, or target {VOCAB!r} with a budget."
         )
     room = Room.of(config, arch, model)
     if rest is None:

@@ -74,7 +74,7 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
 
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     """Lists the spaces of a config; of its default, those of the model."""
-    names = list(config.shrinking if config.widths is None else config.widths)
+    names = list(config.targets_or_default if config.widths is None else config.widths)
     if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
         names = [name for name in names if arch.of(name)] or list(arch.channels) or names
     for name in names:

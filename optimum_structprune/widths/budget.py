@@ -119,12 +119,12 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
     kinds = ("attention", LAYER) if name == CACHE else (VOCAB, *arch.channels, "attention", LAYER)
-    others = [kind for kind in kinds if kind in arch.offered and kind not in (*names, *config.shrinking)]
+    others = [kind for kind in kinds if kind in arch.offered and kind not in (*names, *config.targets_or_default)]
     if not names:
         advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.shrinking)} leave that as it is; {advice}."
+            f"{list(config.targets_or_default)} leave that as it is; {advice}."
         )
     if limit < least:
         beside = ", ".join(repr(kind) for kind in others if kind != LAYER)

@@ -47,7 +47,7 @@ configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts
     ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
 ])  # fmt: skip
 def test_the_ffn_shrinks_unless_losses_or_the_cache_decide(fields, expected):
-    assert StructPruneConfig(**fields).shrinking == expected
+    assert StructPruneConfig(**fields).targets_or_default == expected
 
 
 @settings(max_examples=15)

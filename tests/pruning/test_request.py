@@ -186,7 +186,7 @@ def test_check_warns_once_of_all_of_them():
 
 
 def idle_options(settings):
-    return [*without_effect(settings, list(settings.widths or settings.shrinking))]
+    return [*without_effect(settings, list(settings.widths or settings.targets_or_default))]
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
