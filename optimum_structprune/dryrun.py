@@ -201,10 +201,10 @@ def _operations(request: Request) -> int:
 def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield sentences on all that the numbers do not say."""
     config, arch, parameters = request.config, request.model_info.arch, request.model_info.plain_model.num_parameters()
-    if (tokens := large_vocabulary(arch, parameters)) and not config.trims:
+    if (tokens := large_vocabulary(arch, parameters)) and not config.removes_tokens:
         part = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
-    if config.trims and len(config.targets_or_default) > 1 and config.budget is not None:
+    if config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None:
         yield "the text says how many tokens go; the other widths are those with all tokens"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"

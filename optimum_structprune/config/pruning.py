@@ -266,7 +266,7 @@ class StructPruneConfig(WithDomains):
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
-    def trims(self) -> bool | None:
+    def removes_tokens(self) -> bool | None:
         """True if tokens go; None if a budget may be divided between tokens and layers."""
         if self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes", LOSS}):
             return None

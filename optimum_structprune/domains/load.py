@@ -237,7 +237,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains, bool(config.trims))
+    source = config.general_text or builtin_beside(domains, bool(config.removes_tokens))
     return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
@@ -247,7 +247,7 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
     if not placed or config.general_text is not None or config.general_share == 0:
         return config
-    return replace(config, general_text=builtin_beside(domains, True) if config.trims else WRITTEN)
+    return replace(config, general_text=builtin_beside(domains, True) if config.removes_tokens else WRITTEN)
 
 
 def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:

@@ -78,7 +78,7 @@ class Request:
             StructPruneError: If there are none that the model can have; the message names the nearest ones.
         """
         config, arch, model = self.config, self.model_info.arch, self.model_info.plain_model
-        if config.trims:
+        if config.removes_tokens:
             from ..vocabulary.amount import widths_with_tokens  # which most runs do without
 
             return widths_with_tokens(config, arch, model)
@@ -217,7 +217,8 @@ def ask(
                 f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
             )
         config = replace(config, budget={"parameters": 0.99})  # which stands for a size that is not found yet
-    if config.trims or config.trims is None and inputs is None and (use == DRY_RUN or tokenizer is not None):
+    may_remove_tokens = inputs is None and (use == DRY_RUN or tokenizer is not None)
+    if config.removes_tokens or config.removes_tokens is None and may_remove_tokens:
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
         config = with_tokens(config, model_info, tokenizer)

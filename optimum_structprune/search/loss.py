@@ -97,7 +97,7 @@ class CutTrials:
 
         About so many spell the text of a few languages.
         """
-        if not self.request.config.trims:
+        if not self.request.config.removes_tokens:
             return limit
         tokens = self.request.model_info.arch.of(VOCAB)[0]
         return max(limit, (tokens.size - 2**16) * tokens.unit_params / self.parameters)

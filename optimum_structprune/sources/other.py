@@ -69,7 +69,7 @@ def other_text(
         if can_write(model, tokenizer):
             sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (row + 8))
     named = [of for of in texts_of(config) if not is_general(of)]
-    beside = builtin_beside(named, bool(config.trims) and not config.languages)
+    beside = builtin_beside(named, bool(config.removes_tokens) and not config.languages)
     sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
     for where, texts in sources.items():
         found: dict[str, Tensor] = {}  # the beginnings of those that are long enough, by the hash of the document

@@ -32,7 +32,7 @@ def with_tokens(
 ) -> StructPruneConfig:
     """Adds the tokens to the targets of a budget without any, if they are a large part of the model."""
     arch, model = described.arch, described.plain_model
-    if config.trims is not None or described.offloaded:
+    if config.removes_tokens is not None or described.offloaded:
         return config
     if large_vocabulary(arch, model.num_parameters()) is None:
         return config
