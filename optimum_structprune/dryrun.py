@@ -193,7 +193,7 @@ def _operations(request: Request) -> int:
     weights = (parameter for block in blocks(dense) for parameter in block.parameters())
     # Two forward passes of the layers over the text, and one of the dense layers for error feedback; where losses are
     # measured, four times as much. See docs/benchmarks.md.
-    passes = (2 + (config.feedback > 0)) * config.rounds * (1 if config.allocation == "uniform" else 4)
+    passes = (2 + (config.feedback_share > 0)) * config.rounds * (1 if config.allocation == "uniform" else 4)
     tokens = config.num_samples * config.seq_length
     return 2 * passes * tokens * active_parameters(dense, request.model_info.arch, weights)
 

@@ -278,7 +278,7 @@ class StructPruneConfig(WithDomains):
         return self.criterion or ("obs_drive" if self.refit == "least_squares" else "wanda")
 
     @property
-    def feedback(self) -> float:
+    def feedback_share(self) -> float:
         """The share of the error of the residual stream that the refit makes up for."""
         return float(self.error_feedback) if self.refit == "least_squares" else 0.0
 

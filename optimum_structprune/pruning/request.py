@@ -378,7 +378,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     weights = model.num_parameters() - (sum(layers) - max(layers) if offload else 0)
     if config.rounds > 1:  # consumers that a round has masked keep their dense values until the last round
         weights += channels * sum(size for size, _ in _consumers(request))
-    streams = channels * samples * length * (2 if config.feedback else 1) // process_count()  # present and dense
+    streams = channels * samples * length * (2 if config.feedback_share else 1) // process_count()  # present and dense
     host = streams + (sum(layers) if offload == "cpu" else max(layers)) if offload else 0
     vocabulary = settings.vocab_size if info.arch.causal else 0
     predictions = 0 if config.allocation == "uniform" else vocabulary * PROBE_TOKENS // STRIDE
@@ -412,7 +412,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
     for size, of_expert in _consumers(request):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
-        out = channels if config.feedback and not of_expert else 0
+        out = channels if config.feedback_share and not of_expert else 0
         step = 2 * FP32_BYTES * size * (size * reads_gram + out + channels) + activations * mixes
         if of_expert:  # what enters the experts of a layer is kept until all of them are done
             step += itemsize * tokens * channels
@@ -430,7 +430,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
 def _consumers(request: Request) -> list[tuple[int, bool]]:
     """List the refitted consumers: the number of components of the input, and if it is an expert's."""
     config, widths = request.config, request.widths
-    whole = [LAYER] if config.feedback and LAYER in widths else []
+    whole = [LAYER] if config.feedback_share and LAYER in widths else []
     whole += [EXPERT] if config.refit == "least_squares" and EXPERT in widths else []
     return [
         (space.size * axis.per_unit, space.experts is not None)

@@ -146,7 +146,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
         for number, widths in enumerate(rounds):
             is_last = number + 1 == len(rounds)
             with run.report.timed(f"round {number + 1}"):
-                method, source = run.data.method(model, arch), run.data.source(model, arch, config.feedback)
+                method, source = run.data.method(model, arch), run.data.source(model, arch, config.feedback_share)
                 done = 0 if checkpoint is None else checkpoint.take_over_(run, source, masks.keep, smaller)
                 # The bar counts the layers of all rounds, for the time that is left.
                 name = "pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}"

@@ -40,7 +40,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     with run.report.timed("experts"):
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
         criterion = criterion_of(run.config.scored_by, EXPERT)
-        source = run.data.source(model, arch, run.config.feedback)
+        source = run.data.source(model, arch, run.config.feedback_share)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
             for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
                 with source.at(layer, changes=True):

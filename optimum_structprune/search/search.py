@@ -145,7 +145,7 @@ class Search:
     def loss(self, widths: Widths, probe: Probe) -> float:
         """Measures the loss of a shape after a pruning on some samples, which is undone; NaN is infinite."""
         data, masks = self.data.portion(TRIAL_TOKENS), Masks(self.model, self.arch)
-        source = data.source(self.model, self.arch, data.config.feedback)
+        source = data.source(self.model, self.arch, data.config.feedback_share)
         layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
         try:
             prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)

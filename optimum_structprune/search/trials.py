@@ -151,7 +151,7 @@ class LayerTrials:
         config, shares = self.data.config, torch.tensor(self.data.shares)
         # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
         # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
-        feedback, last = config.feedback, max(self.masks.arch.num_layers - 1, 1)
+        feedback, last = config.feedback_share, max(self.masks.arch.num_layers - 1, 1)
         price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
         each: dict[Key, Tensor] = {}
         for key, by_units in losses.items():

@@ -23,7 +23,7 @@ def pruned_by_hand(model, settings, **how):
     """Prune a model with the loop alone, on the samples of a config, and return the kept units."""
     data, arch, widths = data_of(settings), describe(model), settings.widths
     smaller = shrunk_skeleton(model, arch, widths)
-    source = InMemory(model, arch, data.own_batches, data.config.feedback)
+    source = InMemory(model, arch, data.own_batches, data.config.feedback_share)
     masks = Masks(model, arch, undoable=False)
     prune_layers_(masks, source, data.method(model, arch), widths, smaller, **how)
     adopt_config_(model, smaller)
@@ -54,11 +54,11 @@ def test_what_is_masked_first_is_cut_to_the_same(case):
     data, arch, widths = data_of(settings), describe(model), settings.widths
     masks = Masks(model, arch)
     for smaller in (None, shrunk_skeleton(model, arch, widths)):
-        source = data.source(model, arch, data.config.feedback)
+        source = data.source(model, arch, data.config.feedback_share)
         prune_layers_(masks, source, data.method(model, arch), widths, smaller)
     adopt_config_(model, smaller)
     direct_masks = Masks(direct, arch, undoable=False)
-    source = data.source(direct, arch, data.config.feedback)
+    source = data.source(direct, arch, data.config.feedback_share)
     prune_layers_(direct_masks, source, data.method(direct, arch), widths, shrunk_skeleton(direct, arch, widths))
     assert masks.keep == direct_masks.keep and masks.lost
     for mine, theirs in zip(model.parameters(), direct.parameters(), strict=True):

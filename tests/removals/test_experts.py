@@ -132,7 +132,7 @@ def test_the_refit_of_a_layer_that_keeps_all_experts_is_the_identity(case):
     model = build(case)
     before, settings = deepcopy(model), config(refit="least_squares")
     data, arch = data_of(settings), describe(model)
-    source = data.source(model, arch, data.config.feedback)
+    source = data.source(model, arch, data.config.feedback_share)
     for layer in range(arch.num_layers):
         source.advance_dense(layer, ("expert",))
         for space in arch.at(layer):
