@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -51,8 +51,8 @@ Flags = Mapping[str, str | Mapping[str, Any]]
 @dataclass(frozen=True)
 class Command:
     """A command: its word, its help, the function that does it, and what `add_argument` takes; each field of `config`
-    is a flag too, but those of `without`, and `models` are the arguments that name models. Where it `reads_text`,
-    `datasets` may be imported; with `json_file`, `--json` can name a file.
+    is a flag too, and `models` are the arguments that name models. Where it `reads_text`, `datasets` may be imported;
+    with `json_file`, `--json` can name a file.
     """
 
     name: str
@@ -60,7 +60,6 @@ class Command:
     help: str
     flags: Flags
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
-    without: Collection[str] = ()
     models: Collection[str] = ("model",)
     reads_text: bool = True
     json_file: bool = False
@@ -79,9 +78,9 @@ class Command:
 
             text = f"A YAML file with fields of {self.config}; flags override it."
             group("--config").add_argument("--config", metavar="FILE", help=text)
-            _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
+            _declare_fields(group, getattr(optimum_structprune, self.config))
         if self.config == "StructPruneConfig":
-            _declare_fields(group, optimum_structprune.RunOptions, self.without)
+            _declare_fields(group, optimum_structprune.RunOptions)
         for name, flag in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
@@ -106,15 +105,12 @@ def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
     return lambda name: places.get(name, groups["for experts"])
 
 
-def _declare_fields(group: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
+def _declare_fields(group: Callable[[str], Any], config_class: type) -> None:
     """Declare one flag for each field of a config."""
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     for field in fields(config_class):
-        if field.name in without:
-            continue
         how = _how(field.name, types[field.name])
-        is_shown = field.default not in (MISSING, None, ()) and not isinstance(field.default, bool)
-        default = f"(default: {field.default})" if is_shown else ""
+        default = "" if field.default in (MISSING, None, ()) else f"(default: {field.default})"
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), default)))
         name = f"--{field.name.replace('_', '-')}"
         # argparse fills in %(…)s, so a per cent sign of the text is doubled. Of two names the help has the short one.
@@ -137,8 +133,6 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     members = tuple(member for member in members if member is not NoneType)
     kind, origin, inside = members[0], get_origin(members[0]), get_args(members[0])
-    if kind is bool:
-        return {"action": BooleanOptionalAction}
     if origin is dict or is_dataclass(kind):
         names = [] if inside else [field.name for field in fields(kind)]
         text = f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." if names else "Repeatable."
