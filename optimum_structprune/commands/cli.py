@@ -86,7 +86,7 @@ def execute(args: Namespace) -> int:
             result: Result = args.run(args)
         if number == 0:
             show(result, args)
-        return result.code
+        return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -25,11 +25,10 @@ MUTED_LOGGERS = ("transformers.integrations.heterogeneity.configuration_utils", 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a command, for people and as plain values for JSON, and its exit code."""
+    """The result of a command, for people and as plain values for JSON."""
 
     text: str
     values: Mapping[str, Any]
-    code: int = 0
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:

@@ -50,7 +50,7 @@ def prune(args: Namespace) -> Result:
             with unshared():
                 trained = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
             values = {**result.values, "recovery": trained.values}
-            result = Result(f"{text}\n{trained.text}", values, trained.code)
+            result = Result(f"{text}\n{trained.text}", values)
         del smaller  # what follows reads the folder, which may have been trained
         return pushed(args, with_gguf(args, result, loading, report.parameters["before"]))
 

@@ -53,7 +53,7 @@ def recover(args: Namespace) -> Result:
 
 def pushed(args: Namespace, result: Result) -> Result:
     """Pushes a result to the Hub if asked to, and gives it with the address."""
-    if args.push_to_hub is None or result.code or not is_first_rank():
+    if args.push_to_hub is None or not is_first_rank():
         return result
     url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
     return replace(result, text=f"{result.text}\npushed to {url}", values={**result.values, "pushed": url})

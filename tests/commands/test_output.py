@@ -149,7 +149,7 @@ def test_bars_are_off_without_a_terminal_and_the_switches_come_back(fails, monke
 
 def test_numbers_that_json_does_not_have_are_null_and_what_a_terminal_cannot_show_is_replaced(capsys, monkeypatch):
     values = {"a": float("nan"), 1: [float("inf"), (1, "x", None, True)], "path": Path("p")}
-    assert execute(parsed(lambda args: Result("", values, 1), json_=True)) == 1
+    assert execute(parsed(lambda args: Result("", values), json_=True)) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == {"structprune": __version__, "a": None, "1": [None, [1, "x", None, True]], "path": "p"}
     raw = io.BytesIO()
