@@ -23,16 +23,12 @@ See = Callable[[int, Tensor, Any], None]
 
 
 class Routed(NamedTuple):
-    """One call of an experts module in a domain.
-
-    `hidden` has the tokens that enter, shape `(tokens, hidden)`; `chosen` and `gates` the experts that each of them
-    chose and their weights, shape `(tokens, top_k)`.
-    """
+    """One call of an experts module in a domain."""
 
     domain: int
-    hidden: Tensor
-    chosen: Tensor
-    gates: Tensor
+    hidden: Tensor  # the tokens that enter, shape `(tokens, hidden)`
+    chosen: Tensor  # the experts that each of them chose, shape `(tokens, top_k)`
+    gates: Tensor  # their weights, of the same shape
 
     def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Select the numbers of the tokens that chose an expert, their hidden states, and its weight for each."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import batches, logits, mixture_of, shrunk, weighed
+from helpers import batches, logits, mixture_of, shrunk
 from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruner, prune_model
@@ -69,12 +69,6 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
                         values.append(float(gate * output.norm()))
             expected = sum(values) if name == "reap_sum" else sum(values) / len(values)
             assert float(found[domain, expert]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_domains_are_combined_relative_to_their_means():
-    both = torch.tensor([[10.0, 30.0], [3.0, 1.0]]).double()
-    assert weighed(0.5, 0.5).combined(both).tolist() == [1.0, 1.0]
-    assert weighed(0.9, 0.1).combined(both).argmax() == 1
 
 
 @pytest.mark.parametrize("case", MIXTURES)
