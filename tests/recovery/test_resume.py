@@ -108,7 +108,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(pruned, run, tmp_
 ])  # fmt: skip
 def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, tmp_path, monkeypatch, case, fields):
     before = build(case) if case == "olmoe" else deepcopy(pruned)
-    teacher = build("llama-tied", seed=1) if case == "taught" else None
+    teacher = None if case == "pruned" else build("olmoe" if case == "olmoe" else "llama-tied", seed=1)
     next(before.parameters()).requires_grad_(False)
     whole = recover(deepcopy(before), tokenizer(), settings(tmp_path / "whole", **fields), teacher)
     model = deepcopy(before)
