@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
-from math import nan
+from math import hypot, nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kind
 # The documents over which a margin of error is not wide, and those over which it is not rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
 STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
-LEAST_MARGIN = 0.005  # of a ratio: where few documents lose anything at all, those that were read may all be of others
+UNSEEN = 0.06  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
+KINDS_DIFFER = 0.5  # of what other text loses, by which kinds of people's text lose more or less
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
@@ -57,25 +58,29 @@ def perplexity_of(losses: Tensor) -> float:
     return float(losses.mean().exp())
 
 
-def perplexity_figures(losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None) -> dict[str, Any]:
+def perplexity_figures(
+    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, is_other: bool = False
+) -> dict[str, Any]:
     """Gives the perplexities of models on a text, their margins of error, and counts, by the fields of a record.
 
     With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
     samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
-    differ.
+    differ. If the text stands for other kinds than its own (`is_other`), the margin counts in that kinds differ.
     """
     first, *others = losses.values()
     perplexity = {name: perplexity_of(each) for name, each in losses.items()}
     # The margin of e to a mean is that of the mean, relative to it.
     margins = {name: perplexity[name] * margin_of_error(each, documents) for name, each in losses.items()}
+    count = len(first if documents is None else documents.unique())
     if others:
         more = others[-1] - first
-        margins["ratio"] = perplexity_of(more) * max(margin_of_error(more, documents), LEAST_MARGIN)
+        ratio, margin = perplexity_of(more), max(margin_of_error(more, documents), UNSEEN / count)
+        margins["ratio"] = hypot(ratio * margin, is_other * KINDS_DIFFER * (ratio - 1))
     return {
         "perplexity": perplexity,
         "perplexity_margin": margins,
         "perplexity_tokens": tokens,
-        "perplexity_documents": len(first if documents is None else documents.unique()),
+        "perplexity_documents": count,
     }
 
 

@@ -154,7 +154,7 @@ class Measure:
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": figures[name]}
             tokens = self.tokens_predicted[name] * len(before)
-            for field, value in perplexity_figures(losses, tokens, self.documents[name]).items():
+            for field, value in perplexity_figures(losses, tokens, self.documents[name], name == OTHER).items():
                 if name == OTHER:
                     report.other[field.removeprefix("perplexity_")] = value
                 else:

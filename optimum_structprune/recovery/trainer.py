@@ -160,8 +160,9 @@ def enter_measurements(
         losses = {"dense": pruned["teacher"]} if "teacher" in pruned else {}
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
         if name not in (ANSWERS, VALIDATION):
-            for field, value in perplexity_figures(losses, int(pruned["tokens"].sum())).items():
-                if name == OTHER_TEXT:
+            is_other, tokens = name == OTHER_TEXT, int(pruned["tokens"].sum())
+            for field, value in perplexity_figures(losses, tokens, is_other=is_other).items():
+                if is_other:
                     report.other[field.removeprefix("perplexity_")] = value
                 else:
                     getattr(report, field)[name] = value

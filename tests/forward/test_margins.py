@@ -1,6 +1,6 @@
 """A margin of error covers the truth nine times in ten, over documents and not over what they are cut into."""
 
-from math import exp, isnan
+from math import exp, hypot, isnan
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune.domains.packing import document_numbers
-from optimum_structprune.forward.metrics import margin_of_error, perplexity_figures
+from optimum_structprune.forward.metrics import KINDS_DIFFER, UNSEEN, margin_of_error, perplexity_figures
 
 
 def losses(documents: int, rows: int, spread: float) -> torch.Tensor:
@@ -48,6 +48,16 @@ def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of()
     assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
     found = perplexity_figures({"before": values, "after": values + 1}, 40, torch.arange(40) // 40)
     assert all(map(isnan, found["perplexity_margin"].values())) and found["perplexity_documents"] == 1
+
+
+def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_stands_for_other_kinds():
+    before, numbers = torch.randn(12, dtype=torch.float64), torch.arange(12)
+    same = perplexity_figures({"before": before, "after": before}, 12, numbers)["perplexity_margin"]["ratio"]
+    assert same == pytest.approx(UNSEEN / 12)
+    for more in (0.1, 0.5):
+        losses = {"before": before, "after": before + more}
+        own, other = (perplexity_figures(losses, 12, numbers, other)["perplexity_margin"]["ratio"] for other in (0, 1))
+        assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
 
 
 def test_tokens_are_of_the_document_that_ends_behind_them():
