@@ -52,12 +52,9 @@ class Gaps:
         if not self.has_decoder:
             self.places = [*_masked_words(texts, tokenizer)]
         elif targets is None:
-            cuts = [text.find(" ", len(text) // 2) for text in texts]
-            cuts = [len(text) // 2 if cut < 0 else cut for text, cut in zip(texts, cuts, strict=True)]
-            self.texts, self.targets = (
-                [text[part].strip() for text, part in zip(texts, parts, strict=True)]
-                for parts in ([slice(cut) for cut in cuts], [slice(cut, None) for cut in cuts])
-            )
+            middle = [max(text.find(" ", len(text) // 2), len(text) // 2) for text in texts]
+            self.texts = [text[:cut] for text, cut in zip(texts, middle, strict=True)]
+            self.targets = [text[cut:].lstrip() for text, cut in zip(texts, middle, strict=True)]
         labels = (row[1] for row in self.rows(model, tokenizer))
         self.tokens = torch.tensor([int((label != NOT_PREDICTED).sum()) for label in labels])
 
