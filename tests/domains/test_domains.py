@@ -3,23 +3,27 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime
 from unittest.mock import Mock
 
 import datasets
 import pytest
 import torch
 import yaml
-from helpers import whole_model_at_once, write_texts
-from models import build, config, token_ids, tokenizer
+from helpers import today_is, whole_model_at_once, write_texts
+from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import load_domains, num_heldout
+from optimum_structprune.domains.generated import self_documents
+from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED, Manifest
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.sources import documents, presets, resolve
+from optimum_structprune.domains.templates import DATES, chat_text, rendered
+from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.method.layers import Batch, run_model
 from optimum_structprune.sources.data import source_of
 
@@ -31,25 +35,16 @@ MESSAGES = [
     {"role": "user", "content": "more"},
     {"role": "assistant", "content": "a longer answer "},
 ]
-# The columns of the data sets behind the presets, as their pages on the Hub describe them.
+# The columns of the data sets behind the presets, as their pages on the Hub describe them, where they are not texts.
 ROWS = {
-    "educational": {"text": "t", "id": "i", "url": "u"},
-    "web": {"text": "t", "timestamp": "2019", "url": "u"},
-    "encyclopedia": {"id": "1", "url": "u", "title": "T", "text": "t"},
-    "news": {"title": "T", "text": "t", "domain": "d", "date": "", "description": "", "url": "u", "image_url": ""},
-    "code": {"repo_name": "r", "path": "p", "copies": "1", "size": "9", "content": "t", "license": "mit"},
+    "code": {"repo_name": "r", "path": "p", "content": "t", "license": "mit"},
     "math": {"question": "q", "answer": "a"},
     "dialogue": {"prompt": "user?", "prompt_id": "0", "messages": MESSAGES},
     "instruction": {"messages": MESSAGES, "source": "s"},
-    "law": {"text": "t", "label": 1},
     "medicine": {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "long_answer": "a"},
     "multilingual": {"inputs": "q", "targets": "a", "language": "French", "language_code": "fra"},
-    "stories": {"text": "t"},
-    "reviews": {"text": "t", "label": 0},
-    "abstracts": {"id": "1", "submitter": "s", "authors": "a", "title": "T", "abstract": "t", "categories": ["c"]},
-    "bills": {"text": "t", "summary": "s", "title": "T"},
+    "abstracts": {"id": "1", "title": "T", "abstract": "t", "categories": ["c"]},
     "database": {"answer": "a", "question": "q", "context": "c"},
-    **dict.fromkeys(("german", "spanish", "chinese"), {"id": "1", "url": "u", "title": "T", "text": "t"}),
 }
 TEXT = dict.fromkeys(("math", "medicine"), "Question: q\nAnswer: a")
 TEXT |= {"multilingual": "q\na", "abstracts": "T\n\nt", "database": "c\n-- q\na"}
@@ -66,7 +61,9 @@ def chatty(template: str | None):
 
 @pytest.mark.parametrize("name", [name for name, entry in presets().items() if "mix" not in entry])
 def test_a_preset_streams_from_the_hub(name, monkeypatch):
-    hub = Mock(return_value=datasets.Dataset.from_list([ROWS[name]]).to_iterable_dataset())
+    hub = Mock(
+        return_value=datasets.Dataset.from_list([ROWS.get(name, {"text": "t", "title": "T"})]).to_iterable_dataset()
+    )
     monkeypatch.setattr(datasets, "load_dataset", hub)
     (domain,) = resolve([DomainConfig("mine", f"preset:{name}", weight=2)])
     chat = "".join(f"<|{m['role']}|>{m['content']}</s>\n" for m in MESSAGES)
@@ -177,13 +174,6 @@ def test_rows_and_fields_that_will_not_do():
             list(documents(replace(domain, source=[row]), 0, chatty(CHATML)))
 
 
-def test_a_conversation_takes_a_willing_template():
-    rows, domain = [{"messages": MESSAGES}], DomainConfig("d", [], template="chat")
-    refusing = chatty("{{ raise_exception('only one turn') }}")
-    with pytest.raises(StructPruneError, match="refuses a conversation of the roles user, assistant.* only one turn"):
-        list(documents(replace(domain, source=rows), 0, refusing))
-
-
 # --- calibration on some tokens of the samples
 
 
@@ -247,7 +237,6 @@ def test_a_manifest_names_the_documents_that_were_used(saved):
     words = {f"w{token}" for token in domain.samples.flatten().tolist() if token > 2}
     assert words <= set(used.split())
     assert len(used.split()) < 2 * domain.samples.numel()
-    assert len(set(entry.heldout_documents)) < len(set(entry.documents))
 
 
 def test_overlaps_by_document_by_source_and_by_name(saved, monkeypatch):
@@ -285,12 +274,60 @@ def test_a_frame_tells_which_documents_its_samples_hold():
         assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)
 
 
-def test_beyond_need_the_beginnings_of_many_documents_are_held_out_and_calibrate_nothing():
-    texts = [" ".join(f"w{(number * place) % 90}" for place in range(400)) for number in range(1, 60)]
-    asked = config(domains=[DomainConfig("a", texts)])
-    few, many = (load_domains(replace(asked, num_samples=count), tokenizer()) for count in (4, 64))
-    kept = few[0].heldout
-    assert torch.equal(many[0].heldout[: len(kept)], kept)  # what is needed is the same text
-    tokens = many[0].heldout[num_heldout(64, 0.125) :].numel()
-    assert len(many[0].heldout_documents) - len(few[0].heldout_documents) >= tokens // 65, "the beginnings of more"
-    assert not {*many[0].heldout_documents} & {*many[0].documents}
+# --- what a chat template raises is one line that names it, and no day changes what it writes
+
+
+PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+CHAT = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+DOMAIN = DomainConfig("d", [{"messages": CHAT}], template="chat")
+RAISING = [
+    "{{ raise_exception('system\nfirst') }}",
+    "{{ 1 / 0 }}",
+    "{{ messages[9].content }}",
+    "{{ messages | unknown }}",
+    "{% if %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    {"rag": PLAIN, "tool_use": PLAIN},
+]
+
+
+@pytest.mark.parametrize("template", RAISING)
+def test_whatever_a_template_raises_is_one_line_that_names_it(template):
+    model, reader = real_text_model()
+    reader.chat_template, reader.name_or_path = template, "some/model"
+    for render in (
+        lambda: chat_text(reader, CHAT),
+        lambda: rendered({"messages": CHAT}, DOMAIN, reader),
+        lambda: next(self_documents(model, reader, "dialogue", 0, tokens=64)),
+        lambda: read_questions()[0].ids(reader),
+    ):
+        with pytest.raises(StructPruneError, match="chat template of 'some/model' refuses") as caught:
+            render()
+        assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
+    with pytest.raises(StructPruneError, match="takes a tokenizer"):
+        list(documents(DOMAIN, 0))
+
+
+DATED = [
+    "\n {% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}\n" + PLAIN,
+    "{%- macro day(form) %}{{ strftime_now(form) }}{% endmacro %}{% set form = '%A, %-d %b %y' %}{{ day(form) }}"
+    + PLAIN,
+    "{{ strftime_now(\"%H:%M:%S\") }}{{ strftime_now('%Y') | int + 1 }}\n" + PLAIN,
+    "  {%-if true %}\n{{ strftime_now('%F') }}\n  {%- endif %}" + PLAIN,
+]
+
+
+@pytest.mark.parametrize("template", DATED)
+def test_a_template_writes_what_it_would_on_the_date_and_never_asks_the_clock(template, monkeypatch):
+    reader = tokenizer()
+    reader.chat_template = template
+    for date in (DATES[0], datetime(2026, 9, 3, 14, 5)):
+        today_is(monkeypatch, date)
+        expected = reader.apply_chat_template(CHAT, tokenize=False)
+        today_is(monkeypatch, datetime(1999, 1, 1, 9))
+        assert chat_text(reader, CHAT, date=date) == expected
+    assert rendered({"messages": CHAT}, DOMAIN, reader) == chat_text(reader, CHAT)
+
+
+def test_the_dates_have_every_month_and_every_day_of_the_week():
+    assert {date.month for date in DATES} == {*range(1, 13)} and {date.weekday() for date in DATES} == {*range(7)}
