@@ -8,11 +8,11 @@ from weakref import ref
 
 import pytest
 import torch
-from helpers import recovery_config, save_with_tokenizer
+from helpers import recovery_config, save_with_tokenizer, unread
 from models import CHATML, build, config, real_text_model, token_ids, tokenizer
 from transformers import TrainerCallback
 
-from optimum_structprune import Recovery, StructPruneError, prune_model, recover
+from optimum_structprune import DomainConfig, Recovery, StructPruneError, prune_model, recover
 from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.forward.metrics import divergence
@@ -68,9 +68,7 @@ def test_prompts_of_a_file(chats, tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.txt").write_text("Why do apples fall down?\n\nHi\n")
     (tmp_path / "bad.jsonl").write_text('\n{"question": "Why?"}')
-    for name, content in (("number", 3), ("parts", [{"text": {"value": "Hi"}}])):
-        row = {"messages": [{"role": "user", "content": content}]}
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    (tmp_path / "number.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": 3}]}))
     (tmp_path / "none.txt").write_text("\n")
     found = [prompts_of(str(tmp_path / f"own.{kind}"), *chats, token_ids(), 0) for kind in ("jsonl", "txt")]
     texts = [sorted(map(chats[1].decode, ids)) for ids in found]
@@ -78,15 +76,14 @@ def test_prompts_of_a_file(chats, tmp_path):
     for name, message in (
         ("bad.jsonl", "line 2, is no prompt"),
         ("number.jsonl", "line 1, is no prompt.*a message needs a role and a text"),
-        ("parts.jsonl", "line 1, is no prompt.*a message needs a role and a text"),
         ("none.txt", "no prompts"),
         ("gone", "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):
             prompts_of(str(tmp_path / name), *chats, token_ids(), 0)
-    pruned, before = deepcopy(chats[0]), deepcopy(chats[0])
-    with pytest.raises(StructPruneError, match="cannot be read"):  # before any text is
-        recover(pruned, chats[1], recovery_config(prompts=str(tmp_path / "gone")), before)
+    asked = recovery_config(prompts=str(tmp_path / "gone"), domains=[DomainConfig("a", unread())])
+    with pytest.raises(StructPruneError, match="cannot be read"):
+        recover(deepcopy(chats[0]), chats[1], asked, chats[0])
 
 
 def test_openings_are_those_of_the_text_without_a_chat_template():

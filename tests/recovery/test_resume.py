@@ -1,19 +1,15 @@
 """A training goes on from its own last checkpoint that is whole, and from no other."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import failing, logits, recovery_config, same_weights, write_texts
-from models import build, documents, full_disk, tokenizer
+from helpers import failing, logits, recovery_config, same_weights
+from models import build, full_disk, tokenizer
 
 from optimum_structprune import StructPruneError, recover
 from optimum_structprune.recovery.trainer import DistillTrainer
@@ -119,39 +115,6 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
     assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in before.parameters()]
     resumed = recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher, resume=True)
     assert same_weights(resumed, whole) and not same_weights(whole, before)
-
-
-KILLED = """
-import os, signal, sys
-from copy import deepcopy
-from pathlib import Path
-from models import build, config, tokenizer
-from transformers import TrainerState
-from optimum_structprune import prune_model, recover
-from recovery.test_resume import settings
-
-def save_to_json(self, path):
-    save(self, path)
-    if self.global_step == 6:
-        os.truncate(path, 200)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-save, TrainerState.save_to_json, folder = TrainerState.save_to_json, save_to_json, Path(sys.argv[1])
-pruned = prune_model(build("llama-tied"), config(), tokenizer())
-recover(pruned, tokenizer(), settings(folder / "run", validation=str(folder / "other.jsonl")))
-"""
-
-
-@pytest.mark.slow
-def test_a_training_that_was_killed_while_it_wrote_a_checkpoint_goes_on(pruned, run, tmp_path):
-    write_texts(tmp_path / "other.jsonl", documents(20, seed=9))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL and (tmp_path / "run" / "checkpoint-6").exists(), done.stderr
-    with pytest.warns(UserWarning, match="checkpoint-6 is passed over"):
-        asked = settings(tmp_path / "run", validation=str(tmp_path / "other.jsonl"))
-        resumed = recover(deepcopy(pruned), tokenizer(), asked, resume=True)
-    torch.testing.assert_close(logits(resumed), logits(run[1]))
 
 
 def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
