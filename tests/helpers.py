@@ -474,10 +474,10 @@ def user_files():
 
 
 def put_into(folder, files) -> None:
-    """Write files, by their paths, with the folders around them."""
+    """Write files of bytes or text, by their paths, with the folders around them."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def contents(folder) -> dict[str, bytes]:

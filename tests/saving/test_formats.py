@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 from models import build, config, tokenizer
 
-from optimum_structprune import DomainConfig, Manifest, Plan, RecoveryConfig, StructPruneConfig, StructPruner
+from optimum_structprune import (
+    DomainConfig,
+    Evaluation,
+    Manifest,
+    Plan,
+    RecoveryConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    dry_run,
+    write_report,
+)
 from optimum_structprune.domains.manifest import Entry
-from optimum_structprune.dryrun import dry_run
-from optimum_structprune.errors import StructPruneError
-from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.record.report import RecoveryReport, Report
-from optimum_structprune.saving.page import write_report
 from optimum_structprune.written import plain, to_json
 
 

@@ -251,9 +251,6 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     assert gguf.GGUFReader(line[2]).get_field("deci.feed_forward_length").contents() == [24, 40]
     assert main([*line, "--pad-uniform"]) == 2 and "afterwards" in capsys.readouterr().err
     assert main([*line[:2], str(tmp_path / "out")]) == 2 and "Name a file OUT.gguf" in capsys.readouterr().err
-    build("cohere2").save_pretrained(tmp_path / "cohere2")
-    assert main(["export", str(tmp_path / "cohere2"), str(tmp_path / "c.gguf")]) == 2
-    assert "this is a cohere2 model" in capsys.readouterr().err
     assert main([*line[:2], str(tmp_path / "out"), "--pad-uniform", "--dtype", "q8_0"]) == 2
     assert "name a file OUT.gguf" in capsys.readouterr().err
 
@@ -297,19 +294,13 @@ def uneven(model_type, **fields):
 
 
 @pytest.mark.parametrize(("config", "architecture"), [
-    (settings("llama"), "llama"),
     (settings("mistral"), "llama"),
-    (settings("qwen2"), "qwen2"),
-    (uneven("llama"), "deci"),
-    (uneven("mistral"), "deci"),
     (uneven("qwen2"), "deci"),
     # qwen2 takes the width of the residual stream for that of all heads.
     (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
     (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
     (settings("qwen3", num_attention_heads=4, num_key_value_heads=2), "qwen3"),
     (uneven("qwen3", tie_word_embeddings=True), "openelm"),
-    (settings("olmo2"), "olmo2"),
-    (settings("phi3"), "phi3"),
     (settings("mixtral"), "llama"),
     (settings("qwen3_moe", norm_topk_prob=True), "qwen3moe"),
     (settings("olmoe", num_key_value_heads=8), "olmoe"),
@@ -321,18 +312,11 @@ def test_the_architecture(config, architecture):
 
 @pytest.mark.parametrize(("config", "reason"), [
     (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may take it"),
-    (settings("qwen3_moe", norm_topk_prob=False), "norm_topk_prob=True only, found False"),
-    (settings("olmoe"), "olmoe takes hidden_size for the width of all"),
     (uneven("olmo2"), "only of llama, mistral, qwen2, qwen3 models.*--pad-uniform"),
-    (uneven("qwen3", tie_word_embeddings=False), "tie_word_embeddings=True only, found False"),
     (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
     (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, found 8"),
-    (settings("qwen3", attention_bias=True), "attention_bias=False only, found True"),
     (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
-    (
-        settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        "rope_type=default, linear, llama3 only, found yarn",
-    ),
+    (settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "only, found yarn"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_what_has_none_gets_the_reason(config, reason):
     assert gguf_architecture(config) is None

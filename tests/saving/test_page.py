@@ -7,9 +7,8 @@ import shutil
 import pytest
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruner
-from optimum_structprune.evaluation.evaluate import Evaluation
-from optimum_structprune.saving.page import PAGE_NAME, page, write_page_or_warn, write_report
+from optimum_structprune import Evaluation, StructPruner, write_report
+from optimum_structprune.saving.page import PAGE_NAME, page, write_page_or_warn
 
 
 PARTS = ("Size", "What it loses and gains", "Trained afterwards", "How it was made")

@@ -3,17 +3,33 @@
 import json
 import logging
 import os
+import re
+from copy import deepcopy
+from html import unescape
+from itertools import product
+from shlex import split
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import contents
+from helpers import contents, put_into, same_weights, save_desk, without_refit, write_texts
 from models import build, config, documents, token_ids, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PretrainedConfig, ViTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig
 
-from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner, write_report
+from optimum_structprune import (
+    DomainConfig,
+    Plan,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    evaluate,
+    write_report,
+)
 from optimum_structprune.arch.spec import MODEL, VOCAB
-from optimum_structprune.saving.save import check_reload, copy_extra_files, settle
+from optimum_structprune.commands.cli import main
+from optimum_structprune.record.plan import PLAN_NAME
+from optimum_structprune.saving.save import check_reload, copy_extra_files
+from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.written import written_files
 
 
@@ -43,16 +59,9 @@ def test_everything_is_saved(run, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def to_half(model):
-    model.to(torch.bfloat16)
-
-
-def to_zero(model):
-    for parameter in model.parameters():
-        parameter.data.zero_()
-
-
-@pytest.mark.parametrize("change", [None, to_half, to_zero])
+@pytest.mark.parametrize("change", [
+    None, lambda model: model.to(torch.bfloat16), lambda model: model.lm_head.weight.data.zero_(),
+])  # fmt: skip
 def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_path, recwarn):
     pruner, out, said = StructPruner(config()), tmp_path / "out", "weights have changed since they were measured"
     model = pruner.prune_model(build("llama-untied"), tokenizer())
@@ -95,11 +104,6 @@ def test_code_that_is_not_there_is_not_named(run, tmp_path):
         del model.config.auto_map
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == remote
     assert "auto_map" not in json.loads((tmp_path / "none" / "config.json").read_text())
-    (tmp_path / "configuration_x.py").write_text("")  # code that is there stays named
-    text = json.dumps({"auto_map": {"AutoConfig": "configuration_x.Config"}})
-    (tmp_path / "config.json").write_text(text)
-    settle(tmp_path / "config.json", PretrainedConfig)
-    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypatch):
@@ -186,9 +190,7 @@ STAYS = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.jso
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy_extra_files")
     build("llama-tied").save_pretrained(folder / "dense")
-    for name in (*SIDE, *NAMED, *STAYS):
-        (folder / "dense" / name).parent.mkdir(exist_ok=True)
-        (folder / "dense" / name).write_text(SIDE.get(name, "theirs"))
+    put_into(folder / "dense", dict.fromkeys((*NAMED, *STAYS), "theirs") | SIDE)
     pruner = StructPruner(config(domains=[DomainConfig("a", documents(60))]))
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", use_safetensors=True)
     pruned = pruner.prune_model(dense, tokenizer())
@@ -227,10 +229,8 @@ def test_what_was_carried_is_part_of_the_result(result):
 def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
     forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken"}
     for kind, size in (("dense", 96), ("same", 96), ("smaller", 64)):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / "config.json").write_text(json.dumps({"text_config": {"vocab_size": size}}))
-    for name in (*forms, "LICENSE"):
-        (tmp_path / "dense" / name).write_text(name)
+        put_into(tmp_path / kind, {"config.json": json.dumps({"text_config": {"vocab_size": size}})})
+    put_into(tmp_path / "dense", dict.fromkeys((*forms, "LICENSE"), "text"))
     dense = SimpleNamespace(name_or_path=tmp_path / "dense")
     for kind, there in (("same", forms), ("smaller", set())):
         copy_extra_files(dense, tmp_path / kind, None)
@@ -240,15 +240,12 @@ def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
 
 def test_what_cannot_be_copied_is_named_and_other_bytes_stay_as_they_are(tmp_path, caplog):
     source, out = tmp_path / "dense", tmp_path / "out"
-    (source / "1_Pooling").mkdir(parents=True)
-    (source / "modules.json").write_text(SIDE["modules.json"])
+    put_into(source, {"modules.json": SIDE["modules.json"], "1_Pooling/config.json": b"\xff\xfe\x00"})
     (source / "LICENSE").symlink_to("nowhere")
     os.mkfifo(source / "pipe.txt")
-    (source / "1_Pooling" / "config.json").write_bytes(b"\xff\xfe\x00")
     copy_extra_files(SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=32)), out, None)
     assert f"Not copied from {source}: LICENSE, pipe.txt." in caplog.text
-    copied = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert copied == {"modules.json": SIDE["modules.json"].encode(), "1_Pooling/config.json": b"\xff\xfe\x00"}
+    assert contents(out) == {"modules.json": SIDE["modules.json"].encode(), "1_Pooling/config.json": b"\xff\xfe\x00"}
 
 
 def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
@@ -259,12 +256,9 @@ def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
         "2_Dense/config.json": '{"in_features": 32, "out_features": 8}',
         "2_Dense/model.safetensors": "32 x 8",
     }
-    for name, text in files.items():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(text)
+    put_into(source, {**files, "sparse_linear.pt": "32"})
     for folder, hidden in ((source, 32), (out / "32", 32), (out / "24", 24)):
         ViTConfig(hidden_size=hidden).save_pretrained(folder)
-    (source / "sparse_linear.pt").write_text("32")
     for hidden in (32, 24):
         model = SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden))
         copy_extra_files(model, out / str(hidden), None)
@@ -284,10 +278,7 @@ def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(t
         "1_SpladePooling/config.json": '{"pooling_strategy": "max", "word_embedding_dimension": 96}',
         "2_MultiVectorMask/config.json": '{"skiplist_words": [], "keep_only_token_ids": [\n  2,\n  80, 95\n ]}',
     }
-    for name, text in files.items():
-        (tmp_path / "dense" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "dense" / name).write_text(text)
-    (tmp_path / "out").mkdir()
+    put_into(tmp_path / "dense", files)
     model.config.vocab_size, model.name_or_path = 64, str(tmp_path / "dense")
     model.config.save_pretrained(tmp_path / "out")
     kept = (*range(62), 80, 95)
@@ -296,3 +287,70 @@ def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(t
     splade, mask = (json.loads((tmp_path / "out" / name).read_text()) for name in [*files][1:])
     assert splade == {"pooling_strategy": "max", "word_embedding_dimension": 64}
     assert mask == {"skiplist_words": [], "keep_only_token_ids": [2, 62, 63]}
+
+
+# --- a record belongs to what it describes: plans, reports and manifests to their model
+
+
+TWO_CONFIGS = (config(refit="none"), config(refit="none", domains=[DomainConfig("c", documents(seed=5))]))
+
+
+def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
+    """Two models by two pruners, saved in any order."""
+    dense, pruners = [build("llama-tied", seed) for seed in (0, 1)], [StructPruner(one) for one in TWO_CONFIGS]
+    runs = []
+    for model, pruner in product(dense, pruners):
+        small = pruner.prune_model(model, tokenizer())
+        runs.append((model, pruner, small, pruner.report.to_dict(), pruner.manifest))
+    for number in (1, 3, 0, 2):
+        model, pruner, small, report, manifest = runs[number]
+        folder = tmp_path / str(number)
+        pruner.save(small, folder, tokenizer())
+        saved = json.loads((folder / "report.json").read_text())
+        assert saved["perplexity"] == json.loads(json.dumps(report["perplexity"]))
+        assert type(manifest).load(folder) == manifest
+        plan = Plan.load(folder / PLAN_NAME)
+        assert same_weights(without_refit(model, plan), small) and plan.sizes["mlp"] == 40
+        for other, _, other_small, *_ in runs:
+            assert (plan.dense == fingerprint(other)) == (other is model) and plan.dense != fingerprint(other_small)
+    pruner.save(deepcopy(small), tmp_path / "copy", tokenizer())  # a copy carries the result too
+    assert Plan.load(tmp_path / "copy" / PLAN_NAME) == Plan.load(folder / PLAN_NAME)
+    with pytest.raises(StructPruneError, match="not what prune_model returned"):
+        pruner.save(model, tmp_path / "dense")
+    # The plan of a second pruning is for the once pruned model, and both together for the dense one.
+    second = StructPruner(config(widths={"mlp": 12}))
+    second.prune_model(small, tokenizer())
+    assert second.plan.dense == fingerprint(small) and second.plan.sizes["mlp"] == 24
+    assert plan.then(second.plan).dense == fingerprint(model)
+    assert Plan.from_dict(second.plan.to_dict()) == second.plan
+
+
+@pytest.mark.slow
+def test_text_that_was_trained_on_is_not_unseen_and_what_the_page_says_repeats_all_of_it(tmp_path, monkeypatch):
+    save_desk(tmp_path, count=200)
+    for name, seed in (("b", 7), ("c", 9)):
+        write_texts(tmp_path / f"{name}.jsonl", documents(200, seed))
+    training = ["--recovery", "tokens=480", "--recovery", f"domains=[{{name: b, source: {tmp_path / 'b.jsonl'}}}]"]
+    line = f"prune {tmp_path / 'model'} {tmp_path / 'out'} --width mlp=24 --domain a={tmp_path / 'a.jsonl'}"
+    assert main([*f"{line} --seq-length 24 --num-samples 6 --device cpu".split(), *training]) == 0
+    domains = [DomainConfig(name, str(tmp_path / f"{file}.jsonl")) for name, file in (("other", "b"), ("new", "c"))]
+    with pytest.warns(UserWarning, match="documents were trained on, in the training domain 'b'"):
+        found = evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokenizer(), domains, seq_length=24)
+    assert found.shared == ["other"]
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    lines = re.findall(r"structprune (?:prune|recover) [^\n<]*", unescape(page))
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*split(line)[1:], "--device", "cpu"]) == 0
+    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "out-again"))
+    assert same_weights(first, again)
+    assert "output_dir" not in (tmp_path / "out" / "recovery_config.json").read_text()
+    assert "none of its documents was used for anything else" in card
+    assert "| b " in card.split("## Trained afterwards")[1].split("## Limits")[0]
+    # The card says it for whoever stands in its folder.
+    commands = re.search(r"```bash\n(.*?)\n```", card, re.DOTALL)[1].splitlines()[:-1]
+    assert len(commands) == 2 and str(tmp_path) not in "".join(commands)
+    monkeypatch.chdir(tmp_path / "out")
+    for line in commands:
+        assert main([str(tmp_path / "model") if word == "DENSE" else word for word in split(line)[1:]]) == 0
+    assert same_weights(first, AutoModelForCausalLM.from_pretrained("again"))
