@@ -13,13 +13,13 @@ import yaml
 from helpers import today_is, whole_model_at_once, write_texts
 from models import build, config, real_text_model, token_ids, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, Manifest, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.domains.manifest import CALIBRATED, Manifest
+from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.sources import documents, presets, resolve
 from optimum_structprune.domains.templates import DATES, chat_text, rendered

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import render_texts
 import torch
+from helpers import put_into
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
@@ -20,13 +21,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from optimum_structprune.config.domains import DomainConfig
-from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
 from optimum_structprune.domains import sources
 from optimum_structprune.domains.load import load_domains, num_heldout, split_samples
 from optimum_structprune.domains.packing import prefix_token
 from optimum_structprune.domains.sources import builtin_documents, documents, sections
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.system.disk import used_paths
 
 
@@ -191,14 +190,11 @@ def test_a_text_file_is_one_document_unless_it_is_large(tmp_path):
 
 def test_globs_and_folders_read_all_kinds_and_nothing_else(tmp_path):
     folder = tmp_path / ".hidden" / "a[b]"
-    (folder / "deep").mkdir(parents=True)
+    blank = '{"n": 0, "text": null}\n{"n": 0, "text": ""}\n'
+    put_into(folder, {"README.md": "not read", "deep/a.md": "not read", "empty.jsonl": "", "blank.jsonl": blank})
+    put_into(folder, {".checkpoints/f.jsonl": '{"n": 0, "text": "hidden"}\n'})
     for i, name in enumerate(("a.jsonl", "b.csv", "deep/c.parquet", "deep/d.txt", "e.json")):
         write(folder / name, [f"document {i}"])
-    (folder / "README.md").write_text("not read")
-    (folder / ".checkpoints").mkdir()
-    write(folder / ".checkpoints" / "f.jsonl", ["hidden"])
-    (folder / "empty.jsonl").write_text("")
-    (folder / "blank.jsonl").write_text('{"n": 0, "text": null}\n{"n": 0, "text": ""}\n')
     everything = [f"document {i}" for i in range(5)]
     assert sorted(read(str(folder))) == sorted(read(f"{tmp_path}/.hidden/**/*")) == everything
     assert read(f"{tmp_path}/.hidden/*/*.jsonl") == ["document 0"] and read(str(folder / "empty.jsonl")) == []
@@ -265,11 +261,8 @@ def test_a_hub_dataset(monkeypatch):
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.md").write_text("notes")
-    (tmp_path / "other.jsonl").write_text('{"id": 1, "body": "x"}\n')
-    (tmp_path / "numbers.csv").write_text("text\n1\n1\n")
-    (tmp_path / "broken.jsonl").write_text('{"text": broken')
-    (tmp_path / "utf16.csv").write_text("text\ncafé\n", encoding="utf-16")
+    put_into(tmp_path, {"notes.md": "notes", "other.jsonl": '{"id": 1, "body": "x"}\n', "numbers.csv": "text\n1\n1\n"})
+    put_into(tmp_path, {"broken.jsonl": '{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")})
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import BertProcessing, TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_structprune.errors import StructPruneError
+from optimum_structprune import StructPruneError
 from optimum_structprune.forward.metrics import divergence
 from optimum_structprune.vocabulary.parts import Parts, divergence_from_dense
 from optimum_structprune.vocabulary.tokens import Vocabulary
