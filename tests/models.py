@@ -11,22 +11,13 @@ from functools import cache
 from itertools import islice
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, StructPruneConfig
 from optimum_structprune.domains.sources import builtin_documents
@@ -179,10 +170,10 @@ def multimodal(model_type: str, text: str | None, fields: dict, vision: str | No
     """An entry of OTHERS for a model of text and pictures, whose halves name their own model types or none."""
     halves = {"text_config": (text, fields), "vision_config": (vision, patches or PATCHES)}
     named = {name: {**({"model_type": own} if own else {}), **values} for name, (own, values) in halves.items()}
-    return AutoModelForImageTextToText, model_type, named
+    return transformers.AutoModelForImageTextToText, model_type, named
 
 
-MASKED = AutoModelForMaskedLM
+MASKED, PICTURES = transformers.AutoModelForMaskedLM, transformers.AutoModelForImageClassification
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
 BART = {
     **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36},
@@ -193,7 +184,7 @@ GEMMA_4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 
 # name -> (class, model type, config fields): what is no causal language model alone
 OTHERS: dict[str, tuple[type, str, dict]] = {
     "bert": (MASKED, "bert", PLAIN),
-    "bert-no-head": (AutoModel, "bert", PLAIN),
+    "bert-no-head": (transformers.AutoModel, "bert", PLAIN),
     "roberta": (MASKED, "roberta", PLAIN),
     "xlm-roberta": (MASKED, "xlm-roberta", PLAIN),
     "camembert": (MASKED, "camembert", PLAIN),
@@ -201,10 +192,10 @@ OTHERS: dict[str, tuple[type, str, dict]] = {
     "electra": (MASKED, "electra", {**PLAIN, "embedding_size": 16}),
     "modernbert": (MASKED, "modernbert", {**PLAIN, "local_attention": 8, "global_attn_every_n_layers": 2}),
     "deberta-v2": (MASKED, "deberta-v2", {**PLAIN, **DEBERTA}),
-    "t5": (AutoModelForSeq2SeqLM, "t5", T5),
-    "t5-gated": (AutoModelForSeq2SeqLM, "t5", {**T5, "feed_forward_proj": "gated-gelu"}),
-    "bart": (AutoModelForSeq2SeqLM, "bart", BART),
-    "vit": (AutoModelForImageClassification, "vit", {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "t5": (transformers.AutoModelForSeq2SeqLM, "t5", T5),
+    "t5-gated": (transformers.AutoModelForSeq2SeqLM, "t5", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": (transformers.AutoModelForSeq2SeqLM, "bart", BART),
+    "vit": (PICTURES, "vit", {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "llava": multimodal("llava", "llama", GROUPED, "clip_vision_model"),
     "llava_next": multimodal("llava_next", "llama", GROUPED, "clip_vision_model"),
     "llava_onevision": multimodal("llava_onevision", "qwen2", GROUPED, "siglip_vision_model"),

@@ -1,8 +1,10 @@
 """The files of a result keep to their schemas, and those of later versions are refused."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from importlib.resources import files
+from math import nan
 
 import pytest
 from hypothesis import given, settings
@@ -10,19 +12,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 from models import build, config, tokenizer
 
-from optimum_structprune import (
-    DomainConfig,
-    Evaluation,
-    Manifest,
-    Plan,
-    RecoveryConfig,
-    StructPruneConfig,
-    StructPruneError,
-    StructPruner,
-    dry_run,
-    write_report,
-)
-from optimum_structprune.domains.manifest import Entry
+from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruner, write_report
+from optimum_structprune.domains.manifest import Entry, Manifest
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.record.report import RecoveryReport, Report
 from optimum_structprune.written import plain, to_json
 
@@ -31,8 +23,9 @@ SCHEMAS = {
     path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
     for path in files("optimum_structprune.saving").joinpath("schemas").iterdir()
 }
+CONFIG = "structprune_config"
 LOADERS = {
-    "structprune_config": StructPruneConfig.from_pretrained,
+    CONFIG: StructPruneConfig.from_pretrained,
     "calibration_manifest": Manifest.load,
     "pruning_plan": lambda folder: Plan.load(folder / "pruning_plan.json"),
 }
@@ -116,13 +109,7 @@ leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | s
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner))
 
 
-def strict(text: str):
-    """What a reader takes that knows no `NaN` and no `Infinity`."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+strict = partial(json.loads, parse_constant=pytest.fail)  # who knows no `NaN` and no `Infinity`
 
 
 @settings(max_examples=40)
@@ -133,19 +120,13 @@ def test_every_value_becomes_json_that_stays_as_it_is(value):
     assert to_json(strict(document)) == document
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
-    shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": bad, "loss": 1.5}
+def test_reports_write_null_for_what_is_no_number(tmp_path):
+    shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": nan, "loss": 1.5}
     sizes = {"before": 4, "after": 2}
     report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, shapes=[shape])
-    report.recovery = RecoveryReport(perplexity={"a": {"pruned": 2.0, "recovered": bad}})
+    report.recovery = RecoveryReport(perplexity={"a": {"pruned": 2.0, "recovered": nan}})
     report.save(tmp_path / "report.json")
     read = strict((tmp_path / "report.json").read_text())
     assert read["shapes"][0]["predicted_loss"] is None and read["shapes"][0]["loss"] == 1.5
     assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
     Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
-    Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")
-    assert strict((tmp_path / "evaluation.json").read_text())["divergence"] == {"a": None}
-    plan = dry_run(build("llama-tied").config, config())
-    replace(plan, notes=(bad,)).save(tmp_path / "plan.json")
-    assert strict((tmp_path / "plan.json").read_text())["notes"] == [None]

@@ -15,27 +15,12 @@ import torch
 from helpers import contents, put_into, recovery_config
 from models import build, config, full_disk, tokenizer
 
-from optimum_structprune import (
-    DomainConfig,
-    RecoveryConfig,
-    RunOptions,
-    StructPruneError,
-    StructPruner,
-    export_nemotron_nas,
-    prune_model,
-)
+from optimum_structprune import RecoveryConfig, RunOptions, StructPruner, export_nemotron_nas, prune_model
+from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.saving.save import save_checked
-from optimum_structprune.system.disk import (
-    OFFLOAD,
-    SAVING,
-    Output,
-    check_apart,
-    check_folder,
-    is_write_error,
-    remove_checkpoints,
-    unchanging,
-    used_paths,
-)
+from optimum_structprune.system import disk
+from optimum_structprune.system.disk import OFFLOAD, SAVING, Output, check_apart, check_folder
 from optimum_structprune.written import LIST_NAME
 
 
@@ -125,9 +110,9 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_model_that_is_replaced_while_it_is_read_is_refused(tmp_path, change):
     out = result(tmp_path / "out")
-    with unchanging(out), unchanging("owner/name"):
+    with disk.unchanging(out), disk.unchanging("owner/name"):
         (out / "report.html").write_text("")  # says nothing of the model
-    with pytest.raises(StructPruneError, match="out was written to while this run read it"), unchanging(out):
+    with pytest.raises(StructPruneError, match="out was written to while this run read it"), disk.unchanging(out):
         change(out / "model.safetensors")
 
 
@@ -135,7 +120,7 @@ def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_p
     put_into(tmp_path, {"1.txt": "", "2.txt": ""})
     domains = [DomainConfig(name="a", source=f"{tmp_path}/*.txt"), DomainConfig(name="b", source=["in memory"])]
     recovery = RecoveryConfig(domains=[DomainConfig(name="c", source="c.jsonl")], training={"output_dir": "steps"})
-    names = used_paths(config(domains=domains, recovery=recovery), None, RunOptions(checkpoint_dir="rounds"))
+    names = disk.used_paths(config(domains=domains, recovery=recovery), None, RunOptions(checkpoint_dir="rounds"))
     assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
     out = tmp_path / "out"
     for folder in (out, f"{out}/steps"):
@@ -198,7 +183,7 @@ def test_only_checkpoints_are_removed(tmp_path):
     state = "checkpoint-2/trainer_state.json"
     put_into(tmp_path, dict.fromkeys([f"a/{state}", f"b/{state}", "b/notes/thesis.txt"], ""))
     for name in "abc":
-        remove_checkpoints(tmp_path / name)
+        disk.remove_checkpoints(tmp_path / name)
     assert names(tmp_path) == ["b"] and names(tmp_path / "b") == ["notes"]
 
 
@@ -326,8 +311,8 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
 
 def test_errors_of_torch_that_say_no_file_are_told_by_their_words():
     """torch writes the state of an optimizer by a stream of C++."""
-    assert is_write_error(RuntimeError("basic_ios::clear: iostream error"))
-    assert not is_write_error(RuntimeError("shape mismatch"))
+    assert disk.is_write_error(RuntimeError("basic_ios::clear: iostream error"))
+    assert not disk.is_write_error(RuntimeError("shape mismatch"))
 
 
 def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):

@@ -16,26 +16,10 @@ from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
 from optimum_structprune.removals.resize import drop_tokens_
-from optimum_structprune.vocabulary import count
-from optimum_structprune.vocabulary.choose import (
-    ALWAYS,
-    LANGUAGE,
-    PRIOR,
-    TEXT,
-    USUAL,
-    VocabularyRequest,
-    wanted_shares,
-)
+from optimum_structprune.vocabulary import choose, count, languages
+from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
-from optimum_structprune.vocabulary.languages import (
-    CHOOSING,
-    cost_by_language,
-    known,
-    script,
-    scripts_of,
-    texts,
-    tokens_by_language,
-)
+from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
 
 
@@ -106,13 +90,13 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     domains = [of_text("named", "a ab", 0.75), of_text("general", "дa c ab b", 0.25)]
     asked = config(domains=[DomainConfig("named", "builtin:math")])
     shares, entries = wanted_shares(asked, domains, None, WORDS)
-    assert shares[ALWAYS].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
-    assert dict(zip(WORDS.names, shares[TEXT].tolist(), strict=True)) == {
+    assert shares[choose.ALWAYS].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert dict(zip(WORDS.names, shares[choose.TEXT].tolist(), strict=True)) == {
         **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
     }  # fmt: skip
-    assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares[LANGUAGE].any()
-    other = shares[USUAL]
-    assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(PRIOR)
+    assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares[choose.LANGUAGE].any()
+    other = shares[choose.USUAL]
+    assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(choose.PRIOR)
     assert other[3] < min(other[:3]) and other[:3].tolist() == sorted(other[:3], reverse=True)
 
 
@@ -169,7 +153,7 @@ def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_languag
     assert tokens["en"] < tokens["fi"] < tokens["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
     bits = cost_by_language(model, tokenizer, True, ["en", "de", "ta"])
     assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
-    assert known(bits) >= {"en"} == known({"en": 1.0, "de": 3.0})
+    assert languages.known(bits) >= {"en"} == languages.known({"en": 1.0, "de": 3.0})
     few = len(tokens_by_language(tokenizer)["en"]) + 1
     assert [*cost_by_language(model, tokenizer, True, ["en", "de"], most=few)] == ["en"]
     assert cost_by_language(model, tokenizer, False, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
@@ -179,9 +163,9 @@ def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
     assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
     assert [script(text) for text in ("\u093f", "१", "\u0301", "2nd", "♥")] == ["DEVANAGARI"] * 2 + ["", "LATIN", ""]
     vocabulary = Vocabulary.of(real_text_model()[1])
-    everything = scripts_of(vocabulary, range(vocabulary.size))
+    everything = languages.scripts_of(vocabulary, range(vocabulary.size))
     assert everything["LATIN"] > 26 and "" not in everything
-    assert scripts_of(vocabulary, [0]).total() <= 1
+    assert languages.scripts_of(vocabulary, [0]).total() <= 1
 
 
 # The value of a field of the config (the first two) or of the generation config, from two ids and another number.
