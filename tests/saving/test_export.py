@@ -4,21 +4,14 @@ import json
 
 import pytest
 import torch
-from helpers import logits, without_refit
+from helpers import logits, save_with_tokenizer, without_refit
 from models import GROUPED, build, config, random_model, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import (
-    Manifest,
-    Plan,
-    StructPruneConfig,
-    StructPruneError,
-    StructPruner,
-    export_nemotron_nas,
-    export_uniform,
-)
+from optimum_structprune import Manifest, Plan, StructPruneConfig, StructPruner, export_nemotron_nas, export_uniform
 from optimum_structprune.commands.cli import main
+from optimum_structprune.errors import StructPruneError
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +126,7 @@ def test_what_the_form_cannot_say_is_refused(fields, words, tmp_path):
 
 def test_the_command(tmp_path, capsys):
     small = model(groups=(4, 4))
-    small.save_pretrained(tmp_path / "in")
-    tokenizer().save_pretrained(tmp_path / "in")
+    save_with_tokenizer(small, tmp_path / "in")
     command = ["export", str(tmp_path / "in"), str(tmp_path / "out")]
     assert main([*command, "--format", "nemotron-nas"]) == 0
     assert "padding adds 0 parameters" in capsys.readouterr().out

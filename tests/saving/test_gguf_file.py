@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers import save_with_tokenizer
 from models import GROUPED, build, config, full_disk, tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers import pre_tokenizers as steps
@@ -146,17 +147,6 @@ def test_sizes_are_those_of_each_layer_or_of_all(differing, alike, tmp_path):
     assert written(windowed)["llama.context_length"] == 16, "a text is no longer than a sliding window"
 
 
-def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope["original_max_position_embeddings"] = 32
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**GROUPED, "rope_parameters": rope}))
-    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
-    factors = next(t.data for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name == "rope_freqs.weight")
-    plain = 1e4 ** -(np.arange(0, 4, 2) / 4)
-    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
-    assert factors.max() > 1
-
-
 def test_a_vocabulary_of_bytes(alike, tmp_path):
     tokens = reader(pieces=False)
     tokens.add_tokens(["<|tool|>", "word"])
@@ -242,8 +232,7 @@ def test_what_may_be_replaced(alike, tmp_path):
 
 
 def test_on_the_command_line(differing, tmp_path, capsys):
-    for saved in (differing, reader(pieces=False)):
-        saved.save_pretrained(tmp_path / "pruned")
+    save_with_tokenizer(differing, tmp_path / "pruned", reader(pieces=False))
     line = ["export", str(tmp_path / "pruned"), str(tmp_path / "new" / "out.gguf"), "--device", "cpu"]
     assert main([*line, "--dtype", "bf16", "--json", "--quiet"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -258,9 +247,7 @@ def test_on_the_command_line(differing, tmp_path, capsys):
 def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
     """Whatever cannot be written is refused before the weights, which are none here, are read."""
     monkeypatch.chdir(tmp_path)
-    model, tokens = build("llama-tied"), reader(pieces=False)
-    for saved in (model, tokens):
-        saved.save_pretrained("model")
+    save_with_tokenizer(build("llama-tied"), "model", reader(pieces=False))
     Path("text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     few = "--text text.jsonl --general-share 0 --num-samples 4 --seq-length 16"
     line = ["prune", "model", "small/", "--width", "mlp=32", "--device", "cpu", *few.split(), "--quiet"]
@@ -289,30 +276,9 @@ def settings(model_type, **fields):
     return AutoConfig.for_model(model_type, **{**GROUPED, **fields})
 
 
-def uneven(model_type, **fields):
-    return settings(model_type, per_layer_config={1: {"intermediate_size": 24}}, **fields)
-
-
-@pytest.mark.parametrize(("config", "architecture"), [
-    (settings("mistral"), "llama"),
-    (uneven("qwen2"), "deci"),
-    # qwen2 takes the width of the residual stream for that of all heads.
-    (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
-    (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
-    (settings("qwen3", num_attention_heads=4, num_key_value_heads=2), "qwen3"),
-    (uneven("qwen3", tie_word_embeddings=True), "openelm"),
-    (settings("mixtral"), "llama"),
-    (settings("qwen3_moe", norm_topk_prob=True), "qwen3moe"),
-    (settings("olmoe", num_key_value_heads=8), "olmoe"),
-    (settings("gemma3_text", query_pre_attn_scalar=4), "gemma3"),
-], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
-def test_the_architecture(config, architecture):
-    assert gguf_architecture(config) == architecture and gguf_refusal(config) is None
-
-
 @pytest.mark.parametrize(("config", "reason"), [
     (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may take it"),
-    (uneven("olmo2"), "only of llama, mistral, qwen2, qwen3 models.*--pad-uniform"),
+    (settings("olmo2", per_layer_config={1: {"intermediate_size": 24}}), "only of llama.*--pad-uniform"),
     (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
     (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, found 8"),
     (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),

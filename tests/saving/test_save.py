@@ -16,18 +16,10 @@ from helpers import contents, put_into, same_weights, save_desk, without_refit, 
 from models import build, config, documents, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig
 
-from optimum_structprune import (
-    DomainConfig,
-    Plan,
-    StructPruneConfig,
-    StructPruneError,
-    StructPruner,
-    evaluate,
-    write_report,
-)
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, evaluate, write_report
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.commands.cli import main
-from optimum_structprune.record.plan import PLAN_NAME
+from optimum_structprune.record.plan import PLAN_NAME, Plan
 from optimum_structprune.saving.save import check_reload, copy_extra_files
 from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.written import written_files
@@ -141,11 +133,6 @@ def test_a_half_precision_model_with_its_own_attention_is_saved(tmp_path):
     with torch.device("meta"):  # as a GPU that the user has made the default one
         pruner.save(pruned, tmp_path / "out")
     assert pruned.training and pruned.config._attn_implementation == "eager"
-    with torch.no_grad():
-        pruned.model.layers[0].mlp.down_proj.weight.zero_()
-    with pytest.raises(StructPruneError, match="gives other outputs"):
-        check_reload(pruned, tmp_path / "out")
-    assert pruned.training
 
 
 def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
@@ -163,13 +150,6 @@ def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
     (again,) = loaded
     assert again.config.text_config._attn_implementation == "sdpa"
     assert again.config.vision_config._attn_implementation == "eager"
-
-
-def test_the_dense_model_is_not_saved_as_the_pruned_one(run, tmp_path):
-    for pruner, other in ((run[0], "llama-tied"), (run[0], "mistral"), (StructPruner(config()), "llama-tied")):
-        with pytest.raises(StructPruneError, match="is not what prune_model returned"):
-            pruner.save(build(other), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 CONFIGS = ("preprocessor_config", "processor_config", "video_preprocessor_config", "chat_template")
@@ -315,8 +295,9 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
             assert (plan.dense == fingerprint(other)) == (other is model) and plan.dense != fingerprint(other_small)
     pruner.save(deepcopy(small), tmp_path / "copy", tokenizer())  # a copy carries the result too
     assert Plan.load(tmp_path / "copy" / PLAN_NAME) == Plan.load(folder / PLAN_NAME)
-    with pytest.raises(StructPruneError, match="not what prune_model returned"):
-        pruner.save(model, tmp_path / "dense")
+    for saver, other in ((pruner, model), (pruner, build("mistral")), (StructPruner(config()), model)):
+        with pytest.raises(StructPruneError, match="not what prune_model returned"):
+            saver.save(other, tmp_path / "dense")
     # The plan of a second pruning is for the once pruned model, and both together for the dense one.
     second = StructPruner(config(widths={"mlp": 12}))
     second.prune_model(small, tokenizer())
