@@ -64,14 +64,12 @@ def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer):
     assert generated.vocabulary_words(reader) == ["1", "a", "ing"]
 
 
-def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, cache):
+def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     texts = first(writer, 6)
     assert torch.equal(torch.rand(3), expected)
-    shutil.rmtree(cache)
-    assert first(writer, 6) == texts
     assert first(writer, 6, seed=1) != texts
 
 
@@ -218,8 +216,7 @@ def test_pruned_on_what_it_wrote_itself(writer, caplog):
     pruner = StructPruner(StructPruneConfig.from_dict(own().to_dict()))
     assert pruner.prune_model(*writer).config.intermediate_size == 1024
     entry, seconds = pruner.manifest.domains[0], pruner.report.seconds
-    assert entry.origin["source"] == "self:math"
-    assert entry.calibration_tokens == 2 * 32
+    assert (entry.origin["source"], entry.calibration_tokens) == ("self:math", 2 * 32)
     assert min(seconds["writing"], seconds["domains"]) > 0, "writing is announced and timed apart from reading"
     stages = ["domains …", "writing …", "perplexity …", "other text …", "round 1 …"]
     assert [line for line in caplog.messages if "…" in line] == stages

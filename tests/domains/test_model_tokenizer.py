@@ -13,18 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_structprune import (
-    DomainConfig,
-    StructPruneError,
-    StructPruner,
-    evaluate,
-    export_gguf,
-    prune_model,
-    recover,
-)
+from optimum_structprune import DomainConfig, StructPruner, evaluate, export_gguf, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
 from optimum_structprune.domains.packing import Passages
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, sample_losses
 

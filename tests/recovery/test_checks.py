@@ -14,16 +14,9 @@ from torch.distributed import HashStore, destroy_process_group, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, LlamaForCausalLM
 
-from optimum_structprune import (
-    DomainConfig,
-    Recovery,
-    StructPruneError,
-    StructPruner,
-    across_processes,
-    export_gguf,
-    prune_model,
-    recover,
-)
+from optimum_structprune import Recovery, StructPruner, across_processes, export_gguf, prune_model, recover
+from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.teacher import load_teacher
 

@@ -11,22 +11,13 @@ from models import CASES, build, config, documents, real_text_model, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from optimum_structprune import (
-    DomainConfig,
-    Manifest,
-    Recovery,
-    RecoveryConfig,
-    StructPruneConfig,
-    StructPruneError,
-    StructPruner,
-    evaluate,
-    prune_model,
-    recover,
-)
+from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruner, evaluate, prune_model, recover
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import EXPERT
+from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.domains.load import texts_of
-from optimum_structprune.domains.manifest import JUDGED, TRAINED
+from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.text import text_config, training_text, validation_text
 from optimum_structprune.recovery.trainer import DistillTrainer, NothingGainedWarning
@@ -57,7 +48,7 @@ WAYS = [{}, {"train": "full", "lora": {}}]
 
 
 @pytest.mark.parametrize("fields", WAYS)
-def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned, fields, tmp_path):
+def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned, small, fields, tmp_path):
     class Watch(TrainerCallback):
         steps = 0
 
@@ -65,16 +56,15 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
             self.steps += 1
             control.should_training_stop = self.steps == 4
 
-    before, watch = deepcopy(pruned), Watch()
+    watch, old = Watch(), small.state_dict()
     recovery = Recovery(recovery_config(training={"save_steps": 2}, **fields), callbacks=[watch])
     recovered = recovery.recover_model(pruned, tokenizer())
     assert watch.steps == recovery.report.steps == 4
-    assert recovered is pruned and [*recovered.state_dict()] == [*before.state_dict()]
-    old = before.state_dict()
+    assert recovered is pruned and [*recovered.state_dict()] == [*old]
     changed = [name for name, value in recovered.state_dict().items() if not torch.equal(value, old[name])]
     assert changed if not fields else changed == [*old]
-    assert recovered.training == before.training and recovered.lm_head.weight is recovered.model.embed_tokens.weight
-    assert computing(recovered.config) == computing(before.config) and recovered.config.use_cache
+    assert recovered.training == small.training and recovered.lm_head.weight is recovered.model.embed_tokens.weight
+    assert computing(recovered.config) == computing(small.config) and recovered.config.use_cache
     assert all(parameter.requires_grad and parameter.grad is None for parameter in recovered.parameters())
     recovered.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -137,13 +127,12 @@ def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_b
 
 
 @pytest.mark.parametrize(("rate", "fields"), [(0.0, {}), (1e3, {"train": "full", "lora": {}})])
-def test_a_training_that_brings_nothing_gives_the_model_back(pruned, rate, fields):
-    before = deepcopy(pruned)
+def test_a_training_that_brings_nothing_gives_the_model_back(pruned, small, rate, fields):
     recovery = Recovery(recovery_config(tokens=192, training={"learning_rate": rate}, **fields))
     with pytest.warns(NothingGainedWarning, match="no checkpoint was better"):
         recovered = recovery.recover_model(pruned, tokenizer())
     assert recovery.report.kept_step == 0 and "no checkpoint was better" in str(recovery.report)
-    assert torch.equal(logits(recovered), logits(before)) and recovered is pruned
+    assert torch.equal(logits(recovered), logits(small)) and recovered is pruned
 
 
 def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
@@ -192,8 +181,7 @@ def test_code_of_a_teacher_runs_only_where_it_is_trusted(pruned, tmp_path):
     recover(pruned, tokenizer(), recovery_config(tokens=96), teacher=str(tmp_path), trust_remote_code=True)
 
 
-def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
-    before = deepcopy(pruned)
+def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, small, tmp_path):
     with pytest.raises(StructPruneError, match="'none' is empty"):
         recover(pruned, tokenizer(), recovery_config(domains=[DomainConfig(name="none", source=[])]))
     with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
@@ -208,7 +196,7 @@ def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         recover(pruned, tokenizer(), recovery_config(training={"output_dir": str(tmp_path / "nowhere")}), resume=True)
     with pytest.raises(StructPruneError, match="float16, which is too coarse"):
         recover(deepcopy(pruned).half(), tokenizer(), recovery_config(**WAYS[1]))
-    assert same_weights(pruned, before)
+    assert same_weights(pruned, small)
 
 
 def test_saved_configs_of_before_still_load():
