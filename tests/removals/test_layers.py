@@ -38,12 +38,8 @@ def deep(case):
     text[key] = 5
     if "layer_types" in text:
         text["layer_types"] = [text["layer_types"][index] for index in (0, 1, 1, 0, 1)]
-    if "no_rope_layers" in text:
-        text["no_rope_layers"] = [1, 0, 1, 1, 0]
-    if "mlp_only_layers" in text:
-        text["mlp_only_layers"] = [0, 3]
-    if "first_k_dense_replace" in text:
-        text["first_k_dense_replace"] = 2
+    of_layers = {"no_rope_layers": [1, 0, 1, 1, 0], "mlp_only_layers": [0, 3], "first_k_dense_replace": 2}
+    text |= {name: value for name, value in of_layers.items() if name in text}
     return random_model(auto, model_type, fields)
 
 

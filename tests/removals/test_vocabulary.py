@@ -12,28 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import failing, recovery_config, same_weights, unread, with_long
-from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from helpers import failing, recovery_config, same_weights, save_with_tokenizer, unread, with_long
+from models import GROUPED, PLAIN, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from optimum_structprune import (
-    DomainConfig,
-    RunOptions,
-    StructPruneError,
-    StructPruner,
-    attach_pruner,
-    dry_run,
-    perplexity,
-    prune_model,
-    recover,
-)
+from optimum_structprune import RunOptions, StructPruner, attach_pruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.cli import main
+from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Passages, document_hash
 from optimum_structprune.domains.sources import builtin_documents
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
@@ -83,9 +75,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
     assert model.config.vocab_size == 400 == len(reader())
     ids = same_as_dense(pruner, small, model)
-    with pytest.raises(
-        StructPruneError, match="of 96 tokens, is not that of .*which has 320 tokens .*pruner.tokenizer"
-    ):
+    with pytest.raises(StructPruneError, match="of 96 tokens, is not that of .*which has 320 tokens"):
         pruner.save(small, tmp_path / "out", tokenizer())
     for number, given in enumerate((None, reader(), pruner.tokenizer)):
         pruner.save(small, tmp_path / str(number), given)
@@ -96,7 +86,6 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
     assert 0 < pruner.report.scripts["LATIN"] <= 80
     trimmed = pruner.report.trimmed
-    assert {"always", "text"} <= trimmed["reasons"].keys() and len(trimmed["reason_of_each"]) == 320
     assert Counter(trimmed["reason_of_each"]) == {name[0]: of for name, of in trimmed["reasons"].items()}
     english = pruner.report.languages["en"]
     assert english["known"] and not english["wanted"] and english["before"] > 0 < english["after"]
@@ -152,8 +141,7 @@ def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_pat
     model = text_model()
     model.resize_token_embeddings(464)  # as embeddings are padded for kernels
     model.config.pad_token_id, model.generation_config.eos_token_id = 463, [2, 450]
-    for part in (model, reader()):
-        part.save_pretrained(tmp_path / "dense")
+    save_with_tokenizer(model, tmp_path / "dense", reader())
     for number in (448, 402, 330):
         pruner, small = pruned(model, widths={"vocab": number})
         keep = pruner.plan.keep[-1, "vocab"]
@@ -177,17 +165,9 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == reader().get_vocab()
     assert pruner.report.trimmed["tokens"] == 16 and pruner.report.trimmed["respelled"] == 0
     assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
-
-
-@pytest.mark.parametrize(("auto", "kind", "fields"), [
-    (AutoModelForMaskedLM, "bert", PLAIN),
-    (AutoModelForSeq2SeqLM, "t5", T5),
-])  # fmt: skip
-def test_what_is_no_causal_model_can_lose_tokens_too(auto, kind, fields, tmp_path):
-    model = text_model(auto, kind, fields)
-    pruner, small = pruned(model, widths={"vocab": 350, "mlp": 24} if kind == "bert" else {"vocab": 350})
-    assert small.config.vocab_size == 350 and pruner.report.embeddings.keys() == {"math", "prose"}
-    pruner.save(small, tmp_path / "out")
+    joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
+    assert joint.report.trimmed["tokens"] == 464 - small.config.vocab_size > 0
+    assert joint.report.trimmed["respelled"] == 0
 
 
 @pytest.mark.parametrize("fields", [
@@ -222,16 +202,13 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
     assert small.num_parameters() <= 0.9 * model.num_parameters() and small.config.vocab_size == 320
     planned = dry_run(model.config, asking(**budget))
     assert planned.widths == {"vocab": 320} and planned.parameters.after == small.num_parameters()
-    operations = dry_run(model.config, asking(**{**budget, "budget": {"flops_per_token": 0.95}}))
-    assert operations.widths["vocab"] < 400
     share = 2 * 32 * 400 / model.num_parameters()
     assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
 
 
 def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_text(tmp_path, capsys):
     model = text_model()
-    for part in (model, reader()):
-        part.save_pretrained(tmp_path)
+    save_with_tokenizer(model, tmp_path, reader())
     flags = "--tokens --languages en,de --domain math=builtin:math --general-share 0 --num-samples 8 --seq-length 48"
     assert main(["plan", str(tmp_path), *flags.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -268,16 +245,11 @@ def test_users_keep_tokens_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
-    (
-        {"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)},
-        "budget parameters=[0-9,]+ cannot be met: with all that may go from vocab the model still has",
-    ),
+    ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with all that may go from vocab"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
-    (
-        {"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
-        "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
-    ),
+    ({"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
+     "Tokens take no part of the cache_bytes_per_token"),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip
@@ -313,8 +285,7 @@ def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, mo
 @pytest.mark.slow
 def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     model = text_model()
-    for part in (model, reader()):
-        part.save_pretrained(tmp_path / "dense")
+    save_with_tokenizer(model, tmp_path / "dense", reader())
     training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
     pruner, small = pruned(model, recovery=training, widths={"vocab": 320, "mlp": 24})
     report = pruner.report.recovery
@@ -325,9 +296,7 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
     unknown = type(model)(model.config)  # a copy would carry the tokenizer of the first
     unknown.load_state_dict(model.state_dict())
-    with pytest.raises(
-        StructPruneError, match=r"nothing says which are the same; pass its tokenizer \(teacher_tokenizer"
-    ):
+    with pytest.raises(StructPruneError, match="nothing says which are the same"):
         recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
     # A model in memory comes from no place where its tokenizer lies; the run has seen that of this one.
     for teacher, theirs in ((tmp_path / "dense", None), (model, None), (unknown, reader())):
@@ -407,8 +376,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
     assert pruner.used_config.targets is None and pruner.report.trimmed
-    outcome = dry_run(model.config, asking(**fields))
-    assert {choice.name for choice in outcome.spaces} == {"vocab", "mlp"} and "how many tokens go" in str(outcome)
+    assert {choice.name for choice in dry_run(model.config, asking(**fields)).spaces} == {"vocab", "mlp"}
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})
         assert only_layers.config.vocab_size == model.config.vocab_size
@@ -420,9 +388,8 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
 @pytest.mark.parametrize("share", [0.95, 0.75, 0.55])
 def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_give_the_rest(share):
     model = text_model(AutoModelForMaskedLM, "bert", {**PLAIN, "intermediate_size": 160})
-    texts = [
-        f"Now {' '.join(words)}." for words in islice(permutations("what is the total of all apples".split()), 300)
-    ]
+    orders = islice(permutations("what is the total of all apples".split()), 300)
+    texts = [f"Now {' '.join(words)}." for words in orders]
     fields = {"widths": None, "round_to": 8, "domains": [DomainConfig(name="a", source=texts)]}
     pruner, small = pruned(model, **fields, budget={"parameters": share})
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}

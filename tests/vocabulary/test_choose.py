@@ -168,6 +168,8 @@ FIELDS = {
     "bad_words_ids": lambda a, b, n: [[a, b], [b]],
     "force_words_ids": lambda a, b, n: [[[a], [b]], [[b, a]]],
     "forced_decoder_ids": lambda a, b, n: [[n, a], [n + 1, b]],
+    "lang_to_id": lambda a, b, n: {"<|de|>": a},
+    "task_to_id": lambda a, b, n: {"translate": b},
     "sequence_bias": lambda a, b, n: [[[a, b], n], [[a], -n]],
     "no_repeat_ngram_size": lambda a, b, n: n,
     "max_length": lambda a, b, n: n,
