@@ -279,7 +279,7 @@ def test_a_frame_tells_which_documents_its_samples_hold():
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 CHAT = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
-DOMAIN = DomainConfig("d", [{"messages": CHAT}], template="chat")
+DOMAIN = DomainConfig("d", [], template="chat")
 RAISING = [
     "{{ raise_exception('system\nfirst') }}",
     "{{ 1 / 0 }}",
@@ -304,8 +304,6 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         with pytest.raises(StructPruneError, match="chat template of 'some/model' refuses") as caught:
             render()
         assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
-    with pytest.raises(StructPruneError, match="takes a tokenizer"):
-        list(documents(DOMAIN, 0))
 
 
 DATED = [
