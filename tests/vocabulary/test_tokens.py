@@ -36,20 +36,19 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{{ tools or '' }}"
 
 
-def trained(model, trainer, size, specials=SPECIAL, steps=None, **options) -> Tokenizer:
+def trained(model, trainer, size, specials=SPECIAL, steps=None, read=TEXT, **options) -> Tokenizer:
     backend = Tokenizer(model)
     for name, step in (steps or {}).items():
         setattr(backend, name, step)
-    backend.train_from_iterator(
-        TEXT, trainer(vocab_size=size, special_tokens=specials, show_progress=False, **options)
-    )
+    how = trainer(vocab_size=size, special_tokens=specials, show_progress=False, **options)
+    backend.train_from_iterator(read, how)
     return backend
 
 
-def byte_level(whole_words: bool = False) -> Tokenizer:
+def byte_level(whole_words: bool = False, read=TEXT) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     steps = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
-    backend = trained(models.BPE(), trainers.BpeTrainer, 500, steps=steps, initial_alphabet=alphabet)
+    backend = trained(models.BPE(), trainers.BpeTrainer, 500, steps=steps, read=read, initial_alphabet=alphabet)
     backend.model.ignore_merges = whole_words
     return backend
 
@@ -275,11 +274,7 @@ def test_named_chat_templates_and_what_they_write_stay():
 
 def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
     months = "January February March April May June July August September October November December".split()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([f"on {month} in {month} 2031" for month in months] * 9, trainer)
+    backend = byte_level(read=[f"on {month} in {month} 2031" for month in months] * 9)
     template = "Today is {{ strftime_now('%d %B %Y at %H:%M') }}." + CHAT
     reader = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
     always = []
