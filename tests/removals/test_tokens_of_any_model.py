@@ -404,15 +404,6 @@ def test_what_stays_is_computed_as_before_and_reloads(case, tmp_path):
     same_outputs(model, type(model).from_pretrained(tmp_path), keep, 1e-6)
 
 
-def test_what_is_tied_stays_tied_and_a_larger_loss_can_be_taken():
-    _, small, keep = fewer("llama-tied")
-    assert small.get_input_embeddings().weight is small.get_output_embeddings().weight
-    ids = torch.arange(len(keep))[None]
-    loss = small(ids, labels=ids).loss
-    loss.backward()
-    assert loss.isfinite() and small.get_input_embeddings().num_embeddings == len(keep) == small.vocab_size
-
-
 def test_ids_in_configs_within_a_config_are_numbered_anew():
     assert not describe(build("vit")).of("vocab"), "a model without tokens has no vocabulary"
     new, images = {old: place for place, old in enumerate(KEEP)}, build("llava")
