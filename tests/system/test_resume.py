@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from helpers import Killed, data_of, dying, same_weights
+from helpers import Killed, contents, data_of, dying, put_into, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import InPlaceError, RunOptions, StructPruneError, StructPruner
@@ -38,25 +38,14 @@ def assert_holds(folder, number):
     assert torch.equal(saved.local["own"], torch.ones(number))
 
 
-def test_what_was_saved_last_is_what_is_loaded_and_each_layer_stays(tmp_path):
-    assert store(tmp_path / "run").load() is None
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "layer-notes.safetensors").write_text("of the user")
-    for number in (1, 2, 3):
-        save(tmp_path / "run", number)
-        assert_holds(tmp_path / "run", number)
-        names = {path.name for path in (tmp_path / "run").iterdir()} - {"layer-notes.safetensors"}
-        tensors_of_each = {f"layer-{past}.safetensors" for past in range(1, number + 1)}
-        assert names == {"layer.json", f"layer-{number}-0-of-1.safetensors", *tensors_of_each}
-    assert (tmp_path / "run" / "layer-notes.safetensors").read_text() == "of the user"
-
-
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_between_any_two_writes_leaves_what_was_saved(after, tmp_path, monkeypatch):
+def test_a_kill_between_any_two_writes_leaves_what_was_saved_and_files_of_the_user(after, tmp_path, monkeypatch):
     number, done, loaded = 0, False, []
     while not done:
         number += 1
         folder = tmp_path / str(number)
+        assert store(folder).load() is None
+        put_into(folder, {"layer-notes.safetensors": "of the user"})
         save(folder, 1)
         with dying(monkeypatch, resume, number, after) as count:
             try:
@@ -67,9 +56,12 @@ def test_a_kill_between_any_two_writes_leaves_what_was_saved(after, tmp_path, mo
         loaded.append(store(folder).load().number)
         assert_holds(folder, loaded[-1])
         # The run goes on from there: the layer is made anew, or the next one follows.
-        save(folder, loaded[-1] + 1)
-        assert_holds(folder, loaded[-1] + 1)
-        assert len(list(folder.glob("*-of-1.safetensors"))) == 1, "what a kill has left is gone after the next layer"
+        last = loaded[-1] + 1
+        save(folder, last)
+        assert_holds(folder, last)
+        names = {"layer-notes.safetensors", *(f"layer-{past}.safetensors" for past in range(1, last + 1))}
+        # What a kill has left is gone after the next layer.
+        assert contents(folder).keys() == {*names, "layer.json", f"layer-{last}-0-of-1.safetensors"}
     assert loaded == sorted(loaded) and set(loaded) == {1, 2} and count() >= 5
 
 
