@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import CARD, card, logits, put_on_card_, same_weights, whole_model_at_once, with_long
+from helpers import CARD, card, data_of, logits, put_on_card_, same_weights, whole_model_at_once, with_long
 from models import build, config, token_ids, tokenizer
 from torch import nn
 
@@ -13,7 +13,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import Axis
 from optimum_structprune.method.layers import OneProcess
 from optimum_structprune.removals import experts
-from optimum_structprune.removals.experts import Block, refit_blocks_
+from optimum_structprune.removals.experts import Block, ExpertRefit, refit_blocks_
+from optimum_structprune.sources.experts import route
 
 
 # The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
