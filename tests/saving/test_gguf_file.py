@@ -147,6 +147,17 @@ def test_sizes_are_those_of_each_layer_or_of_all(differing, alike, tmp_path):
     assert written(windowed)["llama.context_length"] == 16, "a text is no longer than a sliding window"
 
 
+def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**GROUPED, "rope_parameters": rope}))
+    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    factors = next(t.data for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name == "rope_freqs.weight")
+    plain = 1e4 ** -(np.arange(0, 4, 2) / 4)
+    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
+    assert factors.max() > 1
+
+
 def test_a_vocabulary_of_bytes(alike, tmp_path):
     tokens = reader(pieces=False)
     tokens.add_tokens(["<|tool|>", "word"])
@@ -276,11 +287,15 @@ def settings(model_type, **fields):
     return AutoConfig.for_model(model_type, **{**GROUPED, **fields})
 
 
+UNEVEN = {1: {"intermediate_size": 24}}
+
+
 @pytest.mark.parametrize(("config", "reason"), [
     (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may take it"),
-    (settings("olmo2", per_layer_config={1: {"intermediate_size": 24}}), "only of llama.*--pad-uniform"),
+    (settings("olmo2", per_layer_config=UNEVEN), "only of llama.*--pad-uniform"),
     (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
     (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, found 8"),
+    (settings("qwen3", per_layer_config=UNEVEN, tie_word_embeddings=False), "tie_word_embeddings=True only, found"),
     (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
     (settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "only, found yarn"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
