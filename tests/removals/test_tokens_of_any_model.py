@@ -409,7 +409,9 @@ def test_ids_in_configs_within_a_config_are_numbered_anew():
     new, images = {old: place for place, old in enumerate(KEEP)}, build("llava")
     images.config.image_token_index = images.config.text_config.pad_token_id = 71
     images.config.vision_config.image_token_id = 70
+    images.generation_config.lang_to_id = {"<|de|>": 70}
     drop_tokens_(images, describe(images), KEEP)
+    assert images.generation_config.lang_to_id == {"<|de|>": new[70]}
     assert images.config.image_token_index == new[71] == images.config.text_config.pad_token_id
     assert images.config.vision_config.image_token_id == new[70] and images.config.text_config.vocab_size == len(KEEP)
 
