@@ -117,6 +117,20 @@ def row_losses(
     return torch.stack([part.sum() for part in by_row])
 
 
+@torch.no_grad()
+def expected_shares(model: PreTrainedModel, samples: Tensor) -> Tensor:
+    """Gives how much a model expects each token in samples, as shares of the vocabulary, `(vocab,)`, fp64, on the CPU.
+
+    The samples have the shape `(samples, seq_length)`. Square roots of probabilities are summed up, which favours what
+    is rare here and may be frequent in other text.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    with evaluating(model):
+        for _, logits in _predictions([model], samples.split(1)):
+            total = total + logits.float().softmax(-1).sqrt().sum(0).double().cpu()
+    return total / total.sum()
+
+
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
     """Gives KL(teacher‖model) in nats of logits `(..., vocab)`, as the mean or of each position, fp32."""
     student_log, teacher_log = (values.float().log_softmax(-1) for values in (logits, teacher.detach()))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..domains.manifest import remember_text
 from ..domains.packing import USED
-from ..forward.metrics import outputs_for, random_inputs
+from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from ..pruning.measure import Comparison
     from ..pruning.run import Run
 
+# A model that predicts text is asked what it expects in so many tokens of all domains.
+ASKED_TOKENS = 4096
+
 
 def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparison) -> Widths:
     """Remove the tokens that the text of a run needs least, and return the widths of the other spaces.
@@ -35,7 +40,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
     # What is held out, or choices are made on, tells nothing if it is counted.
     aside = {name for name, use in run.manifest().uses().items() if use != USED}
     with run.report.timed("vocabulary"):
-        choice = choose_tokens(request, run.config, tokenizer, data.domains, aside)
+        choice = choose_tokens(request, run.config, tokenizer, data.domains, aside, _expected(run))
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
         if choice is not None:
             _cut_(run, choice, comparison)
@@ -44,6 +49,15 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
             return {}
         run.data = replace(run.data, config=left)
         return widths_of(left, run.arch, run.model)
+
+
+def _expected(run: Run) -> Tensor | None:
+    """Gives how much the dense model expects each token in the mixture of the domains; None if it predicts none."""
+    if not run.arch.causal:
+        return None
+    tokens, domains = ceil(ASKED_TOKENS / len(run.data.domains)), [domain.samples for domain in run.data.domains]
+    samples = [rows[: ceil(tokens / rows.shape[1])] for rows in domains]
+    return run.data.mean(torch.stack([expected_shares(run.model, rows) for rows in samples]))
 
 
 def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:

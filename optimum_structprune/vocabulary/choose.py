@@ -33,6 +33,8 @@ from .tokens import Vocabulary, with_dependencies
 # Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts;
 # text in scripts that nothing shows has a little weight, for its letters.
 PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
+# The weight of what the model expects in the text that was counted, which tells other words of such text.
+EXPECTED = 0.3
 FOREIGN_LETTER_SHARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
 # Of a script with a smaller share than this, the text shows no more than a name.
 MIN_SCRIPT_SHARE = 1e-4
@@ -137,13 +139,15 @@ def choose_tokens(
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
     held_out: Collection[str] = (),
+    expected: Tensor | None = None,
 ) -> Choice | None:
     """Chooses the tokens that stay, and proves the smaller tokenizer on text; None if all tokens stay.
 
-    All text of the domains is counted but for the documents that are `held_out`, by their hashes.
+    All text of the domains is counted but for the documents that are `held_out`, by their hashes. `expected` are the
+    shares that the model expects, of its rows.
     """
     vocabulary = request.vocabulary
-    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, held_out)
+    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, held_out, expected)
     order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
     lost = _lost_shares(request, order, domains)
     number = number_within(request.room, lost) if request.number is None else request.number
@@ -238,6 +242,7 @@ def wanted_shares(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     held_out: Collection[str] = (),
+    expected: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], list[Entry]]:
     """Gives the share of each token by reason, shape `(size,)`, and the record of the counted text.
 
@@ -261,6 +266,9 @@ def wanted_shares(
     letters[[*vocabulary.letters]] = True
     other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(1e-38) if codes else 1)
     other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
+    if expected is not None:
+        rows = min(size, len(expected))
+        other[:rows] += EXPECTED * (1 - part) * expected[:rows] * shown[:rows]
     other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
     needed = (letters & (shown | (of_text > 0) | (of_languages > FOREIGN_LETTER_SHARE))).double()
     return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
