@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,6 +79,31 @@ def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[N
         for layer, former in zip(layers, before, strict=True):
             del vars(layer)["forward"]
             vars(layer).update({} if former is None else {"forward": former})
+
+
+@contextmanager
+def cached_outputs(
+    layer: nn.Module, names: Sequence[str], changed: Collection[str], keep: Callable[[str, Any], None], device: Any
+) -> Iterator[None]:
+    """Call `keep(name, output)` for each part of a layer that runs once and before all `changed` parts.
+
+    The smaller layer gives the same there. The output is a copy on `device`.
+    """
+    order: list[str] = []
+
+    def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        order[:] = [*order, names[number - 1]] if number else []
+
+    def after(number: int, output: Any) -> None:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        plain = isinstance(first, Tensor) and all(other is None for other in others)
+        if number and plain and not {*changed} & {*order} and order.count(order[-1]) == 1:
+            # A copy, since the layer may go on to change its output.
+            copied = first.detach().to(device or first.device, copy=True)
+            keep(names[number - 1], (copied, *others) if isinstance(output, tuple) else copied)
+
+    with intercept([layer, *map(layer.get_submodule, names)], before, after):
+        yield
 
 
 def is_emulated(weight: Tensor) -> bool:

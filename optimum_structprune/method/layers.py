@@ -219,8 +219,9 @@ class InMemory(Source):
     """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
 
     A model whose layers hand on more than hidden states is refused. In memory are the hidden states of the samples,
-    shape `(batch, seq_length, channels)` per batch, in two copies with error feedback or `fixed` layers; and the
-    moments of one layer. `fixed` layers stay as they are, so their outputs are kept in place of a second pass.
+    shape `(batch, seq_length, channels)` per batch, in two copies with error feedback or `fixed` layers; the outputs
+    of a layer's parts in front of the pruned ones, which need not run again; and the moments of one layer. `fixed`
+    layers stay as they are, so their outputs are kept in place of a second pass.
     """
 
     keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
@@ -244,6 +245,8 @@ class InMemory(Source):
         self.gains: dict[str, float | None] = {}  # of modules by their names, which are the same in all layers
         self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
         self.outputs: dict[int, Tensor] = {}  # of the present layer by batch, where it is fixed
+        self.changed: set[str] = set()  # the parts of the present layer that are pruned
+        self.cache: dict[str, dict[int, Any]] = {}  # what others give, by batch
         self.few = capture(model, arch, batches[0].ids[:1, :16], True)  # by which a layer and its cut are compared
         for batch in batches:
             size = len(batch.ids)
@@ -287,7 +290,9 @@ class InMemory(Source):
         prefix = self.arch.layer_prefix(layer)
         axes = {axis.module.removeprefix(prefix): axis for axis in space.consumers}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
-        out = self.hidden[0].shape[-1]
+        self.changed |= {axis.param.removeprefix(prefix).partition(".")[0] for axis in space.axes}
+        self.cache = {name: kept for name, kept in self.cache.items() if name not in self.changed}
+        out, parts = self.hidden[0].shape[-1], self._parts_to_cache(layer)
         for domain in range(self.num_domains):
             moments = {
                 name: Moments.empty(space.size * axis.per_unit, gram, self.device, out if paths.get(name) else 0)
@@ -295,14 +300,19 @@ class InMemory(Source):
             }
             for index, batch in enumerate(self.batches):
                 if batch.domain == domain:
-                    self._observe(layer, index, moments, paths)
+                    self._observe(layer, index, parts, moments, paths)
             yield [self.ranks.sum_(moments[name]).checked(axis.module, domain) for name, axis in axes.items()]
 
     def _observe(
-        self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, ResidualPath | None]
+        self,
+        layer: int,
+        index: int,
+        parts: Sequence[str],
+        moments: Mapping[str, Moments],
+        paths: Mapping[str, ResidualPath | None],
     ) -> None:
-        """Run a layer on one batch, and take the inputs of consumers into their moments."""
-        batch = self.batches[index]
+        """Run a layer on one batch; take the inputs of consumers into their moments, and keep outputs of `parts`."""
+        batch, module = self.batches[index], self.module(layer)
         # Those whose error is known only once the layer has run to its end.
         waiting: list[tuple[str, ResidualPath, Tensor, Tensor | None]] = []
 
@@ -313,7 +323,13 @@ class InMemory(Source):
             else:
                 waiting.append((name, path, x, product))
 
-        with hooks.observe_products(self.module(layer), moments, see):
+        def keep(name: str, output: Any) -> None:
+            self.cache.setdefault(name, {})[index] = output
+
+        with (
+            hooks.cached_outputs(module, parts, self.changed, keep, self.keep_on),
+            hooks.observe_products(module, moments, see),
+        ):
             output = self.output(layer, index)
         if self.fixed:
             self.outputs[index] = output.to(device=self.keep_on)
@@ -328,12 +344,16 @@ class InMemory(Source):
             self.hidden = [self.outputs[index] for index in range(len(self.hidden))]
         elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
-        self.outputs, self.routed = {}, (-1, ())
+        self.outputs, self.changed, self.cache, self.routed = {}, set(), {}, (-1, ())
 
     def pass_through(self, layer: int) -> None:
-        """Take the hidden states of all samples through a layer."""
+        """Take the hidden states of all samples through a layer; parts whose outputs are kept do not run again."""
+        module = self.module(layer)
         for index in range(len(self.hidden)):
-            self.hidden[index] = self.output(layer, index).to(device=self.keep_on)
+            cached = {name: outputs[index] for name, outputs in self.cache.items() if index in outputs}
+            outputs = send_to_device([*cached.values()], next(module.parameters()).device)
+            with hooks.replaying([module.get_submodule(name) for name in cached], outputs):
+                self.hidden[index] = self.output(layer, index).to(device=self.keep_on)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
@@ -354,6 +374,15 @@ class InMemory(Source):
         before = self._run(layer, hidden, calls[layer])
         yield
         check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
+
+    def _parts_to_cache(self, layer: int) -> list[str]:
+        """Lists the parts of a layer that are large or change, if outputs in front of the changes are kept."""
+        parts = dict(self.module(layer).named_children())
+        # A hook cannot see when the layer uses a parameter of no part.
+        if self.fixed or not self.changed <= set(parts):
+            return []
+        sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
+        return [name for name in parts if name in self.changed or sizes[name] >= 0.02 * sum(sizes.values())]
 
     def residual_path(self, layer: int, module: str) -> ResidualPath | None:
         """The residual path of a module, or None; noise finds it."""

@@ -378,7 +378,8 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     weights = model.num_parameters() - (sum(layers) - max(layers) if offload else 0)
     if config.rounds > 1:  # consumers that a round has masked keep their dense values until the last round
         weights += channels * sum(size for size, _ in _consumers(request))
-    streams = channels * samples * length * (2 if config.feedback_share else 1) // process_count()  # present and dense
+    # Those of the present and of the dense model, and what a layer's attention gives.
+    streams = channels * samples * length * (3 if config.feedback_share else 2) // process_count()
     host = streams + (sum(layers) if offload == "cpu" else max(layers)) if offload else 0
     vocabulary = settings.vocab_size if info.arch.causal else 0
     predictions = 0 if config.allocation == "uniform" else vocabulary * PROBE_TOKENS // STRIDE
