@@ -13,7 +13,7 @@ from transformers.utils import logging
 from optimum_structprune import StructPruneError, StructPruner, evaluate
 from optimum_structprune.arch.load import describe
 from optimum_structprune.forward.generation import flops_per_token
-from optimum_structprune.forward.metrics import divergence, row_losses
+from optimum_structprune.forward.metrics import divergence, expected_shares, row_losses
 
 
 def mixed(case="llama-tied"):
@@ -176,3 +176,10 @@ def test_the_settings_are_back_after_an_error():
     with pytest.raises(StructPruneError), torch.inference_mode():
         StructPruner(config(widths={"mlp": 4000})).prune_model(build("llama-tied"), tokenizer())
     assert torch.get_default_dtype() == torch.float64 and torch.is_grad_enabled()
+
+
+def test_what_a_model_expects_is_the_mean_of_the_roots_of_its_probabilities():
+    model, ids = build("llama-tied"), token_ids(3, 16)
+    shares = expected_shares(model, ids)
+    roots = model.eval()(ids).logits[:, :-1].softmax(-1).sqrt().double().sum((0, 1))
+    torch.testing.assert_close(shares, roots / roots.sum())
