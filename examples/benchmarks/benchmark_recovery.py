@@ -30,7 +30,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.recovery.text import LENGTH
 
 
 # What the rows train, and by what.
@@ -120,7 +119,7 @@ def run(args: Namespace) -> dict[str, dict]:
         curve = Curve(
             args.tokens[:-1],
             lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds),
-            min(args.seq_length, LENGTH) - 1,
+            min(args.seq_length, 128) - 1,
         )
         recovery = Recovery(recovery_config(args, way), pruning, [curve])
         recovered = recovery.recover_model(deepcopy(pruned), tokenizer, None if way == "LoRA" else model)

@@ -51,8 +51,8 @@ Flags = Mapping[str, str | Mapping[str, Any]]
 @dataclass(frozen=True)
 class Command:
     """A command: its word, its help, the function that does it, and what `add_argument` takes; each field of `config`
-    is a flag too, and `models` are the arguments that name models. Where it `reads_text`, `datasets` may be imported;
-    with `json_file`, `--json` can name a file.
+    is a flag too, but those of `without`, and `models` are the arguments that name models. Where it `reads_text`,
+    `datasets` may be imported; with `json_file`, `--json` can name a file.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Command:
     help: str
     flags: Flags
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
+    without: Collection[str] = ()
     models: Collection[str] = ("model",)
     reads_text: bool = True
     json_file: bool = False
@@ -78,9 +79,9 @@ class Command:
 
             text = f"A YAML file with fields of {self.config}; flags override it."
             group("--config").add_argument("--config", metavar="FILE", help=text)
-            _declare_fields(group, getattr(optimum_structprune, self.config))
+            _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
         if self.config == "StructPruneConfig":
-            _declare_fields(group, optimum_structprune.RunOptions)
+            _declare_fields(group, optimum_structprune.RunOptions, self.without)
         for name, flag in self.flags.items():
             home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
             place = group(name) if name.startswith("-") else parser
@@ -105,10 +106,10 @@ def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
     return lambda name: places.get(name, groups["for experts"])
 
 
-def _declare_fields(group: Callable[[str], Any], config_class: type) -> None:
-    """Declare one flag for each field of a config."""
+def _declare_fields(group: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
+    """Declare one flag for each field of a config, but those that another flag takes the place of."""
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
-    for field in fields(config_class):
+    for field in (field for field in fields(config_class) if field.name not in without):
         how = _how(field.name, types[field.name])
         default = "" if field.default in (MISSING, None, ()) else f"(default: {field.default})"
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), default)))
