@@ -174,11 +174,13 @@ def evaluate(
             raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
     # Everything is read before anything is computed, so that a mistake shows at once.
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
-    sizes = {of.config.get_text_config().vocab_size for of in models.values()}
+    sizes = {each.config.get_text_config().vocab_size for each in models.values()}
     differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
     states, causal = None if reference is None else reference.states, predicts_next(model)
     parts = _parts(models, readers) if causal and len(models) > 1 else None
-    judged = {of.domain.name: Judged(of.samples, models, readers, differ, parts, states) for of in texts if causal}
+    judged = {
+        text.domain.name: Judged(text.samples, models, readers, differ, parts, states) for text in texts if causal
+    }
     translated = {f"pairs {Path(path).stem}": read_pairs(path) for path in pairs}
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
@@ -238,7 +240,7 @@ def _compare_vectors(
     if by_language:
         costs = costs_before(models["dense"], readers["dense"], False, ())
         costs = with_costs_after(costs, models["model"], readers["model"], False)
-        evaluation.languages = {code: {**of, **by_language[code]} for code, of in costs.items()}
+        evaluation.languages = {code: {**cost, **by_language[code]} for code, cost in costs.items()}
 
 
 def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
@@ -262,7 +264,7 @@ def _answer(
 ) -> None:
     """Enter what the models have answered, the dense one first."""
     evaluation.answers = items_of(questions, answers)
-    evaluation.figures = figures = {which: figures_of(of) for which, of in answers.items()}
+    evaluation.figures = figures = {which: figures_of(given) for which, given in answers.items()}
     if "dense" in models:
         if parts is not None:
             prompts = [question.ids(dense_tokenizer) for question in questions]

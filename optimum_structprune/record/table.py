@@ -103,9 +103,10 @@ def as_number(value: float | Sequence[float] | None, margin: float | None = None
 
 def models_of(record: Record) -> list[str]:
     """The names by which a record calls its models, in its order."""
-    measured = [of for name in ("perplexity", "embeddings", "run_memory") for of in (record.get(name) or {}).values()]
+    kinds = ("perplexity", "embeddings", "run_memory")
+    measured = [figures for kind in kinds for figures in (record.get(kind) or {}).values()]
     by_model = [record.get("parameters"), *measured, record.get("figures")]
-    return list(dict.fromkeys(name for of in by_model for name in of or ()))
+    return list(dict.fromkeys(name for figures in by_model for name in figures or ()))
 
 
 def size_rows(record: Record) -> list[Row]:
@@ -179,7 +180,7 @@ def speed_rows(record: Record) -> list[Row]:
 def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
     """The figures of answers, and how those of the last model differ from the first one's on the same questions."""
     figures, rows = record["figures"], []
-    for name in dict.fromkeys(name for of in figures.values() for name in of if not name.endswith("_margin")):
+    for name in dict.fromkeys(name for row in figures.values() for name in row if not name.endswith("_margin")):
         keys = name, f"{name}_margin"
         values, margins = ({model: found.get(key) for model, found in figures.items()} for key in keys)
         note, pair = "", (record.get("paired") or {}).get(name)

@@ -57,7 +57,7 @@ def other_text(
 
     Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
     """
-    used = {name for of in domains for name in (*of.documents, *of.heldout_documents, *of.probe_documents)}
+    used = {name for each in domains for name in (*each.documents, *each.heldout_documents, *each.probe_documents)}
     used |= set() if seen is None else seen.uses().keys()
     read = sum(domain.samples.numel() for domain in domains)
     row = min(DOCUMENT_TOKENS, config.seq_length)
@@ -68,7 +68,7 @@ def other_text(
             sources[HUB] = partial(_from_hub, count)
         if can_write(model, tokenizer):
             sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (row + 8))
-    named = [of for of in texts_of(config) if not is_general(of)]
+    named = [text for text in texts_of(config) if not is_general(text)]
     beside = builtin_beside(named, bool(config.removes_tokens) and not config.languages)
     sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
     for where, texts in sources.items():
