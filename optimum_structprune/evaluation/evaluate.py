@@ -178,9 +178,8 @@ def evaluate(
     differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
     states, causal = None if reference is None else reference.states, predicts_next(model)
     parts = _parts(models, readers) if causal and len(models) > 1 else None
-    judged = {
-        text.domain.name: Judged(text.samples, models, readers, differ, parts, states) for text in texts if causal
-    }
+    against = models, readers, differ, parts, states
+    judged = {text.domain.name: Judged(text.samples, *against) for text in texts if causal}
     translated = {f"pairs {Path(path).stem}": read_pairs(path) for path in pairs}
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])

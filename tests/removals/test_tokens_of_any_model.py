@@ -65,6 +65,7 @@ MODELS = [
     ("LlamaForTokenClassification", "llama", {**GROUPED, "num_labels": 3}),
 ]
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 256}
+WHISPER |= {"max_position_embeddings": None}  # which BART names its positions by
 SPEECH = {**WHISPER, "input_feat_per_channel": 8, "conv_channels": 16}
 TOWERS = {
     "text_config": {**TOKENS, **PLAIN, "projection_size": 16, "vocab_size": 400, "max_position_embeddings": 48},
