@@ -67,12 +67,14 @@ def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[
 
 
 @contextmanager
-def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Make layers return the given outputs, one each, without running."""
+def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any] | None = None) -> Iterator[None]:
+    """Make layers return outputs, one each, without running; by default the hidden states they are called with."""
     # A hook cannot keep a layer from running, so `forward` is replaced. Accelerate may have put its own there.
     before = [vars(layer).get("forward") for layer in layers]
-    for layer, output in zip(layers, outputs, strict=True):
-        vars(layer)["forward"] = lambda *args, output=output, **kwargs: output
+    for layer, output in zip(layers, [None] * len(layers) if outputs is None else outputs, strict=True):
+        vars(layer)["forward"] = lambda *args, output=output, **kwargs: (
+            hidden_states_of(args, kwargs) if output is None else output
+        )
     try:
         yield
     finally:
@@ -83,13 +85,14 @@ def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[N
 
 @contextmanager
 def cached_outputs(
-    layer: nn.Module, names: Sequence[str], changed: Collection[str], keep: Callable[[str, Any], None], device: Any
-) -> Iterator[None]:
-    """Call `keep(name, output)` for each part of a layer that runs once and before all `changed` parts.
+    layer: nn.Module, names: Sequence[str], changed: Collection[str], device: Any
+) -> Iterator[dict[str, Any]]:
+    """Collect the outputs, by name, of the parts of a layer that run once and before all `changed` parts.
 
-    The smaller layer gives the same there. The output is a copy on `device`.
+    The smaller layer gives the same there. They are copies on `device`.
     """
     order: list[str] = []
+    outputs: dict[str, Any] = {}
 
     def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         order[:] = [*order, names[number - 1]] if number else []
@@ -100,10 +103,10 @@ def cached_outputs(
         if number and plain and not {*changed} & {*order} and order.count(order[-1]) == 1:
             # A copy, since the layer may go on to change its output.
             copied = first.detach().to(device or first.device, copy=True)
-            keep(names[number - 1], (copied, *others) if isinstance(output, tuple) else copied)
+            outputs[names[number - 1]] = (copied, *others) if isinstance(output, tuple) else copied
 
     with intercept([layer, *map(layer.get_submodule, names)], before, after):
-        yield
+        yield outputs
 
 
 def is_emulated(weight: Tensor) -> bool:

@@ -56,7 +56,7 @@ class OneProcess:
 
 
 class ResidualPath(Protocol):
-    """How the output of a consumer comes into the output of its layer."""
+    """The path from the output of a consumer into the output of its layer."""
 
     def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The inputs, the error to make up for and the product of a consumer, for an error of the layer's output."""
@@ -117,12 +117,15 @@ def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
-    """Gives the hidden states that enter the first layer, and the recorded calls.
+def capture(
+    model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool, plain: bool = False
+) -> tuple[Tensor, list[Call], bool]:
+    """Gives the hidden states that enter the first layer, the recorded calls, and if layers return a tensor alone.
 
     The calls are those of all layers if `whole`, else of the first; they carry masks and rotary embeddings, which may
-    differ by layer type. `ids` has the shape `(batch, seq_length)`, the hidden states `(batch, seq_length, channels)`.
+    differ by layer type. Layers that are `plain` do so, and need not run. `ids` has the shape `(batch, seq_length)`.
     """
+    layers, alone = layer_list(model, arch), list[bool]()
     first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
@@ -140,11 +143,12 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
             raise hooks.StopForward
 
     def after(index: int, output: Any) -> None:
+        alone.append(isinstance(output, Tensor))
         outputs[:] = [hooks.first_of(output)]
 
-    with hooks.intercept(layer_list(model, arch), before, after), suppress(hooks.StopForward):
+    with hooks.replaying(layers if plain else []), hooks.intercept(layers, before, after), suppress(hooks.StopForward):
         run_model(model, ids)
-    return first[0], calls
+    return first[0], calls, all(alone)
 
 
 @torch.no_grad()
@@ -240,8 +244,7 @@ class InMemory(Source):
         self.error_feedback, self.fixed = error_feedback, fixed
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
-        # What a layer returns beside hidden states; None where it returns them alone.
-        self.extras: dict[int, tuple[Any, ...] | None] = {}
+        self.extras: dict[int, tuple[Any, ...] | None] = {}  # what a layer returns beside hidden states, if anything
         self.gains: dict[str, float | None] = {}  # of modules by their names, which are the same in all layers
         self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
         self.outputs: dict[int, Tensor] = {}  # of the present layer by batch, where it is fixed
@@ -250,7 +253,7 @@ class InMemory(Source):
         self.few = capture(model, arch, batches[0].ids[:1, :16], True)  # by which a layer and its cut are compared
         for batch in batches:
             size = len(batch.ids)
-            hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
+            hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, self.few[2])
             recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
@@ -323,14 +326,13 @@ class InMemory(Source):
             else:
                 waiting.append((name, path, x, product))
 
-        def keep(name: str, output: Any) -> None:
-            self.cache.setdefault(name, {})[index] = output
-
         with (
-            hooks.cached_outputs(module, parts, self.changed, keep, self.keep_on),
+            hooks.cached_outputs(module, parts, self.changed, self.keep_on) as outputs,
             hooks.observe_products(module, moments, see),
         ):
             output = self.output(layer, index)
+        for name, kept in outputs.items():
+            self.cache.setdefault(name, {})[index] = kept
         if self.fixed:
             self.outputs[index] = output.to(device=self.keep_on)
         if waiting:
@@ -370,7 +372,7 @@ class InMemory(Source):
     @contextmanager
     @torch.no_grad()
     def same_outputs(self, layer: int) -> Iterator[None]:
-        hidden, calls = self.few
+        hidden, calls, _ = self.few
         before = self._run(layer, hidden, calls[layer])
         yield
         check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
