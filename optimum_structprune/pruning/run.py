@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import dequantized, is_quantized, shrunk_skeleton, stays_packed
 from ..arch.modules import adopt_config_
 from ..arch.spec import VOCAB, ArchSpec, Widths
+from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry, Manifest, remember_text
 from ..errors import InPlaceError
 from ..method.loop import prune_layers_
@@ -42,7 +43,6 @@ class Run(AbstractContextManager["Run"]):
     shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
-        config: The config of the calibration data.
         arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
@@ -60,15 +60,14 @@ class Run(AbstractContextManager["Run"]):
         inplace: bool = True,
         report: Report | None = None,
     ):
-        only_tokens = {*(data.config.widths or data.config.targets_or_default)} == {
-            VOCAB
-        } and data.config.recovery is None
+        names = {*(data.config.widths or data.config.targets_or_default)}
+        only_tokens = names == {VOCAB} and data.config.recovery is None
         if is_quantized(model) and not (only_tokens and stays_packed(model, arch.of(VOCAB)[0])):
             self.model, self.dense_model = dequantized(model, inplace), None
         else:
             self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)
         vars(self.model).pop("prune_result", None)  # that of an earlier run, if there was one
-        self.data, self.config = data, data.config
+        self.data = data
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
         self.arch = self.dense_arch = arch
@@ -77,6 +76,11 @@ class Run(AbstractContextManager["Run"]):
         self.entries: list[Entry] = []
         self.earlier: Manifest | None = None
         self.changed = False
+
+    @property
+    def config(self) -> StructPruneConfig:
+        """The config of the calibration data."""
+        return self.data.config
 
     def start(self) -> None:
         """Begin the records, with what the dense model is and comes from."""
