@@ -41,7 +41,7 @@ SPREAD_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass
 class Loading:
-    """How models are loaded, checked when it is made; models of the file's families then load non-uniform too."""
+    """Loads models as the arguments say. It is checked when it is made, and registers families of a file."""
 
     dtype: str = "auto"
     device: str | None = None

@@ -81,7 +81,7 @@ class Gaps:
         return mean + (losses - mean * self.tokens) * len(losses) / self.tokens.sum()
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-        """What a model reads of each text and what it is to predict, as token ids."""
+        """Gives the inputs and the labels of each text, as token ids."""
         most = int(min(positions_of(model) - 2, 512))  # RoBERTa's first two positions are for padding
         if self.targets is not None:
             ids = (tokenizer([*self.texts], verbose=False), tokenizer(text_target=[*self.targets], verbose=False))

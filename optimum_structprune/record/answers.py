@@ -19,7 +19,7 @@ HELPS = "train the model (--recover), remove tokens in place of channels (--targ
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """How often chance alone gives such a difference between models that are alike (McNemar's exact test)."""
+    """Gives the probability of such a difference between models that are alike (McNemar's exact test)."""
     apart = better + worse
     tail = sum(comb(apart, wins) for wins in range(min(better, worse) + 1)) / 2**apart
     return min(1.0, 2 * tail)
@@ -55,7 +55,7 @@ def as_lines(item: Mapping[str, Any]) -> str:
 
 
 def counts(items: Items, name: str) -> list[int]:
-    """How many answers of each model are `right`, `loops` or `stopped`."""
+    """Counts the answers of each model that are `right`, `loops` or `stopped`."""
     by_item = ([answer[name] for answer in item["answers"].values()] for item in items)
     return [sum(by_model) for by_model in zip(*by_item, strict=True)]
 
