@@ -18,6 +18,7 @@ from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
+from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import bytes_of, cache_name
 from ..record.remarks import measurements_text
 from ..record.table import side_by_side
@@ -41,6 +42,8 @@ def evaluate(args: Namespace) -> Result:
     loading, paths = Loading.of(args), _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
     dense_tokenizer, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
+    if args.mteb:
+        check_tasks(args.mteb)
     if args.html and not (is_judged or args.speed):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
@@ -55,6 +58,8 @@ def evaluate(args: Namespace) -> Result:
         shown = {**shown, **speed.to_dict()}
         if args.html:
             speed.save(Path(args.models[0], SPEED_NAME))
+    if args.mteb:
+        shown = {**shown, "tasks": task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)}
     values = {**record, **shown, "notes": notes}
     text = "\n".join([measurements_text(shown), *notes])
     return _with_page(args, text, values) if args.html else Result(text, values)
@@ -129,7 +134,8 @@ def _measured(
         elif tokenizer is not None:
             evaluation = quality.evaluate(model, tokenizer, args.domain, dense, **settings)
             evaluations.append(evaluation)
-            records.append((evaluation.to_dict(), {"dense": next(iter(paths)), "model": name}))
+            # Of several ratios to the dense model, the table shows the last one.
+            records.append((evaluation.to_dict(), {"dense": next(iter(paths)), "model": name, "ratio": "ratio"}))
         del model
     return side_by_side(records), evaluations
 

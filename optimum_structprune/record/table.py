@@ -31,6 +31,7 @@ COUNTS = {
 BY_DOMAIN = {
     "divergence": ("KL", 4, PERCENT),
     "agreement": ("top-1", 3, ""),
+    "tasks": ("MTEB", 3, ""),
 }
 # What a record has of the vectors of texts, by domain and model, with its label.
 EMBEDDINGS = {

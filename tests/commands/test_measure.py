@@ -67,18 +67,19 @@ def test_a_dense_folder_without_a_tokenizer_is_read_with_that_of_the_model(folde
 
 def test_several_models_against_the_dense_one(folder, capsys):
     """Each is compared with it: its own numbers are those of a model that is measured by itself."""
-    models, text = [str(folder / "small"), str(folder / "dense")], ["--domain", f"a={folder / 'a.jsonl'}"]
+    models, text = [str(folder / "dense"), str(folder / "small")], ["--domain", f"a={folder / 'a.jsonl'}"]
     how = [*text, "--seq-length", "24", "--device", "cpu", "--quiet", "--json"]
-    assert main(["evaluate", *models, "--against", models[1], *how]) == 0
+    assert main(["evaluate", *models, "--against", models[0], *how]) == 0
     every = json.loads(capsys.readouterr().out)
-    dense, small, twin = every["perplexity"]["a"]
+    dense, twin, small = every["perplexity"]["a"]
     assert every["perplexity"]["a"][dense] == every["perplexity"]["a"][twin]
     far = every["divergence"]["a"]
     assert far[twin] == pytest.approx(0, abs=1e-6) and far.keys() == {small, twin}
-    assert main(["evaluate", models[0], "--against", models[1], *how]) == 0
+    assert main(["evaluate", models[1], "--against", models[0], *how]) == 0
     found = json.loads(capsys.readouterr().out)
     assert far[small] == found["divergence"]["a"] > 1e-3
     assert every["perplexity"]["a"][small] == found["perplexity"]["a"]["model"]
+    assert every["perplexity_margin"]["a"]["ratio"] == found["perplexity_margin"]["a"]["ratio"] > 0
 
 
 def test_the_dense_model_runs_once_for_all(folder, monkeypatch):
