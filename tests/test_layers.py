@@ -150,7 +150,6 @@ def lines(node: ast.AST) -> int:
 
 # Longer than 40 lines (functions) or 150 (classes), each with its reason.
 LONG = {
-    "evaluation.evaluate.evaluate": "what a user calls: all is read and checked before anything is computed",
     "method.layers.InMemory": "all that runs one layer at a time stands together: what every source is measured by",
     "pruner.StructPruner": "what a user calls, with the order of all steps",
     "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",

@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.system.fingerprint import weights_hash
+from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.trainer import RecentText
 
 
@@ -456,7 +456,7 @@ def trained_together(folder, case, processes, callbacks=()):
             tensors = [
                 value for of in states for value in of.values() if isinstance(value, torch.Tensor) and value.ndim
             ]
-            noted["weights"][str(state.global_step)] = weights_hash(model)
+            noted["weights"][str(state.global_step)] = fingerprint(model)
             noted["state"][str(state.global_step)] = [[*value.shape, float(value.double().sum())] for value in tensors]
 
     for each in (Note(), *callbacks):
@@ -466,7 +466,7 @@ def trained_together(folder, case, processes, callbacks=()):
     except KeyboardInterrupt:
         return run, noted
     noted["loss"] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    return run, noted | {"plan": callback.plan.to_dict(), "end": weights_hash(run.model)}
+    return run, noted | {"plan": callback.plan.to_dict(), "end": fingerprint(run.model)}
 
 
 @pytest.fixture(scope="module")

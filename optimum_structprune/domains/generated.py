@@ -156,8 +156,8 @@ class _TextGenerator:
         longest, device = max(map(len, rows)), self.model.device
         check_positions(self.model, 1, "Self-written text", longest)
         room = int(min(MAX_TOKENS, positions_of(self.model) - longest))
-        bar = progress(total=room, desc=f"writing {len(rows)} documents", unit="token")
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
+        bar = progress(range(room), desc=f"writing {len(rows)} documents", unit="token")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
             sampler, settings = _Sampler(bar, self.min_p), {"max_new_tokens": room, "use_cache": True}
             texts = continuations(self.model, self.tokenizer, rows, settings, [sampler])
@@ -168,14 +168,14 @@ class _TextGenerator:
 class _Sampler:
     """Draws tokens, which greedy search then takes; `losses` has theirs in nats, shape `(rows, 1)` each."""
 
-    def __init__(self, bar: Any, min_p: float):
+    def __init__(self, bar: Iterator[Any], min_p: float):
         self.bar, self.min_p = bar, min_p
         self.losses: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = drawn(scores, self.min_p)
         self.losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
-        self.bar.update()
+        next(self.bar, None)
         return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
 

@@ -21,6 +21,7 @@ from ..forward.metrics import own_settings
 from ..pruning.embeddings import Embeddings, passages_of
 from ..record.answers import paired
 from ..record.remarks import measurements_text
+from ..record.report import enter_figures
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.parts import Parts
@@ -192,8 +193,7 @@ def evaluate(
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
-        for figure, value in text.figures(batch_size).items():
-            getattr(evaluation, figure)[name] = value
+        enter_figures(evaluation, name, text.figures(batch_size))
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
@@ -234,8 +234,7 @@ def _compare_vectors(
     measured.read_by(readers["model"], models["model"])
     evaluation.embeddings, by_language = measured.figures(models["model"], "dense", "model")
     for name, fields in measured.perplexities(models["model"], "dense", "model").items():
-        for field_name, value in fields.items():
-            getattr(evaluation, field_name)[name] = value
+        enter_figures(evaluation, name, fields)
     if by_language:
         costs = costs_before(models["dense"], readers["dense"], False, ())
         costs = with_costs_after(costs, models["model"], readers["model"], False)

@@ -30,7 +30,7 @@ from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
 from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, perplexity_figures
 from ..method.layers import input_device, run_model
-from ..record.report import Report
+from ..record.report import Report, enter_figures
 from ..vocabulary.languages import texts as language_texts
 
 
@@ -100,8 +100,7 @@ class Embeddings:
         """Put the figures of the smaller model into the report."""
         report.embeddings, by_language = self.figures(model, "before", "after")
         for name, fields in self.perplexities(model, "before", "after").items():
-            for field, value in fields.items():
-                getattr(report, field)[name] = value
+            enter_figures(report, name, fields)
         report.languages = {code: {**old, **by_language.get(code, {})} for code, old in report.languages.items()}
 
     def figures(

@@ -26,7 +26,7 @@ from ..forward.metrics import (
     total_loss,
 )
 from ..method.layers import Batch, InMemory
-from ..record.report import Report
+from ..record.report import Report, enter_figures
 from ..system.processes import every_process_runs, gather_objects, shard
 
 
@@ -150,15 +150,12 @@ class Measure:
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
-        figures = self._losses(model, arch)
+        smaller = self._losses(model, arch)
         for name, before in self.dense_figures.items():
-            losses = {"before": before, "after": figures[name]}
+            losses = {"before": before, "after": smaller[name]}
             tokens = self.tokens_predicted[name] * len(before)
-            for field, value in perplexity_figures(losses, tokens, self.documents[name], name == OTHER).items():
-                if name == OTHER:
-                    report.other[field.removeprefix("perplexity_")] = value
-                else:
-                    getattr(report, field)[name] = value
+            figures = perplexity_figures(losses, tokens, self.documents[name], name == OTHER)
+            enter_figures(report, name, figures, name == OTHER)
             if name != OTHER and (passages := self.texts.get(name)):
                 report.bits_per_byte[name] = {
                     when: passages.bits_per_byte(loss * self.tokens_predicted[name]) for when, loss in losses.items()

@@ -141,6 +141,15 @@ class Report(Record):
         return "\n".join([as_text(values), *remarks(values), *remark(self.answers), *recovery, *verdict(values)])
 
 
+def enter_figures(record: Any, text: str, figures: Mapping[str, Any], is_other: bool = False) -> None:
+    """Enter the figures of a text into a record by their fields, or those of other text into the field `other`."""
+    for field_name, value in figures.items():
+        if is_other:
+            record.other[field_name.removeprefix("perplexity_")] = value
+        else:
+            getattr(record, field_name)[text] = value
+
+
 class PruneResult(NamedTuple):
     """The records of a pruning, which the model carries as `model.prune_result`.
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ..config.fields import read_json
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError, warn
-from ..system.fingerprint import weights_hash
+from ..system.fingerprint import fingerprint
 from ..written import plain
 
 
@@ -27,7 +27,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
     @classmethod
     def of(cls, config: RecoveryConfig, model: PreTrainedModel, teacher: str | None) -> TrainingInputs:
         """The inputs of a training of a model that has no adapter yet."""
-        models = {"model": weights_hash(model), "dtype": model.dtype, "teacher": teacher}
+        models = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
         return cls(plain({**models, **config.without_output_dir().to_dict()}))
 
     def state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
 from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, plain_head, random_inputs
 from ..method.layers import input_device
-from ..system.fingerprint import computing, weights_hash
+from ..system.fingerprint import fingerprint
 from ..system.stages import stage
 from ..vocabulary.parts import Parts
 from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs
@@ -38,7 +38,7 @@ def load_teacher(
             )
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
-        same = computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
+        same = fingerprint(teacher) == fingerprint(model)
     teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled one
     if not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
         kind = type(teacher).__name__

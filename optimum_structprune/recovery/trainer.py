@@ -16,7 +16,7 @@ from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating, perplexity_figures
-from ..record.report import RecoveryReport
+from ..record.report import RecoveryReport, enter_figures
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
 from .text import OTHER_TEXT, VALIDATION
@@ -161,11 +161,7 @@ def enter_measurements(
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
         if name not in (ANSWERS, VALIDATION):
             is_other, tokens = name == OTHER_TEXT, int(pruned["tokens"].sum())
-            for field, value in perplexity_figures(losses, tokens, is_other=is_other).items():
-                if is_other:
-                    report.other[field.removeprefix("perplexity_")] = value
-                else:
-                    getattr(report, field)[name] = value
+            enter_figures(report, name, perplexity_figures(losses, tokens, is_other=is_other), is_other)
         if "kl" in pruned:
             pair = {"pruned": pruned, "recovered": after[name]}
             report.divergence[name] = {when: float(each["kl"].mean()) for when, each in pair.items()}

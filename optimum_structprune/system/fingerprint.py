@@ -36,16 +36,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def weights_hash(model: PreTrainedModel) -> str:
-    """Hash a model's type and its weights as bfloat16: the same in float32, and with some on the disk."""
-    digest = sha256(str(model.config.model_type).encode())
-    for name, tensor in _weights(model):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor))
-    return digest.hexdigest()
-
-
 def checksums(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
     """Give the dtype, shape and CRC-32 of every weight by name, in half the time of a `fingerprint`."""
     return {name: (tensor.dtype, tensor.shape, crc32(raw_bytes(tensor))) for name, tensor in _weights(model)}

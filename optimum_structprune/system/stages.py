@@ -55,12 +55,12 @@ def say(line: str) -> None:
             sys.stderr.write(f"{line}\n")
 
 
-def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+def progress(iterable: Iterable[Any], **options: Any) -> Iterator[Any]:
     """Draw the progress bar of transformers, with the options of tqdm; without a terminal, write lines."""
     bars = _bars()
     if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
-        return bars.tqdm(iterable, **options)
-    return _Lines(iterable, **options)
+        return iter(bars.tqdm(iterable, **options))
+    return _lines(iterable, **options)
 
 
 def _bars() -> Any:
@@ -69,32 +69,15 @@ def _bars() -> Any:
     return bars if bars is not None and bars.is_progress_bar_enabled() else None
 
 
-class _Lines:
-    """Stands for a bar and writes a line after `MAX_SILENT_SECONDS`."""
-
-    def __init__(
-        self, iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **others: Any
-    ):
-        self.iterable, self.desc, self.done = iterable, desc, initial
-        self.units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
-        self.total = len(iterable) if total is None else total
-
-    def __iter__(self) -> Iterator[Any]:
-        for each in self.iterable:
-            yield each
-            self.update()
-
-    def update(self) -> None:
-        """Count one more step."""
-        self.done += 1
-        if perf_counter() - _last_line[0] >= MAX_SILENT_SECONDS and self.done < self.total:
-            say(f"{self.desc}: {self.done} of {self.total} {self.units}")
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
+def _lines(
+    iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **others: Any
+) -> Iterator[Any]:
+    """Say in place of a bar how many steps are done, once nothing was said for `MAX_SILENT_SECONDS`."""
+    total, units = total or len(iterable), f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+    for done, each in enumerate(iterable, start=initial + 1):
+        yield each
+        if perf_counter() - _last_line[0] >= MAX_SILENT_SECONDS and done < total:
+            say(f"{desc}: {done} of {total} {units}")
 
 
 def give_back_free_memory() -> None:

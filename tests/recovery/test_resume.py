@@ -13,7 +13,7 @@ from models import build, full_disk, tokenizer
 
 from optimum_structprune import StructPruneError, recover
 from optimum_structprune.recovery.trainer import DistillTrainer
-from optimum_structprune.system.fingerprint import weights_hash
+from optimum_structprune.system.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
 
 def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
     model = build("llama-tied")
-    expected = weights_hash(model)
-    assert weights_hash(other_weights(model)) != expected
+    expected = fingerprint(model)
+    assert fingerprint(other_weights(model)) != expected
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert model.device.type == "meta" and weights_hash(model) == expected
+    assert model.device.type == "meta" and fingerprint(model) == expected
 
 
 @pytest.mark.parametrize("what", ["adapter", "optimizer"])

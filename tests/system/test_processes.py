@@ -50,7 +50,7 @@ from safetensors.torch import save_file
 from optimum_structprune import StructPruneError, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.system.disk import Output
-from optimum_structprune.system.fingerprint import weights_hash
+from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.system.processes import across_processes, process_count, process_index
 from system.test_processes import RUNS, command, pruned
 
@@ -97,7 +97,7 @@ def trained(way, resume=False, **training):
 
 for way in WAYS:
     whole = trained(way)
-    print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
+    print(f"rank {rank} trained {way}: {fingerprint(whole)}", flush=True)
     dist.barrier()  # the first process may still be writing
     if rank == 0:
         # What a kill while the last checkpoint is written leaves.
