@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from ..arch.modules import layer_list
 from ..arch.spec import Widths
 from ..method.layers import Source
-from ..method.shrink import fill_layer_
+from ..method.shrink import Masks, fill_layer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData
 from ..system.resume import Resume
-
-
-if TYPE_CHECKING:
-    from .run import Run
 
 
 def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> str:
@@ -28,33 +22,31 @@ def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> st
 
 
 class LayerCheckpoint:
-    """The layers of one run that are finished, in a folder."""
+    """The layers of one run that are finished, in a folder; `resumed` tells if an earlier run has left some."""
 
-    def __init__(self, run: Run, folder: str, target: Widths):
-        key = run_key(run.data, run.model, target)
+    def __init__(self, folder: str, key: str):
         self.resume = Resume(Path(folder), key, f"layer-{key[:12]}")  # those of runs with other targets lie beside it
-        run.report.resumed = self.resume.check() is not None
+        self.resumed = self.resume.check() is not None
 
-    def take_over_(
-        self, run: Run, source: Source, keep: dict[tuple[int, str], tuple[int, ...]], smaller: PreTrainedModel
-    ) -> int:
+    def take_over_(self, masks: Masks, source: Source, smaller: PreTrainedModel) -> int:
         """Take over the layers that an earlier run has finished with their kept units, and return their number."""
         saved = self.resume.load()
         if saved is None:
             return 0
         with self.resume.readable():
-            keep |= Plan.from_dict(saved.values["plan"]).keep
+            masks.keep |= Plan.from_dict(saved.values["plan"]).keep
             reached = dict(saved.values["passes"])
-        run.changed = run.changed or saved.number > 0
+        masks.lost = masks.lost or saved.number > 0
         for layer in range(saved.number):
             with source.at(layer, changes=True):
-                fill_layer_(run.model, run.arch, layer, self.resume.tensors(layer + 1), smaller)
+                fill_layer_(masks.model, masks.arch, layer, self.resume.tensors(layer + 1), smaller)
         source.resume_(saved.local, reached)
         return saved.number
 
-    def save(self, run: Run, layer: int, keep: Mapping[tuple[int, str], tuple[int, ...]], source: Source) -> None:
+    def save(self, layer: int, masks: Masks, source: Source) -> None:
         """Put a finished layer on disk, with the hidden states that enter the next one."""
         if (state := source.state()) is not None:
             tensors, reached = state
-            values = {"plan": Plan(run.arch.model_type, dict(keep)).to_dict(), "passes": reached}
-            self.resume.save(layer + 1, values, layer_list(run.model, run.arch)[layer].state_dict(), tensors)
+            values = {"plan": Plan(masks.arch.model_type, dict(masks.keep)).to_dict(), "passes": reached}
+            weights = layer_list(masks.model, masks.arch)[layer].state_dict()
+            self.resume.save(layer + 1, values, weights, tensors)

@@ -136,22 +136,23 @@ def prune_units_(run: Run, step: Step) -> Plan:
 
         rounds = round_widths(config, arch, step.widths)
     if (folder := run.data.options.checkpoint_dir) is not None:
-        from .checkpoint import LayerCheckpoint
+        from .checkpoint import LayerCheckpoint, run_key
 
-        checkpoint = LayerCheckpoint(run, folder, step.widths)
+        checkpoint = LayerCheckpoint(folder, run_key(run.data, model, step.widths))
+        run.report.resumed = checkpoint.resumed
     masks, count, every = Masks(model, arch, undoable=len(rounds) > 1), arch.num_layers, len(rounds) * arch.num_layers
 
     def finished(layer: int) -> None:
         give_back_free_memory()
         if checkpoint is not None and source is not None:
-            checkpoint.save(run, layer, masks.keep, source)
+            checkpoint.save(layer, masks, source)
 
     try:
         for number, widths in enumerate(rounds):
             is_last = number + 1 == len(rounds)
             with run.report.timed(f"round {number + 1}"):
                 method, source = run.data.method(model, arch), run.data.source(model, arch, config.feedback_share)
-                done = 0 if checkpoint is None else checkpoint.take_over_(run, source, masks.keep, smaller)
+                done = 0 if checkpoint is None else checkpoint.take_over_(masks, source, smaller)
                 # The bar counts the layers of all rounds, for the time that is left.
                 name = "pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}"
                 bar = {"desc": name, "initial": number * count + done, "total": every, "unit": "layer"}
