@@ -30,9 +30,6 @@ def questions(count=6):
     return read_questions()[:: 120 // count][:count]
 
 
-# --- questions
-
-
 def test_the_built_in_questions_are_many_of_eight_kinds():
     every = read_questions()
     kinds = [question.kind for question in every]
@@ -109,9 +106,6 @@ def test_a_file_without_questions(tmp_path):
         read_questions("built-in")
 
 
-# --- answers
-
-
 @torch.no_grad()
 def alone(model, ids, count, end):
     """The greedy answer, without a cache, a batch or padding."""
@@ -180,9 +174,6 @@ def test_a_model_without_a_template_goes_on_from_openings(writer):
     assert len(openings) >= 60 and all(of.opening for of in openings)
 
 
-# --- figures
-
-
 def test_divergence_is_its_definition_and_counts_tokens_that_are_gone(writer):
     model, tokenizer = writer
     other = deepcopy(model)
@@ -237,9 +228,6 @@ def test_a_model_is_alike_to_itself(writer):
     assert str(evaluation).count("\n  model (") == 3 and "+0.000 ± 0.000, alike (p = 1.000)" in str(evaluation)
 
 
-# --- the short check
-
-
 def test_a_run_is_checked_unless_it_reads_next_to_nothing(writer, monkeypatch):
     model, tokenizer = writer
     for tokens, asked in ((0, 0), (4095, 0), (4096, 16)):
@@ -263,9 +251,6 @@ def test_what_does_not_write_is_not_asked(case, writer):
     check = ShortCheck(writer[1], 10**9)
     check.ask("dense", build(case))
     assert check.items() == []
-
-
-# --- the commands
 
 
 @pytest.fixture(scope="module")

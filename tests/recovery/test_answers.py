@@ -43,9 +43,6 @@ def words(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
-# --- prompts
-
-
 @pytest.mark.slow
 def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions(chats):
     prompts = builtin_prompts(chats[1])
@@ -95,9 +92,6 @@ def test_openings_are_those_of_the_text_without_a_chat_template():
     assert all(any(flat[i : i + 20] == ids[2:22] for i in range(len(flat))) for ids in prompts)
 
 
-# --- writing
-
-
 def test_writing_in_a_batch_is_writing_alone(chats):
     """With a temperature near 0: neither padding nor answers that end earlier change anything."""
     prompts = [[5, 6, 7], [5, 6, 9, 11, 30, 4], [5, 8], [5, 6, 7, 40, 41]]
@@ -126,9 +120,6 @@ def test_answers_are_written_once_and_grow(tmp_path):
         file.write('["16/9", [')
     again = list(Answers(prompts, None, KeptText("answers"), 0).samples(8, 64))
     assert all(torch.equal(a[name], b[name]) for a, b in zip(samples, again, strict=True) for name in a)
-
-
-# --- which tokens count
 
 
 def test_answers_alone_count_and_conversations_do_not_see_each_other():
@@ -176,9 +167,6 @@ def test_what_a_teacher_predicts_is_the_same_from_what_is_kept(case):
     found = measure_samples(model, samples, kept)
     straight = divergence(logits_at(model, collate(samples)), expected)
     torch.testing.assert_close(found["kl"].mean().float(), straight)
-
-
-# --- training on them
 
 
 @pytest.mark.slow

@@ -240,9 +240,6 @@ def test_an_offloaded_teacher_teaches_the_same(pruned):
     torch.testing.assert_close(logits(recover(pruned, tokenizer(), few, teacher=teacher)), logits(expected))
 
 
-# --- the training text: shares by weight and nothing that was held out
-
-
 def test_the_domains_give_tokens_by_their_weights_whatever_the_seed():
     uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
     text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))

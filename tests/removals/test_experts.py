@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import CARD, card, data_of, logits, put_on_card_, same_weights, whole_model_at_once, with_long
+from helpers import CARD, card, logits, put_on_card_, same_weights, whole_model_at_once, with_long
 from models import build, config, token_ids, tokenizer
 from torch import nn
 
@@ -13,8 +13,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import Axis
 from optimum_structprune.method.layers import OneProcess
 from optimum_structprune.removals import experts
-from optimum_structprune.removals.experts import Block, ExpertRefit, refit_blocks_
-from optimum_structprune.sources.experts import route
+from optimum_structprune.removals.experts import Block, refit_blocks_
 
 
 # The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
@@ -125,24 +124,6 @@ def test_a_card_does_not_hold_the_weights_that_all_experts_began_with(monkeypatc
         whole = found.now()
         refit_blocks_(model, blocks, [torch.empty(1, 64, device=CARD)], OneProcess())
     assert found.peak < 1.7 * whole
-
-
-@pytest.mark.parametrize("case", ["olmoe", "gpt_oss", "deepseek_v2"])
-def test_the_refit_of_a_layer_that_keeps_all_experts_is_the_identity(case):
-    model = build(case)
-    before, settings = deepcopy(model), config(refit="least_squares")
-    data, arch = data_of(settings), describe(model)
-    source = data.source(model, arch, data.config.feedback_share)
-    for layer in range(arch.num_layers):
-        source.advance_dense(layer, ("expert",))
-        for space in arch.at(layer):
-            if space.name == "expert":
-                refit = ExpertRefit(source, space, data)
-                route(source, space, refit.see_dense)
-                refit.fit_(space.size)
-        source.advance(layer)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before.state_dict()[name], atol=1e-5, rtol=0)
 
 
 def with_idle_experts(case):

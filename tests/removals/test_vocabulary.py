@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from itertools import islice, permutations
 from math import exp, log
 from types import SimpleNamespace
@@ -13,7 +12,18 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import failing, recovery_config, same_weights, save_with_tokenizer, unread, with_long
-from models import GROUPED, PLAIN, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from models import (
+    GROUPED,
+    PLAIN,
+    TOKENS,
+    build,
+    config,
+    documents,
+    fewer_tokens,
+    random_model,
+    real_text_model,
+    tokenizer,
+)
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -36,24 +46,16 @@ from optimum_structprune.vocabulary.choose import number_within
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
 
-@cache
-def reader():
-    """A byte-level tokenizer of 400 tokens."""
-    return real_text_model()[1]
+READER = real_text_model()[1]
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED, positions=256):
     return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400, "max_position_embeddings": positions})
 
 
-def asking(**fields):
-    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
-    return config(**{"domains": texts, "widths": {"vocab": 320}, "seq_length": 48, **fields})
-
-
 def pruned(model=None, inputs=None, options=None, **fields):
-    pruner = StructPruner(asking(**fields), options)
-    return pruner, pruner.prune_model(text_model() if model is None else model, reader(), inputs=inputs)
+    pruner = StructPruner(fewer_tokens(**fields), options)
+    return pruner, pruner.prune_model(text_model() if model is None else model, READER, inputs=inputs)
 
 
 @torch.no_grad()
@@ -73,14 +75,14 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     model = text_model(positions=400)
     pruner, small = pruned(model)
     assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
-    assert model.config.vocab_size == 400 == len(reader())
+    assert model.config.vocab_size == 400 == len(READER)
     ids = same_as_dense(pruner, small, model)
     with pytest.raises(StructPruneError, match="of 96 tokens, is not that of .*which has 320 tokens"):
         pruner.save(small, tmp_path / "out", tokenizer())
-    for number, given in enumerate((None, reader(), pruner.tokenizer)):
+    for number, given in enumerate((None, READER, pruner.tokenizer)):
         pruner.save(small, tmp_path / str(number), given)
-        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == reader().decode(
-            reader()(pruner.tokenizer.decode(ids))["input_ids"]
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == READER.decode(
+            READER(pruner.tokenizer.decode(ids))["input_ids"]
         )
     card = (tmp_path / "1" / "README.md").read_text()
     assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
@@ -93,7 +95,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
     with pytest.warns(UserWarning, match="another tokenizer"):
-        prune_model(model, asking(), reader())
+        prune_model(model, fewer_tokens(), READER)
 
 
 @pytest.mark.slow
@@ -114,7 +116,7 @@ def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_witho
     fields = {"model": text_model(positions=400), "widths": {"mlp": 24}, "rounds": rounds}
     (without, plain), (kept, small) = pruned(**fields), pruned(**fields, languages=["de,fi"])
     *texts, of_languages = kept.manifest.of_use("calibrated on")
-    read = sum(len(tokens_by_language(reader(), CHOOSING)[code]) for code in ("de", "fi"))
+    read = sum(len(tokens_by_language(READER, CHOOSING)[code]) for code in ("de", "fi"))
     assert of_languages.name == "languages de,fi" and of_languages.heldout_tokens == 0
     assert read - 48 < of_languages.calibration_tokens <= read
     assert [of.weight for of in texts] == pytest.approx([0.45, 0.45]) and of_languages.weight == pytest.approx(0.1)
@@ -130,7 +132,7 @@ def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_pat
     model = text_model()
     model.resize_token_embeddings(464)  # as embeddings are padded for kernels
     model.config.pad_token_id, model.generation_config.eos_token_id = 463, [2, 450]
-    save_with_tokenizer(model, tmp_path / "dense", reader())
+    save_with_tokenizer(model, tmp_path / "dense", READER)
     for number in (448, 402, 330):
         pruner, small = pruned(model, widths={"vocab": number})
         keep = pruner.plan.keep[-1, "vocab"]
@@ -146,7 +148,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     model.resize_token_embeddings(464)
     limit = {"parameters": model.num_parameters() - 10 * 2 * 32}
     pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
-    assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == reader().get_vocab()
+    assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == READER.get_vocab()
     assert pruner.report.trimmed["tokens"] == 16 and pruner.report.trimmed["respelled"] == 0
     assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
     joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
@@ -184,7 +186,7 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
     budget = {"targets": ("vocab",), "widths": None, "budget": {"parameters": 0.9}}
     pruner, small = pruned(model, **budget)
     assert small.num_parameters() <= 0.9 * model.num_parameters() and small.config.vocab_size == 320
-    planned = dry_run(model.config, asking(**budget))
+    planned = dry_run(model.config, fewer_tokens(**budget))
     assert planned.widths == {"vocab": 320} and planned.parameters.after == small.num_parameters()
     share = 2 * 32 * 400 / model.num_parameters()
     assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
@@ -192,7 +194,7 @@ def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
 
 def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_text(tmp_path, capsys):
     model = text_model()
-    save_with_tokenizer(model, tmp_path, reader())
+    save_with_tokenizer(model, tmp_path, READER)
     flags = "--tokens --languages en,de --domain math=builtin:math --general-share 0 --num-samples 8 --seq-length 48"
     assert main(["plan", str(tmp_path), *flags.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -211,10 +213,10 @@ def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_tex
 
 @pytest.mark.slow
 def test_users_keep_tokens_of_their_own(tmp_path):
-    rare = [token for token in range(300, 400) if reader().decode(token).strip().isalpha()]
+    rare = [token for token in range(300, 400) if READER.decode(token).strip().isalpha()]
     gone = sorted(set(rare) - set(pruned()[0].plan.keep[-1, "vocab"]))[:2]
-    words = [reader().decode(token).strip() for token in gone]
-    (tmp_path / "words.txt").write_text("\n".join([reader().convert_ids_to_tokens(gone[0]), words[1], ""]))
+    words = [READER.decode(token).strip() for token in gone]
+    (tmp_path / "words.txt").write_text("\n".join([READER.convert_ids_to_tokens(gone[0]), words[1], ""]))
     expression = f"^ ?({'|'.join(words)})$"
     for given in ("|".join([expression] * 20), str(tmp_path / "words.txt")):  # too long for the name of a file
         assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
@@ -248,9 +250,9 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
     with pytest.raises(StructPruneError, match="of the kind WordLevel"):
         StructPruner(config(widths={"vocab": 64})).prune_model(build("llama-tied"), tokenizer())
     with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
-        StructPruner(asking()).prune_to_(text_model(), [], {"vocab": 320})
+        StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
     with pytest.raises(StructPruneError, match="'vocab' belongs to the whole model, and a Trainer prunes inside"):
-        attach_pruner(SimpleNamespace(model=text_model()), asking())
+        attach_pruner(SimpleNamespace(model=text_model()), fewer_tokens())
 
 
 @pytest.mark.slow
@@ -269,7 +271,7 @@ def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, mo
 @pytest.mark.slow
 def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     model = text_model()
-    save_with_tokenizer(model, tmp_path / "dense", reader())
+    save_with_tokenizer(model, tmp_path / "dense", READER)
     training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
     pruner, small = pruned(model, recovery=training, widths={"vocab": 320, "mlp": 24})
     report = pruner.report.recovery
@@ -283,13 +285,13 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     with pytest.raises(StructPruneError, match="nothing says which are the same"):
         recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
     # A model in memory comes from no place where its tokenizer lies; the run has seen that of this one.
-    for teacher, theirs in ((tmp_path / "dense", None), (model, None), (unknown, reader())):
+    for teacher, theirs in ((tmp_path / "dense", None), (model, None), (unknown, READER)):
         taught = load_teacher(teacher, small, pruner.tokenizer, theirs)
         assert [taught.parts.spellings[token] for token in keep] == [(new,) for new in range(320)]
         assert same_weights(taught.model, model)
     # The model that the first run has left as it was, with its tokenizer, loses both in place.
-    inplace = StructPruner(asking(recovery=training, widths={"vocab": 320, "mlp": 24}))
-    assert same_weights(inplace.prune_model(model, reader(), inplace=True), small)
+    inplace = StructPruner(fewer_tokens(recovery=training, widths={"vocab": 320, "mlp": 24}))
+    assert same_weights(inplace.prune_model(model, READER, inplace=True), small)
 
 
 @pytest.mark.slow
@@ -299,7 +301,7 @@ def test_a_training_of_rows_goes_on_after_a_kill(tmp_path, monkeypatch):
     settings = recovery_config(domains=texts, training={"output_dir": str(tmp_path / "run"), "save_steps": 4})
 
     def trained(resume=False):
-        return recover(deepcopy(small), pruner.tokenizer, settings, model, resume=resume, teacher_tokenizer=reader())
+        return recover(deepcopy(small), pruner.tokenizer, settings, model, resume=resume, teacher_tokenizer=READER)
 
     whole = trained()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -311,9 +313,9 @@ def test_a_training_of_rows_goes_on_after_a_kill(tmp_path, monkeypatch):
 def test_both_models_are_measured_on_the_same_text_per_dense_token():
     model = text_model()
     pruner, small = pruned(model, widths={"vocab": 320, "mlp": 24})
-    domain = load_domains(pruner.config, reader())[0]
-    heldout = torch.stack(short_rows(domain.heldout, reader().eos_token_id, domain.samples.numel() // 8)[0])
-    text = Passages([*heldout], reader())
+    domain = load_domains(pruner.config, READER)[0]
+    heldout = torch.stack(short_rows(domain.heldout, READER.eos_token_id, domain.samples.numel() // 8)[0])
+    text = Passages([*heldout], READER)
     rows = text.rows(pruner.tokenizer, small)
     assert sum(map(len, rows)) > heldout.numel()
     nats, report = float(row_losses(small, rows).sum()), pruner.report
@@ -336,7 +338,7 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
     assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
-    read = [load_domains(pruner.config, reader())[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
+    read = [load_domains(pruner.config, READER)[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
     assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
     assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)
@@ -360,7 +362,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
     assert pruner.used_config.targets is None and pruner.report.trimmed
-    assert {choice.name for choice in dry_run(model.config, asking(**fields)).spaces} == {"vocab", "mlp"}
+    assert {choice.name for choice in dry_run(model.config, fewer_tokens(**fields)).spaces} == {"vocab", "mlp"}
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})
         assert only_layers.config.vocab_size == model.config.vocab_size
@@ -377,7 +379,7 @@ def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_giv
     fields = {"widths": None, "round_to": 8, "domains": [DomainConfig(name="a", source=texts)]}
     pruner, small = pruned(model, **fields, budget={"parameters": share})
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
-    used = gone & {*reader()(texts[0])["input_ids"]}
+    used = gone & {*READER(texts[0])["input_ids"]}
     assert small.num_parameters() <= share * model.num_parameters()
     assert pruner.report.trimmed["tokens"] == len(gone) and (pruner.report.trimmed["respelled"] > 0) == bool(used)
     assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(used) == (share < 0.75)
@@ -388,10 +390,10 @@ def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_giv
 def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
     """It could be met if all tokens might go; more than half of them have to stay."""
     model, fields = quantized(Reversible(), text_model()), {**JOINT, "budget": {"parameters": 0.4}}
-    pruner = StructPruner(asking(**fields, domains=[DomainConfig(name="a", source=unread())]))
+    pruner = StructPruner(fewer_tokens(**fields, domains=[DomainConfig(name="a", source=unread())]))
     with pytest.raises(StructPruneError, match="with all that may go from vocab, mlp the model still has"):
-        pruner.prune_model(model, reader(), inplace=True)
-    assert model.is_quantized and "cannot be met" not in str(dry_run(text_model().config, asking(**fields)))
+        pruner.prune_model(model, READER, inplace=True)
+    assert model.is_quantized and "cannot be met" not in str(dry_run(text_model().config, fewer_tokens(**fields)))
 
 
 def test_where_positions_are_counted_from_the_padding_its_id_stays():

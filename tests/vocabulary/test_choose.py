@@ -1,7 +1,5 @@
 """Which tokens stay: those whose absence would cost most, and their parts; and what languages lose with the rest."""
 
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +18,9 @@ from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shar
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
+
+
+MODEL, READER = real_text_model()
 
 
 class Words:
@@ -95,43 +96,40 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     )
 
 
+def shares_of(ids):
+    return torch.bincount(torch.tensor(ids), minlength=len(READER)).double() / len(ids)
+
+
 def test_all_text_counts_but_for_documents_that_are_set_aside():
-    texts, tokenizer = ["one two", "three", "three", "four five six"], real_text_model()[1]
-    ids = torch.tensor([[0, 1]])
+    texts, ids = ["one two", "three", "three", "four five six"], torch.tensor([[0, 1]])
     domain = Domain("a", 1.0, ids, ids, origin=DomainConfig("a", source=texts))
     out = {document_hash(texts[0])}
-    shares, entry = text_shares(domain, 0, tokenizer, len(tokenizer), out, 10**6)
-    read = [token for text in texts[1:] for token in tokenizer(text)["input_ids"]]
-    counts = torch.bincount(torch.tensor(read), minlength=len(tokenizer))
-    torch.testing.assert_close(shares, counts.double() / len(read))
+    shares, entry = text_shares(domain, 0, READER, len(READER), out, 10**6)
+    read = [token for text in texts[1:] for token in READER(text)["input_ids"]]
+    torch.testing.assert_close(shares, shares_of(read))
     assert entry.calibration_tokens == len(read) and {*entry.documents} == {*map(document_hash, texts[1:])}
-    few = text_shares(domain, 0, tokenizer, len(tokenizer), out, 1)[1]
-    assert len(few.documents) == 1
+    assert len(text_shares(domain, 0, READER, len(READER), out, 1)[1].documents) == 1
 
 
 def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
     pytest.importorskip("wordfreq")
-    _, tokenizer = real_text_model()
-    shares = language_shares(["en", "de"], tokenizer, len(tokenizer))
-    assert shares.sum() == pytest.approx(1)
-    english, german = (language_shares([code], tokenizer, len(tokenizer)) for code in ("en", "de"))
-    torch.testing.assert_close(shares, (english + german) / 2)
-    of = tokenizer.get_vocab()
+    both, english, german = (language_shares(codes, READER, len(READER)) for codes in (["en", "de"], ["en"], ["de"]))
+    torch.testing.assert_close(both, (english + german) / 2)
+    assert both.sum() == pytest.approx(1)
+    of = READER.get_vocab()
     assert english[of["Ġthe"]] > english[of["Ġof"]] > 0 and english[of["Ġthe"]] > german[of["Ġthe"]]
 
 
 def test_without_lists_of_words_sample_sentences_count_and_a_run_says_so(monkeypatch, caplog):
     monkeypatch.setattr(count, "find_spec", lambda name: None)
     count._lines.cache_clear()
-    _, tokenizer = real_text_model()
     note_missing_words.cache_clear()
     for _ in range(2):
         note_missing_words()
     (said,) = caplog.messages
     assert "pip install 'optimum-structprune[languages]'" in said
-    shares = language_shares(["de"], tokenizer, len(tokenizer))
-    ids = tokenizer(texts(CHOOSING)["de"], add_special_tokens=False)["input_ids"]
-    torch.testing.assert_close(shares, torch.bincount(torch.tensor(ids), minlength=len(tokenizer)).double() / len(ids))
+    ids = READER(texts(CHOOSING)["de"], add_special_tokens=False)["input_ids"]
+    torch.testing.assert_close(language_shares(["de"], READER, len(READER)), shares_of(ids))
     count._lines.cache_clear()
 
 
@@ -143,21 +141,20 @@ def test_every_language_that_a_config_may_name_has_both_texts_and_they_differ():
 
 
 def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_language():
-    model, tokenizer = real_text_model()
-    tokens = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
+    tokens = {code: len(ids) for code, ids in tokens_by_language(READER).items()}
     assert tokens["en"] < tokens["fi"] < tokens["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
-    bits = cost_by_language(model, tokenizer, True, ["en", "de", "ta"])
+    bits = cost_by_language(MODEL, READER, True, ["en", "de", "ta"])
     assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
     assert languages.known(bits) >= {"en"} == languages.known({"en": 1.0, "de": 3.0})
-    few = len(tokens_by_language(tokenizer)["en"]) + 1
-    assert [*cost_by_language(model, tokenizer, True, ["en", "de"], most=few)] == ["en"]
-    assert cost_by_language(model, tokenizer, False, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
+    few = len(tokens_by_language(READER)["en"]) + 1
+    assert [*cost_by_language(MODEL, READER, True, ["en", "de"], most=few)] == ["en"]
+    assert cost_by_language(MODEL, READER, False, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
 
 
 def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
     assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
     assert [script(text) for text in ("\u093f", "१", "\u0301", "2nd", "♥")] == ["DEVANAGARI"] * 2 + ["", "LATIN", ""]
-    vocabulary = Vocabulary.of(real_text_model()[1])
+    vocabulary = Vocabulary.of(READER)
     everything = languages.scripts_of(vocabulary, range(vocabulary.size))
     assert everything["LATIN"] > 26 and "" not in everything
     assert languages.scripts_of(vocabulary, [0]).total() <= 1
@@ -168,7 +165,6 @@ FIELDS = {
     "pad_token_id": lambda a, b, n: a,
     "image_token_index": lambda a, b, n: b,
     "eos_token_id": lambda a, b, n: [a, b],
-    "decoder_start_token_id": lambda a, b, n: a,
     "suppress_tokens": lambda a, b, n: [b, a],
     "begin_suppress_tokens": lambda a, b, n: [a],
     "bad_words_ids": lambda a, b, n: [[a, b], [b]],
@@ -178,16 +174,9 @@ FIELDS = {
     "task_to_id": lambda a, b, n: {"translate": b},
     "sequence_bias": lambda a, b, n: [[[a, b], n], [[a], -n]],
     "no_repeat_ngram_size": lambda a, b, n: n,
-    "max_length": lambda a, b, n: n,
     "exponential_decay_length_penalty": lambda a, b, n: (n, 1.5),
 }
 OF_BIASES = {"sequence_bias": lambda a, b, n: {(a, b): n, (b,): n}}
-
-
-@cache
-def reader():
-    """A byte-level tokenizer of 400 tokens."""
-    return real_text_model()[1]
 
 
 @pytest.mark.slow
@@ -201,14 +190,14 @@ def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_nu
     model.get_input_embeddings().weight.data = dense.clone()
     for at, (name, form) in enumerate(fields.items()):
         setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
-    tokens = VocabularyRequest.of(config(widths={"vocab": rows}), ModelInfo.of(model), reader(), {"vocab": rows})
+    tokens = VocabularyRequest.of(config(widths={"vocab": rows}), ModelInfo.of(model), READER, {"vocab": rows})
     left = data.draw(st.sampled_from(tokens.allowed))
     keep = tokens.keep(tokens.order(torch.rand(400)), left)
     drop_tokens_(model, ModelInfo.of(model).arch, keep)
     smaller, weights = tokens.vocabulary.smaller(keep), model.get_input_embeddings().weight
     new = [getattr(model.config, name) for name in ("pad_token_id", "image_token_index")]
     for old, now in zip((a, b), new, strict=True):
-        assert smaller.convert_ids_to_tokens(now) == reader().convert_ids_to_tokens(old)
+        assert smaller.convert_ids_to_tokens(now) == READER.convert_ids_to_tokens(old)
         assert now >= left if old >= rows else torch.equal(weights[now], dense[old])
     for at, (name, form) in enumerate(fields.items()):
         assert getattr(model.config if at < 2 else model.generation_config, name) == form(*new, number), name
