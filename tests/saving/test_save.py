@@ -41,7 +41,8 @@ def test_everything_is_saved(run, tmp_path):
     assert {path.name for path in out.iterdir()} >= written
     assert Plan.load(out / "pruning_plan.json") == pruner.plan
     assert StructPruneConfig.from_pretrained(out).widths == {"mlp": 24}
-    assert json.loads((out / "report.json").read_text())["parameters"]["after"] == model.num_parameters()
+    report = json.loads((out / "report.json").read_text())
+    assert (report["parameters"]["after"], report["model"]["dtype"]) == (model.num_parameters(), "float32")
     again = AutoModelForCausalLM.from_pretrained(out)
     assert again.generation_config.max_new_tokens == 7
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
