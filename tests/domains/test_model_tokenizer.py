@@ -114,11 +114,9 @@ def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
     more.add_tokens(["<a>", "<b>"])
     longer.add_tokens([f"<{number}>" for number in range(5)])
     swapped = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
-    for number, other in enumerate((swapped, longer, words({"t0": 5}))):
-        with pytest.raises(StructPruneError, match="is not that of this LlamaForCausalLM"):
-            pruner.save(pruned, tmp_path / str(number), other)
-    with pytest.raises(StructPruneError, match="resize_token_embeddings"):
-        check_tokens(pruned, longer)
+    for other, message in ((swapped, ""), (words({"t0": 5}), ""), (longer, ".*resize_token_embeddings")):
+        with pytest.raises(StructPruneError, match=f"is not that of this LlamaForCausalLM{message}"):
+            pruner.save(pruned, tmp_path / "out", other)
     assert not [*tmp_path.iterdir()]
     for number, same in enumerate((tokenizer(), more, None)):
         pruner.save(pruned, tmp_path / str(number), same)
