@@ -66,14 +66,9 @@ JUDGED = [
 ]  # fmt: skip
 
 
-def question_with(words):
-    (match,) = [question for question in read_questions() if words in question.prompt]
-    return match
-
-
 @pytest.mark.parametrize(("words", "right", "wrong"), JUDGED)
 def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
-    question = question_with(words)
+    (question,) = (question for question in read_questions() if words in question.prompt)
     assert [text for text in right if not question.right.search(text.strip())] == []
     assert [text for text in wrong if question.right.search(text.strip())] == []
 

@@ -1,4 +1,4 @@
-"""Models of different tokenizers on the same text: in evaluation, in the commands, and before and after a run."""
+"""Models of different tokenizers on the same text: in evaluation and in the commands."""
 
 import json
 from math import log
@@ -6,15 +6,11 @@ from math import log
 import pytest
 import torch
 from helpers import save_with_tokenizer, with_tokens, write_texts
-from models import VOCAB, build, config, documents, real_text_model, tokenizer
+from models import VOCAB, build, documents, real_text_model, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruneError, evaluate, perplexity
-from optimum_structprune.arch.load import describe
+from optimum_structprune import DomainConfig, evaluate
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.load import load_domains
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.pruning.measure import Measure
-from optimum_structprune.record.report import Report
 
 
 ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolist()
@@ -25,20 +21,6 @@ SIZE = {"seq_length": 40, "num_samples": 3}
 @pytest.fixture(scope="module")
 def real():
     return real_text_model()
-
-
-def test_numbers_of_tokens_change_nothing(real):
-    model, reader = real
-    order = torch.randperm(len(reader), generator=torch.Generator().manual_seed(0)).tolist()
-    other, renumbered = with_tokens(model, reader, order)
-    found = evaluate(other, renumbered, [TEXT], dense=model, dense_tokenizer=reader, **SIZE)
-    same = evaluate(model, reader, [TEXT], dense=model, dense_tokenizer=real_text_model()[1], **SIZE)
-    for which in ("model", "dense"):
-        assert found.perplexity["a"][which] == pytest.approx(same.perplexity["a"]["dense"], rel=1e-6)
-        assert found.bits_per_byte["a"][which] == pytest.approx(same.bits_per_byte["a"]["dense"], rel=1e-6)
-    assert found.divergence == found.agreement == {}  # by the same ids they mean other tokens
-    assert found.perplexity_tokens == same.perplexity_tokens == {"a": 3 * 39}
-    assert same.divergence == {"a": 0.0}
 
 
 def test_a_part_of_the_vocabulary(real):
@@ -78,6 +60,7 @@ def test_the_commands(tmp_path, capsys):
     assert main(["evaluate", models[0], "--against", models[1], *line]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
+    assert found["divergence"] == found["agreement"] == {}  # by the same ids they mean other tokens
     assert [(of["difference"], of["items"]) for of in found["paired"].values()] == [(0, 4)] * 3
     texts = [[of["text"] for of in item["answers"].values()] for item in found["answers"]]
     assert len(texts) == 4 and all(dense == model != "" for dense, model in texts)
@@ -87,21 +70,3 @@ def test_the_commands(tmp_path, capsys):
         assert record[field]["a"]["other"] == pytest.approx(record[field]["a"]["dense"], rel=1e-6)
     shown = capsys.readouterr().out
     assert f"vocabularies differ: perplexity is per token of {models[0]}" in shown and "bits per byte" in shown
-
-
-def test_a_run_is_measured_per_token_of_the_dense_tokenizer():
-    model = build("llama-tied")
-    other, renumbered = with_tokens(model, tokenizer(), ORDER)
-    domains, arch = load_domains(config(), tokenizer()), describe(model)
-    most = sum(domain.heldout.numel() for domain in domains)
-    measure, report = Measure(model, domains, arch, most, tokenizer(), vocabulary_changes=True), Report("llama", "obs")
-    measure.read_by(renumbered, other)
-    measure.after(other, arch, report)
-    for domain in domains:
-        ppl, bits = report.perplexity[domain.name], report.bits_per_byte[domain.name]
-        assert ppl == pytest.approx(dict.fromkeys(("before", "after"), perplexity(model, domain.heldout)), rel=1e-6)
-        assert bits["before"] == pytest.approx(bits["after"], rel=1e-6) and bits["before"] > 0
-        assert report.perplexity_tokens[domain.name] == domain.heldout[:, 1:].numel()
-    with pytest.raises(StructPruneError, match="token id .*, vocabulary 9"):
-        other.resize_token_embeddings(9)
-        measure.read_by(renumbered, other)

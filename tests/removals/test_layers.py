@@ -49,16 +49,16 @@ SHALLOW = [case for case in DEEPER if LAYER in describe(deep(case)).offered]
 @contextmanager
 def without(model, keep):
     """Layers that are not kept hand on what they get."""
+
+    def handing_on(layer, args, kwargs, output):
+        hidden = hidden_states_of(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
     with ExitStack() as stack:
         for index, layer in enumerate(layer_list(model, describe(model))):
             if index not in keep:
                 stack.enter_context(layer.register_forward_hook(handing_on, with_kwargs=True))
         yield
-
-
-def handing_on(layer, args, kwargs, output):
-    hidden = hidden_states_of(args, kwargs)
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @pytest.mark.parametrize("case", SHALLOW)

@@ -366,14 +366,6 @@ READ = [pytest.param(case, marks=[] if case in FIRST else pytest.mark.nightly) f
 PER_TOKEN = {"llama-untied": 2 * 32, "phi": 2 * 32 + 1, "bert": 32 + 1, "bart": 32, "gemma4_text": 32 + 16, "t5": 32}
 
 
-def fewer(case):
-    """The dense model, the one without tokens, and the ids that stay: `KEEP`, and what the configs name."""
-    model, small = build(case), build(case)
-    keep = sorted({*KEEP} | named_ids(model) & {*range(VOCAB)})
-    drop_tokens_(small, describe(small), keep)
-    return model, small, keep
-
-
 @torch.no_grad()
 def same_outputs(model, small, keep, atol=0.0):
     """On text whose tokens all stay."""
@@ -385,7 +377,9 @@ def same_outputs(model, small, keep, atol=0.0):
 
 @pytest.mark.parametrize("case", READ)
 def test_what_stays_is_computed_as_before_and_reloads(case, tmp_path):
-    model, small, keep = fewer(case)
+    model, small = build(case), build(case)
+    keep = sorted({*KEEP} | named_ids(model) & {*range(VOCAB)})
+    drop_tokens_(small, describe(small), keep)
     same_outputs(model, small, keep)
     assert_remembers_its_own_config(small)
     space, left = describe(model).of("vocab")[0], describe(small).of("vocab")[0]

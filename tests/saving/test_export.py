@@ -65,12 +65,9 @@ def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-WIDE = {**GROUPED, "hidden_size": 32, "intermediate_size": 512, "vocab_size": 96}
-
-
 def model(model_type="llama", ffn=(512, 256), groups=(4, 2), **fields):
     """Two layers that keep their first units, of 4 KV groups with two query heads each."""
-    dense = random_model(AutoModelForCausalLM, model_type, {**WIDE, **fields})
+    dense = random_model(AutoModelForCausalLM, model_type, {**GROUPED, "intermediate_size": 512, **fields})
     keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
     keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
     return without_refit(dense, Plan(model_type, keep)).eval()
