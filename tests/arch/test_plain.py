@@ -1,11 +1,8 @@
 """Models that are not plain: quantized ones are unpacked or refused, adapters are refused with the line that helps."""
 
-import os
 import re
-import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -15,8 +12,7 @@ from helpers import logits, same_weights, unread, with_long
 from models import build, config, documents, real_text_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from quantized import Packed, Quantizer, Reversible, quantized
-from safetensors.torch import load_file
+from quantized import Packed, Quantizer, quantized
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing._internal.two_tensor import TwoTensor
@@ -27,7 +23,7 @@ from optimum_structprune.arch.meta import check_no_adapter, check_plain
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_gguf_model_is_pruned_and_saved(tmp_path, inplace):
+def test_a_quantized_model_that_transformers_can_unpack_is_pruned_and_saved(tmp_path, inplace):
     plain, reader = real_text_model()
     export_gguf(plain.half(), tmp_path / "tiny.gguf", reader)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
@@ -59,19 +55,10 @@ def test_a_model_that_has_been_saved_is_pruned_as_before(case, tmp_path):
     assert prune_model(expected, config(widths={"mlp": 16}), tokenizer()).config.intermediate_size == 16
 
 
-def test_what_transformers_can_undo_is_undone():
-    model, plain = quantized(Reversible()), build("llama-tied")
-    small = prune_model(model, config(), tokenizer())
-    assert torch.equal(logits(small), logits(prune_model(plain, config(), tokenizer())))
-    assert type(model.model.layers[0].mlp.up_proj) is Packed and model.hf_quantizer is not None
-    assert type(small.model.layers[0].mlp.up_proj) is nn.Linear and not hasattr(small, "hf_quantizer")
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_what_it_cannot_undo_is_refused_with_the_reason(inplace):
+def test_what_transformers_cannot_undo_is_refused_with_the_reason():
     model = quantized(Quantizer())
     with pytest.raises(StructPruneError, match="with gptq, which transformers cannot undo.*no implementation"):
-        StructPruner(config()).prune_model(model, tokenizer(), inplace=inplace)
+        prune_model(model, config(), tokenizer(), inplace=True)
     assert model.is_quantized and type(model.model.layers[0].mlp.up_proj) is Packed
     model.hf_quantizer = None
     with pytest.raises(StructPruneError, match="has no quantizer to undo it; load it without quantization"):
@@ -224,40 +211,3 @@ def test_hooks_of_accelerate_present_or_gone_and_kernels_of_the_hub_are_no_forwa
         check_plain(model)
     model._use_kernels = True
     check_plain(model)
-
-
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "torchao"
-CHECK = """
-import optimum_structprune
-
-inputs = tokenizer("One and one is two", return_tensors="pt")
-again = AutoModelForCausalLM.from_pretrained("smollm2-8")
-whole, first, second = (model(**inputs).logits for model in (pruned, small, again))
-assert torch.equal(first, second) and again.config.is_heterogeneous
-error = (first - whole).norm() / whole.norm()
-assert 0 < error < 0.05, error
-"""
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(not (FOLDER / "torchao").is_dir(), reason=f"no torchao in {FOLDER}; `make torchao` installs it")
-def test_the_recipe_of_torchao_prunes_quantises_saves_and_loads(tmp_path):
-    for saved in real_text_model():
-        saved.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    (recipe,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
-    paths = os.pathsep.join(filter(None, (str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-c", recipe + CHECK],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    whole, small = (load_file(tmp_path / f"smollm2-{bits}" / "model.safetensors") for bits in (32, 8))
-    assert sum(map(_size, small.values())) < 0.6 * sum(map(_size, whole.values()))
-
-
-def _size(tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -307,10 +307,7 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
         with full_disk(1_000), refused, Output(out, True).staged() as folder:
             write(folder)
         assert names(tmp_path) == ["out"] and contents(out) == before
-
-
-def test_errors_of_torch_that_say_no_file_are_told_by_their_words():
-    """torch writes the state of an optimizer by a stream of C++."""
+    # torch writes the state of an optimizer by a stream of C++.
     assert disk.is_write_error(RuntimeError("basic_ios::clear: iostream error"))
     assert not disk.is_write_error(RuntimeError("shape mismatch"))
 

@@ -78,16 +78,12 @@ def test_a_full_disk_and_half_written_files_leave_what_was_saved_before(tmp_path
     assert_holds(tmp_path, 2)
 
 
-def shortened(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
 def test_a_damaged_file_is_named(tmp_path):
     names, texts = ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"), ("{", "[]", '{"key": "x"}')
-    damages = [("layer.json", lambda path, t=t: path.write_text(t)) for t in texts]
-    for name, damage in [*((name, shortened) for name in names), *damages]:
+    for name, text in [*((name, None) for name in names), *(("layer.json", text) for text in texts)]:
         save(tmp_path, 1)
-        damage(tmp_path / name)
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-40] if text is None else text.encode())
         with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start"):
             store(tmp_path).load()
             store(tmp_path).tensors(1)
