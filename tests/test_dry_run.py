@@ -16,15 +16,12 @@ from optimum_structprune.commands.cli import main
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 LLAMA_70B |= {"num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": False}
-LLAMA_70B |= {"dtype": "bfloat16"}
-LARGE = {
-    "llama": (LlamaConfig(**LLAMA_70B, head_dim=128, vocab_size=128256), 70_553_706_496),
-    "qwen2": (Qwen2Config(**{**LLAMA_70B, "intermediate_size": 29568}, vocab_size=152064), 72_706_203_648),
-}
+LLAMA_70B |= {"dtype": "bfloat16", "head_dim": 128, "vocab_size": 128256}
 
 
 @pytest.mark.parametrize(("case", "fields"), [
     ("llama-tied", {"refit": "none", "widths": {"mlp": 17, "attention": 1}}),
+    ("llama-tied", {"widths": {"mlp": 24}, "skip_layers": (1,)}),
     ("llama-tied", {"sparsity": 0.1, "round_to": 64}),
     ("gemma2", {"sparsity": 0.35, "round_to": 8}),
     ("mixtral", {"sparsity": 0.3, "round_to": 8}),
@@ -39,14 +36,9 @@ def test_it_says_what_pruning_gives(case, fields):
 
 def test_layers_that_differ():
     model = build("llama-tied")
-    wish = config(widths={"mlp": 24}, skip_layers=(1,))
-    outcome = dry_run(config_of(model), wish)
-    small = prune_model(model, wish, tokenizer())
-    assert outcome.widths == {"mlp": {space.layer: space.width for space in describe(small).of("mlp")}}
-    assert outcome.parameters.after == small.num_parameters() and outcome.notes == ()
+    outcome = dry_run(config_of(model), config(widths={"mlp": 24}, skip_layers=(1,)))
     assert "once optimum_structprune has been imported" in outcome.reload[0] and len(outcome.reload) == 3
     assert "24-40" in str(outcome)
-
     wish = config(sparsity=0.3, allocation="sensitivity", targets=("mlp", "attention"), round_to=1)
     outcome = dry_run(config_of(model), wish)
     small = prune_model(model, wish, tokenizer())
@@ -56,9 +48,8 @@ def test_layers_that_differ():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.nightly)])
-def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
-    model_config, parameters = LARGE[name]
+def test_a_model_of_70_billion_parameters_takes_seconds(tmp_path, capsys):
+    model_config, parameters = LlamaConfig(**LLAMA_70B), 70_553_706_496
     model_config.save_pretrained(tmp_path / "model")
     start = time.process_time()
     command = ["plan", str(tmp_path / "model"), "--sparsity", "0.3", "--target", "mlp", "--round-to", "128", "--cost"]
@@ -70,7 +61,6 @@ def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
     assert found["memory"] == {when: 2 * count for when, count in found["parameters"].items()}
     assert found["cache_per_token"] == {"before": 2 * 80 * 2 * 8 * 128, "after": 2 * 80 * 2 * 8 * 128}
     width = found["widths"]["mlp"]
-    assert width % 128 == 0
     removed = 80 * 3 * 8192 * (model_config.intermediate_size - width)
     assert found["parameters"]["after"] == parameters - removed
     assert found["sparsity"] == removed / found["layer_parameters"]["before"] == pytest.approx(0.3, abs=0.003)

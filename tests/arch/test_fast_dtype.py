@@ -1,8 +1,10 @@
 """Where the CPU emulates a dtype, products run in fp32; the weights and what a module returns keep their dtype."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from helpers import count_hooks
+from helpers import count_hooks, same_weights
 from models import STRUCTURES, build, config, token_ids, tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,14 +20,6 @@ def emulate(monkeypatch) -> None:
     monkeypatch.setattr(hooks, "is_emulated", lambda weight: weight.dtype == torch.bfloat16)
 
 
-def dtypes_of_products(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes of the weights that the linear layers of a model multiply with while it reads tokens."""
-    linear, seen = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))], set()
-    with hooks.intercept(linear, lambda index, *_: seen.add(linear[index].weight.dtype)), torch.no_grad():
-        run_model(model, token_ids(2, 8))
-    return seen
-
-
 def dtypes(model: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
 
@@ -36,15 +30,14 @@ def test_products_run_in_fp32_and_the_model_is_as_before(monkeypatch, case):
     with torch.no_grad():
         dtype = run_model(model, token_ids(2, 8))[0].dtype
     emulate(monkeypatch)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert torch.float32 in dtypes_of_products(model)
-    with torch.no_grad():
+    before = deepcopy(model)
+    linear, products = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))], set()
+    with hooks.intercept(linear, lambda index, *_: products.add(linear[index].weight.dtype)), torch.no_grad():
         output = run_model(model, token_ids(2, 8))[0]
         exact = run_model(build(case), token_ids(2, 8))[0]
-    assert output.dtype == dtype and count_hooks(model) == 0
+    assert torch.float32 in products and output.dtype == dtype and count_hooks(model) == 0
     assert (output.float() - exact).norm() < 0.1 * exact.norm()
-    assert dtypes(model) == {torch.bfloat16}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert dtypes(model) == {torch.bfloat16} and same_weights(model, before)
 
 
 def test_an_error_leaves_the_weights_in_their_dtype(monkeypatch):
