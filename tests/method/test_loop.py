@@ -8,12 +8,11 @@ import torch
 from helpers import count_hooks, data_of, logits, same_weights
 from models import build, config, tokenizer
 
-from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model, register_criterion
+from optimum_structprune import StructPruner
 from optimum_structprune.arch.hooks import intercept
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import adopt_config_, layer_list
-from optimum_structprune.criteria import CRITERIA, per_unit
 from optimum_structprune.method.layers import InMemory
 from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.method.shrink import Masks, read_consumer
@@ -108,50 +107,3 @@ def test_no_layer_runs_with_a_graph():
     with intercept(layer_list(model, describe(model)), lambda *_: ran.append(torch.is_grad_enabled())):
         pruned_by_hand(model, config())
     assert ran and not any(ran)
-
-
-@pytest.fixture
-def failing_at(monkeypatch):
-    """A function that makes the scores of a layer NaN, by a criterion `own` that is registered for this test alone."""
-    monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
-
-    def arm(number):
-        calls = []
-
-        @register_criterion("own", needs_gram=True)
-        def scores(weight, moments, columns_per_unit, options):
-            calls.append(number)
-            found = per_unit(weight.square().sum(0), columns_per_unit)
-            return found * float("nan") if len(calls) == number + 1 else found
-
-    return arm
-
-
-@pytest.mark.parametrize("prune", [
-    lambda model, settings: pruned_by_hand(model, settings),
-    lambda model, settings: prune_model(model, settings, tokenizer(), inplace=True),
-])  # fmt: skip
-def test_an_error_before_the_first_write_leaves_the_model_as_it_was(prune, failing_at, tmp_path):
-    failing_at(0)
-    model = build("llama-tied")
-    before = deepcopy(model)
-    with pytest.raises(StructPruneError, match="'own' has to give 40 finite scores.*layers.0.*NaN") as refused:
-        prune(model, config(criterion="own"))
-    assert not isinstance(refused.value, InPlaceError)
-    assert same_weights(model, before) and model.config.to_dict() == before.config.to_dict()
-    assert count_hooks(model) == 0
-    model.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("inplace", [True, False])
-def test_an_error_after_a_write_says_that_the_model_has_begun_to_change(inplace, failing_at, tmp_path):
-    failing_at(1)
-    model = build("llama-tied")
-    before = deepcopy(model)
-    with pytest.raises(StructPruneError, match="finite scores.*layers.1") as stopped:
-        prune_model(model, config(criterion="own"), tokenizer(), inplace=inplace)
-    assert isinstance(stopped.value, InPlaceError) is inplace
-    assert same_weights(model, before) is not inplace and count_hooks(model) == 0
-    if inplace:
-        with pytest.raises(InPlaceError, match="load it again"):
-            model.save_pretrained(tmp_path)

@@ -61,16 +61,17 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
     assert len(masked) == 1 and not same_weights(masked[0], model)
 
 
-def test_a_criterion_that_fails_in_a_later_layer(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("rounds", "number"), [(1, 1), (2, 2)])
+def test_a_criterion_that_fails_before_a_layer_is_cut(rounds, number, monkeypatch, tmp_path):
     calls, wanda = [], CRITERIA.get("wanda")
     score = wanda.score
 
     def scores(*args):
         calls.append(args)
-        return score(*args) * (float("nan") if len(calls) == 2 else 1.0)
+        return score(*args) * (float("nan") if len(calls) == number else 1.0)
 
     monkeypatch.setattr(wanda, "score", scores)
-    prune = in_place(criterion="wanda", rounds=2, refit="none")
+    prune = in_place(criterion="wanda", rounds=rounds, refit="none")
     assert_refused(prune, build("llama-tied"), "'wanda' has to give 40 finite scores.*NaN", tmp_path)
 
 
@@ -98,6 +99,7 @@ SHRUNK = {
 
 # Every place with one kind of error, and every kind at two places.
 ENDS = [(where, RuntimeError, True) for where in SHRUNK]
+ENDS += [("last layer", StructPruneError, True)]
 for where in ("rounds", "channels"):
     ENDS += [(where, StructPruneError, False), (where, KeyboardInterrupt, True)]
 
