@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
-from helpers import recovery_config, same_weights
+from helpers import recovery_config, same_weights, unread
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import BertForMaskedLM, Wav2Vec2FeatureExtractor
@@ -22,12 +22,6 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
-
-
-def unread():
-    """A source that fails the test when it is read."""
-    pytest.fail("text was read")
-    yield
 
 
 def blind(**fields) -> StructPruneConfig:
@@ -54,7 +48,6 @@ REFUSED = [
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40; the nearest legal choice is 40"),
     ("llama-tied", {"sparsity": 0.999}, "is more than mlp can give: at most 0."),
     ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or give widths"),
-    ("llama-tied", {"widths": None, "budget": {"parameters": 10}}, "budget"),
     ("llama-tied", {"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
     ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'attention'"),
     ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: transformers derives the head dimension"),
@@ -72,13 +65,8 @@ REFUSED = [
     ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
     ("llama-tied", {"widths": {"mlp": {2: 24}}}, "names layer 2, which has no 'mlp'; the layers that have it are 0"),
     ("bert", {"widths": {"mlp": [24, 32]}}, "layers of different widths, which 'mlp' of a bert model cannot"),
-    (
-        "phi3",
-        {"sparsity": 0.2, "allocation": "search", "targets": ["attention"]},
-        "'attention' of a phi3.*number of heads",
-    ),
+    ("phi3", {"widths": {"attention": [2, 4]}}, "'attention' of a phi3.*number of heads"),
     ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
-    ("bert", {"skip_layers": [0]}, "offered for decoders only; use allocation='uniform' without"),
     ("llava", {"skip_layers": [0]}, "only a text model by itself"),
     ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["layer"]}, "'layer' is none of"),
     ("bert", {"sparsity": 0.2, **UNIFORM, "targets": ["mlp"]}, "makes none; use allocation='unif"),
@@ -90,22 +78,16 @@ REFUSED = [
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
-    ("t5", {"skip_layers": [0]}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
     # the recovery, of which `recovery/test_checks.py` has the other rules
     ("bert", {"recovery": training()}, "Recovery trains causal language models, and BertForMaskedLM is none"),
     ("llama-tied", {"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
 ]
 
 
-def made(case):
-    if case == "adapted":
-        return get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
-    return build(case)
-
-
 @pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
 def test_it_is_refused_before_text_is_read(case, fields, message):
-    model = made(case)
+    adapter = LoraConfig(target_modules=["q_proj"])
+    model = get_peft_model(build("llama-tied"), adapter) if case == "adapted" else build(case)
     before = deepcopy(model)
     with pytest.raises(StructPruneError, match=message) as refused:
         prune_model(model, blind(**fields), tokenizer(), inplace=True)
@@ -185,10 +167,6 @@ def test_check_warns_once_of_all_of_them():
         ask(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
-def idle_options(settings):
-    return [*without_effect(settings, list(settings.widths or settings.targets_or_default))]
-
-
 # For each option: with what else it is tried, and whether the pruned model is another one then.
 TRIED = [
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
@@ -209,7 +187,8 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
     changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
     left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
     assert same_weights(left, right) != matters
-    assert any(entry.startswith(f"{name}=") for entry in idle_options(changed)) != matters
+    idle = without_effect(changed, list(changed.widths or changed.targets_or_default))
+    assert any(entry.startswith(f"{name}=") for entry in idle) != matters
 
 
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
@@ -218,10 +197,7 @@ IDS = token_ids(12, 16)
 WRONG = [
     ({"model": "some/model"}, "model takes a model of transformers, got str"),
     ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
-    (
-        {"tokenizer": Wav2Vec2FeatureExtractor()},
-        "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor",
-    ),
+    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
     ({"inputs": {"a": IDS.numpy()}}, r"inputs\['a'\] takes a tensor, got ndarray"),
@@ -244,8 +220,6 @@ def test_another_kind_is_refused():
 def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
     too_long = config(seq_length=65)
     assert prune_model(build("llama-tied"), too_long, inputs={"a": IDS}).config.intermediate_size == 24
-    with pytest.raises(StructPruneError, match="seq_length=65 is longer than the model's 64 positions"):
-        prune_model(build("llama-tied"), too_long, tokenizer())
 
 
 def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
