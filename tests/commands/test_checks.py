@@ -26,9 +26,7 @@ def folder(tmp_path_factory):
     other, reader = with_tokens(build("llama-tied"), tokenizer(), [0, 1, 2, *range(95, 2, -1)])
     save_with_tokenizer(other, folder / "other", reader)
     (folder / "other" / "model.safetensors").unlink()
-    XGLMConfig(d_model=8, ffn_dim=8, num_layers=1, attention_heads=2, vocab_size=16).save_pretrained(
-        folder / "other-kind"
-    )
+    XGLMConfig(d_model=8, num_layers=1, attention_heads=2).save_pretrained(folder / "other-kind")
     (folder / "outside").mkdir()
     (folder / "outside" / "config.json").write_text("{}")
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
@@ -44,23 +42,16 @@ SHARE = f"{PRUNE} --sparsity 0.2"
 FLAGS = [
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
     ("prune full out --sparsity 0.2", "the folder holds no config.json"),
-    ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
     ("evaluate model no/where", "'no/where' cannot be loaded"),
-    (
-        PRUNE,
-        "says how much to remove, got none; budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths",
-    ),
+    (PRUNE, "how much to remove, got none; budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths"),
     (f"{SHARE} --budget bytes=0.8", "how much to remove, got sparsity=0.2, budget={'bytes': 0.8}"),
     (f"{PRUNE} --budget 0.8", "argument --budget: expected NAME=VALUE, such as mlp=1024 or parameters=0.8, got '0.8'"),
-    (f"{PRUNE} --budget parameters=0,8", "--budget takes dict[str, float | int]; got {'parameters': '0,8'}"),
     (f"{PRUNE} --width mlp=9.5", "--width takes dict[str, int | list[int] | dict[Any, int]]; got {'mlp': 9.5}"),
     (f"{SHARE} --rouns 2", "there is no flag --rouns. Did you mean '--rounds'?"),
-    (f"{SHARE} --dtype int4", "argument --dtype: invalid choice: 'int4'"),
     (f"{SHARE} --refit ls", "error: --refit has to name a registered refit, got 'ls'"),
     (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: 'many')"),
     (f"{SHARE} --config huge.yaml", "huge.yaml cannot be read: it has 300,000 characters"),
     (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no share"),
-    (f"{SHARE} --general-text builtin:poems", "There is no built-in text 'poems'"),
     (f"{SHARE} --recover --offload disk", "recovery trains it in memory; leave out recovery"),
     (f"{SHARE} --arch own.yaml", "own.yaml"),
     (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: there is no text in empty.txt"),
@@ -75,7 +66,6 @@ FLAGS = [
     ("prune model caf\udce9 --sparsity 0.2", "cannot be written: its path is not text in UTF-8"),
     (f"{SHARE} --text caf\udce9.txt", "--domain source holds half a character, got 'caf\\udce9.txt'"),
     (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address; download it"),
-    ("plan model --sparsity 0.2 --text none.txt", "there is no file or folder none.txt"),
     ("plan outside --sparsity 0.2", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
@@ -94,17 +84,13 @@ MODEL = [
     (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),
     (f"{PRUNE} --budget bytes=75", "a share of the dense model lies below 1"),
-    (
-        f"{SHARE} --domain a=columns.jsonl",
-        "set text_column (--domain '{name: a, source: columns.jsonl, text_column: …}'). Did",
-    ),
+    (f"{SHARE} --domain a=columns.jsonl", "(--domain '{name: a, source: columns.jsonl, text_column: …}'). Did"),
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
     (f"{SHARE} --num-samples 2", "num_samples=2 does not give each of the 4 domains a sample; 4 is the least"),
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
     (f"{SHARE} --text a.jsonl --num-samples 200 --seq-length 24", "The domain 'a' has "),
     (f"{RECOVER} --teacher other --tokens 4800 --seq-length 24", "by the same ids they mean other tokens"),
     (f"{SHARE} --checkpoint-dir model", "model holds a model"),
-    (f"{SHARE} --recovery seq_length=100000 --recovery-tokens 9000000", "The recovery's seq_length=100000 is longer"),
     (f"{SHARE} --offload disk --target hidden", "changes weights all over"),
     (f"{SHARE} --device warp", "--device warp cannot be used"),
     (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),

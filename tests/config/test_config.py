@@ -74,14 +74,11 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"languages": ["en"]}, r"got none; targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
-    ({"sparsity": True}, "'sparsity'.*True"),
     ({"widths": {}}, "widths has to name at least one space"),
     ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
-    ({"widths": {"mlp": 2.5}}, "'widths'.*2.5"),
     ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
     ({"sparsity": 0.2, "refit": "ls"}, "'refit' has to name a registered refit, got 'ls'.*least_squares, none"),
     ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),
-    ({"sparsity": 0.2, "error_feedback": 1.5}, "'error_feedback'.*between 0 and 1, got 1.5"),
     ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "one shape of all layers"),
     ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
@@ -93,7 +90,6 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
     ({"sparsity": 0.2, "domains": [{"name": "a\udce9", "source": "x"}]}, "'name' holds half a character"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "caf\udce9.txt"}]}, "'source' holds half a character"),
     ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
 ])  # fmt: skip
@@ -109,11 +105,10 @@ def test_a_value_of_another_kind_is_refused_in_a_short_line():
     assert len(str(caught.value)) < 160
 
 
-def test_assignment_is_checked_too_lists_become_tuples_and_sources_in_memory_are_named():
-    config = StructPruneConfig(sparsity=0.2, targets=["mlp"], domains=[DomainConfig(name="a", source=["text"])])
+def test_assignment_is_checked_too_and_sources_in_memory_are_named():
+    config = StructPruneConfig(sparsity=0.2, domains=[DomainConfig(name="a", source=["text"])])
     with pytest.raises(StrictDataclassError, match="'sparsity'"):
         config.sparsity = 1.5
-    assert config.sparsity == 0.2 and config.targets == ("mlp",)
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
 
 
