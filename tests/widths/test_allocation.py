@@ -125,7 +125,6 @@ def test_one_ranking_keeps_what_scores_highest(seed, mean):
 
 
 @pytest.mark.parametrize(("widths", "expected"), [
-    ({"mlp": [24, 32]}, {"mlp": {0: 24, 1: 32}}),
     ({"mlp": {1: 16}, "attention": 2}, {"mlp": {0: 40, 1: 16}, "attention": {0: 2, 1: 2}}),
     ({"mlp": [24, 24]}, {"mlp": {0: 24, 1: 24}}),
 ])  # fmt: skip
@@ -183,7 +182,9 @@ def test_what_is_lost(widths, devices, lost):
     assert [part.split(")")[0] for note in notes for part in note.split("multiples of ")[1:]] == lost
 
 
-def test_numbers_of_experts_suit_engines():
+def test_widths_that_follow_from_a_share_suit_engines():
+    large = LlamaConfig(vocab_size=64, num_hidden_layers=2, **{**SIZES, "intermediate_size": 12800})
+    assert dry_run(large, config(sparsity=0.2, tensor_parallel=2)).notes == ()
     fields = {"num_experts": 64, "moe_intermediate_size": 8, "hidden_size": 16, "vocab_size": 64}
     wide = Qwen3MoeConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, **fields)
     share = config(sparsity=0.2, targets=("expert",), tensor_parallel=16)
@@ -193,10 +194,3 @@ def test_numbers_of_experts_suit_engines():
         outcome = str(dry_run(wide, config(widths={"expert": width}, tensor_parallel=devices)))
         assert outcome.count("warning: expert") == bool(lost)
         assert [part.split(")")[0] for part in outcome.split("multiples of ")[1:]] == lost
-
-
-def test_a_plan_warns():
-    outcome = dry_run(WIDE, config(widths={"mlp": 1000}))
-    assert "warning: mlp 1000 has no llama.cpp's Q8_0" in str(outcome)
-    large = LlamaConfig(vocab_size=64, num_hidden_layers=2, **{**SIZES, "intermediate_size": 12800})
-    assert dry_run(large, config(sparsity=0.2, tensor_parallel=2)).notes == ()

@@ -1,10 +1,10 @@
 """The largest widths that keep to a budget."""
 
+import re
+
 import pytest
 import torch
 from helpers import config_of, counted_by_torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import STRUCTURES, build, config, described, random_model, tokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
@@ -30,13 +30,6 @@ def parameters(model, arch, widths):
     return skeleton(model, shrunk_config(model.config, arch, widths)).num_parameters()
 
 
-def a_unit_more(model, arch, wish, widths):
-    """The next larger legal widths, one space at a time."""
-    for name, legal in legal_widths(wish, arch, model.config).items():
-        if larger := [width for width in legal if width > widths[name]]:
-            yield {**widths, name: larger[0]}
-
-
 WHOLE = [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
 
 
@@ -45,35 +38,20 @@ def test_it_is_kept_to_and_one_unit_more_would_not(case, name):
     model = build(case)
     arch = describe(model)
     dense, targets = model.num_parameters(), targets_of(arch) if name is None else (name,)
-    for share in (0.03, 0.2, 0.4) if name is None else (0.3,):
+    for share in (0.03, 0.2, 0.4, 0.9) if name is None else (0.3,):
         most = round(dense - share * (sum(arch.layer_params) if name is None else dense))
         wish = asking("parameters", most, targets=targets)
         try:
             widths = widths_of(wish, arch, model)
         except StructPruneError as error:
-            assert share == 0.4 and "cannot be met" in str(error)
-            continue
+            assert share >= 0.4 and "cannot be met" in str(error)
+            most = int(re.search(r"still has ([\d,]+)", str(error))[1].replace(",", ""))
+            widths = widths_of(asking("parameters", most, targets=targets), arch, model)
+            assert parameters(model, arch, widths) == most
         assert parameters(model, arch, widths) <= most
-        for larger in a_unit_more(model, arch, wish, widths):
-            assert parameters(model, arch, larger) > most, (widths, larger)
-
-
-@settings(deadline=None, max_examples=10)
-@given(most=st.integers(8_000, 17_055), targets=st.sampled_from([("mlp",), ("attention",), ("mlp", "attention")]))
-def test_any_number_of_parameters(most, targets):
-    model = build("llama-tied")
-    arch = describe(model)
-    wish = asking("parameters", most, targets=targets)
-    try:
-        widths = widths_of(wish, arch, model)
-    except StructPruneError as error:
-        reachable = int(str(error).split("still has ")[1].split(" ")[0].replace(",", ""))
-        assert reachable > most
-        least = widths_of(asking("parameters", reachable, targets=targets), arch, model)
-        assert parameters(model, arch, least) == reachable and set(least.values()) == {1}
-        return
-    assert parameters(model, arch, widths) <= most
-    assert all(parameters(model, arch, larger) > most for larger in a_unit_more(model, arch, wish, widths))
+        for name_of_one, legal in legal_widths(wish, arch, model.config).items():
+            larger = [width for width in legal if width > widths[name_of_one]]
+            assert not larger or parameters(model, arch, {**widths, name_of_one: larger[0]}) > most, widths
 
 
 @pytest.mark.parametrize(
@@ -140,18 +118,14 @@ def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
         widths_of(asking("parameters", 0.9, targets=("vocab",)), describe(build("zamba2")), build("zamba2"))
 
 
-def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
+def test_what_cannot_be_met_names_what_can():
     model = build("llama-tied")
     arch = describe(model)
     with pytest.raises(StructPruneError, match="met by the dense model, which has 17,056"):
         widths_of(asking("parameters", 17_056), arch, model)
-    with pytest.raises(
-        StructPruneError,
-        match="cannot be met: .* from mlp the model still has 9,568 of .* targets: 'vocab', 'attention', or target",
-    ):
-        widths_of(asking("parameters", 9_000, targets=("mlp",)), arch, model)
-    with pytest.raises(StructPruneError, match="from vocab the model still has .* targets: 'mlp', 'attention', or"):
-        widths_of(asking("parameters", 9_000, targets=("vocab",)), arch, model)
+    for target, others in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
+        with pytest.raises(StructPruneError, match=f"cannot be met: .* from {target} .* targets: {others}, or target"):
+            widths_of(asking("parameters", 9_000, targets=(target,)), arch, model)
     with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
         widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
     bert = build("bert")
