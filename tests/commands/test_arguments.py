@@ -83,43 +83,35 @@ def test_every_field_is_described_in_the_docstring(config_class):
     assert all(sentence[-1] in ".…" and "\n" not in sentence for sentence in sentences.values())
 
 
-def test_help_comes_from_the_field():
+def test_help_comes_from_the_fields_and_begins_with_what_most_people_need():
     parser = ArgumentParser(prog="structprune")
     DECLARE["prune"](parser)
-    shown = " ".join(parser.format_help().split())
-    assert first_sentences(StructPruneConfig)["error_feedback"] in shown and "(default: 0.5)" in shown
-    assert "--round-to {N,auto}" in shown
-    for nested in (RecoveryConfig,):
-        names = [field.name for field in fields(nested)]
-        assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
-
-
-def test_help_begins_with_what_most_people_need():
-    parser = ArgumentParser(prog="structprune")
-    DECLARE["prune"](parser)
-    parts = re.split(r"\n([a-z ]+):\n", parser.format_help())
+    shown = parser.format_help()
+    parts, words = re.split(r"\n([a-z ]+):\n", shown), " ".join(shown.split())
     flags = {
         title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(parts[1::2], parts[2::2], strict=True)
     }
     assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 11 and "--width" in flags["most used"]
-    assert {"--error-feedback", "--refit"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
-    either = (parsed("prune", "m", "o", name, "mlp=3").widths for name in ("--widths", "--width"))
-    assert len({str(widths) for widths in either}) == 1
+    assert {"--error-feedback", "--refit"} <= {*flags["for experts"]} and "--widths" not in shown
+    assert first_sentences(StructPruneConfig)["error_feedback"] in words and "(default: 0.5)" in words
+    *names, last = (field.name for field in fields(RecoveryConfig))
+    assert f"NAME is {', '.join(names)} or {last}. Repeatable." in words
 
 
 def test_short_spellings(monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
-    both = "--recovery-tokens 9 --recovery 'lora={r: 2}' --recover"
     for spelling, field in (
         ("--width mlp=8", {"widths": {"mlp": 8}}),
+        ("--widths mlp=8", {"widths": {"mlp": 8}}),
         ("--target mlp --target attention", {"targets": ["mlp", "attention"]}),
         ("--skip-layer 0", {"skip_layers": [0]}),
         ("--budget parameters=110e6", {"budget": {"parameters": 110e6}}),
         ("--arch mine.yaml", {"arch_file": "mine.yaml"}),
         ("--recover", {"recovery": {}}),
         ("--recovery-tokens 9", {"recovery": {"tokens": 9}}),
-        (both, {"recovery": {"tokens": 9, "lora": {"r": 2}}}),
+        ("--recovery-tokens 9 --recovery 'lora={r: 2}' --recover", {"recovery": {"tokens": 9, "lora": {"r": 2}}}),
         ("--domain a=x@y.txt@0.5", {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
+        ("--domain b=c@d.txt", {"domains": [{"name": "b", "source": "c@d.txt"}]}),
     ):
         assert pruning_config(parsed("prune", "m", "o", *split(spelling))) == field
 
@@ -130,24 +122,14 @@ def test_flags_override_the_file(tmp_path):
     text |= {"recovery": {"tokens": 900, "answer_share": 0.25}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
-    domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
     line = ["prune", "m", "o", "--config", str(tmp_path / "run.yaml")]
     assert run_options(parsed(*line, "--batch-size", "9")) == RunOptions(batch_size=9, checkpoint_dir="here")
-    config = pruning_config(parsed(*line, *flags, *domains))
+    config = pruning_config(parsed(*line, *flags))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.answer_share) == (500, 0.25)
     (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")  # all of which another amount replaces
     for amount, widths in ((["--seed", "1"], {"mlp": 8, "attention": 2}), (["--width", "mlp=9"], {"mlp": 9})):
-        given = pruning_config(parsed(*line, *amount))
-        assert given.widths == widths
-    assert [(d.name, d.source, d.weight) for d in config.domains] == [
-        ("a", "x@y.txt", 0.5),
-        ("b", "c@d.txt", 1.0),
-        ("m", "self:math", 2.0),
-    ]
-
-
-def test_flags_of_recovery_override_the_file(tmp_path):
+        assert pruning_config(parsed(*line, *amount)).widths == widths
     (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
     config = recovery_config(parsed("recover", "m", "o", *flags, "--answer-share", "0"))
@@ -155,11 +137,9 @@ def test_flags_of_recovery_override_the_file(tmp_path):
     assert config.answer_share == 0
 
 
-def test_settings_have_types_and_a_domain_all_its_fields():
+def test_settings_have_types():
     for text, value in {"1e-4": 1e-4, "true": True, "3": 3, "cosine": "cosine", "[q, v]": ["q", "v"]}.items():
         assert setting(f"a={text}") == ("a", value) and type(setting(f"a={text}")[1]) is type(value)
-    text = "{name: qa, source: qa.jsonl, template: 'Q: {question}'}"
-    assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}"}
     for read, wrong in (*((setting, text) for text in ("a", "=3", "a=", "a=[3")), (domain, "{name: qa")):
         with pytest.raises(ArgumentTypeError):
             read(wrong)
