@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock, Timeout
@@ -32,19 +33,19 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("spelling", ["spelt", "spelt/.", "other/../spelt"])
-def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, monkeypatch, spelling):
-    def interrupt(self, *args, **kwargs):
-        places.append(self.config.training["output_dir"])
-        raise KeyboardInterrupt
+@pytest.fixture
+def interrupted():
+    """The training, which is interrupted when it begins."""
+    with patch.object(Recovery, "recover_model", autospec=True, side_effect=KeyboardInterrupt) as training:
+        yield training
 
-    places = []
-    monkeypatch.setattr(Recovery, "recover_model", interrupt)
+
+@pytest.mark.parametrize("spelling", ["spelt", "spelt/.", "other/../spelt"])
+def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, monkeypatch, spelling, interrupted):
     monkeypatch.chdir(folder)
-    assert (
-        main([spelling if word == str(folder / "spelt") else word for word in command(folder, output="spelt")]) == 130
-    )
-    assert places == [str(folder / "spelt.checkpoints")]
+    line = command(folder, output="spelt")
+    assert main([spelling if word == str(folder / "spelt") else word for word in line]) == 130
+    assert interrupted.call_args.args[0].config.training["output_dir"] == str(folder / "spelt.checkpoints")
 
 
 @pytest.mark.slow
@@ -113,32 +114,13 @@ def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(fol
     assert "Another run writes to" in error_line(capsys)
 
 
-def test_interrupted_and_resumed(folder, capsys, monkeypatch):
-    def interrupt(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recovery, "recover_model", interrupt)
-        assert main(command(folder, output="later")) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert main(command(folder, "--resume", output="later")) == 2
-    assert "no checkpoint in" in capsys.readouterr().err
-
-
-def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, capsys):
-    allowed = []
-
-    def interrupt(self, *args, trust_remote_code=None, **kwargs):
-        allowed.append(trust_remote_code)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Recovery, "recover_model", interrupt)
+def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, interrupted, capsys):
     prune = ["prune", str(folder / "model"), str(folder / "trusted"), "--width", "mlp=24", "--num-samples", "6"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
     assert main([*prune, *text, "--trust-remote-code"]) == 130
     assert f"--teacher {folder / 'model'} --trust-remote-code --overwrite --resume" in capsys.readouterr().err
     assert main(command(folder, "--teacher", str(folder / "model"), output="distrusted")) == 130
-    assert allowed == [True, False]
+    assert [call.kwargs["trust_remote_code"] for call in interrupted.call_args_list] == [True, False]
 
 
 def test_mistakes_are_one_line(folder, tmp_path, capsys):
@@ -148,6 +130,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
         ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, `peft.AutoPeft"),
         ([*line, "--tokens", "3"], "24 is enough"),
         ([*line, "--teacher", "no/where"], "'no/where' cannot be loaded"),
+        ([*line, "--resume"], "no checkpoint in"),
     ):
         assert main(arguments) == 2
         assert message in error_line(capsys)
