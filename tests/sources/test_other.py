@@ -1,5 +1,7 @@
 """Other text is none that a run reads, is measured beside the kinds that it reads, and says where it comes from."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from models import real_text_model
@@ -59,17 +61,12 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     full = model.config.intermediate_size
     pruner = StructPruner(settings(sparsity=None, widths={"mlp": full}))
     pruner.prune_model(model, tokenizer)
-    measured = pruner.report.other
+    measured, shown = pruner.report.other, str(pruner.report)
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert (
-        measured["source"] == "model-written"
-        and measured["documents"] == MIN_DOCUMENTS
-        and measured["margin"]["ratio"] == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
-    )
-    assert f"perplexity other text, model-written ({MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)} tokens)" in str(
-        pruner.report
-    )
-    assert "other text x 1.00" in str(pruner.report)
+    assert (measured["source"], measured["documents"]) == ("model-written", MIN_DOCUMENTS)
+    assert measured["margin"]["ratio"] == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
+    tokens = MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
+    assert f"perplexity other text, model-written ({tokens} tokens)" in shown and "other text x 1.00" in shown
 
 
 def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
@@ -86,14 +83,9 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     (judged,) = ({*of.heldout_documents} for of in used if of.use == "judged by")
     assert judged and not any(judged & {*of.documents} for of in used)
     assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
+    assert respelled([["some words of a text"]], writer[1], writer[1]) == 0 == respelled([], writer[1], writer[1])
     assert not without.other.get("tokens") and "was not measured" in str(without)
     assert "other text x" not in str(without)
-
-
-def test_words_that_are_spelled_as_before_do_not_count(writer):
-    _, tokenizer = writer
-    assert respelled([["some words of a text"]], tokenizer, tokenizer) == 0
-    assert respelled([], tokenizer, tokenizer) == 0
 
 
 def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
@@ -131,15 +123,9 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     assert any("simpler than most" in line for line in remarks(built_in))
 
 
-def test_what_a_model_writes_begins_in_the_languages_to_keep(writer, monkeypatch):
-    given = []
-    real = generated.self_documents
-
-    def spy(model, tokenizer, name, seed, tokens, openings=None):
-        given.append(openings)
-        return real(model, tokenizer, name, seed, tokens, openings)
-
-    monkeypatch.setattr(generated, "self_documents", spy)
-    read(writer, languages=["de"])
-    assert all(opening in {"Guten Abend,"} or len(opening.split()) <= 2 for opening in given[-1])
-    assert any("Guten" in opening for opening in given[-1]) and len(set(given[-1])) > 4
+def test_what_a_model_writes_begins_in_the_languages_to_keep(writer):
+    with patch.object(generated, "self_documents", wraps=generated.self_documents) as written:
+        read(writer, languages=["de"])
+    openings = written.call_args.args[-1]
+    assert all(len(opening.split()) <= 2 for opening in openings)
+    assert any("Guten" in opening for opening in openings) and len(set(openings)) > 4
