@@ -180,9 +180,3 @@ def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
         )
         wider = {**widths, "mlp": widths["mlp"] + 1}
         assert saved(widths) >= need and (widths["mlp"] == SIZE or saved(wider) < need)
-
-
-def test_few_widths_stand_for_many_and_have_the_numbers_that_are_left():
-    assert search.evenly_spaced(range(5)) == [0, 1, 2, 3, 4]
-    few = search.evenly_spaced(range(1000, 0, -1))
-    assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)

@@ -1,11 +1,12 @@
 """Widths by measured loss: what is measured, that the model comes back, and that it helps."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import count_hooks, data_of, failing, free_spaces, whole_model_at_once
+from helpers import count_hooks, data_of, failing, free_spaces, same_weights, whole_model_at_once
 from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 
@@ -37,14 +38,8 @@ def cut_on_trial(masks, method, space, source, width):
     return values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
 
 
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def assert_untouched(model, before):
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert count_hooks(model) == 0
+    assert same_weights(model, before) and count_hooks(model) == 0
     assert not any("forward" in vars(layer) for layer in layer_list(model, describe(model)))
 
 
@@ -62,7 +57,7 @@ def divergences(model, dense_logits, batches):
 @torch.no_grad()
 def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     model = build(case)
-    arch, before = describe(model), snapshot(model)
+    arch, before = describe(model), deepcopy(model)
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
     dense = [model(batch.ids).logits for batch in batches]
     data = data_of(config(error_feedback=0.0), domains())
@@ -83,7 +78,7 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
 
 def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     model = build("llama-tied")
-    arch, before = describe(model), snapshot(model)
+    arch, before = describe(model), deepcopy(model)
     data = data_of(config(error_feedback=0.0), domains())
     masks = Masks(model, arch)
     method, source, space = data.method(model, arch), data.source(model, arch), arch.of("mlp")[0]
@@ -135,16 +130,9 @@ def widths(model, **fields):
     return pruner.report.widths
 
 
-def weak_layer():
-    """A model whose second FFN does little."""
-    model = build("llama-tied")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(0.1)
-    return model
-
-
 def test_a_layer_that_does_little_gives_up_more():
-    model = weak_layer()
+    model = build("llama-tied")
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(0.1)
     found = widths(model)
     assert found["mlp"][1] < found["mlp"][0] and sum(found["mlp"].values()) == 2 * 24
     # With and without passes over the whole model for everything that runs.
@@ -156,7 +144,7 @@ def test_a_layer_that_does_little_gives_up_more():
 
 def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
     model = build("llama-tied")
-    before = snapshot(model)
+    before = deepcopy(model)
     monkeypatch.setattr(Probe, "losses", failing(Probe.losses, 3, RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         widths(model)
