@@ -11,21 +11,15 @@ from shlex import split
 from xml.etree import ElementTree
 
 import pytest
-from helpers import same_weights
 from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from optimum_structprune import StructPruneError
 
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "benchmarks").glob("*.py"))
 SVG = "{http://www.w3.org/2000/svg}"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
-
-TINY, DATA = str(SHARED / "models" / "stories260K"), SHARED / "data"
 
 
 def main(name: str):
@@ -57,19 +51,6 @@ def test_every_script_says_how_to_call_it(path, capsys):
         assert not end.value.code and capsys.readouterr().out.startswith("usage: ")
 
 
-def test_set_aside_divides_every_file(tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
-    (data / "calibration").mkdir(parents=True)
-    documents = {name: [f"{name} {number}\n" for number in range(10)] for name in ("wiki", "web")}
-    for name, lines in documents.items():
-        (data / "calibration" / f"{name}.jsonl").write_text("".join(lines))
-    main("set_aside")([str(data), str(out), "--domains", "wiki"])
-    for name, folder in (("wiki", "heldout"), ("web", "unseen")):
-        used, aside = ((out / at / f"{name}.jsonl").read_text().splitlines(True) for at in ("calibration", folder))
-        assert len(used) == 8 and sorted(used + aside) == sorted(documents[name])
-    assert not (out / "unseen" / "wiki.jsonl").exists() and not (out / "heldout" / "web.jsonl").exists()
-
-
 def drawn(svg: str) -> tuple[list[str], list[float]]:
     """The texts of a picture, and the coordinates of what stands for its data."""
     root = ElementTree.fromstring(svg)
@@ -91,55 +72,7 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     assert other_texts != texts and other_marks != marks
 
 
-@needs_shared
-@pytest.mark.nightly
-def test_training_of_a_mixture_goes_on_with_the_weights_that_it_had(tmp_path):
-    """A checkpoint holds single experts, and the model stacks them."""
-    words = [str(DATA), str(tmp_path / "out"), *"--vocabulary 400 --seq-length 64 --batch-size 2".split()]
-    words += ["--eval-documents", "1", "--learning-rate", "0"]
-    models = []
-    for tokens, seed in (("128", "0"), ("256", "1")):  # so that what is made anew has other weights
-        main("train_mixture")([*words, "--tokens", tokens, "--seed", seed])
-        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert same_weights(*models)
-
-
-@pytest.mark.slow
-@needs_shared
-def test_the_whole_table_is_stopped_and_goes_on(tmp_path, monkeypatch):
-    script, page, out = import_module("benchmark_table"), tmp_path / "README.md", tmp_path / "out"
-    page.write_text(before := "Before\n<!-- table: begin -->\nold\n<!-- table: end -->\nAfter\n")
-    small = "--domains stories --removed 50 --samples 4 --eval-samples 1 --seeds 0 --cells *dense,?seed* *FLAP*"
-    words = f"{DATA} {out} --models stories={TINY} --write {page} --rows *FLAP* {small}".split()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "pruned_by", killed)
-        script.main(words)
-    (dense,) = out.glob("*seed 0.json")
-    written = dense.stat().st_mtime_ns
-    assert "dense" in dense.stem and page.read_text() == before
-    script.main(words)
-    assert len([*out.glob("*seed 0.json")]) == 2 and dense.stat().st_mtime_ns == written
-    table = page.read_text()
-    assert table.startswith("Before\n") and table.endswith("After\n") and "old" not in table
-    (row,) = re.findall(r"^\| stories, 50 %, FLAP \|(.*)\|$", table, re.MULTILINE)
-    gone, size, same, _, share, _, seeds = (cell.strip() for cell in row.split("|"))
-    assert gone.startswith("-") and float(size) > 0 and float(same) > 1
-    assert (share, seeds) == ("1.00 / 1.00", "1") and "answers" not in table  # nothing was asked
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "load", killed)
-        script.main(words)  # nothing is left to run
-    assert page.read_text() == table
-    with pytest.raises(StructPruneError, match="samples"):
-        script.main([*words, "--samples", "5"])
-    page.write_text("no table here")
-    with pytest.raises(StructPruneError, match="table: begin"):
-        script.main(words)
-
-
+TINY, DATA = str(SHARED / "models" / "stories260K"), SHARED / "data"
 # The arguments of a script, and words of what it prints.
 SMALL = {
     "benchmark_recovery": (
@@ -187,6 +120,12 @@ SMALL = {
         ["cross entropy on documents set aside: ", "layer 3: load of an expert "],
     ),
     "train_tiny": (f"{DATA} trained --tokens 5120 --vocabulary 400 --seq-length 64 --batch-size 4", []),
+    "benchmark_table": (
+        f"{DATA} out --models stories={TINY} --domains stories --removed 50 --seeds 0 --samples 4 --eval-samples 1 "
+        "--cells '*dense, seed*' '*FLAP*'",
+        ["| stories, dense | ", "| stories, 50 %, FLAP | -", " | 1.00 / 1.00 | "],
+    ),
+    "set_aside": (f"{DATA} divided --domains wiki", []),
 }
 
 
