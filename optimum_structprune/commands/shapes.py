@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import pairwise
 from math import ceil
 
 import torch
@@ -37,7 +36,8 @@ def inspect(args: Namespace) -> Result:
         spaces = arch.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
         legal, units = legal_sizes(model.config, arch, name), sorted({space.width for space in spaces})
-        lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
+        shown = "-".join(map(str, dict.fromkeys((units[0], units[-1]))))
+        lines.append(f"{name:<12}{shown:>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
         # There may be very many, such as all numbers of tokens.
         listed = _ranges(legal) if name == VOCAB or len(legal) > 1_000_000 else [*legal]
         offered[name] = {"units": units, "parameters": parameters, "legal": listed}
@@ -56,19 +56,11 @@ def inspect(args: Namespace) -> Result:
 
 
 def _ranges(sizes: Sequence[int]) -> str:
-    """`[1, 2, 3, 6]` as `1-3, 6`; `[9, 18, 27]` as `9-27 in steps of 9`."""
-    if isinstance(sizes, range) and sizes.step == 1 and len(sizes) > 1:
-        return f"{sizes[0]}-{sizes[-1]}"
-    steps = {above - below for below, above in pairwise(sizes)}
-    if len(steps) == 1 and steps != {1} and len(sizes) > 2:
-        return f"{sizes[0]}-{sizes[-1]} in steps of {steps.pop()}"
-    runs: list[list[int]] = []
-    for size in sizes:
-        if runs and size == runs[-1][-1] + 1:
-            runs[-1].append(size)
-        else:
-            runs.append([size])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    """`[1, 2, 6]` as it is, `[1, 2, 3]` as `1-3`, and `[9, 18, 27]` as `9-27 in steps of 9`."""
+    step = sizes[1] - sizes[0] if len(sizes) > 2 else 0
+    if not step or (len(sizes) < 12 and sizes[-1] - sizes[0] != step * (len(sizes) - 1)):
+        return ", ".join(map(str, sizes))
+    return f"{sizes[0]}-{sizes[-1]}" + f" in steps of {step}" * (step > 1)
 
 
 def plan(args: Namespace) -> Result:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig
 from ..domains.packing import Passages, SampleFormat, check_vocabulary, document_numbers, tokenised
 from ..domains.sources import documents, endless
+from ..domains.templates import read_lines
 from ..errors import StructPruneError
 from ..forward.metrics import compare, evaluating, perplexity_figures, row_losses, sample_losses
 from ..vocabulary.parts import Parts, divergence_from_dense
@@ -55,16 +56,18 @@ def read_heldout(
 
 def read_pairs(path: str | Path) -> list[str]:
     """The texts of a file with a text and its translation in each line of JSON; all translations come last."""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        first, second = zip(*(row.values() if isinstance(row, dict) else row for row in rows), strict=True)
-        if not all(isinstance(text, str) and text.strip() for text in (*first, *second)):
-            raise ValueError("a text is empty or no text")
-    except (OSError, ValueError, TypeError) as error:
-        raise StructPruneError(
-            f'The pairs {path} cannot be read: {error}; each line has two texts, such as {{"en": "…", "de": "…"}}.'
-        ) from error
-    return [*first, *second]
+    pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
+    if not pairs:
+        raise StructPruneError(f"The file {path} has no pairs of texts.")
+    return [text for texts in zip(*pairs, strict=True) for text in texts]
+
+
+def _pair(line: str) -> tuple[str, str]:
+    row = json.loads(line)
+    first, second = map(str.strip, row.values() if isinstance(row, dict) else row)
+    if not (first and second):
+        raise ValueError("a text is empty")
+    return first, second
 
 
 class Judged:
