@@ -18,6 +18,7 @@ from ..arch.spec import VOCAB
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_text
 from ..errors import StructPruneError
+from ..forward.metrics import UNSEEN
 from ..pruning.request import Request, ask, check_memory
 from ..record.report import Report
 from ..record.table import margin_of_mean
@@ -134,7 +135,8 @@ class CutTrials:
         losses, gone = losses_in(trial.report), _removed(trial.report)
         self.measured[gone] = max(loss for loss, _ in losses.values())
         self.records.append({"removed": gone, **losses})
-        most = max(loss + (margin or 0.0) for loss, margin in losses.values())
+        # Where one document says nothing of others, these may lose as much again, and what few documents may hide.
+        most = max(loss + (max(loss, UNSEEN) if margin is None else margin) for loss, margin in losses.values())
         say(f"on trial: {gone:.2%} smaller, which loses {self.measured[gone]:.4f}, at most {most:.4f}")
         return most
 

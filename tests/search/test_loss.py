@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build, config, real_text_model, token_ids, tokenizer
+from models import build, config, documents, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.spec import MODEL, VOCAB
@@ -80,6 +80,12 @@ def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
 def test_a_wish_that_nothing_meets_names_the_smallest_loss():
     with pytest.raises(StructPruneError, match="loss=1e-12 cannot be met"):
         pruned(build("bert"), 1e-12)
+
+
+def test_text_of_one_document_meets_no_small_wish():
+    texts = [DomainConfig(name="a", source=[" ".join(documents(40, seed=seed)) for seed in (0, 1)])]
+    with pytest.raises(StructPruneError, match="loss=0.05 cannot be met.*more text"):
+        pruned(build("llama-tied"), 0.05, domains=texts)
 
 
 def test_what_measures_no_loss_on_text_is_refused():
