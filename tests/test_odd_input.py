@@ -8,7 +8,7 @@ import torch
 from models import build, config, token_ids, tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
@@ -17,10 +17,9 @@ from optimum_structprune.forward.metrics import perplexity
 from optimum_structprune.saving.gguf_file import export_gguf
 
 
-def pruned(inputs=None, model=None, **fields):
-    return StructPruner(config(**fields)).prune_model(
-        build("llama-tied") if model is None else model, tokenizer(), inputs=inputs
-    )
+def pruned(inputs, model=None, **fields):
+    model = build("llama-tied") if model is None else model
+    return prune_model(model, config(**fields), inputs=inputs)
 
 
 def test_odd_tensors_and_models(tmp_path):
@@ -48,30 +47,24 @@ def test_odd_tensors_and_models(tmp_path):
     with torch.inference_mode():
         fixed = LlamaForCausalLM(build("llama-tied").config)
     with pytest.raises(StructPruneError, match="inside torch.inference_mode.*pass copy.deepcopy"):
-        StructPruner(config()).prune_model(fixed, tokenizer(), inplace=True)
-    StructPruner(config()).prune_model(fixed, tokenizer())
+        prune_model(fixed, config(), tokenizer(), inplace=True)
+    prune_model(fixed, config(), tokenizer())
     with pytest.raises(StructPruneError, match="pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
     with pytest.raises(StructPruneError, match="nothing to predict"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
 
 
-@pytest.mark.parametrize("give", [lambda w: None, lambda w: w.sum(0).numpy(), lambda w: np.float64(3)])
-@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
-def test_odd_criteria(give, allocation, monkeypatch):
+@pytest.mark.parametrize(("scores", "fields"), [
+    *((scores, {}) for scores in (None, np.ones(40), np.float64(3))),
+    (np.ones(40), {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
+    *((scores, {"widths": {"layer": 1}}) for scores in (None, torch.ones(3), torch.tensor([1.0, torch.nan]))),
+])  # fmt: skip
+def test_odd_criteria(scores, fields, monkeypatch):
     monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
-    register_criterion("odd")(lambda weight, *_: give(weight))
-    fields = {} if allocation == "uniform" else {"sparsity": 0.2, "allocation": allocation, "round_to": 1}
-    with pytest.raises(StructPruneError, match="'odd' has to give"):
+    register_criterion("odd", judges="layer" if "widths" in fields else "unit")(lambda *_: scores)
+    with pytest.raises(StructPruneError, match=r"'odd' has to give \d+ finite scores, one per unit, at model.layers"):
         pruned({"a": token_ids(8, 8)}, criterion="odd", **fields)
-
-
-@pytest.mark.parametrize("scores", [None, torch.ones(3), torch.tensor([1.0, torch.nan])])
-def test_odd_criteria_of_layers(scores, monkeypatch):
-    monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
-    register_criterion("odd", judges="layer")(lambda *_: scores)
-    with pytest.raises(StructPruneError, match="'odd' has to give 2 finite scores, one per unit, at model.layers"):
-        pruned({"a": token_ids(8, 8)}, criterion="odd", widths={"layer": 1})
 
 
 def test_odd_texts(tmp_path):
