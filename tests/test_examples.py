@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import same_weights
+from helpers import same_weights, save_with_tokenizer, write_texts
 from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -38,8 +39,7 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     for saved in real_text_model():
         saved.save_pretrained(folder / "model")
-    lines = (json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False))
-    (folder / "notes.jsonl").write_text("\n".join(lines))
+    write_texts(folder / "notes.jsonl", islice(builtin_documents("math", 7), 400))
     return folder
 
 
@@ -69,8 +69,8 @@ def bert(desk):
     tokenizer = AutoTokenizer.from_pretrained(desk / "model")
     torch.manual_seed(0)
     fields = {**PLAIN, "vocab_size": len(tokenizer), "intermediate_size": 256, "max_position_embeddings": 64}
-    for saved in (AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields)), tokenizer):
-        saved.save_pretrained(desk / "bert")
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields))
+    save_with_tokenizer(model, desk / "bert", tokenizer)
     return desk / "bert"
 
 
@@ -86,7 +86,7 @@ def test_prune_bert_classifier(desk, bert, kind, capsys):
     flags = ["--model", str(bert), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
     small = ["--num_samples", "8", "--seq_length", "48"]
     if kind is not None:
-        rows = [(text, kind) for kind in ("code", "math") for _, text in zip(range(60), builtin_documents(kind))]  # noqa: B905
+        rows = [(text, label) for label in ("code", "math") for text in islice(builtin_documents(label), 60)]
         with open(desk / f"labelled.{kind}", "w", newline="") as file:
             if kind == "csv":
                 csv.writer(file).writerows([("text", "label"), *rows])
@@ -106,17 +106,6 @@ def test_prune_bert_classifier(desk, bert, kind, capsys):
         assert [*later] == ["dense", "pruned"] and later["dense"] == shown["fine-tuned again"]
 
 
-def launch(desk, output: str, processes: int, batch_size: int) -> subprocess.CompletedProcess:
-    """Run distributed.sh on this machine's CPU."""
-    command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(desk / output)]
-    flags = ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(batch_size)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PROCESSES": str(processes), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_every_example_says_how_to_call_it():
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("tools/*.py")):
         text, name = path.read_text(), path.relative_to(EXAMPLES)
@@ -127,10 +116,15 @@ def test_every_example_says_how_to_call_it():
 
 @pytest.mark.nightly
 def test_several_processes_train_what_one_does(desk):
-    one, two = launch(desk, "one", 1, 2), launch(desk, "two", 2, 1)
-    for done in (one, two):
+    for number in (1, 2):
+        command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(desk / f"of-{number}")]
+        flags = ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(2 // number)]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
         assert "recovery: 4,064 tokens, 16 steps" in done.stdout and done.stdout.count("recovery:") == 1
-    alone, shared = (load_file(desk / name / "model.safetensors") for name in ("one", "two"))
+    alone, shared = (load_file(desk / f"of-{number}" / "model.safetensors") for number in (1, 2))
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
 
 
