@@ -17,6 +17,7 @@ from shutil import copytree
 
 import pytest
 import yaml
+from helpers import save_with_tokenizer
 from models import GROUPED, PLAIN, TOKENS, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -91,37 +92,28 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     model, tokenizer = deepcopy(real_text_model(1600, "prose"))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    for saved in (model, tokenizer):
-        saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    save_with_tokenizer(model, folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct", tokenizer)
     (folder / "Qwen").mkdir()
     (folder / "Qwen" / "Qwen2.5-7B-Instruct").symlink_to("../HuggingFaceTB/SmolLM2-135M-Instruct")
-    routed = {**GROUPED, "vocab_size": len(tokenizer), "num_experts": 64, "max_position_embeddings": 1024}
-    for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), tokenizer):
-        saved.save_pretrained(folder / "allenai" / "OLMoE-1B-7B-0924")
-    # Rows without a token go first, so that a quarter of this model can go.
-    wide = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **{**GROUPED, "vocab_size": 2 * len(tokenizer), "max_position_embeddings": 1024})
-    )
-    for saved in (wide, tokenizer):
-        saved.save_pretrained(folder / "google" / "gemma-3-270m")
-    padded = {**TOKENS, "vocab_size": 4 * len(tokenizer), "max_position_embeddings": 1024}
-    encoder = AutoModel.from_config(AutoConfig.for_model("bert", **{**PLAIN, **padded}))
-    for saved in (encoder, tokenizer):
-        saved.save_pretrained(folder / "intfloat" / "multilingual-e5-small")
-    speaker = deepcopy(tokenizer)
-    speaker.add_special_tokens({"additional_special_tokens": ["eng_Latn", "deu_Latn"]})
-    sizes = {"d_model": 32, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_layers": 1, "decoder_layers": 1}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    translator = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("m2m_100", **{**sizes, **heads, **padded}))
-    for saved in (translator, speaker):
-        saved.save_pretrained(folder / "facebook" / "nllb-200-distilled-600M")
+    assert UNKNOWN not in builtin_families(), "take another type that is not described"
+    bart = {"d_model": 32, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_layers": 1, "decoder_layers": 1}
+    bart |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    # Rows without a token go first, so that a quarter of some models can go.
+    for name, auto, model_type, rows, sizes in (
+        ("allenai/OLMoE-1B-7B-0924", AutoModelForCausalLM, "olmoe", 1, {**GROUPED, "num_experts": 64}),
+        ("google/gemma-3-270m", AutoModelForCausalLM, "llama", 2, GROUPED),
+        ("intfloat/multilingual-e5-small", AutoModel, "bert", 4, PLAIN),
+        ("other-model", AutoModelForCausalLM, UNKNOWN, 1, GROUPED),
+        ("facebook/nllb-200-distilled-600M", AutoModelForSeq2SeqLM, "m2m_100", 4, {**TOKENS, **bart}),
+    ):
+        if model_type == "m2m_100":
+            tokenizer.add_special_tokens({"additional_special_tokens": ["eng_Latn", "deu_Latn"]})
+        more = {"vocab_size": rows * len(tokenizer), "max_position_embeddings": 1024}
+        model = auto.from_config(AutoConfig.for_model(model_type, **{**sizes, **more}))
+        save_with_tokenizer(model, folder / name, tokenizer)
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))
-    assert UNKNOWN not in builtin_families(), "take another type that is not described"
-    sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
-    for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):
-        saved.save_pretrained(folder / "other-model")
     ((_, settings),) = snippets(ROOT / "docs" / "api.md", "yaml")
     (folder / "run.yaml").write_text(settings)
     return folder
