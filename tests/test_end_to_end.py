@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import (
     assert_as_said,
-    batches,
     config_of,
     count_hooks,
     error_line,
@@ -40,7 +39,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.method.layers import InMemory, NotSequentialError
 from optimum_structprune.saving.save import check_reload, save_checked
 from optimum_structprune.widths.allocation import choices, legal_widths
 from optimum_structprune.widths.budget import widths_of
@@ -123,16 +121,6 @@ def test_heads_of_a_vision_model_are_not_rounded():
     assert choices(config(round_to=8), arch, "attention", legal["attention"]) == [1, 2, 3, 4]
     assert widths_of(config(sparsity=0.3, round_to=8, targets=("attention",)), arch, model) == {"attention": 2}
     assert choices(config(round_to=8), arch, "mlp", range(1, 25)) == range(8, 25, 8)
-
-
-def test_two_stacks_take_passes_over_the_whole_model():
-    for case, counts in (("t5", [2, 2]), ("bart", [2, 1])):
-        model = build(case)
-        arch = describe(model)
-        assert [count for _, count in arch.stacks] == counts
-        assert arch.layer_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
-        with pytest.raises(NotSequentialError):
-            InMemory(model, arch, batches())
 
 
 @pytest.mark.parametrize("case", MULTIMODAL)
