@@ -25,16 +25,6 @@ def test_without_a_criterion_the_refit_names_it(refit, criterion):
     assert pruners[0].report.criterion == criterion
 
 
-@pytest.mark.parametrize("fields", [{}, {"widths": {"mlp": [18, 34]}}])
-def test_rounds_end_where_one_round_does(fields):
-    """Of several rounds the first work on masked layers and the last on shrunk ones."""
-    once, thrice = (
-        prune_model(build("qwen2"), config(criterion="magnitude", refit="none", rounds=rounds, **fields), tokenizer())
-        for rounds in (1, 3)
-    )
-    assert same_weights(once, thrice) and once.config.is_heterogeneous == bool(fields)
-
-
 @pytest.mark.parametrize(("case", "fields", "inplace"), [
     ("llama-tied", {"allocation": "sensitivity", "rounds": 2}, False),
     ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}, True),

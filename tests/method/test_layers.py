@@ -6,7 +6,7 @@ from helpers import batches, count_hooks, data_of, logits, pruned_on, whole_mode
 from models import NOT_SEQUENTIAL, STRUCTURES, build, config, token_ids, tokenizer
 from torch import nn
 
-from optimum_structprune import StructPruneError, prune_model
+from optimum_structprune import prune_model
 from optimum_structprune.arch.hooks import hidden_states_of, intercept, observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
@@ -62,17 +62,10 @@ def test_a_fixed_layer_runs_for_its_spaces_alone(fixed, passes_of_a_layer):
     assert len(ran) == passes_of_a_layer * len(batches()) and len([*arch.at(0)]) == 2
 
 
-def test_nan_activations_name_the_consumer_and_leave_no_hook():
+def test_a_name_that_is_not_there_leaves_no_hook():
     model = build("llama-tied")
     with pytest.raises(AttributeError), observe(model, ["model.layers.0.mlp", "model.layers.9.mlp"], print):
         pass
-    assert count_hooks(model) == 0
-    model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
-    arch = describe(model)
-    source = InMemory(model, arch, batches())
-    source.advance(0)
-    with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
-        list(source.moments(1, arch.of("mlp")[1], False))
     assert count_hooks(model) == 0
 
 

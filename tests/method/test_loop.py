@@ -18,13 +18,13 @@ from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.method.shrink import Masks, read_consumer
 
 
-def pruned_by_hand(model, settings, **how):
+def pruned_by_hand(model, settings):
     """Prune a model with the loop alone, on the samples of a config, and return the kept units."""
     data, arch, widths = data_of(settings), describe(model), settings.widths
     smaller = shrunk_skeleton(model, arch, widths)
     source = InMemory(model, arch, data.own_batches, data.config.feedback_share)
     masks = Masks(model, arch, undoable=False)
-    prune_layers_(masks, source, data.method(model, arch), widths, smaller, **how)
+    prune_layers_(masks, source, data.method(model, arch), widths, smaller)
     adopt_config_(model, smaller)
     return masks.keep
 
@@ -88,16 +88,6 @@ def test_masks_are_undone_exactly(case, dtype):
     assert torch.equal(logits(model), logits(dense))
     masks.undo_(nullcontext)
     assert same_weights(model, dense), "what is undone is dense from then on: nothing of it comes back"
-
-
-def test_each_layer_is_told_of_in_order_as_soon_as_it_is_small():
-    model, told = build("llama-tied"), []
-
-    def on_layer(layer):
-        told.append((layer, [module.mlp.down_proj.in_features for module in layer_list(model, describe(model))]))
-
-    pruned_by_hand(model, config(), on_layer=on_layer)
-    assert told == [(0, [24, 40]), (1, [24, 24])]
 
 
 def test_no_layer_runs_with_a_graph():

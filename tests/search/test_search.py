@@ -154,29 +154,3 @@ def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkey
     assert calls == [0, 0, 1, 1, 1, 1, 2, 2]
     monkeypatch.undo()
     assert resumed.plan == pruned(model, **fields)[0].plan
-
-
-LAYERS, SIZE, GROUPS = 4, 60, 4
-CURVES = {
-    **{(layer, "mlp"): [(1 + layer) * (gone / SIZE) ** 2 for gone in range(SIZE + 1)] for layer in range(LAYERS)},
-    **{(layer, "attention"): [0.4 * gone**1.5 for gone in range(GROUPS + 1)] for layer in range(LAYERS)},
-}
-
-
-def saved(widths):
-    return LAYERS * (3 * (SIZE - widths["mlp"]) + 40 * (GROUPS - widths["attention"]))
-
-
-def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
-    choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, 550
-    ranked = search.uniform_shapes(choices, CURVES, lambda widths: saved(widths) >= need)
-    assert [loss for loss, _ in ranked] == sorted(loss for loss, _ in ranked)
-    # A shape for each number of KV groups that leaves the FFN at least one channel.
-    most = {groups: saved({"mlp": 1, "attention": groups}) for groups in choices["attention"]}
-    assert {widths["attention"] for _, widths in ranked} == {groups for groups, of in most.items() if of >= need}
-    for loss, widths in ranked:
-        assert loss == pytest.approx(
-            10 * (1 - widths["mlp"] / SIZE) ** 2 + 4 * 0.4 * (GROUPS - widths["attention"]) ** 1.5
-        )
-        wider = {**widths, "mlp": widths["mlp"] + 1}
-        assert saved(widths) >= need and (widths["mlp"] == SIZE or saved(wider) < need)

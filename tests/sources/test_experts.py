@@ -89,15 +89,6 @@ def test_experts_and_their_widths_go_as_the_plan_says(case):
         assert small.config.intermediate_size == 24 and torch.isfinite(logits(small)).all()
 
 
-def test_the_experts_that_contribute_most_stay():
-    model = build("mixtral")
-    model.model.layers[0].mlp.experts.down_proj.data[2] *= 1e-3
-    pruner = StructPruner(config(widths={"expert": 3}))
-    small = pruner.prune_model(model, tokenizer())
-    assert pruner.plan.keep[0, "expert"] == (0, 1, 3)
-    assert small.config.num_local_experts == 3 and len(small.model.layers[0].mlp.experts.down_proj) == 3
-
-
 def test_refit_lets_a_channel_stand_in_for_its_twin():
     # The first layer only: later ones route other tokens to other experts once their input has changed.
     model = build("mixtral")
