@@ -9,18 +9,11 @@ import torch
 from helpers import error_line, save_desk, save_with_tokenizer
 from models import GROUPED, build, token_ids
 from optimum.commands.optimum_cli import main as optimum_main
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from optimum_structprune import disable_heterogeneous, enable_heterogeneous
 from optimum_structprune.arch import families
 from optimum_structprune.commands.cli import main
-
-
-SHORT = ["--num-samples", "6", "--seq-length", "24"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,8 @@ def folder(tmp_path_factory):
 def command(folder, *extra, at=None):
     """A pruning on the text of the folder; `at` is where the model lies and the result goes, by default the same."""
     paths = [str((at or folder) / name) for name in ("model", "out")]
-    return ["prune", *paths, "--domain", f"a={folder / 'a.jsonl'}", *SHORT, "--device", "cpu", *extra]
+    short = ["--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
+    return ["prune", *paths, "--domain", f"a={folder / 'a.jsonl'}", *short, *extra]
 
 
 def test_by_either_name(folder, capsys, monkeypatch):

@@ -26,9 +26,6 @@ from optimum_structprune.pruning.embeddings import (
 )
 
 
-LINES = ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given.")
-
-
 def pruned(**fields):
     wide = {**TOKENS, **PLAIN, "vocab_size": 400, "max_position_embeddings": 256}
     model, reader = random_model(AutoModelForMaskedLM, "bert", wide), real_text_model()[1]
@@ -51,9 +48,9 @@ def test_lost_tokens_are_no_longer_reported_as_no_loss(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| neighbours kept prose |" in card and "**Verdict: " in card and "--speed" not in card
     # The text is what decides: sentences in the same tokens have the same vector.
-    ids = [(reader(line)["input_ids"], pruner.tokenizer(line)["input_ids"]) for line in LINES]
     keep, same = pruner.plan.keep[-1, "vocab"], []
-    for dense_ids, small_ids in ids:
+    for line in ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given."):
+        dense_ids, small_ids = (each(line)["input_ids"] for each in (reader, pruner.tokenizer))
         vectors = [embed(one, [torch.tensor(of)]) for one, of in ((model, dense_ids), (small, small_ids))]
         cosine = float(torch.cosine_similarity(*vectors))
         same.append([keep[number] for number in small_ids] == dense_ids)
@@ -120,11 +117,10 @@ def test_vectors_are_those_of_sentence_transformers(mode, tmp_path):
 
 
 def test_a_folder_without_pooling_takes_the_mean(tmp_path):
-    for name in ("bert", "bert-no-head"):
-        build(name).save_pretrained(tmp_path / name)
-        assert pooling_of(type(build(name)).from_pretrained(tmp_path / name)) == ["mean"]
-    (tmp_path / "bert" / "modules.json").write_text("{")
-    assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path / "bert")) == ["mean"]
+    build("bert").save_pretrained(tmp_path)
+    assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
+    (tmp_path / "modules.json").write_text("{")
+    assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
 
 
 def test_an_encoder_decoder_has_the_vector_of_its_decoder():
@@ -139,6 +135,10 @@ def test_the_same_vectors_lose_nothing_and_others_what_is_counted():
     dense, others = random_vectors(30), random_vectors(20, seed=1)
     same = embedding_figures(3 * dense, dense, others, others)
     assert same["texts"] == 30 and same["neighbours"] == 1 and same["cosine"] == pytest.approx(1)
+    few = embedding_figures(dense[:20], dense[:20], others[:0], others[:0])
+    assert "neighbours" not in few and few["cosine"] == pytest.approx(1)
+    fewer_channels = embedding_figures(dense[:, :8], dense, others[:0, :8], others[:0])
+    assert "cosine" not in fewer_channels and 0 < fewer_channels["neighbours"] < 1
     vectors = dense.clone()
     vectors[0] = -vectors[0]
     figures = embedding_figures(vectors, dense, others, others)
@@ -180,14 +180,6 @@ def test_the_margin_that_a_run_states_covers_text_of_many_documents():
         for name in ("cosine", "neighbours"):
             truth = sum(of[name] for of in many) / len(many)
             assert sum(abs(of[name] - truth) <= of[f"{name}_margin"] for of in runs) >= 85, (name, number)
-
-
-def test_fewer_channels_have_neighbours_only_and_few_texts_cosines_only():
-    dense, none = random_vectors(30), random_vectors(0)
-    fewer = embedding_figures(dense[:, :8], dense, none[:, :8], none)
-    assert "cosine" not in fewer and 0 < fewer["neighbours"] < 1
-    few = embedding_figures(dense[:20], dense[:20], none, none)
-    assert "neighbours" not in few and few["cosine"] == pytest.approx(1)
 
 
 def test_each_of_a_pair_looks_for_the_other():

@@ -9,12 +9,7 @@ from helpers import same_weights
 from models import build, config, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
-from optimum_structprune import (
-    DomainConfig,
-    StructPruneConfig,
-    StructPruneError,
-    prune_model,
-)
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.pruning.request import RELATIVE_ERROR, Request, estimate_memory, free_bytes
@@ -61,18 +56,15 @@ def test_the_peak_is_what_a_run_takes():
 def test_layers_that_are_offloaded_do_not_count():
     dense = llama()
     dense.num_hidden_layers = 8
-    inside, away = estimated(half(), dense), estimated(half(), dense, "disk")
-    host = [away.host, estimated(half(), dense, "cpu").host]
-    assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
-    assert 0 < host[0] < host[1] and inside.host == 0
+    inside, disk, cpu = (estimated(half(), dense, place) for place in (None, "disk", "cpu"))
+    assert disk.weights < inside.weights / 3 and disk.hidden == 0 < inside.hidden
+    assert inside.host == 0 < disk.host < cpu.host
 
 
 def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
-    dense = OlmoeConfig(
-        hidden_size=1024, intermediate_size=512, num_hidden_layers=1, num_experts=64, num_attention_heads=2
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = StructPruneConfig(widths={"expert": 48}, num_samples=2, seq_length=8)
-    model = meta_model(dense)
+    model = meta_model(OlmoeConfig(**sizes, num_experts=64))
     described = ModelInfo(describe(model), model, model.device)
     on_cpu = replace(described, device=torch.device("cpu"))
     smaller = 4 * 48 * 3 * 1024 * 512

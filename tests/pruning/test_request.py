@@ -153,14 +153,9 @@ def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
 
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
-    settings = blind(round_to=8, keep_tokens="a")
-    with pytest.warns(UserWarning) as caught:
-        ask(settings, dense, use=DRY_RUN)
-    (warning,) = caught
-    assert str(warning.message) == (
-        "These options have no effect here: keep_tokens='a', because no tokens go; name 'vocab' in targets or "
-        "widths; round_to=8, because widths are taken as they are."
-    )
+    with pytest.warns(UserWarning, match="have no effect here: keep_tokens='a', .*; round_to=8, because") as caught:
+        ask(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ask(blind(error_feedback=0.2), dense, use=DRY_RUN)
