@@ -30,6 +30,7 @@ from ..domains.load import texts_of
 from ..domains.manifest import check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
+from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from ..widths.allocation import widths_by_share
@@ -414,7 +415,8 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     for size, of_expert in _consumers(request):
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         out = channels if config.feedback_share and not of_expert else 0
-        step = 2 * FP32_BYTES * size * (size * reads_gram + out + channels) + activations * mixes
+        moments = sum(tensor.nbytes for tensor in Moments.empty(size, reads_gram, "meta", out).tensors().values())
+        step = 2 * (moments + FP32_BYTES * size * channels) + activations * mixes
         if of_expert:  # what enters the experts of a layer is kept until all of them are done
             step += itemsize * tokens * channels
         if of_expert and EXPERT in widths:
