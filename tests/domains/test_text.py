@@ -237,7 +237,6 @@ def test_a_hub_dataset(monkeypatch):
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
-    ("wiki?.jsonl", r"the pattern '.*wiki\?.jsonl' gives no file"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
@@ -255,9 +254,8 @@ def test_patterns_of_a_shell_are_patterns_and_an_address_is_none(tmp_path):
         assert len(read(str(tmp_path / pattern))) == found
         named = used_paths(make(str(tmp_path / pattern)))
         assert len(named) == found and all(map(os.path.exists, named)), "what a run reads is not replaced"
-    for address in ("https://x/a.jsonl", "https://x/*.txt", "s3://x/a", "hf://datasets/x/y"):
-        with pytest.raises(StructPruneError, match=f"'d': {re.escape(address)} is an address; download it first"):
-            read(address)
+    with pytest.raises(StructPruneError, match="'d': s3://x/a is an address; download it first"):
+        read("s3://x/a")
 
 
 def test_what_is_no_text():

@@ -79,16 +79,12 @@ def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
     ('{"prompt": "Hi", "right": "("}', "no question.*unterminated"),
     ('{"messages": "Hi", "right": ""}', "no question"),
     ("[1", "no question"),
+    ("", "has no questions for"),
 ])  # fmt: skip
-def test_a_line_that_is_no_question(line, message, tmp_path):
-    (tmp_path / "mine.jsonl").write_text('\ufeff{"prompt": "Hi", "right": ""}\n' + line, encoding="utf-8")
+def test_a_file_or_a_line_without_a_question(line, message, tmp_path):
+    first = '\ufeff{"prompt": "Hi", "right": ""}\n' if line else "\n"
+    (tmp_path / "mine.jsonl").write_text(first + line, encoding="utf-8")
     with pytest.raises(StructPruneError, match=message):
-        read_questions(tmp_path / "mine.jsonl")
-
-
-def test_a_file_without_questions(tmp_path):
-    (tmp_path / "mine.jsonl").write_text("\n")
-    with pytest.raises(StructPruneError, match="has no questions for"):
         read_questions(tmp_path / "mine.jsonl")
     with pytest.raises(StructPruneError, match="cannot be read"):
         read_questions("built-in")
@@ -267,13 +263,9 @@ def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkey
     command = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0
     assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
-    prompts = [
-        of["prompt"] for of in sample_items(json.loads((tmp_path / "out" / "report.json").read_text())["answers"])
-    ]
-    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
-    assert (
-        len(prompts) == 3
-        and len(re.findall(r"<li>(?:right|wrong)[^<]* \(dense\)", page)) == 3
-        and "## Answers" in card
+    report, page, card = (
+        (tmp_path / "out" / name).read_text() for name in ("report.json", "report.html", "README.md")
     )
-    assert sum(prompt.partition("\n")[0][:20] in card for prompt in prompts) == 3
+    prompts = [of["prompt"].partition("\n")[0][:20] for of in sample_items(json.loads(report)["answers"])]
+    assert len(prompts) == len(re.findall(r"<li>(?:right|wrong)[^<]* \(dense\)", page)) == 3
+    assert "## Answers" in card and all(prompt in card for prompt in prompts)

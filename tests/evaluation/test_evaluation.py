@@ -1,15 +1,18 @@
-"""Evaluation: metrics against their definitions, and held-out text."""
+"""Evaluation: metrics against their definitions, held-out text, models of other tokenizers, and encoders."""
 
+import json
 import warnings
+from math import log
 
 import pytest
 import torch
-from helpers import write_texts
-from models import build, config, documents, token_ids, tokenizer
+from helpers import save_with_tokenizer, with_tokens, write_texts
+from models import VOCAB, build, config, documents, real_text_model, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner, evaluate, perplexity
+from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.evaluation.heldout import read_heldout
@@ -126,7 +129,6 @@ def test_what_evaluate_refuses(pair, folder):
         ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         ({"domains": [domain], "num_samples": 0}, "num_samples has to be 1 or more, got 0"),
         ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),
-        ({"domains": [domain], "dense": build("t5")}, "does not predict the next token"),
         ({"domains": [domain], "dense": other}, "vocabulary of 96, the dense one of 100; name its tokenizer"),
     ):
         with pytest.raises(StructPruneError, match=message):
@@ -161,3 +163,105 @@ def test_calibrated_kinds_stand_apart():
     first = [line.strip().split(" (")[0].split("  ")[0] for line in str(found).splitlines()]
     kinds = ["prose, calibrated on", "law, other text", "poems, other text"]
     assert first[1:5] == [*map("perplexity {}".format, kinds), "geometric mean, other text"]
+
+
+def test_a_part_of_the_vocabulary():
+    model, reader = real_text_model()
+    domain, size = {"name": "a", "source": "builtin:math"}, {"seq_length": 40, "num_samples": 3}
+    small, coarse = with_tokens(model, reader, list(range(300)))
+    both = {"dense": model, "dense_tokenizer": reader, **size}
+    found = evaluate(small, coarse, [domain], **both)
+    assert found.divergence["a"] > 1e-2  # it knows the dense model's words less well, whose tokens it has lost
+    ppl, bits = found.perplexity["a"], found.bits_per_byte["a"]
+    assert ppl["model"] > ppl["dense"]  # it spells words in more tokens
+    text = "".join(reader.decode(row[1:]) for row in read_heldout(DomainConfig(**domain), reader, 40, 3).samples)
+    for which in ("model", "dense"):
+        assert bits[which] == pytest.approx(log(ppl[which], 2) * 117 / len(text.encode()), rel=1e-6)
+    assert f"{bits['model']:.3f}" in str(found)
+    # Per token of the same tokenizer without the dense model too, and closer to it than another model is.
+    alone = evaluate(small, coarse, [domain], dense_tokenizer=reader, **size)
+    assert alone.perplexity["a"] == {"model": pytest.approx(ppl["model"])}
+    for parameter in small.model.layers.parameters():
+        parameter.data.mul_(1.3)
+    assert evaluate(small, coarse, [domain], **both).divergence["a"] > found.divergence["a"]
+    # Where vocabularies have little in common, outputs cannot be compared.
+    found = evaluate(model, reader, [domain], dense=build("llama-tied"), dense_tokenizer=tokenizer(), **size)
+    assert found.divergence == {} and "KL" not in str(found)
+
+
+def test_the_command_reads_another_vocabulary_with_its_own_tokenizer(tmp_path, capsys):
+    dense = build("llama-tied")
+    save_with_tokenizer(dense, tmp_path / "dense")
+    other, renumbered = with_tokens(dense, tokenizer(), [0, 1, 2, *range(VOCAB - 1, 2, -1)])
+    save_with_tokenizer(other, tmp_path / "other", renumbered)
+    write_texts(tmp_path / "a.jsonl", documents(20))
+    questions = ({"prompt": f"w5 w{number}", "right": "w[0-4]"} for number in range(6, 10))
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    models = [str(tmp_path / "other"), str(tmp_path / "dense")]
+    line = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--json"]
+    line += [str(tmp_path / "out.json"), "--answers", str(tmp_path / "questions.jsonl"), "--max-new-tokens", "4"]
+    assert main(["evaluate", models[0], "--against", models[1], *line]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
+    assert found["divergence"] == found["agreement"] == {}  # by the same ids they mean other tokens
+    assert [(of["difference"], of["items"]) for of in found["paired"].values()] == [(0, 4)] * 3
+    texts = [[of["text"] for of in item["answers"].values()] for item in found["answers"]]
+    assert len(texts) == 4 and all(dense == model != "" for dense, model in texts)
+    assert main(["evaluate", *models, *line, "--overwrite"]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    for field in ("perplexity", "bits_per_byte"):
+        assert record[field]["a"]["other"] == pytest.approx(record[field]["a"]["dense"], rel=1e-6)
+    shown = capsys.readouterr().out
+    assert f"vocabularies differ: perplexity is per token of {models[0]}" in shown and "bits per byte" in shown
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors")
+    for seed, name in enumerate(("dense", "small", "smaller")):
+        save_with_tokenizer(build("bert-no-head", seed), folder / name)
+    write_texts(folder / "a.jsonl", documents(60))
+    pairs = ({"en": text[:40], "xx": text[:40].swapcase()} for text in documents(12))
+    (folder / "xx.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def test_an_encoder_is_its_own_equal_and_another_is_not(encoders):
+    text, pairs, figures = DomainConfig("a", str(encoders / "a.jsonl")), [encoders / "xx.jsonl"], []
+    fields = {"dense": build("bert", 0), "seq_length": 48, "pairs": pairs}
+    for seed in (0, 1):
+        found = evaluate(build("bert", seed), tokenizer(), [text], **fields)
+        assert not found.perplexity and not found.languages and not found.warnings
+        figures.append(found.embeddings)
+    (same, pairs), (other, other_pairs) = (of.values() for of in figures)
+    assert same["model"]["cosine"] == pytest.approx(1) and same["model"]["neighbours"] == 1
+    assert other["model"]["cosine"] < 0.99 and 0 <= other["model"]["neighbours"] < 1
+    assert pairs["dense"]["retrieval"] == pairs["model"]["retrieval"] == other_pairs["dense"]["retrieval"]
+    assert 0 <= other_pairs["model"]["retrieval"] <= 1 and pairs["model"]["texts"] == 24
+    assert "cosine a" in str(found) and "translations found pairs xx" in str(found)
+
+
+def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
+    line = ["evaluate", str(encoders / "small"), str(encoders / "smaller"), "--against", str(encoders / "dense")]
+    line += ["--domain", f"a={encoders / 'a.jsonl'}", "--pairs", str(encoders / "xx.jsonl"), "--seq-length", "48"]
+    assert main([*line, "--device", "cpu", "--quiet", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert "cache_per_token" not in values
+    assert [*values["embeddings"]["a"]] == [*values["embeddings"]["pairs xx"]] == ["dense", "small", "smaller"]
+
+
+def test_what_is_refused_of_encoders(encoders):
+    text, bert, other = DomainConfig("a", str(encoders / "a.jsonl")), build("bert"), build("llama-tied")
+    (encoders / "odd.jsonl").write_text('{"en": "alone"}\n')
+    for model, fields, message in (
+        (bert, {}, "BertForMaskedLM does not predict the next token: its vectors .* compared with those of the dense"),
+        (bert, {"dense": other}, "BertForMaskedLM does not predict"),
+        (other, {"dense": bert}, "BertForMaskedLM does not predict"),
+        (bert, {"dense": bert, "answers": "builtin"}, "and nothing else"),
+        (build("vit"), {"dense": build("vit")}, "ViT.* its vectors of text"),
+        (other, {"pairs": ["xx.jsonl"]}, "pairs are for encoders"),
+        (bert, {"dense": bert, "pairs": [encoders / "odd.jsonl"]}, r"odd.jsonl, line \d+, is no pair of two texts"),
+        (bert, {"dense": bert, "pairs": [encoders / "none.jsonl"]}, "cannot be read"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            evaluate(model, tokenizer(), [text], seq_length=48, **fields)

@@ -21,9 +21,7 @@ def test_round_trip(tmp_path):
     ("", "plan.json cannot be read"),
     ("[]", "plan.json has to hold a mapping of fields, found list"),
     ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
-    *((f'{{"model_type": "llama", "keep": {keep}}}', "plan.json is not a pruning plan") for keep in (
-        '{"mlp": 3}', '{"mlp": {"0": 3}}', '{"mlp": {"x": []}}', "[]",
-    )),
+    ('{"model_type": "llama", "keep": {"mlp": {"0": 3}}}', "plan.json is not a pruning plan"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, content, message):
     (tmp_path / "plan.json").write_text(content)

@@ -133,7 +133,6 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
 
 
 def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_together_as_alone():
-    """Also of a teacher that runs each time."""
     pairs = [([5, 80, 7, 61, 20], [70, 9, 2]), ([5, 80, 90], [11, 95]), ([5, 80, 12, 13], [15, 66, 17, 18])]
     spelled = [(token % 8, token % 5, token % 3) for token in range(36)]
     parts = Parts([*((token,) for token in range(60)), *spelled], 60)

@@ -21,8 +21,8 @@ WIDTH = 24
 WITH_CHANNELS = [case for case in STRUCTURES if describe(build(case)).residual is not None]
 
 
-def random_keep(seed=3):
-    return tuple(torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:WIDTH].sort().values.tolist())
+def random_keep():
+    return tuple(torch.randperm(32, generator=torch.Generator().manual_seed(3))[:WIDTH].sort().values.tolist())
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_pruned_equals_masked_and_reloads(case, tmp_path):
 
 
 @pytest.mark.parametrize("refit", ["none", "least_squares"])
-@pytest.mark.parametrize("case", ["llama-tied", "gemma2", "olmo2", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2", "olmo2", "qwen2_moe", "llama4_text"])
 def test_dead_channels_go_first_and_nothing_changes(case, refit):
     dead = others(random_keep())
     model = masked(build(case), dead)
@@ -68,12 +68,6 @@ def test_dead_channels_go_first_and_nothing_changes(case, refit):
     small = pruner.prune_model(model, tokenizer())
     assert pruner.plan.keep == {(MODEL, HIDDEN): random_keep()}
     torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_a_reader_that_returns_more_than_its_product_is_refitted_too():
-    small = prune_model(build("llama4_text"), config(widths={"hidden": WIDTH}), tokenizer())
-    assert small.config.hidden_size == WIDTH and logits(small).isfinite().all()
 
 
 def test_energies_are_means_over_tokens_wherever_the_residual_stream_is_read():
@@ -132,9 +126,7 @@ def test_all_spaces_in_one_run(tmp_path):
     pruner = StructPruner(config(widths=widths, rounds=2))
     small = pruner.prune_model(model, tokenizer())
     assert {layer for layer, _ in pruner.plan.keep} == {MODEL, *pruner.plan.keep[MODEL, LAYER]}
-    assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {
-        name: {width} for name, width in widths.items()
-    }
+    assert {name: {*at.values()} for name, at in pruner.report.widths.items()} == {n: {widths[n]} for n in widths}
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)

@@ -81,9 +81,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         pruner.save(small, tmp_path / "out", tokenizer())
     for number, given in enumerate((None, READER, pruner.tokenizer)):
         pruner.save(small, tmp_path / str(number), given)
-        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == READER.decode(
-            READER(pruner.tokenizer.decode(ids))["input_ids"]
-        )
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == pruner.tokenizer.decode(ids)
     card = (tmp_path / "1" / "README.md").read_text()
     assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
     assert 0 < pruner.report.scripts["LATIN"] <= 80

@@ -130,6 +130,6 @@ def test_the_command(tmp_path, capsys):
     assert torch.isfinite(logits(small)).all() and blocks(tmp_path / "out") == [(2, 512), (2, 256)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vllm serve out --trust-remote-code" in card and "from_pretrained" not in card
-    for flags in ([], ["--pad"], ["--format", "nemotron-nas", "--pad-uniform"]):
+    for flags in (["--pad"], ["--format", "nemotron-nas", "--pad-uniform"]):
         assert main([*command, *flags]) == 2
         assert "--format nemotron-nas [--pad]" in capsys.readouterr().err

