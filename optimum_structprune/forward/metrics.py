@@ -31,7 +31,7 @@ MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kind
 # The documents over which a margin of error is not wide, and those over which it is not rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
 STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
-UNSEEN = 0.06  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
+UNSEEN = 0.12  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
 KINDS_DIFFER = 0.5  # of what other text loses, by which kinds of people's text lose more or less
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..pruning.run import Run
 
 # A model that predicts text is asked what it expects in so many tokens of all domains.
-ASKED_TOKENS = 4096
+ASKED_TOKENS = 16_384
 
 
 def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparison) -> Widths:
