@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 import torch
-from helpers import with_tokens
+from helpers import save_with_tokenizer, with_tokens
 from models import CHATML, build, real_text_model
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
@@ -20,11 +20,8 @@ from optimum_structprune.record.answers import mcnemar, outcome, paired, remark,
 from optimum_structprune.vocabulary.parts import Parts
 
 
-@pytest.fixture(scope="module")
-def writer():
-    model, tokenizer = real_text_model()
-    tokenizer.chat_template = CHATML
-    return model, tokenizer
+MODEL, READER = real_text_model()
+READER.chat_template = CHATML
 
 
 def questions(count=6):
@@ -103,18 +100,17 @@ def alone(model, ids, count, end):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
-def test_answers_are_greedy_whatever_is_written_together(writer, batch_size):
-    model, tokenizer = writer
+def test_answers_are_greedy_whatever_is_written_together(batch_size):
     asked = questions()
-    written = ask(model, tokenizer, asked, 12, batch_size)
+    written = ask(MODEL, READER, asked, 12, batch_size)
     for question, answer in zip(asked, written, strict=True):
-        expected = alone(model, question.ids(tokenizer), 12, tokenizer.eos_token_id)
+        expected = alone(MODEL, question.ids(READER), 12, READER.eos_token_id)
         assert (answer["ids"], answer["stopped"]) == (expected, len(expected) < 12)
-        assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer["text"] == READER.decode(expected, skip_special_tokens=True)
 
 
-def test_an_answer_ends_where_the_model_ends_it(writer):
-    model, tokenizer = deepcopy(writer[0]), writer[1]
+def test_an_answer_ends_where_the_model_ends_it():
+    model, tokenizer = deepcopy(MODEL), READER
     asked = questions(2)
     third = ask(model, tokenizer, asked, 6)[0]["ids"][2]
     model.generation_config.eos_token_id = [third]
@@ -126,30 +122,29 @@ ODD = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalt
 ODD |= {"min_new_tokens": 9, "max_length": 3, "suppress_tokens": [5], "no_repeat_ngram_size": 1}
 
 
-def test_the_settings_of_the_model_have_no_say_and_stay(writer):
-    model, tokenizer = deepcopy(writer[0]).train(), writer[1]
-    expected = ask(writer[0], tokenizer, questions(), 8)
+def test_the_settings_of_the_model_have_no_say_and_stay():
+    model, tokenizer = deepcopy(MODEL).train(), READER
+    expected = ask(MODEL, tokenizer, questions(), 8)
     model.generation_config = settings = GenerationConfig(**ODD)
     assert ask(model, tokenizer, questions(), 8) == expected
     assert model.generation_config is settings and settings.to_diff_dict().items() >= ODD.items() and model.training
 
 
-def test_an_answer_loops_that_repeats_a_run(writer):
-    model, tokenizer = writer
-    for answer in ask(model, tokenizer, questions(), 40):
+def test_an_answer_loops_that_repeats_a_run():
+    for answer in ask(MODEL, READER, questions(), 40):
         runs = [run for run in zip(*(answer["ids"][start:] for start in range(4)), strict=False)]
         assert answer["loops"] == (max(map(runs.count, runs), default=0) > 3)
 
 
-def test_more_tokens_than_positions(writer):
+def test_more_tokens_than_positions():
     with pytest.raises(StructPruneError, match="max_new_tokens=1024 .* 1024 positions, .* is the most"):
-        ask(*writer, questions(), 1024)
+        ask(MODEL, READER, questions(), 1024)
 
 
-def test_a_model_without_a_template_goes_on_from_openings(writer):
-    model, tokenizer = writer[0], deepcopy(writer[1])
+def test_a_model_without_a_template_goes_on_from_openings():
+    model, tokenizer = MODEL, deepcopy(READER)
     tokenizer.chat_template = None
-    openings = read_questions(tokenizers=[writer[1], tokenizer])
+    openings = read_questions(tokenizers=[READER, tokenizer])
     question = openings[0]
     ids = question.ids(tokenizer)
     assert tokenizer.decode(ids[1:]) == question.opening and ids[0] == tokenizer.bos_token_id
@@ -158,25 +153,24 @@ def test_a_model_without_a_template_goes_on_from_openings(writer):
     assert len(openings) >= 60 and all(of.opening for of in openings)
 
 
-def test_divergence_is_its_definition_and_counts_tokens_that_are_gone(writer):
-    model, tokenizer = writer
-    other = deepcopy(model)
+def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():
+    other = deepcopy(MODEL)
     torch.nn.init.normal_(other.lm_head.weight, std=0.1)
     asked = questions(3)
-    written = ask(model, tokenizer, asked, 6)
-    prompts = [question.ids(tokenizer) for question in asked]
+    written = ask(MODEL, READER, asked, 6)
+    prompts = [question.ids(READER) for question in asked]
     total = tokens = 0
     for prompt, answer in zip(prompts, written, strict=True):
         row = torch.tensor([[*prompt, *answer["ids"]]])
         with torch.no_grad():
-            ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, model))
+            ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, MODEL))
         total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer["ids"])
-    parts = Parts.between(model, tokenizer, other, tokenizer)
-    assert answer_divergence(model, other, parts, prompts, written) == pytest.approx(total / tokens, rel=1e-4)
+    parts = Parts.between(MODEL, READER, other, READER)
+    assert answer_divergence(MODEL, other, parts, prompts, written) == pytest.approx(total / tokens, rel=1e-4)
     assert max(token for answer in written for token in answer["ids"]) >= 300
-    few, reader = with_tokens(model, tokenizer, [*range(300)])
-    parts = Parts.between(model, tokenizer, few, reader)
-    assert answer_divergence(model, few, parts, prompts, written) > 1e-3
+    few, reader = with_tokens(MODEL, READER, [*range(300)])
+    parts = Parts.between(MODEL, READER, few, reader)
+    assert answer_divergence(MODEL, few, parts, prompts, written) > 1e-3
 
 
 def item(dense, pruned, prompt="?", loops=(False, False)):
@@ -215,52 +209,35 @@ def test_one_line_and_a_warning_where_the_difference_is_no_chance():
     assert outcome({"right": False, "loops": True, "stopped": False}) == "wrong, loops, cut off"
 
 
-def test_a_model_is_alike_to_itself(writer):
-    evaluation = evaluate(*writer, answers="builtin", dense=writer[0], max_new_tokens=4, limit=8)
-    figures = evaluation.figures
-    assert len(evaluation.answers) == 8
-    assert figures["model"] == {**figures["dense"], "KL": pytest.approx(0, abs=1e-6)}
-    assert {of["verdict"] for of in evaluation.paired.values()} == {"alike"}
-    assert str(evaluation).count("\n  model (") == 3 and "+0.000 ± 0.000, alike (p = 1.000)" in str(evaluation)
-
-
-def test_a_run_is_checked_unless_it_reads_next_to_nothing(writer, monkeypatch):
-    model, tokenizer = writer
+def test_a_run_is_checked_unless_it_reads_next_to_nothing(monkeypatch):
     for tokens, asked in ((0, 0), (4095, 0), (4096, 16)):
-        check = ShortCheck(tokenizer, tokens)
-        check.ask("dense", model)
-        check.ask("pruned", model)
+        check = ShortCheck(READER, tokens)
+        check.ask("dense", MODEL)
+        check.ask("pruned", MODEL)
         items = check.items()
         assert len(items) == asked and all([*of["answers"]] == ["dense", "pruned"] for of in items)
-    later = ShortCheck(tokenizer, 10**9)
-    later.ask("recovered", model)
+    later = ShortCheck(READER, 10**9)
+    later.ask("recovered", MODEL)
     assert [*later.items(items)[0]["answers"]] == ["dense", "pruned", "recovered"]
     assert [*later.items(items[:3])[0]["answers"]] == ["recovered"]
     monkeypatch.setattr(answers, "continuations", lambda *rest: 1 / 0)
     with pytest.warns(UserWarning, match="no answers of the dense model: division"):
-        later.ask("dense", model)
+        later.ask("dense", MODEL)
     assert later.items() == []
 
 
 @pytest.mark.parametrize("case", ["bert", "t5-gated"])
-def test_what_does_not_write_is_not_asked(case, writer):
-    check = ShortCheck(writer[1], 10**9)
+def test_what_does_not_write_is_not_asked(case):
+    check = ShortCheck(READER, 10**9)
     check.ask("dense", build(case))
     assert check.items() == []
 
 
-@pytest.fixture(scope="module")
-def folder(writer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("answers")
-    for saved in writer:
-        saved.save_pretrained(folder / "model")
-    return folder
-
-
-def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkeypatch):
+def test_prune_ends_with_answers_and_shows_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(answers, "SHORT_CHECK_MIN_READ", 1)
+    save_with_tokenizer(MODEL, tmp_path / "model", READER)
     text = ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]
-    command = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0
     assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
     report, page, card = (

@@ -67,28 +67,22 @@ def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pair
     assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3, "low": 2, "high": 4}, "the median and the quartiles"
 
 
-def test_memory_is_counted_and_numbers_are_saved(speed, tmp_path):
-    model = build("llama-tied")
-    found = measure_speed({"a": model}, **SHORT)
-    tensors = [*model.parameters(), *model.buffers()]
-    assert found.run_memory == {"batch 1, prompt 8": {"a": bytes_of(tensors) + 11 * cache_per_token(model)}}
-    assert all(of["half"] < of["dense"] for of in speed.run_memory.values())
-    found.save(tmp_path / "speed.json")
-    saved = json.loads((tmp_path / "speed.json").read_text())
-    assert saved == {"format_version": 1, **json.loads(json.dumps(found.to_dict()))}
-
-
-def test_models_and_torch_are_left_as_they_were():
-    model = build("llama-tied").train()
+def test_memory_is_counted_numbers_are_saved_and_models_and_torch_are_left_as_they_were(speed, tmp_path):
+    model, threads = build("llama-tied").train(), torch.get_num_threads()
     model.model.layers[1].eval()
     before = modes(model)
-    threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
         found = measure_speed({"a": model}, **SHORT)
         assert modes(model) == before and torch.get_num_threads() == threads + 1 == found.threads
     finally:
         torch.set_num_threads(threads)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert found.run_memory == {"batch 1, prompt 8": {"a": bytes_of(tensors) + 11 * cache_per_token(model)}}
+    assert all(of["half"] < of["dense"] for of in speed.run_memory.values())
+    found.save(tmp_path / "speed.json")
+    saved = json.loads((tmp_path / "speed.json").read_text())
+    assert saved == {"format_version": 1, **json.loads(json.dumps(found.to_dict()))}
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -18,15 +18,12 @@ def of(ratio, margin=None, documents=90, names=("a",)):
     return {"perplexity": dict.fromkeys(names, both), "perplexity_margin": margins, **counts}
 
 
-@pytest.mark.parametrize(("margin", "shown"), [
-    (0.2, "x 1.5 ± 0.2"), (0.04, "x 1.50 ± 0.04"), (0.0004, "x 1.500 ± 0.000"), (2.0, "x 2 ± 2"), (None, "x 1.500"),
+@pytest.mark.parametrize(("margin", "documents", "shown"), [
+    (0.2, 90, "x 1.5 ± 0.2"), (0.04, 90, "x 1.50 ± 0.04"), (0.0004, 90, "x 1.500 ± 0.000"), (2.0, 90, "x 2 ± 2"),
+    (None, 90, "x 1.500"), (None, 4, "x 1.5 rough"),
 ])  # fmt: skip
-def test_digits_follow_the_margin_of_error(margin, shown):
-    assert quality_rows(of(1.5, margin))[0].cells()[-1] == shown
-
-
-def test_a_few_documents_without_a_margin_give_one_digit():
-    assert quality_rows(of(1.23, documents=4))[0].cells()[-1] == "x 1.2 rough"
+def test_digits_follow_the_margin_of_error_and_without_one_the_number_of_documents(margin, documents, shown):
+    assert quality_rows(of(1.5, margin, documents))[0].cells()[-1] == shown
 
 
 @pytest.mark.parametrize("kinds", [2, 4, 9])

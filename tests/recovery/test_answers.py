@@ -25,18 +25,14 @@ from optimum_structprune.system.fingerprint import KeptText
 from optimum_structprune.vocabulary.parts import Parts
 
 
-@pytest.fixture(scope="module")
-def chats():
-    model, reader = real_text_model()
-    reader.chat_template = CHATML
-    return model, reader
+MODEL, READER = real_text_model()
+READER.chat_template = CHATML
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 8)
-    return tmp_path / "home"
 
 
 def words(text):
@@ -44,18 +40,18 @@ def words(text):
 
 
 @pytest.mark.slow
-def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions(chats):
-    prompts = builtin_prompts(chats[1])
+def test_built_in_prompts_are_many_and_differ_from_the_built_in_questions():
+    prompts = builtin_prompts(READER)
     assert len(prompts) == len(set(prompts)) >= 2_000
     asked = [words(question.prompt) for question in read_questions()]
-    kept = [chats[1].decode(ids) for ids in prompts_of(None, *chats, token_ids(), 0)]
-    assert len(kept) > 2_000 and kept != [chats[1].decode(ids) for ids in prompts_of(None, *chats, token_ids(), 1)]
-    for text in kept:
+    found, other = (prompts_of(None, MODEL, READER, token_ids(), seed) for seed in (0, 1))
+    assert len(found) > 2_000 and found != other
+    for text in map(READER.decode, found):
         own = words(text.removeprefix("<s>user\n").partition("</s>")[0])
         assert all(len(own & of) < 0.7 * len(own | of) for of in asked), text
 
 
-def test_prompts_of_a_file(chats, tmp_path):
+def test_prompts_of_a_file(tmp_path):
     rows = [
         {"prompt": "Why do apples fall down?"},
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -67,20 +63,19 @@ def test_prompts_of_a_file(chats, tmp_path):
     (tmp_path / "bad.jsonl").write_text('\n{"question": "Why?"}')
     (tmp_path / "number.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": 3}]}))
     (tmp_path / "none.txt").write_text("\n")
-    found = [prompts_of(str(tmp_path / f"own.{kind}"), *chats, token_ids(), 0) for kind in ("jsonl", "txt")]
-    texts = [sorted(map(chats[1].decode, ids)) for ids in found]
+    found = [prompts_of(str(tmp_path / f"own.{kind}"), MODEL, READER, token_ids(), 0) for kind in ("jsonl", "txt")]
+    texts = [sorted(map(READER.decode, ids)) for ids in found]
     assert texts[0] == texts[1] == [f"<s>user\n{q}</s>\n<s>assistant\n" for q in ("Hi", "Why do apples fall down?")]
     for name, message in (
         ("bad.jsonl", "line 2, is no prompt"),
         ("number.jsonl", "line 1, is no prompt.*a message needs a role and a text"),
         ("none.txt", "no prompts"),
-        ("gone", "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            prompts_of(str(tmp_path / name), *chats, token_ids(), 0)
+            prompts_of(str(tmp_path / name), MODEL, READER, token_ids(), 0)
     asked = recovery_config(prompts=str(tmp_path / "gone"), domains=[DomainConfig("a", unread())])
     with pytest.raises(StructPruneError, match="cannot be read"):
-        recover(deepcopy(chats[0]), chats[1], asked, chats[0])
+        recover(deepcopy(MODEL), READER, asked, MODEL)
 
 
 def test_openings_are_those_of_the_text_without_a_chat_template():
@@ -92,14 +87,14 @@ def test_openings_are_those_of_the_text_without_a_chat_template():
     assert all(any(flat[i : i + 20] == ids[2:22] for i in range(len(flat))) for ids in prompts)
 
 
-def test_writing_in_a_batch_is_writing_alone(chats):
+def test_writing_in_a_batch_is_writing_alone():
     """With a temperature near 0: neither padding nor answers that end earlier change anything."""
     prompts = [[5, 6, 7], [5, 6, 9, 11, 30, 4], [5, 8], [5, 6, 7, 40, 41]]
-    model = deepcopy(chats[0])
+    model = deepcopy(MODEL)
     with torch.no_grad():
         model.lm_head.weight[2] = 1.05 * model.lm_head.weight[prompts[0][-1] :].mean(0)  # some answers end
-    together = sampled_continuations(model, chats[1], prompts, 12, 1e-6, seed=0)
-    alone = [sampled_continuations(model, chats[1], [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
+    together = sampled_continuations(model, READER, prompts, 12, 1e-6, seed=0)
+    alone = [sampled_continuations(model, READER, [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
     assert together == alone and all(text.index(2) == len(text) - 1 for text in together if 2 in text)
     expected = model.generate(torch.tensor([prompts[1]]), max_new_tokens=12, do_sample=False)[0, 6:].tolist()
     assert together[1] == expected[: len(together[1])]

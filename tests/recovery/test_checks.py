@@ -61,12 +61,10 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"remove_unused_columns": True},
     {"torch_compile": True},
 ])  # fmt: skip
-def test_what_other_libraries_refuse_leaves_the_model_as_it_was(training):
-    model = prune_model(build("llama-tied"), config(), tokenizer())
-    before = deepcopy(model)
+def test_what_other_libraries_refuse_leaves_the_model_as_it_was(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):
-        recover(model, tokenizer(), recovery_config(tokens=96, training=training))
-    assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
+        recover(pruned, tokenizer(), recovery_config(tokens=96, training=training))
+    assert same_weights(pruned, small) and [*pruned.state_dict()] == [*small.state_dict()]
 
 
 def test_only_causal_language_models_in_memory_are_trained():
@@ -144,21 +142,20 @@ def test_rows_without_a_token_make_no_difference():
     assert load_teacher(narrow, wide, tokenizer(), tokenizer()).parts.size == 128
 
 
-def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(tmp_path):
+def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(pruned, tmp_path):
     order = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
     other, renumbered = with_tokens(build("llama-tied"), tokenizer(), order)
     save_with_tokenizer(other, tmp_path, renumbered)
-    student = prune_model(build("llama-tied"), config(), tokenizer())
     by_run = build("llama-tied", seed=1)
     StructPruner(config()).prune_model(by_run, renumbered)
     for teacher in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), by_run):
         with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
-            recover(student, tokenizer(), recovery_config(), teacher=teacher)
+            recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
     with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
-        recover(student, tokenizer(), recovery_config(), teacher=other, teacher_tokenizer=renumbered)
+        recover(pruned, tokenizer(), recovery_config(), teacher=other, teacher_tokenizer=renumbered)
     # Of a model in memory nothing is known; who passes it says that it has the same tokens.
-    assert load_teacher(other, student, tokenizer()).model is other
-    assert load_teacher(by_run, student, tokenizer(), tokenizer()).model is by_run
+    assert load_teacher(other, pruned, tokenizer()).model is other
+    assert load_teacher(by_run, pruned, tokenizer(), tokenizer()).model is by_run
 
 
 def test_a_model_does_not_teach_itself(tmp_path):
@@ -171,11 +168,10 @@ def test_a_model_does_not_teach_itself(tmp_path):
     assert load_teacher(str(tmp_path), model, tokenizer()).model.name_or_path == str(tmp_path)
 
 
-def test_what_is_no_causal_language_model_is_no_teacher():
-    student = prune_model(build("llama-tied"), config(), tokenizer())
+def test_what_is_no_causal_language_model_is_no_teacher(pruned):
     for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
         with pytest.raises(StructPruneError, match=f"teacher takes a causal .* got {type(teacher).__name__}"):
-            recover(student, tokenizer(), recovery_config(), teacher=teacher)
+            recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
 
 
 def test_a_teacher_whose_base_does_not_say_what_it_takes():

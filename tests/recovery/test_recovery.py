@@ -47,6 +47,7 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
 WAYS = [{}, {"train": "full", "lora": {}}]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("fields", WAYS)
 def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned, small, fields, tmp_path):
     class Watch(TrainerCallback):
@@ -57,7 +58,8 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
             control.should_training_stop = self.steps == 4
 
     watch, old = Watch(), small.state_dict()
-    recovery = Recovery(recovery_config(training={"save_steps": 2}, **fields), callbacks=[watch])
+    training = {"save_steps": 2, "gradient_checkpointing": True}
+    recovery = Recovery(recovery_config(training=training, **fields), callbacks=[watch])
     recovered = recovery.recover_model(pruned, tokenizer())
     assert watch.steps == recovery.report.steps == 4
     assert recovered is pruned and [*recovered.state_dict()] == [*old]
@@ -69,15 +71,8 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
     recovered.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert same_weights(again, recovered) and torch.equal(logits(again), logits(recovered))
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("fields", WAYS)
-def test_gradient_checkpointing_ends_with_the_training(pruned, fields):
-    fields = {**fields, "training": {"gradient_checkpointing": True}}
-    recovered = recover(pruned, tokenizer(), recovery_config(**fields)).train()
     assert not any(getattr(module, "gradient_checkpointing", False) for module in recovered.modules())
-    hidden = recovered.requires_grad_(False).get_input_embeddings()(torch.tensor([[3, 4]]))
+    hidden = recovered.train().requires_grad_(False).get_input_embeddings()(torch.tensor([[3, 4]]))
     assert not hidden.requires_grad, "no hook is left"
 
 

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice, permutations
 from math import exp, log
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from optimum_structprune import RunOptions, StructPruner, attach_pruner, dry_run, perplexity, prune_model, recover
-from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.cli import main
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.load import load_domains
@@ -41,8 +39,6 @@ from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.vocabulary.amount import Room
-from optimum_structprune.vocabulary.choose import number_within
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
 
@@ -340,18 +336,6 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
     assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
     assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
-def test_as_many_tokens_go_for_a_budget_as_cost_less_than_the_layers(share):
-    """Where text uses none of the others, all that meet the budget; where it uses all of them, the fewest that may."""
-    model, fields = build("llama-tied"), config(**{**JOINT, "budget": {"parameters": 0.9}, "sparsity": None})
-    room = Room.of(replace(fields, round_to=1), ModelInfo.of(model).arch, model)
-    alone, most = room.largest({}), room.largest(room.smallest)
-    lost = share * (1 - torch.arange(room.size + 1) / room.size)
-    number = number_within(room, lost)
-    assert number == (alone if share == 0 else most if share == 1 else number) and alone <= number <= most
-    assert share != 0.02 or alone < number < most
 
 
 def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
