@@ -27,7 +27,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton, skeleton
 from optimum_structprune.arch.modules import adopt_config_, layer_list
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.method.shrink import shrink_layer_, slice_tensors
+from optimum_structprune.method.shrink import shrink_layer_
 
 
 SPACES = [(case, name) for case in (*STRUCTURES, *OTHER_STRUCTURES) for name in describe(build(case)).names]
@@ -77,17 +77,6 @@ def test_a_forgotten_tensor_is_named():
     shrink_layer_(model, arch, 0, plan.keep, smaller)
     with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.*the description of 'llama' is incomplete"):
         adopt_config_(model, smaller)
-
-
-def test_tensors_that_stack_matrices_lose_experts_and_their_channels_at_once():
-    model = build("mixtral")
-    arch = describe(model)
-    name = "model.layers.0.mlp.experts.down_proj"
-    plan = Plan("mixtral", {(0, "expert"): (1, 3), (0, "mlp/1"): (0, 5), (0, "mlp/3"): (2, 4)})
-    tensors = {name: model.state_dict()[name], "model.norm.weight": model.state_dict()["model.norm.weight"]}
-    sliced = slice_tensors(tensors, list(arch.at(0)), plan.keep)
-    expected = torch.stack([tensors[name][1][:, [0, 5]], tensors[name][3][:, [2, 4]]])
-    assert torch.equal(sliced[name], expected) and sliced["model.norm.weight"] is tensors["model.norm.weight"]
 
 
 @pytest.mark.parametrize(("case", "names"), [("mixtral", ["expert"]), ("gpt_oss", ["mlp"]), ("llama-bias", ["mlp"])])

@@ -1,27 +1,36 @@
-"""What cannot be met is refused before any text is read, and what has no effect is named."""
+"""What cannot be met or used is refused before any text is read, and what has no effect is named."""
 
+import json
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 
+import numpy as np
 import pytest
+import torch
 from helpers import recovery_config, same_weights, unread
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import BertForMaskedLM, Wav2Vec2FeatureExtractor
+from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import (
+    DomainConfig,
     RecoveryConfig,
     RunOptions,
     StructPruneCallback,
     StructPruneConfig,
+    StructPruneError,
     dry_run,
     prune_model,
 )
 from optimum_structprune.arch.load import ModelInfo
-from optimum_structprune.config.domains import DomainConfig
-from optimum_structprune.errors import InPlaceError, StructPruneError
+from optimum_structprune.criteria import CRITERIA, register_criterion
+from optimum_structprune.domains.sources import documents as read
+from optimum_structprune.errors import InPlaceError
+from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.forward.metrics import perplexity
 from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
+from optimum_structprune.saving.gguf_file import export_gguf
 
 
 def blind(**fields) -> StructPruneConfig:
@@ -200,6 +209,10 @@ WRONG = [
     ({"inputs": {"a": IDS + 1000}}, "those of this model lie between 0 and"),
     ({"inputs": {"a": IDS.repeat(1, 5)}}, "80 tokens, is longer than the model.s 64 positions"),
     ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
+    ({"inputs": {"a": IDS.int()}}, "holds torch.int32 .*the ids as int64"),
+    ({"inputs": {"a": IDS.float()}}, "holds torch.float32 .*the ids as int64"),
+    ({"inputs": {"a": IDS[:, :0]}}, r"shape \(12, 0\).*2 tokens or more"),
+    ({"inputs": {"a": IDS[:, :1]}}, "2 tokens or more"),
 ]
 
 
@@ -224,3 +237,59 @@ def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
 
     with pytest.raises(StructPruneError, match="Picky cannot run on a few tokens .*'extra'.*prune the base model"):
         prune_model(Picky(build("bert").config), blind(), tokenizer())
+
+
+def test_odd_models(tmp_path):
+    odd = build("llama-tied")
+    odd.generation_config = GenerationConfig()
+    odd.generation_config.temperature = 0.7
+    compiled = torch.compile(build("llama-tied"), backend="eager")
+    for model, message in ((odd, "temperature"), (compiled, "_orig_mod")):
+        with pytest.raises(StructPruneError, match=message):
+            prune_model(model, config(), inputs={"a": IDS})
+    with torch.inference_mode():
+        fixed = LlamaForCausalLM(build("llama-tied").config)
+    with pytest.raises(StructPruneError, match="inside torch.inference_mode.*pass copy.deepcopy"):
+        prune_model(fixed, config(), tokenizer(), inplace=True)
+    prune_model(fixed, config(), tokenizer())
+    with pytest.raises(StructPruneError, match="pass the model's own"):
+        export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
+    with pytest.raises(StructPruneError, match="nothing to predict"):
+        perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("scores", "fields"), [
+    *((scores, {}) for scores in (None, np.ones(40), np.float64(3))),
+    (np.ones(40), {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
+    *((scores, {"widths": {"layer": 1}}) for scores in (None, torch.ones(3), torch.tensor([1.0, torch.nan]))),
+])  # fmt: skip
+def test_odd_criteria(scores, fields, monkeypatch):
+    monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
+    register_criterion("odd", judges="layer" if "widths" in fields else "unit")(lambda *_: scores)
+    with pytest.raises(StructPruneError, match=r"'odd' has to give \d+ finite scores, one per unit, at model.layers"):
+        prune_model(build("llama-tied"), config(criterion="odd", **fields), inputs={"a": IDS})
+
+
+def test_odd_texts(tmp_path):
+    with pytest.raises(StructPruneError, match="is empty"):
+        read_heldout(DomainConfig("a", []), tokenizer(), 8)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "full.csv").write_text("text\nmine\n")
+    assert [*read(DomainConfig("a", str(tmp_path)), 0)] == ["mine"]
+    pandas = pytest.importorskip("pandas")
+    assert [*read(DomainConfig("a", pandas.Series(["x", "y"])), None)] == ["x", "y"]
+
+
+def test_messages_without_text_and_in_parts():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    parts = [{"type": "text", "text": "one "}, {"type": "image"}, {"type": "text", "text": "two"}]
+    rows = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "content": None},
+    ]
+    reader = tokenizer()
+    call = "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    reader.chat_template = f"{{% for m in messages %}}{{{{ m['content'] }}}}|{call};{{% endfor %}}"
+    (text,) = read(DomainConfig("a", [json.loads(json.dumps({"messages": rows}))], template="chat"), 0, reader)
+    assert text == "one two|;|f;|;"
