@@ -8,12 +8,8 @@ import sys
 from itertools import cycle
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from models import byte_level
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune.domains.sources import TEXTS
 
@@ -32,14 +28,8 @@ def train(folder: str) -> None:
     documents = [
         document for path in sorted(TEXTS.glob("*.txt")) for document in path.read_text("utf-8").split("\n%\n")
     ]
-    backend = Tokenizer(BPE(unk_token=None))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    special, alphabet = ["<pad>", "<s>", "</s>"], ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=SIZES["vocab_size"], special_tokens=special, initial_alphabet=alphabet)
-    backend.train_from_iterator(documents, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
-    )
+    tokenizer = byte_level(documents, SIZES["vocab_size"])
+    tokenizer.model_max_length = SIZES["max_position_embeddings"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
     ids = torch.tensor([i for document in documents for i in [1, *tokenizer(document).input_ids, 2]])
     samples = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)

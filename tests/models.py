@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -323,15 +323,19 @@ CHATML = (
 )
 
 
-def real_text_model(tokens: int = 400, kind: str = "math") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
+def byte_level(texts: Iterable[str], tokens: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of so many tokens, trained on texts."""
     backend = Tokenizer(BPE(unk_token=None))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    trainer = BpeTrainer(
-        vocab_size=tokens, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(islice(builtin_documents(kind), 50), trainer)
-    reader = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    special, alphabet = ["<pad>", "<s>", "</s>"], ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=tokens, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def real_text_model(tokens: int = 400, kind: str = "math") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
+    reader = byte_level(islice(builtin_documents(kind), 50), tokens)
     torch.manual_seed(0)
     fields = {**GROUPED, "vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval(), reader

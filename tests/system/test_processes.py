@@ -29,7 +29,7 @@ RUNS = {
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "olmo2": {"criterion": "block_influence", "widths": {"layer": 1}},
     "t5": {},
-    "writes itself": {},
+    "writes itself": {"num_samples": 4},
     "fewer tokens": {"widths": {"vocab": 320, "mlp": 24}},
     "fewer tokens or channels": {
         "widths": None,
@@ -114,24 +114,17 @@ dist.destroy_process_group()
 
 
 def pruned(case):
-    if case == "writes itself":
-        return on_text_of_its_own()
-    if case.startswith("fewer tokens"):
+    if case == "writes itself" or case.startswith("fewer tokens"):
         model, reader = real_text_model()
-        pruner = StructPruner(config(domains=[DomainConfig(name="a", source="builtin:math")], **RUNS[case]))
-        return pruner, pruner.prune_model(model, reader)
+        source = "self:code" if case == "writes itself" else "builtin:math"
+        pruner = StructPruner(config(domains=[DomainConfig(name="a", source=source)], **RUNS[case]))
+        short = patch.multiple(generated, MIN_BATCH=2, MAX_BATCH=4, MAX_TOKENS=40, MIN_TOKENS=8)
+        with TemporaryDirectory() as home, patch("huggingface_hub.constants.HF_HOME", home), short:
+            return pruner, pruner.prune_model(model, reader)
     few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
     domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
     pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
     return pruner, pruner.prune_model(three_layers() if case == "three layers" else build(case), tokenizer())
-
-
-def on_text_of_its_own():
-    model, reader = real_text_model()
-    short = patch.multiple(generated, MIN_BATCH=2, MAX_BATCH=4, MAX_TOKENS=40, MIN_TOKENS=8)
-    with TemporaryDirectory() as home, patch("huggingface_hub.constants.HF_HOME", home), short:
-        pruner = StructPruner(config(domains=[DomainConfig(name="own", source="self:code")], num_samples=4))
-        return pruner, pruner.prune_model(model, reader)
 
 
 def command(folder, out):
