@@ -13,7 +13,7 @@ from models import GROUPED, SLIDING, random_model, real_text_model
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruner, export_gguf
+from optimum_structprune import StructPruner, export_gguf, prune_model
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -53,13 +53,12 @@ def stories():
     """A trained model of which each layer keeps another width of its FFN, and one layer half its heads."""
     model, tokenizer = stories_model()
     widths = {"mlp": [172, 140, 96, 120, 88], "attention": [4, 4, 2, 4, 2]}
-    pruner = StructPruner(stories_config(widths=widths))
-    return pruner.prune_model(model, tokenizer).eval(), tokenizer, pruner
+    return prune_model(model, stories_config(widths=widths), tokenizer).eval(), tokenizer
 
 
 @needs_shared
 def test_layers_of_different_widths(stories, tmp_path):
-    model, tokenizer, _ = stories
+    model, tokenizer = stories
     check(model, tokenizer, tmp_path / "out.gguf", "Once upon a time, there was a")
     assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents() == "deci"
 
@@ -68,7 +67,7 @@ def test_layers_of_different_widths(stories, tmp_path):
 @pytest.mark.parametrize(("kind", "error"), [("f16", 0.002), ("bf16", 0.01), ("q8_0", 0.02), ("q4_0", 0.02)])
 def test_fewer_bits(stories, tmp_path, kind, error):
     """llama.cpp, which rounds activations too, computes nearly what transformers makes of the same file."""
-    model, tokenizer, _ = stories
+    model, tokenizer = stories
     quantised = kind.startswith("q")
     if quantised:  # of which transformers reads no file of layers that differ
         model, _ = stories_model()
@@ -144,30 +143,22 @@ def test_a_smaller_vocabulary(trained, tmp_path):
     check(model, tokenizer, tmp_path / "out.gguf", "Question: what is")
 
 
-@pytest.fixture(scope="module")
-def converter(tmp_path_factory):
-    """llama.cpp's own converter, whose source comes with the binaries."""
+@needs_shared
+def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(tmp_path):
+    """Its source comes with the binaries."""
     pytest.importorskip("sentencepiece", reason="llama.cpp's converter imports sentencepiece")
-    source = tmp_path_factory.mktemp("source")
+    source = tmp_path / "source"
     bundle = llama_cpp.modules() / "node-llama-cpp" / "llama" / "gitRelease.bundle"
     subprocess.run(["git", "clone", "--quiet", bundle, source], check=True, capture_output=True)
-
-    def convert(folder, path):
-        script = [sys.executable, source / "convert_hf_to_gguf.py", folder, "--outfile", path, "--outtype", "f32"]
-        paths = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
-        done = subprocess.run(script, env=paths, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    return convert
-
-
-@needs_shared
-def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(converter, tmp_path):
     pruner = StructPruner(stories_config(widths={"mlp": 120, "attention": 2}))
     model, tokenizer = stories_model()
     model = pruner.prune_model(model, tokenizer).eval()
     pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer)
-    converter(tmp_path / "pruned", tmp_path / "theirs.gguf")
+    command = [sys.executable, source / "convert_hf_to_gguf.py", tmp_path / "pruned", "--outtype", "f32"]
+    paths = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
+    line = [*command, "--outfile", tmp_path / "theirs.gguf"]
+    done = subprocess.run(line, env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     export_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), tmp_path / "ours.gguf", tokenizer)
     ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
     tensors = {tensor.name: tensor.data for tensor in theirs.tensors}
@@ -183,13 +174,3 @@ def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(converter, tmp
     (found,) = llama_cpp.ask(tmp_path / "theirs.gguf", ids=[row])["logprobs"]
     expected = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
     np.testing.assert_allclose([token["logprob"] for token in found], expected.detach(), atol=2e-4)
-
-
-@needs_shared
-def test_a_non_uniform_result_is_a_trap_for_llama_cpps_own_converter(stories, converter, tmp_path):
-    """It takes the model without a word, and llama.cpp does not load what it writes; see docs/serving.md."""
-    model, tokenizer, pruner = stories
-    pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer)
-    converter(tmp_path / "pruned", tmp_path / "theirs.gguf")
-    with pytest.raises(RuntimeError, match="Failed to load model"):
-        llama_cpp.ask(tmp_path / "theirs.gguf")

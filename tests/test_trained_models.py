@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
-from trained import ROOT, SHARED, loss_ratio, needs_shared, smollm2_file, stories_config, stories_model
+from trained import ROOT, SHARED, loss_ratio, needs_shared, smollm2_file, stories_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
@@ -22,15 +22,6 @@ pytestmark = pytest.mark.nightly
 @pytest.fixture(scope="module")
 def stories():
     return stories_model()
-
-
-@needs_shared
-def test_a_trained_model_stays_one(stories):
-    model, tokenizer = stories
-    small = prune_model(model, stories_config(widths={"mlp": 128}, num_samples=32), tokenizer)
-    prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")
-    story = tokenizer.decode(small.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
-    assert any(word in story for word in ("girl", "boy", "bird", "dog", "cat", "bear", "bunny", "rabbit")), story
 
 
 @needs_shared

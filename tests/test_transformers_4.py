@@ -1,6 +1,4 @@
-"""A real transformers 4, and the ONNX exporter that needs it, compute from our folders what transformers 5 computes;
-`make onnx` installs both.
-"""
+"""transformers 4 and the ONNX exporter of `make onnx` compute from our folders what transformers 5 computes."""
 
 import json
 import os

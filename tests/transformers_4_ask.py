@@ -1,9 +1,6 @@
-"""What transformers 4 and onnxruntime make of some folders, for `test_transformers_4.py`; the Python of `make onnx`
-runs this file.
+"""What transformers 4 and onnxruntime make of folders, for `test_transformers_4.py`, in the Python of `make onnx`.
 
-It reads a list of requests, each with a folder, the class that loads it, and tokens or a text, and writes the outputs
-of transformers 4, or an error. Of a text it also writes the tokens, and what onnxruntime gives once optimum has
-exported the folder.
+It reads a list of requests, and writes outputs or an error; of a text also the tokens, and what onnxruntime gives.
 """
 
 import json

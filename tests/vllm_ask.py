@@ -1,8 +1,4 @@
-"""What vLLM makes of some folders, for `test_vllm.py`; the Python of `make vllm` runs this file.
-
-It reads a list of requests, each with a folder, tokens and options of `vllm.LLM`, and writes what vLLM goes on with:
-the class that ran, the tokens and their log-probabilities, or an error.
-"""
+"""What vLLM makes of folders, for `test_vllm.py`, in the Python of `make vllm`, with an answer for each request."""
 
 import json
 import sys
