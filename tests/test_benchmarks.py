@@ -1,7 +1,4 @@
-"""What we measure with: every script says its usage, and runs small.
-
-The figures of the scripts are checked; what they measure is the docs' affair.
-"""
+"""What we measure with: every script says its usage, and runs small."""
 
 import re
 import sys

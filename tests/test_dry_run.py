@@ -82,8 +82,7 @@ def test_dtype_and_choices(tmp_path, capsys):
     assert "width attention" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--width", "attention=2", "--cost", "--offload", "disk"]) == 0
     text = capsys.readouterr().out
-    assert "on the device" in text and "in CPU memory" in text and "operations per token" in text
-    assert "TFLOP: 0:00:0" in text and "GFLOP/s" in text
+    assert "on the device" in text and "in CPU memory" in text and "GFLOP/s" in text
 
 
 def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_alone():

@@ -80,19 +80,16 @@ def accuracies(shown: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in (None, "jsonl"))])
+@pytest.mark.parametrize("kind", ["csv", pytest.param(None, marks=pytest.mark.nightly)])
 def test_prune_bert_classifier(desk, bert, kind, capsys):
     out = desk / f"classifier-{kind}"
     flags = ["--model", str(bert), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
     small = ["--num_samples", "8", "--seq_length", "48"]
     if kind is not None:
         rows = [(text, label) for label in ("code", "math") for text in islice(builtin_documents(label), 60)]
-        with open(desk / f"labelled.{kind}", "w", newline="") as file:
-            if kind == "csv":
-                csv.writer(file).writerows([("text", "label"), *rows])
-            else:
-                file.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
-        flags += ["--data", str(desk / f"labelled.{kind}")]
+        with open(desk / "labelled.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+        flags += ["--data", str(desk / "labelled.csv")]
     main("prune_bert_classifier")([*flags, *small])
     shown = accuracies(capsys.readouterr().out)
     chance = 1 / (3 if kind is None else 2)

@@ -90,8 +90,6 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, mon
     for sizes, more, message in (
         (["0.1", "1.5"], [], "has to lie between 0 and 1"),
         (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
-        (["0.1"], ["--allocation", "sideways"], "allocation"),
-        (["0.1"], ["--skip-layer", "99"], "skip_layers names layer 99"),
     ):
         assert main(line(folder, "refused", *sizes, more=more)) == 2
         assert message in error_line(capsys) and not (folder / "refused").exists()

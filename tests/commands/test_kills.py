@@ -156,13 +156,6 @@ def alone(dense):
     return dense / "alone"
 
 
-def same_result(out, expected) -> None:
-    assert (out / "pruning_plan.json").read_text() == (expected / "pruning_plan.json").read_text()
-    found, wanted = (load_file(folder / "model.safetensors") for folder in (out, expected))
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
-
-
 def test_a_run_that_is_asked_to_end_leaves_nothing(dense, tmp_path, monkeypatch):
     save, before = PreTrainedModel.save_pretrained, signal.getsignal(signal.SIGTERM)
     ended = lambda *args, **fields: (save(*args, **fields), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
@@ -189,5 +182,7 @@ def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
     assert any(progress.glob("layer-*.json")) and not (tmp_path / "out").exists()
     done = run(pruning(dense, tmp_path / "out", "--resume"))
     assert done.returncode == 0, done.stderr
-    same_result(tmp_path / "out", alone)
+    assert (tmp_path / "out" / "pruning_plan.json").read_text() == (alone / "pruning_plan.json").read_text()
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", alone))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -83,9 +83,7 @@ def test_several_models_against_the_dense_one(folder, capsys):
 
 
 def test_the_dense_model_runs_once_for_all(folder, monkeypatch):
-    """It answers each question once, and reads each sample once: the other passes are those of a short trial, of the
-    head alone, and along its answers.
-    """
+    """The other passes are those of a short trial, of the head alone, and along its answers."""
     load, path, counts = Loading.model, str(folder / "dense"), []
 
     def noted(self, name, scratch=None):
