@@ -43,8 +43,10 @@ class Registry(Generic[T]):
         """Give a decorator that enters a class or a function under `name`.
 
         Raises:
-            StructPruneError: If `name` already stands for another one.
+            StructPruneError: If `name` is no text, or already stands for another one.
         """
+        if not (isinstance(name, str) and name):
+            raise StructPruneError(f"A {self.kind} takes a name, got {name!r}; choose one such as 'mine'.")
 
         def enter(entry: Entry) -> Entry:
             registered = self._entries.get(name)

@@ -100,7 +100,7 @@ class Family:
 def read_families(path: str | Path) -> list[Family]:
     """The families of a YAML file in the form of `families.yaml`."""
     try:
-        entries = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        entries = parse_yaml(Path(path).read_text(encoding="utf-8"), aliases=path == FAMILIES_FILE)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import Number, Serialisable, config_class, filled, mapping_of, positive
+from .fields import LARGEST, Number, Serialisable, config_class, filled, mapping_of, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -145,6 +145,8 @@ class WithDomains(Serialisable):
         names = [domain.name for domain in self.domains]
         if not names:
             raise ValueError("domains has to name at least one domain, got []")
+        if sum(domain.weight for domain in self.domains) > LARGEST:
+            raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"domains has two entries of the name {twice!r}; rename one (--domain NAME=FILE)")

@@ -3,10 +3,10 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from functools import wraps
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     Number = float
 else:
     Number = float | int
+LARGEST = sys.float_info.max  # no NaN, no infinity and no integer of hundreds of digits is at most this
 
 
 def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
     """A validator that passes finite numbers in a range, and whatever is no number: `strict` checks types."""
 
     def validate(value: Any) -> None:
-        if isinstance(value, (int, float)) and not (isfinite(value) and allowed(value)):
+        if isinstance(value, (int, float)) and not (abs(value) <= LARGEST and allowed(value)):
             raise ValueError(what.format(value))
 
     return validate
@@ -99,11 +100,11 @@ def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
 
 
 def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
-    """A mapping by numbers of layers, of which JSON makes strings."""
-    try:
-        return {int(str(key)): value for key, value in values.items()}
-    except ValueError as error:
-        raise StructPruneError(f"{owner} names layers by their numbers, got {list(values)}.") from error
+    """A mapping by numbers of layers, of which JSON makes strings; each layer has to be there once."""
+    numbers = [int(key) for key in values if re.fullmatch("-?[0-9]{1,9}", str(key))]
+    if len({*numbers}) < len(values):
+        raise StructPruneError(f"{owner} names layers by their numbers, each once, got {list(values)}.")
+    return dict(zip(numbers, values.values(), strict=True))
 
 
 class FieldError(StructPruneError):
@@ -186,21 +187,50 @@ MAX_YAML = 2**18  # characters of a document
 
 
 class Loader(yaml.SafeLoader):
-    """The safe loader of YAML, to which 1e-4 is a number, as in YAML 1.2."""
+    """The safe loader of YAML, with the numbers of YAML 1.2, see `NUMBERS`; a date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+class Dumper(yaml.SafeDumper):
+    """The safe dumper of YAML, which quotes text that is a number to `Loader`; it writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """See `Representer.ignore_aliases`; `parse_yaml` refuses them."""
+        return True
+
+
+# The numbers of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": r"([-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|"
+    r"\.(nan|NaN|NAN))$",
+}
+for tag, pattern in NUMBERS.items():
+    Loader.add_implicit_resolver(tag, re.compile(pattern), None)
+    Dumper.add_implicit_resolver(tag, re.compile(pattern), None)
+Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 )
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML document. One that would take minutes to read is refused."""
+def parse_yaml(text: str, aliases: bool = False) -> Any:
+    """The value of a YAML document; aliases, by which a short text may be endless, have to be allowed."""
     if len(text) > MAX_YAML:
         raise ValueError(f"it has {len(text):,} characters, and {MAX_YAML:,} are the most")
-    return yaml.load(text, Loader)  # a safe loader
+    try:
+        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader)):
+            raise ValueError("it has an alias (*name); write the value out")
+        return yaml.load(text, Loader)  # a safe loader
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (TypeError, LookupError, AttributeError) as error:  # of a tag that does not fit its value
+        raise ValueError(f"a value is not what its tag says ({error})") from error
 
 
 def to_yaml(value: Any) -> str:
-    """The YAML document of plain values."""
-    return str(yaml.safe_dump(value, sort_keys=False))
+    """The YAML document of plain values, which `parse_yaml` reads."""
+    return str(yaml.dump(value, Dumper=Dumper, sort_keys=False))

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ from ..registry import Registry, did_you_mean
 from ..written import replace_json, versioned
 from .domains import GENERAL, DomainConfig, WithDomains, is_general
 from .fields import (
+    LARGEST,
     FieldError,
     Number,
     Serialisable,
@@ -75,7 +75,7 @@ def _check_amount(config: "StructPruneConfig") -> None:
     for name, limit in (config.budget or {}).items():
         if name not in BUDGETS:
             raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-        if not (isfinite(limit) and limit > 0):
+        if not 0 < limit <= LARGEST:
             raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
         if name == LOSS and limit >= 1:
             raise ValueError(f"budget[{name!r}] has to be below 1, got {limit}; 0.02 allows a loss of 2 %")

@@ -37,7 +37,7 @@ def register_criterion(name: str, **attributes: Any) -> Callable[[Callable[..., 
         attributes: The other fields of the `Criterion`, such as `needs_gram=True`.
 
     Raises:
-        StructPruneError: If the name already stands for another criterion.
+        StructPruneError: If the name is empty, or already stands for another criterion.
     """
     return lambda score: CRITERIA.register(name)(Criterion(name, score, **attributes))
 

@@ -46,7 +46,8 @@ def documents(
 ) -> Iterator[str]:
     """Gives the texts of a domain in an order that the seed chooses, without the blank ones."""
     texts = _texts(domain, seed, lambda row: rendered(row, domain, tokenizer), write)
-    return (text for text in texts if text.strip())
+    # Half a character, which no tokenizer reads, becomes a question mark.
+    return (text.encode(errors="replace").decode() for text in texts if text.strip())
 
 
 def check_source(domain: DomainConfig) -> None:

@@ -273,8 +273,13 @@ def check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
+    if not isinstance(name, str):
+        raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
+    if samples.layout != torch.strided or samples.is_meta:
+        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
+        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
     if reads_images(model):
         expected = tuple(random_inputs(model).shape[1:])
         if samples.shape[1:] != expected or not samples.is_floating_point():

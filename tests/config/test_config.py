@@ -1,7 +1,7 @@
 """Strictness and round trips of the config."""
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+from optimum_structprune.arch.families import read_families
 from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml, to_yaml
 from optimum_structprune.record.plan import Plan
 
 
 words = st.text("abcxyz_", min_size=1, max_size=8)
-odd_words = words | st.sampled_from(["yes", "~", "1_000", "a\nb", "é", "a: b"])
+odd_words = words | st.sampled_from(
+    ["yes", "~", "1_000", "a\nb", "é", "a: b", "1e3", "12e4567", ".5e3", "0100", "0o7", "2024-01-01"]
+)
 domains = st.lists(
     st.builds(DomainConfig, name=odd_words, source=odd_words, weight=st.floats(0.1, 10), revision=odd_words),
     min_size=1,
@@ -75,6 +78,7 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"languages": ["en"]}, r"got none; targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
+    ({"sparsity": 0.2, "num_samples": 10**400}, "'num_samples' has to be greater than 0, got 1000"),
     ({"widths": {}}, "widths has to name at least one space"),
     ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
     ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
@@ -91,6 +95,7 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
     ({"sparsity": 0.2, "domains": [{"name": "a\udce9", "source": "x"}]}, "'name' holds half a character"),
+    ({"sparsity": 0.2, "domains": [{"name": name, "source": "x", "weight": 1e308} for name in "ab"]}, "to infinity"),
     ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
 ])  # fmt: skip
@@ -113,26 +118,38 @@ def test_assignment_is_checked_too_and_sources_in_memory_are_named():
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("-2.5E3", -2500.0), ("100", 100), ("a1e4", "a1e4")])
-def test_numbers_with_exponents_are_numbers(text, value):
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-4", 1e-4), ("-2.5E3", -2500.0), ("100", 100), ("a1e4", "a1e4"), ("0100", 100), ("0o17", 15), ("0x1f", 31),
+    ("1:30", "1:30"), ("1_000", "1_000"), ("2024-01-01", "2024-01-01"),
+])  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value):
     assert parse_yaml(text) == value and type(parse_yaml(text)) is type(value)
 
 
 def test_layers_are_named_by_numbers():
     assert by_layer({"0": 24, 3: 30}, "widths") == {0: 24, 3: 30}
     for wrong in ("x", None, "1.5", 0.5, True):
-        with pytest.raises(StructPruneError, match=r"widths\['mlp'\] names layers by their numbers, got"):
+        with pytest.raises(StructPruneError, match=r"widths\['mlp'\] names layers by their numbers, each once, got"):
             StructPruneConfig(widths={"mlp": {wrong: 24}})
-        with pytest.raises(StructPruneError, match="'mlp' names layers by their numbers, got"):
+        with pytest.raises(StructPruneError, match="'mlp' names layers by their numbers, each once, got"):
             Plan.from_dict({"keep": {"mlp": {wrong: [0]}}})
+    with pytest.raises(StructPruneError, match=r"each once, got \[0, '0'\]"):
+        StructPruneConfig(widths={"mlp": {0: 24, "0": 30}})
 
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     path = tmp_path / "run.yaml"
-    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", "!!python/object/apply:os.system ['true']"):
+    lines = [
+        "a: &a [x, x]",
+        *(f"{new}: &{new} [*{old}, *{old}]" for old, new in pairwise("abcdefghijklmnopqrstuvwxyz")),
+    ]
+    endless, deep, wrong = "\n".join(lines), "sparsity: " + "[" * 3000 + "]" * 3000, "sparsity: !!timestamp x"
+    code = "!!python/object/apply:os.system ['true']"
+    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", code, endless, deep, wrong):
         path.write_text(content)
-        with pytest.raises(StructPruneError, match="run.yaml"):
-            read_yaml(path)
+        for read in (read_yaml, read_families):
+            with pytest.raises(StructPruneError, match="run.yaml"):
+                read(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
 

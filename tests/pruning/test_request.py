@@ -213,6 +213,9 @@ WRONG = [
     ({"inputs": {"a": IDS.float()}}, "holds torch.float32 .*the ids as int64"),
     ({"inputs": {"a": IDS[:, :0]}}, r"shape \(12, 0\).*2 tokens or more"),
     ({"inputs": {"a": IDS[:, :1]}}, "2 tokens or more"),
+    ({"inputs": {"a": IDS.to_sparse()}}, "of layout torch.sparse_coo; pass a dense tensor"),
+    ({"inputs": {"a": IDS.to("meta")}}, "on the meta device; pass a dense tensor"),
+    ({"inputs": {1: IDS}}, "got 1; write '1'"),
 ]
 
 
@@ -270,7 +273,14 @@ def test_odd_criteria(scores, fields, monkeypatch):
         prune_model(build("llama-tied"), config(criterion="odd", **fields), inputs={"a": IDS})
 
 
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_odd_names_of_criteria(name):
+    with pytest.raises(StructPruneError, match=f"A criterion takes a name, got {name!r}"):
+        register_criterion(name)(lambda weight, *_: weight.sum(0))
+
+
 def test_odd_texts(tmp_path):
+    assert [*read(DomainConfig("a", ["text\ud800"]), 0)] == ["text?"]
     with pytest.raises(StructPruneError, match="is empty"):
         read_heldout(DomainConfig("a", []), tokenizer(), 8)
     (tmp_path / "empty.csv").write_text("")
