@@ -90,19 +90,18 @@ class Records:
     @classmethod
     def read(cls, folder: str | Path, dense: str = "") -> Records:
         """Read the records in a folder."""
-
-        def read(name: str) -> dict[str, Any]:
-            return {**read_json(path)} if (path := Path(folder, name)).is_file() else {}
-
-        report = read(REPORT_NAME)
-        report["recovery"] = read(RECOVERY_REPORT_NAME) or report.get("recovery") or {}
+        names = (REPORT_NAME, RECOVERY_REPORT_NAME, CONFIG_NAME, MANIFEST_NAME, RECOVERY_CONFIG_NAME)
+        names += (EVALUATION_NAME, SPEED_NAME)
+        found = {name: {**read_json(path)} if (path := Path(folder, name)).is_file() else {} for name in names}
+        report = found[REPORT_NAME]
+        report["recovery"] = found[RECOVERY_REPORT_NAME] or report.get("recovery") or {}
         return cls(
             report=report,
-            config=read(CONFIG_NAME),
-            domains=read(MANIFEST_NAME).get("domains") or (),
-            training=read(RECOVERY_CONFIG_NAME),
-            evaluation=read(EVALUATION_NAME),
-            speed=read(SPEED_NAME),
+            config=found[CONFIG_NAME],
+            domains=found[MANIFEST_NAME].get("domains") or (),
+            training=found[RECOVERY_CONFIG_NAME],
+            evaluation=found[EVALUATION_NAME],
+            speed=found[SPEED_NAME],
             dense=dense or (report.get("model") or {}).get("name", ""),
         )
 
