@@ -90,8 +90,8 @@ class Records:
     @classmethod
     def read(cls, folder: str | Path, dense: str = "") -> Records:
         """Read the records in a folder."""
-        names = (REPORT_NAME, RECOVERY_REPORT_NAME, CONFIG_NAME, MANIFEST_NAME, RECOVERY_CONFIG_NAME)
-        names += (EVALUATION_NAME, SPEED_NAME)
+        names = [REPORT_NAME, RECOVERY_REPORT_NAME, CONFIG_NAME, MANIFEST_NAME, RECOVERY_CONFIG_NAME]
+        names += [EVALUATION_NAME, SPEED_NAME]
         found = {name: {**read_json(path)} if (path := Path(folder, name)).is_file() else {} for name in names}
         report = found[REPORT_NAME]
         report["recovery"] = found[RECOVERY_REPORT_NAME] or report.get("recovery") or {}
