@@ -23,9 +23,7 @@ from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.system.fingerprint import fingerprint
 
 
-@pytest.fixture(scope="module")
-def writer():
-    return real_text_model()
+MODEL, READER = WRITER = real_text_model()
 
 
 @pytest.fixture(autouse=True)
@@ -42,46 +40,45 @@ def first(writer, count: int, name: str = "math", seed: int = 0):
     return list(itertools.islice(self_documents(*writer, name, seed, tokens), count))
 
 
-def test_every_kind_goes_on_from_an_opening(writer):
+def test_every_kind_goes_on_from_an_opening():
     for name in ("code", "math", "prose", "dialogue", "reasoning"):
-        texts = first(writer, 6, name)
+        texts = first(WRITER, 6, name)
         assert len(set(texts)) == 6
         kind = read_yaml(generated.SEED_PROMPTS)[name]
         openings = tuple(form.replace("{topic}", topic) for form in kind["begin"] for topic in kind["topics"])
         assert all(text.startswith(openings) and text not in openings for text in texts)
 
 
-def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer):
-    model, tokenizer = writer
-    words = generated.vocabulary_words(tokenizer)
-    texts = first(writer, len(words), "any")
+def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary():
+    words = generated.vocabulary_words(READER)
+    texts = first(WRITER, len(words), "any")
     beginnings = {max(filter(text.startswith, words), key=len) for text in texts}
     assert len(beginnings) > len(words) / 2
-    assert first(writer, 8, "any", seed=1) != texts
+    assert first(WRITER, 8, "any", seed=1) != texts
     # A vocabulary without capitals gives what it has.
     reader = MagicMock(all_special_ids=(0,), decode=lambda ids: ["<s>", "a", " ", "ing", "1"][ids[0]])
     reader.__len__.return_value = 5
     assert generated.vocabulary_words(reader) == ["1", "a", "ing"]
 
 
-def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer):
+def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    texts = first(writer, 6)
-    assert torch.equal(torch.rand(3), expected) and first(writer, 6, seed=1) != texts
+    texts = first(WRITER, 6)
+    assert torch.equal(torch.rand(3), expected) and first(WRITER, 6, seed=1) != texts
 
 
-def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, monkeypatch):
-    whole = first(writer, 30)
+def test_what_was_written_is_read_from_the_disk_and_continued(cache, monkeypatch):
+    whole = first(WRITER, 30)
     shutil.rmtree(cache)
-    short = first(writer, 13)
-    sizes, model = [], type(writer[0])
+    short = first(WRITER, 13)
+    sizes, model = [], type(MODEL)
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *args, **how: sizes.append(len(args[1])) or generate(*args, **how))
     # Whatever has been kept, the same is written for as many; all but the last batch is the same for more.
-    assert first(writer, 13) == short and sizes == []
-    longer = first(writer, 30)
+    assert first(WRITER, 13) == short and sizes == []
+    longer = first(WRITER, 30)
     assert longer == whole and longer[:5] == short[:5] and sizes[0] == 8 and sum(sizes) < 30
 
 
@@ -98,33 +95,32 @@ def test_tokens_are_drawn_by_their_probability_among_the_likely():
         torch.testing.assert_close(counts[likely], expected[likely] / expected[likely].sum(), atol=0.03, rtol=0)
 
 
-def test_a_damaged_file_and_a_line_that_was_cut_off_are_written_anew(writer, cache):
-    texts = first(writer, 6)
+def test_a_damaged_file_and_a_line_that_was_cut_off_are_written_anew(cache):
+    texts = first(WRITER, 6)
     (file,) = cache.iterdir()
     kept = file.read_bytes()
     for damaged in (b"\x00\xff damaged\n" + kept[:-9], kept[: len(kept) // 2]):
         file.write_bytes(damaged)
-        assert first(writer, 6) == texts == first(writer, 6)
+        assert first(WRITER, 6) == texts == first(WRITER, 6)
 
 
-def test_a_prompt_that_comes_again_is_answered_otherwise(writer, monkeypatch, tmp_path):
+def test_a_prompt_that_comes_again_is_answered_otherwise(monkeypatch, tmp_path):
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"math": {"ask": [], "begin": ["Problem: "], "topics": [""]}}))
     monkeypatch.setattr(generated, "SEED_PROMPTS", tmp_path / "one.yaml")
-    texts = first(writer, 12)
+    texts = first(WRITER, 12)
     assert len(set(texts)) == 12 and all(text.startswith("Problem: ") for text in texts)
 
 
-def test_another_model_or_setting_has_a_file_of_its_own(writer, cache, monkeypatch):
-    model, reader = writer
-    first(writer, 1)
+def test_another_model_or_setting_has_a_file_of_its_own(cache, monkeypatch):
+    first(WRITER, 1)
     other, _ = real_text_model()
     with torch.no_grad():
         other.get_input_embeddings().weight[3, 3] += 0.01
-    first((other, reader), 1)
+    first((other, READER), 1)
     monkeypatch.setattr(generated, "MIN_P", 0.1)
-    first(writer, 1)
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[7]))  # what ends a text
-    first(writer, 1)
+    first(WRITER, 1)
+    monkeypatch.setattr(MODEL, "generation_config", GenerationConfig(eos_token_id=[7]))  # what ends a text
+    first(WRITER, 1)
     assert len(list(cache.iterdir())) == 4
 
 
@@ -158,10 +154,10 @@ def writing(model, rows: list[list[int]], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("ids", [[5, 6] * 8, [*range(5, 11)]], ids=["repeats itself", "short"])
-def test_documents_of_no_use_are_dropped(writer, ids, monkeypatch):
-    writing(writer[0], [ids], monkeypatch)
+def test_documents_of_no_use_are_dropped(ids, monkeypatch):
+    writing(MODEL, [ids], monkeypatch)
     with pytest.raises(StructPruneError, match="self:math: of 120 documents that the model wrote, all are too short"):
-        first(writer, 1)
+        first(WRITER, 1)
 
 
 @needs_shared
@@ -177,31 +173,30 @@ def test_text_that_the_model_finds_unlikely_is_dropped(cache, monkeypatch):
     assert len(json.loads(path.read_text().strip().splitlines()[0])[1]) == 3
 
 
-def test_the_model_is_left_as_it_was_also_when_writing_fails(writer, monkeypatch):
-    model, _ = writer
-    before = fingerprint(model)
-    model.train()
-    first(writer, 2)
-    assert model.training and fingerprint(model) == before
-    monkeypatch.setattr(model, "generate", Mock(side_effect=RuntimeError("out of memory")))
+def test_the_model_is_left_as_it_was_also_when_writing_fails(monkeypatch):
+    before = fingerprint(MODEL)
+    MODEL.train()
+    first(WRITER, 2)
+    assert MODEL.training and fingerprint(MODEL) == before
+    monkeypatch.setattr(MODEL, "generate", Mock(side_effect=RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        first(writer, 3, seed=1)
-    assert model.training
-    model.eval()
+        first(WRITER, 3, seed=1)
+    assert MODEL.training
+    MODEL.eval()
 
 
-def test_models_kinds_and_folders_that_will_not_do(writer, cache):
+def test_models_kinds_and_folders_that_will_not_do(cache):
     for case, name, message in (
         ("llama-tied", "maths", "does not write 'maths' itself. Did you mean 'math'"),
         ("bert", "math", "self:math takes a causal language model, and BertForMaskedLM is none"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            first((build(case), writer[1]), 1, name)
+            first((build(case), READER), 1, name)
     cache.write_text("")
     with pytest.raises(StructPruneError, match="cannot be kept in .*set HF_HOME"):
-        first(writer, 1)
+        first(WRITER, 1)
     with pytest.raises(StructPruneError, match="'own' is written by the model itself, and there is none"):
-        load_domains(own(), writer[1])
+        load_domains(own(), READER)
 
 
 def own() -> StructPruneConfig:
@@ -209,23 +204,22 @@ def own() -> StructPruneConfig:
     return StructPruneConfig(widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32)
 
 
-def test_pruned_on_what_it_wrote_itself(writer, caplog):
+def test_pruned_on_what_it_wrote_itself(caplog):
     caplog.set_level("INFO", logger="optimum_structprune.system.stages")
     pruner = StructPruner(StructPruneConfig.from_dict(own().to_dict()))
-    assert pruner.prune_model(*writer).config.intermediate_size == 1024
+    assert pruner.prune_model(*WRITER).config.intermediate_size == 1024
     entry, seconds = pruner.manifest.domains[0], pruner.report.seconds
     assert (entry.origin["source"], entry.calibration_tokens) == ("self:math", 2 * 32)
     assert min(seconds["writing"], seconds["domains"]) > 0, "writing is announced and timed apart from reading"
     stages = ["domains …", "writing …", "perplexity …", "other text …", "round 1 …"]
     assert [line for line in caplog.messages if "…" in line] == stages
     caplog.clear()
-    pruner.prune_model(*writer)
+    pruner.prune_model(*WRITER)
     assert "writing" not in pruner.report.seconds and "writing …" not in caplog.messages
 
 
-def test_no_more_is_written_than_is_needed(writer, cache):
-    model, reader = writer
-    (domain, _) = load_domains(own(), reader, model=model)
+def test_no_more_is_written_than_is_needed(cache):
+    (domain, _) = load_domains(own(), READER, model=MODEL)
     (path,) = cache.iterdir()
     needed = {*domain.documents, *domain.heldout_documents}
     batches = [json.loads(line) for line in path.read_text().splitlines() if line]
@@ -277,36 +271,35 @@ def test_general_text_is_left_out_where_it_has_no_place_or_something_is_said_of_
         pruning_of(*pair, general_share=0, general_text="self:any")
 
 
-def test_a_model_writes_a_fifth_beside_the_domains(writer, tmp_path):
+def test_a_model_writes_a_fifth_beside_the_domains(tmp_path):
     pruner = StructPruner(BESIDE)
-    pruned = pruner.prune_model(*writer)
+    pruned = pruner.prune_model(*WRITER)
     entries = {entry.name: entry for entry in pruner.manifest.of_use(CALIBRATED)}
     sizes = {name: entry.calibration_tokens for name, entry in entries.items()}
     assert sizes == {"general": 2 * 24, "own": 8 * 24} and entries["general"].origin["source"] == "self:any"
     assert pruner.config is BESIDE and pruner.used_config == replace(BESIDE, general_text="self:any")
-    pruner.save(pruned, tmp_path / "out", writer[1])
+    pruner.save(pruned, tmp_path / "out", READER)
     saved = StructPruneConfig.from_pretrained(tmp_path / "out")
     other = StructPruner(replace(BESIDE, general_share=0.5))
-    other.prune_model(*writer)
+    other.prune_model(*WRITER)
     tokens = {entry.name: entry.calibration_tokens for entry in other.manifest.of_use(CALIBRATED)}
     assert tokens == {"own": 120, "general": 120}
     assert (saved.general_text, texts_of(saved)[-1].source) == ("self:any", "self:any")
 
 
-def test_who_cannot_write_reads_no_more(writer, monkeypatch):
-    model, reader = writer
-    assert can_write(model, reader) and not can_write(model, None)
-    assert not can_write(build("bert"), reader) and not can_write(build("t5"), reader)
+def test_who_cannot_write_reads_no_more(monkeypatch):
+    assert can_write(MODEL, READER) and not can_write(MODEL, None)
+    assert not can_write(build("bert"), READER) and not can_write(build("t5"), READER)
     monkeypatch.setattr(load, "is_offloaded", lambda model: True)
-    assert not can_write(model, reader)
+    assert not can_write(MODEL, READER)
 
 
 @pytest.mark.slow
-def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(writer, caplog, monkeypatch):
+def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(caplog, monkeypatch):
     monkeypatch.setattr(generated, "MIN_TOKENS", 1_000)
     pruner = StructPruner(replace(BESIDE, domains=[DomainConfig("own", iter(TEXTS))]))
     with caplog.at_level(logging.WARNING):
-        pruner.prune_model(*writer)
+        pruner.prune_model(*WRITER)
     names = [entry.name for entry in pruner.manifest.of_use(CALIBRATED)]
     assert names == ["own"], "a generator is not used up by then"
     assert "No text of every kind is written: self:any" in caplog.text

@@ -123,21 +123,13 @@ def test_no_choice_sees_the_text_that_is_reported_and_no_report_measures_what_wa
     losses, same = run.report.perplexity, same_report.report.perplexity
     assert losses != same_choice.report.perplexity
     assert all(ppl["before"] == same[name]["before"] for name, ppl in losses.items())
+    manifest = Manifest.of(settings, domains, tokenizer())
+    decided = manifest.domains[0].probe_documents
+    (said,) = manifest.overlaps("elsewhere", decided)
+    assert manifest.domains[0].probe_sha256 and said.startswith(f"{len(decided)} of {len(decided)} documents decided")
     assert all(domain.probe is None for domain in load_domains(config(), tokenizer())), "where nothing is chosen"
     (probed,) = given_domains({"a": torch.arange(40).reshape(20, 2)}, 0.1, probe=True)
     assert torch.cat([probed.heldout, probed.probe, probed.samples]).equal(torch.arange(40).reshape(20, 2))
-
-
-def test_the_manifest_tells_text_that_decided_something(tmp_path):
-    source = [f"w3 w{number} " * 12 for number in range(4, 60)]
-    settings = config(domains=[DomainConfig("a", source)], **CHOOSING)
-    pruner = StructPruner(settings)
-    pruner.prune_model(build("llama-tied"), tokenizer())
-    pruner.manifest.save(tmp_path / "manifest.json")
-    entry = Manifest.load(tmp_path / "manifest.json").domains[0]
-    assert entry.probe_sha256 and not set(entry.probe_documents) & {*entry.documents, *entry.heldout_documents}
-    (said,) = pruner.manifest.overlaps("elsewhere", entry.probe_documents)
-    assert said.startswith(f"{len(entry.probe_documents)} of {len(entry.probe_documents)} documents decided")
 
 
 def test_more_is_held_out_as_far_as_there_is_text_until_a_ratio_is_no_longer_rough():

@@ -96,8 +96,6 @@ def test_writing_in_a_batch_is_writing_alone():
     together = sampled_continuations(model, READER, prompts, 12, 1e-6, seed=0)
     alone = [sampled_continuations(model, READER, [prompt], 12, 1e-6, seed=0)[0] for prompt in prompts]
     assert together == alone and all(text.index(2) == len(text) - 1 for text in together if 2 in text)
-    expected = model.generate(torch.tensor([prompts[1]]), max_new_tokens=12, do_sample=False)[0, 6:].tolist()
-    assert together[1] == expected[: len(together[1])]
 
 
 def test_answers_are_written_once_and_grow(tmp_path):

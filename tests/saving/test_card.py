@@ -73,13 +73,9 @@ def test_it_says_what_the_records_say(desk):
 
 
 def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, tmp_path, monkeypatch):
-    folder = desk
-    out = tmp_path / "out"
-    out.mkdir()
-    slim = AutoConfig.from_pretrained(folder / "slim")
-    (out / "config.json").write_text((folder / "slim/config.json").read_text())
+    out, slim = shutil.copytree(desk / "slim", tmp_path / "out"), AutoConfig.from_pretrained(desk / "slim")
     origins = ["owner/data", "imdb", "builtin:prose", "notes.jsonl", "memory:list", str(tmp_path), "self:code"]
-    manifest = json.loads((folder / "slim/calibration_manifest.json").read_text())
+    manifest = json.loads((out / "calibration_manifest.json").read_text())
     entries = [{**manifest["domains"][0], "origin": {"source": source}} for source in origins]
     (out / "calibration_manifest.json").write_text(json.dumps({**manifest, "domains": entries}))
     report = {"model_type": "llama", "criterion": "wanda", "perplexity": {"a": {"before": 2.0, "after": None}}}

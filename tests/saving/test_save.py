@@ -299,7 +299,6 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     second.prune_model(small, tokenizer())
     assert second.plan.dense == fingerprint(small) and second.plan.sizes["mlp"] == 24
     assert plan.then(second.plan).dense == fingerprint(model)
-    assert Plan.from_dict(second.plan.to_dict()) == second.plan
 
 
 @pytest.mark.slow
