@@ -143,6 +143,10 @@ def _files(domain: DomainConfig) -> list[Path]:
         # What is hidden are the copies and caches of tools, as in `.ipynb_checkpoints`; a pattern does not find it.
         candidates = [file for file in path.rglob("*") if not f"/{file.relative_to(path)}".count("/.")]
         what = f"the folder {path}"
+    elif os.path.lexists(path):
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {path} leads to no regular file; write its text to one, such as text.jsonl."
+        )
     elif "://" in domain.source:
         raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address; download it first.")
     elif has_magic(domain.source):

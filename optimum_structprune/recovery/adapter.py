@@ -23,7 +23,7 @@ from ..errors import StructPruneError
 
 # What peft, a training and its files raise where a setting or a file is wrong.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, AttributeError, KeyError, RuntimeError)
-LIBRARY_ERRORS += (ImportError, AssertionError, re.error, OSError, SafetensorError)
+LIBRARY_ERRORS += (ImportError, ArithmeticError, AssertionError, re.error, OSError, SafetensorError)
 
 
 def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:

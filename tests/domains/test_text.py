@@ -237,10 +237,12 @@ def test_a_hub_dataset(monkeypatch):
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
+    ("link.jsonl", "'d': .*link.jsonl leads to no regular file; write its text to one"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "none.jsonl")
     put_into(tmp_path, {"notes.md": "notes", "other.jsonl": '{"id": 1, "body": "x"}\n', "numbers.csv": "text\n1\n1\n"})
     put_into(tmp_path, {"broken.jsonl": '{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")})
     with pytest.raises(StructPruneError, match=message):

@@ -59,7 +59,7 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
 @pytest.mark.parametrize("training", [
     {"report_to": "nothing"}, {"save_strategy": "best"}, {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
     {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"remove_unused_columns": True},
-    {"torch_compile": True},
+    {"torch_compile": True}, {"gradient_accumulation_steps": 0},
 ])  # fmt: skip
 def test_what_other_libraries_refuse_leaves_the_model_as_it_was(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):
