@@ -38,6 +38,9 @@ SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in 
 MOST_SENTENCES = 128  # of a domain
 SET_ASIDE = 8  # one of so many documents that nothing else reads is judged by
 NUM_NEIGHBOURS = 10  # neighbours of a text
+# Few sentences lose most of the cosine, and those that were read may be none of them: so many times the usual margin,
+# and at least so much over the documents, hold nine in ten of what was measured on other text.
+COSINE_SPREAD, COSINE_UNSEEN = 2, 0.002
 # How states of shape `(texts, tokens, channels)` become vectors, by the names of sentence-transformers. All others
 # divide the sum over tokens by a number, which changes no cosine.
 POOLING: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -263,7 +266,8 @@ def embedding_figures(
     numbers = torch.tensor([*range(len(vectors))] if documents is None else [*documents])
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
-        figures |= {"cosine": float(cosines.mean()), "cosine_margin": margin_of_error(cosines, numbers)}
+        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), COSINE_UNSEEN / len(numbers.unique()))
+        figures |= {"cosine": float(cosines.mean()), "cosine_margin": margin}
         figures |= {"cosine_p5": float(cosines.quantile(0.05)), "cosine_worst": float(cosines.min())}
     if len(vectors) + len(more) - int(numbers.bincount().max()) >= 2 * NUM_NEIGHBOURS:
         near = nearness(vectors, more, numbers), nearness(dense, dense_more, numbers)

@@ -16,6 +16,7 @@ from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.forward.metrics import MANY_DOCUMENTS
 from optimum_structprune.pruning.embeddings import (
     MOST_SENTENCES,
+    COSINE_UNSEEN,
     NUM_NEIGHBOURS,
     Embeddings,
     embed,
@@ -175,6 +176,7 @@ def test_the_same_vectors_lose_nothing_and_others_what_is_counted():
     dense, others = random_vectors(30), random_vectors(20, seed=1)
     same = embedding_figures(3 * dense, dense, others, others)
     assert same["texts"] == 30 and same["neighbours"] == 1 and same["cosine"] == pytest.approx(1)
+    assert same["cosine_margin"] == pytest.approx(COSINE_UNSEEN / 30)  # other sentences may lose some
     few = embedding_figures(dense[:20], dense[:20], others[:0], others[:0])
     assert "neighbours" not in few and few["cosine"] == pytest.approx(1)
     fewer_channels = embedding_figures(dense[:, :8], dense, others[:0, :8], others[:0])
