@@ -15,8 +15,8 @@ from transformers import AutoModelForMaskedLM
 from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.forward.metrics import MANY_DOCUMENTS
 from optimum_structprune.pruning.embeddings import (
-    MOST_SENTENCES,
     COSINE_UNSEEN,
+    MOST_SENTENCES,
     NUM_NEIGHBOURS,
     Embeddings,
     embed,
