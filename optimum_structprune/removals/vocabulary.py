@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..config.domains import is_general
 from ..domains.manifest import remember_text
 from ..domains.packing import USED
 from ..forward.metrics import expected_shares, outputs_for, random_inputs
@@ -53,18 +52,16 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
 
 
 def _expected(run: Run) -> Tensor | None:
-    """Gives how much the dense model expects each token in the text that the user names.
+    """Gives how much the dense model expects each token in the text of a run.
 
-    It is None where none is named, as built-in text tells little of other text, and where the model predicts none.
+    It is None where the user names no text, as built-in text alone tells little of other text, and where the model
+    predicts none.
     """
-    domains = [domain for domain in run.data.domains if domain.origin is not None and not is_general(domain.origin)]
-    if not run.arch.causal or run.config.domains is None or not domains:
+    if not run.arch.causal or run.config.domains is None:
         return None
-    tokens, total = ceil(ASKED_TOKENS / len(domains)), torch.zeros((), dtype=torch.float64)
-    for domain in domains:
-        samples = domain.samples[: ceil(tokens / domain.samples.shape[1])]
-        total = total + domain.weight * expected_shares(run.model, samples)
-    return total / total.sum()
+    tokens, domains = ceil(ASKED_TOKENS / len(run.data.domains)), [domain.samples for domain in run.data.domains]
+    samples = [rows[: ceil(tokens / rows.shape[1])] for rows in domains]
+    return run.data.mean(torch.stack([expected_shares(run.model, rows) for rows in samples]))
 
 
 def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
