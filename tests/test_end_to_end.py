@@ -144,16 +144,12 @@ def test_a_refit_brings_vectors_nearer_to_the_dense_ones():
     assert cosines[0] < cosines[1] < 2
 
 
-HEADS = {
-    BartForSequenceClassification: ("bart", {"encoder_mlp": 24}),
-    T5ForSequenceClassification: ("t5", {"mlp": 24}),
-    BertForMultipleChoice: ("bert", {"mlp": 24, "layer": 1}),
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_heads_that_ask_for_an_end_of_sequence_or_several_texts_are_pruned_and_saved(head, tmp_path):
-    case, widths = HEADS[head]
+@pytest.mark.parametrize(("head", "case", "widths"), [
+    (BartForSequenceClassification, "bart", {"encoder_mlp": 24}),
+    (T5ForSequenceClassification, "t5", {"mlp": 24}),
+    (BertForMultipleChoice, "bert", {"mlp": 24, "layer": 1}),
+])  # fmt: skip
+def test_heads_that_ask_for_an_end_of_sequence_or_several_texts_are_pruned_and_saved(head, case, widths, tmp_path):
     pruner = StructPruner(config(widths=widths))
     pruner.save(pruner.prune_model(head(build(case).config), tokenizer()), tmp_path / "out")
     assert describe(head.from_pretrained(tmp_path / "out")).of(next(iter(widths)))[0].width == 24

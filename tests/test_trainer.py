@@ -308,15 +308,6 @@ def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path, skipped
     assert same_weights(run("late", 6), whole)
 
 
-def test_the_best_model_is_one_of_the_final_width(tmp_path):
-    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    callback = pruner(start=4)
-    run = trainer(tmp_path, callbacks=[callback], load_best_model_at_end=True, **best)
-    run.train()
-    assert run.state.best_model_checkpoint is not None and int(run.state.best_model_checkpoint[-1]) >= 4
-    assert run.model.config.intermediate_size == 24
-
-
 def test_what_reporters_see(tmp_path, monkeypatch):
     seen = {}
 

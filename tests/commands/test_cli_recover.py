@@ -66,17 +66,6 @@ def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folde
     assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
 
 
-def test_recover(folder, capsys):
-    assert main(command(folder, "--teacher", str(folder / "model"), "--overwrite")) == 0
-    shown = capsys.readouterr().out
-    assert "perplexity a" in shown and "recovered" in shown and "recovery: " in shown
-    again = AutoModelForCausalLM.from_pretrained(folder / "out")
-    assert again.config.intermediate_size == 24
-    names = {path.name for path in (folder / "out").iterdir()}
-    assert {"structprune_config.json", "pruning_plan.json", "recovery_report.json", "recovery_config.json"} <= names
-    assert not (folder / "out.checkpoints").exists()
-
-
 @pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (DistillTrainer, "train")])
 def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, capsys, monkeypatch, owner, name):
     """Another model takes its place while it is loaded, or trained."""
@@ -96,8 +85,13 @@ def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, c
         assert code == 2 and "pruned was written to while this run read it" in error_line(capsys)
         return
     assert code == 0 and files(pruned)["pruning_plan.json"] != before["pruning_plan.json"]
-    records = ("structprune_config.json", "pruning_plan.json", "report.json")
-    assert all(files(tmp_path / "out")[name] == before[name] for name in records)
+    records, out = ("structprune_config.json", "pruning_plan.json", "report.json"), files(tmp_path / "out")
+    assert all(out[name] == before[name] for name in records)
+    assert {"recovery_report.json", "recovery_config.json"} <= out.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "out"}, "checkpoints are gone"
+    shown = capsys.readouterr().out
+    assert "perplexity a" in shown and "recovered" in shown and "recovery: " in shown
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
 def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(folder, capsys, monkeypatch):

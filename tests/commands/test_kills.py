@@ -149,13 +149,6 @@ def pruning(dense, out, *flags) -> list:
     return ["prune", dense / "model", out, *FLAGS, "--domain", f"a={dense / 'a.jsonl'}", *flags]
 
 
-@pytest.fixture(scope="module")
-def alone(dense):
-    """What one process gives."""
-    assert main(list(map(str, pruning(dense, dense / "alone")))) == 0
-    return dense / "alone"
-
-
 def test_a_run_that_is_asked_to_end_leaves_nothing(dense, tmp_path, monkeypatch):
     save, before = PreTrainedModel.save_pretrained, signal.getsignal(signal.SIGTERM)
     ended = lambda *args, **fields: (save(*args, **fields), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
@@ -168,7 +161,9 @@ def test_a_run_that_is_asked_to_end_leaves_nothing(dense, tmp_path, monkeypatch)
 
 
 @pytest.mark.nightly
-def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
+def test_two_processes_go_on_where_two_were_killed(dense, tmp_path):
+    alone = dense / "alone"
+    assert main(list(map(str, pruning(dense, alone)))) == 0
     command = launched(pruning(dense, tmp_path / "out", "--resume"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     progress = tmp_path / ".out.progress"

@@ -25,11 +25,6 @@ def desk(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(desk, tmp_path):
-    return shutil.copytree(desk / "model", tmp_path / "copy")
-
-
 def command(desk, model, out, *flags, widths=("mlp=24",), offload="disk"):
     # A model that is streamed writes no text, so none is read beside the domain in memory either.
     short = ["--domain", f"a={desk / 'a.jsonl'}", "--general-share", "0", "--num-samples", "6", "--seq-length", "24"]
@@ -51,7 +46,8 @@ def refused(capsys, monkeypatch, tmp_path, arguments, *words):
 
 @pytest.mark.parametrize("place", ["disk", None])
 @pytest.mark.parametrize("damage", ["cut", "noise", "gone", "index of a file that is not there", "index cut"])
-def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, damage, place):
+def test_a_damaged_shard_is_named(desk, tmp_path, capsys, monkeypatch, damage, place):
+    copy = shutil.copytree(desk / "model", tmp_path / "copy")
     shard = sorted(copy.glob("*.safetensors"))[3]
     index = copy / "model.safetensors.index.json"
     if damage == "gone":

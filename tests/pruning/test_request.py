@@ -172,7 +172,8 @@ def test_check_warns_once_of_all_of_them():
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
-TRIED = [
+@pytest.mark.filterwarnings("ignore:These options have no effect")
+@pytest.mark.parametrize(("name", "value", "fields", "matters"), [
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
     ("targets", ["attention"], {"sparsity": 0.2, "round_to": 4}, True),
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
@@ -180,11 +181,7 @@ TRIED = [
     ("round_to", 8, {"sparsity": 0.3}, True),
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),
-]
-
-
-@pytest.mark.filterwarnings("ignore:These options have no effect")
-@pytest.mark.parametrize(("name", "value", "fields", "matters"), TRIED)
+])  # fmt: skip
 def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
     model, settings = build("llama-tied"), config(**fields)
     model.model.layers[1].mlp.down_proj.weight.data *= 0.1  # so that layers differ where they may

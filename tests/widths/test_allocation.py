@@ -222,10 +222,9 @@ def parameters(model, arch, widths):
     return skeleton(model, shrunk_config(model.config, arch, widths)).num_parameters()
 
 
-WHOLE = [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
-
-
-@pytest.mark.parametrize(("case", "name"), [*((case, None) for case in STRUCTURES), *WHOLE])
+@pytest.mark.parametrize(("case", "name"), [
+    *((case, None) for case in STRUCTURES), ("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden"),
+])  # fmt: skip
 def test_it_is_kept_to_and_one_unit_more_would_not(case, name):
     model = build(case)
     arch = describe(model)
@@ -277,8 +276,7 @@ def test_the_cache_shrinks_by_attention_alone(case):
     with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention' or 'layer'"):
         widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
 
-
-def test_where_heads_share_their_cache_only_fewer_layers_shrink_it():
+    # Where heads share their cache, only fewer layers shrink it.
     latent = build("deepseek_v3")
     with pytest.raises(StructPruneError, match="leave that as it is; target 'layer'"):
         widths_of(asking("cache_bytes_per_token", 0.8), describe(latent), latent)
