@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from logging import WARNING
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +16,6 @@ import torch
 from helpers import save_desk
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, __version__
@@ -26,7 +24,6 @@ from optimum_structprune.commands.arguments import Command
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.commands.output import Result, check_file
-from optimum_structprune.system import stages
 from optimum_structprune.system.stages import stage
 
 
@@ -215,41 +212,3 @@ def test_bugs_are_one_line_with_a_hint_and_the_debug_switch_shows_the_traceback(
         monkeypatch.setenv("STRUCTPRUNE_DEBUG", switch)
         assert execute(parsed(Mock(side_effect=error))) == code
         assert ("Traceback" in capsys.readouterr().err) == (switch == "1")
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What ten steps of four seconds each write in a stage, on a terminal or into a file."""
-
-    def run(terminal):
-        screen, seconds = io.StringIO(), iter(range(0, 4000, 4))
-        screen.isatty = lambda: terminal
-        monkeypatch.setattr(stages.logger, "level", WARNING)  # whatever the command line has set before
-        monkeypatch.setattr(sys, "stderr", screen)
-        monkeypatch.setattr(stages, "perf_counter", lambda: now[0])
-        now = [next(seconds)]
-        with stages.stage("pruning", {}):
-            for _ in stages.progress(range(10), desc="layers", unit="layer"):
-                now[0] = next(seconds)
-        return screen.getvalue()
-
-    logging.enable_progress_bar()
-    yield run
-    logging.enable_progress_bar()
-
-
-def test_without_a_terminal_a_line_comes_after_ten_seconds(shown):
-    assert shown(terminal=False).splitlines() == ["pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
-
-
-def test_no_line_breaks_up_a_bar_that_is_being_drawn(shown):
-    with tqdm(total=2, file=io.StringIO()):  # as the Trainer's
-        assert shown(terminal=False) == ""
-    assert shown(terminal=False)
-
-
-def test_a_terminal_has_bars_and_who_wants_none_has_neither(shown):
-    text = shown(terminal=True)
-    assert text.startswith("pruning …") and "layers: 100%" in text and "of 10 layers" not in text
-    logging.disable_progress_bar()
-    assert shown(terminal=False) == shown(terminal=True) == ""

@@ -13,20 +13,13 @@ from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
-from optimum_structprune import (
-    DomainConfig,
-    RecoveryConfig,
-    RunOptions,
-    StructPruneCallback,
-    StructPruneConfig,
-    StructPruneError,
-    dry_run,
-    prune_model,
-)
+from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune_model
 from optimum_structprune.arch.load import ModelInfo
+from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
-from optimum_structprune.errors import InPlaceError
+from optimum_structprune.dryrun import dry_run
+from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import perplexity
 from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect

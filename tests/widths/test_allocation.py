@@ -1,32 +1,19 @@
-"""Widths from shares and from budgets, by layers and by rounds, and the fast kernels that widths lose."""
+"""Budgets, widths, rounds, and the fast kernels that widths lose."""
 
 import json
-import re
 
 import pytest
 import torch
-from helpers import config_of, counted_by_torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from models import STRUCTURES, build, config, described, random_model, tokenizer
+from models import build, config, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, dry_run, prune_model
-from optimum_structprune.arch.load import ModelInfo, describe
-from optimum_structprune.arch.meta import skeleton
-from optimum_structprune.arch.shrink import shrunk_config
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, dry_run
+from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.dryrun import lost_kernels
-from optimum_structprune.forward.generation import cached_values
-from optimum_structprune.vocabulary.amount import with_tokens
-from optimum_structprune.widths.allocation import (
-    LEAST_KEPT,
-    legal_widths,
-    multiple_of,
-    ranked_widths,
-    widths_for_sparsity,
-)
-from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.widths.allocation import LEAST_KEPT, multiple_of, ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
 
@@ -207,127 +194,3 @@ def test_widths_that_follow_from_a_share_suit_engines():
         outcome = str(dry_run(wide, config(widths={"expert": width}, tensor_parallel=devices)))
         assert outcome.count("warning: expert") == bool(lost)
         assert [part.split(")")[0] for part in outcome.split("multiples of ")[1:]] == lost
-
-
-def asking(name, most, **fields):
-    return config(**{"sparsity": None, "round_to": 1, "budget": {name: most}, **fields})
-
-
-def targets_of(arch):
-    """What sparsity may spread over: channels inside experts do not go together with whole experts."""
-    return tuple(name for name in arch.names if arch.of(name)[0].inside)
-
-
-def parameters(model, arch, widths):
-    return skeleton(model, shrunk_config(model.config, arch, widths)).num_parameters()
-
-
-@pytest.mark.parametrize(("case", "name"), [
-    *((case, None) for case in STRUCTURES), ("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden"),
-])  # fmt: skip
-def test_it_is_kept_to_and_one_unit_more_would_not(case, name):
-    model = build(case)
-    arch = describe(model)
-    dense, targets = model.num_parameters(), targets_of(arch) if name is None else (name,)
-    for share in (0.03, 0.2, 0.4, 0.9) if name is None else (0.3,):
-        most = round(dense - share * (sum(arch.layer_params) if name is None else dense))
-        wish = asking("parameters", most, targets=targets)
-        try:
-            widths = widths_of(wish, arch, model)
-        except StructPruneError as error:
-            assert share >= 0.4 and "cannot be met" in str(error)
-            most = int(re.search(r"still has ([\d,]+)", str(error))[1].replace(",", ""))
-            widths = widths_of(asking("parameters", most, targets=targets), arch, model)
-            assert parameters(model, arch, widths) == most
-        assert parameters(model, arch, widths) <= most
-        for name_of_one, legal in legal_widths(wish, arch, model.config).items():
-            larger = [width for width in legal if width > widths[name_of_one]]
-            assert not larger or parameters(model, arch, {**widths, name_of_one: larger[0]}) > most, widths
-
-
-@pytest.mark.parametrize(
-    "fields", [{"rounds": 2}, {"round_to": 8}, {"allocation": "sensitivity"}, {"skip_layers": (1,)}, {"dtype": 2}]
-)
-def test_pruning_keeps_to_it(fields):
-    itemsize = fields.pop("dtype", 4)
-    model = build("llama-tied").to(torch.bfloat16 if itemsize == 2 else torch.float32)
-    arch = describe(model)
-    wish = asking("bytes", 14_000 * itemsize, **fields)
-    small = prune_model(model, wish, tokenizer())
-    step = max(space.unit_params for space in arch.spaces) if fields.get("allocation") else 96 * 2
-    assert 14_000 - step * wish.round_to < small.num_parameters() <= 14_000
-    if "allocation" not in fields:
-        saved = config_of(model)
-        saved.dtype = model.dtype
-        assert dry_run(saved, wish).parameters.after == small.num_parameters()
-
-
-@pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
-def test_the_cache_shrinks_by_attention_alone(case):
-    model = build(case)
-    arch = describe(model)
-    dense = cached_values(skeleton(model, model.config), arch) * 4
-    wish = asking("cache_bytes_per_token", 0.6 * dense, targets=targets_of(arch))
-    widths = widths_of(wish, arch, model)
-    assert set(widths) == {"attention"}
-    small = prune_model(model, wish, tokenizer())
-    cached = {space.width for space in describe(small).of("attention")}
-    assert cached == {2}, "of 4 groups, 2 take half of the cache"
-    with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention' or 'layer'"):
-        widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
-
-    # Where heads share their cache, only fewer layers shrink it.
-    latent = build("deepseek_v3")
-    with pytest.raises(StructPruneError, match="leave that as it is; target 'layer'"):
-        widths_of(asking("cache_bytes_per_token", 0.8), describe(latent), latent)
-
-
-def test_operations_are_those_that_torch_counts():
-    model = build("gpt2-tied")
-
-    def counted(one):
-        return counted_by_torch(one, 24)
-
-    most = round(0.9 * counted(model))
-    wish = asking("flops_per_token", most, targets=targets_of(describe(model)), seq_length=24)
-    assert 0.85 * counted(model) < counted(prune_model(model, wish, tokenizer())) <= most
-    with pytest.raises(StructPruneError, match="how many of its experts .* is not known"):
-        prune_model(build("llama4_text"), asking("flops_per_token", 1e4), tokenizer())
-
-
-def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
-    auto, kind, fields = described("bloom")
-    bart, bloom = build("bart"), random_model(auto, kind, {**fields, "vocab_size": 2000})
-    assert widths_of(config(sparsity=0.2), describe(bart), bart).keys() == {"encoder_mlp", "decoder_mlp"}
-    with pytest.raises(StructPruneError, match="encoder_mlp, decoder_mlp can give: at most .* parameters; lower it.$"):
-        widths_of(config(sparsity=0.7), describe(bart), bart)
-    assert with_tokens(asking("parameters", 0.9), ModelInfo.of(bloom)).targets == ("vocab",)
-    with pytest.raises(StructPruneError, match="bloom model has no space 'mlp' to prune.* Known: layer, vocab"):
-        widths_of(config(sparsity=0.2), describe(bloom), bloom)
-    with pytest.raises(StructPruneError, match="no space 'vocab' to prune: transformers runs it only with a cache"):
-        widths_of(asking("parameters", 0.9, targets=("vocab",)), describe(build("zamba2")), build("zamba2"))
-
-
-def test_what_cannot_be_met_names_what_can():
-    model = build("llama-tied")
-    arch = describe(model)
-    with pytest.raises(StructPruneError, match="met by the dense model, which has 17,056"):
-        widths_of(asking("parameters", 17_056), arch, model)
-    for target, others in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
-        with pytest.raises(StructPruneError, match=f"cannot be met: .* from {target} .* targets: {others}, or target"):
-            widths_of(asking("parameters", 9_000, targets=(target,)), arch, model)
-    with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
-        widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
-    bert = build("bert")
-    with pytest.raises(StructPruneError, match="are not known: it does not generate"):
-        widths_of(asking("cache_bytes_per_token", 10, targets=("mlp",)), describe(bert), bert)
-    for budget, message in (
-        ({"parameter": 9}, "no 'parameter'. Did you mean 'parameters'"),
-        ({"parameters": 0}, "has to be greater than 0, got 0"),
-        ({}, "names exactly one of parameters, bytes, cache_bytes_per_token"),
-        ({"parameters": 9, "bytes": 9}, "names exactly one of"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            StructPruneConfig.from_dict({"budget": budget})
-    with pytest.raises(StructPruneError, match="exactly one of sparsity, widths and budget"):
-        StructPruneConfig.from_dict({"sparsity": 0.2, "budget": {"parameters": 9}})
