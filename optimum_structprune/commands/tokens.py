@@ -65,8 +65,8 @@ def _kept_by_size(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Numbers of tokens, each a like part of the one before, and how much of each text they keep."""
     rows, fewest = request.rows, request.allowed.start
-    for step in range(SIZES):
-        number = rows * (fewest / rows) ** (step / (SIZES - 1))
-        number = min(-int(-number // 64) * 64, rows)  # as in the sizes that a budget chooses
+    goals = [rows * (fewest / rows) ** (step / (SIZES - 1)) for step in range(SIZES)]
+    # Multiples as in the sizes that a budget chooses; of few tokens they are fewer.
+    for number in sorted({min(-int(-goal // 64) * 64, rows) for goal in goals}, reverse=True):
         stays = torch.tensor(request.keep(order, number))
         yield number, {name: float(of_text[stays].sum()) for name, of_text in shares.items()}

@@ -26,7 +26,9 @@ from .training_data import ANSWERS, TrainingData
 def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """Lays `config.training` over the defaults; without an `output_dir`, checkpoints go to `scratch`."""
     # A short training takes one sample in each step, and is measured at quarters.
-    own, short = config.training, config.tokens < 50_000
+    own, short = dict(config.training), config.tokens < 50_000
+    if own.get("save_strategy") is False:
+        own["save_strategy"] = "no"  # which YAML reads as False
     strategy, steps = own.get("save_strategy", "steps"), own.get("save_steps", 0.25 if short else 0.125)
     settings = {
         **TRAINING,

@@ -19,6 +19,7 @@ from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.recovery.trainer import training_arguments
 
 
 def domain(**fields) -> dict:
@@ -54,6 +55,11 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
             recover(model, tokenizer(), recovery_config(**domain(source=unread())))
     with pytest.raises(StructPruneError, match="model is compiled; pass `model._orig_mod`"):
         export_gguf(torch.compile(build("llama-tied"), backend="eager"), "nowhere.gguf", tokenizer())
+
+
+def test_no_checkpoints_are_no_to_yaml_too():
+    arguments = training_arguments(recovery_config(training={"save_strategy": False}), 0, True, "scratch")
+    assert arguments.save_strategy == arguments.eval_strategy == "no" and not arguments.load_best_model_at_end
 
 
 @pytest.mark.parametrize("training", [
