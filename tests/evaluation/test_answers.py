@@ -3,7 +3,6 @@
 import json
 import re
 from copy import deepcopy
-from math import comb
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from optimum_structprune import StructPruneError, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
-from optimum_structprune.record.answers import mcnemar, outcome, paired, remark, sample_items
+from optimum_structprune.record.answers import sample_items
 from optimum_structprune.vocabulary.parts import Parts
 
 
@@ -171,42 +170,6 @@ def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():
     few, reader = with_tokens(MODEL, READER, [*range(300)])
     parts = Parts.between(MODEL, READER, few, reader)
     assert answer_divergence(MODEL, few, parts, prompts, written) > 1e-3
-
-
-def item(dense, pruned, prompt="?", loops=(False, False)):
-    rights = {"dense": dense, "pruned": pruned}
-    made = {
-        name: {"text": "a", "right": right, "loops": loop, "stopped": True}
-        for (name, right), loop in zip(rights.items(), loops, strict=True)
-    }
-    return {"kind": "facts", "prompt": prompt, "answers": made}
-
-
-def test_the_test_of_mcnemar_is_its_definition():
-    for more, less in [(0, 0), (3, 3), (1, 4), (1, 12), (12, 1)]:
-        items = [item(False, True)] * more + [item(True, False)] * less + [item(True, True)] * 5
-        found, apart = paired(items, "right"), more + less
-        tail = sum(comb(apart, k) for k in range(min(more, less) + 1)) / 2**apart
-        assert found["p_value"] == pytest.approx(min(1, 2 * tail)) and (found["more"], found["less"]) == (more, less)
-        assert found["difference"] == pytest.approx((more - less) / len(items))
-        assert found["verdict"] == ("alike" if found["p_value"] >= 0.05 else "better" if more > less else "worse")
-    more, less = (item(True, True, loops=loops) for loops in ((False, True), (True, False)))
-    assert [paired([each] * 9, "loops")["verdict"] for each in (more, less)] == ["worse", "better"]
-
-
-def test_a_few_answers_show_all_outcomes():
-    items = [item(True, True, "kept"), item(True, True), item(True, False, "lost"), item(False, False, "never")]
-    assert [of["prompt"] for of in sample_items(items)] == ["lost", "kept", "never"]
-    assert len(sample_items(items, 9)) == 4 and sample_items([]) == []
-
-
-def test_one_line_and_a_warning_where_the_difference_is_no_chance():
-    (line,) = remark([item(True, False)] * 5 + [item(True, True)])
-    assert line == "answers to 6 short questions (dense → pruned): 6 → 1 right, 0 → 0 loop, 6 → 6 stop by themselves"
-    assert "warning: the model errs clearly more; train the model" in remark([item(True, False)] * 6)[1]
-    assert "errs and loops clearly more" in remark([item(True, False, loops=(False, True))] * 6)[1]
-    assert len(remark([item(False, True)] * 9)) == 1 and remark([]) == [] and mcnemar(0, 0) == 1
-    assert outcome({"right": False, "loops": True, "stopped": False}) == "wrong, loops, cut off"
 
 
 def test_a_run_is_checked_unless_it_reads_next_to_nothing(monkeypatch):

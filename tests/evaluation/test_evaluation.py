@@ -1,4 +1,4 @@
-"""Evaluation: metrics against their definitions, held-out text, models of other tokenizers, and encoders."""
+"""Evaluation: metrics against their definitions, models of other tokenizers, and encoders."""
 
 import json
 import warnings
@@ -19,9 +19,7 @@ from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import compare, margin_of_error, perplexity_of, sample_losses
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return build("llama-tied", 0), build("llama-tied", 1)
+MODEL, DENSE = build("llama-tied", 0), build("llama-tied", 1)
 
 
 @pytest.fixture(scope="module")
@@ -32,56 +30,29 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_comparison_equals_its_definition(pair, batch_size):
-    model, dense = pair
+def test_comparison_equals_its_definition(batch_size):
     samples = token_ids(batch=5, length=60)
     with torch.no_grad():
-        mine, theirs = (log_softmax(one(samples).logits[:, :-1], dim=-1) for one in pair)
+        mine, theirs = (log_softmax(one(samples).logits[:, :-1], dim=-1) for one in (MODEL, DENSE))
     targets = samples[:, 1:].flatten()
-    losses, (far, agreement) = compare(model, dense, samples, batch_size)
+    losses, (far, agreement) = compare(MODEL, DENSE, samples, batch_size)
     for of, predicted in ((losses["model"], mine), (losses["dense"], theirs)):
         assert float(of.mean()) == pytest.approx(float(cross_entropy(predicted.flatten(0, 1), targets)), rel=1e-5)
     assert far == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
     assert agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
-    assert perplexity_of(losses["model"]) == pytest.approx(perplexity(model, samples), rel=1e-6)
+    assert perplexity_of(losses["model"]) == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
     assert far > 0 and agreement < 1
 
 
-def test_held_out_text_is_the_beginning_of_the_file(folder):
-    reader, texts = tokenizer(), documents(40)
+def test_evaluate(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
-    tokens = []
-    for text in texts:
-        tokens += [*([reader.eos_token_id] if tokens else []), *reader(text, add_special_tokens=False)["input_ids"]]
-    whole = read_heldout(domain, reader, seq_length=24)
-    assert whole.samples.shape == (len(tokens) // 23, 24) and len(whole.documents) == len(texts)
-    assert whole.samples[:, 1:].flatten().tolist() == tokens[: len(tokens) // 23 * 23]
-    assert set(whole.samples[:, 0].tolist()) == {reader.bos_token_id}
-    first = read_heldout(domain, reader, seq_length=24, num_samples=3)
-    assert first.samples.equal(whole.samples[:3]) and 1 < len(first.documents) < 10
-    assert first.documents == whole.documents[: len(first.documents)]
-
-
-def test_text_that_does_not_do():
-    for source, fields, message in (
-        ("user/name", {}, "'a' .user/name. has no known end"),
-        (["w5 w6"], {}, "has 2 tokens, and a sample takes 23"),
-        (["w5 w6"], {"seq_length": 1}, "2 is the least"),
-        ("none.jsonl", {}, "no file or folder none.jsonl"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            read_heldout(DomainConfig("a", source), tokenizer(), **{"seq_length": 24, **fields})
-
-
-def test_evaluate(pair, folder):
-    domain = DomainConfig("a", str(folder / "a.jsonl"))
-    found = evaluate(*pair[:1], tokenizer(), [domain], dense=pair[1], seq_length=24, num_samples=4)
-    losses, close = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).samples)
+    found = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
+    losses, close = compare(MODEL, DENSE, read_heldout(domain, tokenizer(), 24, 4).samples)
     assert found.perplexity_tokens == {"a": 4 * 23} and found.prefix == "<s>"
     both = {name: perplexity_of(of) for name, of in losses.items()}
     assert found.perplexity == {"a": both}
     assert (found.divergence["a"], found.agreement["a"]) == close
-    alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
+    alone = evaluate(MODEL, tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
     assert alone.perplexity == {"a": {"model": pytest.approx(both["model"], rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
     assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
@@ -110,7 +81,7 @@ def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
         assert evaluate(model, tokenizer(), named[2:], seq_length=24).warnings == []
 
 
-def test_what_evaluate_refuses(pair, folder):
+def test_what_evaluate_refuses(folder):
     domain, other = DomainConfig("a", str(folder / "a.jsonl")), build("llama-tied")
     other.resize_token_embeddings(100)
     for fields, message in (
@@ -122,25 +93,24 @@ def test_what_evaluate_refuses(pair, folder):
         ({"domains": [domain], "dense": other}, "vocabulary of 96, the dense one of 100; name its tokenizer"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            evaluate(pair[0], tokenizer(), **{"seq_length": 24, **fields})
+            evaluate(MODEL, tokenizer(), **{"seq_length": 24, **fields})
     other.resize_token_embeddings(9)
     with pytest.raises(StructPruneError, match="token id 95, vocabulary 9"):
         evaluate(other, tokenizer(), [domain], seq_length=24)
 
 
 def test_margins_of_perplexities_are_those_of_the_documents():
-    model, dense = build("llama-tied", 0), build("llama-tied", 1)
     domain = DomainConfig("a", documents(90))
-    found = evaluate(model, tokenizer(), [domain], dense=dense, seq_length=24, num_samples=40, batch_size=4)
+    found = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=40, batch_size=4)
     heldout = read_heldout(domain, tokenizer(), 24, 40)
     samples, numbers = heldout.samples, document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
     assert found.perplexity_documents["a"] == len(numbers.unique()) <= len(heldout.documents) < 40
-    mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (model, dense))
+    mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (MODEL, DENSE))
     for which, losses in (("model", mine), ("dense", theirs), ("ratio", mine - theirs)):
         expected = float(losses.mean().exp()) * margin_of_error(losses, numbers)
         assert found.perplexity_margin["a"][which] == pytest.approx(expected, rel=1e-6)
     assert " ± " in str(found).splitlines()[1]
-    alone = evaluate(model, tokenizer(), [domain], seq_length=24, num_samples=1)
+    alone = evaluate(MODEL, tokenizer(), [domain], seq_length=24, num_samples=1)
     assert "±" not in str(alone).splitlines()[1]
 
 

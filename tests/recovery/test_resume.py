@@ -117,10 +117,13 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
     assert same_weights(resumed, whole) and not same_weights(whole, before)
 
 
-def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
-    model = build("llama-tied")
+def test_a_fingerprint_is_of_the_config_and_of_the_weights_wherever_they_are():
+    model, same, other = (build("llama-tied") for _ in range(3))
     expected = fingerprint(model)
-    assert fingerprint(other_weights(model)) != expected
+    same.name_or_path, same.config.pad_token_id, same.config.use_cache = "elsewhere", 5, False  # as a Trainer sets it
+    assert fingerprint(same) == expected
+    other.config.rms_norm_eps *= 2
+    assert expected not in map(fingerprint, (other, other_weights(model), build("llama-tied").bfloat16()))
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.device.type == "meta" and fingerprint(model) == expected
 

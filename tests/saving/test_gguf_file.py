@@ -62,8 +62,10 @@ def alike():
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
 
 
-def fields_of(file) -> dict:
-    return {name: field.contents() for name, field in file.fields.items()}
+def fields_of(model, folder, tokens=None) -> dict:
+    """The fields of the file that a model is written to."""
+    export_gguf(model, folder / "out.gguf", tokens or reader(pieces=False), overwrite=True)
+    return {name: field.contents() for name, field in gguf.GGUFReader(folder / "out.gguf").fields.items()}
 
 
 @pytest.mark.parametrize(
@@ -131,20 +133,16 @@ def test_what_llama_cpp_quantises_itself(alike, tmp_path, monkeypatch):
 
 
 def test_sizes_are_those_of_each_layer_or_of_all(differing, alike, tmp_path):
-    def written(model):
-        export_gguf(model, tmp_path / "out.gguf", reader(pieces=False), overwrite=True)
-        return fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
-
-    found = written(differing)
+    found = fields_of(differing, tmp_path)
     assert found["general.architecture"] == "deci" and found["deci.feed_forward_length"] == [24, 40]
     assert found["deci.attention.head_count"] == [8, 4] and found["deci.attention.head_count_kv"] == [4, 2]
     assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 4
     assert found["deci.vocab_size"] == 96 and found["deci.block_count"] == 2
-    found = written(alike)
+    found = fields_of(alike, tmp_path)
     assert found["general.architecture"] == "llama" and found["llama.feed_forward_length"] == 40
     assert found["llama.attention.head_count"] == 8 and found["llama.attention.head_count_kv"] == 4
     windowed = AutoModelForCausalLM.from_config(settings("mistral", sliding_window=16))
-    assert written(windowed)["llama.context_length"] == 16, "a text is no longer than a sliding window"
+    assert fields_of(windowed, tmp_path)["llama.context_length"] == 16, "a text is no longer than a sliding window"
 
 
 def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
@@ -161,8 +159,7 @@ def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
 def test_a_vocabulary_of_bytes(alike, tmp_path):
     tokens = reader(pieces=False)
     tokens.add_tokens(["<|tool|>", "word"])
-    export_gguf(alike, tmp_path / "out.gguf", tokens)
-    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    found = fields_of(alike, tmp_path, tokens)
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
     names, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert tokens.convert_tokens_to_ids(names[:92]) == [*range(92)]
@@ -180,8 +177,7 @@ def test_a_vocabulary_of_bytes(alike, tmp_path):
 def test_the_scores_of_pieces_give_the_merges_of_the_tokenizer(alike, tmp_path):
     """llama.cpp joins the two neighbours whose whole scores highest, the left ones among equals."""
     tokens = reader(pieces=True)
-    export_gguf(alike, tmp_path / "out.gguf", tokens)
-    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    found = fields_of(alike, tmp_path, tokens)
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("llama", "default")
     assert found["tokenizer.ggml.add_space_prefix"]
     scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
