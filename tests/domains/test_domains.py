@@ -68,8 +68,7 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     (other,) = resolve([DomainConfig("m", f"preset:{name}", **fields)])
     assert {name: getattr(other, name) for name in fields} == fields, "a domain's own fields go before the preset's"
     entry = presets()[name]
-    assert (domain.name, domain.weight) == ("mine", 2)
-    assert entry["licence"]
+    assert (domain.name, domain.weight) == ("mine", 2) and entry["licence"]
     where = (entry["source"], entry.get("dataset_config"))
     hub.assert_called_once_with(*where, split=entry.get("split", "train"), streaming=True, revision=None)
 
@@ -123,33 +122,29 @@ def test_conversations_of_every_form(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 2
     rows.append({"conversations": []})  # which is skipped
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    parts = [{"type": "text", "text": "a</s>\n<|assistant|>"}, None, {"type": "image"}, "b", {"text": None}]
+    parts = [{"type": "text", "text": "a"}, None, {"type": "image"}, "b", {"type": "text", "text": None}]
     said = {"role": "user", "content": parts}
-    for source in (str(tmp_path), [{"messages": [said]}, {"messages": said}]):
-        found = documents(DomainConfig("d", source, template="chat"), 0, chatty(CHATML))
-        assert [*found] == ["<|user|>a</s>\n<|assistant|>b</s>\n"] * 2
+    in_memory = [{"messages": [said]}, {"messages": said}]
+    for source, text in ((str(tmp_path), "<|user|>a</s>\n<|assistant|>b</s>\n"), (in_memory, "<|user|>ab</s>\n")):
+        assert [*documents(DomainConfig("d", source, template="chat"), 0, chatty(CHATML))] == [text] * 2
 
 
 def test_rows_and_fields_that_will_not_do():
-    for row, fields, message in (
-        ({"a": 1}, {"template": "chat"}, "no column of messages; set text_column.* Known: a"),
-        *(
-            ({"messages": messages}, {"template": "chat"}, f"'d': a message needs a role and a text, got {shown}")
-            for messages, shown in (
-                ([{"role": "user"}], "{'role': 'user'}"),
-                (["hello"], "'hello'"),
-                (5, "5"),
-                ([{"role": "user", "content": [3]}], "{'role': 'user', 'content': \\[3"),
-            )
-        ),
-        ({"q": "x"}, {"template": "{q} {answer}"}, "no column 'answer'; set template"),
-        ({"q": 3}, {"template": "{q}"}, "the column 'q' holds the int 3"),
-        (None, {"template": "no field"}, "'chat' or to hold column names"),
-        (None, {"template": "{a.b}"}, "column's name, got 'a.b'"),
-        (None, {"template": "{a!r}"}, "column's name"),
+    needs = "'d': a message needs a role and a text, got "
+    for row, template, message in (
+        ({"a": 1}, "chat", "no column of messages; set text_column.* Known: a"),
+        ({"messages": [{"role": "user"}]}, "chat", needs + "{'role': 'user'}"),
+        ({"messages": ["hello"]}, "chat", needs + "'hello'"),
+        ({"messages": 5}, "chat", needs + "5"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "chat", needs + r"{'role': 'user', 'content': \[3"),
+        ({"q": "x"}, "{q} {answer}", "no column 'answer'; set template"),
+        ({"q": 3}, "{q}", "the column 'q' holds the int 3"),
+        (None, "no field", "'chat' or to hold column names"),
+        (None, "{a.b}", "column's name, got 'a.b'"),
+        (None, "{a!r}", "column's name"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            domain = DomainConfig.from_dict({"name": "d", "source": "a.txt", **fields})
+            domain = DomainConfig.from_dict({"name": "d", "source": "a.txt", "template": template})
             list(documents(replace(domain, source=[row]), 0, chatty(CHATML)))
 
 
