@@ -142,6 +142,13 @@ def whole_model_at_once():
         yield
 
 
+def own_family(model_type: str, **more) -> dict:
+    """The description of a model type whose layers have the FFN of a Llama, and nothing else."""
+    producers = {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}
+    mlp = {"size": "intermediate_size", "producers": producers, "consumers": {"mlp.down_proj": "unit"}}
+    return {"model_types": [model_type], "layer_path": "layers", "spaces": {"mlp": mlp}, **more}
+
+
 def data_of(settings, domains=None) -> CalibrationData:
     """The calibration data in `domains`, by default those of a config in tokens of the tests' own tokenizer."""
     return CalibrationData(settings, load_domains(settings, tokenizer()) if domains is None else domains)

@@ -17,7 +17,7 @@ from shutil import copytree
 
 import pytest
 import yaml
-from helpers import save_with_tokenizer
+from helpers import save_with_tokenizer, with_long
 from models import GROUPED, PLAIN, TOKENS, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -78,12 +78,6 @@ def form(text: str) -> list[str]:
     text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?%?(?: [kMG]i?B)?", "#", text)
     lines = [re.sub(r"#[-, #]*#", "#", " ".join(line.split())) for line in text.splitlines() if line.strip()]
     return [line for line in lines if not BY_SIZE.search(line)]
-
-
-def as_test(page: Path):
-    """A page as a parameter of a test, on whichever worker is free; `make test` runs what a stranger reads first."""
-    first = page == ROOT / "README.md"
-    return pytest.param(page, id=page.name, marks=() if first else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +173,11 @@ def run_line(line: str, flags: dict[str, str]) -> str:
     return "" if file else shown
 
 
-@pytest.mark.parametrize("page", [as_test(page) for page in PAGES if snippets(page, "python|bash")])
+# `make test` runs what a stranger reads first.
+PARTS = with_long((page for page in PAGES if snippets(page, "python|bash")), PAGES[:1])
+
+
+@pytest.mark.parametrize("page", PARTS, ids=lambda page: page.name)
 def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path, monkeypatch):
     """In one folder: some snippets read what an earlier one of the page has written."""
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))

@@ -4,6 +4,7 @@ import fnmatch
 
 import pytest
 import yaml
+from helpers import own_family
 from models import CASES, OTHERS, build
 from transformers import PretrainedConfig
 
@@ -13,17 +14,7 @@ from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.spec import HIDDEN, LAYER
 
 
-LLAMA = {
-    "model_types": ["mine"],
-    "layer_path": "layers",
-    "spaces": {
-        "mlp": {
-            "size": "intermediate_size",
-            "producers": {"mlp.up_proj": "unit"},
-            "consumers": {"mlp.down_proj": "unit"},
-        }
-    },
-}
+LLAMA = own_family("mine")
 
 
 def write(tmp_path, *entries):
@@ -34,8 +25,11 @@ def write(tmp_path, *entries):
 
 def shapes_of(*widths):
     """The weights of feed-forward layers of these widths."""
-    up = {f"layers.{layer}.mlp.up_proj.weight": (width, 4) for layer, width in enumerate(widths)}
-    return {**up, **{f"layers.{layer}.mlp.down_proj.weight": (4, width) for layer, width in enumerate(widths)}}
+    shapes = {}
+    for layer, width in enumerate(widths):
+        shapes |= {f"layers.{layer}.mlp.{name}_proj.weight": (width, 4) for name in ("gate", "up")}
+        shapes[f"layers.{layer}.mlp.down_proj.weight"] = (4, width)
+    return shapes
 
 
 def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
@@ -61,7 +55,7 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
     with pytest.raises(StructPruneError, match="layers at 'layers.0'; nothing is there"):
         resolve(family, bare, shapes_of(8, 8))
     (family,) = read_families(write(tmp_path, LLAMA))
-    with pytest.raises(StructPruneError, match=r"Layer 1 has no mlp: layers.1.mlp.up_proj.weight is \(0, 4\)"):
+    with pytest.raises(StructPruneError, match=r"Layer 1 has no mlp: layers.1.mlp.gate_proj.weight is \(0, 4\)"):
         resolve(family, bare, shapes_of(8, 0))
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import KEEP, free_spaces, logits, masked, with_long, without_refit
+from helpers import KEEP, free_spaces, logits, masked, own_family, with_long, without_refit
 from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -127,22 +127,13 @@ check(AutoModelForCausalLM.from_pretrained("own", trust_remote_code=True), "own"
 optimum_structprune.enable_heterogeneous("own.yaml")
 check(AutoModelForCausalLM.from_pretrained("own"), "own")
 """
-OWN = """
-- model_types: [diffllama]
-  layer_path: layers
-  layer_class: {diffllama: DiffLlamaDecoderLayer}
-  spaces:
-    mlp:
-      size: intermediate_size
-      producers: {mlp.gate_proj: unit, mlp.up_proj: unit}
-      consumers: {mlp.down_proj: unit}
-"""
 
 
 @pytest.mark.slow
 def test_it_loads_in_another_process_without_the_plugin_and_then_with_it_and_with_a_family_of_ones_own(saved):
     folder = saved[0]
-    (folder / "own.yaml").write_text(OWN)
+    own = own_family("diffllama", layer_class={"diffllama": "DiffLlamaDecoderLayer"})
+    (folder / "own.yaml").write_text(json.dumps([own]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
     pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(folder / "own.yaml")))
     small = pruner.prune_model(model, tokenizer())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import error_line, save_desk, save_with_tokenizer
+from helpers import error_line, own_family, save_desk, save_with_tokenizer
 from models import GROUPED, build, token_ids
 from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -65,10 +65,8 @@ def test_a_launcher_sets_numbers(folder, number, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(families, "_USER_FAMILIES", {})
-    out = {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}
-    spaces = {"mlp": {"size": "intermediate_size", "producers": out, "consumers": {"mlp.down_proj": "unit"}}}
-    layers = {"layer_path": "layers", "layer_class": {"cwm": "CwmDecoderLayer"}}
-    (tmp_path / "own.yaml").write_text(json.dumps([{"model_types": ["cwm"], **layers, "spaces": spaces}]))
+    own = own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})
+    (tmp_path / "own.yaml").write_text(json.dumps([own]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
     save_with_tokenizer(model, tmp_path / "model")
     small, arch = str(tmp_path / "out"), ["--arch", str(tmp_path / "own.yaml"), "--device", "cpu"]

@@ -92,21 +92,12 @@ def test_every_criterion_has_its_row_with_its_paper():
         assert len(rows[name].split("|")[3].split()) <= 11
 
 
-def ffn(model, layer=0):
-    arch = describe(model)
-    return arch, next(space for space in arch.at(layer) if space.kind == "mlp")
-
-
-def norms_of(model):
-    arch, space = ffn(model)
-    return producer_norms(model, arch, space)
-
-
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2", "phi3", "gpt2-tied", "mixtral", "gpt_oss"])
 def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
     """Where the norm before them gives independent components of mean square γ², in any layout of the weights."""
     model = build(case)
-    arch, space = ffn(model)
+    arch = describe(model)
+    space = next(space for space in arch.at(0) if space.kind == "mlp")
     tap, plus = None, 0.0
     for read in arch.residual.reads if arch.residual else ():
         if read.norm and any(reader.param == space.producers[0].param for reader in read.readers):
@@ -123,7 +114,7 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
             for unit in range(space.size):
                 for row in axis.indices([unit]):
                     expected[unit] += (matrix[row] * gamma).norm()
-    torch.testing.assert_close(norms_of(model), expected)
+    torch.testing.assert_close(producer_norms(model, arch, space), expected)
 
 
 SEEN = []
