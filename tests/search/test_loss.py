@@ -11,7 +11,7 @@ from models import build, config, documents, real_text_model, token_ids, tokeniz
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.domains.manifest import EARLIER, Manifest
-from optimum_structprune.search.loss import MOST_TRIALS, largest_cut
+from optimum_structprune.search.loss import MOST_TRIALS, expected_loss, largest_cut
 
 
 def pruned(model, limit, inplace=False, **fields):
@@ -34,6 +34,11 @@ def test_a_few_trials_come_near_the_largest_cut(power, limit, most, free, factor
     met = max(share for share, loss in losses.items() if loss <= limit)
     assert len(tried) == len({*tried}) and sum(losses[share] < inf for share in tried) <= MOST_TRIALS
     assert 0.5 * min(0.9, free + most) <= met <= free + most
+
+
+def test_the_next_step_costs_what_the_measured_losses_say():
+    losses = {0.0: 0.0, 0.1: 0.01, 0.2: 0.04, 0.9: inf}
+    assert expected_loss(losses, 0.15) == pytest.approx(0.0225) and expected_loss(losses, 0.3) == pytest.approx(0.09)
 
 
 def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
