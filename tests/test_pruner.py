@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from math import hypot
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.forward.metrics import margin_of_error, sample_losses
+from optimum_structprune.forward.metrics import PARTS_DIFFER, UNSEEN, margin_of_error, sample_losses
 from optimum_structprune.pruning.measure import short_rows
 
 
@@ -97,7 +98,9 @@ def test_perplexities_come_with_the_margins_that_an_evaluation_finds():
     heldout = torch.stack(rows)
     pruner = StructPruner(settings)
     before, after = (sample_losses(of, heldout) for of in (model, pruner.prune_model(model, reader)))
-    margin = float((after - before).mean().exp()) * margin_of_error(after - before, numbers)
+    ratio = float((after - before).mean().exp())
+    margin = ratio * max(margin_of_error(after - before, numbers), UNSEEN / len(numbers.unique()))
+    margin = hypot(margin, PARTS_DIFFER * (ratio - 1))
     assert pruner.report.perplexity_margin["a"]["ratio"] == pytest.approx(margin)
     assert pruner.report.perplexity_documents["a"] == len(numbers.unique()) >= 5
     assert pruner.report.perplexity["a"]["after"] == pytest.approx(float(after.mean().exp()))

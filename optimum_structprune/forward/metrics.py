@@ -32,7 +32,8 @@ MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kind
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
 STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
 UNSEEN = 0.12  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
-KINDS_DIFFER = 0.5  # of what other text loses, by which kinds of people's text lose more or less
+# By so much of what is lost, kinds of people's text lose more or less than other text, and whole texts than beginnings
+KINDS_DIFFER, PARTS_DIFFER = 0.5, 0.25
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
@@ -59,13 +60,13 @@ def perplexity_of(losses: Tensor) -> float:
 
 
 def perplexity_figures(
-    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, is_other: bool = False
+    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, differs: float = 0.0
 ) -> dict[str, Any]:
     """Gives the perplexities of models on a text, their margins of error, and counts, by the fields of a record.
 
     With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
     samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
-    differ. If the text stands for other kinds than its own (`is_other`), the margin counts in that kinds differ.
+    differ. The margin counts in that the text which is meant `differs`, by such a share of what is lost.
     """
     first, *others = losses.values()
     perplexity = {name: perplexity_of(each) for name, each in losses.items()}
@@ -75,7 +76,7 @@ def perplexity_figures(
     if others:
         more = others[-1] - first
         ratio, margin = perplexity_of(more), max(margin_of_error(more, documents), UNSEEN / count)
-        margins["ratio"] = hypot(ratio * margin, is_other * KINDS_DIFFER * (ratio - 1))
+        margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
     return {
         "perplexity": perplexity,
         "perplexity_margin": margins,

@@ -18,8 +18,10 @@ from ..arch.spec import ArchSpec
 from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward.metrics import (
+    KINDS_DIFFER,
     MANY_DOCUMENTS,
     MEASURED_TOKENS,
+    PARTS_DIFFER,
     evaluating,
     perplexity_figures,
     row_losses,
@@ -154,7 +156,8 @@ class Measure:
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": smaller[name]}
             tokens = self.tokens_predicted[name] * len(before)
-            figures = perplexity_figures(losses, tokens, self.documents[name], name == OTHER)
+            differs = KINDS_DIFFER if name == OTHER else PARTS_DIFFER
+            figures = perplexity_figures(losses, tokens, self.documents[name], differs)
             enter_figures(report, name, figures, name == OTHER)
             if name != OTHER and (passages := self.texts.get(name)):
                 report.bits_per_byte[name] = {

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.metrics import evaluating, perplexity_figures
+from ..forward.metrics import KINDS_DIFFER, evaluating, perplexity_figures
 from ..record.report import RecoveryReport, enter_figures
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
@@ -163,7 +163,7 @@ def enter_measurements(
         losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
         if name not in (ANSWERS, VALIDATION):
             is_other, tokens = name == OTHER_TEXT, int(pruned["tokens"].sum())
-            enter_figures(report, name, perplexity_figures(losses, tokens, is_other=is_other), is_other)
+            enter_figures(report, name, perplexity_figures(losses, tokens, differs=is_other * KINDS_DIFFER), is_other)
         if "kl" in pruned:
             pair = {"pruned": pruned, "recovered": after[name]}
             report.divergence[name] = {when: float(each["kl"].mean()) for when, each in pair.items()}

@@ -209,7 +209,10 @@ def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_st
     assert same == pytest.approx(UNSEEN / 12)
     for more in (0.1, 0.5):
         losses = {"before": before, "after": before + more}
-        own, other = (perplexity_figures(losses, 12, numbers, other)["perplexity_margin"]["ratio"] for other in (0, 1))
+        own, other = (
+            perplexity_figures(losses, 12, numbers, differs)["perplexity_margin"]["ratio"]
+            for differs in (0.0, KINDS_DIFFER)
+        )
         assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
 
 
