@@ -12,6 +12,8 @@ from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, RunOptions, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.search import search, trials
 
 
@@ -105,7 +107,12 @@ def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
     # Keys and values of each head, 4 numbers of 4 bytes.
     cached = sum(heads) * 2 * 4 * 4
     if "parameters" in budget:
-        assert 0.95 * 14_000 < small.num_parameters() <= 14_000
+        assert small.num_parameters() <= 14_000
+        for widths in (shape["widths"] for shape in pruner.report.shapes):  # of which a channel more is too much
+            more = {**widths, "mlp": widths["mlp"] + 1}
+            configs = [shrunk_config(model.config, describe(model), each) for each in (widths, more)]
+            least, most = (skeleton(model, each).num_parameters() for each in configs)
+            assert least <= 14_000 < most
     else:
         assert 260 - 2 * 4 * 4 < cached <= 260
 
