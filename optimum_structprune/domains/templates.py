@@ -104,7 +104,9 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
 
 def question_messages(row: Any) -> list[dict[str, Any]]:
     """Gives the messages of a row that asks something: its `messages`, or its `prompt`."""
-    return messages_of(row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}])
+    messages = messages_of(row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}])
+    "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
+    return messages
 
 
 def read_lines(path: Path, parse: Callable[[str], T], form: str) -> list[T]:

@@ -65,7 +65,7 @@ def read_pairs(path: str | Path) -> list[str]:
 def _pair(line: str) -> tuple[str, str]:
     row = json.loads(line)
     first, second = map(str.strip, row.values() if isinstance(row, dict) else row)
-    if not (first and second):
+    if not (first.encode() and second.encode()):  # half a character is refused too
         raise ValueError("a text is empty")
     return first, second
 

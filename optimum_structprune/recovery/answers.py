@@ -60,7 +60,6 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
 
     def conversation(line: str) -> list[dict[str, str]]:
         messages = question_messages(json.loads(line) if is_json else {"prompt": line})
-        "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         while messages and messages[-1]["role"] == "assistant":  # what is to be answered comes last
             messages.pop()
         return messages

@@ -74,6 +74,7 @@ def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
     ('{"right": "a"}', "no question.*'prompt'"),
     ('{"prompt": "Hi", "right": "("}', "no question.*unterminated"),
     ('{"messages": "Hi", "right": ""}', "no question"),
+    ('{"prompt": "\\ud800", "right": ""}', "no question.*surrogates not allowed"),
     ("[1", "no question"),
     ("", "has no questions for"),
 ])  # fmt: skip

@@ -213,6 +213,7 @@ def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
 def test_what_is_refused_of_encoders(encoders):
     text, bert, other = DomainConfig("a", str(encoders / "a.jsonl")), build("bert"), build("llama-tied")
     (encoders / "odd.jsonl").write_text('{"en": "alone"}\n')
+    (encoders / "half.jsonl").write_text('["\\ud800", "b"]\n')
     for model, fields, message in (
         (bert, {}, "BertForMaskedLM does not predict the next token: its vectors .* compared with those of the dense"),
         (bert, {"dense": other}, "BertForMaskedLM does not predict"),
@@ -221,6 +222,7 @@ def test_what_is_refused_of_encoders(encoders):
         (build("vit"), {"dense": build("vit")}, "ViT.* its vectors of text"),
         (other, {"pairs": ["xx.jsonl"]}, "pairs are for encoders"),
         (bert, {"dense": bert, "pairs": [encoders / "odd.jsonl"]}, r"odd.jsonl, line \d+, is no pair of two texts"),
+        (bert, {"dense": bert, "pairs": [encoders / "half.jsonl"]}, r"half.jsonl, line 1, is no pair .*surrogates"),
         (bert, {"dense": bert, "pairs": [encoders / "none.jsonl"]}, "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):
