@@ -178,7 +178,7 @@ class Manifest(Record):
                 sentences.append(f"{counts[use]} of {len(hashes)} documents {use}, in {where}")
             elif entry.uses(domain_name_or_source):
                 sentences.append(f"the text has the name or the source of {where}")
-        return sentences
+        return [*dict.fromkeys(sentences)]  # a domain may have several entries
 
 
 @dataclass(frozen=True)

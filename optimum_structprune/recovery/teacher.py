@@ -70,7 +70,7 @@ def tokens_of_teacher(
     if reader is None or tokenizer is None:
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, and nothing says which "
-            "are the same; pass its tokenizer (teacher_tokenizer)."
+            "are the same; save its tokenizer into its folder, or pass it (teacher_tokenizer)."
         )
     parts = Parts.between(teacher, reader, model, tokenizer)
     return (tokenizer, None) if parts.change_nothing() else (reader, parts)

@@ -19,7 +19,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.domains.manifest import CALIBRATED
+from optimum_structprune.domains.manifest import CALIBRATED, JUDGED
 from optimum_structprune.domains.packing import Domain, SampleFormat, document_hash, tokenised
 from optimum_structprune.domains.sources import documents, presets, resolve
 from optimum_structprune.domains.templates import DATES, chat_text, rendered
@@ -206,6 +206,8 @@ def test_overlaps_by_document_by_source_and_by_name(saved, monkeypatch):
     monkeypatch.chdir(folder)
     for source in ("a", "a.jsonl", str(folder / "a.jsonl"), DomainConfig("z", "a.jsonl")):
         assert "has the name or the source" in manifest.overlaps(source)[0]
+    judged = replace(entry, use=JUDGED, documents=[])
+    assert manifest.with_entries([judged]).overlaps("a") == manifest.overlaps("a"), "nothing is said twice"
     (origin,), samples = resolve([DomainConfig("m", "preset:math")]), token_ids(2, 12)
     manifest = Manifest.of(config(), [Domain("m", 1.0, samples, samples, origin=origin)], None)
     train, test = (DomainConfig("x", "openai/gsm8k", dataset_config="main", split=s) for s in ("train", "test"))
