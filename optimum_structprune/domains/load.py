@@ -207,7 +207,8 @@ class _Packer:
         numbers = range(len(self.domains), config.num_samples)
         # The text suffices for the first so many of these numbers of samples.
         if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
-            advice = f"num_samples={numbers[enough - 1]} would do."
+            few = numbers[enough - 1]
+            advice = f"num_samples={few} would do, which are tokens={few * config.seq_length} of a recovery."
         tokens, need = sum(len(text.ids) for text in texts), self.tokens(index)
         kinds = len({text.hash for text in texts})
         differ = f", of which {kinds} differ" if kinds < len(texts) else ""
