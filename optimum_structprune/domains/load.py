@@ -208,7 +208,7 @@ class _Packer:
         # The text suffices for the first so many of these numbers of samples.
         if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
             few = numbers[enough - 1]
-            advice = f"num_samples={few} would do, which are tokens={few * config.seq_length} of a recovery."
+            advice = f"num_samples={few} would do, in a recovery tokens={few * config.seq_length}."
         tokens, need = sum(len(text.ids) for text in texts), self.tokens(index)
         kinds = len({text.hash for text in texts})
         differ = f", of which {kinds} differ" if kinds < len(texts) else ""
