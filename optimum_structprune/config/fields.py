@@ -195,6 +195,16 @@ class Loader(yaml.SafeLoader):
     }
 
 
+class LoaderWithoutAliases(Loader):
+    """The loader of documents of others, in which a short text with aliases may be endless."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        """See `Composer.compose_node`."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias (*name); write the value out")
+        return super().compose_node(parent, index)
+
+
 class Dumper(yaml.SafeDumper):
     """The safe dumper of YAML, which quotes text that is a number to `Loader`; it writes no aliases."""
 
@@ -222,9 +232,7 @@ def parse_yaml(text: str, aliases: bool = False) -> Any:
     if len(text) > MAX_YAML:
         raise ValueError(f"it has {len(text):,} characters, and {MAX_YAML:,} are the most")
     try:
-        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader)):
-            raise ValueError("it has an alias (*name); write the value out")
-        return yaml.load(text, Loader)  # a safe loader
+        return yaml.load(text, Loader if aliases else LoaderWithoutAliases)  # both are safe
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except (TypeError, LookupError, AttributeError) as error:  # of a tag that does not fit its value
