@@ -143,7 +143,8 @@ def quality_rows(record: Record) -> list[Row]:
         rows.append(Row("bits per byte", tuple(None if None in values else fmean(values) for values in by_column), 3))
     for field, (label, digits, change) in BY_DOMAIN.items():
         for name, found in (record.get(field) or {}).items():
-            rows.append(_row(f"{label} {name}", _by_model(found), models, digits, change))
+            by_model = _by_model(found)  # two pruned models beside each other are no change
+            rows.append(_row(f"{label} {name}", by_model, models, digits, change * ("recovered" in by_model)))
     for figure, label in EMBEDDINGS.items():
         for name, by_model in (record.get("embeddings") or {}).items():
             known, margin = (

@@ -49,6 +49,8 @@ def test_what_has_no_dense_value_is_compared_with_the_first_known_one():
     assert (ratio, far) == ("x 2.000", "-75.0%")
     judged = {"perplexity": {"a": {"dense": 1.0, "model": 3.0}}, "divergence": {"a": 0.25}}
     assert quality_rows(judged)[-1].cells() == ["KL a", "–", "0.2500", ""]
+    judged = {"perplexity": {"a": {"dense": 1.0, "x": 3.0, "y": 2.0}}, "divergence": {"a": {"x": 0.4, "y": 0.1}}}
+    assert quality_rows(judged)[-1].cells() == ["KL a", "–", "0.4000", "0.1000", ""]
 
 
 def test_a_speed_up_is_shown_where_its_quartiles_lie_on_one_side_of_1():
