@@ -340,7 +340,7 @@ def test_too_little_text_names_what_would_do(asked, needs, others):
     with pytest.raises(StructPruneError, match=message) as raised:
         load_domains(replace(config, num_samples=asked), tokenizer())
     largest = int(re.search(r"num_samples=(\d+) would do", str(raised.value))[1])
-    assert f"which are tokens={largest * config.seq_length} of a recovery" in str(raised.value)
+    assert f"in a recovery tokens={largest * config.seq_length}." in str(raised.value)
     loaded = load_domains(replace(config, num_samples=largest), tokenizer())
     assert sum(len(domain.samples) for domain in loaded) == largest
     with pytest.raises(StructPruneError):
