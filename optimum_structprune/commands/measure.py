@@ -44,7 +44,7 @@ def evaluate(args: Namespace) -> Result:
     dense_tokenizer, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
     if args.mteb:
         check_tasks(args.mteb)
-    if args.html and not (is_judged or args.speed):
+    if args.html and not (is_judged or args.speed or args.mteb):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model

@@ -32,7 +32,8 @@ MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kind
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
 STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
 UNSEEN = 0.12  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
-# By so much of what is lost, kinds of people's text lose more or less than other text, and whole texts than beginnings
+# The shares of what is lost by which people's kinds of text lose more or less than other text, and whole texts than
+# their beginnings.
 KINDS_DIFFER, PARTS_DIFFER = 0.5, 0.25
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
@@ -66,7 +67,7 @@ def perplexity_figures(
 
     With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
     samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
-    differ. The margin counts in that the text which is meant `differs`, by such a share of what is lost.
+    differ. What they stand for may lose more or less, by the share `differs` of what is lost; the margin counts that.
     """
     first, *others = losses.values()
     perplexity = {name: perplexity_of(each) for name, each in losses.items()}

@@ -417,7 +417,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     if on_cpu:  # where smaller layers are made, so that both are there
         yield from (itemsize * size - gone for size, gone in zip(arch.layer_params, removed, strict=True))
     reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
-    for size, of_expert in _consumers(request):
+    for size, of_expert in {*_consumers(request)}:  # layers and experts are mostly alike
         # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
         out = channels if config.feedback_share and not of_expert else 0
         moments = sum(tensor.nbytes for tensor in Moments.empty(size, reads_gram, "meta", out).tensors().values())

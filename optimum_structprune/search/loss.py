@@ -32,7 +32,7 @@ KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
 
 
 class Pruner(Protocol):
-    """What prunes on trial; `StructPruner` does."""
+    """Prunes models by a config that can be replaced, as `StructPruner` does."""
 
     config: StructPruneConfig
     options: RunOptions

@@ -70,7 +70,7 @@ def _bars() -> Any:
 
 
 def _lines(
-    iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **others: Any
+    iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **options: Any
 ) -> Iterator[Any]:
     """Say in place of a bar how many steps are done, once nothing was said for `MAX_SILENT_SECONDS`."""
     total, units = total or len(iterable), f"{unit}es" if unit.endswith("ch") else f"{unit}s"
