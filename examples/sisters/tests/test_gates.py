@@ -265,7 +265,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 def test_learned_units_are_better_than_random_ones(monkeypatch):
     """On a trained model, without a refit; the loss is the logarithm of the ratio."""
     stories = stories_model()
-    monkeypatch.setattr(gates, "SETTINGS", Settings(steps=100, tokens_per_step=512))
+    monkeypatch.setattr(gates, "SETTINGS", Settings(steps=200, tokens_per_step=512))
     learned_ratio = loss_ratio(stories, criterion="ddp", refit="none")
     random_ratio = loss_ratio(stories, criterion="random", refit="none")
     assert log(learned_ratio) < 0.75 * log(random_ratio)
