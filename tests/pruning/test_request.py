@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import recovery_config, same_weights, unread
 from models import build, config, token_ids, tokenizer
-from peft import LoraConfig, get_peft_model
 from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune_model
@@ -41,7 +40,6 @@ ONLY_LAYERS = "judges whole layers, and nothing else"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
     # the model
-    ("adapted", {}, "carries a PEFT adapter"),
     ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     ("mpt", {"widths": {"layer": 1}, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     # how much
@@ -88,13 +86,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
 def test_it_is_refused_before_text_is_read(case, fields, message):
-    adapter = LoraConfig(target_modules=["q_proj"])
-    model = get_peft_model(build("llama-tied"), adapter) if case == "adapted" else build(case)
+    model = build(case)
     before = deepcopy(model)
     with pytest.raises(StructPruneError, match=message) as refused:
         prune_model(model, blind(**fields), tokenizer(), inplace=True)
     assert not isinstance(refused.value, InPlaceError) and same_weights(model, before)
-    if case != "adapted" and not {"recovery", "seq_length"} & set(fields):
+    if not {"recovery", "seq_length"} & set(fields):
         model.config.architectures = [type(model).__name__]
         with pytest.raises(StructPruneError, match=message):
             dry_run(model.config, blind(**fields))
@@ -114,6 +111,7 @@ def test_the_text_is_what_a_run_reads_next():
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
+    ({"widths": {"vocab": 64}}, "'vocab' belongs to the whole model"),
     ({"seq_length": 65}, "longer than the model's 64 positions"),
     ({"criterion": "wnada"}, "Did you mean 'wanda'"),
 ])  # fmt: skip
