@@ -103,10 +103,7 @@ def test_a_wrong_file_is_refused(tmp_path):
         ({"layer_pth": "layers"}, r"unknown key 'layer_pth'.* Did you mean 'layer_path'\?"),
         ({"spaces": {"mlp": {**mlp, "consumer": {}}}}, r"unknown key 'consumer'.* Did you mean 'consumers'\?"),
         ({"spaces": {"mlp": {"size": "x", "producers": {}}}}, "'consumers' is missing"),
-        (
-            {"spaces": {"mlp": {"size": "x", "producers": {"a": "unitt"}, "consumers": {}}}},
-            r"unit 'unitt'.* mean 'unit'\?",
-        ),
+        ({"spaces": {"mlp": {**mlp, "producers": {"a": "unitt"}}}}, r"unit 'unitt'.* mean 'unit'\?"),
     ):
         with pytest.raises(StructPruneError, match=message):
             read_families(write(tmp_path, {**LLAMA, **change}))
