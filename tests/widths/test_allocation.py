@@ -82,12 +82,7 @@ def test_rounds_go_down_and_end_at_the_target(rounds, mlp, attention):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    arch=archs,
-    sparsity=st.floats(0.02, 0.9),
-    round_to=st.sampled_from([1, 8, 64]),
-    seed=st.integers(0, 9),
-)
+@given(arch=archs, sparsity=st.floats(0.02, 0.9), round_to=st.sampled_from([1, 8, 64]), seed=st.integers(0, 9))
 def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, sparsity, round_to, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = {(space.layer, space.name): torch.randn(space.size, generator=generator) for space in arch.spaces}
