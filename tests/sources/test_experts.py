@@ -84,9 +84,6 @@ def test_experts_and_their_widths_go_as_the_plan_says(case):
     if case == "mixtral":
         kept = {units for (layer, name), units in pruner.plan.keep.items() if layer == 0 and name.startswith("mlp/")}
         assert len(kept) == 3, "experts choose their own channels"
-    if case == "gpt_oss":  # whose experts have biases
-        small = prune_model(model, config(), tokenizer())
-        assert small.config.intermediate_size == 24 and torch.isfinite(logits(small)).all()
 
 
 def test_refit_lets_a_channel_stand_in_for_its_twin():
