@@ -5,28 +5,16 @@ from collections import Counter
 from copy import deepcopy
 from itertools import islice, permutations
 from math import exp, log
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import failing, recovery_config, same_weights, save_with_tokenizer, unread, with_long
-from models import (
-    GROUPED,
-    PLAIN,
-    TOKENS,
-    build,
-    config,
-    documents,
-    fewer_tokens,
-    random_model,
-    real_text_model,
-    tokenizer,
-)
+from models import GROUPED, PLAIN, build, config, documents, fewer_tokens, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from optimum_structprune import RunOptions, StructPruner, attach_pruner, dry_run, perplexity, prune_model, recover
+from optimum_structprune import RunOptions, StructPruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.load import load_domains
@@ -46,7 +34,7 @@ READER = real_text_model()[1]
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED, positions=256):
-    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400, "max_position_embeddings": positions})
+    return random_model(auto, kind, {**fields, "vocab_size": 400, "max_position_embeddings": positions})
 
 
 def pruned(model=None, inputs=None, options=None, **fields):
@@ -240,15 +228,11 @@ def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
         pruned(**{"domains": [DomainConfig(name="a", source=unread())], **fields})
 
 
-def test_ids_and_other_kinds_of_tokenizers_are_refused():
+def test_ids_and_samples_are_refused():
     with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
         pruned(inputs={"a": torch.randint(400, (8, 12))})
-    with pytest.raises(StructPruneError, match="of the kind WordLevel"):
-        StructPruner(config(widths={"vocab": 64})).prune_model(build("llama-tied"), tokenizer())
     with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
         StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
-    with pytest.raises(StructPruneError, match="'vocab' belongs to the whole model, and a Trainer prunes inside"):
-        attach_pruner(SimpleNamespace(model=text_model()), fewer_tokens())
 
 
 @pytest.mark.slow
