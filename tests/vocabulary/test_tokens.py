@@ -303,12 +303,9 @@ def test_what_reads_otherwise_is_not_proved():
         vocabulary.check(other, keep, [])
 
 
-def test_tokenizers_whose_tokens_are_not_spelled_by_others_and_a_class_that_ignores_its_file_are_refused():
+def test_slow_tokenizers_and_a_class_that_ignores_its_file_are_refused():
     with pytest.raises(StructPruneError, match="ByT5Tokenizer, which is slow: it has no tokenizer.json"):
         Vocabulary.of(transformers.ByT5Tokenizer())
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, "<unk>"))
-    with pytest.raises(StructPruneError, match="kind WordLevel, .* out of BPE, Unigram, WordPiece"):
-        Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=words))
     reader = of_class("Qwen2Tokenizer")
     reader.backend_tokenizer.normalizer = normalizers.Lowercase()
     vocabulary = Vocabulary.of(reader)
