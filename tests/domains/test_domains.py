@@ -127,6 +127,11 @@ def test_conversations_of_every_form(tmp_path):
     in_memory = [{"messages": [said]}, {"messages": said}]
     for source, text in ((str(tmp_path), "<|user|>a</s>\n<|assistant|>b</s>\n"), (in_memory, "<|user|>ab</s>\n")):
         assert [*documents(DomainConfig("d", source, template="chat"), 0, chatty(CHATML))] == [text] * 2
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    silent, calls = {"role": "assistant", "content": None}, "{{ messages[0].tool_calls[0].function.name }}"
+    for message, template, text in ((called, calls, "f"), (silent, CHATML, "<|assistant|></s>\n")):
+        domain = DomainConfig("d", [{"messages": [message]}], template="chat")
+        assert [*documents(domain, 0, chatty(template))] == [text]
 
 
 def test_rows_and_fields_that_will_not_do():
@@ -229,7 +234,9 @@ def test_a_frame_tells_which_documents_its_samples_hold():
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 CHAT = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
 DOMAIN = DomainConfig("d", [], template="chat")
-RAISING = [
+
+
+@pytest.mark.parametrize("template", [
     "{{ raise_exception('system\nfirst') }}",
     "{{ 1 / 0 }}",
     "{{ messages[9].content }}",
@@ -237,10 +244,7 @@ RAISING = [
     "{% if %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     {"rag": PLAIN, "tool_use": PLAIN},
-]
-
-
-@pytest.mark.parametrize("template", RAISING)
+])  # fmt: skip
 def test_whatever_a_template_raises_is_one_line_that_names_it(template):
     model, reader = real_text_model()
     reader.chat_template, reader.name_or_path = template, "some/model"
@@ -255,16 +259,13 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
 
 
-DATED = [
+@pytest.mark.parametrize("template", [
     "\n {% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}\n" + PLAIN,
     "{%- macro day(form) %}{{ strftime_now(form) }}{% endmacro %}{% set form = '%A, %-d %b %y' %}{{ day(form) }}"
     + PLAIN,
     "{{ strftime_now(\"%H:%M:%S\") }}{{ strftime_now('%Y') | int + 1 }}\n" + PLAIN,
     "  {%-if true %}\n{{ strftime_now('%F') }}\n  {%- endif %}" + PLAIN,
-]
-
-
-@pytest.mark.parametrize("template", DATED)
+])  # fmt: skip
 def test_a_template_writes_what_it_would_on_the_date_and_never_asks_the_clock(template, monkeypatch):
     reader = tokenizer()
     reader.chat_template = template

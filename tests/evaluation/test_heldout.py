@@ -26,6 +26,7 @@ def test_held_out_text_is_the_beginning_of_the_file(tmp_path):
 def test_text_that_does_not_do():
     for source, fields, message in (
         ("user/name", {}, "'a' .user/name. has no known end"),
+        ([], {}, "'a' is empty"),
         (["w5 w6"], {}, "has 2 tokens, and a sample takes 23"),
         (["w5 w6"], {"seq_length": 1}, "2 is the least"),
         ("none.jsonl", {}, "no file or folder none.jsonl"),

@@ -1,6 +1,5 @@
 """What cannot be met or used is refused before any text is read, and what has no effect is named."""
 
-import json
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -19,7 +18,6 @@ from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import perplexity
 from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
@@ -269,25 +267,8 @@ def test_odd_names_of_criteria(name):
 
 def test_odd_texts(tmp_path):
     assert [*read(DomainConfig("a", ["text\ud800"]), 0)] == ["text?"]
-    with pytest.raises(StructPruneError, match="is empty"):
-        read_heldout(DomainConfig("a", []), tokenizer(), 8)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "full.csv").write_text("text\nmine\n")
     assert [*read(DomainConfig("a", str(tmp_path)), 0)] == ["mine"]
     pandas = pytest.importorskip("pandas")
     assert [*read(DomainConfig("a", pandas.Series(["x", "y"])), None)] == ["x", "y"]
-
-
-def test_messages_without_text_and_in_parts():
-    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    parts = [{"type": "text", "text": "one "}, {"type": "image"}, {"type": "text", "text": "two"}]
-    rows = [
-        {"role": "user", "content": parts},
-        {"role": "assistant", "content": None, "tool_calls": calls},
-        {"role": "assistant", "content": None},
-    ]
-    reader = tokenizer()
-    call = "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}"
-    reader.chat_template = f"{{% for m in messages %}}{{{{ m['content'] }}}}|{call};{{% endfor %}}"
-    (text,) = read(DomainConfig("a", [json.loads(json.dumps({"messages": rows}))], template="chat"), 0, reader)
-    assert text == "one two|;|f;|;"
