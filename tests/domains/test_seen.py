@@ -99,9 +99,6 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][2]["documents"])
 
 
-CHOOSING = {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4}
-
-
 def run_on(settings, domains):
     """The finished run of a tiny model, with the widths chosen on the same data."""
     model, data = build("llama-tied"), data_of(settings, domains)
@@ -114,7 +111,7 @@ def other(samples):
 
 
 def test_no_choice_sees_the_text_that_is_reported_and_no_report_measures_what_was_chosen_on():
-    settings = config(**CHOOSING)
+    settings = config(allocation="sensitivity", sparsity=0.3, round_to=4)
     domains = load_domains(settings, tokenizer())
     unseen = [replace(domain, heldout=other(domain.heldout)) for domain in domains]
     chosen_on = [replace(domain, probe=other(domain.probe)) for domain in domains]
