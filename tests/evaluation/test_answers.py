@@ -38,7 +38,7 @@ def test_the_built_in_questions_are_many_of_eight_kinds():
 
 
 # Words of a prompt, answers that are right, and answers that are not.
-JUDGED = [
+@pytest.mark.parametrize(("words", "right", "wrong"), [
     ("capital of France", ["Paris.", "It is **Paris**, on the Seine."], ["Lyon", "Parisian food is good"]),
     ("2 + 3?", ["5", "2 + 3 = 5.", "It is five.", "It equals **5**"], ["2 + 3 = 6", "It is 5 + 1", "is 5.5", "is 15"]),
     ("two boxes hold", ["12", "Two boxes hold 2 * 6 = 12 eggs.", "They hold a dozen."], ["6 eggs", "2 * 6 = 8"]),
@@ -59,10 +59,7 @@ JUDGED = [
     ("add(a, b)", ["def add(a: int, b: int) -> int:\n    return (a + b)"], ["def add(a, b):\n    return a - b"]),
     ("from 0 to 4", ["for i in range(5):\n    print(i)"], ["for i in range(0, 4, 1):\n    print(i)"]),
     ("SQL", ["SELECT * FROM users;", "select * from `users`"], ["SELECT * FROM users WHERE id = 1"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "right", "wrong"), JUDGED)
+])  # fmt: skip
 def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
     (question,) = (question for question in read_questions() if words in question.prompt)
     assert [text for text in right if not question.right.search(text.strip())] == []
@@ -136,7 +133,7 @@ def test_an_answer_loops_that_repeats_a_run():
         assert answer["loops"] == (max(map(runs.count, runs), default=0) > 3)
 
 
-def test_more_tokens_than_positions():
+def test_more_tokens_than_positions_are_refused():
     with pytest.raises(StructPruneError, match="max_new_tokens=1024 .* 1024 positions, .* is the most"):
         ask(MODEL, READER, questions(), 1024)
 
