@@ -216,8 +216,6 @@ def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_
 
 # --- the picture: each kind of text and language where it stands, as XML that nothing runs in
 
-SVG = "{http://www.w3.org/2000/svg}"
-
 
 def report(ratios: dict[str, float], margin: float | None = 0.1, other: float | None = None) -> dict:
     """A report of perplexities that grew from 10 by these factors."""
@@ -233,7 +231,7 @@ def report(ratios: dict[str, float], margin: float | None = 0.1, other: float | 
 def drawn(svg: str) -> list[tuple[str, float, str]]:
     """The colour, the place from the left, and the number of each value, from top to bottom."""
     parts = [*ElementTree.fromstring(svg)]
-    circles = [place for place, part in enumerate(parts) if part.tag == f"{SVG}circle"]
+    circles = [place for place, part in enumerate(parts) if part.tag.endswith("}circle")]
     return [(parts[place].get("fill"), float(parts[place].get("cx")), parts[place + 1].text) for place in circles]
 
 
