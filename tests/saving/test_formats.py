@@ -23,9 +23,8 @@ SCHEMAS = {
     path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
     for path in files("optimum_structprune.saving").joinpath("schemas").iterdir()
 }
-CONFIG = "structprune_config"
 LOADERS = {
-    CONFIG: StructPruneConfig.from_pretrained,
+    "structprune_config": StructPruneConfig.from_pretrained,
     "calibration_manifest": Manifest.load,
     "pruning_plan": lambda folder: Plan.load(folder / "pruning_plan.json"),
 }
