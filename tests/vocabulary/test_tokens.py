@@ -211,14 +211,11 @@ def of_class(name: str) -> PreTrainedTokenizerFast:
     return getattr(transformers, name)(*arguments)
 
 
-CLASSES = (
+@pytest.mark.parametrize("name", (
     "GemmaTokenizer LlamaTokenizer CodeLlamaTokenizer BertTokenizer MPNetTokenizer T5Tokenizer XLMRobertaTokenizer "
     "AlbertTokenizer GPT2Tokenizer Qwen2Tokenizer Qwen3_5Tokenizer GPTNeoXTokenizer CohereTokenizer RobertaTokenizer "
     "DebertaTokenizer WhisperTokenizer"
-).split()
-
-
-@pytest.mark.parametrize("name", CLASSES)
+).split())  # fmt: skip
 def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
     reader = of_class(name)
     vocabulary = Vocabulary.of(reader)
