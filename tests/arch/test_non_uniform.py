@@ -18,7 +18,6 @@ from optimum_structprune.arch import per_layer
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.removals.resize import pad_, resize_
 from optimum_structprune.system.fingerprint import fingerprint
 
@@ -158,7 +157,6 @@ def test_the_import_is_cheap_and_the_environment_has_a_say(value):
 
 def test_the_patch_comes_off(saved, monkeypatch):
     from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     model = build("llama-tied")
     arch = describe(model)
@@ -166,8 +164,6 @@ def test_the_patch_comes_off(saved, monkeypatch):
     LlamaForCausalLM(fields)
     disable_heterogeneous()
     try:
-        for owner in (transformers.PreTrainedModel, LlamaDecoderLayer):
-            assert not hasattr(owner.__init__, "__wrapped__")
         with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
             LlamaForCausalLM(fields)
         # Pruning and saving do without it.
@@ -214,8 +210,3 @@ def test_a_model_takes_the_widths_of_a_state_dict(case):
         target.load_state_dict(source.state_dict())
         assert torch.equal(logits(target), logits(source))
         assert getattr(target.config, "is_heterogeneous", False) == getattr(source.config, "is_heterogeneous", False)
-    if case == "phi3":  # whose layers cannot differ in this width
-        few, name = build(case), "model.layers.0.self_attn.qkv_proj.weight"
-        state = few.state_dict()
-        with pytest.raises(StructPruneError, match="2 units of 'attention' in one layer and 4 in another.*forward"):
-            resize_(few, describe(few), {**state, name: state[name][: len(state[name]) // 2]})
