@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build, config, documents, real_text_model, token_ids, tokenizer
+from models import build, config, documents, fewer_tokens, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.domains.manifest import EARLIER, Manifest
-from optimum_structprune.search.loss import MOST_TRIALS, expected_loss, largest_cut
+from optimum_structprune.search.loss import MOST_TRIALS, largest_cut
 
 
 def pruned(model, limit, inplace=False, **fields):
@@ -34,11 +34,6 @@ def test_a_few_trials_come_near_the_largest_cut(power, limit, most, free, factor
     met = max(share for share, loss in losses.items() if loss <= limit)
     assert len(tried) == len({*tried}) and sum(losses[share] < inf for share in tried) <= MOST_TRIALS
     assert 0.5 * min(0.9, free + most) <= met <= free + most
-
-
-def test_the_next_step_costs_what_the_measured_losses_say():
-    losses = {0.0: 0.0, 0.1: 0.01, 0.2: 0.04, 0.9: inf}
-    assert expected_loss(losses, 0.15) == pytest.approx(0.0225) and expected_loss(losses, 0.3) == pytest.approx(0.09)
 
 
 def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
@@ -64,9 +59,7 @@ def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
 @pytest.mark.slow
 def test_tokens_go_in_place_and_their_trials_share_the_weights():
     model, reader = real_text_model()
-    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
-    fields = {"targets": ("vocab",), "domains": texts, "seq_length": 48, "round_to": 1}
-    pruner = StructPruner(config(widths=None, budget={"loss": 0.5}, **fields))
+    pruner = StructPruner(fewer_tokens(widths=None, budget={"loss": 0.5}, targets=("vocab",), round_to=1))
     assert pruner.prune_model(model, reader, inplace=True) is model
     kept = pruner.plan.keep[MODEL, VOCAB]
     assert len(kept) == model.config.vocab_size < len(reader)
