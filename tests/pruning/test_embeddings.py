@@ -7,11 +7,11 @@ import torch
 from helpers import save_with_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from models import PLAIN, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from models import PLAIN, build, documents, fewer_tokens, random_model, real_text_model, tokenizer
 from torch.nn.functional import normalize
 from transformers import AutoModelForMaskedLM
 
-from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune import StructPruner
 from optimum_structprune.pruning.embeddings import (
     COSINE_UNSEEN,
     MOST_SENTENCES,
@@ -28,10 +28,9 @@ from optimum_structprune.pruning.embeddings import (
 
 
 def pruned(**fields):
-    wide = {**TOKENS, **PLAIN, "vocab_size": 400, "max_position_embeddings": 256}
+    wide = {**PLAIN, "vocab_size": 400, "max_position_embeddings": 256}
     model, reader = random_model(AutoModelForMaskedLM, "bert", wide), real_text_model()[1]
-    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
-    pruner = StructPruner(config(domains=texts, seq_length=48, num_samples=64, **fields))
+    pruner = StructPruner(fewer_tokens(num_samples=64, **fields))
     return pruner, pruner.prune_model(model, reader), model, reader
 
 
