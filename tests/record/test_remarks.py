@@ -44,21 +44,18 @@ def level(of) -> int:
     return next(n for n, advice in enumerate(ADVICE) if line.startswith(f"verdict: {advice.partition(':')[0]}"))
 
 
-@pytest.mark.parametrize(
-    ("ratios", "kept", "loops", "other", "expected"),
-    [
-        ((1.000, 1.001), 16, 0, None, 0),  # Gemma-3-270M, a quarter smaller as tokens
-        ((1.075, 1.09), 15, 0, 1.21, 2),  # SmolLM2, a tenth as tokens
-        ((1.10, 1.09, 0.98, 1.15), 13, 2, 1.25, 3),  # SmolLM2, 6 % as FFN channels
-        ((1.269, 1.252, 1.041, 1.562), 10, 1, None, 3),  # 12 % as FFN channels
-        ((1.748,), 6, 4, None, 4),  # 30 % as FFN channels
-        ((inf,), 16, 0, None, 4),
-        ((1.0,), 16, 0, 1.0, 0),
-        ((1.0,), 16, 0, 1.15, 1),
-        ((1.08,), 16, 0, inf, 2),
-        ((1.7,), 16, 0, 1.0, 4),
-    ],
-)
+@pytest.mark.parametrize(("ratios", "kept", "loops", "other", "expected"), [
+    ((1.000, 1.001), 16, 0, None, 0),  # Gemma-3-270M, a quarter smaller as tokens
+    ((1.075, 1.09), 15, 0, 1.21, 2),  # SmolLM2, a tenth as tokens
+    ((1.10, 1.09, 0.98, 1.15), 13, 2, 1.25, 3),  # SmolLM2, 6 % as FFN channels
+    ((1.269, 1.252, 1.041, 1.562), 10, 1, None, 3),  # 12 % as FFN channels
+    ((1.748,), 6, 4, None, 4),  # 30 % as FFN channels
+    ((inf,), 16, 0, None, 4),
+    ((1.0,), 16, 0, 1.0, 0),
+    ((1.0,), 16, 0, 1.15, 1),
+    ((1.08,), 16, 0, inf, 2),
+    ((1.7,), 16, 0, 1.0, 4),
+])  # fmt: skip
 def test_known_results_get_the_advice_that_they_deserve(ratios, kept, loops, other, expected):
     found = report(ratios, kept, loops=loops, other=other)
     assert level(found) == expected and (other is None or f"other text x {other:.2f}" in verdict(found)[0])
@@ -72,18 +69,15 @@ def test_a_model_that_was_asked_alone_gets_the_verdict_of_one_that_was_not_asked
     assert verdict(alone) == verdict({**alone, "answers": []})
 
 
-@pytest.mark.parametrize(
-    ("shares", "expected"),
-    [
-        ((0.985, 0.991), 0),  # multilingual-e5-small, 60 % smaller as tokens, of which text has no other
-        ((0.916, 0.928), 1),  # the same with the tokens of its own choice
-        ((0.910, 0.933, 0.982), 1),  # MiniLM, a tenth as tokens
-        ((0.72, 0.71, 0.815), 3),  # multilingual-e5-small, 77 % for a loss: 8 % of its translations are lost
-        ((0.746, 0.756), 1),  # an eighth of the FFN, which loses 2 % of them
-        ((0.60, 0.46, 0.64), 4),  # MiniLM, half of the FFN
-        ((0.99, 0.4), 4),
-    ],
-)
+@pytest.mark.parametrize(("shares", "expected"), [
+    ((0.985, 0.991), 0),  # multilingual-e5-small, 60 % smaller as tokens, of which text has no other
+    ((0.916, 0.928), 1),  # the same with the tokens of its own choice
+    ((0.910, 0.933, 0.982), 1),  # MiniLM, a tenth as tokens
+    ((0.72, 0.71, 0.815), 3),  # multilingual-e5-small, 77 % for a loss: 8 % of its translations are lost
+    ((0.746, 0.756), 1),  # an eighth of the FFN, which loses 2 % of them
+    ((0.60, 0.46, 0.64), 4),  # MiniLM, half of the FFN
+    ((0.99, 0.4), 4),
+])  # fmt: skip
 def test_known_encoders_get_the_advice_that_they_deserve(shares, expected):
     assert level(encoder(*shares)) == expected
     assert level(encoder(*(share + 0.05 for share in shares), margin=0.05)) == expected  # the lower end decides
