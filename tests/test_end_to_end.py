@@ -19,16 +19,13 @@ ONCE = ["llama-bias", "gpt2-tied", "gpt_oss", "deepseek_v2", "qwen3_next"]
 RUNS = [(case, 2) for case in (*PRUNABLE, *TEXT)] + [(case, 1) for case in ONCE] + [("llama-tied", 3)]
 
 
-def halves(arch):
-    """At most half of everything, in multiples of 8 where experts need them."""
-    return {name: max(arch.of(name)[0].width // 16 * 8, 2) for name in arch.names}
-
-
 @pytest.mark.parametrize(("case", "rounds"), with_long(RUNS, [*STRUCTURES, *OTHER_STRUCTURES]))
 def test_every_family_end_to_end(case, rounds, tmp_path):
     model, before = build(case), build(case)
     arch = describe(model)
-    wish = config(widths=halves(arch), rounds=rounds, num_samples=4)
+    # At most half of everything, in multiples of 8 where experts need them.
+    halves = {name: max(arch.of(name)[0].width // 16 * 8, 2) for name in arch.names}
+    wish = config(widths=halves, rounds=rounds, num_samples=4)
     outcome, pruner = dry_run(config_of(model), wish), StructPruner(wish)
     small = pruner.prune_model(model, tokenizer())
     assert type(small) is type(model) and same_weights(model, before)
