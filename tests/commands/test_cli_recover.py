@@ -115,17 +115,3 @@ def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, interrupted, cap
     assert f"--teacher {folder / 'model'} --trust-remote-code --overwrite --resume" in capsys.readouterr().err
     assert main(command(folder, "--teacher", str(folder / "model"), output="distrusted")) == 130
     assert [call.kwargs["trust_remote_code"] for call in interrupted.call_args_list] == [True, False]
-
-
-def test_mistakes_are_one_line(folder, tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    line = command(folder, output="wrong")
-    for arguments, message in (
-        ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, `peft.AutoPeft"),
-        ([*line, "--tokens", "3"], "24 is enough"),
-        ([*line, "--teacher", "no/where"], "'no/where' cannot be loaded"),
-        ([*line, "--resume"], "no checkpoint in"),
-    ):
-        assert main(arguments) == 2
-        assert message in error_line(capsys)
-    assert not (folder / "wrong").exists()

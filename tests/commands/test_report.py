@@ -74,10 +74,6 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_the_page_as_it_was(folder,
     assert not [*(folder / "small").glob(".*.new")]
 
 
-def test_a_folder_without_a_result_is_a_mistake_in_one_line(folder, capsys):
-    assert main(["evaluate", str(folder / "model"), "--html"]) == 2
-    assert "has no report.json" in capsys.readouterr().err
-    assert main(["evaluate", str(folder / "small"), str(folder / "model"), "--html"]) == 2
-    assert "--html writes the page of one result, and 2 models are named" in error_line(capsys)
+def test_a_page_with_speeds_takes_the_dense_model(folder, capsys):
     assert main(["evaluate", str(folder / "small"), "--html", "--speed"]) == 2
     assert "name it by --against" in error_line(capsys)
