@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import error_line, save_with_tokenizer, write_texts
+from helpers import save_with_tokenizer, write_texts
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, perplexity
@@ -27,7 +27,6 @@ def folder(tmp_path_factory):
     save_with_tokenizer(dense, folder / "dense")
     small = StructPruner(config(widths={"mlp": [14, 24]})).prune_model(dense, tokenizer())
     save_with_tokenizer(small, folder / "small")
-    build("bert").save_pretrained(folder / "bert")
     write_texts(folder / "a.jsonl", documents(40))
     questions = [{"prompt": f"w{number} w4", "right": "(?!)"} for number in range(6, 9)]
     questions.insert(0, {"messages": [{"role": "user", "content": "w5 w4"}], "right": ""})
@@ -82,26 +81,6 @@ def test_several_models_against_the_dense_one(folder, capsys):
     assert every["perplexity_margin"]["a"]["ratio"] == found["perplexity_margin"]["a"]["ratio"] > 0
 
 
-def test_the_dense_model_runs_once_for_all(folder, monkeypatch):
-    """The other passes are those of a short trial, of the head alone, and along its answers."""
-    load, path, counts = Loading.model, str(folder / "dense"), []
-
-    def noted(self, name, scratch=None):
-        model = load(self, name, scratch)
-        if name == path:
-            model.model.register_forward_hook(lambda module, given, output: seen.append(tuple(output[0].shape[:2])))
-        return model
-
-    monkeypatch.setattr(Loading, "model", noted)
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "5", "--device", "cpu"]
-    text += ["--answers", str(folder / "questions.jsonl"), "--max-new-tokens", "3", "--quiet"]
-    for models in (["small"], ["small", "small", "small"]):
-        seen = []
-        assert main(["evaluate", *(str(folder / name) for name in models), "--against", path, *text]) == 0
-        counts.append((seen.count((1, 24)), sum(rows == 4 for rows, _ in seen)))
-    assert counts == [(5, 3)] * 2, "5 samples, and 3 tokens of 4 answers that are written together"
-
-
 def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     load, loaded = Loading.model, []
 
@@ -133,17 +112,8 @@ def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     assert values["weights"][names[0]] == values["weights"][names[2]] == 2 * values["parameters"][names[0]]
 
 
-def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+def test_a_clock_that_does_not_see_a_device_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
     monkeypatch.setattr(Loading, "model", None)
-    for model, flags, message in (
-        ("nowhere", [], "nowhere"),
-        ("bert", [], "bert is a BertForMaskedLM, which does not predict the next token"),
-        ("small", ["--prompt", "63"], "prompt=63 is longer than the model's 64 positions, of which 2 are taken"),
-        ("small", ["--device", "auto"], "--device auto spreads a model"),
-        ("small", ["--device", "nothing"], "--device nothing cannot be used"),
-    ):
-        assert main(["evaluate", str(folder / model), "--against", str(folder / "dense"), *SHORT, *flags]) == 2
-        assert message in error_line(capsys)
     monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
     assert main(["evaluate", str(folder / "dense"), str(folder / "small"), *SHORT[:-2], "--clock", "cpu"]) == 2
     assert "The clock 'cpu' does not see what cuda does; choose 'wall'" in capsys.readouterr().err
