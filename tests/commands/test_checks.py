@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
     save_with_tokenizer(other, folder / "other", reader)
     (folder / "other" / "model.safetensors").unlink()
     XGLMConfig(d_model=8, num_layers=1, attention_heads=2).save_pretrained(folder / "other-kind")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "outside").mkdir()
     (folder / "outside" / "config.json").write_text("{}")
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
@@ -67,9 +69,15 @@ FLAGS = [
     (f"{SHARE} --text caf\udce9.txt", "--domain source holds half a character, got 'caf\\udce9.txt'"),
     (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address; download it"),
     ("plan outside --sparsity 0.2", "names '../elsewhere.safetensors', which is no file of its folder"),
+    ("recover adapter out", "holds an adapter and no model. In Python, `peft.AutoPeft"),
+    ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
     ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --format nemotron-nas [--pad]"),
+    ("export model out --pad", "--format nemotron-nas [--pad]"),
+    ("export model out --format nemotron-nas --pad-uniform", "--format nemotron-nas [--pad]"),
+    ("export model out.gguf --pad-uniform", "afterwards"),
+    ("export model out --pad-uniform --dtype q8_0", "name a file OUT.gguf"),
     ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
     ("evaluate model --text a.jsonl none.txt", "there is no file or folder none.txt"),
     ("evaluate model --json /nowhere/x.json", "there is no folder /nowhere"),
@@ -94,7 +102,12 @@ MODEL = [
     (f"{SHARE} --offload disk --target hidden", "changes weights all over"),
     (f"{SHARE} --device warp", "--device warp cannot be used"),
     (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),
+    (f"{RECOVER} --tokens 3", "96 is enough"),
     ("evaluate model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
+    ("evaluate model --speed --prompt 64", "prompt=64 is longer than the model's 64 positions, of which"),
+    ("evaluate model --speed --device auto", "--device auto spreads a model"),
+    ("evaluate model --html", "has no report.json"),
+    ("evaluate model model --html", "--html writes the page of one result, and 2 models are named"),
 ]
 
 
