@@ -24,7 +24,11 @@ from optimum_structprune.commands.arguments import Command
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.commands.output import Result, check_file
-from optimum_structprune.system.stages import stage
+
+
+OFFLINE = OSError("offline")
+OFFLINE.__cause__ = ConnectionError("no route")
+DISK_FULL = OSError(28, "No space left on device", "/out/model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +59,11 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         assert main([*line, *to_file]) == 0, name
         text = capsys.readouterr()
         assert text.out.strip() and "%|" not in text.err and not text.out.startswith("{"), name
+        assert ("round 1 …" in text.err) == (name == "prune")
         assert main([*line, "--json", "--quiet", *(["--overwrite"] if name in again else [])]) == 0, name
         shown = capsys.readouterr()
         values = json.loads(shown.out)
-        assert isinstance(values, dict) and len(values) > 1 and "%|" not in shown.err, name
+        assert isinstance(values, dict) and len(values) > 1 and "%|" not in shown.err and "…" not in shown.err, name
         assert not to_file or json.loads((tmp_path / f"{name}.json").read_text()) == values
         if name in again:
             assert values["output"] == line[2]
@@ -90,23 +95,6 @@ class Terminal(io.StringIO):
 
 def parsed(run, quiet=False, json_=False):
     return Namespace(run=run, quiet=quiet, json=json_, command=Command("work", "", "", {}, models=()))
-
-
-def test_each_stage_is_a_line_when_it_begins(monkeypatch, capsys):
-    def run(args):
-        seconds: dict[str, float] = {}
-        for name in ("reading", "cutting", "reading"):
-            with stage(name, seconds):
-                pass
-        return Result("", {"a": 1})
-
-    logging.enable_progress_bar()  # which a script that ran in this process may have switched off
-    lines = ["reading …", "cutting …"]
-    for screen, quiet, shown in ((io.StringIO(), False, lines), (io.StringIO(), True, []), (Terminal(), False, lines)):
-        monkeypatch.setattr(sys, "stderr", screen)
-        assert execute(parsed(run, quiet, json_=True)) == 0
-        assert screen.getvalue().splitlines() == shown
-        assert json.loads(capsys.readouterr().out) == {"structprune": __version__, "a": 1}
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -182,11 +170,6 @@ def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" | true; echo ${{PIPESTATUS[0]}}'],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout == "0\n" and done.stderr == ""
-
-
-OFFLINE = OSError("offline")
-OFFLINE.__cause__ = ConnectionError("no route")
-DISK_FULL = OSError(28, "No space left on device", "/out/model.safetensors")
 
 
 @pytest.mark.parametrize(("error", "message"), [
