@@ -28,6 +28,7 @@ from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.saving.gguf_file import pre_tokenizer
 
 
+UNEVEN = {1: {"intermediate_size": 24}}
 TEXTS = [text[:2000] for _, text in zip(range(20), builtin_documents("math"), strict=False)]
 
 
@@ -245,9 +246,6 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert (shown["architecture"], shown["dtype"], shown["output"]) == ("deci", "BF16", line[2])
     assert gguf.GGUFReader(line[2]).get_field("deci.feed_forward_length").contents() == [24, 40]
-    assert main([*line, "--pad-uniform"]) == 2 and "afterwards" in capsys.readouterr().err
-    assert main([*line[:2], str(tmp_path / "out"), "--pad-uniform", "--dtype", "q8_0"]) == 2
-    assert "name a file OUT.gguf" in capsys.readouterr().err
 
 
 def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
@@ -280,9 +278,6 @@ def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
 
 def settings(model_type, **fields):
     return AutoConfig.for_model(model_type, **{**GROUPED, **fields})
-
-
-UNEVEN = {1: {"intermediate_size": 24}}
 
 
 @pytest.mark.parametrize(("config", "reason"), [
