@@ -15,6 +15,10 @@ from optimum_structprune.method.calibrate import Moments, output_energy
 from optimum_structprune.method.refit import least_squares, ridge_strength, solve_damped, with_damped_factor
 
 
+FFN, TOKENS, DAMPING = 1536, 2048, 0.01
+on_threads = pytest.mark.usefixtures("threads")
+
+
 def streamed(x: torch.Tensor, sizes: list[int] | None = None) -> Moments:
     moments = Moments.empty(x.shape[1], gram=True)
     for part in x.split(len(x) if sizes is None else sizes):
@@ -170,11 +174,6 @@ def test_with_few_tokens_a_stronger_ridge_loses_less_on_others(tokens):
     assert lost[True] < 0.95 * lost[False]
 
 
-FFN = 1536
-TOKENS = 2048
-DAMPING = 0.01
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """What is factored is factored otherwise on several threads."""
@@ -182,9 +181,6 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-on_threads = pytest.mark.usefixtures("threads")
 
 
 def inputs(size, tokens=TOKENS, seed=0):
