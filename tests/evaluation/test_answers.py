@@ -115,16 +115,14 @@ def test_an_answer_ends_where_the_model_ends_it():
     assert written[0]["stopped"] and third not in written[0]["ids"] and len(written[0]["ids"]) <= 2
 
 
-ODD = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 5.0, "max_time": 1e-9}
-ODD |= {"min_new_tokens": 9, "max_length": 3, "suppress_tokens": [5], "no_repeat_ngram_size": 1}
-
-
 def test_the_settings_of_the_model_have_no_say_and_stay():
     model, tokenizer = deepcopy(MODEL).train(), READER
     expected = ask(MODEL, tokenizer, questions(), 8)
-    model.generation_config = settings = GenerationConfig(**ODD)
+    odd = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 5.0, "max_time": 1e-9}
+    odd |= {"min_new_tokens": 9, "max_length": 3, "suppress_tokens": [5], "no_repeat_ngram_size": 1}
+    model.generation_config = settings = GenerationConfig(**odd)
     assert ask(model, tokenizer, questions(), 8) == expected
-    assert model.generation_config is settings and settings.to_diff_dict().items() >= ODD.items() and model.training
+    assert model.generation_config is settings and settings.to_diff_dict().items() >= odd.items() and model.training
 
 
 def test_an_answer_loops_that_repeats_a_run():
