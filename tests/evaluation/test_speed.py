@@ -16,15 +16,11 @@ from optimum_structprune.forward.generation import bytes_of, cache_bytes, read_p
 SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
 
 
-def half(model):
-    """The model with half of its FFN."""
-    return without_refit(model, Plan("llama", {(layer, "mlp"): tuple(range(20)) for layer in range(2)}))
-
-
 @pytest.fixture(scope="module")
 def speed() -> Speed:
     dense = build("llama-tied")
-    return measure_speed({"dense": dense, "half": half(dense)}, batch_sizes=(1, 2), **SHORT)
+    half = without_refit(dense, Plan("llama", {(layer, "mlp"): tuple(range(20)) for layer in range(2)}))
+    return measure_speed({"dense": dense, "half": half}, batch_sizes=(1, 2), **SHORT)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gemma3_text", "qwen3_5_text", "bloom"])
