@@ -18,6 +18,9 @@ from optimum_structprune.forward.metrics import PARTS_DIFFER, UNSEEN, margin_of_
 from optimum_structprune.pruning.measure import short_rows
 
 
+LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
+
+
 @pytest.mark.parametrize(("refit", "criterion"), [("none", "wanda"), ("least_squares", "obs_drive")])
 def test_without_a_criterion_the_refit_names_it(refit, criterion):
     model = build("llama-tied")
@@ -69,9 +72,6 @@ def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace
         assert modes(model).items() <= as_it_was.items() and {*modes(small).values()} == {True, False}
         assert inplace or (same_weights(model, before) and modes(model) == as_it_was and count_hooks(model) == 0)
     assert number > 5
-
-
-LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
 
 
 def test_the_report_adds_up():

@@ -22,6 +22,7 @@ from optimum_structprune.trainer import RecentText
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
+SERIES = {"widths": {"mlp": 24}, "rounds": 3, "refit": "none", "criterion": "wanda"}
 ROWS = [{"input_ids": ids, "labels": ids} for ids in token_ids(32, 24)]
 
 
@@ -155,9 +156,6 @@ def describes(plan, model):
         torch.equal(old.mlp.up_proj.weight[list(plan.keep[index, "mlp"])], new.mlp.up_proj.weight)
         for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True))
     )
-
-
-SERIES = {"widths": {"mlp": 24}, "rounds": 3, "refit": "none", "criterion": "wanda"}
 
 
 def test_the_plan_speaks_of_the_dense_model_after_a_resume_too(tmp_path):

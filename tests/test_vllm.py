@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no {PYTHON}; `make vllm` makes it"),
 ]
 PROMPT, NEW = [5, 60, 7, 300, 9], 12
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 # vLLM's attention on CPUs wants heads of 32 channels or more.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -95,16 +96,10 @@ def test_without_this_package(models, folders):
     assert "AmbiguousGlobalPerLayerAttributeError" in native["error"]
 
 
-MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "fields"),
-    [
-        ("qwen3_moe", {"moe_intermediate_size": 128, "norm_topk_prob": True, "head_dim": 64}),
-        ("olmoe", {"num_key_value_heads": 4}),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "fields"), [
+    ("qwen3_moe", {"moe_intermediate_size": 128, "norm_topk_prob": True, "head_dim": 64}),
+    ("olmoe", {"num_key_value_heads": 4}),
+])  # fmt: skip
 def test_a_mixture_of_fewer_experts(model_type, fields, tmp_path):
     """As vLLM's own class, which knows nothing of the pruning; five experts are no multiple of 8."""
     model, tokenizer = dense(model_type, **MIXTURE, **fields)

@@ -78,10 +78,8 @@ def test_multiples_of_a_range_are_those_of_a_list(least, count, step, multiple):
         assert [*multiples(legal, size, multiple)] == [*multiples([*legal], size, multiple)]
 
 
-ROOT = Path(__file__).parents[2]
-
-
 def test_the_page_is_generated_from_the_data():
-    table = run_path(str(ROOT / ".ci" / "architectures.py"))["table"]
-    page = (ROOT / "docs" / "architectures.md").read_text()
+    root = Path(__file__).parents[2]
+    table = run_path(str(root / ".ci" / "architectures.py"))["table"]
+    page = (root / "docs" / "architectures.md").read_text()
     assert page.endswith("\n\n" + table()), "run `python .ci/architectures.py`"

@@ -18,6 +18,9 @@ from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.registry import Registry
 
 
+SEEN = []
+
+
 @pytest.fixture
 def case():
     generator = torch.Generator().manual_seed(0)
@@ -115,9 +118,6 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
                 for row in axis.indices([unit]):
                     expected[unit] += (matrix[row] * gamma).norm()
     torch.testing.assert_close(producer_norms(model, arch, space), expected)
-
-
-SEEN = []
 
 
 def places(model, arch, data):
