@@ -81,24 +81,6 @@ def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
         assert evaluate(model, tokenizer(), named[2:], seq_length=24).warnings == []
 
 
-def test_what_evaluate_refuses(folder):
-    domain, other = DomainConfig("a", str(folder / "a.jsonl")), build("llama-tied")
-    other.resize_token_embeddings(100)
-    for fields, message in (
-        ({}, "nothing to evaluate"),
-        ({"domains": [domain, domain]}, "Two domains are named 'a'"),
-        ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-        ({"domains": [domain], "num_samples": 0}, "num_samples has to be 1 or more, got 0"),
-        ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),
-        ({"domains": [domain], "dense": other}, "vocabulary of 96, the dense one of 100; name its tokenizer"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            evaluate(MODEL, tokenizer(), **{"seq_length": 24, **fields})
-    other.resize_token_embeddings(9)
-    with pytest.raises(StructPruneError, match="token id 95, vocabulary 9"):
-        evaluate(other, tokenizer(), [domain], seq_length=24)
-
-
 def test_margins_of_perplexities_are_those_of_the_documents():
     domain = DomainConfig("a", documents(90))
     found = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=40, batch_size=4)
@@ -210,11 +192,20 @@ def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
     assert [*values["embeddings"]["a"]] == [*values["embeddings"]["pairs xx"]] == ["dense", "small", "smaller"]
 
 
-def test_what_is_refused_of_encoders(encoders):
+def test_what_evaluate_refuses(encoders):
     text, bert, other = DomainConfig("a", str(encoders / "a.jsonl")), build("bert"), build("llama-tied")
+    wide, narrow = build("llama-tied"), build("llama-tied")
+    wide.resize_token_embeddings(100)
+    narrow.resize_token_embeddings(9)
     (encoders / "odd.jsonl").write_text('{"en": "alone"}\n')
     (encoders / "half.jsonl").write_text('["\\ud800", "b"]\n')
     for model, fields, message in (
+        (other, {"domains": []}, "nothing to evaluate"),
+        (other, {"domains": [text, text]}, "Two domains are named 'a'"),
+        (other, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+        (other, {"num_samples": 0}, "num_samples has to be 1 or more, got 0"),
+        (other, {"dense": wide}, "vocabulary of 96, the dense one of 100; name its tokenizer"),
+        (narrow, {}, "token id 95, vocabulary 9"),
         (bert, {}, "BertForMaskedLM does not predict the next token: its vectors .* compared with those of the dense"),
         (bert, {"dense": other}, "BertForMaskedLM does not predict"),
         (other, {"dense": bert}, "BertForMaskedLM does not predict"),
@@ -226,4 +217,4 @@ def test_what_is_refused_of_encoders(encoders):
         (bert, {"dense": bert, "pairs": [encoders / "none.jsonl"]}, "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            evaluate(model, tokenizer(), [text], seq_length=48, **fields)
+            evaluate(model, tokenizer(), **{"domains": [text], "seq_length": 48, **fields})
