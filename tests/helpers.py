@@ -1,7 +1,5 @@
 """What tests of several folders share: comparisons, masks, and the whole model as a source."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -11,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -44,6 +43,14 @@ from optimum_structprune.pruning.measure import Comparison
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
+
+
+KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
+KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
+RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
+OTHER_WORDS = TemporaryDirectory()
+# A type of device that torch knows in every build.
+CARD = torch.device("lazy", 0)
 
 
 def with_long(cases: Iterable, short: Iterable) -> list:
@@ -134,11 +141,7 @@ def same_weights(left, right) -> bool:
 @contextmanager
 def whole_model_at_once():
     """No layer runs by itself inside `with`, whatever the model allows: activations come from the whole model."""
-
-    def refuse(*args, **kwargs):
-        raise NotSequentialError("this test runs the whole model at once")
-
-    with patch.object(InMemory, "__init__", refuse):
+    with patch.object(InMemory, "__init__", side_effect=NotSequentialError("this test runs the whole model at once")):
         yield
 
 
@@ -262,10 +265,6 @@ def batches():
     return batches_of(load_domains(config(), tokenizer()), 3)
 
 
-KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
-KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
-
-
 def kept(space) -> int:
     return KEEP[space.kind] if KEEP[space.kind] < space.width else space.width // 2
 
@@ -293,6 +292,13 @@ def without_refit(model, plan, widths=None):
         shrink_layer_(small, arch, layer, plan.keep, smaller)
     adopt_config_(small, smaller)
     return small
+
+
+def first_units(model, ffn, groups=()):
+    """A copy of a model whose layers keep their first FFN channels and KV groups, so many of each."""
+    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
+    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
+    return without_refit(model, Plan(model.config.model_type, keep)).eval()
 
 
 def masked(model, arch, plan):
@@ -333,10 +339,6 @@ def free_spaces(arch):
     return [name for name in names if len({space.layer for space in arch.of(name)}) > 1]
 
 
-RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
-OTHER_WORDS = TemporaryDirectory()
-
-
 def recovery_config(**fields) -> RecoveryConfig:
     """A short training on two domains of random words, which is compared on others."""
     other = Path(OTHER_WORDS.name, "other.jsonl")
@@ -359,10 +361,6 @@ def failing(function, number, error):
         return result
 
     return call
-
-
-# A type of device that torch knows in every build.
-CARD = torch.device("lazy", 0)
 
 
 class Card(TorchDispatchMode):
@@ -430,8 +428,20 @@ def dying(monkeypatch, module, number, after):
         yield lambda: len(calls)
 
 
+def main_of(script: str):
+    """The `main` of an example, or of what we measure with."""
+    return import_module(script).main
+
+
+def ran(command, **options) -> str:
+    """What a process writes to its standard output, which has to end well."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """What two processes of `torchrun` say that run a script, which may import what the tests share.
+    """What two processes of `torchrun` say that run a script, which may import what the tests share, and end well.
 
     Every rank writes into a file of its own: two that share a pipe write into each other's lines.
     """
@@ -439,26 +449,21 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
     tests, said = str(Path(__file__).parent), folder / "said"
     path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = path
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "--redirects", "3", "--log-dir", str(said), str(folder / "script.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**environment, "PYTHONPATH": path},
-        timeout=600,
-    )
+    command += ["--redirects", "3", "--log-dir", str(said), str(folder / "script.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     for stream in ("stdout", "stderr"):
         ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))
         setattr(done, stream, getattr(done, stream) + ranks)
+    assert done.returncode == 0, done.stderr
     return done
 
 
 def ask_python(python, script, place, requests, **variables):
     """What a script answers under another Python, one process for all requests."""
     command = [python, Path(__file__).with_name(script), place / "answers.json"]
-    environment = {**os.environ, **variables}
-    done = subprocess.run(command, input=json.dumps(requests), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran(command, input=json.dumps(requests), env={**os.environ, **variables})
     return json.loads((place / "answers.json").read_text())
 
 

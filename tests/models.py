@@ -1,7 +1,5 @@
 """Tiny random models, one entry for every family and variant."""
 
-from __future__ import annotations
-
 import random
 import resource
 from collections.abc import Iterable, Iterator
@@ -24,6 +22,7 @@ from optimum_structprune.domains.sources import builtin_documents
 
 
 VOCAB = 96
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64, **TOKENS}
 GROUPED = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
@@ -153,8 +152,6 @@ CASES: dict[str, tuple[str, dict]] = {
 # Model types whose configs cannot say that anything is gone.
 RIGID = {"bloom", "mpt", "gemma3n_text", "zamba2"}
 PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
-# Their layers are called with more than hidden states.
-NOT_SEQUENTIAL = ["gemma4_text", "gemma4_text-experts"]
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {**VISION, "image_size": 8, "patch_size": 4}
@@ -291,9 +288,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
     backend = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **SPECIAL)
 
 
 def documents(count: int = 60, seed: int = 0) -> list[str]:
@@ -327,10 +322,10 @@ def byte_level(texts: Iterable[str], tokens: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of so many tokens, trained on texts."""
     backend = Tokenizer(BPE(unk_token=None))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    special, alphabet = ["<pad>", "<s>", "</s>"], ByteLevel.alphabet()
+    special, alphabet = [*SPECIAL.values()], ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=tokens, special_tokens=special, initial_alphabet=alphabet)
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def real_text_model(tokens: int = 400, kind: str = "math") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -2,12 +2,12 @@
 
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 from shlex import split
 from xml.etree import ElementTree
 
 import pytest
+from helpers import main_of
 from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,23 +19,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def main(name: str):
-    """The `main` of a script."""
-    return import_module(name).main
-
-
 @pytest.mark.slow
 def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
     for saved in real_text_model(1600, "prose"):
         saved.save_pretrained(tmp_path / "model")
     small = "--width mlp=1024 --text builtin:prose --general-share 0 --num-samples 4 --seq-length 32"
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--num-samples", "1", "--questions", "1"]
-    main("pick_yours")([*command, "--other", "letters=builtin:letters", "--row", small])
+    main_of("pick_yours")([*command, "--other", "letters=builtin:letters", "--row", small])
     dense, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
     assert dense[1] == "the dense model" and row[1] == f"`{small}`" and " of " in row[5] and row[6].startswith("× ")
     for name in ("measured", "time_"):
         monkeypatch.setattr(f"pick_yours.{name}", lambda *rest: 1 / 0)
-    main("pick_yours")([*command, "--row", small])
+    main_of("pick_yours")([*command, "--row", small])
     assert capsys.readouterr().out.splitlines()[-1].split(" | ") == row
 
 
@@ -44,7 +39,7 @@ def test_every_script_says_how_to_call_it(path, capsys):
     if path.stem not in ("llama_cpp", "benchmark_peers_worker", "quality"):  # others call these
         assert f"    python {path.relative_to(ROOT)}" in path.read_text()
         with pytest.raises(SystemExit) as end:
-            main(path.stem)(["--help"])
+            main_of(path.stem)(["--help"])
         assert not end.value.code and capsys.readouterr().out.startswith("usage: ")
 
 
@@ -58,13 +53,13 @@ def drawn(svg: str) -> tuple[list[str], list[float]]:
 
 def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     pictures = ROOT / "docs" / "pictures" / "quality.svg", tmp_path / "quality.svg"
-    main("draw_quality")(["--output", str(pictures[1])])
+    main_of("draw_quality")(["--output", str(pictures[1])])
     (texts, marks), (texts_now, marks_now) = (drawn(path.read_text()) for path in pictures)
     assert texts == texts_now and len(marks) > 20
     assert marks == pytest.approx(marks_now, abs=0.5), "python examples/benchmarks/draw_quality.py draws it anew"
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     (tmp_path / "page.md").write_text(re.sub(r"\| 1(\.\d+ ±)", r"| 2\1", page))
-    main("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
+    main_of("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
     other_texts, other_marks = drawn(pictures[1].read_text())
     assert other_texts != texts and other_marks != marks
 
@@ -142,6 +137,6 @@ def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
         for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), reader):
             saved.save_pretrained("model")
     arguments, words = SMALL[name]
-    assert not main(name)(split(arguments))
+    assert not main_of(name)(split(arguments))
     shown = capsys.readouterr().out
     assert [word for word in words if word not in shown] == [], shown

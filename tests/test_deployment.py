@@ -1,11 +1,8 @@
 """What people do with a pruned model: generate, adapt, save, compile, export and quantise."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +11,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import logits, without_refit
+from helpers import first_units, logits, ran
 from models import build, config, documents, real_text_model, token_ids, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruner
+from optimum_structprune import StructPruner
 
 
 UNIFORM = ("llama-tied", ())
@@ -132,8 +129,7 @@ def test_layers_that_differ(language, needs, python, bits, name, most, tmp_path)
     if not needs.exists():
         pytest.skip(f"there is no {needs}")
     model, tokenizer = real_text_model()
-    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate((512, 1024))}
-    small = without_refit(model, Plan("llama", keep))
+    small = first_units(model, (512, 1024))
     for saved, folder in ((model, "HuggingFaceTB/SmolLM2-135M-Instruct"), (small, "smollm2-32")):
         saved.save_pretrained(tmp_path / folder)
         tokenizer.save_pretrained(tmp_path / folder)
@@ -142,7 +138,6 @@ def test_layers_that_differ(language, needs, python, bits, name, most, tmp_path)
     script = f"import torch\n{recipe}{CHECK.format(bits=bits, name=name, most=most)}"
     paths = [str(TORCHAO), str(ROOT), os.environ.get("PYTHONPATH")] if bits == 8 else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran([python, "-c", script], cwd=tmp_path, env=environment)
     sizes = [(tmp_path / f"smollm2-{size}" / "model.safetensors").stat().st_size for size in (32, bits)]
     assert sizes[1] < {8: 0.6, 4: 0.4}[bits] * sizes[0]

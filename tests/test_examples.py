@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same_weights, save_with_tokenizer, write_texts
+from helpers import main_of, ran, same_weights, save_with_tokenizer, write_texts
 from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -23,11 +23,6 @@ from optimum_structprune.sources.data import batches_of
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def main(name: str):
-    """The `main` of an example."""
-    return import_module(name).main
 
 
 def width(folder) -> int:
@@ -47,31 +42,20 @@ def test_prune_with_flags_and_with_a_file(desk, capsys):
     arguments = ["--model", str(desk / "model"), "--output", str(desk / "flags"), "--sparsity", "0.3"]
     more = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
     domains = ["--domains", "prose=builtin:prose", f"notes={desk / 'notes.jsonl'}"]
-    main("prune")([*arguments, *domains, "--pruning", json.dumps(more)])
+    main_of("prune")([*arguments, *domains, "--pruning", json.dumps(more)])
     assert width(desk / "flags") < 1536 and "perplexity notes" in capsys.readouterr().out
     values = {"model": str(desk / "model"), "output": str(desk / "file")}
     fields = {"num_samples": 6, "seq_length": 64, "widths": {"mlp": 1024}}
     (desk / "run.yaml").write_text(json.dumps({**values, "pruning": fields}))  # YAML reads JSON too
-    main("prune")([str(desk / "run.yaml")])
+    main_of("prune")([str(desk / "run.yaml")])
     assert width(desk / "file") == 1024
 
 
 @pytest.mark.slow
 def test_prune_and_recover(desk, capsys):
     out, small = desk / "recovered", ["--num-samples", "6"]
-    main("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "6144", "--rounds", "2", *small])
+    main_of("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "6144", "--rounds", "2", *small])
     assert width(out) < 1536 and "recovered" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def bert(desk):
-    """A tiny random BERT with a head for two labels, which is one label too few."""
-    tokenizer = AutoTokenizer.from_pretrained(desk / "model")
-    torch.manual_seed(0)
-    fields = {**PLAIN, "vocab_size": len(tokenizer), "intermediate_size": 256, "max_position_embeddings": 64}
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields))
-    save_with_tokenizer(model, desk / "bert", tokenizer)
-    return desk / "bert"
 
 
 def accuracies(shown: str) -> dict[str, float]:
@@ -81,16 +65,20 @@ def accuracies(shown: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", pytest.param(None, marks=pytest.mark.nightly)])
-def test_prune_bert_classifier(desk, bert, kind, capsys):
-    out = desk / f"classifier-{kind}"
-    flags = ["--model", str(bert), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
+def test_prune_bert_classifier(desk, kind, capsys):
+    reader, out = AutoTokenizer.from_pretrained(desk / "model"), desk / f"classifier-{kind}"
+    torch.manual_seed(0)  # its head is for two labels, which is one label too few
+    fields = {**PLAIN, "vocab_size": len(reader), "intermediate_size": 256, "max_position_embeddings": 64}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields))
+    save_with_tokenizer(model, desk / "bert", reader)
+    flags = ["--model", str(desk / "bert"), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
     small = ["--num_samples", "8", "--seq_length", "48"]
     if kind is not None:
         rows = [(text, label) for label in ("code", "math") for text in islice(builtin_documents(label), 60)]
         with open(desk / "labelled.csv", "w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *rows])
         flags += ["--data", str(desk / "labelled.csv")]
-    main("prune_bert_classifier")([*flags, *small])
+    main_of("prune_bert_classifier")([*flags, *small])
     shown = accuracies(capsys.readouterr().out)
     chance = 1 / (3 if kind is None else 2)
     assert [*shown] == ["dense", "pruned", "fine-tuned again"] and min(shown.values()) > 1.3 * chance
@@ -98,7 +86,7 @@ def test_prune_bert_classifier(desk, bert, kind, capsys):
     assert pruned.config.intermediate_size == 128 and pruned.config.label2id["math"] == 1
     if kind == "csv":  # a classifier as it is: nothing is trained, and the dense accuracy is the one of before
         again = ["--model", str(out), "--output", str(desk / "again"), "--epochs", "0", "--epochs_after", "0"]
-        main("prune_bert_classifier")([*again, *flags[-2:], *small])
+        main_of("prune_bert_classifier")([*again, *flags[-2:], *small])
         later = accuracies(capsys.readouterr().out)
         assert [*later] == ["dense", "pruned"] and later["dense"] == shown["fine-tuned again"]
 
@@ -118,28 +106,27 @@ def test_several_processes_train_what_one_does(desk):
         flags = ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(2 // number)]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert "recovery: 4,064 tokens, 16 steps" in done.stdout and done.stdout.count("recovery:") == 1
+        shown = ran([*command, *flags], env=environment, timeout=300)
+        assert "recovery: 4,064 tokens, 16 steps" in shown and shown.count("recovery:") == 1
     alone, shared = (load_file(desk / f"of-{number}" / "model.safetensors") for number in (1, 2))
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
 def test_trainer_callback(desk, capsys):
-    main("trainer_callback")([str(desk / "model"), str(desk / "tuned"), "--steps", "20"])
+    main_of("trainer_callback")([str(desk / "model"), str(desk / "tuned"), "--steps", "20"])
     assert f"FFN width {width(desk / 'tuned')}" in capsys.readouterr().out
     assert width(desk / "tuned") == width(desk / "tuned" / "checkpoint-10") < 1536
     assert width(desk / "tuned") <= width(desk / "tuned" / "checkpoint-5") < 1536
     arguments = [str(desk / "model"), str(desk / "tuned"), "--steps", "24", "--resume"]
-    main("trainer_callback")([*arguments, "--text", str(desk / "notes.jsonl")])
+    main_of("trainer_callback")([*arguments, "--text", str(desk / "notes.jsonl")])
     assert width(desk / "tuned" / "checkpoint-24") == width(desk / "tuned")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about old names of arguments
 def test_sft_trl(desk):
     pytest.importorskip("trl", reason="trl is not installed")
-    main("sft_trl")([str(desk / "model"), str(desk / "sft"), "--steps", "10"])
+    main_of("sft_trl")([str(desk / "model"), str(desk / "sft"), "--steps", "10"])
     assert width(desk / "sft") < 1536
 
 

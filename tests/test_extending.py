@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_desk
+from helpers import put_into, ran, save_desk
 from models import build
 from transformers import AutoModelForCausalLM
 
@@ -34,33 +33,21 @@ include = ["my_pruning.py"]
 """
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder for PYTHONPATH that holds the installed package."""
-    folder = tmp_path_factory.mktemp("third_party")
-    (folder / "source").mkdir()
-    (folder / "source" / "my_pruning.py").write_text("\n\n".join(CODE))
-    points = re.search(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)[1]
-    (folder / "source" / "pyproject.toml").write_text(PROJECT + points)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(folder / "target")]
-    command = [sys.executable, "-m", "pip", "install", *options, str(folder / "source")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder / "target"
-
-
 @pytest.mark.slow
-def test_a_third_partys_criterion_on_the_command_line(installed, tmp_path):
+def test_a_third_partys_criterion_on_the_command_line(tmp_path):
+    source, installed = tmp_path / "source", tmp_path / "target"
+    points = re.search(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)[1]
+    put_into(source, {"my_pruning.py": "\n\n".join(CODE), "pyproject.toml": PROJECT + points})
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", installed]
+    ran([sys.executable, "-m", "pip", "install", *options, source], timeout=120)
     save_desk(tmp_path)
     (tmp_path / "run.yaml").write_text("num_samples: 6\nseq_length: 24\n")
     flags = ["--config", "run.yaml", "--criterion", "redundancy", "--width", "mlp=24", "--domain", "a=a.jsonl"]
     paths = os.pathsep.join([str(installed), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-
     command = [Path(sys.executable).parent / "structprune", "prune", "model", "out", *flags, "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert "perplexity a" in done.stdout and "from_pretrained" in done.stdout
+    shown = ran(command, cwd=tmp_path, env=environment, timeout=180)
+    assert "perplexity a" in shown and "from_pretrained" in shown
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
     made = json.loads((tmp_path / "out" / "structprune_config.json").read_text())
     assert made["criterion"] == "redundancy"

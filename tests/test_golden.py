@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import golden
 import pytest
 import torch
-from helpers import on_two_ranks
+from helpers import on_two_ranks, ran
 
 
 KNOWN = json.loads(golden.FILE.read_text())
@@ -58,7 +57,6 @@ def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     for variable, value in golden.PORTABLE.items():
         monkeypatch.setenv(variable, value)
     done = on_two_ranks(SCRIPT, tmp_path, tmp_path, *TWO)
-    assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("HASHES")]
     both = [(name, json.loads(hashes)) for name, hashes in lines]
     assert sorted(name for name, _ in both) == sorted(TWO * 2)
@@ -96,13 +94,8 @@ print(len({file for file, _ in seen}), len(seen), modules)
 
 
 def test_a_default_pruning_runs_through_few_files_and_imports_few_modules(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", TRACED, str(tmp_path / "small")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(golden.__file__).parent)},
-    )
-    files, functions, modules = map(int, done.stdout.split()[-3:])
+    environment = {**os.environ, "PYTHONPATH": str(Path(golden.__file__).parent)}
+    shown = ran([sys.executable, "-c", TRACED, tmp_path / "small"], env=environment)
+    files, functions, modules = map(int, shown.split()[-3:])
     assert files <= MOST_FILES and functions <= MOST_FUNCTIONS, (files, functions)
     assert modules <= MOST_MODULES

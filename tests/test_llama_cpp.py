@@ -1,7 +1,6 @@
 """A real llama.cpp computes from our GGUF files what transformers computes; `make llama-cpp` installs one."""
 
 import os
-import subprocess
 import sys
 
 import gguf
@@ -9,6 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from helpers import ran
 from models import GROUPED, SLIDING, random_model, real_text_model
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM
@@ -149,16 +149,14 @@ def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(tmp_path):
     pytest.importorskip("sentencepiece", reason="llama.cpp's converter imports sentencepiece")
     source = tmp_path / "source"
     bundle = llama_cpp.modules() / "node-llama-cpp" / "llama" / "gitRelease.bundle"
-    subprocess.run(["git", "clone", "--quiet", bundle, source], check=True, capture_output=True)
+    ran(["git", "clone", "--quiet", bundle, source])
     pruner = StructPruner(stories_config(widths={"mlp": 120, "attention": 2}))
     model, tokenizer = stories_model()
     model = pruner.prune_model(model, tokenizer).eval()
     pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer)
     command = [sys.executable, source / "convert_hf_to_gguf.py", tmp_path / "pruned", "--outtype", "f32"]
     paths = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
-    line = [*command, "--outfile", tmp_path / "theirs.gguf"]
-    done = subprocess.run(line, env=paths, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ran([*command, "--outfile", tmp_path / "theirs.gguf"], env=paths)
     export_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), tmp_path / "ours.gguf", tokenizer)
     ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
     tensors = {tensor.name: tensor.data for tensor in theirs.tensors}

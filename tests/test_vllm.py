@@ -2,17 +2,16 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ask_python, without_refit
+from helpers import ask_python, first_units, ran
 from models import real_text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneConfig, export_nemotron_nas, prune_model
+from optimum_structprune import StructPruneConfig, export_nemotron_nas, prune_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,20 +38,13 @@ def dense(model_type="llama", **fields):
     return model, tokenizer
 
 
-def pruned(model, ffn, groups=(2, 2, 2)):
-    """The first units of each layer."""
-    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
-    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
-    return without_refit(model, Plan(model.config.model_type, keep)).eval()
-
-
 @pytest.fixture(scope="module")
 def models():
     model, tokenizer = dense()
     return {
-        "uniform": pruned(model, [256] * 3, [1] * 3),
-        "ffn": pruned(model, [512, 200, 256]),
-        "heads": pruned(model, [512, 200, 256], [2, 1, 2]),
+        "uniform": first_units(model, [256] * 3, [1] * 3),
+        "ffn": first_units(model, [512, 200, 256]),
+        "heads": first_units(model, [512, 200, 256], [2, 1, 2]),
     }, tokenizer
 
 
@@ -126,16 +118,15 @@ def test_with_this_package(models, folders):
 def exported(models, folders):
     """A Llama and a Qwen2 whose layers differ, in the form of DeciLM."""
     qwen, tokenizer = dense("qwen2", tie_word_embeddings=True)
-    by_name = {"nas-llama": models[0]["heads"], "nas-qwen2": pruned(qwen, [256, 512, 300], [2, 1, 1])}
+    by_name = {"nas-llama": models[0]["heads"], "nas-qwen2": first_units(qwen, [256, 512, 300], [2, 1, 1])}
     for name, model in by_name.items():
         export_nemotron_nas(model, folders / name, tokenizer, pad=True)
     return by_name
 
 
 def test_nemotron_nas_in_vllm(exported, folders):
-    answers = ask(folders, [("nas-llama", {"trust_remote_code": True})], VLLM_PLUGINS="") + ask(
-        folders, [("nas-qwen2", {})]
-    )
+    answers = ask(folders, [("nas-llama", {"trust_remote_code": True})], VLLM_PLUGINS="")
+    answers += ask(folders, [("nas-qwen2", {})])
     for model, answer in zip(exported.values(), answers, strict=True):
         check(model, answer)
         assert answer["class"] == ["DeciLMForCausalLM"]
@@ -157,9 +148,7 @@ for folder in sys.argv[2:]:
 
 def test_nemotron_nas_in_mlx(exported, folders):
     script = [PYTHON, "-c", MLX.replace("{new}", str(NEW)), json.dumps(PROMPT), *(folders / name for name in exported)]
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for model, line in zip(exported.values(), done.stdout.splitlines(), strict=True):
+    for model, line in zip(exported.values(), ran(script).splitlines(), strict=True):
         row, logprobs = json.loads(line)
         assert row == model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW)[0].tolist()
         with torch.no_grad():

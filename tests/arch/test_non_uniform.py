@@ -1,13 +1,12 @@
 """Models whose layers differ in width: pruned ≡ masked, every way to load them, and what people do with them."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
-from helpers import KEEP, free_spaces, logits, masked, own_family, with_long, without_refit
+from helpers import KEEP, free_spaces, logits, masked, own_family, ran, with_long, without_refit
 from models import GROUPED, PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,6 +17,7 @@ from optimum_structprune.arch import per_layer
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.removals.resize import pad_, resize_
 from optimum_structprune.system.fingerprint import fingerprint
 
@@ -139,8 +139,7 @@ def test_it_loads_in_another_process_without_the_plugin_and_then_with_it_and_wit
     small = pruner.prune_model(model, tokenizer())
     pruner.save(small, folder / "own")
     save_file({"logits": logits(small), "ids": token_ids()}, folder / "own.safetensors")
-    done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ran([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=folder)
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
@@ -152,7 +151,7 @@ def test_the_import_is_cheap_and_the_environment_has_a_say(value):
         f"assert ('optimum_structprune.arch.per_layer' in waiting) == {value}\n"
     )
     env = {"OPTIMUM_STRUCTPRUNE_PATCH": value, "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    ran([sys.executable, "-c", code], env=env)
 
 
 def test_the_patch_comes_off(saved, monkeypatch):
@@ -210,3 +209,8 @@ def test_a_model_takes_the_widths_of_a_state_dict(case):
         target.load_state_dict(source.state_dict())
         assert torch.equal(logits(target), logits(source))
         assert getattr(target.config, "is_heterogeneous", False) == getattr(source.config, "is_heterogeneous", False)
+    if case == "phi3":  # whose layers cannot differ in this width
+        few, name = build(case), "model.layers.0.self_attn.qkv_proj.weight"
+        state = few.state_dict()
+        with pytest.raises(StructPruneError, match="2 units of 'attention' in one layer and 4 in another.*forward"):
+            resize_(few, describe(few), {**state, name: state[name][: len(state[name]) // 2]})

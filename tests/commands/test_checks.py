@@ -1,12 +1,11 @@
 """What flags show to be wrong is refused before torch is imported, what a config shows, before weights are read."""
 
 import json
-import subprocess
 import sys
 from shlex import split
 
 import pytest
-from helpers import save_desk, save_with_tokenizer, with_tokens
+from helpers import ran, save_desk, save_with_tokenizer, with_tokens
 from models import build, tokenizer
 from transformers import XGLMConfig
 
@@ -144,9 +143,8 @@ print(json.dumps(found))
 
 def test_what_flags_refuse_is_refused_without_torch(folder):
     lines = json.dumps([line for line, _ in FLAGS])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, lines, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for (line, message), (code, said, imported) in zip(FLAGS, json.loads(done.stdout), strict=True):
+    found = json.loads(ran([sys.executable, "-c", SCRIPT, lines, folder]))
+    for (line, message), (code, said, imported) in zip(FLAGS, found, strict=True):
         assert code == 2 and message in said, (line, said)
         assert said.count("\n") <= 4 and "Validation error" not in said, said
         assert not imported, line

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -13,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from helpers import ran
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -105,8 +105,7 @@ def test_the_snippets_run_without_this_package(desk):
     code = "import sys\nsys.modules['optimum_structprune'] = None\n"
     for name in ("slim", "uneven"):
         code += re.search(r"```python\n(.*?)```", (desk / name / "README.md").read_text(), re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    assert len(ran([sys.executable, "-c", code], cwd=desk).splitlines()) == 2
 
 
 def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_nothing(desk, tmp_path):
@@ -215,8 +214,6 @@ def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_
 
 
 # --- the picture: each kind of text and language where it stands, as XML that nothing runs in
-
-
 def report(ratios: dict[str, float], margin: float | None = 0.1, other: float | None = None) -> dict:
     """A report of perplexities that grew from 10 by these factors."""
     grown = {name: {"before": 10.0, "after": 10.0 * ratio} for name, ratio in ratios.items()}

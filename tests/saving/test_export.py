@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import logits, save_with_tokenizer, without_refit
+from helpers import first_units, logits
 from models import GROUPED, build, config, random_model, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Manifest, Plan, StructPruneConfig, StructPruner, export_nemotron_nas, export_uniform
-from optimum_structprune.commands.cli import main
 from optimum_structprune.errors import StructPruneError
 
 
@@ -68,9 +67,7 @@ def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another
 def model(model_type="llama", ffn=(512, 256), groups=(4, 2), **fields):
     """Two layers that keep their first units, of 4 KV groups with two query heads each."""
     dense = random_model(AutoModelForCausalLM, model_type, {**GROUPED, "intermediate_size": 512, **fields})
-    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
-    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
-    return without_refit(dense, Plan(model_type, keep)).eval()
+    return first_units(dense, ffn, groups)
 
 
 def blocks(folder):
@@ -105,6 +102,8 @@ def test_the_folder_has_the_sizes_of_the_layers(case, tmp_path):
     assert cost.after - cost.before == sum(map(torch.numel, tensors.values())) - small.num_parameters()
     assert (cost.after == cost.before) == (case == "differing")
     assert (tmp_path / "out" / "configuration_nemotron_nas.py").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve out --trust-remote-code" in card and "from_pretrained" not in card
     assert not (tmp_path / "out" / "modeling_structprune.py").exists()
 
 
@@ -119,13 +118,3 @@ def test_what_the_form_cannot_say_is_refused(fields, words, tmp_path):
     with pytest.raises(StructPruneError, match=words):
         export_nemotron_nas(model(**fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command(tmp_path, capsys):
-    small = model(groups=(4, 4))
-    save_with_tokenizer(small, tmp_path / "in")
-    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "nemotron-nas"]) == 0
-    assert "padding adds 0 parameters" in capsys.readouterr().out
-    assert torch.isfinite(logits(small)).all() and blocks(tmp_path / "out") == [(2, 512), (2, 256)]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "vllm serve out --trust-remote-code" in card and "from_pretrained" not in card

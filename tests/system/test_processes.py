@@ -140,7 +140,6 @@ def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     save_desk(folder)
     done = on_two_ranks(SCRIPT, folder, folder)
-    assert done.returncode == 0, done.stderr
     return folder, done.stdout, done.stderr
 
 

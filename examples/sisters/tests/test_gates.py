@@ -252,8 +252,7 @@ with across_processes():
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
-    done = on_two_ranks(SCRIPT, tmp_path, tmp_path, Path(__file__).parent, Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(SCRIPT, tmp_path, tmp_path, Path(__file__).parent, Path(__file__).parents[1])
     first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
     whole = learned(build("llama-tied"), settings())
     for (layer, _), values in whole.items():
