@@ -239,15 +239,6 @@ def test_what_may_be_replaced(alike, tmp_path):
         export_gguf(alike, tmp_path, tokens, overwrite=True)
 
 
-def test_on_the_command_line(differing, tmp_path, capsys):
-    save_with_tokenizer(differing, tmp_path / "pruned", reader(pieces=False))
-    line = ["export", str(tmp_path / "pruned"), str(tmp_path / "new" / "out.gguf"), "--device", "cpu"]
-    assert main([*line, "--dtype", "bf16", "--json", "--quiet"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["architecture"], shown["dtype"], shown["output"]) == ("deci", "BF16", line[2])
-    assert gguf.GGUFReader(line[2]).get_field("deci.feed_forward_length").contents() == [24, 40]
-
-
 def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
     """Whatever cannot be written is refused before the weights, which are none here, are read."""
     monkeypatch.chdir(tmp_path)
