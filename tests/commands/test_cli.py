@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from helpers import error_line, own_family, save_desk, save_with_tokenizer
-from models import GROUPED, build, token_ids
+from models import GROUPED, build
 from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -28,19 +27,13 @@ def command(folder, *extra, at=None):
     return ["prune", *paths, "--domain", f"a={folder / 'a.jsonl'}", *short, *extra]
 
 
-def test_by_either_name(folder, capsys, monkeypatch):
-    """The script `structprune` runs in `test_extending.py`, in a process of its own."""
-    widths = ["--width", "mlp=24", "--width"]
-    assert main(command(folder, *widths, "attention=2", "--overwrite")) == 0
-    shown = capsys.readouterr().out
-    assert "width mlp" in shown and "perplexity a" in shown and "from_pretrained" in shown
-    small = AutoModelForCausalLM.from_pretrained(folder / "out")
-    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
-    assert torch.isfinite(small(token_ids()).logits).all()
-    monkeypatch.setattr(sys, "argv", ["optimum-cli", "structprune", *command(folder, *widths, "attention=3")])
+def test_by_the_other_name(folder, capsys, monkeypatch):
+    """The script `structprune` runs in `test_extending.py`, in a process of its own, and on the pages of the docs."""
+    line = command(folder, "--width", "mlp=24", "--criterion", "nope")
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "structprune", *line])
     with pytest.raises(SystemExit) as end:
         optimum_main()
-    assert end.value.code == 2 and "exists and is not empty" in error_line(capsys)
+    assert end.value.code == 2 and "criterion" in error_line(capsys)
 
 
 def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
