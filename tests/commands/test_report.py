@@ -1,15 +1,12 @@
-"""`structprune evaluate --html`, and the command lines that the page names."""
+"""`structprune evaluate --html`; `saving/test_save.py` runs the command lines that the page names."""
 
 import html
 import json
-import re
-import shlex
 
 import pytest
 from helpers import error_line, save_desk, write_texts
 from models import documents, full_disk
 
-from optimum_structprune import Plan
 from optimum_structprune.commands.cli import main
 
 
@@ -26,13 +23,6 @@ def folder(tmp_path_factory):
 
 def page(folder) -> str:
     return html.unescape((folder / "small" / "report.html").read_text())
-
-
-def test_the_page_names_the_command_that_repeats_the_run(folder):
-    line = re.search(r"structprune prune .*", page(folder))[0]
-    words = shlex.split(line)
-    assert main([*words[1:], "--quiet"]) == 0
-    assert Plan.load(words[3] + "/pruning_plan.json") == Plan.load(folder / "small" / "pruning_plan.json")
 
 
 def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, capsys):
