@@ -82,7 +82,6 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"widths": {}}, "widths has to name at least one space"),
     ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
     ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
-    ({"sparsity": 0.2, "refit": "ls"}, "'refit' has to name a registered refit, got 'ls'.*least_squares, none"),
     ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),
     ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "one shape of all layers"),
@@ -93,10 +92,8 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the name 'a'; rename one"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
     ({"sparsity": 0.2, "domains": [{"name": "a\udce9", "source": "x"}]}, "'name' holds half a character"),
     ({"sparsity": 0.2, "domains": [{"name": name, "source": "x", "weight": 1e308} for name in "ab"]}, "to infinity"),
-    ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
 ])  # fmt: skip
 def test_bad_values_name_the_field_and_the_value(fields, message):
@@ -139,10 +136,8 @@ def test_layers_are_named_by_numbers():
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     path = tmp_path / "run.yaml"
-    lines = [
-        "a: &a [x, x]",
-        *(f"{new}: &{new} [*{old}, *{old}]" for old, new in pairwise("abcdefghijklmnopqrstuvwxyz")),
-    ]
+    pairs = pairwise("abcdefghijklmnopqrstuvwxyz")
+    lines = ["a: &a [x, x]", *(f"{new}: &{new} [*{old}, *{old}]" for old, new in pairs)]
     endless, deep, wrong = "\n".join(lines), "sparsity: " + "[" * 3000 + "]" * 3000, "sparsity: !!timestamp x"
     code = "!!python/object/apply:os.system ['true']"
     for content in ("- a\n- b\n", "sparsity: [0.2\n", "", code, endless, deep, wrong):
