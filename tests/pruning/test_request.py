@@ -78,7 +78,6 @@ REFUSED = [
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
     # the recovery, of which `recovery/test_checks.py` has the other rules
     ("bert", {"recovery": training()}, "Recovery trains causal language models, and BertForMaskedLM is none"),
-    ("llama-tied", {"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
 ]
 
 
@@ -139,8 +138,6 @@ def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_
 
 
 # --- options without effect
-
-
 def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
     model = build("glm4_moe")
     with pytest.warns(UserWarning, match="num_nextn_predict_layers.*its config says 0"):
@@ -182,7 +179,6 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
 
 
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
-
 IDS = token_ids(12, 16)
 WRONG = [
     ({"model": "some/model"}, "model takes a model of transformers, got str"),
