@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import repeat
 from unittest.mock import patch
 
 import pytest
@@ -77,13 +78,9 @@ def test_a_training_and_a_later_pruning_keep_to_what_was_held_out(first, second,
 
 
 def test_a_text_that_repeats_itself_forever_ends():
-    def forever():
-        while True:
-            yield TEXTS[0]
-
     with patch("optimum_structprune.domains.packing.MAX_PASSED_DOCUMENTS", MAX_PASSED_DOCUMENTS // 100):
         with pytest.raises(StructPruneError, match="documents, of which 1 differ.*serves only one of the two"):
-            load_domains(config(domains=[DomainConfig("a", forever())], num_samples=2), READER)
+            load_domains(config(domains=[DomainConfig("a", repeat(TEXTS[0]))], num_samples=2), READER)
 
 
 def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
@@ -99,12 +96,6 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][2]["documents"])
 
 
-def run_on(settings, domains):
-    """The finished run of a tiny model, with the widths chosen on the same data."""
-    model, data = build("llama-tied"), data_of(settings, domains)
-    return pruned_on(data, model, choose_shape(Run(model, describe(model), data)))
-
-
 def other(samples):
     """Samples of the same shape with other tokens."""
     return torch.randint(3, 96, samples.shape, generator=torch.Generator().manual_seed(7))
@@ -115,7 +106,9 @@ def test_no_choice_sees_the_text_that_is_reported_and_no_report_measures_what_wa
     domains = load_domains(settings, tokenizer())
     unseen = [replace(domain, heldout=other(domain.heldout)) for domain in domains]
     chosen_on = [replace(domain, probe=other(domain.probe)) for domain in domains]
-    run, same_choice, same_report = (run_on(settings, read) for read in (domains, unseen, chosen_on))
+    every = [data_of(settings, read) for read in (domains, unseen, chosen_on)]
+    shapes = [choose_shape(Run(MODEL, describe(MODEL), data)) for data in every]
+    run, same_choice, same_report = (pruned_on(data, MODEL, shape) for data, shape in zip(every, shapes, strict=True))
     assert run.plan == same_choice.plan and same_weights(run.model, same_choice.model)
     losses, same = run.report.perplexity, same_report.report.perplexity
     assert losses != same_choice.report.perplexity
