@@ -236,8 +236,6 @@ def test_a_checkpoint_without_the_pooler_that_nobody_reads_loads(tmp_path):
 
 
 # --- translators keep the tokens of their languages, and begin with the one that they are told to
-
-
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 SIZES = {**BART, **TOKENS, "max_position_embeddings": 256}
 SIZES |= {"bos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2}
@@ -275,14 +273,6 @@ KINDS = {
 }
 
 
-def pruned(reader, model, folder):
-    prose = [DomainConfig(name="prose", source="builtin:prose")]
-    pruner = StructPruner(config(domains=prose, widths={"vocab": len(reader) - 80}, seq_length=48))
-    pruner.save(pruner.prune_model(model, reader), folder)
-    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    return again, AutoTokenizer.from_pretrained(folder), [*pruner.plan.keep[-1, "vocab"]]
-
-
 @torch.no_grad()
 def assert_same(model, again, ids, keep, forced):
     """What both write is the same, if the dense model writes tokens that stay."""
@@ -300,7 +290,11 @@ def test_languages_stay_and_a_translation_begins_with_the_one_that_is_forced(kin
     model = random_model(cls, model_type, {**SIZES, "vocab_size": len(reader)})
     forced = reader.convert_tokens_to_ids(target)
     model.generation_config.forced_bos_token_id = forced
-    again, smaller, keep = pruned(reader, model, tmp_path / "small")
+    prose = [DomainConfig(name="prose", source="builtin:prose")]
+    pruner = StructPruner(config(domains=prose, widths={"vocab": len(reader) - 80}, seq_length=48))
+    pruner.save(pruner.prune_model(model, reader), tmp_path)
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    smaller, keep = AutoTokenizer.from_pretrained(tmp_path), [*pruner.plan.keep[-1, "vocab"]]
     assert type(smaller) is type(reader) and len(smaller) == len(keep) == len(reader) - 80
     for code in (source, target, reader.mask_token):
         assert keep[smaller.convert_tokens_to_ids(code)] == reader.convert_tokens_to_ids(code)
@@ -335,8 +329,6 @@ def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind
 
 
 # --- in every family: the model computes for the tokens that stay what it did
-
-
 KEEP = (0, 1, 2, *range(5, 60, 2), 70, 71, 95)
 FIRST = {"llama-untied", *STRUCTURES, *OTHER_STRUCTURES, "bert", "t5", "gemma3", "gemma4_text", "roberta", "phi"}
 READ = {*CASES, *OTHERS} - {"vit", "zamba2"}  # pictures have no tokens, and the tokens of zamba2 stay
