@@ -1,6 +1,7 @@
 """Where the CPU emulates a dtype, products run in fp32; the weights and what a module returns keep their dtype."""
 
 from copy import deepcopy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,11 +43,7 @@ def test_products_run_in_fp32_and_the_model_is_as_before(monkeypatch, case):
 
 def test_an_error_leaves_the_weights_in_their_dtype(monkeypatch):
     emulate(monkeypatch)
-    model = build("llama-tied").to(torch.bfloat16)
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
+    model, fail = build("llama-tied").to(torch.bfloat16), Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt), hooks.in_fast_dtype(blocks(model)):
         with hooks.intercept([next(m for m in model.modules() if isinstance(m, nn.Linear))], fail):
             model(token_ids(2, 8))

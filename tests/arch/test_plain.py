@@ -131,16 +131,9 @@ def parametrized(model, name):
     parametrize.register_parametrization(module, next(iter(module.named_parameters(recurse=False)))[0], nn.Identity())
 
 
-PARTS = [
-    (case, name)
-    for case, layer in (
-        ("llama-tied", "model.layers.1"),
-        ("gpt2-tied", "transformer.h.0"),
-        ("mixtral", "model.layers.0"),
-    )
-    for name, _ in build(case).named_modules()
-    if f"{name}.".startswith(f"{layer}.")
-]
+LAYERS = {"llama-tied": "model.layers.1.", "gpt2-tied": "transformer.h.0.", "mixtral": "model.layers.0."}
+MODULES = [(case, name) for case in LAYERS for name, _ in build(case).named_modules()]
+PARTS = [(case, name) for case, name in MODULES if f"{name}.".startswith(LAYERS[case])]
 
 
 @pytest.mark.parametrize("change", [with_forward_of_mine, with_class_of_mine, compiled, parametrized])
@@ -167,9 +160,7 @@ def test_a_model_with_a_forward_of_its_own_or_of_mixed_precision_is_refused(tmp_
     with pytest.raises(StructPruneError, match="^model computes in mixed precision.*pass `(.*)`, of a Tr") as refused:
         prune_model(model, settings, tokenizer())
     plain = eval(re.search("`(.*?)`", str(refused.value))[1], {"accelerator": accelerator, "model": model})
-    assert same_weights(
-        prune_model(plain, config(), tokenizer()), prune_model(build("llama-tied"), config(), tokenizer())
-    )
+    assert same_weights(*(prune_model(of, config(), tokenizer()) for of in (plain, build("llama-tied"))))
 
 
 @pytest.mark.parametrize(("one", "other"), [

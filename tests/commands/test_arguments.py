@@ -88,9 +88,8 @@ def test_help_comes_from_the_fields_and_begins_with_what_most_people_need():
     DECLARE["prune"](parser)
     shown = parser.format_help()
     parts, words = re.split(r"\n([a-z ]+):\n", shown), " ".join(shown.split())
-    flags = {
-        title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    titled = zip(parts[1::2], parts[2::2], strict=True)
+    flags = {title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in titled}
     assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 11 and "--width" in flags["most used"]
     assert {"--error-feedback", "--refit"} <= {*flags["for experts"]} and "--widths" not in shown
     assert first_sentences(StructPruneConfig)["error_feedback"] in words and "(default: 0.5)" in words

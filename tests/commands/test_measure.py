@@ -104,9 +104,8 @@ def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     names = [f"{dense} (1)", "small", f"{dense} (2)"]
     assert [*values["parameters"]] == names and values["clock"] == "cpu"
     for stage in ("prefill", "decode"):
-        assert {shape: [*of] for shape, of in values[stage].items()} == {
-            f"batch 3, prompt {prompt}": names for prompt in (8, 4)
-        }
+        assert [*values[stage]] == ["batch 3, prompt 8", "batch 3, prompt 4"]
+        assert all([*of] == names for of in values[stage].values())
     assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
     assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
     assert values["weights"][names[0]] == values["weights"][names[2]] == 2 * values["parameters"][names[0]]

@@ -144,12 +144,10 @@ def test_control_codes_are_spelled_out(capsys):
         output.note(args, name)
         return Result(name, {"name": name})
 
-    def fail(args):
-        raise StructPruneError(name)
-
     said = "a\\x1b[31m\\x07\\x9b2J\té\n"
     assert execute(parsed(run)) == 0
     assert [*capsys.readouterr()] == [f"{said}\n"] * 2
+    fail = Mock(side_effect=StructPruneError(name))
     assert execute(parsed(fail)) == 2 and "a\\x1b[31m\\x07\\x9b2J é" in capsys.readouterr().err
 
 

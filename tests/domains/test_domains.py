@@ -229,8 +229,6 @@ def test_a_frame_tells_which_documents_its_samples_hold():
 
 
 # --- what a chat template raises is one line that names it, and no day changes what it writes
-
-
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 CHAT = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
 DOMAIN = DomainConfig("d", [], template="chat")

@@ -211,8 +211,6 @@ def test_no_more_is_written_than_is_needed(cache):
 
 
 # --- text of every kind beside the domains of a user
-
-
 TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
 BESIDE = StructPruneConfig(widths={"mlp": 24}, num_samples=10, seq_length=24, domains=[DomainConfig("own", TEXTS)])
 

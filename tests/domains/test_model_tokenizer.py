@@ -124,8 +124,6 @@ def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
 
 
 # --- samples as text: read again by the same tokenizer, and cut inside characters
-
-
 MODEL, READER = real_text_model()
 TEXTS = ["Ann has 3 apples and  5 pears,\n\twhich cost 12 $ each. " * 4, "Then she eats one of them. " * 6] * 2
 

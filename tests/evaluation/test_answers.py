@@ -199,9 +199,8 @@ def test_prune_ends_with_answers_and_shows_them(tmp_path, capsys, monkeypatch):
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0
     assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
-    report, page, card = (
-        (tmp_path / "out" / name).read_text() for name in ("report.json", "report.html", "README.md")
-    )
+    paths = (tmp_path / "out" / name for name in ("report.json", "report.html", "README.md"))
+    report, page, card = (path.read_text() for path in paths)
     prompts = [of["prompt"].partition("\n")[0][:20] for of in sample_items(json.loads(report)["answers"])]
     assert len(prompts) == len(re.findall(r"<li>(?:right|wrong)[^<]* \(dense\)", page)) == 3
     assert "## Answers" in card and all(prompt in card for prompt in prompts)

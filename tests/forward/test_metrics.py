@@ -205,10 +205,8 @@ def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_st
     assert same == pytest.approx(UNSEEN / 12)
     for more in (0.1, 0.5):
         losses = {"before": before, "after": before + more}
-        own, other = (
-            perplexity_figures(losses, 12, numbers, differs)["perplexity_margin"]["ratio"]
-            for differs in (0.0, KINDS_DIFFER)
-        )
+        both = (perplexity_figures(losses, 12, numbers, differs) for differs in (0.0, KINDS_DIFFER))
+        own, other = (figures["perplexity_margin"]["ratio"] for figures in both)
         assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
 
 

@@ -11,6 +11,7 @@ from optimum_structprune.record.remarks import LAST, RULES, VECTOR_LIMITS, remar
 from optimum_structprune.record.report import Report
 
 
+RATIOS, ANSWERS = st.lists(st.floats(0.9, 3), min_size=1, max_size=4), st.integers(0, 16)
 ADVICE = [*(rule.advice for rule in RULES), LAST]
 
 
@@ -100,14 +101,7 @@ def test_the_page_states_the_limits():
         assert f"| {least[0]:.0%} | {least[1]:.0%} |" in page
 
 
-@given(
-    st.lists(st.floats(0.9, 3), min_size=1, max_size=4),
-    st.integers(0, 16),
-    st.integers(0, 16),
-    st.none() | st.floats(0.9, 3),
-    st.floats(1, 2),
-    st.integers(0, 4),
-)
+@given(RATIOS, ANSWERS, ANSWERS, st.none() | st.floats(0.9, 3), st.floats(1, 2), st.integers(0, 4))
 def test_nothing_that_gets_worse_makes_a_verdict_better(ratios, kept, loops, other, factor, more):
     before = level(report(ratios, kept, loops=loops, other=other))
     worse = [([ratio * factor for ratio in ratios], kept, loops, other), (ratios, max(kept - more, 0), loops, other)]

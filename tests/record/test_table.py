@@ -11,11 +11,8 @@ def of(ratio, margin=None, documents=90, names=("a",)):
     """A report of a perplexity that grew from 10 by a factor on each text."""
     both = {"before": 10.0, "after": 10.0 * ratio}
     margins = {} if margin is None else {name: {"ratio": margin} for name in names}
-    counts = {
-        "perplexity_tokens": dict.fromkeys(names, 9_000),
-        "perplexity_documents": dict.fromkeys(names, documents),
-    }
-    return {"perplexity": dict.fromkeys(names, both), "perplexity_margin": margins, **counts}
+    counts = {"tokens": dict.fromkeys(names, 9_000), "documents": dict.fromkeys(names, documents), "margin": margins}
+    return {"perplexity": dict.fromkeys(names, both), **{f"perplexity_{name}": of for name, of in counts.items()}}
 
 
 @pytest.mark.parametrize(("margin", "documents", "shown"), [

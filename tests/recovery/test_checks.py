@@ -112,8 +112,6 @@ def test_a_model_in_shards_is_not_pruned():
 
 
 # --- a teacher has the same tokens, is another model, and predicts something
-
-
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(data=st.data())

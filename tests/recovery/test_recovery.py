@@ -244,8 +244,6 @@ def test_the_domains_give_tokens_by_their_weights_whatever_the_seed():
 
 
 # --- adapters: what they train of a model, and what merging makes of them
-
-
 def trainable(model) -> set[str]:
     """Which kinds of weights are trainable."""
     return {"adapter" if "lora_" in name else "base" for name, p in model.named_parameters() if p.requires_grad}

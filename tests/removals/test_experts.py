@@ -37,18 +37,13 @@ def test_the_loss_of_the_router_is_the_same_reloaded(case, tmp_path):
     small = prune_model(build(case), config(widths={"expert": 3}, refit="none"), tokenizer())
     small.save_pretrained(tmp_path)
     ids = token_ids()
-    losses = [
-        model(ids, labels=ids, output_router_logits=True).loss
-        for model in (small, type(small).from_pretrained(tmp_path))
-    ]
-    torch.testing.assert_close(*losses)
+    both = small, type(small).from_pretrained(tmp_path)
+    torch.testing.assert_close(*(one(ids, labels=ids, output_router_logits=True).loss for one in both))
 
 
 def test_only_what_the_experts_and_the_shared_ones_give_is_refitted():
     model = build("deepseek_v2")
-    plain, fitted = (
-        prune_model(model, config(refit=refit, **FEW), tokenizer()) for refit in ("none", "least_squares")
-    )
+    plain, fitted = (prune_model(model, config(refit=how, **FEW), tokenizer()) for how in ("none", "least_squares"))
     before, after = plain.state_dict(), fitted.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     prefix = "model.layers.1.mlp"

@@ -72,11 +72,8 @@ def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert torch.equal(outputs(again), outputs(small))
     if describe(model).causal:
-        prompt = token_ids(1, 6)
-        cached, plain = (
-            small.generate(prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False, use_cache=use)
-            for use in (True, False)
-        )
+        how = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+        cached, plain = (small.generate(token_ids(1, 6), use_cache=use, **how) for use in (True, False))
         assert torch.equal(cached, plain) and cached.shape == (1, 14)
 
 

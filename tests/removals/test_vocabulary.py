@@ -151,10 +151,8 @@ def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fiel
 
 
 def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
-    def generated():
-        yield from builtin_documents("math", 3)
-
-    pruner, _ = pruned(domains=[DomainConfig(name="math", source=generated())], widths={"vocab": 320, "mlp": 24})
+    once = iter(builtin_documents("math", 3))
+    pruner, _ = pruned(domains=[DomainConfig(name="math", source=once)], widths={"vocab": 320, "mlp": 24})
     counted, calibrated = (pruner.manifest.of_use(use)[0] for use in (COUNTED, "calibrated on"))
     every = {document_hash(text) for text in builtin_documents("math", 3)}
     assert {*counted.documents} == every - {*calibrated.heldout_documents} and {*calibrated.documents} <= every

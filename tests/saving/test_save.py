@@ -267,8 +267,6 @@ def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(t
 
 
 # --- what transformers 4 reads of a result, and transformers 5 still; `tests/test_transformers_4.py` runs a real one
-
-
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "original_max_position_embeddings": 4096}
 SCALED = {
@@ -310,8 +308,6 @@ def test_transformers_4_knows_the_tokenizer_and_no_machine_is_named(tmp_path):
 
 
 # --- a record belongs to what it describes: plans, reports and manifests to their model
-
-
 def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     dense, runs = [build("llama-tied", seed) for seed in (0, 1)], []
     pruners = [StructPruner(config(refit="none", **of)) for of in ({}, {"domains": [DomainConfig("c", documents())]})]

@@ -87,11 +87,8 @@ def test_widths_by_measured_loss_are_within_a_step_of_the_best(model, share):
     assert shape.name == "each layer" and shape.predicted == pytest.approx(loss)
     may = {key: (40, 30, 20, 10) if key[1] == "mlp" else (4, 3, 2, 1) for key in sizes}
     every = [outcome(dict(zip(may, widths, strict=True))) for widths in product(*may.values())]
-    steps = [
-        outcome({**found, key: of[of.index(found[key]) + 1]})[1] - loss
-        for key, of in may.items()
-        if found[key] > of[-1]
-    ]
+    narrower = [{**found, key: of[of.index(found[key]) + 1]} for key, of in may.items() if found[key] > of[-1]]
+    steps = [outcome(widths)[1] - loss for widths in narrower]
     least = min(other for other_removed, other in every if other_removed >= removed)
     assert loss <= least + max(steps)
     half_a_step = min(units * price[key] for key, units in ((key, 10 if key[1] == "mlp" else 1) for key in sizes)) / 2

@@ -24,10 +24,8 @@ from optimum_structprune.sources.data import batches_of
 
 
 def domains():
-    return [
-        Domain(name, share, token_ids(6, 12, seed), token_ids(2, 12, seed + 10))
-        for seed, (name, share) in enumerate([("a", 0.25), ("b", 0.75)])
-    ]
+    parts = enumerate([("a", 0.25), ("b", 0.75)])
+    return [Domain(*part, token_ids(6, 12, seed), token_ids(2, 12, seed + 10)) for seed, part in parts]
 
 
 def cut_on_trial(masks, method, space, source, width):

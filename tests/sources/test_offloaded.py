@@ -83,9 +83,8 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
     model = offloaded(case, place, tmp_path)
     assert is_offloaded(model)
     ours, small = pruned(model, **RUNS[case])
-    assert is_offloaded(small) and all(
-        tensor.is_meta for tensor in layer_list(small, describe(small))[-1].parameters()
-    )
+    *_, last = layer_list(small, describe(small))
+    assert is_offloaded(small) and all(tensor.is_meta for tensor in last.parameters())
     assert ours.plan.to_dict() == theirs.plan.to_dict()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
@@ -161,10 +160,8 @@ def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path)
 def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
     rows = {"a": token_ids(4, 24), "b": token_ids(3, 40)}
     whole, away = build("llama-untied"), offloaded("llama-untied", "disk", tmp_path)
-    both = (
-        Measure(model, [Domain("a", 1.0, rows["a"], rows["a"])], describe(model), 480, other=[*rows["b"]])
-        for model in (whole, away)
-    )
+    domains = [Domain("a", 1.0, rows["a"], rows["a"])]
+    both = (Measure(model, domains, describe(model), 480, other=[*rows["b"]]) for model in (whole, away))
     expected, found = (measure.dense_figures for measure in both)
     assert {len(row) for row in rows["b"]} == {40} and expected.keys() == found.keys()
     for name, losses in expected.items():

@@ -1,6 +1,6 @@
 """Other text is none that a run reads, is measured beside the kinds that it reads, and says where it comes from."""
 
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -109,11 +109,8 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
         # Text of the Hub is in no language that was named.
         assert read(writer, languages=["de"])[1][0] == "model-written"
 
-    def refused(*a, **k):
-        raise OSError("no network")
-
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-2")
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refused)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", Mock(side_effect=OSError("no network")))
     assert read(writer)[1][0] == "model-written"
     monkeypatch.setattr(generated, "MIN_TOKENS", 10**6)  # nothing that it writes is of use
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")

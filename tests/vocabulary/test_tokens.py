@@ -311,8 +311,6 @@ def test_slow_tokenizers_and_a_class_that_ignores_its_file_are_refused():
 
 
 # --- what a dense model expects of words, in the tokens that a smaller vocabulary spells them by
-
-
 SIZE = 3
 SPELLINGS = st.lists(st.lists(st.integers(0, SIZE - 1), min_size=2, max_size=4).map(tuple), unique=True, max_size=8)
 
