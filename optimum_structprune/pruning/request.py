@@ -212,12 +212,14 @@ def ask(
 ) -> Request:
     """Gives what is asked of a model once it can be met; see `Request.check`."""
     if LOSS in (config.budget or {}):
-        if use != PRUNE or inputs is not None:
-            reason = f"a {use} has none" if inputs is None else "they are judged on text, which inputs are not"
+        is_judged = inputs is None and (model_info.arch.causal or reads_text(model_info.plain_model))
+        if use != PRUNE or not is_judged:
+            text = "inputs are not" if inputs is not None else "this model does not read alone"
+            reason = f"they are judged on text, which {text}" if use == PRUNE else f"a {use} has none"
             raise StructPruneError(
                 f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
             )
-        config = replace(config, budget={"parameters": 0.99})  # which stands for a size that is not found yet
+        config = replace(config, budget={"parameters": 0.999})  # which stands for a size that is not found yet
     may_remove_tokens = inputs is None and (use == DRY_RUN or tokenizer is not None)
     if config.removes_tokens or config.removes_tokens is None and may_remove_tokens:
         from ..vocabulary.amount import with_tokens  # which most runs do without

@@ -60,10 +60,10 @@ def prune_within_loss(
     trials = CutTrials(pruner, request, model, tokenizer)
     losses = largest_cut(trials.loss, limit, trials.first(limit))
     if not (met := max(removed for removed, loss in losses.items() if loss <= limit)):
-        least = min(removed for removed in losses if removed)
+        least, most = min(trials.known.values())
         raise StructPruneError(
             f"budget {LOSS}={limit} cannot be met: the smallest cut that was tried, {least:.2%} of the parameters, "
-            f"may lose {losses[least]:.2g}; allow that, give more text, or target other spaces."
+            f"may lose {most:.2g}; allow that, give more text, or target other spaces."
         )
     seconds = perf_counter() - start
     remember_text(model, manifest=trials.text_set_aside())
@@ -98,6 +98,7 @@ class CutTrials:
         self.pruner, self.request, self.model, self.tokenizer = pruner, request, model, tokenizer
         self.parameters = request.model_info.plain_model.num_parameters()
         self.measured = {0.0: 0.0}
+        self.known: dict[str, tuple[float, float]] = {}  # the share that went and what may be lost, by what was asked
         self.records: list[dict[str, Any]] = []
         self._manifests: list[Manifest] = []
 
@@ -126,9 +127,13 @@ class CutTrials:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the last pruning says them
             try:
-                ask(trial.config, self.request.model_info, self.tokenizer)
+                widths = ask(trial.config, self.request.model_info, self.tokenizer).widths
             except StructPruneError:
                 return inf
+            # Text and the budget say how many tokens go beside other spaces, and a search how wide each layer is.
+            is_free = config.allocation != "uniform" or VOCAB in widths and len(widths) > 1
+            if (asked := str(removed if is_free else widths)) in self.known:
+                return self.known[asked][1]
             trial.prune_model(_copy(self.model, self.request), self.tokenizer, inplace=True)
         assert trial.report is not None and trial.manifest is not None
         self._manifests.append(trial.manifest)
@@ -137,6 +142,7 @@ class CutTrials:
         self.records.append({"removed": gone, **losses})
         # Where one document says nothing of others, these may lose as much again, and what few documents may hide.
         most = max(loss + (max(loss, UNSEEN) if margin is None else margin) for loss, margin in losses.values())
+        self.known[asked] = gone, most
         say(f"on trial: {gone:.2%} smaller, which loses {self.measured[gone]:.4f}, at most {most:.4f}")
         return most
 

@@ -1,12 +1,26 @@
 """A size that is found by its loss: how near the search comes, the text that it is judged on, and what is refused."""
 
+from dataclasses import replace
 from math import inf
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build, config, documents, fewer_tokens, real_text_model, token_ids, tokenizer
+from models import (
+    BART,
+    TOKENS,
+    build,
+    config,
+    documents,
+    fewer_tokens,
+    random_model,
+    real_text_model,
+    token_ids,
+    tokenizer,
+)
+from transformers import WhisperForConditionalGeneration
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.spec import MODEL, VOCAB
@@ -78,6 +92,11 @@ def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
 def test_a_wish_that_nothing_meets_names_the_smallest_loss():
     with pytest.raises(StructPruneError, match="loss=1e-12 cannot be met"):
         pruned(build("bert"), 1e-12)
+    # Each size is tried once, whatever share was asked for; the first call is the run's own.
+    trying = patch.object(StructPruner, "prune_model", autospec=True, side_effect=StructPruner.prune_model)
+    with trying as tried, pytest.raises(StructPruneError, match=r"cut that was tried, 34\.18% of the parameters"):
+        pruned(build("bert"), 1e-12, targets=("layer",))
+    assert tried.call_count == 2
 
 
 def test_text_of_one_document_meets_no_small_wish():
@@ -93,5 +112,8 @@ def test_what_measures_no_loss_on_text_is_refused():
         dry_run(model.config, asked)
     with pytest.raises(StructPruneError, match="which inputs are not"):
         prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})
+    speech = random_model(WhisperForConditionalGeneration, "whisper", {**TOKENS, **BART})
+    with pytest.raises(StructPruneError, match="which this model does not read alone"):
+        prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
     with pytest.raises(StructPruneError, match="below 1"):
         config(widths=None, budget={"loss": 2})
