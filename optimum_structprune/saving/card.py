@@ -12,7 +12,6 @@ from html import escape
 from math import isfinite
 from pathlib import Path
 from shlex import join, quote
-from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -53,6 +52,7 @@ HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 CHART_NAME = "chart.svg"
 LEFT, RIGHT, LINE = 112, 244, 22  # the ends of the scale and the height of a row, in pixels of a picture 360 wide
 KINDS, OTHER = "calibrated on: perplexity, × dense", "other text: perplexity, × dense"
+NO_XML = re.compile(r"[\0-\b\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # what XML cannot hold
 COLOURS = {KINDS: "#2a8f6d", OTHER: "#d9730d"}
 STYLE = (
     "text{font:12px sans-serif;fill:#24292f}.group{font-weight:600}"
@@ -216,9 +216,15 @@ def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, An
 def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
     # Such words never begin a line, where Markdown might read them.
     answers = item["answers"].items()
-    return shorten(item["prompt"], 200), [
-        f"{outcome(answer)} ({name}): {shorten(answer['text'], 200)}" for name, answer in answers
+    return _beginning(item["prompt"], 200), [
+        f"{outcome(answer)} ({name}): {_beginning(answer['text'], 200)}" for name, answer in answers
     ]
+
+
+def _beginning(text: str, most: int) -> str:
+    """Cuts a text to so many characters in one line, also where it has no spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def _domains(records: Records, use: str) -> list[list[str]]:
@@ -391,9 +397,10 @@ def chart(report: Mapping[str, Any]) -> str:
         if group != last:
             last, y = group, y + LINE
             drawn += f'<text class="group" x="8" y="{y + 4}">{escape(group)}</text>'
+        label = NO_XML.sub("\ufffd", name if len(name) < 16 else f"{name[:14]}…")
         y, x, reach, colour = y + LINE, LEFT + (value - low) * scale, margin * scale, COLOURS.get(group, "#4c7fd1")
         drawn += (
-            f'<text x="16" y="{y + 4}">{escape(shorten(name, 15, placeholder="…"))}</text>'
+            f'<text x="16" y="{y + 4}">{escape(label)}</text>'
             f'<path d="M{dense:.1f} {y - 9}v18" stroke="#8c959f" stroke-dasharray="3 3"/>'
             f'<path d="M{x - reach:.1f} {y}H{x + reach:.1f}" stroke="{colour}" stroke-width="3" opacity=".5"/>'
             f'<circle cx="{x:.1f}" cy="{y}" r="5" fill="{colour}"/>'

@@ -263,7 +263,8 @@ TRAINED = {"perplexity": {"a": {"dense": 10.0, "pruned": 15.0, "recovered": 11.0
     ({"embeddings": VECTORS, "languages": COSINES, "parameters": report({})["parameters"]}, ["a", "Russian", "German"],
      ["0.990 ± 0.002", "0.70 ± 0.01", "0.90 ± 0.01"]),
     ({**report({"a": 1.5}, other=2.0), "recovery": TRAINED}, ["a"], ["1.10"]),
-], ids=["languages that lose", "cosines of an encoder", "after a training"])  # fmt: skip
+    (report({"customer_support_tickets": 1.0, "a\x1b\0b": 1.0}), ["customer_suppo…", "a\ufffd\ufffdb"], None),
+], ids=["languages that lose", "cosines of an encoder", "after a training", "odd names"])  # fmt: skip
 def test_what_is_drawn(record, names, numbers):
     svg = chart(record)
     assert all(name in svg for name in names) and "French" not in svg and len(drawn(svg)) == len(names)
