@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import LOSS, RunOptions, StructPruneConfig
-from .domains.manifest import Manifest, ids_in, remember_text
+from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
@@ -219,8 +219,10 @@ class StructPruner:
                 "pass the model that it returned, or the model itself after inplace=True."
             )
         if result.tokenizer is not None:
-            kept = [*result.plan.keep[MODEL, VOCAB]]
-            if tokenizer is None or ids_in(tokenizer, result.tokenizer, len(kept)) == kept:
+            # Rows that only a config names have no tokens.
+            kept, tokens = result.plan.keep[MODEL, VOCAB], result.tokenizer.get_vocab().items()
+            dense = {token: kept[number] for token, number in tokens if number < len(kept)}
+            if tokenizer is None or dense.items() <= tokenizer.get_vocab().items():
                 tokenizer = result.tokenizer
         save_pruned(model, save_directory, result, tokenizer, overwrite)
 

@@ -1,6 +1,7 @@
 """The configs of a pruning: `StructPruneConfig` says what is done, `RunOptions` how the machine does it."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ AUTO = "auto"
 
 def _codes(languages: Sequence[str]) -> tuple[str, ...]:
     """Languages by their codes, of which one or several with commas stand in each string; a region is left out."""
-    codes = tuple(code.strip().lower().partition("-")[0] for text in languages for code in text.split(","))
+    named = (re.split("[-_]", code.strip().lower())[0] for text in languages for code in text.split(","))
+    codes = tuple(dict.fromkeys(named))  # as each counts as much as the text
     for code in codes:
         if code not in LANGUAGES:
             known = [f"{known_code} ({name})" for known_code, name in LANGUAGES.items()]

@@ -97,7 +97,7 @@ def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_c
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_without_them(rounds, tmp_path):
     fields = {"model": text_model(positions=400), "widths": {"mlp": 24}, "rounds": rounds}
-    (without, plain), (kept, small) = pruned(**fields), pruned(**fields, languages=["de,fi"])
+    (without, plain), (kept, small) = pruned(**fields), pruned(**fields, languages=["de_DE,fi", "DE"])
     *texts, of_languages = kept.manifest.of_use("calibrated on")
     read = sum(len(tokens_by_language(READER, CHOOSING)[code]) for code in ("de", "fi"))
     assert of_languages.name == "languages de,fi" and of_languages.heldout_tokens == 0
@@ -123,6 +123,8 @@ def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_pat
         same_as_dense(pruner, small, model)
         spelled = load_teacher(tmp_path / "dense", small, pruner.tokenizer).parts.spellings
         assert [spelled[token] for token in keep] == [(new,) for new in range(number)] and len(spelled) == 464
+        pruner.save(small, tmp_path / str(number), READER)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / str(number))) == min(number - 2, 400)
 
 
 def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
