@@ -129,7 +129,8 @@ class Recovery:
                 return training_text(config, pruning, tokenizer, model, seen), None, OtherText("")
             domains = training_text(config, pruning, teacher.tokenizer, teacher.model, seen)
             other = other_text(text_config(config, pruning), teacher.model, teacher.tokenizer, domains)
-            return domains, validation_text(config, pruning, teacher.tokenizer), other
+            trained = {name for domain in domains for name in domain.documents}
+            return domains, validation_text(config, pruning, teacher.tokenizer, trained), other
 
     def _trained(
         self,

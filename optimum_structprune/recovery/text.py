@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -68,19 +68,24 @@ def training_text(
 
 
 def validation_text(
-    config: RecoveryConfig, pruning: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None
+    config: RecoveryConfig,
+    pruning: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trained: Collection[str] = (),
 ) -> Tensor:
-    """Reads text of a kind that is not trained on, shape `(samples, seq_length)`."""
+    """Reads text of a kind that is not trained on, without `trained` documents, shape `(samples, seq_length)`."""
     assert tokenizer is not None  # without one, the text that is trained on was refused
     text = text_config(config, pruning)
     domains = text.domains or []
     source = config.validation or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
     frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
-    samples = frame.pack(frame.take(read, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length)).samples
+    new = (document for document in read if document.hash not in trained)
+    samples = frame.pack(frame.take(new, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length)).samples
     if not len(samples):
         raise StructPruneError(
-            f"validation={source!r} has less text than a sample of {text.seq_length} tokens; add some."
+            f"validation={source!r} has less text than a sample of {text.seq_length} tokens that is not trained on; "
+            "add some."
         )
     return samples
 

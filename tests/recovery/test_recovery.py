@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,6 +240,12 @@ def test_the_domains_give_tokens_by_their_weights_whatever_the_seed():
     assert validation_text(follows, settings, real_text_model()[1]).shape[1] == 24
     written = config(general_share=None, general_text="self:any")
     assert [domain.name for domain in texts_of(written)] == ["a", "b", "general"]
+    # Documents that are trained on do not validate, also where both are one file.
+    same = replace(follows, domains=[replace(uneven[0], source="builtin:math")], validation="builtin:math", tokens=96)
+    model, reader = real_text_model()
+    every = validation_text(same, settings, reader)
+    trained = training_text(same, settings, reader, model)[0].documents
+    assert trained and not torch.equal(validation_text(same, settings, reader, trained), every)
     # What the model wrote beside the domains is not trained on.
     assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
 
