@@ -181,7 +181,7 @@ def evaluate(
     parts = _parts(models, readers) if causal and len(models) > 1 else None
     against = models, readers, differ, parts, states
     judged = {text.domain.name: Judged(text.samples, *against) for text in texts if causal}
-    translated = {f"pairs {Path(path).stem}": read_pairs(path) for path in pairs}
+    translated = read_pairs(pairs)
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -54,12 +54,16 @@ def read_heldout(
     return Heldout(domain, packed.samples, packed.hashes)
 
 
-def read_pairs(path: str | Path) -> list[str]:
-    """The texts of a file with a text and its translation in each line of JSON; all translations come last."""
-    pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
-    if not pairs:
-        raise StructPruneError(f"The file {path} has no pairs of texts.")
-    return [text for texts in zip(*pairs, strict=True) for text in texts]
+def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
+    """The texts of files with a text and its translation in each line of JSON, by name; all translations come last."""
+    found, stems = dict[str, list[str]](), [Path(path).stem for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
+        if not pairs:
+            raise StructPruneError(f"The file {path} has no pairs of texts.")
+        name = stem if stems.count(stem) == 1 else path
+        found[f"pairs {name}"] = [text for texts in zip(*pairs, strict=True) for text in texts]
+    return found
 
 
 def _pair(line: str) -> tuple[str, str]:

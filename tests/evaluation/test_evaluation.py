@@ -1,6 +1,7 @@
 """Evaluation: metrics against their definitions, models of other tokenizers, and encoders."""
 
 import json
+import shutil
 import warnings
 from math import log
 
@@ -185,11 +186,16 @@ def test_an_encoder_is_its_own_equal_and_another_is_not(encoders):
 
 def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
     line = ["evaluate", str(encoders / "small"), str(encoders / "smaller"), "--against", str(encoders / "dense")]
-    line += ["--domain", f"a={encoders / 'a.jsonl'}", "--pairs", str(encoders / "xx.jsonl"), "--seq-length", "48"]
+    (encoders / "more").mkdir()
+    files = [shutil.copy(encoders / "xx.jsonl", encoders / "more" / name) for name in ("xx.jsonl", "yy.jsonl")]
+    files += [str(encoders / "xx.jsonl")]  # of a name that another one has
+    line += ["--domain", f"a={encoders / 'a.jsonl'}", "--seq-length", "48"]
+    line += [word for file in files for word in ("--pairs", str(file))]
     assert main([*line, "--device", "cpu", "--quiet", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert "cache_per_token" not in values
-    assert [*values["embeddings"]["a"]] == [*values["embeddings"]["pairs xx"]] == ["dense", "small", "smaller"]
+    assert all([*by_model] == ["dense", "small", "smaller"] for by_model in values["embeddings"].values())
+    assert [*values["embeddings"]] == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
 
 
 def test_what_evaluate_refuses(encoders):
