@@ -142,10 +142,11 @@ def _wish(wish: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
     measured = wish["measured"].items()
     losses = [f"{as_number(100 * loss, margin and 100 * margin, 1)}% on {text}" for text, (loss, margin) in measured]
     beyond = any(loss - (margin or 0) > wish["loss"] for _, (loss, margin) in measured)
+    trials = f"{len(wish['trials'])} pruning{'s' * (len(wish['trials']) > 1)} on trial"
     found = f"{1 - parameters['after'] / parameters['before']:.1%} smaller, which loses {' and '.join(losses)}"
     return (
-        f"{'warning: ' * beyond}asked: a loss of {wish['loss']:.1%}; found by {len(wish['trials'])} prunings on trial"
-        f": {found}; with 5% more gone about {wish['next']:.1%}"
+        f"{'warning: ' * beyond}asked: a loss of {wish['loss']:.1%}; found by {trials}: {found}; "
+        f"with 5% more gone about {wish['next']:.1%}"
     ).replace("%", " %")
 
 
@@ -242,9 +243,10 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     parameters, far = report["parameters"], (measured.get("margin") or {}).get("ratio")
     by_kind = judged(report).get("perplexity_margin") or {}
     margin = margin_of_mean([*ratios.values()], ((by_kind.get(name) or {}).get("ratio") for name in ratios))
+    at_worst = as_number(worst, margin, 2).partition(" ")[0]  # in the digits of the mean, which is not above it
     figures = [
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
-        f"kinds calibrated on x {as_number(mean, margin, 2)}, at worst x {worst:.2f} ({kind})",
+        f"kinds calibrated on x {as_number(mean, margin, 2)}, at worst x {at_worst} ({kind})",
         "" if other is None else f"other text x {as_number(other, far, 2)}{before}",
         answers,
         "speed: structprune evaluate --speed",

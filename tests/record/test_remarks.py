@@ -1,5 +1,6 @@
 """A verdict follows the known good and bad results, and nothing that gets worse makes it better; other remarks."""
 
+import re
 from math import inf
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def level(of) -> int:
 def test_known_results_get_the_advice_that_they_deserve(ratios, kept, loops, other, expected):
     found = report(ratios, kept, loops=loops, other=other)
     assert level(found) == expected and (other is None or f"other text x {other:.2f}" in verdict(found)[0])
+
+
+@given(st.lists(st.floats(0.9, 3), min_size=1, max_size=3), st.floats(1e-4, 0.5))
+def test_the_worst_kind_is_not_said_to_lose_less_than_the_mean(ratios, margin):
+    margins = {f"kind {n}": {"ratio": margin} for n in range(len(ratios))}
+    mean, worst = re.findall(r" x ([\d.]+)", verdict({**report(ratios), "perplexity_margin": margins})[0])
+    assert float(mean) <= float(worst)
 
 
 def test_a_model_that_was_asked_alone_gets_the_verdict_of_one_that_was_not_asked():
