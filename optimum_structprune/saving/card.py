@@ -59,7 +59,7 @@ STYLE = (
     "@media(prefers-color-scheme:dark){text{fill:#d1d7de}}"
 )
 # The classes of sentence-transformers that read a folder with its modules.
-SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder")
+SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder", "CrossEncoder")
 TEMPLATES = Environment(
     loader=PackageLoader("optimum_structprune.saving", "."),
     trim_blocks=True,

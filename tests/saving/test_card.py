@@ -202,7 +202,8 @@ def test_a_result_of_sentence_transformers_is_found_and_loaded_as_one(desk, tmp_
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(about)}---\n")
     report = {**json.loads((out / "report.json").read_text()), "model": {"name": str(tmp_path)}}
     (out / "report.json").write_text(json.dumps(report))
-    for kind, loads in ((None, "SentenceTransformer"), ("SparseEncoder",) * 2, ("x; y", "SentenceTransformer")):
+    kinds = {None: "SentenceTransformer", "SparseEncoder": "SparseEncoder", "CrossEncoder": "CrossEncoder"}
+    for kind, loads in {**kinds, "x; y": "SentenceTransformer"}.items():
         (out / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
         card = ModelCard(model_card(out, "out", AutoConfig.from_pretrained(out)))
         assert f"from sentence_transformers import {loads}\n" in card.text and f"model = {loads}(name)" in card.text
