@@ -60,6 +60,7 @@ def evaluate(args: Namespace) -> Result:
             speed.save(Path(args.models[0], SPEED_NAME))
     if args.mteb:
         shown = {**shown, "tasks": task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)}
+    notes = notes if shown.get("perplexity") else []  # of an encoder's vectors there is nothing to say
     values = {**record, **shown, "notes": notes}
     text = "\n".join([measurements_text(shown), *notes])
     return _with_page(args, text, values) if args.html else Result(text, values)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner, evaluate, perplexity
+from optimum_structprune.commands import measure
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.domains.packing import document_numbers
@@ -184,7 +185,8 @@ def test_an_encoder_is_its_own_equal_and_another_is_not(encoders):
     assert "cosine a" in str(found) and "translations found pairs xx" in str(found)
 
 
-def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
+def test_the_command_shows_several_encoders_side_by_side(encoders, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "vocabulary_hash", id)  # as if each had tokens of its own
     line = ["evaluate", str(encoders / "small"), str(encoders / "smaller"), "--against", str(encoders / "dense")]
     (encoders / "more").mkdir()
     files = [shutil.copy(encoders / "xx.jsonl", encoders / "more" / name) for name in ("xx.jsonl", "yy.jsonl")]
@@ -193,7 +195,7 @@ def test_the_command_shows_several_encoders_side_by_side(encoders, capsys):
     line += [word for file in files for word in ("--pairs", str(file))]
     assert main([*line, "--device", "cpu", "--quiet", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert "cache_per_token" not in values
+    assert "cache_per_token" not in values and values["notes"] == []
     assert all([*by_model] == ["dense", "small", "smaller"] for by_model in values["embeddings"].values())
     assert [*values["embeddings"]] == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
 
