@@ -163,7 +163,7 @@ def result_text(
         dense=dense,
         removed=list(removal_phrases(report)),
         counts=report.get("parameters"),
-        verdict=list(map(sentence, verdict(report))) if is_sized else [],
+        verdict=[*map(sentence, verdict({**report, "recovery": recovery | {"answers": answers}}))] if is_sized else [],
         picture=CHART_NAME if chart(report) else "",
         sizes=_table(report, sizes, recovery) if sizes else [],
         tables={name: _table(measured[name], found, recovery) for name, found in rows.items() if found},

@@ -77,6 +77,12 @@ def test_what_was_not_recorded_is_not_there(folder, tmp_path):
         assert what not in text and what in (folder / PAGE_NAME).read_text()
     assert "DENSE is the dense model" in text and "DENSE" not in page(tmp_path / "few", dense="big")
     assert "Warning: a perplexity is infinite on" in text
+    # Answers that were asked for later count in the verdict.
+    answer = {"text": "", "right": True, "loops": False, "stopped": True}
+    asked = {"kind": "", "prompt": "?", "answers": {"dense": answer, "model": answer}}
+    (tmp_path / "few" / "evaluation.json").write_text(json.dumps({"answers": [asked]}))
+    assert "not asked" in text and "not asked" not in (later := page(tmp_path / "few"))
+    assert "1 of 1 right answers stay right" in later
 
 
 def test_a_page_that_cannot_be_made_does_not_take_the_model_with_it(tmp_path, monkeypatch):
