@@ -79,8 +79,7 @@ def save_pruned(
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         result.plan.save(folder / PLAN_NAME)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        replace(report, weights={**report.weights, "after": size}).save(folder / REPORT_NAME)
+        replace(report, weights={**report.weights, "after": model_bytes(model)}).save(folder / REPORT_NAME)
         result.manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
