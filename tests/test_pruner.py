@@ -7,10 +7,10 @@ from math import hypot
 import pytest
 import torch
 from helpers import count_hooks, failing, modes, same_weights
-from models import build, config, token_ids, tokenizer
+from models import build, config, documents, token_ids, tokenizer
 from torch import nn
 
-from optimum_structprune import StructPruner, prune_model
+from optimum_structprune import DomainConfig, StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.errors import InPlaceError, StructPruneError
@@ -45,6 +45,13 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
     small = prune_model(model, config(**fields), inplace=inplace, **text)
     assert (small is model) == inplace and same_weights(small, expected)
     assert {*modes(expected).values()} == {False} and {*modes(small).values()} == {*modes(model).values()} == {True}
+
+
+def test_what_was_pruned_on_text_of_a_program_is_copied_and_pruned_again():
+    texts = [DomainConfig("a", (text for text in documents(100)))]
+    small = prune_model(build("llama-tied"), config(domains=texts), tokenizer())
+    assert same_weights(deepcopy(small), small)
+    assert prune_model(small, config(widths={"mlp": 20}), tokenizer()).config.intermediate_size == 20
 
 
 @pytest.mark.parametrize(("case", "fields", "inplace", "kind"), [

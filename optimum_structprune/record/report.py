@@ -168,3 +168,7 @@ class PruneResult(NamedTuple):
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase | None
     checksums: Mapping[str, Any]
+
+    def __deepcopy__(self, memo: Any) -> PruneResult:
+        """Give these records to the copy of a model too: text that a program makes cannot be copied."""
+        return self
