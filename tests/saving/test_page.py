@@ -67,6 +67,10 @@ def test_every_part_is_there_with_its_tables_and_nothing_else_is_needed(folder):
 def test_what_was_not_recorded_is_not_there(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "few")
     report = json.loads((folder / "report.json").read_text())
+    trained = json.loads((folder / "recovery_report.json").read_text())
+    (tmp_path / "few" / "recovery_report.json").write_text(json.dumps({**trained, "kept_step": 0}))
+    assert "pruning and training" in page(folder) and "pruning and training" not in page(tmp_path / "few")
+    assert "no step was better than the pruned model, which is kept" in page(tmp_path / "few")
     report["perplexity"][HOSTILE]["after"] = None
     del report["model"]
     (tmp_path / "few" / "report.json").write_text(json.dumps(report))
