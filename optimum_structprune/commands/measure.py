@@ -173,7 +173,8 @@ def names_of(paths: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, or all of it, numbered where that is the same too."""
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    taken = [*names, "ratio"]  # what a margin of error may be of beside models
     return [
-        f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
+        f"{name} ({names[:number].count(name) + 1})" if taken.count(name) > 1 else name
         for number, name in enumerate(names)
     ]

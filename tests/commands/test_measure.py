@@ -108,6 +108,7 @@ def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
         assert all([*of] == names for of in values[stage].values())
     assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
     assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
+    assert names_of(["ratio", "c"]) == ["ratio (1)", "c"], "which beside models means their ratio"
     assert values["weights"][names[0]] == values["weights"][names[2]] == 2 * values["parameters"][names[0]]
 
 
