@@ -144,9 +144,10 @@ def _wish(wish: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
     beyond = any(loss - (margin or 0) > wish["loss"] for _, (loss, margin) in measured)
     trials = f"{len(wish['trials'])} pruning{'s' * (len(wish['trials']) > 1)} on trial"
     found = f"{1 - parameters['after'] / parameters['before']:.1%} smaller, which loses {' and '.join(losses)}"
+    then = "more than 100%" if wish["next"] > 1 else f"about {wish['next']:.1%}"
     return (
         f"{'warning: ' * beyond}asked: a loss of {wish['loss']:.1%}; found by {trials}: {found}; "
-        f"with 5% more gone about {wish['next']:.1%}"
+        f"with 5% more gone {then}"
     ).replace("%", " %")
 
 
