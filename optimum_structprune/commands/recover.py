@@ -79,7 +79,7 @@ def recover_and_save(
                 model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
             )
     except KeyboardInterrupt:
-        _say_how_to_go_on(args)
+        _say_how_to_go_on(args, Path(recovery.config.training["output_dir"]))
         raise
     report = recovery.report
     assert report is not None
@@ -93,12 +93,13 @@ def recover_and_save(
     return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
 
 
-def _say_how_to_go_on(args: Namespace) -> None:
+def _say_how_to_go_on(args: Namespace, checkpoints: Path) -> None:
     words = ["structprune", "recover", args.model, args.output]
     for flag, value in (("--teacher", args.teacher), ("--arch", args.arch_file)):
         words += [flag, value] if value else []
     words += [f"--{name.replace('_', '-')}" for name in ("trust_remote_code", "overwrite") if vars(args)[name]]
-    sys.stderr.write(f"structprune: interrupted; go on with `{join([*words, '--resume'])}` and the same settings.\n")
+    words += ["--resume"] if any(checkpoints.glob("checkpoint-*")) else []
+    sys.stderr.write(f"structprune: interrupted; go on with `{join(words)}` and the same settings.\n")
 
 
 def _checkpoints(output: str) -> str:

@@ -111,7 +111,9 @@ def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(fol
 def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, interrupted, capsys):
     prune = ["prune", str(folder / "model"), str(folder / "trusted"), "--width", "mlp=24", "--num-samples", "6"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
+    (folder / "trusted.checkpoints" / "checkpoint-2").mkdir(parents=True)
     assert main([*prune, *text, "--trust-remote-code"]) == 130
     assert f"--teacher {folder / 'model'} --trust-remote-code --overwrite --resume" in capsys.readouterr().err
     assert main(command(folder, "--teacher", str(folder / "model"), output="distrusted")) == 130
+    assert "--resume" not in capsys.readouterr().err, "there is no checkpoint yet, which would be refused"
     assert [call.kwargs["trust_remote_code"] for call in interrupted.call_args_list] == [True, False]
