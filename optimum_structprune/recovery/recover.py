@@ -100,10 +100,11 @@ class Recovery:
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
+            checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
             domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
             seeds = seed, self.pruning.seed
             data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
-            recovered, outcome = self._trained(model, seed, data, arguments, inputs, resume)
+            recovered, outcome = self._trained(model, seed, data, arguments, inputs, checkpoint)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "")
         self.report.other |= {"source": other.source} if other.rows else {}
@@ -139,11 +140,10 @@ class Recovery:
         data: TrainingData,
         arguments: TrainingArguments,
         inputs: TrainingInputs,
-        resume: bool,
+        checkpoint: str | None,
     ) -> tuple[PreTrainedModel, RecoveryReport]:
         # The model has the values of the best checkpoint in the end, or those of before if these are better.
         config = self.config
-        checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
         before = data.measure(model)
         fewer_tokens = data.teacher is not None and data.teacher.parts is not None
         adapter = None if config.train == "full" else lora_config(config, model, fewer_tokens)

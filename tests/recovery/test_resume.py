@@ -8,10 +8,10 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import failing, logits, recovery_config, same_weights
+from helpers import failing, logits, recovery_config, same_weights, unread
 from models import build, full_disk, tokenizer
 
-from optimum_structprune import StructPruneError, recover
+from optimum_structprune import DomainConfig, StructPruneError, recover
 from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.fingerprint import fingerprint
 
@@ -90,9 +90,10 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(pruned, run, tmp_
     folder = shutil.copytree(run[0], tmp_path / "run")
     for path in folder.glob("checkpoint-*/trainer_state.json"):
         path.write_text(path.read_text()[:20])
+    unseen = settings(folder, domains=[DomainConfig("a", unread())])
     with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"no checkpoint in {folder} to resume"):
         warnings.simplefilter("ignore")
-        recover(deepcopy(pruned), tokenizer(), settings(folder), resume=True)
+        recover(deepcopy(pruned), tokenizer(), unseen, resume=True)
 
 
 @pytest.mark.parametrize(("case", "fields"), [
