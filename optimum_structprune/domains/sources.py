@@ -183,8 +183,10 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     from datasets import load_dataset
 
     files = [escape(str(path)) for path in paths]
+    # A batch is as long as the first group of rows otherwise, which may be of none.
+    more = {"batch_size": 1000} if kind == "parquet" else {}
     with TemporaryDirectory() as cache:  # for a lock alone; the user's may not be writable
-        return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
+        return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache, **more)
 
 
 def _hub_rows(domain: DomainConfig, seed: int | None) -> Iterable[Row]:

@@ -16,6 +16,8 @@ import torch
 from helpers import put_into
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import table
+from pyarrow.parquet import write_table
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -180,6 +182,7 @@ def test_globs_and_folders_read_all_kinds_and_nothing_else(tmp_path):
     put_into(folder, {".checkpoints/f.jsonl": '{"n": 0, "text": "hidden"}\n'})
     for i, name in enumerate(("a.jsonl", "b.csv", "deep/c.parquet", "deep/d.txt", "e.json")):
         write(folder / name, [f"document {i}"])
+    write_table(table({"n": [1], "text": ["x"]})[:0], folder / "none.parquet")
     everything = [f"document {i}" for i in range(5)]
     assert sorted(read(str(folder))) == sorted(read(f"{tmp_path}/.hidden/**/*")) == everything
     assert read(f"{tmp_path}/.hidden/*/*.jsonl") == ["document 0"] and read(str(folder / "empty.jsonl")) == []
