@@ -127,7 +127,9 @@ def read_lines(path: Path, parse: Callable[[str], T], form: str) -> list[T]:
 
 def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
     if column not in row:
-        flag = f" (--domain '{{name: {domain.name}, source: {domain.source}, {field}: …}}')"
+        is_chat = any(name in row and not isinstance(row[name], str) for name in CHAT_COLUMNS)
+        field, needed = ("template", CHAT) if is_chat else (field, "…")
+        flag = f" (--domain '{{name: {domain.name}, source: {domain.source}, {field}: {needed}}}')"
         flag *= isinstance(domain.source, str)
         raise StructPruneError(
             f"The domain {domain.name!r} has no column {column!r}; set {field}{flag}.{did_you_mean(column, row)}"
@@ -139,8 +141,9 @@ def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
 def string(value: Any, domain: DomainConfig, where: str) -> str:
     """Gives back a value, which has to be a string."""
     if not isinstance(value, str):
+        advice = f"; messages take template={CHAT!r}" * isinstance(value, list)
         raise StructPruneError(
             f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "
-            f"{str(value):.60}."
+            f"{str(value):.60}{advice}."
         )
     return value

@@ -237,6 +237,7 @@ def test_a_hub_dataset(monkeypatch):
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
     ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
     ("other.jsonl", "set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
+    ("chat.jsonl", "set template .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
@@ -247,6 +248,7 @@ def test_files_that_will_not_do(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "none.jsonl")
     put_into(tmp_path, {"notes.md": "notes", "other.jsonl": '{"id": 1, "body": "x"}\n', "numbers.csv": "text\n1\n1\n"})
+    put_into(tmp_path, {"chat.jsonl": '{"id": 1, "messages": [{"role": "user", "content": "x"}]}\n'})
     put_into(tmp_path, {"broken.jsonl": '{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")})
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
