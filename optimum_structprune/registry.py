@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from .errors import StructPruneError
+from .errors import StructPruneError, one_line
 
 
 T = TypeVar("T")
@@ -22,7 +22,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     legal = sorted(names)
     close = get_close_matches(name, legal, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    known = f"{len(legal):,} names" if len(legal) > MAX_LISTED_NAMES else ", ".join(legal) or "none"
+    listed = ", ".join(f"{one_line(name):.60}" for name in legal)  # a table without a head has texts for names
+    known = f"{len(legal):,} names" if len(legal) > MAX_LISTED_NAMES else listed or "none"
     return f"{hint} Known: {known}."
 
 

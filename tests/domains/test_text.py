@@ -238,6 +238,7 @@ def test_a_hub_dataset(monkeypatch):
     ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
     ("other.jsonl", "set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("chat.jsonl", "set template .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
+    ("headless.csv", r"\A.*no column 'text'; set text_column.* Known: One w1 w2 w3 .{47}\.\Z"),
     ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
@@ -249,6 +250,7 @@ def test_files_that_will_not_do(tmp_path, name, message):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "none.jsonl")
     put_into(tmp_path, {"notes.md": "notes", "other.jsonl": '{"id": 1, "body": "x"}\n', "numbers.csv": "text\n1\n1\n"})
     put_into(tmp_path, {"chat.jsonl": '{"id": 1, "messages": [{"role": "user", "content": "x"}]}\n'})
+    put_into(tmp_path, {"headless.csv": '"One\n' + " ".join(f"w{i}" for i in range(1, 99)) + '"\ntwo\n'})
     put_into(tmp_path, {"broken.jsonl": '{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")})
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
