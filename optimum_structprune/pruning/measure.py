@@ -175,7 +175,9 @@ class Measure:
             values = [row_losses(model, text, tokens=AT_ONCE) for text in texts]
         losses = {}
         for (name, rows), parts in zip(self.heldout.items(), zip(*gather_objects(values), strict=True), strict=True):
-            total = parts[0] if every_process_runs(rows) else torch.cat(parts)
+            total = parts[0]
+            if not every_process_runs(rows):  # each has run every N-th row, and `documents` has them in order
+                total = torch.stack([parts[place % len(parts)][place // len(parts)] for place in range(len(rows))])
             losses[name] = total / self.tokens_predicted[name]
             if total.isnan().any():
                 which = f"held-out text of the domain {name!r}" if name else "other text"

@@ -155,6 +155,8 @@ def test_two_processes_find_what_one_finds(case, together):
         report = json.loads((part / "report").read_text())
         for name, values in pruner.report.perplexity.items():
             assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
+            margins = pruner.report.perplexity_margin[name]
+            assert report["perplexity_margin"][name] == pytest.approx(margins, rel=1e-3, nan_ok=True)
 
 
 def test_one_process_saves_and_all_get_its_outcome(together):
