@@ -89,7 +89,7 @@ def give_back_free_memory() -> None:
 
 def model_bytes(model: nn.Module) -> int:
     """Compute the bytes of a model's weights on the disk; what several names share counts once."""
-    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

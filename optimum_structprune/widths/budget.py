@@ -141,7 +141,8 @@ def _cost_of(
     """A function from widths to the figure that the budget limits."""
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
-        size, dense = model.dtype.itemsize if name == "bytes" else 1, model.num_parameters()
+        size = model.dtype.itemsize if name == "bytes" else 1
+        dense = shrunk_skeleton(model, arch, {}).num_parameters()  # an offloaded model may count what is tied twice
         if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()

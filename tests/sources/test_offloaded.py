@@ -69,7 +69,7 @@ RUNS = {
     "deepseek_v2": {"widths": {"expert": 2}},
     "gpt_oss": {},
     "granite": {"widths": {"layer": 1, "mlp": 24}},
-    "llama-tied": {},
+    "llama-tied": {"widths": None, "budget": {"parameters": 0.9}},
 }
 PLACES = [*((case, "disk") for case in RUNS), ("llama-bias", "memory"), ("mixtral", "memory"), ("mixtral", "auto")]
 PLACES += [("llama-tied", place) for place in ("half", "memory", "disk_offload", "dispatch", "auto")]
@@ -92,6 +92,7 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
     for name, values in theirs.report.perplexity.items():
         assert ours.report.perplexity[name] == pytest.approx(values, rel=1e-4)
+    assert (ours.report.parameters, ours.report.weights) == (theirs.report.parameters, theirs.report.weights)
     ours.save(small, tmp_path / "small", tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)
