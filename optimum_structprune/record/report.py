@@ -103,7 +103,7 @@ class Report(Record):
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
         """Enter the sizes of the dense model."""
         if is_offloaded(model):  # what is tied has come apart there, and would count twice
-            model = skeleton(model, model.config).to(model.dtype)
+            model = skeleton(model, model.config).eval().to(model.dtype)
         self.parameters["before"], self.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
         self.model = {"name": model.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}
         self.weights["before"] = model_bytes(model)
@@ -111,7 +111,7 @@ class Report(Record):
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense_arch: ArchSpec, plan: Plan) -> None:
         """Enter the sizes and widths of the smaller model."""
         if is_offloaded(model):
-            model = skeleton(model, model.config).to(model.dtype)
+            model = skeleton(model, model.config).eval().to(model.dtype)
         self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
         self.weights["after"] = model_bytes(model)
         kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense_arch.num_layers))}
