@@ -53,7 +53,7 @@ def target_widths(
             "one shape of all layers; choose allocation='search'."
         )
     check_may_differ(config, arch, list(legal))
-    pruned = _without(arch, config.skip_layers)
+    pruned = _without(arch, config.skip_layers, legal)
     if is_bounded(config, arch, list(legal)):
         return ranked_widths(config, pruned, legal, scores or {})
     round_to = {name: multiple_of(config, pruned, name) for name in legal}
@@ -117,7 +117,7 @@ def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequenc
 def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths) -> Widths:
     """The smallest widths that `sparsity` may choose: one number, or one per layer where layers may differ."""
     smallest: dict[str, Width] = {}
-    pruned = _without(arch, config.skip_layers)
+    pruned = _without(arch, config.skip_layers, legal)
     for name, sizes in legal.items():
         spaces, narrowest = pruned.of(name), choices(config, pruned, name, sizes)[0]
         if is_bounded(config, arch, list(legal)):
@@ -154,13 +154,13 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
             )
 
 
-def _without(arch: ArchSpec, layers: Sequence[int]) -> ArchSpec:
+def _without(arch: ArchSpec, layers: Sequence[int], names: Collection[str]) -> ArchSpec:
     """The description without the spaces of some layers, so that nothing is removed there."""
     for layer in layers:
         if not 0 <= layer < arch.num_layers:
             raise StructPruneError(f"skip_layers names layer {layer}; the layers are 0 to {arch.num_layers - 1}.")
     others = replace(arch, spaces=tuple(space for space in arch.spaces if space.layer not in layers))
-    if lost := [name for name in arch.names if name not in others.names]:
+    if lost := [name for name in arch.names if name in names and name not in others.names]:
         raise StructPruneError(f"skip_layers={list(layers)} leaves no layer whose {lost[0]!r} could be pruned.")
     return others
 

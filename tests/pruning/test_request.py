@@ -47,7 +47,7 @@ REFUSED = [
     ("llama-tied", {"sparsity": 0.999}, "is more than mlp can give: at most 0."),
     ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or give widths"),
     ("llama-tied", {"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
-    ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'attention'"),
+    ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'mlp'"),
     ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: transformers derives the head dimension"),
     ("llama-tied", {"widths": {"layer": 3}}, "= 3 is not legal.*has 2; the nearest legal choice is 2"),
     ("mixtral", {"widths": {"expert": 1}}, "'expert'.*= 1 is not legal.*has 4; the nearest legal choice is 2"),

@@ -134,6 +134,13 @@ def test_every_layer_may_be_given_its_own_width(widths, expected, rounds):
     assert again.widths == pruner.config.widths
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_the_only_dense_layer_of_a_mixture_may_be_skipped(allocation):
+    pruner = StructPruner(config(widths=None, sparsity=0.1, skip_layers=(0,), allocation=allocation))
+    pruner.prune_model(build("deepseek_v2"), tokenizer())
+    assert {layer for layer, _ in pruner.plan.keep} == {1}
+
+
 def test_steps_of_removal():
     for rounds, schedule, steps in (
         (4, (0.2, 1.0, None), [2, 5, 7, 10]),
