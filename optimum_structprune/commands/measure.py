@@ -17,6 +17,7 @@ from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
+from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import bytes_of, cache_name
@@ -171,8 +172,7 @@ def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
 
 def names_of(paths: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, or all of it, numbered where that is the same too."""
-    short = [Path(path).name for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    names = told_apart([Path(path).name for path in paths], paths)
     taken = [*names, "ratio"]  # what a margin of error may be of beside models
     return [
         f"{name} ({names[:number].count(name) + 1})" if taken.count(name) > 1 else name

@@ -56,14 +56,18 @@ def read_heldout(
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """The texts of files with a text and its translation in each line of JSON, by name; all translations come last."""
-    found, stems = dict[str, list[str]](), [Path(path).stem for path in paths]
-    for path, stem in zip(paths, stems, strict=True):
+    found = dict[str, list[str]]()
+    for path, name in zip(paths, told_apart([Path(path).stem for path in paths], paths), strict=True):
         pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
         if not pairs:
             raise StructPruneError(f"The file {path} has no pairs of texts.")
-        name = stem if stems.count(stem) == 1 else path
         found[f"pairs {name}"] = [text for texts in zip(*pairs, strict=True) for text in texts]
     return found
+
+
+def told_apart(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
+    """Gives names, and the path in place of each that another has too."""
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _pair(line: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..arch.meta import shrunk_skeleton
+from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
@@ -142,7 +142,8 @@ def _cost_of(
     ((name, _),) = (config.budget or {}).items()
     if name in ("parameters", "bytes"):
         size = model.dtype.itemsize if name == "bytes" else 1
-        dense = shrunk_skeleton(model, arch, {}).num_parameters()  # an offloaded model may count what is tied twice
+        # What is tied has come apart in an offloaded model, and would count twice.
+        dense = (shrunk_skeleton(model, arch, {}) if is_offloaded(model) else model).num_parameters()
         if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()
