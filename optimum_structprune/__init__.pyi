@@ -21,7 +21,6 @@ from .pruner import prune_model as prune_model
 from .record.plan import Plan as Plan
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
-from .saving.export import export_nemotron_nas as export_nemotron_nas
 from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report

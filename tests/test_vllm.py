@@ -11,7 +11,7 @@ from helpers import ask_python, first_units, ran
 from models import real_text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import StructPruneConfig, export_nemotron_nas, prune_model
+from optimum_structprune import StructPruneConfig, prune_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,43 +114,25 @@ def test_with_this_package(models, folders):
     assert [answer["class"] for answer in answers] == [["TransformersForCausalLM"], ["LlamaForCausalLM"]]
 
 
-@pytest.fixture(scope="module")
-def exported(models, folders):
-    """A Llama and a Qwen2 whose layers differ, in the form of DeciLM."""
-    qwen, tokenizer = dense("qwen2", tie_word_embeddings=True)
-    by_name = {"nas-llama": models[0]["heads"], "nas-qwen2": first_units(qwen, [256, 512, 300], [2, 1, 1])}
-    for name, model in by_name.items():
-        export_nemotron_nas(model, folders / name, tokenizer, pad=True)
-    return by_name
-
-
-def test_nemotron_nas_in_vllm(exported, folders):
-    answers = ask(folders, [("nas-llama", {"trust_remote_code": True})], VLLM_PLUGINS="")
-    answers += ask(folders, [("nas-qwen2", {})])
-    for model, answer in zip(exported.values(), answers, strict=True):
-        check(model, answer)
-        assert answer["class"] == ["DeciLMForCausalLM"]
-
-
 MLX = """
 import json, sys
 import mlx.core as mx
 from mlx_lm import load
-for folder in sys.argv[2:]:
-    model, _ = load(folder, tokenizer_config={"trust_remote_code": True})
-    row = json.loads(sys.argv[1])
-    for _ in range({new}):
-        row.append(mx.argmax(model(mx.array([row]))[0, -1]).item())
-    logits = model(mx.array([row]))[0]
-    print(json.dumps([row, (logits - mx.logsumexp(logits, -1, keepdims=True)).tolist()]))
+model, _ = load(sys.argv[2])
+row = json.loads(sys.argv[1])
+for _ in range({new}):
+    row.append(mx.argmax(model(mx.array([row]))[0, -1]).item())
+logits = model(mx.array([row]))[0]
+print(json.dumps([row, (logits - mx.logsumexp(logits, -1, keepdims=True)).tolist()]))
 """
 
 
-def test_nemotron_nas_in_mlx(exported, folders):
-    script = [PYTHON, "-c", MLX.replace("{new}", str(NEW)), json.dumps(PROMPT), *(folders / name for name in exported)]
-    for model, line in zip(exported.values(), ran(script).splitlines(), strict=True):
-        row, logprobs = json.loads(line)
-        assert row == model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW)[0].tolist()
-        with torch.no_grad():
-            ours = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        np.testing.assert_allclose(logprobs, ours, atol=1e-3)
+def test_in_mlx(models, folders):
+    model = models[0]["uniform"]
+    row, logprobs = json.loads(
+        ran([PYTHON, "-c", MLX.replace("{new}", str(NEW)), json.dumps(PROMPT), folders / "uniform"])
+    )
+    assert row == model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW)[0].tolist()
+    with torch.no_grad():
+        ours = model(torch.tensor([row])).logits[0].log_softmax(-1)
+    np.testing.assert_allclose(logprobs, ours, atol=1e-3)

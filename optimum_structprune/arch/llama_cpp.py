@@ -76,7 +76,7 @@ def _fits_stock(config: PretrainedConfig) -> bool:
 def gguf_refusal(config: PretrainedConfig) -> str | None:
     """The reason for which `structprune export` writes no GGUF of a model, with an alternative, or None."""
     kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
-    if kind in STOCK and (reason := not_computed(config, "llama.cpp")) is not None:
+    if kind in STOCK and (reason := _not_computed(config)) is not None:
         return reason
     if kind in STOCK and (_fits_stock(config) or kind in BY_LAYER):
         return None
@@ -93,8 +93,8 @@ def gguf_refusal(config: PretrainedConfig) -> str | None:
     )
 
 
-def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
-    """The reason for which a runtime computes a model of a type in `STOCK` wrongly, or None."""
+def _not_computed(config: PretrainedConfig) -> str | None:
+    """The reason for which llama.cpp computes a model of a type in `STOCK` wrongly, or None."""
     rope, gemma = rope_of(config), config.model_type == "gemma3_text"
     plain = BY_LAYER.get(config.model_type) == "deci"
     needs: dict[str, tuple[Any, ...]] = {
@@ -114,7 +114,7 @@ def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
         value = rope.get(name, getattr(config, name, "default" if name == "rope_type" else None))
         if value not in computed:
             allowed = ", ".join(str(value) for value in computed if value is not None or len(computed) == 1)
-            return f"{runtime} computes such a model with {name}={allowed} only, found {value}."
+            return f"llama.cpp computes such a model with {name}={allowed} only, found {value}."
     return None
 
 

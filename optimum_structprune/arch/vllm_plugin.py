@@ -10,18 +10,11 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-from transformers import AutoConfig
-
-from .configuration_nemotron_nas import NemotronNASConfig
 from .per_layer import MODULE
 
 
 def register() -> None:
-    """Send non-uniform models to vLLM's Transformers backend, as its own classes build all layers alike.
-
-    It also lets vLLM read `nemotron-nas` without code from the folder.
-    """
-    AutoConfig.register(NemotronNASConfig.model_type, NemotronNASConfig, exist_ok=True)
+    """Send non-uniform models to vLLM's Transformers backend, as its own classes build all layers alike."""
     registry = import_module("vllm.model_executor.models").ModelRegistry
     for name in ("inspect_model_cls", "resolve_model_cls"):
         setattr(registry, name, _by_transformers(getattr(registry, name)))

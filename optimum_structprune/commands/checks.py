@@ -24,7 +24,6 @@ from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
-from .flags import FORM
 from .output import check_file
 
 
@@ -47,12 +46,12 @@ def check_flags(args: Namespace) -> None:
         raise StructPruneError(f"There is no file {file}.")
     if isinstance(file := given.get("json"), str):
         check_file(file, f"--json {file}", args.overwrite)
-    if "form" in given:
+    if "pad_uniform" in given:
         _check_form(args)
     if given.get("gguf"):
         _check_gguf(args)
     if {"output", "overwrite"} <= given.keys():
-        kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
+        kind = GGUFOutput if "pad_uniform" in given and args.output.endswith(GGUF) else Output
         kind(args.output, args.overwrite).check()
     if given.get("push_to_hub") is not None:
         from ..saving.push import check_push  # last, as it imports torch
@@ -65,10 +64,10 @@ def _check_form(args: Namespace) -> None:
         if not args.output.endswith(GGUF):
             raise StructPruneError(f"--dtype {args.dtype} is of files for llama.cpp; name a file OUT{GGUF}.")
         check_gguf_type(args.dtype)
-    if args.output.endswith(GGUF) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
+    if args.output.endswith(GGUF) == args.pad_uniform:
         raise StructPruneError(
-            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
-            f"for runtimes that take one width only. A padded folder can be written as OUT{GGUF} afterwards."
+            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width "
+            f"only. A padded folder can be written as OUT{GGUF} afterwards."
         )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict, replace
 
-from ..arch.nemotron_nas import check_nemotron_nas
-from ..saving.export import export_nemotron_nas, export_uniform
+from ..saving.export import export_uniform
 from ..saving.gguf_file import check_gguf, export_gguf
 from ..saving.gguf_types import GGUF_TYPES
 from ..system.disk import GGUF, GGUFOutput, Output
@@ -22,13 +21,8 @@ def export(args: Namespace) -> Result:
     if args.output.endswith(GGUF):
         return to_gguf(loading, args.model, args.output, kind, args.overwrite)
     Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
-    if args.form:
-        check_nemotron_nas(loading.config(args.model), args.pad)
     model, tokenizer = loading.model_and_tokenizer(args.model)
-    if args.form:
-        padding = export_nemotron_nas(model, args.output, tokenizer, args.overwrite, args.pad)
-    else:
-        padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
+    padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
     return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
 
 

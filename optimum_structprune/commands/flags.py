@@ -39,7 +39,7 @@ LOADING: Flags = {
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
     **TRUST,
 }
-OFFLOADS, FORM = ("cpu", "disk"), "nemotron-nas"
+OFFLOADS = ("cpu", "disk")
 OFFLOAD = {
     "--offload": choice(
         "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
@@ -195,19 +195,10 @@ COMMANDS = (
     Command(
         "export",
         "export.export",
-        "Write a model for llama.cpp (OUT.gguf), for engines that read nemotron-nas (--format), or a non-uniform one "
-        "with one width for all layers (--pad-uniform).",
+        "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform).",
         {
             "model": "Folder or id of the pruned model.",
-            "output": "File for llama.cpp, which ends in .gguf; with --format or --pad-uniform, a folder.",
-            "--format": choice(
-                "Write layers that differ as NVIDIA's DeciLM has them: for vLLM, SGLang, TensorRT-LLM and MLX.",
-                [FORM],
-                dest="form",
-            ),
-            "--pad": switch(
-                "With --format: fill widths that it cannot say up with zeros, each layer to the next one."
-            ),
+            "output": "File for llama.cpp, which ends in .gguf; with --pad-uniform, a folder.",
             "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
             **OVERWRITE,
             **ARCH,

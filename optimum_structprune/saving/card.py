@@ -340,7 +340,6 @@ def model_card(
         causal=kind == "AutoModelForCausalLM",
         files={path.name for path in folder.iterdir()},
         heterogeneous=config.get_text_config().is_heterogeneous,
-        nemotron_nas=(folder / "configuration_nemotron_nas.py").is_file(),
         has_code="auto_map" in read_json(folder / "config.json"),
         is_measured=bool(records.evaluation or (report.get("other") or {}).get("tokens")),
         widths=report.get("widths") or {},

@@ -1,4 +1,4 @@
-"""Writes a model for runtimes that take one width for all layers, or name each in their own way."""
+"""Writes a model with one width for all layers, for runtimes that take nothing else."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.llama_cpp import layer_configs
 from ..arch.load import describe
-from ..arch.meta import check_plain, dequantized, meta_model
-from ..arch.nemotron_nas import CODE, check_nemotron_nas, llama_config, nemotron_nas_fields, padded, sizes_of
-from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
 from ..record.report import REPORT_NAME
 from ..removals.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
-from ..written import replace_json
 from .card import leave_card
 from .save import RECORD_NAMES, check_reload, save_checked
 
@@ -87,56 +81,6 @@ def export_uniform(
         uniform, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )
     return _padding(model, uniform)
-
-
-def export_nemotron_nas(
-    model: PreTrainedModel,
-    save_directory: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    overwrite: bool = False,
-    pad: bool = False,
-) -> Padding:
-    """Save a model in the form `nemotron-nas` (DeciLM), which vLLM, SGLang, TensorRT-LLM and MLX run.
-
-    Transformers does not. The folder appears only after its weights have given the outputs of `model`.
-
-    Args:
-        model: A Llama, Mistral or Qwen2, uniform or not; it is left as it is.
-        save_directory: The folder to write to; it is made if need be.
-        tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced; the one that `model` was loaded from never is.
-        pad: Whether zeros are added up to the next sizes that the engines take: multiples of 256 channels of an FFN,
-            and hidden_size / head_dim query heads.
-
-    Raises:
-        StructPruneError: If the form cannot say such a model without `pad`, or at all, or see `export_uniform`.
-    """
-    used = [model.name_or_path]
-    Output(save_directory, overwrite, used).check()
-    check_nemotron_nas(model.config, pad)
-    check_plain(model)
-    config, layers = llama_config(model.config), layer_configs(model.config)
-    llama, state = meta_model(config, dtype=model.dtype), dequantized(model, inplace=False).state_dict()
-    llama.name_or_path, llama.generation_config = model.name_or_path, model.generation_config
-    for name, tensor in llama.state_dict().items():
-        layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
-        if name not in state:  # the bias of a consumer, which some families have not
-            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        elif layer is not None:
-            state[name] = padded(name, state[name], sizes_of(layer, pad=False), sizes_of(layer, pad=True))
-    llama.load_state_dict(state, assign=True)
-    llama.tie_weights()
-
-    def write(folder: Path) -> None:
-        check_reload(model, folder, type(llama))
-        _copy_records(model, folder)
-        replace_json(folder / "config.json", nemotron_nas_fields(config))
-        (folder / f"{MODULE}.py").unlink(missing_ok=True)
-        shutil.copyfile(CODE, folder / CODE.name)
-        leave_card(folder, save_directory, config, model.name_or_path, None)
-
-    save_checked(llama, save_directory, tokenizer, overwrite, write, lambda *_: None, used)
-    return _padding(model, llama)
 
 
 def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:

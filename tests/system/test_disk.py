@@ -15,7 +15,7 @@ import torch
 from helpers import contents, put_into, recovery_config
 from models import build, config, full_disk, tokenizer
 
-from optimum_structprune import RecoveryConfig, RunOptions, StructPruner, export_nemotron_nas, prune_model
+from optimum_structprune import RecoveryConfig, RunOptions, StructPruner, export_uniform, prune_model
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.saving.save import save_checked
@@ -67,7 +67,7 @@ def test_a_folder_that_the_process_works_in_is_not_replaced_under_any_name(tmp_p
     target = spelling.format(tmp_path.name if spelling.startswith("..") else out)
     model = build("llama-tied")
     output = Output(target, True)
-    export = lambda: export_nemotron_nas(model, target, overwrite=True)  # noqa: E731
+    export = lambda: export_uniform(model, target, overwrite=True)  # noqa: E731
     for refused in (output.check, output.staged().__enter__, export):
         with pytest.raises(StructPruneError, match=f"is or holds the working directory, {re.escape(str(out))}, "):
             refused()
