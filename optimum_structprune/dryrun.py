@@ -11,12 +11,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import model_class
-from .arch.modules import blocks
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import texts_of, with_written_text
-from .forward.generation import active_parameters, cached_values, flops_per_token, why_not_counted
+from .forward.generation import cached_values
 from .pruning.request import DRY_RUN, MemoryEstimate, Request, ask, check_config_kind, estimate_memory
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
@@ -37,7 +36,6 @@ SIZES = {
     "layer_parameters": "  in the layers",
     "memory": "bytes in {}",
     "cache_per_token": "cache bytes per token",
-    "flops_per_token": "operations per token",
 }
 
 
@@ -75,9 +73,6 @@ class DryRun(Record):
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
         need: The memory that the pruning itself takes at its peak; None where it was not asked for.
-        flops_per_token: The operations per token to read a prompt of `seq_length` tokens; None where they were not
-            asked for, or parameters do not say them.
-        operations: About how many operations the pruning itself takes; None like those.
     """
 
     model_type: str
@@ -90,8 +85,6 @@ class DryRun(Record):
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
     need: MemoryEstimate | None = None
-    flops_per_token: Change | None = None
-    operations: int | None = None
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -116,8 +109,7 @@ class DryRun(Record):
             rows.append(Row(f"width {space.name}", ([space.before], after), change=PERCENT))
         for name, label in SIZES.items():
             size: Change | None = getattr(self, name)
-            # A model that does not generate has no cache, and operations are not always asked for.
-            if size is not None and size.before or size is None and name == "cache_per_token":
+            if size is None or size.before:  # a model that does not generate has no cache
                 values = (None, None) if size is None else (size.before, size.after)
                 rows.append(Row(label.format(self.dtype), values, change=PERCENT))
         loads = map("loads with {}".format, self.reload)
@@ -144,7 +136,7 @@ def dry_run(
         config: How it is to be pruned.
         dtype: The dtype in which memory is counted; None takes what the model's config says.
         trust_remote_code: Whether code that comes with the model is run.
-        cost: Whether the memory that the pruning takes, and the operations of both models, are counted as well.
+        cost: Whether the memory that the pruning takes is counted as well.
         offload: Where the layers are while they do not run: `cpu`, `disk`, or None for the device itself.
         options: How the machine is to prune it; None stands for the defaults.
 
@@ -155,8 +147,7 @@ def dry_run(
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
     request = ask(config, info, use=DRY_RUN, options=options)
     arch, dense = info.arch, info.plain_model
-    counts_operations = cost and not why_not_counted(dense, arch)
-    before, after = (_sizes(request, model, counts_operations) for model in (dense, request.smaller))
+    before, after = (_sizes(request, model) for model in (dense, request.smaller))
     changes = {name: Change(before[name], after[name]) for name in before if name in after}
     spaces = []
     for name, width in request.widths.items():
@@ -170,32 +161,18 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(request, model_config), *lost_kernels(config, arch, request.widths)),
         need=estimate_memory(request, offload) if cost else None,
-        operations=_operations(request) if counts_operations else None,
         **changes,
     )
 
 
-def _sizes(request: Request, model: PreTrainedModel, counts_operations: bool) -> dict[str, int]:
+def _sizes(request: Request, model: PreTrainedModel) -> dict[str, int]:
     """The sizes of a model that are known, by field of `DryRun`."""
     arch, itemsize = request.model_info.arch, request.model_info.plain_model.dtype.itemsize
     sizes = {"parameters": model.num_parameters(), "memory": model.num_parameters() * itemsize}
     sizes["layer_parameters"] = sum(describe(model, request.config.arch_file).layer_params)
     if (values := cached_values(model, arch)) is not None:
         sizes["cache_per_token"] = values * itemsize
-    if counts_operations:
-        sizes["flops_per_token"] = flops_per_token(model, arch, request.config.seq_length)
     return sizes
-
-
-def _operations(request: Request) -> int:
-    """About how many operations a pruning takes; what reads, writes and judges text comes on top."""
-    config, dense = request.config, request.model_info.plain_model
-    weights = (parameter for block in blocks(dense) for parameter in block.parameters())
-    # Two forward passes of the layers over the text, and one of the dense layers for error feedback; where losses are
-    # measured, four times as much. See docs/benchmarks.md.
-    passes = (2 + (config.feedback_share > 0)) * config.rounds * (1 if config.allocation == "uniform" else 4)
-    tokens = config.num_samples * config.seq_length
-    return 2 * passes * tokens * active_parameters(dense, request.model_info.arch, weights)
 
 
 def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:

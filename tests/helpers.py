@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, RecoveryConfig
@@ -242,23 +241,6 @@ def modes(model: nn.Module) -> dict[str, bool]:
 
 def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def counted_by_torch(model, tokens: int) -> float:
-    """The operations per token of a prompt, where each token looks at itself and those before it.
-
-    Eager attention computes the whole square, so S tokens take a + b S operations each, and (T + 1) / 2 stands for S.
-    """
-    model = deepcopy(model)
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
-
-    def per_token(count: int) -> float:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(token_ids(1, count))
-        return counter.get_total_flops() / count
-
-    return per_token(1) + (per_token(2) - per_token(1)) * (tokens - 1) / 2
 
 
 def batches():

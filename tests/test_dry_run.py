@@ -65,9 +65,6 @@ def test_a_model_of_70_billion_parameters_takes_seconds(tmp_path, capsys):
     assert found["parameters"]["after"] == parameters - removed
     assert found["sparsity"] == removed / found["layer_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
     assert found["need"]["weights"] >= 2 * parameters
-    # Two operations per parameter, and attention.
-    assert 2 * 69e9 < found["flops_per_token"]["before"] < 2.2 * 73e9
-    assert 0.65 < found["flops_per_token"]["after"] / found["flops_per_token"]["before"] < 0.75
 
 
 def test_dtype_and_choices(tmp_path, capsys):
@@ -82,7 +79,7 @@ def test_dtype_and_choices(tmp_path, capsys):
     assert "width attention" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--width", "attention=2", "--cost", "--offload", "disk"]) == 0
     text = capsys.readouterr().out
-    assert "on the device" in text and "in CPU memory" in text and "GFLOP/s" in text
+    assert "on the device" in text and "in CPU memory" in text
 
 
 def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_alone():
@@ -104,6 +101,3 @@ def test_grams_of_experts_stay_small():
     assert whole.need.weights == whole.memory.before and whole.dtype == "bfloat16"
     dense.dtype = "float32"
     assert dry_run(dense, settings, cost=True).need.weights == 2 * whole.need.weights
-    # A token goes through 8 of 128 experts.
-    assert experts.flops_per_token.before < whole.flops_per_token.before / 2
-    assert experts.operations < whole.operations / 3

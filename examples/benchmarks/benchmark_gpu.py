@@ -24,13 +24,13 @@ from time import perf_counter
 import torch
 from safetensors.torch import save_file
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed
-from optimum_structprune.arch.load import describe
 from optimum_structprune.commands.loading import Loading
-from optimum_structprune.forward.generation import flops_per_token, last_logits_only
+from optimum_structprune.forward.generation import read_prompt
 
 
 QWEN_7B = {
@@ -171,8 +171,9 @@ def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows
 
 def prompt_flops(model, tokens: int) -> int:
     """The floating-point operations to read a prompt: of its logits the last alone, where a model can do so."""
-    head = model.get_output_embeddings().get_parameter("weight").numel() if last_logits_only(model) else 0
-    return flops_per_token(model, describe(model), tokens) * tokens - 2 * head * (tokens - 1)
+    with FlopCounterMode(display=False) as counter:
+        read_prompt(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    return counter.get_total_flops()
 
 
 def offloaded(

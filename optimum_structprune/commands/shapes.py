@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from datetime import timedelta
-from math import ceil
 
-import torch
-from torch.utils.benchmark import Timer
-
-from ..arch.hooks import is_emulated
 from ..arch.load import describe
 from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
@@ -79,13 +73,4 @@ def plan(args: Namespace) -> Result:
     summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
     gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
     lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]
-    if outcome.operations is not None:
-        # How many operations the device makes in a second in products of matrices, in fp32 where it emulates a dtype.
-        factor = torch.ones(1024, 1024, dtype=getattr(torch, outcome.dtype), device=str(loading.device))
-        factor = factor.float() if is_emulated(factor) else factor
-        timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
-        rate = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.1).median
-        time = timedelta(seconds=ceil(outcome.operations / rate))
-        cost = f"{outcome.operations / 1e12:,.1f} TFLOP: {time} at {rate / 1e9:,.0f} GFLOP/s"
-        lines.append(f"and about {cost}, the rate of matrix products here and now")
     return Result("\n".join(lines), outcome.to_dict())

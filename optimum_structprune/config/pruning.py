@@ -48,7 +48,7 @@ LANGUAGES = {
 }  # fmt: skip
 CACHE = "cache_bytes_per_token"
 LOSS = "loss"
-BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token", LOSS)
+BUDGETS = ("parameters", "bytes", CACHE, LOSS)
 AUTO = "auto"
 
 
@@ -150,13 +150,12 @@ class StructPruneConfig(WithDomains):
         widths: How many units each named space keeps. `{"mlp": 1152, "attention": 2}` has one number for all layers, a
             list one for each layer, and a mapping one for each layer that it names: `{"mlp": {0: 1536, 1: 1024}}`.
             With another `allocation` than `uniform`, each number is the mean over the layers.
-        budget: What the whole model may have at most, in `parameters`, `bytes`, `cache_bytes_per_token` or
-            `flops_per_token`, or the `loss` that it may have. `{"bytes": 300_000_000}` are those of the parameters in
-            the model's dtype, the cache is that of keys and values, and operations are counted for a prompt of
-            `seq_length` tokens. A number below 1 is a share of what the dense model has. The widths are the largest
-            that keep to it. `{"loss": 0.02}` finds the smallest model, by a few prunings on trial, whose perplexity
-            on the domains and on other text is at most 1.02 times the dense model's, margins of error included, or for
-            an encoder, whose vectors have a mean cosine of 0.98 to the dense model's.
+        budget: What the whole model may have at most, in `parameters`, `bytes` or `cache_bytes_per_token`, or the
+            `loss` that it may have. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, and the
+            cache is that of keys and values. A number below 1 is a share of what the dense model has. The widths are
+            the largest that keep to it. `{"loss": 0.02}` finds the smallest model, by a few prunings on trial, whose
+            perplexity on the domains and on other text is at most 1.02 times the dense model's, margins of error
+            included, or for an encoder, whose vectors have a mean cosine of 0.98 to the dense model's.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
             for all channels inside the layers of a model without `mlp`. That loses least where nothing is measured. A
             budget of parameters or bytes takes `vocab` too where tokens are a large part of the model. With an

@@ -1,4 +1,4 @@
-"""Reading a prompt and writing tokens one at a time with a cache of keys and values, and what each token costs."""
+"""Reading a prompt and writing tokens one at a time with a cache of keys and values, and its size."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import in_fast_dtype
 from ..arch.modules import blocks
-from ..arch.spec import EXPERT, ArchSpec
+from ..arch.spec import ArchSpec
 from ..method.layers import input_device
 
 
@@ -108,46 +108,6 @@ def growing_layers(cache: Cache) -> list[Any]:
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
 
 
-def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
-    """The floating-point operations per token to read a prompt of so many tokens.
-
-    They are two per parameter of a matrix, the head's among them and of experts those that a token goes through, and
-    in the mean over the prompt, two per cached value, query head of its group and token that a token looks at. Sliding
-    windows are not taken into account.
-    """
-    matrices = active_parameters(model, arch, read_parameters(model))
-    # Of query heads to a KV head, by transformers' own name, which pruning of KV groups keeps.
-    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
-    queries = next((group for group in groups if isinstance(group, int)), 1)
-    return 2 * matrices + queries * (cached_values(model, arch) or 0) * (tokens + 1)
-
-
-def active_parameters(model: PreTrainedModel, arch: ArchSpec, parameters: Iterable[nn.Parameter]) -> int:
-    """Counts the values in matrices among parameters; of stacked experts those that a token goes through."""
-    chosen = {
-        id(stacked): space.min_size
-        for space in arch.of(EXPERT)
-        for stacked in model.get_submodule(str(space.experts)).parameters()
-    }
-    active = 0
-    for parameter in parameters:
-        if parameter.ndim > 1 + (id(parameter) in chosen):
-            experts = chosen.get(id(parameter))
-            active += parameter.numel() if experts is None else parameter[0].numel() * experts
-    return active
-
-
-def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
-    """The reason for which a token's operations do not follow from parameters, or an empty text."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return "it is quantized, and how its weights are unpacked is up to their kernels"
-    if EXPERT in dict(arch.missing):
-        return "how many of its experts a token goes through is not known"
-    if not arch.causal or cached_values(model, arch) is None:
-        return "what it computes cannot be told without running it"
-    return ""
-
-
 @torch.no_grad()
 def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     """The number of values that generation keeps per token, read off the cache of a run of one token: 0 for a model
@@ -178,11 +138,3 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def cache_bytes(cache: Cache) -> int:
     """The bytes of keys and values in a cache."""
     return bytes_of(tensor for layer in growing_layers(cache) for tensor in (layer.keys, layer.values))
-
-
-def read_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of decoder and head that every token reads: all but embeddings that are looked up."""
-    head = model.get_output_embeddings().get_parameter("weight")
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = model.get_decoder().parameters()
-    return [*(weight for weight in weights if weight is not head and id(weight) not in looked_up), head]

@@ -148,19 +148,14 @@ def _cost_of(
             # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
             return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()
         return lambda widths: size * (dense - removed_parameters(arch, widths))
-    from ..forward.generation import cached_values, flops_per_token, why_not_counted
+    from ..forward.generation import cached_values
 
     def cost(widths: Widths) -> float:
-        smaller = shrunk_skeleton(model, arch, widths)
-        if name == CACHE:
-            reason = "it does not generate, or does not run without weights"
-            if values := cached_values(smaller, arch):
-                return model.dtype.itemsize * values
-        elif not (reason := why_not_counted(smaller, arch)):
-            return flops_per_token(smaller, arch, config.seq_length)
+        if values := cached_values(shrunk_skeleton(model, arch, widths), arch):
+            return model.dtype.itemsize * values
         raise StructPruneError(
-            f"The {name} of this {arch.model_type} model are not known: {reason}; give the budget in parameters or "
-            "bytes."
+            f"The {name} of this {arch.model_type} model are not known: it does not generate, or does not run without "
+            "weights; give the budget in parameters or bytes."
         )
 
     return cost
