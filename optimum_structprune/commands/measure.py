@@ -16,7 +16,7 @@ from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import Dense, Evaluation, check_evaluation
+from ..evaluation.evaluate import Evaluation, check_evaluation
 from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, task_scores
@@ -132,7 +132,7 @@ def _measured(
             tokenizer, model = loading.tokenizer(path) if is_judged and not is_dense else None, load(path)
         records.append((_sizes(model, name, args.arch_file), {name: name}))
         if is_dense:
-            dense = Dense(model)
+            dense = model
         elif tokenizer is not None:
             evaluation = quality.evaluate(model, tokenizer, args.domain, dense, **settings)
             evaluations.append(evaluation)

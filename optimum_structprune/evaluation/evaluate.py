@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, predicts_next, reads_images
@@ -28,9 +27,6 @@ from ..vocabulary.parts import Parts
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
 from .heldout import Heldout, Judged, read_heldout, read_pairs
-
-
-KEPT = 2**27  # values of hidden states: half a gigabyte in fp32
 
 
 @dataclass
@@ -88,43 +84,12 @@ class Evaluation(Record):
         return measurements_text(self.to_dict())
 
 
-class Dense:
-    """A dense model, and what it has made of text and questions: in another evaluation on the same ones, it does not
-    run again. Its weights may not change in between. `most` values of hidden states are kept.
-    """
-
-    def __init__(self, model: PreTrainedModel, most: int = KEPT):
-        self.model, self.states = model, _States(most)
-        self._asked: tuple[Any, ...] = ()
-        self._answers: list[Answer] = []
-
-    def ask(self, reader: PreTrainedTokenizerBase, questions: Sequence[Question], *how: int) -> list[Answer]:
-        """Gives the dense model's answers, as `ask` does."""
-        asked = ([question.ids(reader) for question in questions], questions, how)
-        if asked != self._asked:
-            self._asked, self._answers = asked, ask(self.model, reader, questions, *how)
-        return self._answers
-
-
-class _States(dict[tuple[int, ...], Tensor]):
-    """Hidden states by the shape and ids of what was read. Later ones are dropped once there are so many values."""
-
-    def __init__(self, most: int):
-        super().__init__()
-        self.room = most
-
-    def __setitem__(self, row: tuple[int, ...], states: Tensor) -> None:
-        if row not in self and states.numel() <= self.room:
-            super().__setitem__(row, states)
-            self.room -= states.numel()
-
-
 @own_settings()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[DomainConfig | Mapping[str, Any]] = (),
-    dense: PreTrainedModel | Dense | None = None,
+    dense: PreTrainedModel | None = None,
     *,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
@@ -143,8 +108,7 @@ def evaluate(
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
         dense: Another model to compare with: adds its own perplexities and answers, the divergence from it and the
-            agreement with it, and whether the two differ on the same questions. An `evaluation.evaluate.Dense` of it
-            runs once for several evaluations.
+            agreement with it, and whether the two differ on the same questions.
         dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
@@ -163,8 +127,7 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
-    reference = dense if dense is None or isinstance(dense, Dense) else Dense(dense, 0)
-    models = {"model": model} if reference is None else {"dense": reference.model, "model": model}
+    models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
     check_evaluation(models, named, answers, seq_length, dense_tokenizer, pairs)
     for which, each in models.items():
@@ -177,16 +140,15 @@ def evaluate(
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
     sizes = {each.config.get_text_config().vocab_size for each in models.values()}
     differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
-    states, causal = None if reference is None else reference.states, predicts_next(model)
+    causal = predicts_next(model)
     parts = _parts(models, readers) if causal and len(models) > 1 else None
-    against = models, readers, differ, parts, states
-    judged = {text.domain.name: Judged(text.samples, *against) for text in texts if causal}
+    judged = {text.domain.name: Judged(text.samples, models, readers, differ, parts) for text in texts if causal}
     translated = read_pairs(pairs)
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
     prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(
         model=model.name_or_path or type(model).__name__,
-        dense=None if reference is None else reference.model.name_or_path or type(reference.model).__name__,
+        dense=None if dense is None else dense.name_or_path or type(dense).__name__,
         seq_length=seq_length,
         prefix=None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix)),
     )
@@ -198,8 +160,7 @@ def evaluate(
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
         how = max_new_tokens, max(batch_size, AT_ONCE)
-        written = {} if reference is None else {"dense": reference.ask(readers["dense"], questions, *how)}
-        written["model"] = ask(model, tokenizer, questions, *how)
+        written = {which: ask(each, readers[which], questions, *how) for which, each in models.items()}
         _answer(evaluation, models, parts, questions, written, readers["dense"])
     return evaluation
 

@@ -81,7 +81,6 @@ def _pair(line: str) -> tuple[str, str]:
 class Judged:
     """A text in samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. `rows` has
     them as each model reads them where the tokenizers differ, and `parts` what is left of the dense tokens then.
-    `known` keeps the dense model's hidden states, see `row_losses`.
     """
 
     def __init__(
@@ -91,9 +90,8 @@ class Judged:
         readers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
         parts: Parts | None = None,
-        known: dict[tuple[int, ...], Tensor] | None = None,
     ):
-        self.samples, self.parts, self.known = samples, parts, known
+        self.samples, self.parts = samples, parts
         self.documents = document_numbers(samples, readers["dense"].eos_token_id)[:, 0]
         self.pair = {which: models[which] for which in ("model", "dense") if which in models}
         self.passages = Passages([*samples], readers["dense"])
@@ -107,11 +105,7 @@ class Judged:
         """The figures of one domain for an `Evaluation`, by its fields, as far as models and vocabularies allow."""
         models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, dict[str, float]()
         if self.rows:
-            known = {"dense": self.known}
-            losses = {
-                which: row_losses(self.pair[which], rows, known=known.get(which)) / predicted
-                for which, rows in self.rows.items()
-            }
+            losses = {which: row_losses(self.pair[which], rows) / predicted for which, rows in self.rows.items()}
             if self.parts is not None:
                 with evaluating(*models):
                     far = divergence_from_dense(
@@ -121,7 +115,7 @@ class Judged:
         elif len(models) == 1:
             losses = {"model": sample_losses(models[0], self.samples, batch_size)}
         else:
-            losses, pair = compare(models[0], models[1], self.samples, batch_size, self.known)
+            losses, pair = compare(models[0], models[1], self.samples, batch_size)
             close = dict(zip(("divergence", "agreement"), pair, strict=True))
         return {
             **perplexity_figures(losses, self.samples[:, 1:].numel(), self.documents),

@@ -101,18 +101,16 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
 def row_losses(
     model: PreTrainedModel | PeftModel,
     rows: Iterable[Tensor],
-    known: dict[tuple[int, ...], Tensor] | None = None,
     tokens: int = 1,
 ) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
-    The first token of a row is context only. `known` keeps the hidden states of rows, which need not run again where a
-    row comes again. Rows of equal length run together, up to so many `tokens`.
+    The first token of a row is context only. Rows of equal length run together, up to so many `tokens`.
     """
     rows, batches, parts = [*rows], list[Tensor](), list[Tensor]()
     for length, same in groupby(rows, len):
         batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
-        for targets, logits in _predictions([model], batches, known):
+        for targets, logits in _predictions([model], batches):
             parts.append(_losses(logits, targets))
     losses = torch.cat(parts)
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
@@ -173,19 +171,17 @@ def compare(
     dense: PreTrainedModel,
     samples: Tensor,
     batch_size: int = 1,
-    known: dict[tuple[int, ...], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Compares a model with the dense one on the same text, in one pass of each.
 
     It gives the mean losses per predicted token in each sample, shape `(samples,)`, as "dense" and "model"; then the
     mean KL(dense‖model) per predicted token in nats, and the share of these tokens for which both find the same one
     likeliest. The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or
-    scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`. `known` keeps the dense
-    model's hidden states, see `row_losses`.
+    scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
     """
     collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
-        for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size), known):
+        for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size)):
             losses = _losses(mine, targets), _losses(theirs, targets)
             closeness = divergence(mine, theirs, mean=False), mine.argmax(-1) == theirs.argmax(-1)
             for parts, part in zip(collected, (*losses, *closeness), strict=True):
@@ -231,42 +227,29 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
                 module.training = modes.get(name, modes[""])
 
 
-def _predictions(
-    models: Sequence[Any], batches: Sequence[Tensor], known: dict[tuple[int, ...], Tensor] | None = None
-) -> Iterator[list[Tensor]]:
+def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Gives targets, `(tokens,)`, and the logits of each model, `(tokens, vocab)`, a few tokens at a time.
 
-    `batches` have the shape `(batch, seq_length)`, and `known` holds the hidden states of the last model.
+    `batches` have the shape `(batch, seq_length)`.
     """
-    first, states = batches[0][:1, :HEAD_TOKENS], [*[None] * (len(models) - 1), known]
+    first = batches[0][:1, :HEAD_TOKENS]
     # None unless the head alone makes the logits.
     heads = [
         partial(_head_logits, model.get_output_embeddings()) if plain_head(model, first) else None for model in models
     ]
     for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
         targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
-        each_model = zip(models, heads, states, strict=True)
-        logits = [_next_token_logits(model, ids, head, kept) for model, head, kept in each_model]
+        logits = [_next_token_logits(model, ids, head) for model, head in zip(models, heads, strict=True)]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
 
-def _next_token_logits(
-    model: Any,
-    ids: Tensor,
-    head: Callable[[Tensor], Tensor] | None = None,
-    known: dict[tuple[int, ...], Tensor] | None = None,
-) -> Iterator[Tensor]:
+def _next_token_logits(model: Any, ids: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
     """The logits for all tokens of a batch but the first of each row, for few tokens at a time."""
     if head is None:
         yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
         return
-    row = (*ids.shape, *ids.flatten().tolist())
-    hidden = None if known is None else known.get(row)
-    if hidden is None:
-        hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
-    if known is not None:
-        known[row] = hidden
+    hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
     yield from map(head, hidden.split(TOKENS_AT_ONCE))
 
 
