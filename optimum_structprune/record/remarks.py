@@ -259,7 +259,9 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     met = (rule for rule in by_text if kept >= rule.kept and loops <= rule.loops)
     advice = next((rule.advice for rule in met), LAST)
     unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
-    lost = _lost(report["languages"]) if report.get("languages") else ""
+    bits = () if trained.get("perplexity") else (report.get("bits_per_byte") or {}).values()
+    of_kinds = max((pair["after"] / pair["before"] for pair in bits if all(pair.values())), default=1.0)
+    lost = _lost(report["languages"], of_kinds) if report.get("languages") else ""
     return ["; ".join(filter(None, figures)), f"verdict: {advice}{lost}{unasked}"]
 
 
@@ -288,13 +290,13 @@ def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
     return [figures, f"verdict: {next(met, LAST)}{lost}"]
 
 
-def _lost(by_code: Mapping[str, Mapping[str, Any]]) -> str:
-    """Names the languages that a verdict excludes: those that lose, and those to keep that the dense model did not
-    know. Where some are to keep, others are not named.
+def _lost(by_code: Mapping[str, Mapping[str, Any]], of_kinds: float = 1.0) -> str:
+    """Names the languages that a verdict excludes: those that lose more than the kinds of text, at worst `of_kinds`,
+    and those to keep that the dense model did not know. Where some are to keep, others are not named.
     """
     wanted = {code for code, cost in by_code.items() if cost["wanted"]} or {*by_code}
     unknown = [code for code, cost in by_code.items() if cost["wanted"] and not cost.get("known", True)]
-    worse = [code for code, ratio in known_ratios(by_code).items() if ratio > LOSES and code in wanted]
+    worse = [code for code, ratio in known_ratios(by_code).items() if ratio > max(LOSES, of_kinds) and code in wanted]
     lost = [LANGUAGES[code] for code in worse + unknown]
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
     return f"; not in {', '.join(lost[:MOST_NAMED])}{more}" if lost else ""

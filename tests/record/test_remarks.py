@@ -133,6 +133,9 @@ def test_it_names_the_languages_that_lose_of_those_to_keep_or_of_all_that_were_k
     for code, says in (("en", ""), ("fr", "; not in French"), ("nl", "; not in Dutch")):
         wish = {**languages, code: {**languages[code], "wanted": True}}
         assert verdict({**report([1.0]), "languages": wish})[-1] == f"verdict: use it as it is{says}"
+    # What all text loses with the channels is no matter of languages.
+    bits = {"bits_per_byte": {"a": {"before": 1.0, "after": 1.1}, "b": {"before": 1.0, "after": 1.45}}}
+    assert verdict({**report([1.0]), "languages": languages, **bits})[-1].endswith("; not in Greek, German, French")
 
 
 def test_a_training_is_judged_against_the_dense_model():
