@@ -34,12 +34,10 @@ PLAIN, SHORT = {"refit": "none"}, {"num_samples": 5}
 DISTILLED = RecoveryConfig(tokens=50_000)
 ROWS: dict[str, dict[str, Any]] = {
     "reap": {"criterion": "reap", **PLAIN},
-    "reap_normalised": {"criterion": "reap_normalised", **PLAIN},
     "reap_sum": {"criterion": "reap_sum", **PLAIN},
     "reap + refit": {"criterion": "reap"},
     "reap + refit, error_feedback=0": {"criterion": "reap", "error_feedback": 0.0},
     "reap + refit, error_feedback=1": {"criterion": "reap", "error_feedback": 1.0},
-    "reap_normalised + refit": {"criterion": "reap_normalised"},
     "reap_sum + refit": {"criterion": "reap_sum"},
     "reap + refit + distilled": {"criterion": "reap", "recovery": DISTILLED},
     "reap, little text": {"criterion": "reap", **PLAIN, **SHORT},

@@ -190,19 +190,13 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
 
 
 @register_criterion(DEFAULT_CRITERIA[EXPERT], judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
-def reap(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
+def reap(norms: Tensor, gates: Tensor) -> Tensor:
     """The score is the mean of g · ‖f(x)‖ over the tokens that chose an expert f with the gate g (REAP, eq. 8)."""
     return norms * gates
 
 
-@register_criterion("reap_normalised", judges=EXPERT, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
-def reap_normalised(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
-    """The score is that of `reap` with the gates of a token divided by their sum, as its authors do since."""
-    return norms * gates / sums
-
-
 @register_criterion("reap_sum", judges=EXPERT, summed=True, paper="REAP, Lasby et al. 2025, arXiv:2510.13999")
-def reap_sum(norms: Tensor, gates: Tensor, sums: Tensor) -> Tensor:
+def reap_sum(norms: Tensor, gates: Tensor) -> Tensor:
     """The score is the sum of `reap`, and not the mean: what an expert adds in all, however many tokens share it."""
     return norms * gates
 

@@ -152,9 +152,9 @@ class Criterion:
             For whole layers, a function `(model, arch, batches)` of the model in eval mode, its description, and text
             of one domain. It gives one positive score per layer, shape `(layers,)`, fp64. Of several processes that
             share the samples each has its own batches: a mean over all text takes `system.processes.all_reduce_`.
-            For whole experts, a function `(norms, gates, sums)` of the norms of what an expert gives for the tokens
-            that chose it, of its weights for them, and of the sums of the weights of all experts that each of them
-            chose, shape `(tokens,)` each. It gives one number per token, and the score is their mean.
+            For whole experts, a function `(norms, gates)` of the norms of what an expert gives for the tokens that
+            chose it, and of its weights for them, shape `(tokens,)` each. It gives one number per token, and the score
+            is their mean.
         judges: What is scored: "unit" (inside the layers), "layer" or "expert" (both whole).
         paper: Where it is published.
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.

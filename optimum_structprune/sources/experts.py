@@ -119,7 +119,7 @@ def contributions(source: InMemory | WholeModel, space: Space, criterion: Criter
         if len(hidden):
             index = torch.full((len(hidden), 1), expert, device=hidden.device)
             norms = experts(hidden, index, torch.ones_like(gates)[:, None]).norm(dim=-1)
-            values = criterion.score(norms, gates, call.gates[tokens].sum(1))
+            values = criterion.score(norms, gates)
             total[call.domain, expert] += float(values.double().sum())
             count[call.domain, expert] += len(hidden)
     all_reduce_([total, count])

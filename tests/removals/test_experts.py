@@ -131,7 +131,7 @@ def with_idle_experts(case):
     return model
 
 
-@pytest.mark.parametrize("criterion", ["reap", "reap_normalised", "reap_sum"])
+@pytest.mark.parametrize("criterion", ["reap", "reap_sum"])
 @pytest.mark.parametrize("case", ["olmoe", "qwen2_moe", "granitemoe"])
 def test_experts_that_no_token_chose_go_without_a_trace(case, criterion):
     model = with_idle_experts(case)
