@@ -52,12 +52,7 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
         samples: Token ids, shape `(samples, seq_length)`.
         batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
     """
-    return perplexity_of(sample_losses(model, samples, batch_size))
-
-
-def perplexity_of(losses: Tensor) -> float:
-    """The perplexity over samples whose mean losses these are, shape `(samples,)`."""
-    return float(losses.mean().exp())
+    return float(sample_losses(model, samples, batch_size).mean().exp())
 
 
 def perplexity_figures(
@@ -70,13 +65,13 @@ def perplexity_figures(
     differ. What they stand for may lose more or less, by the share `differs` of what is lost; the margin counts that.
     """
     first, *others = losses.values()
-    perplexity = {name: perplexity_of(each) for name, each in losses.items()}
+    perplexity = {name: float(each.mean().exp()) for name, each in losses.items()}
     # The margin of e to a mean is that of the mean, relative to it.
     margins = {name: perplexity[name] * margin_of_error(each, documents) for name, each in losses.items()}
     count = len(first if documents is None else documents.unique())
     if others:
         more = others[-1] - first
-        ratio, margin = perplexity_of(more), max(margin_of_error(more, documents), UNSEEN / count)
+        ratio, margin = float(more.mean().exp()), max(margin_of_error(more, documents), UNSEEN / count)
         margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
     return {
         "perplexity": perplexity,
