@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,15 +115,6 @@ def num_heldout(num_samples: int, holdout: float) -> int:
     return max(2, round(holdout * num_samples))
 
 
-class Needs(NamedTuple):
-    """Numbers of tokens of a domain. Taken in this order, each is the same text in all runs."""
-
-    heldout: int
-    calibration: int
-    probe: int  # 0 where nothing is chosen
-    more_heldout: int  # as far as there is text, of the beginnings of many documents
-
-
 @dataclass(frozen=True)
 class _Packer:
     """Divides the text of each domain into held-out and calibration samples."""
@@ -158,8 +148,8 @@ class _Packer:
         return texts
 
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
-        domain, frame, needs = self.domains[index], self.frame, self._needs(self.config.num_samples, index)
-        parts = [frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)]
+        domain, needs = self.domains[index], self._needs(self.config.num_samples, index)
+        parts = [self.frame.pack(text, need // self.frame.body) for text, need in zip(texts, needs, strict=True)]
         check_vocabulary(int(torch.cat([part.samples for part in parts]).max()), self.vocab_size)
         heldout, packed, probe, more = parts
         return Domain(
@@ -170,7 +160,7 @@ class _Packer:
             origin=domain,
             documents=packed.hashes,
             heldout_documents=heldout.hashes + more.hashes,
-            probe=probe.samples if needs.probe else None,
+            probe=None if self.config.allocation == "uniform" else probe.samples,
             probe_documents=probe.hashes,
         )
 
@@ -178,14 +168,17 @@ class _Packer:
         """Counts the tokens of a domain that a run cannot do without."""
         return sum(self._needs(self.config.num_samples, index)[:3])
 
-    def _needs(self, num_samples: int, index: int) -> Needs:
+    def _needs(self, num_samples: int, index: int) -> tuple[int, ...]:
+        """Counts the tokens of a domain, each taken in this order, so that it is the same text in all runs: held out,
+        calibrated on, probed, and more held out, as far as there is text.
+        """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, self.config.holdout)
         enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
         many = min(ceil(MANY_DOCUMENTS * BEGINNING / self.frame.body), count)
         probe = 0 if self.config.allocation == "uniform" else aside
         more = 0 if written_by_model(self.domains[index]) else max(many, enough - aside)
-        return Needs(*(self.frame.body * number for number in (aside, count, probe, more)))
+        return tuple(self.frame.body * number for number in (aside, count, probe, more))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
         needs = self._needs(num_samples, index)[:3]
