@@ -7,7 +7,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from glob import escape, glob, has_magic
 from heapq import heappop, heappush
@@ -337,7 +337,7 @@ def _resolved(domain: DomainConfig) -> list[DomainConfig]:
         if "mix" in parts[part]:
             raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
     weight = domain.weight / len(parts)
-    return [_filled(domain, fields, f"{domain.name}-{part}", weight) for part, fields in parts.items()]
+    return [_filled(replace(domain, name=f"{domain.name}-{part}", weight=weight), parts[part]) for part in parts]
 
 
 def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -346,10 +346,7 @@ def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, An
     return table[name]
 
 
-def _filled(
-    domain: DomainConfig, entry: Mapping[str, Any], name: str | None = None, weight: float | None = None
-) -> DomainConfig:
+def _filled(domain: DomainConfig, entry: Mapping[str, Any]) -> DomainConfig:
     preset = {key: value for key, value in entry.items() if key != "licence"}
     changed = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
-    fixed = {"name": name or domain.name, "weight": weight or domain.weight, "source": entry["source"]}
-    return DomainConfig.from_dict({**preset, **changed, **fixed})
+    return DomainConfig.from_dict({**preset, **changed, "weight": domain.weight, "source": entry["source"]})
