@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice, pairwise
 from math import log, nan
@@ -186,10 +186,6 @@ class Domain:
     def probe_or_heldout(self) -> Tensor:
         """Gives the samples that a choice is made on, shape `(samples, seq_length)`."""
         return self.heldout if self.probe is None else self.probe
-
-    def head(self, count: int) -> Domain:
-        """Gives the domain with its first `count` samples, or all if there are fewer."""
-        return replace(self, samples=self.samples[:count])
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:

@@ -116,7 +116,7 @@ class CalibrationData:
     def portion(self, tokens: int) -> CalibrationData:
         """Cut the data to at most `tokens` tokens, with as many samples in each domain."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
-        return replace(self, domains=[domain.head(most) for domain in self.domains])
+        return replace(self, domains=[replace(domain, samples=domain.samples[:most]) for domain in self.domains])
 
     def source(
         self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False
