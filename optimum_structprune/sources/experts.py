@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -34,13 +34,6 @@ class Routed(NamedTuple):
         """Select the numbers of the tokens that chose an expert, their hidden states, and its weight for each."""
         tokens, slot = torch.where(self.chosen == expert)
         return tokens, self.hidden[tokens], self.gates[tokens, slot]
-
-
-def expert_moments(source: InMemory | WholeModel, space: Space, gram: bool) -> Iterator[list[Moments]]:
-    """Gather the moments of what an expert's consumer reads, which a stacked forward hides; see `Source.moments`."""
-    if source.routed[0] != space.layer:  # the experts of a layer read the same tokens, whichever is pruned first
-        source.routed = space.layer, route(source, space)
-    return inner_moments(source, space, source.routed[1], gram)
 
 
 @torch.no_grad()
@@ -84,14 +77,15 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
     return activate(rows)  # type: ignore[operator]  # typed as Tensor | Module
 
 
-def inner_moments(
-    source: InMemory | WholeModel, space: Space, calls: Sequence[Routed], gram: bool
-) -> Iterator[list[Moments]]:
-    """Gather the moments of one expert's inner activations over the tokens that chose it, domain by domain.
+def expert_moments(source: InMemory | WholeModel, space: Space, gram: bool) -> Iterator[list[Moments]]:
+    """Gather the moments of what an expert's consumer reads, which a stacked forward hides; see `Source.moments`.
 
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
     uncorrelated and had the second moment 1.
     """
+    if source.routed[0] != space.layer:  # the experts of a layer read the same tokens, whichever is pruned first
+        source.routed = space.layer, route(source, space)
+    calls = source.routed[1]
     experts, expert = experts_of(source, space), space.consumers[0].part or 0
     device = next(experts.parameters()).device
     chosen = torch.tensor(sum(int((call.chosen == expert).sum()) for call in calls), device=device)

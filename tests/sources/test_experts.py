@@ -10,7 +10,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.sources.data import source_of
-from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments, route
+from optimum_structprune.sources.experts import contributions, expert_moments, inner_activations, route
 
 
 MIXTURES = [case for case in ("mixtral", *STRUCTURES) if describe(build(case)).of("expert")]
@@ -106,8 +106,8 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     model = build("mixtral")
     space = describe(model).of("mlp")[1]
     source, every = routed(model, space)
-    calls = [call for call in every if not (call.chosen == 1).any()]
-    moments = [of_domain for (of_domain,) in inner_moments(source, space, calls, True)]
+    source.routed = space.layer, tuple(call for call in every if not (call.chosen == 1).any())
+    moments = [of_domain for (of_domain,) in expert_moments(source, space, True)]
     weight, _ = read_consumer(model, space.consumers[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(mixture_of(moments, (0.5, 0.5), weight).full_gram(), torch.eye(space.size))
