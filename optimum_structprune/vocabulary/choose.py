@@ -24,7 +24,7 @@ from ..domains.packing import Domain
 from ..domains.sources import resolve
 from ..errors import StructPruneError
 from .amount import Room
-from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, prior_shares, text_shares
+from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, text_shares
 from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_dependencies
 
@@ -261,7 +261,8 @@ def wanted_shares(
     of_languages = part * language_shares(codes, tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
     by_script = _by_script(vocabulary, of_text + of_languages)
-    shown, prior = by_script >= MIN_SCRIPT_SHARE, prior_shares(vocabulary)
+    shown = by_script >= MIN_SCRIPT_SHARE
+    prior = torch.tensor([vocabulary.prior(token) for token in range(size)], dtype=torch.float64)
     letters = torch.zeros(size, dtype=torch.bool)
     letters[[*vocabulary.letters]] = True
     other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(1e-38) if codes else 1)

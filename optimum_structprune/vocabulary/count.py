@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,6 @@ from ..domains.manifest import COUNTED, Entry
 from ..domains.packing import Domain, tokenised
 from ..domains.sources import documents
 from .languages import CHOOSING, texts
-from .tokens import Vocabulary
 
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,16 @@ def text_shares(
     if domain.origin is None or written_by_model(domain.origin):
         counts = torch.bincount(domain.samples.flatten(), minlength=size).double()
         return counts / counts.sum(), Entry.of(domain, COUNTED)
-    counts, waiting, names = torch.zeros(size, dtype=torch.float64), list[int](), list[str]()
+    counts, names, tokens = Counter[int](), dict[str, None](), 0
     for document in tokenised(documents(domain.origin, seed, tokenizer), tokenizer):
-        if document.hash in held_out:
-            continue
-        waiting += document.ids
-        names.append(document.hash)
-        if len(waiting) >= 100_000:
-            counts += torch.bincount(torch.tensor(waiting), minlength=size)
-            waiting = []
-        if counts.sum() + len(waiting) >= most:
+        if document.hash not in held_out:
+            counts.update(document.ids)
+            names[document.hash] = None
+            tokens += len(document.ids)
+        if tokens >= most:
             break
-    counts += torch.bincount(torch.tensor(waiting, dtype=torch.int64), minlength=size)
-    tokens = int(counts.sum())
-    names = [*dict.fromkeys(names)]
-    return counts / max(tokens, 1), replace(Entry.of(domain, COUNTED), calibration_tokens=tokens, documents=names)
+    shares = torch.tensor([counts[token] for token in range(size)], dtype=torch.float64) / max(tokens, 1)
+    return shares, replace(Entry.of(domain, COUNTED), calibration_tokens=tokens, documents=[*names])
 
 
 def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
@@ -87,11 +82,6 @@ def has_words(code: str) -> bool:
     from wordfreq import available_languages
 
     return code in available_languages()
-
-
-def prior_shares(vocabulary: Vocabulary) -> Tensor:
-    """Estimates the share of each token in text of all kinds, shape `(size,)`, float64."""
-    return torch.tensor([vocabulary.prior(token) for token in range(vocabulary.size)], dtype=torch.float64)
 
 
 @cache
