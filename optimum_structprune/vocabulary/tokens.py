@@ -204,11 +204,6 @@ class Vocabulary:
         return cls(tokenizer, described)
 
     @cached_property
-    def required(self) -> frozenset[int]:
-        """Gives the ids of the tokens to keep for text of any language."""
-        return self.fixed | self.letters
-
-    @cached_property
     def fixed(self) -> frozenset[int]:
         """Gives the ids of the tokens to keep for any text, and of all their parts."""
         fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}

@@ -126,12 +126,17 @@ def dense(kind: str) -> tuple[Vocabulary, PreTrainedTokenizerFast]:
     return Vocabulary.of(reader), reader
 
 
+def required(vocabulary: Vocabulary) -> frozenset[int]:
+    """The tokens to keep for text of any language."""
+    return vocabulary.fixed | vocabulary.letters
+
+
 def some(vocabulary: Vocabulary, seed: int, share: float) -> list[int]:
     """Of the tokens that may go, a share stays by chance; a token that another is formed from goes after it."""
     chance, kept = random.Random(seed), set(range(vocabulary.size))
     uses = Counter(part for token in kept for part in vocabulary.parts(token))
-    for _ in range(int((1 - share) * len(kept - vocabulary.required))):
-        if leaves := [token for token in sorted(kept - vocabulary.required) if not uses[token]]:
+    for _ in range(int((1 - share) * len(kept - required(vocabulary)))):
+        if leaves := [token for token in sorted(kept - required(vocabulary)) if not uses[token]]:
             kept.remove(token := chance.choice(leaves))
             uses.subtract(vocabulary.parts(token))
     return sorted(kept)
@@ -163,7 +168,7 @@ def test_the_parts_of_a_token_are_what_it_is_read_as_without_it(kind):
     vocabulary, reader = dense(kind)
     parts = {token: vocabulary.parts(token) for token in range(vocabulary.size)}
     needed = {part for token in parts for part in parts[token]} if kind in MERGED else set()
-    may_go = sorted(parts.keys() - vocabulary.required - needed)
+    may_go = sorted(parts.keys() - required(vocabulary) - needed)
     for token in random.Random(0).sample(may_go, min(len(may_go), 8)):
         keep = [other for other in parts if other != token]
         name, model = reader.convert_ids_to_tokens(token), vocabulary.smaller(keep).backend_tokenizer.model
@@ -178,20 +183,22 @@ def test_every_token_that_is_read_has_a_surface_and_parts_of_tokens_that_stay(ki
     ids = reader("the other cats sat on naive mats", add_special_tokens=False).input_ids
     assert "".join(map(vocabulary.surface, ids)).strip() == reader.decode(ids).strip()
     read = {token for text in TEXT for token in reader(text).input_ids}
-    for token in read - vocabulary.required:
+    for token in read - required(vocabulary):
         assert vocabulary.parts(token), reader.convert_ids_to_tokens(token)
-        assert vocabulary.required.issuperset(vocabulary.parts(token, vocabulary.required) or [-1])
+        assert required(vocabulary).issuperset(vocabulary.parts(token, required(vocabulary)) or [-1])
 
 
 @kinds
 def test_what_always_stays(kind):
     vocabulary, reader = dense(kind)
-    names = {reader.convert_ids_to_tokens(token) for token in vocabulary.required}
+    names = {reader.convert_ids_to_tokens(token) for token in required(vocabulary)}
     assert names.issuperset([*reader.all_special_tokens, "<tool>", "0"])
     assert names.issuperset(BYTES) or kind not in ("byte fallback", "unigram of bytes")
     chat = [{"role": role, "content": "0"} for role in ("user", "assistant")]
-    assert vocabulary.required.issuperset(reader.apply_chat_template(chat)["input_ids"])
-    assert kind not in MERGED or all(vocabulary.required.issuperset(vocabulary.parts(t)) for t in vocabulary.required)
+    assert required(vocabulary).issuperset(reader.apply_chat_template(chat)["input_ids"])
+    assert kind not in MERGED or all(
+        required(vocabulary).issuperset(vocabulary.parts(t)) for t in required(vocabulary)
+    )
 
 
 def of_class(name: str) -> PreTrainedTokenizerFast:
@@ -233,7 +240,7 @@ def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
 def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
     reader = transformers.LlamaTokenizer(*pieces(), legacy=legacy)
     vocabulary = Vocabulary.of(reader)
-    less = vocabulary.smaller(keep := sorted(vocabulary.required))
+    less = vocabulary.smaller(keep := sorted(required(vocabulary)))
     vocabulary.check(less, keep, ["cats</s>sat", *TEXT])
     scheme = json.loads(less.backend_tokenizer.to_str())["pre_tokenizer"]["prepend_scheme"]
     assert scheme == {True: "always", False: "first"}[legacy]
@@ -243,7 +250,7 @@ def test_a_smaller_tokenizer_pads_with_its_own_token_and_cuts_where_the_dense_on
     _, reader = copy.deepcopy(dense("byte level"))
     vocabulary, reader.padding_side, reader.truncation_side = Vocabulary.of(reader), "left", "left"
     reader(TEXT, padding=True)
-    less = vocabulary.smaller(keep := sorted(vocabulary.required))
+    less = vocabulary.smaller(keep := sorted(required(vocabulary)))
     assert (less.padding_side, less.truncation_side, less.backend_tokenizer.padding) == ("left", "left", None)
     assert keep[less(["the", "the cats sat there"], padding=True).input_ids[0][0]] == reader.pad_token_id
 
@@ -253,7 +260,7 @@ def test_files_of_other_forms_are_not_saved_again(tmp_path):
     (tmp_path / "dense" / "tokenizer.model").write_bytes(b"SentencePiece")
     reader = AutoTokenizer.from_pretrained(tmp_path / "dense")
     vocabulary = Vocabulary.of(reader)
-    less = vocabulary.smaller(sorted(vocabulary.required))
+    less = vocabulary.smaller(sorted(required(vocabulary)))
     less.save_pretrained(tmp_path / "less")
     assert not (tmp_path / "less" / "tokenizer.model").exists()
     assert less.name_or_path == reader.name_or_path
@@ -263,10 +270,10 @@ def test_named_chat_templates_and_what_they_write_stay():
     reader, other = copy.deepcopy(dense("byte level")[1]), "The other cats{{ messages[0]['content'] }}"
     reader.chat_template = {"default": CHAT, "other": other, "bad": "{{ 1 / 0 }}"}
     vocabulary = Vocabulary.of(reader)
-    assert vocabulary.required.issuperset(reader("The other cats0").input_ids)
-    less = vocabulary.smaller(sorted(vocabulary.required))
+    assert required(vocabulary).issuperset(reader("The other cats0").input_ids)
+    less = vocabulary.smaller(sorted(required(vocabulary)))
     assert less.chat_template == reader.chat_template
-    vocabulary.check(less, sorted(vocabulary.required), TEXT)
+    vocabulary.check(less, sorted(required(vocabulary)), TEXT)
 
 
 def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
@@ -278,8 +285,8 @@ def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
     for date in (datetime(2026, 1, 15, 8, 30), datetime(2031, 9, 28, 23, 59)):
         today_is(monkeypatch, date)
         vocabulary = Vocabulary.of(reader)
-        vocabulary.check(vocabulary.smaller(sorted(vocabulary.required)), sorted(vocabulary.required), [])
-        always.append(vocabulary.required)
+        vocabulary.check(vocabulary.smaller(sorted(required(vocabulary))), sorted(required(vocabulary)), [])
+        always.append(required(vocabulary))
     assert always[0] == always[1] >= {token for month in months for token in reader(f" {month}").input_ids}
     assert not always[0] >= {*reader(" 2031").input_ids}, "numbers are spelled by digits"
 
