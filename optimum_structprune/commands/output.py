@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import StructPruneError
+from ..system.stages import logger as stages
 from ..written import to_json
 
 
@@ -75,46 +76,26 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))
-        for name in MUTED_LOGGERS:
-            stack.enter_context(_at_level(name, logging.ERROR))
+        levels = dict.fromkeys(MUTED_LOGGERS, logging.ERROR)
         if args.quiet or not sys.stderr.isatty():
-            stack.enter_context(_no_bars(args.command.reads_text))
+            _hide_bars(args.command.reads_text, stack)
             # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-            stack.enter_context(_at_level("transformers.training_args", logging.ERROR))
+            levels["transformers.training_args"] = logging.ERROR
             if not args.quiet:
-                stack.enter_context(_stages_announced())
+                levels[stages.name] = logging.INFO
+                stages.addHandler(lines := logging.StreamHandler(sys.stderr))
+                stack.callback(stages.removeHandler, lines)
+        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
         if args.quiet:  # what libraries tell their own users
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", category=FutureWarning)
         yield
 
 
-@contextmanager
-def _stages_announced() -> Iterator[None]:
-    """Print a line for each stage of the work when it begins, in the place of bars."""
-    lines = logging.StreamHandler(sys.stderr)
-    with _at_level(f"{__package__.partition('.')[0]}.system.stages", logging.INFO) as source:
-        source.addHandler(lines)
-        try:
-            yield
-        finally:
-            source.removeHandler(lines)
-
-
-@contextmanager
-def _at_level(name: str, level: int) -> Iterator[logging.Logger]:
-    """A logger that has another level inside `with`."""
-    logger = logging.getLogger(name)
-    former = logger.level
-    logger.setLevel(level)
-    try:
-        yield logger
-    finally:
-        logger.setLevel(former)
-
-
-@contextmanager
-def _no_bars(reads_text: bool) -> Iterator[None]:
+def _hide_bars(reads_text: bool, stack: ExitStack) -> None:
+    """Switch the bars of libraries off until a stack ends."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging as models
 
@@ -128,9 +109,7 @@ def _no_bars(reads_text: bool) -> Iterator[None]:
         import datasets.utils as data
 
         switches.append((data.is_progress_bar_enabled(), data.enable_progress_bars, data.disable_progress_bars))
-    with ExitStack() as stack:
-        for shows, enable, disable in switches:
-            if shows:
-                stack.callback(enable)
-                disable()
-        yield
+    for shows, enable, disable in switches:
+        if shows:
+            stack.callback(enable)
+            disable()
