@@ -14,8 +14,8 @@ from ..config.domains import GENERAL
 from ..config.pruning import LANGUAGES
 from ..domains.load import load_domains
 from ..record.table import aligned
-from ..vocabulary.choose import TEXT, VocabularyRequest, shares_of, wanted_shares
-from ..vocabulary.count import language_shares
+from ..vocabulary.choose import TEXT, VocabularyRequest, wanted_shares
+from ..vocabulary.count import language_shares, shares_of
 from .arguments import tokens_config
 from .loading import Loading
 from .output import Result

@@ -24,7 +24,7 @@ from ..domains.packing import Domain
 from ..domains.sources import resolve
 from ..errors import StructPruneError
 from .amount import Room
-from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, text_shares
+from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, shares_of, text_shares
 from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_dependencies
 
@@ -189,12 +189,6 @@ def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequ
     shares = torch.stack(by_domain).sum(0)
     lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
     return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]
-
-
-def shares_of(ids: Tensor, size: int) -> Tensor:
-    """Gives the share of each token in some ids, shape `(size,)`, float64."""
-    counts = torch.bincount(ids.flatten(), minlength=size).double()
-    return counts / counts.sum()
 
 
 def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[str, Tensor]) -> list[str]:

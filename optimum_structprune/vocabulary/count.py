@@ -30,6 +30,12 @@ FORMS = ((" ", False, 0.6), (" ", True, 0.4))
 OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko": ((" ", False, 0.5), ("、", False, 0.5))}
 
 
+def shares_of(ids: Tensor, size: int) -> Tensor:
+    """Gives the share of each token in some ids, shape `(size,)`, float64."""
+    counts = torch.bincount(ids.flatten(), minlength=size).double()
+    return counts / counts.sum()
+
+
 def text_shares(
     domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
 ) -> tuple[Tensor, Entry]:
@@ -38,8 +44,7 @@ def text_shares(
     Documents that are `held_out` are left out, by their hashes; of what a model has written, the samples count.
     """
     if domain.origin is None or written_by_model(domain.origin):
-        counts = torch.bincount(domain.samples.flatten(), minlength=size).double()
-        return counts / counts.sum(), Entry.of(domain, COUNTED)
+        return shares_of(domain.samples, size), Entry.of(domain, COUNTED)
     counts, names, tokens = Counter[int](), dict[str, None](), 0
     for document in tokenised(documents(domain.origin, seed, tokenizer), tokenizer):
         if document.hash not in held_out:
