@@ -185,11 +185,7 @@ COMMANDS = (
         "inspect",
         "shapes.inspect",
         "Show a model's family, spaces, units, legal widths and parameter shares.",
-        {
-            "model": "Model id or folder.",
-            **ARCH,
-            **TRUST,
-        },
+        {"model": "Model id or folder.", **ARCH, **TRUST},
         reads_text=False,
     ),
     Command(

@@ -14,16 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import is_offloaded, is_quantized, predicts_next
-from ..config.domains import (
-    ANY,
-    BUILTIN,
-    GENERAL,
-    SELF,
-    DomainConfig,
-    Reiterable,
-    is_general,
-    written_by_model,
-)
+from ..config.domains import ANY, BUILTIN, GENERAL, SELF, DomainConfig, Reiterable, is_general, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import MANY_DOCUMENTS, MEASURED_TOKENS
