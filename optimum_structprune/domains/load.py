@@ -33,18 +33,16 @@ def calibration_domains(
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """Loads the domains of a config and general text that the model writes; the new config says so."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
-    seen = Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=Manifest.seen_by(model), writes=writes)
     try:
         return written, load(written)
     except StructPruneError as error:
         if written is config:
             raise
-        reason = error
-    # Some models write nothing that is of use. A mistake in the domains themselves is found again.
-    domains = load(config)
-    logger.warning("No text of every kind is written: %s", reason)
-    return config, domains
+        # Some models write nothing that is of use. A mistake in the domains themselves is found again.
+        domains = load(config)
+        logger.warning("No text of every kind is written: %s", error)
+        return config, domains
 
 
 def load_domains(

@@ -36,13 +36,12 @@ BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
 PART_CHARACTERS = 800  # characters of the parts by which kinds of text take turns
 SECTION_CHARACTERS = 4_000  # characters of the parts that long texts are cut into
 T = TypeVar("T")
+Render = Callable[[Row], str]
+Write = Callable[[str, int], Iterator[str]] | None  # a model that writes text of a kind by a seed
 
 
 def documents(
-    domain: DomainConfig,
-    seed: int | None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    write: Callable[[str, int], Iterator[str]] | None = None,
+    domain: DomainConfig, seed: int | None, tokenizer: PreTrainedTokenizerBase | None = None, write: Write = None
 ) -> Iterator[str]:
     """Gives the texts of a domain in an order that the seed chooses, without the blank ones."""
     texts = _texts(domain, seed, lambda row: rendered(row, domain, tokenizer), write)
@@ -66,12 +65,7 @@ def endless(domain: DomainConfig) -> bool:
     return isinstance(source, str) and not (source.startswith(BUILTIN) or _saved(domain) or _files(domain))
 
 
-def _texts(
-    domain: DomainConfig,
-    seed: int | None,
-    render: Callable[[Row], str],
-    write: Callable[[str, int], Iterator[str]] | None,
-) -> Iterator[str]:
+def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write) -> Iterator[str]:
     source = domain.source
     if not isinstance(source, str):
         return _from_memory(domain, seed, render)
@@ -94,7 +88,7 @@ def _texts(
     return map(render, _guarded(domain, what, _hub_rows, domain, seed))
 
 
-def _from_memory(domain: DomainConfig, seed: int | None, render: Callable[[Row], str]) -> Iterator[str]:
+def _from_memory(domain: DomainConfig, seed: int | None, render: Render) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets, source = sys.modules.get("datasets"), domain.source
     if datasets is not None and isinstance(source, datasets.Dataset):
@@ -104,7 +98,7 @@ def _from_memory(domain: DomainConfig, seed: int | None, render: Callable[[Row],
     return _shuffled(_items(domain, render), seed)
 
 
-def _from_dataset(dataset: Dataset, seed: int | None, render: Callable[[Row], str]) -> Iterator[str]:
+def _from_dataset(dataset: Dataset, seed: int | None, render: Render) -> Iterator[str]:
     return (render(dataset[i]) for i in _reordered(range(len(dataset)), seed))
 
 
@@ -163,7 +157,7 @@ def _files(domain: DomainConfig) -> list[Path]:
     return files
 
 
-def _from_files(domain: DomainConfig, files: list[Path], render: Callable[[Row], str]) -> Iterator[str]:
+def _from_files(domain: DomainConfig, files: list[Path], render: Render) -> Iterator[str]:
     for kind in dict.fromkeys(FORMATS.values()):
         # `datasets` fails at a CSV file without a head.
         paths = [path for path in files if FORMATS[path.suffix.lower()] == kind and path.stat().st_size]
@@ -212,7 +206,7 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}{advice}") from error
 
 
-def _items(domain: DomainConfig, render: Callable[[Row], str]) -> Iterator[str]:
+def _items(domain: DomainConfig, render: Render) -> Iterator[str]:
     for i, item in enumerate(domain.source):
         if domain.template is not None and isinstance(item, Mapping):
             yield render(item)
