@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
@@ -24,7 +25,7 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.request import Request, ask, check_memory, check_reads_text
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
-from ..system.offloading import check_reachable, names_in
+from ..system.offloading import check_reachable
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,12 @@ def _damaged_files(name: str) -> Iterator[Path]:
             "".join(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield path
-    yield from (path for path in _weight_files(name) if not names_in(path))
+    for path in _weight_files(name):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            yield path
 
 
 def _line(error: Exception) -> str:

@@ -74,24 +74,16 @@ def export_uniform(
     pad_(uniform, describe(uniform, arch_file))
 
     def write(folder: Path) -> None:
-        _copy_records(model, folder)
+        for name in RECORD_NAMES:
+            if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
+                shutil.copyfile(record, folder / name)
         leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
 
     save_checked(
         uniform, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )
-    return _padding(model, uniform)
-
-
-def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:
-    dense, added = None, model_bytes(filled) - model_bytes(model)
+    dense, added = None, model_bytes(uniform) - model_bytes(model)
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is no report, or it is of another program
         report = Path(model.name_or_path or "", REPORT_NAME).read_text(encoding="utf-8")
         dense = int(json.loads(report)["parameters"]["before"])
-    return Padding(model.num_parameters(), filled.num_parameters(), dense, added)
-
-
-def _copy_records(model: PreTrainedModel, folder: Path) -> None:
-    for name in RECORD_NAMES:
-        if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
-            shutil.copyfile(record, folder / name)
+    return Padding(model.num_parameters(), uniform.num_parameters(), dense, added)

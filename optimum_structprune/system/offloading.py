@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -54,15 +54,6 @@ def compute_device(model: nn.Module) -> torch.device:
         if (tensor := next(module.parameters(recurse=False), None)) is not None:
             return tensor.device
     return torch.device("cpu")
-
-
-def names_in(file: str | Path) -> set[str]:
-    """List the names of the weights in a safetensors file; empty if it cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (OSError, SafetensorError):
-        return set()
 
 
 def check_reachable(model: nn.Module) -> None:
