@@ -81,7 +81,7 @@ def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write)
             raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
         return write(source.removeprefix(SELF), seed or 0)
     if _saved(domain):
-        return _from_dataset(_load_saved(domain), seed, render)
+        return map(render, _guarded(domain, domain.source, _saved_rows, domain, seed))
     if files := _files(domain):
         return _shuffled(_from_files(domain, _reordered(files, seed), render), seed)
     what = f"{source!r} is no local file or folder, and as a dataset of the Hub it"
@@ -92,14 +92,14 @@ def _from_memory(domain: DomainConfig, seed: int | None, render: Render) -> Iter
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets, source = sys.modules.get("datasets"), domain.source
     if datasets is not None and isinstance(source, datasets.Dataset):
-        return _from_dataset(source, seed, render)
+        return map(render, _rows(source, seed))
     if datasets is not None and isinstance(source, datasets.IterableDataset):
         return map(render, _buffered(source, seed))
     return _shuffled(_items(domain, render), seed)
 
 
-def _from_dataset(dataset: Dataset, seed: int | None, render: Render) -> Iterator[str]:
-    return (render(dataset[i]) for i in _reordered(range(len(dataset)), seed))
+def _rows(dataset: Dataset, seed: int | None) -> Iterator[Row]:
+    return (dataset[i] for i in _reordered(range(len(dataset)), seed))
 
 
 def _saved(domain: DomainConfig) -> bool:
@@ -108,21 +108,17 @@ def _saved(domain: DomainConfig) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
-def _load_saved(domain: DomainConfig) -> Dataset:
+def _saved_rows(domain: DomainConfig, seed: int | None) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
-    try:
-        loaded = load_from_disk(os.path.expanduser(domain.source))
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} cannot be read: {reason}") from error
+    loaded = load_from_disk(os.path.expanduser(domain.source))
     if not isinstance(loaded, DatasetDict):
-        return loaded
+        return _rows(loaded, seed)
     if domain.split not in loaded:
         raise StructPruneError(
             f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(loaded)}."
         )
-    return loaded[domain.split]
+    return _rows(loaded[domain.split], seed)
 
 
 def _files(domain: DomainConfig) -> list[Path]:
@@ -199,6 +195,8 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         yield from read(*arguments)
     except StopIteration:  # what `datasets` makes of a file without rows
         return
+    except StructPruneError:
+        raise
     except Exception as error:  # a reader passes on whatever its parser or its HTTP client raises
         reason = one_line(error) or type(error).__name__
         advice = "; save it as UTF-8" * isinstance(error, UnicodeDecodeError)
