@@ -32,7 +32,9 @@ class CommandParser(ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """See `ArgumentParser.parse_known_args`; an unknown flag is refused with the nearest one."""
-        self._declare()
+        declare, self.declare = self.declare, None
+        if declare is not None:
+            declare(self)
         parsed, others = super().parse_known_args(*args, **kwargs)
         if flag := next((word.partition("=")[0] for word in others if word.startswith("--")), None):
             self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
@@ -43,16 +45,6 @@ class CommandParser(ArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage(None, self._get_positional_actions(), [])
         return f"{formatter.format_help().rstrip()} [flags]\n"
-
-    def format_help(self) -> str:
-        """See `ArgumentParser.format_help`."""
-        self._declare()
-        return super().format_help()
-
-    def _declare(self) -> None:
-        declare, self.declare = self.declare, None
-        if declare is not None:
-            declare(self)
 
 
 def add_commands(parser: ArgumentParser) -> None:
