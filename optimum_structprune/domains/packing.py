@@ -101,10 +101,7 @@ class DocumentPool:
     def take(
         self, frame: SampleFormat, need: int, use: str, uses: dict[str, str], longest: int | None = None
     ) -> list[Tokens]:
-        """Gives documents with `need` tokens for one use, each once; `uses` by hash grows.
-
-        Of each, the first `longest` tokens count, by default all.
-        """
+        """Gives documents with `need` tokens for one use, each once, cut to `longest`; `uses` by hash grows."""
         passed: list[Tokens] = []
         cut = (Tokens(text.ids[:longest], text.hash) for text in self._free(use, uses, passed))
         taken = frame.take(cut, need)
@@ -189,10 +186,7 @@ class Domain:
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
-    """Numbers the documents of packed samples, one number for each token, shape `(samples, seq_length)`.
-
-    Where nothing ends a document, each sample is one.
-    """
+    """Numbers the document of each token, shape `(samples, seq_length)`; without EOS, each sample is one."""
     if eos is None:
         return torch.arange(len(samples))[:, None].expand_as(samples)
     ends = samples[:, 1:] == eos

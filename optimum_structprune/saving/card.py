@@ -411,10 +411,7 @@ def chart(report: Mapping[str, Any]) -> str:
 
 
 def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
-    """Yields the group, name, value and margin of error of each kind of text and of some languages.
-
-    The languages are those that lose most.
-    """
+    """Yields group, name, value and margin of each kind of text and of the languages that lose most."""
     for row in quality_rows(judged(report)):
         figure, _, name = row.label.partition(" ")
         if figure == "perplexity" and row.change == RATIO and row.ratio:

@@ -53,10 +53,7 @@ def other_text(
     domains: Sequence[Domain],
     seen: Manifest | None = None,
 ) -> OtherText:
-    """Gives other text from the best source that has enough; without rows if none has.
-
-    Text of the Hub is best, then the model's own, and built-in text, which is simple, comes last.
-    """
+    """Gives other text from the first of Hub, model and built-in with enough; without rows if none has."""
     used = {name for each in domains for name in (*each.documents, *each.heldout_documents, *each.probe_documents)}
     used |= set() if seen is None else seen.uses().keys()
     read = sum(domain.samples.numel() for domain in domains)
@@ -90,10 +87,7 @@ def other_text(
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """Yields text that the dense model writes at a temperature of 1.
-
-    It goes on from words in the languages that a config names, or else from English openings of many kinds.
-    """
+    """Yields text that the dense model writes behind words in the named languages, or English openings."""
     from ..domains.generated import self_documents
     from ..vocabulary.languages import openings
 

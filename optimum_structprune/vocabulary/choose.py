@@ -120,10 +120,7 @@ class VocabularyRequest:
 
 @dataclass(frozen=True)
 class Choice:
-    """The ids of the kept tokens, ascending; the first `number` of them have weights.
-
-    With them come the tokenizer that has no others, the text that was counted, and what a report says.
-    """
+    """The ids of the kept tokens, ascending, `number` of them with weights; and what comes of the choice."""
 
     keep: tuple[int, ...]
     number: int

@@ -39,10 +39,7 @@ def shares_of(ids: Tensor, size: int) -> Tensor:
 def text_shares(
     domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
 ) -> tuple[Tensor, Entry]:
-    """Counts the share of each token in the text of a domain, shape `(size,)`, float64; and its record.
-
-    Documents that are `held_out` are left out, by their hashes; of what a model has written, the samples count.
-    """
+    """Counts the share of each token in the text of a domain but what is `held_out`, and gives its record."""
     if domain.origin is None or written_by_model(domain.origin):
         return shares_of(domain.samples, size), Entry.of(domain, COUNTED)
     counts, names, tokens = Counter[int](), dict[str, None](), 0
