@@ -128,10 +128,9 @@ class StructPruneCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
-        if model is not None:
-            self.begin(model)
-            self.hooks.close()
-            self.hooks.enter_context(self.resizing(model))
+        self.begin(model)
+        self.hooks.close()
+        self.hooks.enter_context(self.resizing(model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
@@ -281,8 +280,7 @@ def attach_pruner(
     """
     callback = StructPruneCallback(config, start, **schedule)
     callback.trainer = trainer
-    if trainer.model is not None:
-        callback.begin(cast("PreTrainedModel", trainer.model))
+    callback.begin(cast("PreTrainedModel", trainer.model))
     trainer.callback_handler.callbacks.insert(0, callback)
     train, model_init = trainer.train, trainer.model_init
 
