@@ -111,15 +111,19 @@ def _refusals(repo_id: str, state: str) -> Iterator[None]:
     """Turn what the Hub refuses inside `with` into a `StructPruneError`."""
     try:
         yield
+    except StructPruneError:
+        raise
     except HFValidationError as error:
         raise StructPruneError(f"{repo_id!r} is no name of a repository, OWNER/NAME: {one_line(error)}") from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         reasons = {
             401: f"The Hub does not know the token: {HOW_TO_LOG_IN}.",
             403: f"The token may not write to {repo_id}: name a repository of your own, or {HOW_TO_LOG_IN} there.",
         }
-        code = getattr(getattr(error, "response", None), "status_code", 0)
-        reason = reasons.get(code, f"{repo_id} could not be pushed: {one_line(error).rstrip('.')}.")
+        # What stops an upload of weights comes as the cause of a RuntimeError that names the file alone.
+        said = (error.__cause__ or error) if isinstance(error, RuntimeError) else error
+        code = getattr(getattr(said, "response", None), "status_code", 0)
+        reason = reasons.get(code, f"{repo_id} could not be pushed: {one_line(said).rstrip('.')}.")
         raise StructPruneError(f"{reason} {state}") from error
 
 

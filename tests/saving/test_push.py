@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict] = {}
+        self.mode = "regular"  # "lfs" for weights of a real size, which this Hub then does not take
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -66,6 +67,10 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(413, {"error": "too large"})
+
     def do_POST(self) -> None:
         body, repos = self.rfile.read(int(self.headers["Content-Length"])), self.server.repos
         if self.path == "/api/repos/create":
@@ -79,8 +84,12 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"warnings": [], "errors": []})
         elif self.path.endswith("/preupload/main"):
-            how = {"uploadMode": "regular", "shouldIgnore": False}
+            how = {"uploadMode": self.server.mode, "shouldIgnore": False}
             self.answer(200, {"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            actions = {"upload": {"href": f"{self.server.url}/storage"}}
+            objects = [{**each, "actions": actions} for each in json.loads(body)["objects"]]
+            self.answer(200, {"objects": objects})
         else:
             repo = repos[re.fullmatch(r"/api/models/(ann/[\w-]+)/commit/main", self.path)[1]]
             for line in map(json.loads, body.splitlines()):
@@ -182,6 +191,13 @@ def test_what_the_hub_refuses_is_said_and_nothing_is_pushed(run, hub, repo_id, f
     with pytest.raises(StructPruneError, match=message):
         push_to_hub(run[1], repo_id, **fields)
     assert hub.repos["ann/open"]["commits"] == 1 and [*hub.repos] == ["ann/open"]
+
+
+def test_an_upload_of_weights_that_breaks_off_leaves_no_commit_and_is_said(run, hub):
+    hub.mode = "lfs"
+    with pytest.raises(StructPruneError, match="ann/slim could not be pushed: .*413.* pushes it later"):
+        push_to_hub(run[1], "ann/slim")
+    assert not hub.repos["ann/slim"]["commits"]
 
 
 def test_without_a_result_a_token_or_a_hub_nothing_is_pushed(run, hub, tmp_path, monkeypatch):
