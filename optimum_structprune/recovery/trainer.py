@@ -17,6 +17,7 @@ from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import KINDS_DIFFER, evaluating, perplexity_figures
 from ..record.report import RecoveryReport, enter_figures
+from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
 from .samples import collate, counted_targets, logits_at, tokens_in
 from .text import OTHER_TEXT, VALIDATION
@@ -81,10 +82,12 @@ class DistillTrainer(Trainer):
             resumed = kwargs.get("resume_from_checkpoint")  # a damaged file of it raises errors of many kinds
             if not (resumed or isinstance(error, LIBRARY_ERRORS)):
                 raise
-            damaged = f" If {resumed} is damaged, remove it, and the one before is taken." if resumed else ""
+            advice = f" If {resumed} is damaged, remove it, and the one before is taken." if resumed else ""
+            if is_write_error(error):
+                advice += f" If {self.args.output_dir} has no room for checkpoints, make some, or set save_strategy=no."
             raise StructPruneError(
                 f"Training stopped at step {self.state.global_step}, {type(error).__name__}: {one_line(error)}. The "
-                f"model is as it was.{damaged}"
+                f"model is as it was.{advice}"
             ) from error
         finally:
             vars(model).pop("save_pretrained", None)
