@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -97,7 +98,7 @@ class Recovery:
             seen = Manifest.load(str(self._pruned))
         seed = self.pruning.seed if config.seed is None else config.seed
         inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
-        with tempfile.TemporaryDirectory() as scratch:
+        with nullcontext("") if "output_dir" in config.training else tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
             checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None

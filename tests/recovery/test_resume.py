@@ -111,6 +111,7 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
     model = deepcopy(before)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DistillTrainer, "compute_loss", failing(DistillTrainer.compute_loss, 6, KeyboardInterrupt()))
+        patch.setattr("tempfile.TemporaryDirectory", None)  # which a kill would leave behind
         recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher)
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
     assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in before.parameters()]
