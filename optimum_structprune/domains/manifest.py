@@ -247,6 +247,18 @@ def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, s
     ]
 
 
+def check_kinds(model: Any, tokenizer: Any) -> None:
+    """Refuse what is no model of transformers or no tokenizer, such as the name of one."""
+    is_model = isinstance(model, Module) and getattr(model, "config", None) is not None
+    is_tokenizer = tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)
+    for name, value, accepted, kind, advice in (
+        ("model", model, is_model, "a model of transformers", "load it with from_pretrained first"),
+        ("tokenizer", tokenizer, is_tokenizer, "a tokenizer", "load it with AutoTokenizer.from_pretrained"),
+    ):
+        if not accepted:
+            raise StructPruneError(f"{name} takes {kind}, got {type(value).__name__}; {advice}.")
+
+
 def check_tokens(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer whose ids are other tokens than the model's own, or have no row in the model."""
     carried = TextRecord.of(model).tokenizer

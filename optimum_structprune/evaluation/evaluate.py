@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, predicts_next, reads_images
 from ..config.domains import DomainConfig, as_domain
-from ..domains.manifest import CALIBRATED, Manifest, check_tokens
+from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import prefix_token
 from ..domains.sources import resolve
 from ..errors import StructPruneError, warn
@@ -129,6 +129,8 @@ def evaluate(
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
+    for which, reader in readers.items():
+        check_kinds(models.get(which, model), reader)
     check_evaluation(models, named, answers, seq_length, dense_tokenizer, pairs)
     for which, each in models.items():
         check_tokens(each, readers[which])

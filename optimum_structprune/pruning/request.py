@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
@@ -27,7 +27,7 @@ from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.load import texts_of
-from ..domains.manifest import check_tokens
+from ..domains.manifest import check_kinds, check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
 from ..method.calibrate import Moments
@@ -243,16 +243,12 @@ def check_config_kind(config: Any) -> None:
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
-    is_model = isinstance(model, nn.Module) and getattr(model, "config", None) is not None
-    is_tokenizer = tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)
-    are_inputs = inputs is None or isinstance(inputs, Mapping) and len(inputs) > 0
-    for name, value, accepted, kind, advice in (
-        ("model", model, is_model, "a model of transformers", "load it with from_pretrained first"),
-        ("tokenizer", tokenizer, is_tokenizer, "a tokenizer", "load it with AutoTokenizer.from_pretrained"),
-        ("inputs", inputs, are_inputs, "a mapping of names to tensors", "pass one or more, such as {'text': ids}"),
-    ):
-        if not accepted:
-            raise StructPruneError(f"{name} takes {kind}, got {type(value).__name__}; {advice}.")
+    check_kinds(model, tokenizer)
+    if inputs is not None and not (isinstance(inputs, Mapping) and len(inputs) > 0):
+        raise StructPruneError(
+            f"inputs takes a mapping of names to tensors, got {type(inputs).__name__}; pass one or more, such as "
+            "{'text': ids}."
+        )
     if "_original_forward" in vars(model):
         raise StructPruneError(
             "model computes in mixed precision, as accelerate prepared it, and what is saved would not; pass "

@@ -18,7 +18,7 @@ from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import texts_of
-from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, check_tokens, remember_text
+from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, check_kinds, check_tokens, remember_text
 from ..domains.packing import Domain
 from ..domains.sources import documents
 from ..errors import StructPruneError, warn
@@ -86,6 +86,7 @@ class Recovery:
     ) -> PreTrainedModel:
         """Train a model; see `recover`."""
         config = self.config
+        check_kinds(model, tokenizer)
         check_changeable(model)
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)

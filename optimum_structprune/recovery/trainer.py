@@ -84,7 +84,7 @@ class DistillTrainer(Trainer):
                 raise
             advice = f" If {resumed} is damaged, remove it, and the one before is taken." if resumed else ""
             if is_write_error(error):
-                advice += f" If {self.args.output_dir} has no room for checkpoints, make some, or set save_strategy=no."
+                advice += f" If {self.args.output_dir} has no room for checkpoints, make some or set save_strategy=no."
             raise StructPruneError(
                 f"Training stopped at step {self.state.global_step}, {type(error).__name__}: {one_line(error)}. The "
                 f"model is as it was.{advice}"
