@@ -44,6 +44,7 @@ class RecoveryReport:
     answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
     learning_rate: float = 0.0
     teacher: str = ""
+    earlier: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Perplexity and KL to the teacher by kind of text, as a table, and the cost."""

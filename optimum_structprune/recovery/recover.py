@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..arch.meta import check_changeable, check_positions, is_offloaded, predicts_next
 from ..config.domains import DomainConfig
+from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import texts_of
@@ -72,6 +74,9 @@ class Recovery:
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
         self._pruned = pruned
+        self._earlier: list[Mapping[str, Any]] = []
+        if pruned and (before := Path(pruned, RECOVERY_REPORT_NAME)).is_file():
+            self._earlier = [*read_json(before).get("earlier", ()), read_json(Path(pruned, RECOVERY_CONFIG_NAME))]
         self.report: RecoveryReport | None = None
 
     @own_settings()
@@ -108,7 +113,7 @@ class Recovery:
             data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
             recovered, outcome = self._trained(model, seed, data, arguments, inputs, checkpoint)
             wait_for_everyone()
-        self.report = replace(outcome, teacher=name or "")
+        self.report = replace(outcome, teacher=name or "", earlier=self._earlier)
         self.report.other |= {"source": other.source} if other.rows else {}
         self.entries = [*(Entry.of(domain, TRAINED) for domain in domains), *other.entries]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)

@@ -106,11 +106,14 @@ class Records:
         )
 
     def commands(self, folder: str, dense: str, again: str) -> list[str]:
-        """Give the commands that repeat the run from the configs in a folder; none if a program gave text."""
+        """Give the commands that repeat the run from the configs in a folder.
+
+        There are none if a program gave text, or if several trainings followed, of which the folder has one config.
+        """
         domains = [domain for config in (self.config, self.training) for domain in config.get("domains") or ()]
         named = all(entry.get("origin") for entry in self.domains if entry.get("use") != JUDGED)
         in_memory = any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
-        if not self.config or not named or in_memory:
+        if not self.config or not named or in_memory or self.report["recovery"].get("earlier"):
             return []
         dtype = ["--dtype", name] if (name := (self.report.get("model") or {}).get("dtype")) else []
         lines = [["prune", dense, again, "--config", f"{folder}/{CONFIG_NAME}", *dtype]]
