@@ -54,10 +54,7 @@ class Loading:
     def __post_init__(self) -> None:
         self.device = usable_device(self.device)
         if self.offload is not None and self.device in SPREAD_DEVICES:
-            raise StructPruneError(
-                f"--device {self.device} spreads the layers itself, over the disk too where it has to; leave out "
-                "--offload."
-            )
+            raise StructPruneError(f"--device {self.device} spreads the layers itself; leave out --offload.")
         if self.arch_file is not None:
             enable_heterogeneous(self.arch_file)
 

@@ -158,9 +158,7 @@ def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str
 def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> dict[str, Any]:
     """Gives the checked settings of `measure_speed`, by models without weights."""
     if loading.device in SPREAD_DEVICES:
-        raise StructPruneError(
-            f"--device {args.device} spreads a model, and the time of one device is measured: name one."
-        )
+        raise StructPruneError(f"--device {args.device} spreads a model, and speed is that of one device: name one.")
     settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "clock")}
     # A default of argparse would stay beside what is given.
     settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or [128]}

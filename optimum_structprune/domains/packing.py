@@ -228,8 +228,7 @@ class Passages:
         prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
         if prefix is None:
             raise StructPruneError(
-                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to stand before a text, so the first "
-                "token of a sample cannot be predicted; set its eos_token."
+                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text; set its eos_token."
             )
         every = [text for texts in self.texts for text in texts]
         encoded = iter(tokenizer(every, add_special_tokens=False, verbose=False)["input_ids"])

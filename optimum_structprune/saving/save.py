@@ -157,8 +157,8 @@ def settle(path: Path, kind: type[PretrainedConfig]) -> None:
 
 @own_settings()
 @torch.no_grad()
-def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None) -> None:
-    """Load a saved model, by default as its own class, and compare logits, or hidden states."""
+def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load a saved model and compare logits, or hidden states."""
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
@@ -166,7 +166,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
     # Beside the folder, where there is room for weights.
     with tempfile.TemporaryDirectory(prefix=f".{OFFLOAD}.", dir=Path(folder).resolve().parent) as scratch:
         with heterogeneous():
-            again = (reader or type(model)).from_pretrained(
+            again = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
         inputs = random_inputs(model)
