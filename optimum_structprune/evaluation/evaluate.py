@@ -199,8 +199,8 @@ def _compare_vectors(
     for name, fields in measured.perplexities(models["model"], "dense", "model").items():
         enter_figures(evaluation, name, fields)
     if by_language:
-        costs = costs_before(models["dense"], readers["dense"], False, ())
-        costs = with_costs_after(costs, models["model"], readers["model"], False)
+        costs = costs_before(None, readers["dense"], ())
+        costs = with_costs_after(costs, None, readers["model"])
         evaluation.languages = {code: {**cost, **by_language[code]} for code, cost in costs.items()}
 
 

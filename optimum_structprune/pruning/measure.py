@@ -85,7 +85,7 @@ class Comparison:
             from ..vocabulary.languages import costs_before
 
             with report.timed("languages"):
-                report.languages = costs_before(run.model, tokenizer, causal, wanted)
+                report.languages = costs_before(run.model if causal else None, tokenizer, wanted)
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Measure the same text from now on in the tokens of the smaller model."""
@@ -112,7 +112,7 @@ class Comparison:
         run, known = self.run, self.run.report.languages
         assert run.tokenizer is not None
         with run.report.timed("languages"):
-            run.report.languages = with_costs_after(known, run.model, run.tokenizer, run.arch.causal)
+            run.report.languages = with_costs_after(known, run.model if run.arch.causal else None, run.tokenizer)
 
 
 class Measure:

@@ -57,11 +57,11 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest
 
 
 def cost_by_language(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, codes: Collection[str], most: float = inf
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, codes: Collection[str], most: float = inf
 ) -> dict[str, float]:
-    """Measures bits per byte of text in languages, `most` tokens in all, or counts tokens if not `causal`."""
+    """Measures bits per byte of text in languages, `most` tokens in all; without a model, counts tokens."""
     rows, read = tokens_by_language(tokenizer), 0
-    if not causal:
+    if model is None:
         return {code: len(rows[code]) for code in codes}
     costs = dict[str, float]()
     for code in codes:
@@ -73,13 +73,13 @@ def cost_by_language(
 
 
 def costs_before(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, causal: bool, wanted: Collection[str]
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Measures the dense model on 4,096 tokens by language: wanted ones first, then those of few tokens."""
     rows = tokens_by_language(tokenizer)
     codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
-    costs = cost_by_language(model, tokenizer, causal, codes, most=4096)
-    knows = known(costs) if causal else None
+    costs = cost_by_language(model, tokenizer, codes, most=4096)
+    knows = None if model is None else known(costs)
     return {
         code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
         for code, cost in costs.items()
@@ -87,14 +87,11 @@ def costs_before(
 
 
 def with_costs_after(
-    languages: Mapping[str, Mapping[str, Any]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    causal: bool,
+    languages: Mapping[str, Mapping[str, Any]], model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
     """Adds the costs of the smaller model, for languages to keep and those that the dense one knew."""
     codes = [code for code, costs in languages.items() if costs["wanted"] or costs.get("known", True)]
-    after = cost_by_language(model, tokenizer, causal, codes)
+    after = cost_by_language(model, tokenizer, codes)
     return {code: {**costs, "after": after.get(code)} for code, costs in languages.items()}
 
 

@@ -141,12 +141,12 @@ def test_every_language_that_a_config_may_name_has_both_texts_and_they_differ():
 def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_language():
     tokens = {code: len(ids) for code, ids in tokens_by_language(READER).items()}
     assert tokens["en"] < tokens["fi"] < tokens["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
-    bits = cost_by_language(MODEL, READER, True, ["en", "de", "ta"])
+    bits = cost_by_language(MODEL, READER, ["en", "de", "ta"])
     assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
     assert languages.known(bits) >= {"en"} == languages.known({"en": 1.0, "de": 3.0})
     few = len(tokens_by_language(READER)["en"]) + 1
-    assert [*cost_by_language(MODEL, READER, True, ["en", "de"], most=few)] == ["en"]
-    assert cost_by_language(MODEL, READER, False, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
+    assert [*cost_by_language(MODEL, READER, ["en", "de"], most=few)] == ["en"]
+    assert cost_by_language(None, READER, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}
 
 
 def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
