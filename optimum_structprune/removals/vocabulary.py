@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..arch.load import describe
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..domains.manifest import remember_text
+from ..domains.load import load_domains
+from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
 from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
@@ -35,12 +36,10 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
 
     Later steps take the model that is left as dense, and bring it to these widths.
     """
-    data, tokenizer = run.data, run.dense_tokenizer
-    assert tokenizer is not None
     # What is held out, or choices are made on, tells nothing if it is counted.
     aside = {name for name, use in run.manifest().uses().items() if use != USED}
     with run.report.timed("vocabulary"):
-        choice = choose_tokens(request, run.config, tokenizer, data.domains, aside, _expected(run))
+        choice = choose_tokens(request, run.config, run.data.domains, aside, _expected(run))
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
         if choice is not None:
             _cut_(run, choice, comparison)
@@ -68,11 +67,12 @@ def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
     """Read the text of a run again in the tokens that stay, and leave its model no others. What the first reading held
     out is neither counted nor, in the second, calibrated on.
     """
-    report, data, dense_tokenizer = run.report, run.data, run.dense_tokenizer
-    assert dense_tokenizer is not None
+    report, data, writer = run.report, run.data, run.dense_tokenizer
     kept = choice.keep[: choice.number]
     with report.timed("domains"):
-        run.data = data.read_again(run.model, dense_tokenizer, choice.tokenizer, run.manifest())
+        seen = Manifest.of(data.config, data.domains, writer).after(run.manifest())
+        domains = load_domains(data.config, choice.tokenizer, run.model, seen=seen, writer=writer)
+        run.data = replace(data, domains=domains)
     comparison.use_tokenizer(choice.tokenizer)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)

@@ -16,8 +16,8 @@ from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA
-from ..domains.load import calibration_domains, given_domains, load_domains, texts_of
-from ..domains.manifest import Entry, Manifest
+from ..domains.load import calibration_domains, given_domains, texts_of
+from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
@@ -63,17 +63,6 @@ class CalibrationData:
         else:
             read = calibration_domains(config, model, tokenizer)
         return cls(*read, options or RunOptions())
-
-    def read_again(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reader: PreTrainedTokenizerBase,
-        seen: Manifest | None,
-    ) -> CalibrationData:
-        """Read the same text in tokens of the `reader`, without what is held out here or `seen` earlier."""
-        seen = Manifest.of(self.config, self.domains, tokenizer).after(seen)
-        return replace(self, domains=load_domains(self.config, reader, model, seen=seen, writer=tokenizer))
 
     @property
     def shares(self) -> tuple[float, ...]:

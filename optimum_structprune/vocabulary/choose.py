@@ -72,7 +72,7 @@ class VocabularyRequest:
         required = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
         required |= _letters(config.languages, vocabulary)
         if config.keep_tokens is not None:
-            required |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
+            required |= _kept_by_user(config.keep_tokens, vocabulary)
         below = {*range(padding := counted_from(model))} - required  # the padding has to keep its id
         required = with_dependencies(required | below, vocabulary.dependencies) & {*ids}
         request = cls(vocabulary, rows, frozenset(required), cast("int", widths[VOCAB]))
@@ -133,10 +133,9 @@ class Choice:
 def choose_tokens(
     request: VocabularyRequest,
     config: StructPruneConfig,
-    tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
-    held_out: Collection[str] = (),
-    expected: Tensor | None = None,
+    held_out: Collection[str],
+    expected: Tensor | None,
 ) -> Choice | None:
     """Chooses the tokens that stay, and proves the smaller tokenizer on text; None if all tokens stay.
 
@@ -144,7 +143,7 @@ def choose_tokens(
     shares that the model expects, of its rows.
     """
     vocabulary = request.vocabulary
-    shares, counted = wanted_shares(config, domains, tokenizer, vocabulary, held_out, expected)
+    shares, counted = wanted_shares(config, domains, vocabulary, held_out, expected)
     order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
     lost = _lost_shares(request, order, domains)
     number = number_within(request.room, lost) if request.number is None else request.number
@@ -152,7 +151,8 @@ def choose_tokens(
         return None
     keep = request.keep(order, number)
     smaller = vocabulary.smaller(keep)
-    vocabulary.check(smaller, keep, (str(tokenizer.decode(ids)) for domain in domains for ids in domain.samples))
+    texts = (str(vocabulary.tokenizer.decode(ids)) for domain in domains for ids in domain.samples)
+    vocabulary.check(smaller, keep, texts)
     reasons = _reasons(keep[:number], request, shares)
     trimmed = {"tokens": request.rows - number, "respelled": float(lost[number]), "reasons": dict(Counter(reasons))}
     trimmed["reason_of_each"] = "".join(reason[0] for reason in reasons)
@@ -207,14 +207,14 @@ def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[i
     return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
 
 
-def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+def _kept_by_user(named: str, vocabulary: Vocabulary) -> set[int]:
     """Gives the tokens in the lines of a file, as tokens or text, or all matches of a regular expression."""
     path = os.path.expanduser(named)
     try:
         if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
-            ids, lines = tokenizer.get_vocab(), [*filter(None, Path(path).read_text("utf-8-sig").splitlines())]
+            reader, lines = vocabulary.tokenizer, [*filter(None, Path(path).read_text("utf-8-sig").splitlines())]
             forms = [form for line in lines for form in (line, f" {line}")]  # as a text begins, and within one
-            spelled = tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else []
+            spelled, ids = reader(forms, add_special_tokens=False)["input_ids"] if forms else [], reader.get_vocab()
             kept = {token for row in spelled for token in row} | {ids[line] for line in lines if line in ids}
         else:
             kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
@@ -230,7 +230,6 @@ def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vo
 def wanted_shares(
     config: StructPruneConfig,
     domains: Sequence[Domain],
-    tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     held_out: Collection[str] = (),
     expected: Tensor | None = None,
@@ -244,12 +243,12 @@ def wanted_shares(
     of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
     entries = []
     for index, domain in enumerate(domains):
-        shares, entry = text_shares(domain, config.seed, tokenizer, size, held_out, most)
+        shares, entry = text_shares(domain, config.seed, vocabulary.tokenizer, size, held_out, most)
         (of_text if index < len(named) else of_general).add_(domain.weight * shares)
         entries.append(entry)
     codes = config.languages or ()
     part = len(codes) / (1 + len(codes))  # each counts as much as the text
-    of_languages = part * language_shares(codes, tokenizer, size)
+    of_languages = part * language_shares(codes, vocabulary.tokenizer, size)
     of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
     by_script = _by_script(vocabulary, of_text + of_languages)
     shown = by_script >= MIN_SCRIPT_SHARE

@@ -175,7 +175,7 @@ class Vocabulary:
     """The tokens of a fast tokenizer, as its `tokenizer.json` has them, and how others spell each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, described: Mapping[str, Any]) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._names = {number: piece for piece, number in tokenizer.get_vocab().items()}
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self.size = 1 + max(self._names)
@@ -206,15 +206,15 @@ class Vocabulary:
     @cached_property
     def fixed(self) -> frozenset[int]:
         """Gives the ids of the tokens to keep for any text, and of all their parts."""
-        fixed = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
+        fixed = {*self._added, *self.tokenizer.all_special_ids, *self.tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
             is_byte = self._irreplaceable_are_bytes and self._segmenter.is_irreplaceable(token)
             # Bytes in place of the mark of a space would be decoded to the mark.
             is_mark = token in (self._unknown, self._segmenter.lowest) or self._names[token] == SPACE
             if is_byte or is_mark or self.surface(token).strip() in {*"0123456789"}:
                 fixed.add(token)
-        for text in chats(self._tokenizer):
-            fixed.update(self._tokenizer(text, verbose=False).input_ids)
+        for text in chats(self.tokenizer):
+            fixed.update(self.tokenizer(text, verbose=False).input_ids)
         return frozenset(with_dependencies(fixed, self._segmenter.dependencies))
 
     @cached_property
@@ -253,16 +253,16 @@ class Vocabulary:
     def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
         """Makes the tokenizer with only some tokens, ascending, numbered by their positions in `keep`."""
         new = {old: number for number, old in enumerate(keep)}
-        if hasattr(self._tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
-            self._tokenizer.init_kwargs["legacy"] = self._tokenizer.legacy
+        if hasattr(self.tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         with TemporaryDirectory() as folder:
-            self._tokenizer.save_pretrained(folder, legacy_format=False)
+            self.tokenizer.save_pretrained(folder, legacy_format=False)
             path = Path(folder, "tokenizer.json")
             described = rewritten(json.loads(path.read_text("utf-8")), self._segmenter, new)
             path.write_text(json.dumps(described, ensure_ascii=False), "utf-8")
-            smaller = type(self._tokenizer).from_pretrained(folder)
+            smaller = type(self.tokenizer).from_pretrained(folder)
         for name in ("name_or_path", "padding_side", "truncation_side"):  # what was set since it was loaded counts
-            setattr(smaller, name, getattr(self._tokenizer, name))
+            setattr(smaller, name, getattr(self.tokenizer, name))
         loaded = json.loads(smaller.backend_tokenizer.to_str())
         for part in described.keys() - {"truncation", "padding"}:
             if loaded[part] != described[part]:
@@ -274,11 +274,11 @@ class Vocabulary:
 
     def check(self, smaller: PreTrainedTokenizerFast, keep: Sequence[int], texts: Iterable[str]) -> None:
         """Prove that a smaller tokenizer reads texts, and chats in the template, as this one does."""
-        if [*chats(smaller)] != (written := [*chats(self._tokenizer)]):
+        if [*chats(smaller)] != (written := [*chats(self.tokenizer)]):
             raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
         new = {old: number for number, old in enumerate(keep)}
         for text in chain(written, texts):
-            dense = self._tokenizer(text, verbose=False).input_ids
+            dense = self.tokenizer(text, verbose=False).input_ids
             ids = smaller(text, verbose=False).input_ids
             if all(token in new for token in dense) and [new[token] for token in dense] != ids:
                 raise StructPruneError(
@@ -286,7 +286,7 @@ class Vocabulary:
                 )
             # A letter whose script is gone is unknown.
             is_spelled = all(token in new or self.parts(token, new) for token in dense)
-            if is_spelled and smaller.decode(ids) != self._tokenizer.decode(dense):
+            if is_spelled and smaller.decode(ids) != self.tokenizer.decode(dense):
                 raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
 
 
