@@ -66,8 +66,7 @@ def _check_form(args: Namespace) -> None:
         check_gguf_type(args.dtype)
     if args.output.endswith(GGUF) == args.pad_uniform:
         raise StructPruneError(
-            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width "
-            f"only. A padded folder can be written as OUT{GGUF} afterwards."
+            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width."
         )
 
 

@@ -79,9 +79,8 @@ class Loading:
             older = next(Path(name).glob("*.bin"), None) if Path(name).is_dir() else None
             if older is not None and not _weight_files(name):
                 raise StructPruneError(
-                    f"{older} is no safetensors file, and only these are read a layer at a time; convert it once "
-                    f"where it fits into memory: AutoModelForCausalLM.from_pretrained({name!r})"
-                    ".save_pretrained(FOLDER)."
+                    f"{older} is no safetensors file, and only these are read a layer at a time; convert it where it "
+                    f"fits: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
                 )
             places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
         torch.manual_seed(0)  # what the files lack, as a pooler, is the same in each run

@@ -97,8 +97,7 @@ def _check_together(config: "StructPruneConfig") -> None:
     if by_layer and (config.allocation != "uniform" or config.skip_layers):
         raise ValueError(
             f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
-            f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number "
-            "per space"
+            f"skip_layers={list(config.skip_layers)} choose nothing; leave them out, or give one number per space"
         )
     if config.general_text is not None and config.general_share == 0:
         raise ValueError(
@@ -107,14 +106,12 @@ def _check_together(config: "StructPruneConfig") -> None:
         )
     if bool(config.general_share or config.general_text) and any(map(is_general, config.domains or ())):
         raise ValueError(
-            f"general_share={config.general_share} adds a domain {GENERAL!r} of text of every kind, and domains has "
-            "one; take it out, or leave general_share out"
+            f"general_share={config.general_share} adds a domain {GENERAL!r}, and domains has one; leave out either"
         )
     if config.allocation == "search_uniform" and (config.widths is not None or config.skip_layers):
         raise ValueError(
             f"allocation='search_uniform' looks for one shape of all layers, which widths={config.widths} and "
-            f"skip_layers={list(config.skip_layers)} contradict; say how much with sparsity or budget, or choose "
-            "allocation='search'"
+            f"skip_layers={list(config.skip_layers)} contradict; leave them out, or choose allocation='search'"
         )
 
 
