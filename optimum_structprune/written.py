@@ -147,14 +147,6 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False)
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Add a value as a line of JSON to a file, which is made with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        # A process that was killed may have left half a line, so that each value begins a new one.
-        file.write(f"\n{json.dumps(value)}\n")
-
-
 def whole_lines(path: Path) -> Iterator[Any]:
     """Read the values in a file of JSON lines, without those cut short; a missing file has none."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:

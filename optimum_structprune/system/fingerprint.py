@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import StructPruneError
-from ..written import append_line, whole_lines
+from ..written import whole_lines
 from .offloading import weight_of
 
 
@@ -75,7 +75,10 @@ class KeptText:
     def add(self, name: str, batch: Any) -> None:
         """Add a batch to the file."""
         try:
-            append_line(self.path, [name, batch])
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                # A process that was killed may have left half a line, so that each value begins a new one.
+                file.write(f"\n{json.dumps([name, batch])}\n")
         except OSError as error:
             raise StructPruneError(
                 f"Self-written text cannot be kept in {self.path.parent} ({error}); set HF_HOME to another folder."
