@@ -157,26 +157,20 @@ class _TextGenerator:
         check_positions(self.model, 1, "Self-written text", longest)
         room = int(min(MAX_TOKENS, positions_of(self.model) - longest))
         bar = progress(range(room), desc=f"writing {len(rows)} documents", unit="token")
+        losses: list[Tensor] = []  # of the tokens in nats, shape `(rows, 1)` each
+
+        def draw(_: Tensor, scores: Tensor) -> Tensor:
+            token = drawn(scores, self.min_p)
+            losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
+            next(bar, None)
+            return torch.full_like(scores, -inf).scatter(1, token, 0.0)  # which greedy search then takes
+
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
-            sampler, settings = _Sampler(bar, self.min_p), {"max_new_tokens": room, "use_cache": True}
-            texts = continuations(self.model, self.tokenizer, rows, settings, [sampler])
-        losses = torch.cat(sampler.losses, 1)
-        return [(text, float(losses[row, : len(text)].mean())) for row, text in enumerate(texts)]
-
-
-class _Sampler:
-    """Draws tokens, which greedy search then takes; `losses` has theirs in nats, shape `(rows, 1)` each."""
-
-    def __init__(self, bar: Iterator[Any], min_p: float):
-        self.bar, self.min_p = bar, min_p
-        self.losses: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = drawn(scores, self.min_p)
-        self.losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
-        next(self.bar, None)
-        return torch.full_like(scores, -inf).scatter(1, token, 0.0)
+            settings = {"max_new_tokens": room, "use_cache": True}
+            texts = continuations(self.model, self.tokenizer, rows, settings, [draw])
+        of_row = torch.cat(losses, 1)
+        return [(text, float(of_row[row, : len(text)].mean())) for row, text in enumerate(texts)]
 
 
 def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:

@@ -139,18 +139,18 @@ class _Packer:
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
         domain, needs = self.domains[index], self._needs(self.config.num_samples, index)
         parts = [self.frame.pack(text, need // self.frame.body) for text, need in zip(texts, needs, strict=True)]
-        check_vocabulary(int(torch.cat([part.samples for part in parts]).max()), self.vocab_size)
-        heldout, packed, probe, more = parts
+        check_vocabulary(int(torch.cat([samples for samples, _ in parts]).max()), self.vocab_size)
+        (heldout, aside), (samples, documents), (probe, probed), (more, also_aside) = parts
         return Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
-            samples=packed.samples,
-            heldout=torch.cat([heldout.samples, more.samples]),
+            samples=samples,
+            heldout=torch.cat([heldout, more]),
             origin=domain,
-            documents=packed.hashes,
-            heldout_documents=heldout.hashes + more.hashes,
-            probe=None if self.config.allocation == "uniform" else probe.samples,
-            probe_documents=probe.hashes,
+            documents=documents,
+            heldout_documents=aside + also_aside,
+            probe=None if self.config.allocation == "uniform" else probe,
+            probe_documents=probed,
         )
 
     def tokens(self, index: int) -> int:

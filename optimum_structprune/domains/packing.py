@@ -32,14 +32,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Samples of token ids, shape `(num_samples, seq_length)`, and the hash of each document in them."""
-
-    samples: Tensor
-    hashes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class SampleFormat:
     """The length of a sample, the token at its head, and the one between two documents, if any."""
 
@@ -73,8 +65,8 @@ class SampleFormat:
         between = max(len(documents) - 1, 0) * (self.eos is not None)
         return sum(len(document.ids) for document in documents) + between
 
-    def pack(self, documents: Iterable[Tokens], most: int) -> Packed:
-        """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
+    def pack(self, documents: Iterable[Tokens], most: int) -> tuple[Tensor, tuple[str, ...]]:
+        """Cut documents into full samples, `(at most so many, seq_length)`, and give the hashes in them."""
         ids: list[int] = []
         starts: list[tuple[int, str]] = []
         for document in documents:
@@ -87,7 +79,7 @@ class SampleFormat:
         samples = torch.tensor(ids[: count * self.body], dtype=torch.int64).view(count, self.body)
         if self.prefix is not None:
             samples = torch.cat([samples.new_full((count, 1), self.prefix), samples], dim=1)
-        return Packed(samples, tuple(used))
+        return samples, tuple(used)
 
 
 class DocumentPool:

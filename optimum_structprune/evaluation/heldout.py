@@ -50,8 +50,7 @@ def read_heldout(
             f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a sample takes "
             f"{frame.body}; choose a smaller seq_length."
         )
-    packed = frame.pack(texts, most)
-    return Heldout(domain, packed.samples, packed.hashes)
+    return Heldout(domain, *frame.pack(texts, most))
 
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:

@@ -81,7 +81,7 @@ def validation_text(
     frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
     new = (document for document in read if document.hash not in trained)
-    samples = frame.pack(frame.take(new, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length)).samples
+    samples, _ = frame.pack(frame.take(new, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length))
     if not len(samples):
         raise StructPruneError(
             f"validation={source!r} has less text than a sample of {text.seq_length} tokens that is not trained on; "

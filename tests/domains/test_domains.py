@@ -223,10 +223,10 @@ def test_overlaps_by_document_by_source_and_by_name(saved, monkeypatch):
 def test_a_frame_tells_which_documents_its_samples_hold():
     texts = ["w3 w4 w5 w6 w7", "w10 w11 w12 w13 w14 w15 w16", "w20 w21 w22", "w30"]
     for most, used in ((1, 1), (2, 2), (3, 2), (4, 3), (100, 3)):
-        packed = SampleFormat(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), most)
-        words = {f"w{token}" for token in packed.samples.flatten().tolist() if token > 2}
-        assert [document_hash(text) for text in texts if words & set(text.split())] == [*packed.hashes]
-        assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)
+        samples, hashes = SampleFormat(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), most)
+        words = {f"w{token}" for token in samples.flatten().tolist() if token > 2}
+        assert [document_hash(text) for text in texts if words & set(text.split())] == [*hashes]
+        assert (len(samples), len(hashes)) == (min(most, 4), used)
 
 
 # --- what a chat template raises is one line that names it, and no day changes what it writes
