@@ -174,12 +174,9 @@ def source_of(
     """Give a source that runs the layers of a model one by one, or the whole model if it does not allow that."""
     source: InMemory | WholeModel
     if is_offloaded(model):
-        from .offloaded import Offloaded, must_be_whole
+        from .offloaded import Offloaded
 
-        try:
-            source = Offloaded(model, arch, batches, feedback, fixed)
-        except NotSequentialError as error:
-            raise must_be_whole(arch, error) from error
+        source = Offloaded(model, arch, batches, feedback, fixed)
     else:
         try:
             source = InMemory(model, arch, batches, feedback, fixed)

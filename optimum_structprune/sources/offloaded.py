@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +82,14 @@ class Offloaded(InMemory):
 
     keep_on = torch.device("cpu")
 
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, *more: Any):
+        try:
+            super().__init__(model, arch, *more)
+        except NotSequentialError as error:
+            advice = f"load the {arch.model_type} model in memory, or over several devices"
+            reason = f"{error}, so the layers cannot be brought in one by one"
+            raise StructPruneError(f"{reason}; {advice}.") from error
+
     @property
     def device(self) -> torch.device:
         return compute_device(self.model)
@@ -107,14 +116,5 @@ def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
     if model.main_input_name != "input_ids":
         return
     texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
-    try:
-        with evaluating(model):
-            Offloaded(model, arch, [Batch(0, ids) for ids in texts])
-    except NotSequentialError as error:
-        raise must_be_whole(arch, error) from error
-
-
-def must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
-    """Make the refusal of an offloaded model whose layers cannot run one by one."""
-    advice = f"load the {arch.model_type} model in memory, or over several devices"
-    return StructPruneError(f"{error}, so the layers cannot be brought in one by one; {advice}.")
+    with evaluating(model):
+        Offloaded(model, arch, [Batch(0, ids) for ids in texts])
