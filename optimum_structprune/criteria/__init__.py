@@ -142,10 +142,7 @@ def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> 
 
 
 @register_criterion(
-    "obs_drive",
-    paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689",
-    needs_gram=True,
-    prior=producer_norms,
+    "obs_drive", paper="SlimLLM, Guo et al. 2025, arXiv:2505.22689", needs_gram=True, prior=producer_norms
 )
 def obs_drive(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any) -> Tensor:
     """The score is that of `obs` and the producer norm of a channel, each relative to its mean over the channels.

@@ -73,12 +73,8 @@ def perplexity_figures(
         more = others[-1] - first
         ratio, margin = float(more.mean().exp()), max(margin_of_error(more, documents), UNSEEN / count)
         margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
-    return {
-        "perplexity": perplexity,
-        "perplexity_margin": margins,
-        "perplexity_tokens": tokens,
-        "perplexity_documents": count,
-    }
+    counts = {"perplexity_tokens": tokens, "perplexity_documents": count}
+    return {"perplexity": perplexity, "perplexity_margin": margins, **counts}
 
 
 @torch.no_grad()
@@ -93,21 +89,15 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
 
 
 @torch.no_grad()
-def row_losses(
-    model: PreTrainedModel | PeftModel,
-    rows: Iterable[Tensor],
-    tokens: int = 1,
-) -> Tensor:
+def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], tokens: int = 1) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
     The first token of a row is context only. Rows of equal length run together, up to so many `tokens`.
     """
-    rows, batches, parts = [*rows], list[Tensor](), list[Tensor]()
+    rows, batches = [*rows], list[Tensor]()
     for length, same in groupby(rows, len):
         batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
-        for targets, logits in _predictions([model], batches):
-            parts.append(_losses(logits, targets))
-    losses = torch.cat(parts)
+        losses = torch.cat([_losses(logits, targets) for targets, logits in _predictions([model], batches)])
     by_row = losses.cpu().split([len(row) - 1 for row in rows])
     return torch.stack([part.sum() for part in by_row])
 
@@ -162,10 +152,7 @@ def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    samples: Tensor,
-    batch_size: int = 1,
+    model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Compares a model with the dense one on the same text, in one pass of each.
 
@@ -191,9 +178,8 @@ def own_settings() -> Iterator[None]:
     """Use torch's own defaults inside `with` or a decorated function, whatever the caller has set: fp32 as the default
     dtype, new tensors on the CPU, no autocast, no inference mode, and gradients on.
     """
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
             stack.enter_context(torch.autocast(device, enabled=False))

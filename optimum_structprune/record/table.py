@@ -28,11 +28,7 @@ COUNTS = {
     "cache_per_token": "cache bytes per token",
 }
 # What has one number for each domain and model, as a record names it and as rows do, with the digits that are shown.
-BY_DOMAIN = {
-    "divergence": ("KL", 4, PERCENT),
-    "agreement": ("top-1", 3, ""),
-    "tasks": ("MTEB", 3, ""),
-}
+BY_DOMAIN = {"divergence": ("KL", 4, PERCENT), "agreement": ("top-1", 3, ""), "tasks": ("MTEB", 3, "")}
 # What a record has of the vectors of texts, by domain and model, with its label.
 EMBEDDINGS = {
     "cosine": "cosine",
