@@ -20,7 +20,7 @@ from ..evaluation.evaluate import Evaluation, check_evaluation
 from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, task_scores
-from ..forward.generation import bytes_of, cache_name
+from ..forward.generation import cache_name
 from ..record.remarks import measurements_text
 from ..record.table import side_by_side
 from ..saving.card import EVALUATION_NAME, SPEED_NAME
@@ -144,7 +144,8 @@ def _measured(
 
 def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
     """The sizes of a model as a record, in which it has this name."""
-    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": bytes_of(model.parameters())}
+    weights = model.get_memory_footprint(return_buffers=False)
+    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": weights}
     if predicts_next(model) and cache_name(model) is not None:
         sizes["cache_per_token"] = cache_per_token(model)
     widths = {}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import check_positions, predicts_next
 from ..errors import StructPruneError
-from ..forward.generation import bytes_of, cache_bytes, cache_name, read_prompt, write_tokens
+from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
 from ..record.remarks import measurements_text
@@ -28,7 +28,6 @@ from ..written import Record
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
-MIN_READING_SECONDS = 0.1  # seconds that a repeat spends on reading prompts
 COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
 PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
 
@@ -103,7 +102,8 @@ def measure_speed(
             several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
             device.
     """
-    check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
+    how: Any = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock}
+    check_speed(models, batch_sizes, prompts, **how)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     times: dict[str, dict[str, dict[str, Any]]] = {"prefill": {}, "decode": {}}
@@ -118,19 +118,9 @@ def measure_speed(
             for stage, tokens in {"prefill": ids.numel(), "decode": batch_size * new_tokens}.items():
                 times[stage][shape] = _figures({name: run.seconds[stage] for name, run in runs.items()}, tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
-    device = input_device(next(iter(models.values())))
+    device, threads = input_device(next(iter(models.values()))), torch.get_num_threads()
     memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
-    threads = torch.get_num_threads()
-    return Speed(
-        **times,
-        run_memory=memory,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        threads=threads,
-        clock=clock,
-        device=str(device),
-        memory_is=memory_is,
-    )
+    return Speed(**times, run_memory=memory, **how, threads=threads, device=str(device), memory_is=memory_is)
 
 
 def check_speed(
@@ -156,9 +146,7 @@ def check_speed(
         if lacks := lacks or ("takes no cache of keys and values" if cache_name(model) is None else ""):
             raise StructPruneError(f"{name} is a {type(model).__name__}, which {lacks}: only models that do count.")
         if len({*getattr(model, "hf_device_map", {}).values()}) > 1:
-            raise StructPruneError(
-                f"{name} is spread over several devices, and the time of one is measured: name one."
-            )
+            raise StructPruneError(f"{name} is spread over several devices; the time of one is measured: name one.")
         check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", new_tokens)
         if clock == "cpu" and (used := torch.device(device or input_device(model))).type != "cpu":
             raise StructPruneError(f"The clock 'cpu' does not see what {used} does; choose 'wall'.")
@@ -186,8 +174,8 @@ class _Runs:
         self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
 
     def repeat(self) -> None:
-        """Time each kind of work once; a short prompt is read several times, and the median of these counts."""
-        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=MIN_READING_SECONDS).median)
+        """Time each kind of work once; reading for 0.1 s, of which the median time of a prompt counts."""
+        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=0.1).median)
         self.seconds["decode"].append(self.writing.timeit(1).median)
 
 
@@ -212,7 +200,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[..., Any]) -> int:
     """The bytes of the weights, and of what a run takes beside them."""
-    weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
+    weights = int(model.get_memory_footprint())
     token, cache = read()
     write(token, cache)
     if token.device.type != "cuda":

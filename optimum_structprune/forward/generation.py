@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
 from typing import Any
@@ -70,12 +70,11 @@ def sampled_continuations(
     seed: int,
 ) -> list[list[int]]:
     """Continues prompts of token ids at random, up to the end token, which is part of the text."""
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "use_cache": True}
     device = input_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        settings = {**drawn, "max_new_tokens": max_new_tokens, "use_cache": True}
-        texts = continuations(model, tokenizer, prompts, settings)
+        texts = continuations(model, tokenizer, prompts, {**drawn, "max_new_tokens": max_new_tokens})
     ends = end_tokens(model, tokenizer)[:1]
     return [text + ends * (len(text) < max_new_tokens) for text in texts]
 
@@ -130,11 +129,6 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def cache_bytes(cache: Cache) -> int:
     """The bytes of keys and values in a cache."""
-    return bytes_of(tensor for layer in growing_layers(cache) for tensor in (layer.keys, layer.values))
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in growing_layers(cache))
