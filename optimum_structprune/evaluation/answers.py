@@ -33,10 +33,7 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_ca
 # An answer loops that has the same run of so many tokens more often than this.
 RUN_TOKENS, MAX_REPEATS = 4, 3
 # The form of a line of a file of questions, for a refusal.
-FORM = (
-    'is no question, which has a "prompt" or "messages", and in "right" a regular expression that right answers match '
-    '("" accepts all)'
-)
+FORM = 'is no question, which has a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
 AT_ONCE = 32  # answers that are written together at least
 # The short check of `prune` and `recover`: the first questions, the tokens of an answer, and those that a run reads at
 # least: one that reads fewer is a trial of the command, and would mostly answer.
@@ -111,10 +108,8 @@ def ask(
             for number, ids in zip(batch, texts, strict=True):
                 answers[number] = ids
     chats, decoded = bool(tokenizer.chat_template), tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [
-        _judged(question, ids, text, len(ids) < max_new_tokens, chats)
-        for question, ids, text in zip(questions, answers, decoded, strict=True)
-    ]
+    rows = zip(questions, answers, decoded, strict=True)
+    return [_judged(question, ids, text, len(ids) < max_new_tokens, chats) for question, ids, text in rows]
 
 
 def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats: bool) -> Answer:
@@ -158,14 +153,11 @@ def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answe
     def kept(answer: Answer) -> Answer:
         return {name: value for name, value in answer.items() if name != "ids"}
 
-    return [
-        {
-            "kind": question.kind,
-            "prompt": question.prompt,
-            "answers": {which: kept(written[number]) for which, written in answers.items()},
-        }
-        for number, question in enumerate(questions)
-    ]
+    items = []
+    for number, question in enumerate(questions):
+        written = {which: kept(given[number]) for which, given in answers.items()}
+        items.append({"kind": question.kind, "prompt": question.prompt, "answers": written})
+    return items
 
 
 class ShortCheck:
@@ -193,7 +185,5 @@ class ShortCheck:
         items = items_of(self.questions, self._answers) if self.questions and self._answers else []
         if [item["prompt"] for item in earlier] != [item["prompt"] for item in items]:
             return items
-        return [
-            {**item, "answers": {**before["answers"], **item["answers"]}}
-            for before, item in zip(earlier, items, strict=True)
-        ]
+        pairs = zip(earlier, items, strict=True)
+        return [{**item, "answers": {**before["answers"], **item["answers"]}} for before, item in pairs]

@@ -147,13 +147,10 @@ def evaluate(
     judged = {text.domain.name: Judged(text.samples, models, readers, differ, parts) for text in texts if causal}
     translated = read_pairs(pairs)
     questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
+    names = {which: each.name_or_path or type(each).__name__ for which, each in models.items()}
     prefix = prefix_token(readers["dense"])
-    evaluation = Evaluation(
-        model=model.name_or_path or type(model).__name__,
-        dense=None if dense is None else dense.name_or_path or type(dense).__name__,
-        seq_length=seq_length,
-        prefix=None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix)),
-    )
+    head = None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix))
+    evaluation = Evaluation(names["model"], names.get("dense"), seq_length, head)
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
@@ -252,9 +249,7 @@ def check_evaluation(
             "compared with those of the dense one (--against), which is of this kind too, and nothing else."
         )
     if pairs and not encoders:
-        raise StructPruneError(
-            f"{type(models['model']).__name__} predicts the next token, and pairs are for encoders."
-        )
+        raise StructPruneError(f"{type(models['model']).__name__} predicts the next token; pairs are for encoders.")
     for model in models.values():
         if domains:
             check_positions(model, seq_length, f"seq_length={seq_length}")

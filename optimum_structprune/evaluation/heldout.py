@@ -106,10 +106,9 @@ class Judged:
         if self.rows:
             losses = {which: row_losses(self.pair[which], rows) / predicted for which, rows in self.rows.items()}
             if self.parts is not None:
+                rows = self.samples.tolist()
                 with evaluating(*models):
-                    far = divergence_from_dense(
-                        self.parts, models[1], models[0], self.samples.tolist(), repeat(1, len(self.samples))
-                    )
+                    far = divergence_from_dense(self.parts, models[1], models[0], rows, repeat(1, len(rows)))
                 close = {"divergence": float(far.sum()) / self.samples[:, 1:].numel()}
         elif len(models) == 1:
             losses = {"model": sample_losses(models[0], self.samples, batch_size)}

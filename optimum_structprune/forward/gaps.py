@@ -19,7 +19,6 @@ from ..method.layers import input_device
 from .metrics import TOKENS_AT_ONCE, evaluating
 
 
-SHARE = 0.15  # of the words of a text that are masked
 MOST_MASKED = 4  # tokens of a word, as some scripts have no spaces between words
 NOT_PREDICTED = -100  # the label that cross entropy passes over by default
 
@@ -85,10 +84,8 @@ class Gaps:
         most = int(min(positions_of(model) - 2, 512))  # RoBERTa's first two positions are for padding
         if self.targets is not None:
             ids = (tokenizer([*self.texts], verbose=False), tokenizer(text_target=[*self.targets], verbose=False))
-            return [
-                (torch.tensor(one[:most]), torch.tensor(other[:most]))
-                for one, other in zip(*(each["input_ids"] for each in ids), strict=True)
-            ]
+            pairs = zip(*(each["input_ids"] for each in ids), strict=True)
+            return [(torch.tensor(one[:most]), torch.tensor(other[:most])) for one, other in pairs]
         encoded = tokenizer([*self.texts], verbose=False, return_offsets_mapping=True)
         rows = []
         for ids, offsets, places in zip(encoded["input_ids"], encoded["offset_mapping"], self.places, strict=True):
@@ -106,5 +103,5 @@ def _masked_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> I
         word_of = encoded.word_ids(number)
         words = [[*tokens] for word, tokens in groupby(range(len(word_of)), word_of.__getitem__) if word is not None]
         parts = [word[n : n + MOST_MASKED] for word in words for n in range(0, len(word), MOST_MASKED)]
-        chosen = Random(number).sample(parts, ceil(SHARE * len(parts)))
+        chosen = Random(number).sample(parts, ceil(0.15 * len(parts)))
         yield [(offsets[part[0]][0], offsets[part[-1]][1]) for part in chosen]
