@@ -23,7 +23,6 @@ MARGIN = "± covers the truth nine times in ten"
 GAPS = "perplexity: of what is missing in text (masked words, or all that follows), per token of the dense model"
 TEXTS = f"cosine of a sentence's vectors, dense and pruned; the share of its 10 nearest neighbours kept; {MARGIN}"
 OVER = f"{MARGIN}, over documents; rough: fewer than {MANY_DOCUMENTS} of them"
-_UNKNOWN = " (the dense model hardly knew it)"
 CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
 # What the units of each kind of space are called.
 NAMES = {
@@ -78,8 +77,7 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
             count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
         where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
         layers = ", ".join(map(str, report.get("removed_layers") or ())) if kind == LAYER else ""
-        numbers = layers and f": {layers}"
-        yield f"{count}{where}{numbers}".replace("%", " %")
+        yield f"{count}{where}{layers and f': {layers}'}".replace("%", " %")
 
 
 def target_summary(report: Mapping[str, Any]) -> str:
@@ -209,7 +207,7 @@ def _languages(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         pairs = ((LANGUAGES[code], by_code[code]) for code in codes)
         return ", ".join(
             f"{name} {cost['before']:.{digits}f} to {cost['after']:.{digits}f}"
-            + _UNKNOWN * (not cost.get("known", True))
+            + " (the dense model hardly knew it)" * (not cost.get("known", True))
             + (f" (cosine {as_number(cost['cosine'], cost['cosine_margin'], 3)})" if cost.get("cosine") else "")
             for name, cost in pairs
         )

@@ -21,9 +21,7 @@ from .plan import Plan
 REPORT_NAME = "report.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
-PERPLEXITY = (
-    "KL says whether the model does as the dense one does, and perplexity only how well the text itself is predicted"
-)
+PERPLEXITY = "KL says whether the model does as the dense one does, perplexity only how well the text is predicted"
 
 
 @dataclass
@@ -52,13 +50,7 @@ class RecoveryReport:
         from .table import as_text
 
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s; {self.kept}"
-        lines = [
-            as_text(asdict(self)),
-            PERPLEXITY if self.divergence else "",
-            *remark(self.answers),
-            cost,
-            self.stopped,
-        ]
+        lines = [as_text(asdict(self)), PERPLEXITY * bool(self.divergence), *remark(self.answers), cost, self.stopped]
         return "\n".join(filter(None, lines))
 
     @property

@@ -37,8 +37,6 @@ EMBEDDINGS = {
     "neighbours": "neighbours kept",
     "retrieval": "translations found",
 }
-# Both kinds of work whose speed is measured, as a record names them and as rows do.
-STAGES = {"prefill": "reading", "decode": "writing"}
 # What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
 ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
@@ -110,9 +108,8 @@ def size_rows(record: Record) -> list[Row]:
     """Widths, numbers of parameters and bytes."""
     models = models_of(record)
     rows = [_row(f"width {kind}", widths, models, change=PERCENT) for kind, widths in widths_of(record).items()]
-    return rows + [
-        _row(label, record[name], models, change=PERCENT) for name, label in COUNTS.items() if record.get(name)
-    ]
+    known = [(label, record[name]) for name, label in COUNTS.items() if record.get(name)]
+    return rows + [_row(label, by_model, models, change=PERCENT) for label, by_model in known]
 
 
 def quality_rows(record: Record) -> list[Row]:
@@ -154,25 +151,20 @@ def quality_rows(record: Record) -> list[Row]:
 def speed_rows(record: Record) -> list[Row]:
     """Tokens per second, the speed-up over the first model where its quartiles show one, and memory, by shape."""
     models, rows = models_of(record), []
-    for stage, work in STAGES.items():
+    for stage, work in (("prefill", "reading"), ("decode", "writing")):
         for shape, by_model in (record.get(stage) or {}).items():
             rates = {model: timed["tokens_per_second"] for model, timed in by_model.items()}
             ratios = {model: timed["speedup"] for model, timed in list(by_model.items())[1:]}
             rows.append(_row(f"{work} tokens/s, {shape}", rates, models, 1))
             if ratios:
-                medians = {
-                    model: ratio["median"] for model, ratio in ratios.items() if not ratio["low"] <= 1 <= ratio["high"]
-                }
-                note = "" if models[-1] in medians else "not shown"
                 quartiles = {model: [ratio["low"], ratio["high"]] for model, ratio in ratios.items()}
-                rows += [
-                    _row(f"{work} speed-up, {shape}", medians, models, 3, note=note),
-                    _row(f"{work} quartiles, {shape}", quartiles, models, 3),
-                ]
-    return rows + [
-        _row(f"memory, {shape}", by_model, models, change=PERCENT)
-        for shape, by_model in (record.get("run_memory") or {}).items()
-    ]
+                shown = [model for model, (low, high) in quartiles.items() if not low <= 1 <= high]
+                medians = {model: ratios[model]["median"] for model in shown}
+                note = "" if models[-1] in medians else "not shown"
+                rows.append(_row(f"{work} speed-up, {shape}", medians, models, 3, note=note))
+                rows.append(_row(f"{work} quartiles, {shape}", quartiles, models, 3))
+    memory = (record.get("run_memory") or {}).items()
+    return rows + [_row(f"memory, {shape}", by_model, models, change=PERCENT) for shape, by_model in memory]
 
 
 def _figure_rows(record: Record, models: Sequence[str]) -> list[Row]:
@@ -275,8 +267,7 @@ def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
 
 def as_text(record: Record) -> str:
     """All figures of a record as a table of text."""
-    rows = [*size_rows(record), *quality_rows(record), *speed_rows(record)]
-    return aligned(cells(models_of(record), rows))
+    return aligned(cells(models_of(record), [*size_rows(record), *quality_rows(record), *speed_rows(record)]))
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
