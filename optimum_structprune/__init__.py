@@ -8,6 +8,7 @@ read with `method`.
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -34,4 +35,5 @@ def __dir__() -> list[str]:
 
 
 # Non-uniform models load with plain from_pretrained once this package is imported; see arch/per_layer.py.
-import_module(".arch.per_layer", __name__).enable_on_import()
+if os.environ.get("OPTIMUM_STRUCTPRUNE_PATCH", "1") != "0":
+    import_module(".arch.per_layer", __name__).enable_heterogeneous()

@@ -117,12 +117,6 @@ def heterogeneous() -> Iterator[None]:
         disable_heterogeneous()
 
 
-def enable_on_import() -> None:
-    """Enable the patches when the package is imported, unless the environment variable says no."""
-    if os.environ.get("OPTIMUM_STRUCTPRUNE_PATCH", "1") != "0":
-        enable_heterogeneous()
-
-
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
     """The class of a model's layers, if `families.yaml` names it."""
     name = _families().layer_class_name(config.model_type)
