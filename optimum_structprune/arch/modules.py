@@ -14,12 +14,6 @@ from ..errors import StructPruneError, one_line
 from .spec import ArchSpec
 
 
-FORWARD_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
-
-
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
     """The layers of a model, over all lists that hold them."""
     return [layer for path, _ in arch.stacks for layer in model.get_submodule(path).children()]
@@ -80,8 +74,9 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
     for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
         if key in vars(old):
             setattr(new, key, vars(old)[key])
-    for kind in FORWARD_HOOKS:
-        getattr(new, kind).update(getattr(old, kind))
+    for key, hooks in vars(old).items():
+        if key.startswith(("_forward_hooks", "_forward_pre_hooks")):
+            getattr(new, key).update(hooks)
     dispatch: Any = getattr(old, "_hf_hook", None)
     if dispatch is not None:
         remove_hook_from_module(old)
