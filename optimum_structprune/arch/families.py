@@ -32,7 +32,6 @@ FORMER_ROPES = {
     "modernbert": ("global_rope_theta", "local_rope_theta", ""),
 }
 FORMER_SCALING = {"phi3": ("type", "short_factor", "long_factor")}
-FORMER_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 # Families from `arch_file`s that this process has read: their models can then be built where no file is given.
@@ -124,9 +123,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if isinstance(path := entry.get("layer_path"), str):
         values["layer_path"] = [path]
     if "spaces" in entry:
-        values["spaces"] = {
-            name: _space(space, f"{where}.{name}", transposed) for name, space in entry["spaces"].items()
-        }
+        spaces = entry["spaces"].items()
+        values["spaces"] = {name: _space(space, f"{where}.{name}", transposed) for name, space in spaces}
     for key, kind in (("layer", Template), ("hidden", ResidualTemplate)):
         if key in entry:
             values[key] = _described(kind, entry[key], f"{where}.{key}")
@@ -134,9 +132,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
 
 
 def _space(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    parts = {
-        key: _parts(entry[key], f"{where}.{key}") for key in ("producers", "consumers", "also_cut") if key in entry
-    }
+    keys = [key for key in ("producers", "consumers", "also_cut") if key in entry]
+    parts = {key: _parts(entry[key], f"{where}.{key}") for key in keys}
     required = ("experts",) if "router" in entry else ("producers", "consumers")
     return _described(Template, {"transposed": transposed, **entry, **parts}, where, required)
 
@@ -198,7 +195,7 @@ def with_former_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     former = {key: with_former_rope(part) if isinstance(part, dict) else part for key, part in fields.items()}
     rope, kind = fields.get("rope_parameters") or {}, fields.get("model_type", "")
     whole, local = rope.get("full_attention", rope) or {}, rope.get("sliding_attention") or {}
-    if whole.get("rope_type") in FORMER_TYPES:
+    if whole.get("rope_type") in ("default", "linear", "dynamic", "yarn", "longrope", "llama3"):
         values = (whole.get("rope_theta"), local.get("rope_theta"), whole.get("partial_rotary_factor"))
         names = FORMER_ROPES.get(kind, FORMER_ROPE)
         former |= {name: value for name, value in zip(names, values, strict=True) if name and value is not None}

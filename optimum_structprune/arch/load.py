@@ -82,7 +82,7 @@ class ModelInfo:
             plain_model = skeleton(model, model.config)
             vars(plain_model)["generation_config"] = getattr(model, "generation_config", None)
         arch = describe(plain_model, arch_file)
-        _check_whole(plain_model, arch)
+        _check_generation(plain_model)
         device = compute_device(model) if offloaded else model.device
         return cls(arch, plain_model, device, quantized, offloaded)
 
@@ -103,9 +103,8 @@ class ModelInfo:
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
 
 
-def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model that could not be saved."""
-    name = type(model).__name__
+def _check_generation(model: PreTrainedModel) -> None:
+    """Refuse a generation config that could not be saved."""
     try:
         if model.can_generate() and model.generation_config is not None:
             # As transformers does at save: what is as it was loaded is only warned of.
@@ -113,8 +112,8 @@ def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
             model.generation_config.validate(strict=loaded != hash(model.generation_config))
     except ValueError as error:
         raise StructPruneError(
-            f"The generation config of this {name} could not be saved, so correct `model.generation_config` first: "
-            f"{one_line(error)}"
+            f"The generation config of this {type(model).__name__} could not be saved, so correct "
+            f"`model.generation_config` first: {one_line(error)}"
         ) from error
 
 
@@ -136,9 +135,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
             stacks.append((full_path, len(params_here)))
         layer_params += params_here
     if not stacks:
-        raise UndescribedError(
-            f"A {config.model_type} model should have its layers at {full_path!r}; nothing is there."
-        )
+        raise UndescribedError(f"A {config.model_type} model has its layers at {full_path!r}; nothing is there.")
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     whole_layers = _depth(family.layer, config, layer_params, places, shapes)

@@ -217,14 +217,12 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
 
 def _unpacked(model: PreTrainedModel) -> bool:
     """Tells if a model has the modules and shapes of one that was never quantized."""
-    dense = skeleton(model, model.config)
-    parameters = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.named_parameters()}
-    return (
-        {name: type(module) for name, module in model.named_modules()}
-        == {name: type(module) for name, module in dense.named_modules()}
-        and parameters == {name: (tensor.shape, True) for name, tensor in dense.named_parameters()}
-        and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
-    )
+
+    def parts(whole: nn.Module) -> tuple[dict[str, type], dict[str, Any]]:
+        weights = {name: (type(part), part.shape, part.is_floating_point()) for name, part in whole.named_parameters()}
+        return {name: type(part) for name, part in whole.named_modules()}, weights
+
+    return parts(model) == parts(skeleton(model, model.config))
 
 
 def predicts_next(model: PreTrainedModel) -> bool:

@@ -109,9 +109,7 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
     per_group = heads // groups
     units = {"unit": 1, "pair": 2, "heads": per_group, "kv": head_dim, "q": head_dim * per_group}
     units["q_gate"] = 2 * units["q"]
-    return {
-        word: units[word] if word in units else sum(number(config, key) for key in word.split("+")) for word in words
-    }
+    return {word: units.get(word) or sum(number(config, key) for key in word.split("+")) for word in words}
 
 
 def _inside_layer(
@@ -211,12 +209,8 @@ def residual_of(
     names = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
     norms = [name for name in names if name in shapes]
     reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
-    writers = [
-        axis
-        for layer in layers
-        for module in template.producers
-        for axis in _writers(layer + module, template, shapes)
-    ]
+    modules = [layer + module for layer in layers for module in template.producers]
+    writers = [axis for module in modules for axis in _writers(module, template, shapes)]
     producers = [Axis(embed, 1), *writers, *(Axis(name, 0) for name in [*norms, final])]
     consumers = [axis for read in reads for axis in read.readers]
     if f"{template.head}.weight" in shapes:
