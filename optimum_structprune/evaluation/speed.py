@@ -106,7 +106,7 @@ def measure_speed(
     check_speed(models, batch_sizes, prompts, **how)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
-    times: dict[str, dict[str, dict[str, Any]]] = {"prefill": {}, "decode": {}}
+    times: dict[str, Any] = {"prefill": {}, "decode": {}}
     memory = {}
     with evaluating(*models.values()):
         for batch_size, prompt in product(batch_sizes, prompts):
