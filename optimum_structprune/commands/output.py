@@ -88,9 +88,8 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
-        if args.quiet:  # what libraries tell their own users
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", category=FutureWarning)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell those who call them
         yield
 
 

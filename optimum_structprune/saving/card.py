@@ -415,11 +415,13 @@ def chart(report: Mapping[str, Any]) -> str:
 
 def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
     """Yields group, name, value and margin of each kind of text and of the languages that lose most."""
-    for row in quality_rows(judged(report)):
+    record = judged(report)
+    kinds = record.get("perplexity") or {}
+    for row in quality_rows(record):
         figure, _, name = row.label.partition(" ")
         if figure == "perplexity" and row.change == RATIO and row.ratio:
-            group = OTHER if name.startswith("other text, ") else KINDS
-            yield group, name.removeprefix("other text, "), row.ratio, row.margins[-1] if row.margins else None
+            group, shown = (KINDS, name) if name in kinds else (OTHER, name.removeprefix("other text, "))
+            yield group, shown, row.ratio, row.margins[-1] if row.margins else None
     by_domain, by_code = report.get("embeddings") or {}, report.get("languages") or {}
     cosines = {code: figures for code, figures in by_code.items() if figures.get("cosine")}
     lowest = sorted(cosines, key=lambda code: cosines[code]["cosine"])[:MOST_SHOWN]

@@ -173,8 +173,8 @@ def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[s
     wide = [space.name for space in arch.model_spaces if space.name in names]
     if wide and len(names) > 1:
         raise StructPruneError(
-            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not "
-            f"say how much of each is to go; target {wide[0]!r} alone, or give widths."
+            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so neither sparsity nor "
+            f"a budget says how much of each is to go; target {wide[0]!r} alone, or give widths."
         )
     experts = [name for name in names if not arch.of(name)[0].inside]
     inside = [name for name in names if name not in experts and arch.of(name)[0].experts is not None]

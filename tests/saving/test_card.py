@@ -238,6 +238,7 @@ def drawn(svg: str) -> list[tuple[str, float, str]]:
     st.sampled_from([0.1, 0.0, nan, None]),
     st.floats(0.5, 9),
 )
+@example({"other text, a": 1.0}, None, 2.0)
 def test_what_loses_more_stands_farther_right_and_other_text_has_its_own_colour(ratios, margin, other):
     svg = chart(report(ratios, margin, other))
     marks = drawn(svg)
