@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import LARGEST, Number, Serialisable, config_class, filled, mapping_of, positive
+from .fields import LARGEST, Number, Serialisable, config_class, filled, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -25,7 +25,6 @@ GENERAL, ANY = "general", "any"
 # Text of many kinds by which a run is judged, and which the run does not read.
 OTHER = "other"
 CHAT = "chat"
-Config = TypeVar("Config", bound="WithDomains")
 
 
 class Reiterable:
@@ -129,14 +128,7 @@ class WithDomains(Serialisable):
     """A config that names domains, or none."""
 
     domains: list[DomainConfig] | None
-
-    @classmethod
-    def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
-        """Inverse of `to_dict`; domains may be mappings."""
-        domains = mapping_of(data, cls.__name__).get("domains")
-        if isinstance(domains, list):
-            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
-        return super().from_dict(data)
+    parts = {"domains": lambda items, owner: [as_domain(item, owner) for item in items]}
 
     def validate_domains(self) -> None:
         """Refuse an empty list of domains, and two of the same name."""

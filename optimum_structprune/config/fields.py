@@ -58,10 +58,12 @@ class Serialisable:
     Attributes:
         gone: Fields that saved configs may hold, each with the only value that is left of it.
         moved: Fields that saved configs may hold, and that another config has now.
+        parts: Fields that hold other configs, each with a function of their plain values and of the owner's name.
     """
 
     gone: ClassVar[Mapping[str, Any]] = {}
     moved: ClassVar[Collection[str]] = ()
+    parts: ClassVar[Mapping[str, Callable[[Any, str], Any]]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
@@ -75,6 +77,9 @@ class Serialisable:
         for name, left in cls.gone.items():
             if (value := values.pop(name, left)) != left:
                 raise StructPruneError(f"{cls.__name__}: {name!r} is gone, only {left!r} is left, got {value!r}.")
+        for name, read in cls.parts.items():
+            if isinstance(values.get(name), (list, Mapping)):
+                values[name] = read(values[name], cls.__name__)
         return cls(**values)
 
 

@@ -21,7 +21,6 @@ from .fields import (
     by_layer,
     config_class,
     filled,
-    mapping_of,
     positive,
     proportion,
     read_json,
@@ -211,6 +210,7 @@ class StructPruneConfig(WithDomains):
     # once more where widths follow from measurements, which are made on that instead.
     holdout: ClassVar[float] = 0.125
     moved = ("batch_size", "checkpoint_dir")
+    parts = {**WithDomains.parts, "recovery": lambda values, _: RecoveryConfig.from_dict(values)}
 
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
@@ -249,13 +249,6 @@ class StructPruneConfig(WithDomains):
                 name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width
                 for name, width in self.widths.items()
             }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings."""
-        if isinstance(recovery := mapping_of(data, cls.__name__).get("recovery"), Mapping):
-            data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
-        return super().from_dict(data)
 
     @property
     def targets_or_default(self) -> tuple[str, ...]:
