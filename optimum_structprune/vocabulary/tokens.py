@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, pairwise, product
 from math import exp
 from pathlib import Path
@@ -83,17 +83,14 @@ class BPESegmenter(Segmenter):
         cut = len(self.prefix)
         self.ranks = {(ids[a], ids[b]): rank for rank, (a, b) in enumerate(model["merges"])}
         self.merged = [ids[a + b[cut:]] for a, b in model["merges"]]
-        self.last: dict[int, tuple[int, ...]] = {}
+        self.last = cache(self._last)
 
     def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
         # The two tokens of the last merge, or those of `kept` that spell them.
-        if token not in self.last:
-            self.last[token] = self._last(token)
+        last = self.last(token)
         if kept is None:
-            return self.last[token]
-        return tuple(
-            end for part in self.last[token] for end in ([part] if part in kept else self.parts(part, kept) or [part])
-        )
+            return last
+        return tuple(end for part in last for end in ([part] if part in kept else self.parts(part, kept) or [part]))
 
     def dependencies(self, token: int) -> tuple[int, ...]:
         # A character needs none, as it is read before any merge.
