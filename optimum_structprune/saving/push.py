@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -129,12 +129,8 @@ def _refusals(repo_id: str, state: str) -> Iterator[None]:
 
 def _has_card_of_its_own(api: HfApi, repo_id: str) -> bool:
     """Is true if the repository has a model card by others, or one that somebody has changed."""
-    try:
+    card = None
+    with suppress(EntryNotFoundError):
         card = Path(api.hf_hub_download(repo_id, CARD))
-    except EntryNotFoundError:
-        return False
-    try:
-        api.hf_hub_download(repo_id, LIST_NAME)  # to where the card is
-    except EntryNotFoundError:
-        return True
-    return not is_unchanged(card)
+        api.hf_hub_download(repo_id, LIST_NAME)  # to where the card is, which is changed without it
+    return card is not None and not is_unchanged(card)
