@@ -42,7 +42,10 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         StructPruneError: If the folder holds no finished result, the Hub does not take the token or cannot be reached,
             or the repository is public and should be private.
     """
-    files = _result_files(folder)
+    listed = written_files(Path(folder))
+    files = {name: path for name in sorted(listed) if (path := Path(folder, name)).is_file()}
+    if "config.json" not in files:
+        raise StructPruneError(f"{folder} holds no model that structprune has saved; name the folder of a result.")
     try:
         if CARD in files:
             files[CARD].read_text(encoding="utf-8")
@@ -59,7 +62,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         texts = _without_places(Path(folder), files)
         if CARD in texts:  # its snippet loads the model from the Hub
             texts[CARD] = re.sub(rb'^name = ".*"$', f'name = "{repo_id}"'.encode(), texts[CARD], flags=re.MULTILINE)
-        hashes = {name: digest for name, digest in written_files(Path(folder)).items() if name in files}
+        hashes = {name: digest for name, digest in listed.items() if name in files}
         hashes |= {name: sha256(content).hexdigest() for name, content in texts.items()}
         contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: as_list(hashes).encode()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -83,14 +86,6 @@ def _api(repo_id: str, token: str | None = None) -> HfApi:
     api = HfApi(token=token)
     api.whoami()
     return api
-
-
-def _result_files(folder: str | Path) -> dict[str, Path]:
-    names = sorted(written_files(Path(folder)))
-    files = {name: path for name in names if (path := Path(folder, name)).is_file()}
-    if "config.json" not in files:
-        raise StructPruneError(f"{folder} holds no model that structprune has saved; name the folder of a result.")
-    return files
 
 
 def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]:
