@@ -28,6 +28,7 @@ from ..config.pruning import CONFIG_NAME, LANGUAGES, StructPruneConfig
 from ..config.recovery import LEARNING_RATES, RecoveryConfig
 from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
+from ..errors import one_line
 from ..record.answers import Items, outcome, remark, sample_items
 from ..record.remarks import LOSES, MOST_SHOWN, judged, known_ratios, remarks, removal_phrases, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
@@ -218,16 +219,14 @@ def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, An
 
 def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
     # Such words never begin a line, where Markdown might read them.
-    answers = item["answers"].items()
-    return _beginning(item["prompt"], 200), [
-        f"{outcome(answer)} ({name}): {_beginning(answer['text'], 200)}" for name, answer in answers
-    ]
+    shown = [f"{outcome(answer)} ({name}): {_beginning(answer['text'])}" for name, answer in item["answers"].items()]
+    return _beginning(item["prompt"]), shown
 
 
-def _beginning(text: str, most: int) -> str:
-    """Cuts a text to so many characters in one line, also where it has no spaces."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+def _beginning(text: str) -> str:
+    """Cuts a text to 200 characters in one line, also where it has no spaces."""
+    line = one_line(text)
+    return line if len(line) <= 200 else f"{line[:199]}…"
 
 
 def _domains(records: Records, use: str) -> list[list[str]]:
