@@ -102,8 +102,7 @@ def measure_speed(
             several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
             device.
     """
-    how: Any = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock}
-    check_speed(models, batch_sizes, prompts, **how)
+    check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     times: dict[str, Any] = {"prefill": {}, "decode": {}}
@@ -120,7 +119,8 @@ def measure_speed(
             memory[shape] = {name: run.memory for name, run in runs.items()}
     device, threads = input_device(next(iter(models.values()))), torch.get_num_threads()
     memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
-    return Speed(**times, run_memory=memory, **how, threads=threads, device=str(device), memory_is=memory_is)
+    read, written = times["prefill"], times["decode"]
+    return Speed(read, written, memory, new_tokens, repeats, threads, clock, str(device), memory_is)
 
 
 def check_speed(
