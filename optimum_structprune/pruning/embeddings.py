@@ -131,14 +131,12 @@ class Embeddings:
 
     def perplexities(self, model: PreTrainedModel, before: str, after: str) -> dict[str, dict[str, Any]]:
         """The `perplexity_figures` of a smaller model by domain; none where no head predicts tokens."""
-        return {
-            name: perplexity_figures(
-                {before: self.dense_losses[name], after: losses},
-                int(self.gaps[name].tokens.sum()),
-                torch.tensor([*self.texts[name].documents])[: len(losses)],
-            )
-            for name, losses in self._losses(model).items()
-        }
+        figures = {}
+        for name, losses in self._losses(model).items():
+            both, tokens = {before: self.dense_losses[name], after: losses}, int(self.gaps[name].tokens.sum())
+            documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
+            figures[name] = perplexity_figures(both, tokens, documents)
+        return figures
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
         assert self.tokenizer is not None or not self.gaps

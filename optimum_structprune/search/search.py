@@ -49,18 +49,11 @@ def choose_shape(run: Run) -> Widths:
             probe = Probe.of(run.model, run.arch, run.data)
             losses = [search.loss(candidate.widths, probe) for candidate in candidates]
     best = losses.index(min(losses))
-    run.report.shapes = [
-        {
-            "proposed_by": name,
-            "widths": widths,
-            "predicted_loss": predicted,
-            "loss": losses[index],
-            "chosen": index == best,
-        }
-        for index, (name, widths, predicted) in enumerate(candidates)
-    ]
-    shape: Widths = candidates[best].widths
-    return shape
+    for index, (name, widths, predicted) in enumerate(candidates):
+        shape = {"proposed_by": name, "widths": widths, "predicted_loss": predicted, "loss": losses[index]}
+        run.report.shapes.append({**shape, "chosen": index == best})
+    chosen: Widths = candidates[best].widths
+    return chosen
 
 
 class Search:
@@ -71,8 +64,7 @@ class Search:
         self.legal = legal_widths(self.config, arch, model.config)
         # What shrinks by default depends on the allocation.
         named = self.config if self.config.widths else replace(self.config, targets=tuple(self.legal))
-        uniform = replace(named, allocation="uniform")
-        self.plain = widths_of(uniform, arch, model)
+        self.plain = widths_of(replace(named, allocation="uniform"), arch, model)
 
     def trials(self) -> LayerTrials:
         """The trials of single layers."""

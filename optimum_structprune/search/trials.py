@@ -67,10 +67,8 @@ class Probe:
         counts = [min(max(per_domain // 128, 1), len(domain.probe_or_heldout)) for domain in data.domains]
         # Samples of all domains have the same length, which the layers are called with.
         length = ceil(per_domain / max(counts))
-        samples = [
-            replace(domain, samples=domain.probe_or_heldout[:count, :length])
-            for domain, count in zip(data.domains, counts, strict=True)
-        ]
+        pairs = zip(data.domains, counts, strict=True)
+        samples = [replace(domain, samples=domain.probe_or_heldout[:count, :length]) for domain, count in pairs]
         return cls(model, arch, batches_of(samples, data.options.batch_size))
 
     def advance(self) -> None:
@@ -186,8 +184,7 @@ def values_on_trial(
     masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Mapping[Axis, Values]:
     """The values of the consumers of a space with these columns, in the model's dtype; the model is left as it is."""
-    present = masks.present(space.consumers)
-    with masks.holding(present):
+    with masks.holding(masks.present(space.consumers)):
         for axis, columns in zip(space.consumers, refitted, strict=True):
             write_consumer_(masks.model, axis, *columns)
         return masks.present(space.consumers)
