@@ -135,9 +135,7 @@ class Request:
         """Refuse weights unfit for a Trainer, unreadable text, and a head with more inputs than tokens."""
         info, model, use = self.model_info, self.model_info.plain_model, self.use
         if use == TRAINER and info.quantized:
-            raise StructPruneError(
-                f"{info.name} is quantized; prune `model.dequantize()`, or load it without quantization."
-            )
+            raise StructPruneError(f"{info.name} is quantized; prune `model.dequantize()`, or load it unquantized.")
         if use == TRAINER and info.offloaded:
             raise StructPruneError(f"{info.name} is offloaded, and a Trainer trains weights in memory; load it there.")
         if self.inputs is not None and VOCAB in self.widths:
@@ -149,9 +147,7 @@ class Request:
             if use == PRUNE and [*self.widths] != [VOCAB]:  # whose text is counted, not run
                 check_reads_text(model)
             if use == PRUNE and self.tokenizer is None:
-                raise StructPruneError(
-                    "The domains are text, and reading them takes a tokenizer; pass the model's own."
-                )
+                raise StructPruneError("The domains are text; reading them takes a tokenizer: pass the model's own.")
         if use == PRUNE and not (info.quantized or info.offloaded or model.device.type == "meta"):
             try:
                 outputs_for(model)
@@ -307,7 +303,7 @@ def _check_folder(folder: str, rounds: int) -> None:
     check_folder(folder)
     if Path(folder, "config.json").is_file():
         raise StructPruneError(
-            f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
+            f"{folder} holds a model; what a run remembers takes a folder of its own: name another."
         )
     if rounds > 1:
         raise StructPruneError(

@@ -101,8 +101,7 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
 
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> Sequence[int]:
     """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
-    space = arch.of(name)[0]
-    return multiples(legal, space.width, multiple_of(config, arch, name))
+    return multiples(legal, arch.of(name)[0].width, multiple_of(config, arch, name))
 
 
 def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths) -> Widths:
