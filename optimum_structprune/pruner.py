@@ -127,10 +127,8 @@ class StructPruner:
         self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
         remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
-        self.result = PruneResult(
-            self.used_config, self.plan, self.report, self.manifest, tokenizer, checksums(run.model)
-        )
-        vars(run.model)["prune_result"] = self.result
+        records = self.used_config, self.plan, self.report, self.manifest
+        vars(run.model)["prune_result"] = self.result = PruneResult(*records, tokenizer, checksums(run.model))
         if (summary := target_summary(self.report.to_dict())).startswith("warning: "):
             warn(summary.removeprefix("warning: "))
 

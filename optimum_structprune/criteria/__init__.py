@@ -172,8 +172,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
         inputs[index] = hidden_states_of(args, kwargs)
 
     def after(index: int, output: Any) -> None:
-        states = (inputs.pop(index), first_of(output))
-        entering, leaving = (batch.counted(x.double()) for x in states)
+        entering, leaving = (batch.counted(x.double()) for x in (inputs.pop(index), first_of(output)))
         lost[index].append((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
 
     with intercept(layer_list(model, arch), before, after):

@@ -282,9 +282,7 @@ class InMemory(Source):
             if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.consumers):
                 self.error_feedback = 0.0
         if self.error_feedback:
-            self.dense = [
-                self.output(layer, index, dense).to(device=self.keep_on) for index, dense in enumerate(self.dense)
-            ]
+            self.dense = [self.output(layer, n, dense).to(device=self.keep_on) for n, dense in enumerate(self.dense)]
 
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         if space.experts is not None and self.expert_moments is not None:

@@ -66,9 +66,8 @@ def prune_layers_(
     """
     model, arch = masks.model, masks.arch
     for layer in range(arch.num_layers) if layers is None else layers:
-        axes = [axis for space in arch.at(layer) for axis in space.consumers]
         with source.at(layer, changes=True):
-            with masks.lifted(axes):
+            with masks.lifted([axis for space in arch.at(layer) for axis in space.consumers]):
                 source.advance_dense(layer, widths.keys())
             for space in arch.at(layer):
                 if (width := space.width_in(widths) * space.scale) < space.size:

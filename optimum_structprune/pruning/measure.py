@@ -63,9 +63,8 @@ class Comparison:
         languages = bool(wanted) or vocabulary_changes and not on_trial
         with report.timed("perplexity"):
             if causal:
-                most = min(
-                    MEASURED_TOKENS, round(run.config.holdout * sum(domain.samples.numel() for domain in domains))
-                )
+                heldout = run.config.holdout * sum(domain.samples.numel() for domain in domains)
+                most = min(MEASURED_TOKENS, round(heldout))
                 other: Sequence[Tensor] = ()
                 if tokenizer is not None and domains[0].origin is not None:  # no program gave inputs
                     from ..sources.other import other_text

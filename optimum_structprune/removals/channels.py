@@ -46,9 +46,7 @@ def remove_channels_(run: Run, step: Step) -> Plan:
             mean_energies = data.mean(energies.movedim(1, 0))
             kept_energy = mean_energies[:, list(keep)].mean(1) * width / arch.residual.space.size
             refit_readers_(model, arch, data, keep)
-        factors = {
-            read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
-        }
+        factors = {read.tap: float(kept) ** 0.5 for read, kept in zip(arch.residual.reads, kept_energy, strict=True)}
         mask_channels_(model, arch.residual, keep)
         with scaled_norms(model, arch.residual, factors):
             outputs = outputs_for(model)

@@ -173,9 +173,7 @@ class ExpertRefit:
             return torch.arange(len(x), device=x.device), x
 
         blocks = [Block(axis, partial(inputs_of_shared, axis.module, gain)) for axis, gain in shared]
-        inside = [
-            space for space in self.source.arch.at(self.space.layer) if space.inside and space.experts is not None
-        ]
+        inside = [space for space in self.source.arch.at(self.space.layer) if space.inside and space.experts]
         for expert, space in enumerate(inside[:kept]):  # those that stay are numbered anew
             blocks.append(Block(space.consumers[0], partial(inputs_of_expert, expert, space)))
         refit_blocks_(self.source.model, blocks, residual, self.source.ranks)

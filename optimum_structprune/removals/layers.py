@@ -48,9 +48,8 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
     """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
-    source = (
-        source_of(model, arch, data.own_batches, data.config.feedback_share) if data.config.feedback_share else None
-    )
+    share = data.config.feedback_share
+    source = source_of(model, arch, data.own_batches, share) if share else None
     if isinstance(source, InMemory):
         source.find_other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
         reached = 0

@@ -94,9 +94,7 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
                 "`from_pretrained` reads the checkpoint; train that model in a run of its own."
             )
         if axis.param in tensors:
-            present, loaded = (
-                holder.shape[axis.dim] for holder in (model.get_parameter(axis.param), tensors[axis.param])
-            )
+            present, loaded = model.get_parameter(axis.param).shape[axis.dim], tensors[axis.param].shape[axis.dim]
             widths_by_kind.setdefault(space.kind, {})[space.layer] = space.width * loaded // present
     sizes: dict[str, Width] = {}
     for name, widths in widths_by_kind.items():
@@ -214,15 +212,10 @@ def _scaled_state(
     head = embedding if len(embeddings) > 1 else 1.0  # the norm before a tied head undoes the embedding's scale
     norms = {read: f"{read.tap}.weight" for read in residual.reads if read.norm}
     readers = {axis.param for read in residual.reads if not read.norm for axis in read.readers}
-    roles: list[tuple[Iterable[str], float]] = [
-        (embeddings, embedding),
-        (residual.writers, scale),
-        (readers, 1 / scale),
-        *(
-            ([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0))
-            for read, name in norms.items()
-        ),
-    ]
+    roles: list[tuple[Iterable[str], float]] = [(embeddings, embedding), (residual.writers, scale)]
+    roles.append((readers, 1 / scale))
+    for read, name in norms.items():
+        roles.append(([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0)))
     for names, factor in roles:
         for name in names if factor != 1 else ():
             plus = residual.norm_offset if name in norms.values() else 0.0
