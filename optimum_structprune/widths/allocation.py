@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..arch.shrink import legal_sizes
+from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, TOKEN, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, CACHE, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
@@ -26,6 +26,15 @@ Scores = Mapping[tuple[int, str], Tensor]  # of units, by layer and kind of spac
 # The share of its units that every layer keeps at least where layers get widths of their own: scores differ between
 # layers for reasons of their own, and would empty some.
 LEAST_KEPT = 0.1
+
+
+def widths_by_share(
+    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, scores: Scores | None = None
+) -> Widths:
+    """The final widths where no budget says how much is removed; see `target_widths`."""
+    widths = target_widths(config, arch, legal_widths(config, arch, model_config), scores)
+    shrunk_config(model_config, arch, widths)  # which may refuse together what it accepts one by one
+    return widths
 
 
 def target_widths(

@@ -14,19 +14,26 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from .allocation import LegalWidths, Scores, check_may_differ, choices, legal_widths, smallest_widths, target_widths
+from .allocation import (
+    LegalWidths,
+    Scores,
+    check_may_differ,
+    choices,
+    legal_widths,
+    smallest_widths,
+    target_widths,
+    widths_by_share,
+)
 
 
 def widths_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Scores | None = None
 ) -> Widths:
     """The final widths, in whichever way a config says how much is removed; see `target_widths`."""
-    legal = legal_widths(config, arch, model.config)
     if config.budget is None:
-        widths = target_widths(config, arch, legal, scores)
-    else:
-        widths = _within_budget(config, arch, model, legal, scores)
-    shrunk_config(model.config, arch, widths)  # which may refuse together what it accepts one by one
+        return widths_by_share(config, arch, model.config, scores)
+    widths = _within_budget(config, arch, model, legal_widths(config, arch, model.config), scores)
+    shrunk_config(model.config, arch, widths)  # see there
     return widths
 
 
