@@ -73,7 +73,7 @@ FLAGS = [
     ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --pad-uniform"),
-    ("export model out.gguf --pad-uniform", "afterwards"),
+    ("export model out.gguf --pad-uniform", "for runtimes that take one width"),
     ("export model out --pad-uniform --dtype q8_0", "name a file OUT.gguf"),
     ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
     ("evaluate model --text a.jsonl none.txt", "there is no file or folder none.txt"),
