@@ -108,9 +108,10 @@ class Recovery:
             arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
             arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
             checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
-            domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
-            seeds = seed, self.pruning.seed
-            data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
+            with stage("domains", {}):
+                domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
+                seeds = seed, self.pruning.seed
+                data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
             recovered, outcome = self._trained(model, seed, data, arguments, inputs, checkpoint)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "", earlier=self._earlier)
@@ -132,13 +133,12 @@ class Recovery:
         # A teacher reads in its own tokens, also where the model has lost some. It writes the text of a domain that is
         # written, which is better then, and which the pruning has kept.
         config, pruning = self.config, self.pruning
-        with stage("domains", {}):
-            if teacher is None or teacher.model is None or teacher.tokenizer is None:
-                return training_text(config, pruning, tokenizer, model, seen), None, OtherText("")
-            domains = training_text(config, pruning, teacher.tokenizer, teacher.model, seen)
-            other = other_text(text_config(config, pruning), teacher.model, teacher.tokenizer, domains)
-            trained = {name for domain in domains for name in domain.documents}
-            return domains, validation_text(config, pruning, teacher.tokenizer, trained), other
+        if teacher is None or teacher.model is None or teacher.tokenizer is None:
+            return training_text(config, pruning, tokenizer, model, seen), None, OtherText("")
+        domains = training_text(config, pruning, teacher.tokenizer, teacher.model, seen)
+        other = other_text(text_config(config, pruning), teacher.model, teacher.tokenizer, domains)
+        trained = {name for domain in domains for name in domain.documents}
+        return domains, validation_text(config, pruning, teacher.tokenizer, trained), other
 
     def _trained(
         self,

@@ -201,7 +201,7 @@ def test_checkpoints_are_compared_by_what_is_trained_on(share):
     assert min(distances) == pytest.approx(mixed, rel=1e-3)
 
 
-def test_batches_are_of_texts_or_of_answers_and_none_is_lost(monkeypatch):
+def test_batches_are_of_texts_or_of_answers_and_none_is_lost(monkeypatch, caplog):
     shares, original = [], DistillTrainer.compute_loss
 
     def noted(self, model, inputs, *arguments, **more):
@@ -210,7 +210,10 @@ def test_batches_are_of_texts_or_of_answers_and_none_is_lost(monkeypatch):
 
     monkeypatch.setattr(DistillTrainer, "compute_loss", noted)
     pruned = prune_model(build("llama-tied", seed=1), config(), tokenizer())
-    recover(pruned, tokenizer(), recovery_config(tokens=24 * 22), build("llama-tied"))
+    with caplog.at_level("INFO", "optimum_structprune"):
+        recover(pruned, tokenizer(), recovery_config(tokens=24 * 22), build("llama-tied"))
+    said = [line for line in caplog.messages if line.endswith(" …")]
+    assert len(said) == len({*said}), "a stage is announced once"
     # Of a text every place counts; so many of both that the last batch has one of each.
     kinds = [{share == 1.0 for share in batch} for batch in shares]
     assert sum(map(len, shares)) == 22 and all(len(kind) == 1 for kind in kinds[:-1])
