@@ -4,7 +4,14 @@ import pytest
 import torch
 from helpers import assert_as_said, config_of, count_hooks, outputs, random_plan, same_weights, shrunk, with_long
 from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, described, token_ids, tokenizer
-from transformers import BartForSequenceClassification, BertForMultipleChoice, T5ForSequenceClassification
+from transformers import (
+    BartForSequenceClassification,
+    BertForMultipleChoice,
+    LlamaForSequenceClassification,
+    Qwen3Model,
+    T5EncoderModel,
+    T5ForSequenceClassification,
+)
 
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
@@ -104,8 +111,11 @@ def test_a_refit_brings_vectors_nearer_to_the_dense_ones():
     (BartForSequenceClassification, "bart", {"encoder_mlp": 24}),
     (T5ForSequenceClassification, "t5", {"mlp": 24}),
     (BertForMultipleChoice, "bert", {"mlp": 24, "layer": 1}),
+    (LlamaForSequenceClassification, "llama-tied", {"mlp": 24}),
+    (Qwen3Model, "qwen3", {"mlp": 24}),
+    (T5EncoderModel, "t5", {"mlp": 24}),
 ])  # fmt: skip
-def test_heads_that_ask_for_an_end_of_sequence_or_several_texts_are_pruned_and_saved(head, case, widths, tmp_path):
+def test_other_heads_and_none_are_pruned_and_saved(head, case, widths, tmp_path):
     pruner = StructPruner(config(widths=widths))
     pruner.save(pruner.prune_model(head(build(case).config), tokenizer()), tmp_path / "out")
     assert describe(head.from_pretrained(tmp_path / "out")).of(next(iter(widths)))[0].width == 24

@@ -21,7 +21,7 @@ from pyarrow.parquet import write_table
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
 from optimum_structprune.domains import sources
@@ -352,12 +352,3 @@ def test_too_little_text_names_what_would_do(asked, needs, others):
     assert sum(len(domain.samples) for domain in loaded) == largest
     with pytest.raises(StructPruneError):
         load_domains(replace(config, num_samples=largest + 1 + 4 * len(others)), tokenizer())
-
-
-def test_the_tokenizer_of_another_model():
-    (domain,) = load_domains(make(numbered()), tokenizer())
-    largest = int(max(domain.samples.max(), domain.heldout.max()))
-    fits, too_small = (Mock(config=LlamaConfig(vocab_size=size)) for size in (largest + 1, largest))
-    assert load_domains(make(numbered()), tokenizer(), fits)
-    with pytest.raises(StructPruneError, match=f"not belong to this model: token id {largest}, vocabulary {largest}"):
-        load_domains(make(numbered()), tokenizer(), too_small)

@@ -208,16 +208,6 @@ def test_other_spaces_take_a_description():
     assert dry_run(model.config, fewer_tokens()).widths == {"vocab": 320}
 
 
-@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "Qwen3Model", "T5EncoderModel"])
-def test_models_without_a_language_model_head_lose_channels_too(name, tmp_path):
-    model = model_of(*next(of for of in MODELS if of[0] == name))
-    pruner = StructPruner(fewer_tokens(widths={"mlp": 24}))
-    pruner.save(pruner.prune_model(model, READER), tmp_path / "small", READER)
-    assert not pruner.report.perplexity
-    again = type(model).from_pretrained(tmp_path / "small")
-    assert 24 in (getattr(again.config, "intermediate_size", None), getattr(again.config, "d_ff", None))
-
-
 def test_what_sentence_transformers_reads_is_loaded_without_its_head(tmp_path):
     model = model_of("Qwen3ForCausalLM", "qwen3", {**GROUPED, "tie_word_embeddings": True})
     model.save_pretrained(tmp_path / "dense")

@@ -10,7 +10,7 @@ import torch
 from helpers import count_hooks, data_of, failing, same_weights
 from models import build, config, documents, three_layers, tokenizer
 
-from optimum_structprune import DomainConfig, RunOptions, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, RunOptions, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
@@ -130,9 +130,6 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     for changed in ({"domains": other}, {"error_feedback": 0.25}):
         with pytest.raises(AssertionError, match="measured again"):
             pruned(model, sparsity=0.2, **fields, **changed)
-    path.write_text(path.read_text()[:50])
-    with pytest.raises(StructPruneError, match=f"{path.name} is not a readable checkpoint.*remove it"):
-        pruned(model, sparsity=0.2, **fields)
 
 
 @pytest.mark.slow

@@ -8,18 +8,18 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import CARD, card, failing, logits, with_long
+from helpers import CARD, card, logits, with_long
 from models import build, config, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
+from optimum_structprune import StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.pruning.measure import Measure
-from optimum_structprune.sources.offloaded import Offloaded, layer_in_memory
+from optimum_structprune.sources.offloaded import layer_in_memory
 from optimum_structprune.system.offloading import bring_in, weight_of
 
 
@@ -132,16 +132,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(StructPruneError, match=r"offloaded .*model\.layers\.0.* cannot be read"):
         with layer_in_memory(model, describe(model), 0):
             pass
-
-
-def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
-    model = offloaded("llama-untied", "disk", tmp_path)
-    monkeypatch.setattr(Offloaded, "moments", failing(Offloaded.moments, 2, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        pruned(model, widths={"mlp": 24})
-    with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):
-        model.save_pretrained(tmp_path / "small")
-    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
