@@ -7,7 +7,7 @@ import torch
 from helpers import config_of
 from models import STRUCTURES, build, config, described, random_model, tokenizer
 
-from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
+from optimum_structprune import StructPruneError, dry_run, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
@@ -106,21 +106,11 @@ def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
 def test_what_cannot_be_met_names_what_can():
     model = build("llama-tied")
     arch = describe(model)
-    with pytest.raises(StructPruneError, match="met by the dense model, which has 17,056"):
+    with pytest.raises(StructPruneError, match="met by the dense model, with 17,056"):
         widths_of(asking("parameters", 17_056), arch, model)
     for target, others in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
         with pytest.raises(StructPruneError, match=f"cannot be met: .* from {target} .* targets: {others}, or target"):
             widths_of(asking("parameters", 9_000, targets=(target,)), arch, model)
-    with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
-        widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
     bert = build("bert")
     with pytest.raises(StructPruneError, match="are not known: it does not generate"):
         widths_of(asking("cache_bytes_per_token", 10, targets=("mlp",)), describe(bert), bert)
-    for budget, message in (
-        ({"parameter": 9}, "no 'parameter'. Did you mean 'parameters'"),
-        ({"parameters": 0}, "has to be greater than 0, got 0"),
-        ({}, "names exactly one of parameters, bytes, cache_bytes_per_token"),
-        ({"parameters": 9, "bytes": 9}, "names exactly one of"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            StructPruneConfig.from_dict({"budget": budget})
