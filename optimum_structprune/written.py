@@ -48,15 +48,10 @@ def written_files(folder: Path) -> dict[str, str]:
         return {}
 
 
-def as_list(files: Mapping[str, str]) -> str:
-    """Write a list of files with their hashes as text."""
-    return json.dumps({"files": files}, indent=2) + "\n"
-
-
 def write_file_list(folder: Path, paths: Iterable[Path]) -> None:
     """Enter files into the list of a folder, which is a result from then on."""
     new = {path.relative_to(folder).as_posix(): hash_of(path) for path in sorted(paths) if path.is_file()}
-    _replace(folder / LIST_NAME, as_list(written_files(folder) | new))
+    _replace(folder / LIST_NAME, to_json({"files": written_files(folder) | new}) + "\n")
 
 
 def add_to_result(path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.system.disk import GGUFOutput, Output
-from optimum_structprune.written import LIST_NAME, as_list, check_unchanged, foreign_files, replace_text, written_files
+from optimum_structprune.written import LIST_NAME, check_unchanged, foreign_files, replace_text, to_json, written_files
 
 
 OWN = {"config.json": b"{}", "model.safetensors": b"12345", "README.md": b"# A card", "1_Pooling/config.json": b"{}"}
@@ -86,5 +86,5 @@ def test_what_is_written_into_a_result_afterwards_is_part_of_it(tmp_path):
 
 def test_a_list_names_nothing_outside_its_folder(tmp_path):
     names = ("../up.json", "/etc/passwd", "a/../../b", "in/it")
-    (tmp_path / LIST_NAME).write_text(as_list(dict.fromkeys(names, "1")))
+    (tmp_path / LIST_NAME).write_text(to_json({"files": dict.fromkeys(names, "1")}))
     assert written_files(tmp_path) == {"in/it": "1"}

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
 from ..system.disk import CARD
-from ..written import LIST_NAME, as_list, is_unchanged, written_files
+from ..written import LIST_NAME, is_unchanged, to_json, written_files
 
 
 # The files of a result that may name folders of this machine.
@@ -64,7 +64,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             texts[CARD] = re.sub(rb'^name = ".*"$', f'name = "{repo_id}"'.encode(), texts[CARD], flags=re.MULTILINE)
         hashes = {name: digest for name, digest in listed.items() if name in files}
         hashes |= {name: sha256(content).hexdigest() for name, content in texts.items()}
-        contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: as_list(hashes).encode()}
+        contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: to_json({"files": hashes}).encode() + b"\n"}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message="Upload a pruned model")
     return str(url)

@@ -24,7 +24,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, e
 from optimum_structprune.record.remarks import verdict
 from optimum_structprune.record.table import escaped, quality_rows
 from optimum_structprune.saving.card import chart, model_card
-from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
+from optimum_structprune.written import LIST_NAME, is_unchanged, replace_text, to_json
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -131,7 +131,7 @@ def card_of(result, place, words):
     dense.mkdir()
     licence = yaml.safe_dump({"license": "other", "license_name": words, "base_model": name})
     (dense / "README.md").write_text(f"---\n{licence}---\n")
-    replace_text(dense / LIST_NAME, as_list({"README.md": ""}))
+    replace_text(dense / LIST_NAME, to_json({"files": {"README.md": ""}}))
     answer = {"text": words, "right": True, "loops": False, "stopped": True}
     item = {"kind": words, "prompt": words, "answers": {"dense": answer, words: answer}}
     time = {"tokens_per_second": 1.0, "speedup": {"median": 1.0, "low": 1.0, "high": 1.0}}
