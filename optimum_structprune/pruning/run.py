@@ -20,7 +20,7 @@ from ..method.loop import prune_layers_
 from ..method.shrink import Masks
 from ..record.plan import Plan
 from ..record.report import Report
-from ..sources.data import CalibrationData
+from ..sources.data import CalibrationData, source_of
 from ..system.processes import unshared
 from ..system.stages import give_back_free_memory, progress
 
@@ -151,7 +151,8 @@ def prune_units_(run: Run, step: Step) -> Plan:
         for number, widths in enumerate(rounds):
             is_last = number + 1 == len(rounds)
             with run.report.timed(f"round {number + 1}"):
-                method, source = run.data.method(model, arch), run.data.source(model, arch, config.feedback_share)
+                method = run.data.method(model, arch)
+                source = source_of(model, arch, run.data.own_batches, config.feedback_share)
                 done = 0 if checkpoint is None else checkpoint.take_over_(masks, source, smaller)
                 # The bar counts the layers of all rounds, for the time that is left.
                 name = "pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}"

@@ -19,7 +19,7 @@ from ..method.loop import best_units
 from ..method.refit import least_squares
 from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
 from ..record.plan import Plan
-from ..sources.data import CalibrationData
+from ..sources.data import CalibrationData, source_of
 from ..sources.experts import contributions, experts_of, inner_activations, route
 from ..system.processes import all_reduce_
 from ..system.stages import progress
@@ -40,7 +40,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     with run.report.timed("experts"):
         model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
         criterion = criterion_of(run.config.scored_by, EXPERT)
-        source = run.data.source(model, arch, run.config.feedback_share)
+        source = source_of(model, arch, run.data.own_batches, run.config.feedback_share)
         with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
             for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
                 with source.at(layer, changes=True):

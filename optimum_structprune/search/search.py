@@ -19,7 +19,7 @@ from ..forward.metrics import evaluating
 from ..method.loop import prune_layers_
 from ..method.shrink import Masks
 from ..pruning.run import Run
-from ..sources.data import CalibrationData
+from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_object
 from ..system.stages import progress
 from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
@@ -137,7 +137,7 @@ class Search:
     def loss(self, widths: Widths, probe: Probe) -> float:
         """Measures the loss of a shape after a pruning on some samples, which is undone; NaN is infinite."""
         data, masks = self.data.portion(TRIAL_TOKENS), Masks(self.model, self.arch)
-        source = data.source(self.model, self.arch, data.config.feedback_share)
+        source = source_of(self.model, self.arch, data.own_batches, data.config.feedback_share)
         layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
         try:
             prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)

@@ -130,7 +130,8 @@ class LayerTrials:
         """Add the losses that are missing."""
         masks, model, arch = self.masks, self.masks.model, self.masks.arch
         method = self.data.method(model, arch)
-        source = self.data.source(model, arch, fixed=True)  # a trial has no errors that error feedback could see
+        # A trial has no errors that error feedback could see.
+        source = source_of(model, arch, self.data.own_batches, fixed=True)
         for layer in progress(range(arch.num_layers), desc="measuring losses"):
             with source.at(layer):
                 for key in [key for key in self.spaces if key[0] == layer and key not in losses]:

@@ -107,12 +107,6 @@ class CalibrationData:
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
         return replace(self, domains=[replace(domain, samples=domain.samples[:most]) for domain in self.domains])
 
-    def source(
-        self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False
-    ) -> InMemory | WholeModel:
-        """Give the source of the activations of a model as it is now."""
-        return source_of(model, arch, self.own_batches, feedback, fixed)
-
     def method(self, model: PreTrainedModel, arch: ArchSpec) -> Method:
         """Describe how units are scored and refitted; some criteria run the whole model for that."""
         config, criterion = self.config, CRITERIA.get(self.config.scored_by)

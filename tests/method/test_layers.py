@@ -90,7 +90,8 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case):
     model, data = build(case), data_of(config())
     arch = describe(model)
     widths = {"mlp": arch.of("mlp")[0].width // 2}
-    source, smaller = data.source(model, arch, data.config.feedback_share), shrunk_skeleton(model, arch, widths)
+    source = source_of(model, arch, data.own_batches, data.config.feedback_share)
+    smaller = shrunk_skeleton(model, arch, widths)
     prune_layers_(Masks(model, arch, undoable=False), source, data.method(model, arch), widths, smaller)
     entering = []
     last = layer_list(model, arch)[-1]

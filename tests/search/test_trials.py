@@ -20,7 +20,7 @@ from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
 from optimum_structprune.search.trials import STRIDE, Probe, candidates, trial_losses, unit_losses, values_on_trial
-from optimum_structprune.sources.data import batches_of
+from optimum_structprune.sources.data import batches_of, source_of
 
 
 def domains():
@@ -60,7 +60,8 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     dense = [model(batch.ids).logits for batch in batches]
     data = data_of(config(error_feedback=0.0), domains())
     masks = Masks(model, arch)
-    method, source, probe = data.method(model, arch), data.source(model, arch), Probe(model, arch, batches)
+    method, source = data.method(model, arch), source_of(model, arch, data.own_batches)
+    probe = Probe(model, arch, batches)
     for layer in range(arch.num_layers):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
         for space in [space for space in arch.at(layer) if space.kind in free_spaces(arch)]:
@@ -79,7 +80,7 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     arch, before = describe(model), deepcopy(model)
     data = data_of(config(error_feedback=0.0), domains())
     masks = Masks(model, arch)
-    method, source, space = data.method(model, arch), data.source(model, arch), arch.of("mlp")[0]
+    method, source, space = data.method(model, arch), source_of(model, arch, data.own_batches), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
     losses = trial_losses(masks, candidates(masks, [space], source, method), probe)
     assert list(losses) == [10, 30]
@@ -87,7 +88,7 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     values = cut_on_trial(masks, method, space, source, 20)
     assert_untouched(model, before)
     assert masks.keep == {} and not masks.lost
-    prune_layers_(masks, data.source(model, arch), method, {"mlp": 20})
+    prune_layers_(masks, source_of(model, arch, data.own_batches), method, {"mlp": 20})
     ((axis, (weight, _)),) = values.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20
 

@@ -9,6 +9,7 @@ from optimum_structprune import prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.method.loop import calibrate
 from optimum_structprune.method.shrink import Masks, read_consumer
+from optimum_structprune.sources.data import source_of
 
 
 def test_the_bias_is_the_mean_output_of_what_went():
@@ -19,7 +20,8 @@ def test_the_bias_is_the_mean_output_of_what_went():
     small = prune_model(biased, fields, tokenizer())
     arch, data = describe(biased), data_of(fields)
     (space,) = (space for space in arch.at(0) if space.name == "mlp")
-    _, (moments,) = calibrate(Masks(biased, arch), data.source(biased, arch), data.method(biased, arch), space)
+    source = source_of(biased, arch, data.own_batches)
+    _, (moments,) = calibrate(Masks(biased, arch), source, data.method(biased, arch), space)
     dense, pruned = (read_consumer(one, space.consumers[0]) for one in (biased, small))
     keep = [column for column in range(space.size) if (dense[0][:, [column]] == pruned[0]).all(0).any()]
     gone = [column for column in range(space.size) if column not in keep]
