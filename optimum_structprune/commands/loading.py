@@ -186,9 +186,7 @@ def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
             f"{tuple(here)} by the config{more}."
         )
     if unexpected := sorted(loaded["unexpected_keys"]):
-        logger.warning(
-            "%r has weights that the model does not use, and they are dropped: %s.", name, some_of(unexpected)
-        )
+        logger.warning("%r has weights that the model does not use, which are dropped: %s.", name, some_of(unexpected))
 
 
 def _cannot_load(name: str, error: Exception) -> StructPruneError:

@@ -39,9 +39,7 @@ def prune(args: Namespace) -> Result:
         loader = loader_of(args.output, smaller.config, config.arch_file)
         text = f"{report}\nsaved to {args.output}; it loads with {loader}({args.output!r})"
         if smaller.config.get_text_config().is_heterogeneous:
-            text += (
-                "\nonce optimum_structprune is imported, or with trust_remote_code=True, since layers differ in width"
-            )
+            text += "\nonce optimum_structprune is imported, or with trust_remote_code=True: layers differ in width"
         result = Result(text, {**report.to_dict(), "output": args.output})
         if recovery is not None:
             note(args, f"the pruned model is saved to {args.output}; now it is trained")

@@ -242,10 +242,9 @@ def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
 
 def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
     """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each."""
-    if num_samples < len(weights):
+    if num_samples < (least := len(weights)):
         raise StructPruneError(
-            f"num_samples={num_samples} does not give each of the {len(weights)} domains a sample; "
-            f"{len(weights)} is the least."
+            f"num_samples={num_samples} does not give each of the {least} domains a sample; {least} is the least."
         )
     total = sum(weights)
     quotas = [num_samples * weight / total for weight in weights]
