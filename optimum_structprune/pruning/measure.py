@@ -51,7 +51,7 @@ Rows = Mapping[str, list[Tensor]]
 class Comparison:
     """Measures the dense model of a run when it is made, and the smaller one beside it when it is finished.
 
-    Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `use_tokenizer`.
+    Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `read_by`.
     On trial no languages are measured but those to keep.
     """
 
@@ -85,11 +85,6 @@ class Comparison:
 
             with report.timed("languages"):
                 report.languages = costs_before(run.model if causal else None, tokenizer, wanted)
-
-    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Measure the same text from now on in the tokens of the smaller model."""
-        if self.measure is not None:
-            self.measure.read_by(tokenizer, self.run.model)
 
     def finish(self) -> None:
         """Put the losses of the smaller model into the report, and the words that it spells otherwise."""

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from ..pruning.measure import Comparison
     from ..pruning.run import Run
 
-# A model that predicts text is asked what it expects in so many tokens of all domains.
-ASKED_TOKENS = 16_384
-
 
 def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparison) -> Widths:
     """Remove the tokens that the text of a run needs least, and return the widths of the other spaces.
@@ -51,14 +48,14 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
 
 
 def _expected(run: Run) -> Tensor | None:
-    """Gives how much the dense model expects each token in the text of a run.
+    """Gives how much the dense model expects each token in 16,384 tokens of the text of a run.
 
     It is None where the user names no text, as built-in text alone tells little of other text, and where the model
     predicts none.
     """
     if not run.arch.causal or run.config.domains is None:
         return None
-    tokens, domains = ceil(ASKED_TOKENS / len(run.data.domains)), [domain.samples for domain in run.data.domains]
+    tokens, domains = ceil(2**14 / len(run.data.domains)), [domain.samples for domain in run.data.domains]
     samples = [rows[: ceil(tokens / rows.shape[1])] for rows in domains]
     return run.data.mean(torch.stack([expected_shares(run.model, rows) for rows in samples]))
 
@@ -73,7 +70,8 @@ def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
         seen = Manifest.of(data.config, data.domains, writer).after(run.manifest())
         domains = load_domains(data.config, choice.tokenizer, run.model, seen=seen, writer=writer)
         run.data = replace(data, domains=domains)
-    comparison.use_tokenizer(choice.tokenizer)  # refuses samples that are too long for it
+    if comparison.measure is not None:
+        comparison.measure.read_by(choice.tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
     tokens = torch.tensor(kept)
     ids = torch.searchsorted(tokens, random_inputs(run.model)) % choice.number  # the same tokens, where they stay
