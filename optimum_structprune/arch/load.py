@@ -38,23 +38,18 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
             family = replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         arch = resolve(family, config, shapes, prefix)
-    except UndescribedError as error:
-        return _of_tokens_alone(model, error)
+    except UndescribedError as error:  # a model without described layers may embed tokens
+        if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
+            raise
+        missing = tuple((name, str(error)) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER))
+        kind, causal = model.config.model_type, reads_forward(model)
+        return ArchSpec(kind, (), (), (), missing, causal, (vocabulary,), uniform=UNDESCRIBED)
     arch = replace(arch, causal=arch.causal and reads_forward(model))
     if VOCAB not in family.missing and (vocabulary := vocabulary_of(model, config)) is not None:
         arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
     if config is model.config:
         return arch
     return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
-
-
-def _of_tokens_alone(model: PreTrainedModel, error: StructPruneError) -> ArchSpec:
-    """Describes the tokens of a model without described layers; a model that embeds none is refused."""
-    if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
-        raise error
-    missing = tuple((name, str(error)) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER))
-    causal = reads_forward(model)
-    return ArchSpec(model.config.model_type, (), (), (), missing, causal, (vocabulary,), uniform=UNDESCRIBED)
 
 
 @dataclass(frozen=True)
