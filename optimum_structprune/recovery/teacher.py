@@ -91,11 +91,6 @@ class Teacher:
         few = random_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
         self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
 
-    def release(self) -> None:
-        """Let go of all but the head, if the states are kept."""
-        if self.head is not None:
-            self.model = None
-
     @torch.no_grad()
     def keep_states(self, samples: Sequence[Sample], dtype: torch.dtype | None = None, mixed: bool = False) -> None:
         """Add the `states` to samples in a dtype, by default the teacher's; `mixed` computes them in bfloat16."""

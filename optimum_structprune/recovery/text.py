@@ -70,11 +70,10 @@ def training_text(
 def validation_text(
     config: RecoveryConfig,
     pruning: StructPruneConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     trained: Collection[str] = (),
 ) -> Tensor:
     """Reads text of a kind that is not trained on, without `trained` documents, shape `(samples, seq_length)`."""
-    assert tokenizer is not None  # without one, the text that is trained on was refused
     text = text_config(config, pruning)
     domains = text.domains or []
     source = config.validation or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))

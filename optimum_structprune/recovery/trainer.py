@@ -19,7 +19,7 @@ from ..forward.metrics import KINDS_DIFFER, evaluating, perplexity_figures
 from ..record.report import RecoveryReport, enter_figures
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
-from .samples import collate, counted_targets, logits_at, tokens_in
+from .samples import Sample, collate, counted_targets, logits_at, tokens_in
 from .text import OTHER_TEXT, VALIDATION
 from .training_data import ANSWERS, TrainingData
 
@@ -122,9 +122,7 @@ class DistillTrainer(Trainer):
             learning_rate=self.args.learning_rate,
         )
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Sample, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Compute the mean KL from the teacher, or cross-entropy where there is none."""
         logits = logits_at(model, inputs)
         if self.teacher is None:

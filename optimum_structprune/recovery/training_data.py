@@ -79,7 +79,8 @@ class TrainingData:
         # All samples are spelled as the model reads them.
         teacher.keep_states(self.samples, torch.bfloat16, mixed)  # which takes half of the memory
         teacher.keep_states([sample for samples in self.measured.values() for sample in samples])
-        teacher.release()
+        if teacher.head is not None:  # which makes logits of the states that are kept
+            teacher.model = None
         if (parts := teacher.parts) is None:
             return
         seq_length = 1 + max(len(sample["input_ids"]) for sample in self.measured[VALIDATION])
