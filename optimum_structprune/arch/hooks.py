@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,7 @@ def cached_outputs(
 
 
 def is_emulated(weight: Tensor) -> bool:
-    """Tells if the CPU has no instructions for products of a weight's dtype.
-
-    These then take several times as long as in fp32. Only oneDNN knows; without it the answer is no.
-    """
+    """Tells if products of a weight's dtype are emulated by the CPU, which takes several times as long as fp32."""
     half = weight.dtype in (torch.bfloat16, torch.float16)
     if not half or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -180,16 +178,10 @@ def intercept(
     """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
     with ExitStack() as stack:
         for index, module in enumerate(modules):
-
-            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
-                before(index, args, kwargs)
-
+            enter = partial(lambda index, _, args, kwargs: before(index, args, kwargs), index)
             stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             if after is not None:
-
-                def leave(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
-                    after(index, output)
-
+                leave = partial(lambda index, _, args, output: after(index, output), index)
                 stack.enter_context(module.register_forward_hook(leave))
         yield
 
