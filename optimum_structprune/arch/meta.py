@@ -30,10 +30,7 @@ from .spec import ArchSpec, Space, Widths
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
-    """Finds the class that loads a model: the one that it was saved as, and the causal language model of its type.
-
-    What sentence-transformers reads is loaded without its head.
-    """
+    """Finds the class that loads a model: the one that it was saved as, and the causal language model of its type."""
     saved = getattr(transformers, (config.architectures or [""])[0], None)
     try:
         family = family_of(config.model_type, arch_file)
@@ -109,11 +106,8 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def _check_stock(model: PreTrainedModel) -> None:
-    """Refuse modules and shared weights other than those that the model's class builds.
-
-    A pruned model is built anew by that class. Unpacking brings its modules back in a quantized model.
-    """
-    if is_quantized(model):
+    """Refuse modules and shared weights other than those that the model's class builds, as it does anew."""
+    if is_quantized(model):  # unpacking brings its modules back
         return
     plain = skeleton(model, model.config)
     stock, weights, own = dict(plain.named_modules()), dict(plain.named_parameters()), dict(model.named_parameters())

@@ -73,11 +73,7 @@ class Request:
 
     @cached_property
     def widths(self) -> Widths:
-        """The final widths; where calibration will choose them, others of the same total stand for them.
-
-        Raises:
-            StructPruneError: If there are none that the model can have; the message names the nearest ones.
-        """
+        """The final widths; where calibration will choose them, others of the same total stand for them."""
         config, arch, model = self.config, self.model_info.arch, self.model_info.plain_model
         if config.removes_tokens:
             from ..vocabulary.amount import widths_with_tokens  # which most runs do without
@@ -101,11 +97,7 @@ class Request:
         return shrunk_skeleton(model, arch, self.widths)
 
     def check(self) -> None:
-        """Refuse what cannot be met, before text is read; options without effect are warned of.
-
-        Raises:
-            StructPruneError: If something cannot be met; the message names the nearest choice.
-        """
+        """Refuse what cannot be met, before text is read; options without effect are warned of."""
         config, info, widths = self.config, self.model_info, self.widths
         if self.use != DRY_RUN:
             self._check_model()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,9 +106,7 @@ class Run(AbstractContextManager["Run"]):
         manifest = Manifest.of(self.config, self.data.domains, self.tokenizer)
         return manifest.with_entries(self.entries).after(self.earlier)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or not (self.inplace and self.changed):
             return
         reason = str(error) or type(error).__name__
@@ -124,10 +121,7 @@ class Run(AbstractContextManager["Run"]):
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
-    """Bring all layers to the widths of a step, in one round or several; see `method.loop.prune_layers_`.
-
-    All rounds but the last only mask units. The last one shrinks each layer as soon as it is finished.
-    """
+    """Bring all layers to the widths of a step, in one round or several; see `method.loop.prune_layers_`."""
     model, arch, config = run.model, run.arch, run.config
     smaller = shrunk_skeleton(model, arch, step.widths)
     rounds, source, checkpoint = [step.widths], None, None
