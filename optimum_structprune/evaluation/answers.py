@@ -131,11 +131,7 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def answer_divergence(
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    parts: Parts,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Answer],
+    dense: PreTrainedModel, model: PreTrainedModel, parts: Parts, prompts: list[list[int]], answers: Sequence[Answer]
 ) -> float:
     """Gives the mean KL(dense‖model) in nats per token of the dense model's answers, in the tokens that are left."""
     rows = [[*prompt, *answer["ids"]] for prompt, answer in zip(prompts, answers, strict=True)]

@@ -305,12 +305,7 @@ class InMemory(Source):
             yield [self.ranks.sum_(moments[name]).checked(axis.module, domain) for name, axis in axes.items()]
 
     def _observe(
-        self,
-        layer: int,
-        index: int,
-        parts: Sequence[str],
-        moments: Mapping[str, Moments],
-        paths: Mapping[str, ResidualPath | None],
+        self, layer: int, index: int, parts: list[str], moments: dict[str, Moments], paths: dict[str, Any]
     ) -> None:
         """Run a layer on one batch; take the inputs of consumers into their moments, and keep outputs of `parts`."""
         batch, module = self.batches[index], self.module(layer)

@@ -115,9 +115,7 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
     return dense, moments
 
 
-def consumer_scores(
-    method: Method, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments]
-) -> list[Tensor]:
+def consumer_scores(method: Method, space: Space, weights: list[Tensor], moments: list[Moments]) -> list[Tensor]:
     """The scores that each consumer of a space gives its units, shape `(units,)`."""
     options, scores = method.options(space.layer), list[Tensor]()
     for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):

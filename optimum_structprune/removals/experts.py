@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,12 +69,7 @@ class Block(NamedTuple):
 
 @torch.no_grad()
 def refit_blocks_(
-    model: Any,
-    blocks: Sequence[Block],
-    residual: Sequence[Tensor],
-    ranks: OneProcess,
-    prior: float = 2,
-    sweeps: int = 3,
+    model: Any, blocks: list[Block], residual: list[Tensor], ranks: OneProcess, prior: float = 2, sweeps: int = 3
 ) -> None:
     """Refit the weights of several consumers so that the sum of their outputs makes up for a residual.
 

@@ -60,7 +60,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
             reached = behind
             with source.at(layer, changes=True):
                 if behind > layer + 1:
-                    _refit_before_gap_(model, arch, data, layer, source)
+                    _refit_before_gap_(data, layer, source)
                 source.advance(layer)
     before = _few_outputs(model, arch, keep)
     drop_layers_(model, arch, keep)
@@ -80,14 +80,13 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
     return hidden
 
 
-def _refit_before_gap_(
-    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, layer: int, source: InMemory
-) -> None:
+def _refit_before_gap_(data: CalibrationData, layer: int, source: InMemory) -> None:
     """Refit the last matrix of a layer that writes to the residual stream to the dense stream behind the gap.
 
     ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) does so with a map behind that matrix.
     """
-    writers = (space for space in arch.at(layer) if space.experts is None and len(space.consumers) == 1)
+    model, spaces = source.model, source.arch.at(layer)
+    writers = (space for space in spaces if space.experts is None and len(space.consumers) == 1)
     paths = [(space, path) for space in writers if (path := source.residual_path(layer, space.consumers[0].module))]
     if not paths:
         return

@@ -31,9 +31,7 @@ def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool 
     adopt_config_(model, new)
 
 
-def replace_layers_(
-    model: PreTrainedModel, arch: ArchSpec, other: PreTrainedModel, state: Mapping[str, Tensor]
-) -> None:
+def replace_layers_(model: nn.Module, arch: ArchSpec, other: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Replace all layers of a model by those of a skeleton."""
     for layer in range(arch.num_layers):
         fill_layer_(model, arch, layer, tensors_under(state, arch.layer_prefix(layer)), other)

@@ -37,9 +37,7 @@ def widths_by_share(
     return widths
 
 
-def target_widths(
-    config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None = None
-) -> Widths:
+def target_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None) -> Widths:
     """The final width of each space, among legal ones: one number, or one per layer where layers may differ."""
     same = has_one_width(arch, legal)
     if not same and LAYER in legal and len(legal) > 1:
