@@ -10,12 +10,12 @@ from itertools import pairwise
 from math import inf, log
 from statistics import fmean, geometric_mean
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import VOCAB
-from ..config.pruning import LOSS, StructPruneConfig
+from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_text
 from ..errors import StructPruneError
 from ..forward.metrics import UNSEEN
@@ -25,18 +25,36 @@ from ..record.table import margin_of_mean
 from ..system.stages import say
 
 
-if TYPE_CHECKING:
-    from ..pruner import StructPruner
 # So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger.
 TRIALS, MOST_TRIALS = 4, 6
 LOSS_OF_COSINE = 10  # multilingual-e5-small misses 0 to 11 translations of 1,000 for 0.001 of it
 KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
 
 
+class Pruner(Protocol):
+    """Prunes models by a config that can be replaced, as `StructPruner` does."""
+
+    config: StructPruneConfig
+    options: RunOptions
+    on_trial: bool
+    report: Report | None
+    manifest: Manifest | None
+
+    def prune_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, inplace: bool = False
+    ) -> PreTrainedModel:
+        """Prune a model by the present config."""
+        ...
+
+
 def prune_within_loss(
-    pruner: StructPruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inplace: bool
+    pruner: Pruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inplace: bool
 ) -> PreTrainedModel:
-    """Prunes a model as far as its loss on trial keeps to the budget, and measures that on other text."""
+    """Prunes a model as far as its loss on trial keeps to the budget, and measures that on other text.
+
+    Raises:
+        StructPruneError: If the model is offloaded, or no cut keeps to the budget.
+    """
     config, record, start = pruner.config, TextRecord.of(model), perf_counter()
     limit = float((config.budget or {})[LOSS])
     trials = CutTrials(pruner, request, model, tokenizer)
@@ -70,9 +88,7 @@ def prune_within_loss(
 class CutTrials:
     """Prunings on trial of copies of a model, with their losses by the share of the parameters that went."""
 
-    def __init__(
-        self, pruner: StructPruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ):
+    def __init__(self, pruner: Pruner, request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         if request.model_info.offloaded:
             raise StructPruneError(
                 f"budget {LOSS} prunes copies on trial, and {request.model_info.name} is offloaded, which leaves no "
