@@ -57,8 +57,9 @@ def add_commands(parser: ArgumentParser) -> None:
     parser.set_defaults(run=help_)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
     for command in COMMANDS:
-        texts = {"help": command.help, "description": command.help}
-        subparser = subparsers.add_parser(command.name, **texts, allow_abbrev=False)
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
         subparser.declare = command.declare
         subparser.set_defaults(run=command.run)
 
