@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
+import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_structprune.arch.families import FAMILIES_FILE, builtin_families
 from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
-from optimum_structprune.config.fields import parse_yaml, to_yaml
+from optimum_structprune.config.fields import parse_yaml
 from optimum_structprune.errors import StructPruneError
 
 
@@ -67,7 +68,7 @@ def stub(model: PreTrainedModel) -> str:
         if len(shape) > 1 and name.removesuffix(".weight") not in taken
     ]
     entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
-    return "\n".join([*head, to_yaml(entry).rstrip()])
+    return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
 
 
 def _names(space: Mapping[str, Any]) -> list[str]:

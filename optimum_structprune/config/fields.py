@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -81,14 +81,6 @@ class Serialisable:
             if isinstance(values.get(name), (list, Mapping)):
                 values[name] = read(values[name], cls.__name__)
         return cls(**values)
-
-
-def changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a config that differ from its defaults."""
-    defaults = {
-        f.name: _plain(f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(config)
-    }
-    return {name: value for name, value in values.items() if value != defaults.get(name, MISSING)}
 
 
 def _plain(value: Any) -> Any:
@@ -210,14 +202,6 @@ class LoaderWithoutAliases(Loader):
         return super().compose_node(parent, index)
 
 
-class Dumper(yaml.SafeDumper):
-    """The safe dumper of YAML, which quotes text that is a number to `Loader`; it writes no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """See `Representer.ignore_aliases`; `parse_yaml` refuses them."""
-        return True
-
-
 # The numbers of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
 NUMBERS = {
     "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
@@ -226,7 +210,6 @@ NUMBERS = {
 }
 for tag, pattern in NUMBERS.items():
     Loader.add_implicit_resolver(tag, re.compile(pattern), None)
-    Dumper.add_implicit_resolver(tag, re.compile(pattern), None)
 Loader.add_constructor(
     "tag:yaml.org,2002:int", lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 )
@@ -242,8 +225,3 @@ def parse_yaml(text: str, aliases: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from error
     except (TypeError, LookupError, AttributeError) as error:  # of a tag that does not fit its value
         raise ValueError(f"a value is not what its tag says ({error})") from error
-
-
-def to_yaml(value: Any) -> str:
-    """The YAML document of plain values, which `parse_yaml` reads."""
-    return str(yaml.dump(value, Dumper=Dumper, sort_keys=False))

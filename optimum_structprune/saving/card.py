@@ -22,10 +22,9 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.meta import model_class
 from ..arch.spec import VOCAB
-from ..config.domains import IN_MEMORY, DomainConfig
-from ..config.fields import changed, read_json, to_yaml
-from ..config.pruning import CONFIG_NAME, LANGUAGES, StructPruneConfig
-from ..config.recovery import LEARNING_RATES, RecoveryConfig
+from ..config.domains import IN_MEMORY
+from ..config.fields import read_json
+from ..config.pruning import CONFIG_NAME, LANGUAGES
 from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
 from ..errors import one_line
@@ -127,13 +126,6 @@ class Records:
             lines[1] += ["--arch", self.config["arch_file"]] if self.config.get("arch_file") else []
         return [join(["structprune", *line]) for line in lines]
 
-    @property
-    def configs(self) -> dict[str, str]:
-        """Gives the settings of pruning and training that differ from the defaults, as YAML by file name."""
-        pruning, training = _changed(StructPruneConfig, self.config), _changed(RecoveryConfig, self.training)
-        by_name = {CONFIG_NAME: pruning, RECOVERY_CONFIG_NAME: training}
-        return {name: to_yaml(values).strip() for name, values in by_name.items() if values}
-
 
 def result_text(
     records: Records,
@@ -154,14 +146,11 @@ def result_text(
     measured |= {"Measured later": evaluation, "Speed": records.speed}
     rows = {name: [*quality_rows(record), *speed_rows(record)] for name, record in measured.items()}
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
-    training = records.training or records.config.get("recovery") or {}
-    chosen = training.get("training") or {}
     seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
-    sizes, is_sized, configs = size_rows(report), bool(report.get("parameters")), records.configs
+    sizes, is_sized = size_rows(report), bool(report.get("parameters"))
     measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
     measure += " --speed" * (not report.get("embeddings"))
     commands = [*records.commands(folder, dense_path, again), measure] if is_sized else []
-    texts = (title, *commands, *configs.values())
     text = TEMPLATES.get_template("result.md.jinja").render(
         title=title,
         dense=dense,
@@ -177,14 +166,13 @@ def result_text(
         calibrated_on=_domains(records, CALIBRATED),
         trained=recovery,
         trained_on=_domains(records, TRAINED),
-        learning_rate=chosen.get("learning_rate") or LEARNING_RATES.get(training.get("train", "")),
         version=__version__,
         spent=timedelta(seconds=round(sum(seconds.values()))) if seconds else "",
         resumed=report.get("resumed"),
-        configs=configs,
+        configs=[CONFIG_NAME] * bool(records.config) + [RECOVERY_CONFIG_NAME] * bool(records.training),
         commands=commands,
         # More backticks than stand together in any text between two fences.
-        fence="`" * max(3, *(len(ticks) + 1 for text in texts for ticks in re.findall("`+|$", text))),
+        fence="`" * max(3, *(len(ticks) + 1 for text in (title, *commands) for ticks in re.findall("`+|$", text))),
         card_data=card_data,
         **only_on_card,
     )
@@ -247,20 +235,6 @@ def short_name(source: str) -> str:
     path = Path(source)
     local = path.is_absolute() or path.exists() or path.suffix in FORMATS
     return path.resolve().name if source and local else source
-
-
-def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the values that differ from the defaults of a config, with names in place of paths."""
-    shown = changed(config, values)
-    for name in ("arch_file", "keep_tokens"):
-        if (value := shown.get(name)) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value))):
-            shown[name] = short_name(str(value))
-    if domains := shown.get("domains"):
-        named = [(changed(DomainConfig, domain), short_name(domain["source"])) for domain in domains]
-        shown["domains"] = [{**domain, "source": name} for domain, name in named]
-    if recovery := shown.get("recovery"):
-        shown["recovery"] = _changed(RecoveryConfig, recovery)
-    return shown
 
 
 @dataclass(frozen=True)

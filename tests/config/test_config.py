@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
 from optimum_structprune.arch.families import read_families
-from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml, to_yaml
+from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml
 from optimum_structprune.record.plan import Plan
 
 
@@ -62,7 +62,7 @@ def test_round_trips(config, tmp_path_factory):
     config.save_pretrained(folder)
     assert (folder / "structprune_config.json").exists()
     assert StructPruneConfig.from_pretrained(folder) == config
-    assert StructPruneConfig.from_dict(parse_yaml(to_yaml(config.to_dict()))) == config
+    assert StructPruneConfig.from_dict(parse_yaml(json.dumps(config.to_dict()))) == config  # which YAML reads
 
 
 @pytest.mark.parametrize("name", StructPruneConfig.gone)

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, export_uniform
+from optimum_structprune import DomainConfig, StructPruner, export_uniform
 from optimum_structprune.record.remarks import verdict
 from optimum_structprune.record.table import escaped, quality_rows
 from optimum_structprune.saving.card import chart, model_card
@@ -66,10 +66,7 @@ def test_it_says_what_the_records_say(desk):
     *figures, advice = map(escaped, verdict(report))
     assert f"{figures[0]}." in card.text and f"**{advice[0].upper()}{advice[1:]}.**" in card.text
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
-    settings = yaml.safe_load(re.search(r"```yaml\n# structprune_config.json\n(.*?)```", card.text, re.S)[1])
-    saved = StructPruneConfig.from_pretrained(desk / "slim")
-    assert StructPruneConfig.from_dict(settings) == saved, "only what differs from the defaults, and all of that"
-    assert None not in settings.values() and "refit" not in settings
+    assert "settings are in `structprune_config.json`." in card.text
 
 
 def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, tmp_path, monkeypatch):
