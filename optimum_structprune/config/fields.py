@@ -72,8 +72,9 @@ class Serialisable:
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
         """Read the plain values that `to_dict` gives; those of earlier versions too, see `gone` and `moved`."""
-        given = unversioned(mapping_of(data, cls.__name__))
-        values = {str(name): value for name, value in given.items() if name not in cls.moved}
+        if not isinstance(data, Mapping):
+            raise StructPruneError(f"{cls.__name__} takes a mapping of fields, got {type(data).__name__}.")
+        values = {str(name): value for name, value in unversioned(data).items() if name not in cls.moved}
         for name, left in cls.gone.items():
             if (value := values.pop(name, left)) != left:
                 raise StructPruneError(f"{cls.__name__}: {name!r} is gone, only {left!r} is left, got {value!r}.")
@@ -87,13 +88,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value.to_dict() if isinstance(value, Serialisable) else value
-
-
-def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
-    """The mapping itself."""
-    if not isinstance(data, Mapping):
-        raise StructPruneError(f"{owner} takes a mapping of fields, got {type(data).__name__}.")
-    return data
 
 
 def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
