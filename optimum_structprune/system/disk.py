@@ -282,11 +282,8 @@ def check_apart(target: str | Path, *configs: Any) -> None:
 def _with_folders(configs: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield configs, and those of the recoveries in them, with the folders that a run writes to, by field."""
     for config in filter(None, (part for each in configs for part in (each, getattr(each, "recovery", None)))):
-        training = getattr(config, "training", None) or {}
-        yield (
-            config,
-            {"checkpoint_dir": getattr(config, "checkpoint_dir", None), "output_dir": training.get("output_dir")},
-        )
+        training, progress = getattr(config, "training", None) or {}, getattr(config, "checkpoint_dir", None)
+        yield config, {"checkpoint_dir": progress, "output_dir": training.get("output_dir")}
 
 
 def remove_checkpoints(folder: str | Path) -> None:
