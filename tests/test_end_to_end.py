@@ -17,7 +17,7 @@ from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_m
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.saving.save import check_reload, save_checked
-from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.widths.allocation import widths_of
 
 
 TEXT = [case for case in OTHERS if case != "vit"]  # pixels are given as inputs

@@ -35,7 +35,7 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import choose_shape
 from optimum_structprune.sources.data import CalibrationData
-from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.widths.allocation import widths_of
 
 
 # The time that passes, or that the processor spends in all threads.

@@ -172,6 +172,13 @@ class ArchSpec:
         """The spaces of the kind `name`, in the order of the layers."""
         return [space for space in (*self.model_spaces, *self.spaces) if space.kind == name]
 
+    def by_layer(self, name: str) -> dict[int, list[Space]]:
+        """The spaces of the kind `name`, by layer."""
+        by_layer: dict[int, list[Space]] = {}
+        for space in self.of(name):
+            by_layer.setdefault(space.layer, []).append(space)
+        return by_layer
+
     def widths(self, name: str) -> dict[int, int]:
         """The present width of the spaces of the kind `name`, by layer."""
         return {space.layer: space.width for space in self.of(name)}

@@ -33,8 +33,7 @@ from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
 from ..method.calibrate import Moments
 from ..system.processes import process_count
 from ..system.stages import readable_size
-from ..widths.allocation import widths_by_share
-from ..widths.budget import widths_of
+from ..widths.allocation import widths_of
 from .measure import PROBE_TOKENS, STRIDE
 
 
@@ -79,7 +78,7 @@ class Request:
             from ..vocabulary.amount import widths_with_tokens  # which most runs do without
 
             return widths_with_tokens(config, arch, model)
-        return widths_by_share(config, arch, model.config) if config.budget is None else widths_of(config, arch, model)
+        return widths_of(config, arch, model)
 
     @cached_property
     def tokens(self) -> VocabularyRequest | None:

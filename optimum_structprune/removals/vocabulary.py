@@ -19,7 +19,7 @@ from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens
-from ..widths.budget import widths_of
+from ..widths.allocation import widths_of
 from .resize import drop_tokens_
 
 

@@ -22,8 +22,7 @@ from ..pruning.run import Run
 from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_object
 from ..system.stages import progress
-from ..widths.allocation import choices, has_one_width, legal_widths, spaces_by_layer
-from ..widths.budget import Budget, budget_of, removed_parameters, widths_of
+from ..widths.allocation import Budget, budget_of, choices, has_one_width, legal_widths, removed_parameters, widths_of
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
 
 
@@ -115,7 +114,7 @@ class Search:
         return {
             (layer, name): spaces
             for name in self.plain
-            for layer, spaces in spaces_by_layer(self.arch, name).items()
+            for layer, spaces in self.arch.by_layer(name).items()
             if layer not in self.config.skip_layers
         }
 

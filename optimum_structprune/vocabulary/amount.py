@@ -14,8 +14,16 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from ..widths.allocation import check_may_differ, choices, legal_widths, smallest_widths
-from ..widths.budget import Budget, budget_of, check_reach, widths_of
+from ..widths.allocation import (
+    Budget,
+    budget_of,
+    check_may_differ,
+    check_reach,
+    choices,
+    legal_widths,
+    smallest_widths,
+    widths_of,
+)
 from .tokens import Vocabulary
 
 

@@ -13,8 +13,7 @@ from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.vocabulary.amount import with_tokens
-from optimum_structprune.widths.allocation import legal_widths
-from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.widths.allocation import legal_widths, widths_of
 
 
 def asking(name, most, **fields):

@@ -31,7 +31,7 @@ from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device
 from optimum_structprune.system.processes import all_reduce_, shard
-from optimum_structprune.widths.budget import widths_of
+from optimum_structprune.widths.allocation import widths_of
 
 from .gradients import frozen
 
