@@ -1,14 +1,13 @@
 """How a pruned model is trained afterwards: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, WithDomains
-from .fields import Number, config_class, filled, mapping_of, positive, proportion, seed_of_all
+from .fields import Number, config_class, filled, positive, proportion, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -57,7 +56,7 @@ class RecoveryConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    gone = {"kl_weight": 1.0, "merge": True}
+    gone = {"kl_weight": 1.0, "merge": True, "left_out": None}
 
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
@@ -69,14 +68,6 @@ class RecoveryConfig(WithDomains):
     prompts: str | None = validated_field(filled, default=None)
     validation: str | None = validated_field(filled, default=None)
     seed: int | None = validated_field(seed_of_all, default=None)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
-        """Inverse of `to_dict`; `left_out` is the old name of `validation`."""
-        values = dict(mapping_of(data, cls.__name__))
-        if "left_out" in values:
-            values["validation"] = values.pop("left_out")
-        return super().from_dict(values)
 
     def without_output_dir(self) -> "RecoveryConfig":
         """The config for who trains again: where its checkpoints lay is of no use to them."""

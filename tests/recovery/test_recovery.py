@@ -187,8 +187,7 @@ def test_what_cannot_be_trained_on_stays_as_it_was(pruned, small):
 
 
 def test_saved_configs_of_before_still_load():
-    old = RecoveryConfig.from_dict({"left_out": "other.jsonl", "kl_weight": 1.0, "merge": True})
-    assert old == RecoveryConfig(validation="other.jsonl")
+    assert RecoveryConfig.from_dict({"left_out": None, "kl_weight": 1.0, "merge": True}) == RecoveryConfig()
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -198,6 +197,7 @@ def test_saved_configs_of_before_still_load():
     ({"domains": []}, "at least one domain"),
     ({"train": "full", "lora": {"r": 4}}, "belongs to train='lora', got train='full'"),
     ({"merge": False}, "'merge' is gone"),
+    ({"left_out": "other.jsonl"}, "'left_out' is gone"),
 ])  # fmt: skip
 def test_bad_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):
