@@ -25,7 +25,7 @@ from ..arch.spec import VOCAB
 from ..config.domains import IN_MEMORY
 from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME, LANGUAGES
-from ..domains.manifest import CALIBRATED, JUDGED, MANIFEST_NAME, TRAINED
+from ..domains.manifest import CALIBRATED, EARLIER, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
 from ..errors import one_line
 from ..record.answers import Items, outcome, remark, sample_items
@@ -111,7 +111,7 @@ class Records:
         There are none if a program gave text, or if several trainings followed, of which the folder has one config.
         """
         domains = [domain for config in (self.config, self.training) for domain in config.get("domains") or ()]
-        named = all(entry.get("origin") for entry in self.domains if entry.get("use") != JUDGED)
+        named = all(entry.get("origin") for entry in self.domains if entry.get("use") not in (JUDGED, EARLIER))
         in_memory = any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
         if not self.config or not named or in_memory or self.report["recovery"].get("earlier"):
             return []

@@ -94,20 +94,20 @@ def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, c
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
-def test_a_card_of_two_trainings_does_not_repeat_one_and_names_both(folder, tmp_path):
-    prune = ["prune", str(folder / "model"), str(tmp_path / "once"), "--width", "mlp=24", "--num-samples", "6"]
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
-    assert main([*prune, *text]) == 0
-    line = command(folder, output=tmp_path / "twice")
-    assert main([str(tmp_path / "once") if word == str(folder / "pruned") else word for word in line]) == 0
-    once, twice = files(tmp_path / "once"), files(tmp_path / "twice")
-    earlier = json.loads(twice["recovery_report.json"])["earlier"]
-    assert [{**json.loads(once["recovery_config.json"])}] == earlier
-    assert b"structprune recover again" in once["README.md"] and b"structprune prune DENSE" in once["README.md"]
-    assert (
-        b"settings that `recovery_report.json` has" in twice["README.md"]
-        and b"recover again" not in twice["README.md"]
-    )
+def test_a_card_repeats_the_last_pruning_and_no_training_without_those_before(folder, tmp_path):
+    once, twice, smaller = (tmp_path / name for name in ("once", "twice", "smaller"))
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
+    training = ["--recovery-tokens", "240"]
+    assert main(["prune", str(folder / "model"), str(once), "--width", "mlp=24", *text, *training]) == 0
+    line = command(folder, output=twice)
+    assert main([str(once) if word == str(folder / "pruned") else word for word in line]) == 0
+    assert main(["prune", str(once), str(smaller), "--width", "mlp=16", *text]) == 0
+    earlier = json.loads((twice / "recovery_report.json").read_text())["earlier"]
+    assert earlier == [json.loads((once / "recovery_config.json").read_text())]
+    for result, repeats in ((once, {"prune", "recover"}), (twice, set()), (smaller, {"prune"})):
+        card = (result / "README.md").read_text()
+        assert {name for name in ("prune", "recover") if f"\nstructprune {name}" in card} == repeats
+        assert ("settings that `recovery_report.json` has" in card) == (result is twice)
 
 
 def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(folder, capsys, monkeypatch):
