@@ -28,21 +28,10 @@ from ..config.pruning import CONFIG_NAME, LANGUAGES
 from ..domains.manifest import CALIBRATED, EARLIER, JUDGED, MANIFEST_NAME, TRAINED
 from ..domains.sources import FORMATS
 from ..errors import one_line
+from ..record import table
 from ..record.answers import Items, outcome, remark, sample_items
 from ..record.remarks import LOSES, MOST_SHOWN, judged, known_ratios, remarks, removal_phrases, speed_remark, verdict
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..record.table import (
-    RATIO,
-    Row,
-    as_number,
-    cells,
-    escaped,
-    markdown,
-    models_of,
-    quality_rows,
-    size_rows,
-    speed_rows,
-)
 from ..system.disk import CARD, resolved
 from ..written import replace_text, warn_on_error, written_files
 
@@ -66,9 +55,9 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
     # Only `|safe` gives a value this attribute.
-    finalize=lambda value: value if hasattr(value, "__html__") else escaped(str(value)),
+    finalize=lambda value: value if hasattr(value, "__html__") else table.escaped(str(value)),
 )
-TEMPLATES.filters["table"] = markdown
+TEMPLATES.filters["table"] = table.markdown
 
 
 @dataclass(frozen=True)
@@ -144,10 +133,10 @@ def result_text(
     report, recovery, evaluation = records.report, records.report["recovery"], records.evaluation
     measured = {"Held out of the calibration": report, "Held out of the training": recovery}
     measured |= {"Measured later": evaluation, "Speed": records.speed}
-    rows = {name: [*quality_rows(record), *speed_rows(record)] for name, record in measured.items()}
+    rows = {name: [*table.quality_rows(record), *table.speed_rows(record)] for name, record in measured.items()}
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
     seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
-    sizes, is_sized = size_rows(report), bool(report.get("parameters"))
+    sizes, is_sized = table.size_rows(report), bool(report.get("parameters"))
     measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
     measure += " --speed" * (not report.get("embeddings"))
     commands = [*records.commands(folder, dense_path, again), measure] if is_sized else []
@@ -200,9 +189,9 @@ def sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:].rstrip('.')}."
 
 
-def _table(record: Mapping[str, Any], rows: list[Row], recovery: Mapping[str, Any]) -> list[list[str]]:
+def _table(record: Mapping[str, Any], rows: list[table.Row], recovery: Mapping[str, Any]) -> list[list[str]]:
     names = {"before": "dense", "after": "pruned", "model": "recovered" if recovery else "pruned"}
-    return cells([names.get(model, model) for model in models_of(record)], rows)
+    return table.cells([names.get(model, model) for model in table.models_of(record)], rows)
 
 
 def _quoted(item: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -379,7 +368,7 @@ def chart(report: Mapping[str, Any]) -> str:
             f'<path d="M{dense:.1f} {y - 9}v18" stroke="#8c959f" stroke-dasharray="3 3"/>'
             f'<path d="M{x - reach:.1f} {y}H{x + reach:.1f}" stroke="{colour}" stroke-width="3" opacity=".5"/>'
             f'<circle cx="{x:.1f}" cy="{y}" r="5" fill="{colour}"/>'
-            f'<text x="{RIGHT + 14}" y="{y + 4}">{as_number(value, margin or None, 2)}</text>'
+            f'<text x="{RIGHT + 14}" y="{y + 4}">{table.as_number(value, margin or None, 2)}</text>'
         )
     size = f'viewBox="0 0 360 {y + 42}" width="360" role="img" aria-label="What was lost"'
     note = f'<text x="8" y="{y + 32}">dashed: dense model; bars hold the truth 9 times in 10</text>'
@@ -390,9 +379,9 @@ def _marks(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float |
     """Yields group, name, value and margin of each kind of text and of the languages that lose most."""
     record = judged(report)
     kinds = record.get("perplexity") or {}
-    for row in quality_rows(record):
+    for row in table.quality_rows(record):
         figure, _, name = row.label.partition(" ")
-        if figure == "perplexity" and row.change == RATIO and row.ratio:
+        if figure == "perplexity" and row.change == table.RATIO and row.ratio:
             group, shown = (KINDS, name) if name in kinds else (OTHER, name.removeprefix("other text, "))
             yield group, shown, row.ratio, row.margins[-1] if row.margins else None
     by_domain, by_code = report.get("embeddings") or {}, report.get("languages") or {}

@@ -18,17 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .. import __version__
-from ..arch.llama_cpp import (
-    BY_LAYER,
-    MIXTURES,
-    PRE_TOKENIZERS,
-    gguf_architecture,
-    gguf_refusal,
-    in_file_order,
-    layer_configs,
-    parts_of,
-    rope_of,
-)
+from ..arch import llama_cpp
 from ..arch.meta import check_plain, is_quantized
 from ..arch.spaces import heads_of
 from ..domains.manifest import check_tokens
@@ -110,14 +100,14 @@ def export_gguf(
         else:
             parameters = _write(model, staging, tokenizer, kind.upper())
         size = staging.stat().st_size
-    return GGUFFile(str(gguf_architecture(model.config)), kind.upper(), parameters, size)
+    return GGUFFile(str(llama_cpp.gguf_architecture(model.config)), kind.upper(), parameters, size)
 
 
 def check_gguf(
     config: PretrainedConfig, dtype: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Refuse a model, a type and a tokenizer that `export_gguf` cannot write, before weights are loaded."""
-    if (reason := gguf_refusal(config)) is not None:
+    if (reason := llama_cpp.gguf_refusal(config)) is not None:
         raise StructPruneError(reason)
     if dtype is not None:
         check_gguf_type(dtype)
@@ -151,7 +141,7 @@ def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
 
 def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     """Write the file, one tensor at a time, and return the number of values in it."""
-    architecture = str(gguf_architecture(model.config))
+    architecture = str(llama_cpp.gguf_architecture(model.config))
     writer = gguf.GGUFWriter(path, architecture)
     shapes = {name: shape for name, shape, _ in _tensors(model, architecture)}
     types = _types(shapes, kind)
@@ -177,10 +167,10 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
 
 def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """Give the name, the shape, and a function that computes the values of each tensor of the file."""
-    layers = layer_configs(model.config)
+    layers = llama_cpp.layer_configs(model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
     parameters = dict(model.named_parameters())
-    stored = [(name, *place) for name in parameters for place in parts_of(name, architecture)]
+    stored = [(name, *place) for name in parameters for place in llama_cpp.parts_of(name, architecture)]
     for name, known_as, parts in stored:
         place = names.get_name(known_as, (".weight", ".bias"))
         if place is None:
@@ -188,7 +178,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, t
         layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
         values = partial(_values, parameters, parts, known_as, layer, architecture)
         yield place, tuple(values(device="meta").shape), values
-    if rope_of(model.config).get("rope_type") == "llama3":
+    if llama_cpp.rope_of(model.config).get("rope_type") == "llama3":
         factors = _frequency_factors(model.config)
         yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
 
@@ -203,7 +193,8 @@ def _values(
 ) -> torch.Tensor:
     """Join some parameters as the file holds them, in fp32; on the meta device only their shape."""
     rows = (parameters[part].detach().to(device, torch.float32) for part in parts)
-    ordered = [in_file_order(*pair, layer_config, architecture, known_as) for pair in zip(parts, rows, strict=True)]
+    pairs = zip(parts, rows, strict=True)
+    ordered = [llama_cpp.in_file_order(*pair, layer_config, architecture, known_as) for pair in pairs]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
 
@@ -217,9 +208,9 @@ def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
 
 def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
     """Compute what the frequencies of the rotary embedding are divided by, `(head_dim / 2,)`."""
-    scaled, _ = ROPE_INIT_FUNCTIONS[rope_of(config)["rope_type"]](config, torch.device("cpu"))
+    scaled, _ = ROPE_INIT_FUNCTIONS[llama_cpp.rope_of(config)["rope_type"]](config, torch.device("cpu"))
     places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    return rope_of(config)["rope_theta"] ** -places / scaled
+    return llama_cpp.rope_of(config)["rope_theta"] ** -places / scaled
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
@@ -246,16 +237,16 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = rope_of(config)
+    rope = llama_cpp.rope_of(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    layers = layer_configs(config)
+    layers = llama_cpp.layer_configs(config)
     heads, groups, (head_dim, *_) = zip(*map(heads_of, layers), strict=True)
     widths = [layer.intermediate_size for layer in layers]
-    by_layer = writer.arch in BY_LAYER.values()
-    if config.model_type in MIXTURES:
+    by_layer = writer.arch in llama_cpp.BY_LAYER.values()
+    if config.model_type in llama_cpp.MIXTURES:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", widths[0]))
@@ -304,13 +295,13 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
     key: Any = (*kinds, bool(parts["model"].get("ignore_merges")))
     normalizer = (parts.get("normalizer") or {}).get("type")
     # llama.cpp does not normalise what it reads. In NFC, as Qwen's tokenizers want it, nearly all text is already.
-    if key not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
+    if key not in llama_cpp.PRE_TOKENIZERS or normalizer not in (None, "NFC"):
         names = [*filter(None, (normalizer, *(step.get("type") for step in steps)))]
         raise StructPruneError(
             f"llama.cpp would cut text in another way than this tokenizer, which takes the steps {names} before its "
-            f"merges; structprune knows those of {', '.join(PRE_TOKENIZERS.values())}."
+            f"merges; structprune knows those of {', '.join(llama_cpp.PRE_TOKENIZERS.values())}."
         )
-    return PRE_TOKENIZERS[key]
+    return llama_cpp.PRE_TOKENIZERS[key]
 
 
 def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
