@@ -14,16 +14,7 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from ..widths.allocation import (
-    Budget,
-    budget_of,
-    check_may_differ,
-    check_reach,
-    choices,
-    legal_widths,
-    smallest_widths,
-    widths_of,
-)
+from ..widths import allocation
 from .tokens import Vocabulary
 
 
@@ -70,8 +61,9 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
     """
     rest = without_tokens(config)
     if config.widths is not None:
-        legal_widths(replace(config, widths={VOCAB: config.widths[VOCAB]}), arch, model.config)  # refuses others
-        return {VOCAB: cast("int", config.widths[VOCAB]), **({} if rest is None else widths_of(rest, arch, model))}
+        number = cast("int", config.widths[VOCAB])
+        allocation.legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # refuses others
+        return {VOCAB: number, **({} if rest is None else allocation.widths_of(rest, arch, model))}
     if config.budget is None:
         example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}" if arch.of(VOCAB) else "widths"
         raise StructPruneError(
@@ -83,14 +75,14 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
     if rest is None:
         return {VOCAB: room.largest({})}
     fits = room.budget.cost(room.smallest) <= room.budget.limit
-    return {VOCAB: room.size, **(widths_of(rest, arch, model) if fits else room.smallest)}
+    return {VOCAB: room.size, **(allocation.widths_of(rest, arch, model) if fits else room.smallest)}
 
 
 @dataclass(frozen=True)
 class Room:
     """A budget, the `numbers` of tokens to choose from, ascending, and the `smallest` other widths."""
 
-    budget: Budget
+    budget: allocation.Budget
     numbers: Sequence[int]
     smallest: Widths
     size: int
@@ -99,17 +91,18 @@ class Room:
     def of(cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range | None = None) -> Room:
         """Finds the numbers within `may`, if given; a budget that the fewest do not meet is refused."""
         rest, alone = without_tokens(config), replace(config, targets=(VOCAB,))
-        sizes = legal_widths(alone, arch, model.config)[VOCAB]
-        others = {} if rest is None else legal_widths(rest, arch, model.config)
+        sizes = allocation.legal_widths(alone, arch, model.config)[VOCAB]
+        others = {} if rest is None else allocation.legal_widths(rest, arch, model.config)
         if CACHE in (config.budget or {}):
             raise StructPruneError(f"Tokens take no part of the {CACHE}; leave {VOCAB!r} out of targets.")
         if rest is not None:
-            check_may_differ(rest, arch, list(others))
+            allocation.check_may_differ(rest, arch, list(others))
         size = arch.of(VOCAB)[0].size
-        numbers = [number for number in choices(config, arch, VOCAB, sizes) if may is None or number in may] or [size]
-        smallest = {} if rest is None else smallest_widths(rest, arch, others)
-        budget = budget_of(config, arch, model, list(others))
-        check_reach(config, budget, budget.cost({**smallest, VOCAB: numbers[0]}), [VOCAB, *others], arch)
+        chosen = allocation.choices(config, arch, VOCAB, sizes)
+        numbers = [number for number in chosen if may is None or number in may] or [size]
+        smallest = {} if rest is None else allocation.smallest_widths(rest, arch, others)
+        budget = allocation.budget_of(config, arch, model, list(others))
+        allocation.check_reach(config, budget, budget.cost({**smallest, VOCAB: numbers[0]}), [VOCAB, *others], arch)
         return cls(budget, numbers, smallest, size)
 
     def met_by(self, number: int) -> bool:
