@@ -432,7 +432,7 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
     """Refuse a budget met by the dense model, or below the `least` that is left of the spaces `names`."""
     name, limit, dense, _ = budget
     if limit >= dense:
-        raise StructPruneError(f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask less.")
+        raise StructPruneError(f"budget {name}={limit:,} is met by the dense model, with {dense:,}; ask for less.")
     kinds = ("attention", LAYER) if name == CACHE else (VOCAB, *arch.channels, "attention", LAYER)
     others = [kind for kind in kinds if kind in arch.offered and kind not in (*names, *config.targets_or_default)]
     if not names:
