@@ -167,11 +167,9 @@ def evaluate(
 def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
     """Enter the kinds that were calibrated on, and warn of text that shares sentences with them."""
     # They have the name of one that was calibrated on, or were read from the same place.
-    evaluation.calibrated = [
-        domain.name
-        for domain in (text.domain for text in texts)
-        if any(entry.name == domain.name or entry.uses(domain) for entry in manifest.domains)
-    ]
+    domains, entries = [text.domain for text in texts], manifest.domains
+    known = [one for one in domains if any(entry.name == one.name or entry.uses(one) for entry in entries)]
+    evaluation.calibrated = [domain.name for domain in known]
     overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
     if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
         evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
@@ -192,13 +190,9 @@ def _compare_vectors(
     by_domain = {text.domain.name: passages_of(text.samples, readers["dense"]) for text in texts}
     measured = Embeddings(models["dense"], {**by_domain, **pairs}, readers["dense"], tokens_differ, pairs)
     measured.read_by(readers["model"], models["model"])
-    evaluation.embeddings, by_language = measured.figures(models["model"], "dense", "model")
-    for name, fields in measured.perplexities(models["model"], "dense", "model").items():
-        enter_figures(evaluation, name, fields)
-    if by_language:
-        costs = costs_before(None, readers["dense"], ())
-        costs = with_costs_after(costs, None, readers["model"])
-        evaluation.languages = {code: {**cost, **by_language[code]} for code, cost in costs.items()}
+    if measured.spoken:
+        evaluation.languages = with_costs_after(costs_before(None, readers["dense"], ()), None, readers["model"])
+    measured.enter(evaluation, models["model"], "dense", "model")
 
 
 def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:

@@ -101,10 +101,16 @@ class Embeddings:
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report."""
-        report.embeddings, by_language = self.figures(model, "before", "after")
-        for name, fields in self.perplexities(model, "before", "after").items():
-            enter_figures(report, name, fields)
-        report.languages = {code: {**old, **by_language.get(code, {})} for code, old in report.languages.items()}
+        self.enter(report, model, "before", "after")
+
+    def enter(self, record: Any, model: PreTrainedModel, before: str, after: str) -> None:
+        """Put the figures of the smaller model into a record of both; perplexity only where a head predicts tokens."""
+        record.embeddings, by_language = self.figures(model, before, after)
+        for name, losses in self._losses(model).items():
+            both, tokens = {before: self.dense_losses[name], after: losses}, int(self.gaps[name].tokens.sum())
+            documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
+            enter_figures(record, name, perplexity_figures(both, tokens, documents))
+        record.languages = {code: {**old, **by_language.get(code, {})} for code, old in record.languages.items()}
 
     def figures(
         self, model: PreTrainedModel, before: str, after: str
@@ -128,15 +134,6 @@ class Embeddings:
             code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
             for code, dense in theirs_spoken.items()
         }
-
-    def perplexities(self, model: PreTrainedModel, before: str, after: str) -> dict[str, dict[str, Any]]:
-        """The `perplexity_figures` of a smaller model by domain; none where no head predicts tokens."""
-        figures = {}
-        for name, losses in self._losses(model).items():
-            both, tokens = {before: self.dense_losses[name], after: losses}, int(self.gaps[name].tokens.sum())
-            documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
-            figures[name] = perplexity_figures(both, tokens, documents)
-        return figures
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
         assert self.tokenizer is not None or not self.gaps
