@@ -29,7 +29,6 @@ from ..written import whole_lines
 from .samples import Sample, answer_samples
 
 
-PROMPTS = Path(__file__).with_name("prompts.yaml")
 QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
 # The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
 OPENING_TOKENS, MAX_PROMPT_TOKENS = 24, 128
@@ -44,14 +43,13 @@ Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Gives the built-in prompts in languages that take few tokens, of all kinds in turn."""
     spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
-    for entry in read_yaml(PROMPTS).values():
+    for entry in read_yaml(Path(__file__).with_name("prompts.yaml")).values():
         if spelt[entry.get("language", "en")] <= 1.6 * spelt["en"]:
             slots = [(form, dict.fromkeys(template_fields(form))) for form in entry["ask"]]
             rows = [(form, names, values) for form, names in slots for values in product(*(entry[n] for n in names))]
             Random(0).shuffle(rows)
             kinds.append([form.format(**dict(zip(names, values, strict=True))) for form, names, values in rows[:400]])
-    turns = zip_longest(*kinds)
-    return list(dict.fromkeys(prompt for turn in turns for prompt in turn if prompt is not None))
+    return list(dict.fromkeys(prompt for turn in zip_longest(*kinds) for prompt in turn if prompt is not None))
 
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:

@@ -243,8 +243,7 @@ def recover(
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    recovery = Recovery(config)
-    return recovery.recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
+    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
 
 
 def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:

@@ -60,8 +60,7 @@ def in_parts(sample: Sample, parts: Parts) -> Sample:
     seen = 0
     for start, end in pairwise([*begins, len(ids)]):
         counted = [target != IGNORED for target in targets[start:end]]
-        last = targets[end - 1 : end] if counted[-1] else []
-        text = [*ids[start:end], *last]
+        text = [*ids[start:end], *(targets[end - 1 : end] if counted[-1] else [])]
         spelled = parts.spelled(text, [False, *counted][: len(text)], seen)
         seen += sum(counted)
         columns.append([

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +31,9 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
     """Says what to read for the training, by the seed of the pruning: it decides what is held out."""
     # Short samples give more steps to a small number of tokens.
     seq_length = config.seq_length or min(pruning.seq_length, 128)
+    no_general_text: dict[str, Any] = {"general_share": 0.0, "general_text": None}
     if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
-        pruning = replace(pruning, general_share=0.0, general_text=None)
+        pruning = replace(pruning, **no_general_text)
     domains = resolve(config.domains or texts_of(pruning))
     if config.validation is None and _is_mixed(domains):
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
@@ -42,16 +44,9 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
             f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
             f"tokens; {seq_length * len(domains)} is enough."
         )
-    return replace(
-        pruning,
-        domains=domains,
-        general_share=0.0,
-        general_text=None,
-        num_samples=samples,
-        seq_length=seq_length,
-        # Nothing is chosen, so no text is set aside for it.
-        allocation="uniform",
-    )
+    # Nothing is chosen, so no text is set aside for it.
+    alone = {**no_general_text, "allocation": "uniform"}
+    return replace(pruning, domains=domains, num_samples=samples, seq_length=seq_length, **alone)
 
 
 def training_text(

@@ -113,14 +113,10 @@ class DistillTrainer(Trainer):
 
     def outcome(self, seconds: float) -> RecoveryReport:
         """Report a training of so many seconds: tokens, steps, and the step that is kept."""
-        return RecoveryReport(
-            tokens=round((self.state.epoch or 0) * len(self.data.samples)) * tokens_in(self.data.samples[0]),
-            steps=self.state.global_step,
-            seconds=seconds,
-            stopped=self.stopped,
-            kept_step=self.state.best_global_step or self.state.global_step,
-            learning_rate=self.args.learning_rate,
-        )
+        tokens = round((self.state.epoch or 0) * len(self.data.samples)) * tokens_in(self.data.samples[0])
+        steps, rate = self.state.global_step, self.args.learning_rate
+        kept = self.state.best_global_step or steps
+        return RecoveryReport(tokens, steps, seconds, kept_step=kept, stopped=self.stopped, learning_rate=rate)
 
     def compute_loss(self, model: Any, inputs: Sample, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Compute the mean KL from the teacher, or cross-entropy where there is none."""

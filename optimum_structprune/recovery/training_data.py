@@ -30,23 +30,17 @@ class TrainingData:
     """The `samples` of a recovery in order, and by kind of text the `measured` ones, which no step reads.
 
     Batches of texts and of answers take turns. `weights` are the shares of the kinds in the validation loss.
-
-    Args:
-        domains: The training text, with the held-out text of the same kinds.
-        validation: Samples of another kind of text, shape `(samples, seq_length)`; None without a teacher.
-        other: Rows of text by which nothing is chosen, each of shape `(tokens,)`.
-        seeds: Two seeds: the first orders the samples, and the second chooses the text.
     """
 
     def __init__(
         self,
         config: RecoveryConfig,
-        domains: Sequence[Domain],
-        validation: Tensor | None,
-        other: Sequence[Tensor],
+        domains: Sequence[Domain],  # with held-out text of the same kinds
+        validation: Tensor | None,  # another kind of text, shape `(samples, seq_length)`; None without a teacher
+        other: Sequence[Tensor],  # rows of text by which nothing is chosen, each of shape `(tokens,)`
         model: PreTrainedModel,
         teacher: Teacher | None,
-        seeds: tuple[int, int],
+        seeds: tuple[int, int],  # the first orders the samples, and the second chooses the text
         arguments: TrainingArguments,
     ):
         self.teacher = teacher
@@ -122,12 +116,9 @@ def _answers_of(
     prompts, places = prompts_of(prompts_file, dense, tokenizer, texts, seed), texts.shape[1] - 1
     write, weights, ends = writer_of(dense, tokenizer), fingerprint(dense), end_tokens(dense, tokenizer)
     count = min(32, len(prompts) // 2)  # whose answers are measured
-    aside, asked = (
-        Answers(part, write, kept_answers(weights, ends, part, seed), seed)
-        for part in (prompts[:count], prompts[count:])
-    )
-    measured_on = answer_samples(aside.conversations(64), places)
-    return measured_on, asked.samples(len(texts), places)
+    parts = prompts[:count], prompts[count:]
+    aside, asked = (Answers(part, write, kept_answers(weights, ends, part, seed), seed) for part in parts)
+    return answer_samples(aside.conversations(64), places), asked.samples(len(texts), places)
 
 
 def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
