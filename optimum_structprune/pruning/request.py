@@ -52,22 +52,13 @@ RELATIVE_ERROR = 0.15
 
 @dataclass(frozen=True)
 class Request:
-    """Says what is to go from a model, by its config and its shapes; each answer is computed once.
+    """Says what is to go from a model, by its config and its shapes; each answer is computed once."""
 
-    Attributes:
-        config: The config, with the spaces that the model takes.
-        model_info: The facts about the model.
-        use: What the model is to be used for.
-        tokenizer: The tokenizer that reads the text.
-        inputs: Calibration inputs by domain, in place of text.
-        options: How the machine is to prune.
-    """
-
-    config: StructPruneConfig
+    config: StructPruneConfig  # with the spaces that the model takes
     model_info: ModelInfo
     use: str = PRUNE
     tokenizer: PreTrainedTokenizerBase | None = None
-    inputs: Mapping[str, Tensor] | None = None
+    inputs: Mapping[str, Tensor] | None = None  # for calibration, by domain, in place of text
     options: RunOptions = field(default_factory=RunOptions)
 
     @cached_property
@@ -323,19 +314,12 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory of one process at its peak, in bytes.
+    """The memory of one process at its peak, in bytes."""
 
-    Attributes:
-        weights: Those on the compute device; of offloaded layers the largest one.
-        hidden: The hidden states on the device, and the dense predictions that trials are compared with.
-        working: The most that a step holds beside them.
-        host: What the CPU's memory holds of a model that is offloaded.
-    """
-
-    weights: int
-    hidden: int
-    working: int
-    host: int
+    weights: int  # those on the compute device; of offloaded layers the largest one
+    hidden: int  # the hidden states on the device, and the dense predictions that trials are compared with
+    working: int  # the most that a step holds beside them
+    host: int  # what the CPU's memory holds of a model that is offloaded
 
     @property
     def above(self) -> int:
@@ -410,10 +394,9 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
         if of_expert:  # what enters the experts of a layer is kept until all of them are done
             step += itemsize * tokens * channels
         if of_expert and EXPERT in widths:
-            from ..removals.experts import ExpertRefit
-
-            # When the layer has shrunk; on a CPU, the weights that the ridge pulls toward are copies there.
-            step += ExpertRefit.fitting_bytes(tokens, channels, size) - min(filter(None, removed), default=0)
+            # Targets, residual and inputs of `removals.experts`, when the layer has shrunk; on a CPU, the weights that
+            # the ridge pulls toward are copies there.
+            step += FP32_BYTES * tokens * (2 * channels + size) - min(filter(None, removed), default=0)
             step += (itemsize * max(arch.layer_params) - max(removed)) // 3 if on_cpu else 0
         yield step
     if EXPERT in widths:  # what enters the experts and what they are to give, while all of them are there

@@ -39,15 +39,7 @@ class Run(AbstractContextManager["Run"]):
     """The state that the steps of one pruning share.
 
     As a context, it makes sure that an error leaves no model behind that looks finished: a model that has begun to
-    shrink in place refuses to be saved, and the error is an `InPlaceError`.
-
-    Attributes:
-        arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
-        dense_model: The dense model, where it is another object than the model that shrinks.
-        tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
-        inplace: Whether the caller holds the model that shrinks.
-        entries, earlier: The text that chose the tokens or was trained on, and the manifest of the dense model.
-        changed: Whether the model has lost something that cannot be put back.
+    shrink in place refuses to be saved, and the error is an `InPlaceError`. `dense_model` is None where that shrinks.
     """
 
     def __init__(
@@ -67,14 +59,14 @@ class Run(AbstractContextManager["Run"]):
             self.model, self.dense_model = (model, None) if inplace else (deepcopy(model), model)
         vars(self.model).pop("prune_result", None)  # that of an earlier run, if there was one
         self.data = data
-        self.tokenizer = self.dense_tokenizer = tokenizer
-        self.inplace = inplace
-        self.arch = self.dense_arch = arch
+        self.tokenizer = self.dense_tokenizer = tokenizer  # the first becomes a new one with fewer tokens
+        self.inplace = inplace  # whether the caller holds the model that shrinks
+        self.arch = self.dense_arch = arch  # the first is that of the model as it is now
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
-        self.entries: list[Entry] = []
-        self.earlier: Manifest | None = None
-        self.changed = False
+        self.entries: list[Entry] = []  # of the text that chose the tokens or was trained on
+        self.earlier: Manifest | None = None  # that of the dense model
+        self.changed = False  # whether the model has lost something that cannot be put back
 
     @property
     def config(self) -> StructPruneConfig:

@@ -112,11 +112,6 @@ class ExpertRefit:
         self.targets: list[Tensor] = []
         self.energy = torch.zeros(self.source.num_domains, 2, dtype=torch.float64)
 
-    @staticmethod
-    def fitting_bytes(tokens: int, channels: int, size: int) -> int:
-        """The bytes of targets, residual and inputs, while an expert is fitted that reads `size` components."""
-        return 4 * tokens * (2 * channels + size)
-
     def _gain(self, module: str) -> float | None:
         """The factor of a module's output in the layer's; None where it takes another path."""
         source = self.source
