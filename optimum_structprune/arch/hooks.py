@@ -41,16 +41,16 @@ def observe_products(
     model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
     """Call `see(name, input, product)` whenever a module has run."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # A subclass, such as a router, may return something else.
+        linear = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        bias = getattr(module, "bias", None)
+        see(name, args[0], None if not linear else output if bias is None else output - bias)
+
     with ExitStack() as stack:
         for name in names:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-                # A subclass, such as a router, may return something else.
-                linear = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-                bias = getattr(module, "bias", None)
-                see(name, args[0], None if not linear else output if bias is None else output - bias)
-
-            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
+            stack.enter_context(model.get_submodule(name).register_forward_hook(partial(hook, name)))
         yield
 
 

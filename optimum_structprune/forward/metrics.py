@@ -261,8 +261,7 @@ def random_inputs(model: PreTrainedModel) -> Tensor:
     The last token ends a sequence, for heads that look for that. A head that chooses among sequences gets one, shape
     `(1, 1, 16)`.
     """
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
+    generator, config = torch.Generator().manual_seed(0), model.config
     if reads_images(model) and hasattr(config, "image_size"):
         return random_image(config).to(model.dtype)
     text, length = config.get_text_config(), int(min(16, positions_of(model)))

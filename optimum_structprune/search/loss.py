@@ -74,14 +74,11 @@ def prune_within_loss(
         pruner.config = config
         if not inplace:
             vars(model)["text_record"] = record
-    assert pruner.report is not None
-    pruner.report.seconds["trials"] = seconds
-    pruner.report.wish = {
-        "loss": limit,
-        "measured": losses_in(pruner.report),
-        "next": expected_loss(trials.measured, _removed(pruner.report) + 0.05),
-        "trials": trials.records,
-    }
+    report = pruner.report
+    assert report is not None
+    report.seconds["trials"] = seconds
+    beyond = expected_loss(trials.measured, _removed(report) + 0.05)
+    report.wish = {"loss": limit, "measured": losses_in(report), "next": beyond, "trials": trials.records}
     return smaller
 
 
