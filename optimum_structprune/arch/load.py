@@ -134,11 +134,17 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     whole_layers = _depth(family.layer, config, layer_params, places, shapes)
-    missing = (*family.missing.items(), *_refused(family, config))
-    of_model = (*whole_layers, *([residual.space] if residual else []))
-    uniform = "" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED
-    kind, of_layers = config.model_type, (tuple(stacks), tuple(layer_params), tuple(spaces))
-    return ArchSpec(kind, *of_layers, missing, family.causal, of_model, residual, uniform)
+    return ArchSpec(
+        model_type=config.model_type,
+        stacks=tuple(stacks),
+        layer_params=tuple(layer_params),
+        spaces=tuple(spaces),
+        missing=(*family.missing.items(), *_refused(family, config)),
+        causal=family.causal,
+        model_spaces=(*whole_layers, *([residual.space] if residual else [])),
+        residual=residual,
+        uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
+    )
 
 
 def _depth(
