@@ -38,15 +38,8 @@ def inspect(args: Namespace) -> Result:
     for reason in dict.fromkeys(reason for _, reason in arch.missing):
         names = ", ".join(name for name, why in arch.missing if why == reason)
         lines.append(f"{names:<11} cannot be pruned: {reason}")
-    values = {
-        "model": args.model,
-        "model_type": arch.model_type,
-        "layers": arch.num_layers,
-        "parameters": total,
-        "spaces": offered,
-        "missing": dict(arch.missing),
-    }
-    return Result("\n".join(lines), values)
+    values = {"model": args.model, "model_type": arch.model_type, "layers": arch.num_layers, "parameters": total}
+    return Result("\n".join(lines), {**values, "spaces": offered, "missing": dict(arch.missing)})
 
 
 def _ranges(sizes: Sequence[int]) -> str:
