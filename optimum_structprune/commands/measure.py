@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.meta import predicts_next
@@ -42,14 +42,14 @@ def evaluate(args: Namespace) -> Result:
         _check_page(args, is_judged)
     loading, paths = Loading.of(args), _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
-    dense_tokenizer, notes = _check_quality(args, loading, paths) if is_judged else (None, [])
+    settings, notes = _check_quality(args, loading, paths) if is_judged else ({}, [])
     if args.mteb:
         check_tasks(args.mteb)
     if args.html and not (is_judged or args.speed or args.mteb):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model
-    record, evaluations = _measured(args, loading, load, paths, dense_tokenizer, is_judged)
+    record, evaluations = _measured(args, loading, load, paths, settings)
     # The sizes of one result are known from its pruning.
     shown = evaluations[0].to_dict() if len(evaluations) == 1 else record
     if args.html and is_judged:
@@ -93,10 +93,8 @@ def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Resu
     return Result("\n\n".join([*filter(None, [text]), f"the report is {page}"]), {**values, "report": str(page)})
 
 
-def _check_quality(
-    args: Namespace, loading: Loading, paths: Mapping[str, str]
-) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Refuse a measurement that cannot be made. Gives the tokenizer of the comparison, and notes on others."""
+def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Refuse a measurement that cannot be made. Gives the settings of `evaluate`, and notes on tokenizers."""
     first, dense_tokenizer, notes = next(iter(paths.values())), None, []
     if len(paths) > 1:
         tokenizers = [loading.tokenizer(model) for model in args.models]
@@ -110,26 +108,20 @@ def _check_quality(
     for model in args.models:
         shapes = {**dense, "model": loading.without_weights(model)}
         check_evaluation(shapes, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
-    return dense_tokenizer, notes
+    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
+    return {"dense_tokenizer": dense_tokenizer, **{name: vars(args)[name] for name in names}}, notes
 
 
 def _measured(
-    args: Namespace,
-    loading: Loading,
-    load: Callable[[str], PreTrainedModel],
-    paths: Mapping[str, str],
-    dense_tokenizer: PreTrainedTokenizerBase | None,
-    is_judged: bool,
+    args: Namespace, loading: Loading, load: Callable[[str], PreTrainedModel], paths: Mapping[str, str], settings: Any
 ) -> tuple[dict[str, Any], list[Evaluation]]:
-    """The sizes of all models, and the evaluations of all but the dense one; each is let go before the next."""
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
-    settings = {"dense_tokenizer": dense_tokenizer, **{name: vars(args)[name] for name in names}}
+    """The sizes of all models, and with settings the evaluations of all but the dense one; one is there at a time."""
     records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
     dense, evaluations = None, []
     for name, path in paths.items():
         is_dense = bool(args.against) and not records
         with unchanging(path):
-            tokenizer, model = loading.tokenizer(path) if is_judged and not is_dense else None, load(path)
+            tokenizer, model = loading.tokenizer(path) if settings and not is_dense else None, load(path)
         records.append((_sizes(model, name, args.arch_file), {name: name}))
         if is_dense:
             dense = model
