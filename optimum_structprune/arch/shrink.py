@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import deepcopy
@@ -25,14 +26,7 @@ LAYER_COUNT_KEYS = ("max_window_layers", "first_k_dense_replace", "num_dense_lay
 # those that list the indices of some layers,
 LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 # and lists that never have one entry per layer, even where they happen to be as long.
-OTHER_LIST_KEYS = (
-    "architectures",
-    "mlp_multipliers",
-    "mtp_layers_block_type",
-    "pos_att_type",
-    "ssm_multipliers",
-    "time_step_limit",
-)
+OTHER_LIST_KEYS = re.compile("architectures|(mlp|ssm)_multipliers|mtp_layers_block_type|pos_att_type|time_step_limit")
 
 
 def shrunk_config(
@@ -150,7 +144,7 @@ def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None
             setattr(config, key, sum(layer < value for layer in keep))
         elif key in LAYER_INDEX_KEYS and value is not None:
             setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
-        elif key in OTHER_LIST_KEYS or TOKEN_ID_KEYS.fullmatch(key):
+        elif OTHER_LIST_KEYS.fullmatch(key) or TOKEN_ID_KEYS.fullmatch(key):
             continue
         elif isinstance(value, (list, tuple)) and len(value) == size:
             setattr(config, key, type(value)(value[layer] for layer in keep))
