@@ -22,11 +22,10 @@ def run_key(data: CalibrationData, model: PreTrainedModel, target: Widths) -> st
 
 
 class LayerCheckpoint:
-    """The layers of one run that are finished, in a folder; `resumed` tells if an earlier run has left some."""
+    """The layers of one run that are finished, in a folder."""
 
     def __init__(self, folder: str, key: str):
         self.resume = Resume(Path(folder), key, f"layer-{key[:12]}")  # those of runs with other targets lie beside it
-        self.resumed = self.resume.check() is not None
 
     def take_over_(self, masks: Masks, source: Source, smaller: PreTrainedModel) -> int:
         """Take over the layers that an earlier run has finished with their kept units, and return their number."""
@@ -48,5 +47,4 @@ class LayerCheckpoint:
         if (state := source.state()) is not None:
             tensors, reached = state
             values = {"plan": Plan(masks.arch.model_type, dict(masks.keep)).to_dict(), "passes": reached}
-            weights = layer_list(masks.model, masks.arch)[layer].state_dict()
-            self.resume.save(layer + 1, values, weights, tensors)
+            self.resume.save(layer + 1, values, layer_list(masks.model, masks.arch)[layer].state_dict(), tensors)

@@ -125,7 +125,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
         from .checkpoint import LayerCheckpoint, run_key
 
         checkpoint = LayerCheckpoint(folder, run_key(run.data, model, step.widths))
-        run.report.resumed = checkpoint.resumed
+        run.report.resumed = checkpoint.resume.check() is not None
     masks, count, every = Masks(model, arch, undoable=len(rounds) > 1), arch.num_layers, len(rounds) * arch.num_layers
 
     def finished(layer: int) -> None:
