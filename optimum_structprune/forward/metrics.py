@@ -258,8 +258,7 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 def random_inputs(model: PreTrainedModel) -> Tensor:
     """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
 
-    The last token ends a sequence, for heads that look for that. A head that chooses among sequences gets one, shape
-    `(1, 1, 16)`.
+    The last token ends a sequence, for heads that look for it. A head that chooses among sequences gets `(1, 1, 16)`.
     """
     generator, config = torch.Generator().manual_seed(0), model.config
     if reads_images(model) and hasattr(config, "image_size"):

@@ -177,8 +177,7 @@ def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weigh
 @torch.no_grad()
 def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
     """Take tokens into a running Gram matrix E[x xᵀ]. `gram` has the shape `(n, n)`, `x` `(tokens, n)`."""
-    # It is symmetric, so only the part right of the diagonal is computed, in 8 panels at most: smaller ones cost more
-    # than they save.
+    # It is symmetric, so only what is right of the diagonal is computed, in 8 panels at most: smaller ones cost more.
     step = max(PANEL_ROWS, -(-len(gram) // 8))
     for start in range(0, len(gram), step):
         rows, right = slice(start, min(start + step, len(gram))), slice(start, len(gram))

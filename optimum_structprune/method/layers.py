@@ -155,8 +155,7 @@ def capture(
 def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     """The gain of a module's output in the layer's output, or None if it does not go straight there.
 
-    With noise n added to the module's output, the layer's changes by g · n + r; g is the gain if ‖r‖ is small beside
-    ‖g · n‖.
+    With noise n added to the module's output, the layer's changes by g · n + r; g is the gain if r is far smaller.
     """
     # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
     hidden, noise = source.hidden[0], noise_like(source.hidden[0])
@@ -190,8 +189,7 @@ class Source(Protocol):
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
         """Take the dense residual stream through a layer, which has its dense weights.
 
-        Error feedback goes off if no consumer of these kinds of space writes straight to the residual stream, unless
-        whole experts go.
+        Error feedback goes off if none of these kinds writes straight to the residual stream, unless experts go.
         """
         return None
 

@@ -37,8 +37,7 @@ NAMES = {
 
 class Rule(NamedTuple):
     """An advice, and what a model may lose at most for it: factors of perplexity in the geometric mean over kinds of
-    text, on the worst kind and on other text, the least share of right answers kept, and the most that loop anew, as a
-    share of all.
+    text, on the worst kind and on other text, the least share of right answers kept, and the most that loop anew.
     """
 
     advice: str
@@ -81,9 +80,7 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def target_summary(report: Mapping[str, Any]) -> str:
-    """States what was asked for and what came of it. It is a warning where they are far apart, and empty where neither
-    a share nor a loss was asked for.
-    """
+    """States what was asked for and what came of it, as a warning if far apart; empty if nothing was asked."""
     target, sparsity, counts = report.get("target"), report.get("sparsity", 0.0), report.get("parameters")
     if report.get("wish"):
         return _wish(report["wish"], report["parameters"])
@@ -264,9 +261,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict_on_vectors(report: Mapping[str, Any]) -> list[str]:
-    """Gives the verdict on an encoder by its vectors, and by its loss where it has one; none on less text than has
-    neighbours.
-    """
+    """Gives the verdict on an encoder by its vectors and its loss, if any; none on less text than has neighbours."""
     shares = {name: by_model["after"].get("neighbours") for name, by_model in report["embeddings"].items()}
     if None in shares.values():
         return []

@@ -61,9 +61,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Gives the last value as a multiple of the first known one; None where either is not known. A value by layer
-        counts as its mean.
-        """
+        """Gives the last value (by layer, its mean) as a multiple of the first known; None where one is unknown."""
         known = [value for value in self.values[:-1] if value is not None][:1]
         ends = [fmean(value) if isinstance(value, Sequence) else value or 0.0 for value in (*known, self.values[-1])]
         is_comparable = self.change and len(ends) == 2 and self.values[-1] is not None

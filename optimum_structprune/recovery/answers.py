@@ -74,8 +74,7 @@ def prompts_of(
 ) -> list[list[int]]:
     """Gives the token ids of prompts in an order that the seed chooses; none is like a built-in question.
 
-    They are those of a file, or built in, or for a model without a chat template openings of `texts`, shape
-    `(samples, seq_length)`.
+    They are those of a file, built in, or without a chat template openings of `texts`, shape `(samples, seq_length)`.
     """
     if path is None and not tokenizer.chat_template:
         rows = [row.tolist() for sample in texts for row in sample.split(OPENING_TOKENS)]

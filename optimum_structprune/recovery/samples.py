@@ -34,8 +34,7 @@ def text_sample(ids: Tensor) -> Sample:
 def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int) -> Iterator[Sample]:
     """Packs prompts and answers as token ids into samples with `places` tokens of answers, which count.
 
-    The last answer of a sample is cut off. Positions begin anew with each prompt, by which models tell conversations
-    apart.
+    The last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart.
     """
     packed: list[list[Tensor]] = []
     room = places

@@ -60,8 +60,7 @@ def tokens_of_teacher(
 ) -> tuple[PreTrainedTokenizerBase | None, Parts | None]:
     """Gives the tokenizer of a teacher, and the parts of its tokens if the model lacks some.
 
-    A teacher of other tokens is refused. One of unknown tokens is taken to have the model's if they are as many. No
-    weights are needed.
+    A teacher of other tokens is refused, and as many unknown ones are taken for the model's. No weights are needed.
     """
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)

@@ -102,8 +102,7 @@ class ExpertRefit:
     The target is the dense experts' output for the present inputs, and where it comes straight into the layer's, the
     part of the accumulated residual error to correct. Fitted outputs are multiplied by the gates of the new routing,
     so a change in the size of the gates is made up for as well. A shared expert takes part where its output comes
-    straight into the layer's. The object is made while the layer has its dense weights, for the `space` of its
-    experts.
+    straight into the layer's. It is made while the layer has its dense weights, for the `space` of its experts.
     """
 
     def __init__(self, source: InMemory | WholeModel, space: Space, data: CalibrationData):

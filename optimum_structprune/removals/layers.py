@@ -130,9 +130,7 @@ class Norm(NamedTuple):
     @classmethod
     @torch.no_grad()
     def behind(cls, source: InMemory, layer: int, name: str) -> Norm | None:
-        """The norm that makes w · y / rms(y) of a module's output y and adds it to the residual stream, if there is
-        one.
-
+        """The norm that makes w · y / rms(y) of a module's output y and adds it to the residual stream, or None.
         What it makes of noise in the place of y is half of the difference to what it makes of its negative.
         """
         hidden, module = source.hidden[0], source.module(layer)

@@ -50,8 +50,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
 def _expected(run: Run) -> Tensor | None:
     """Gives how much the dense model expects each token in 16,384 tokens of the text of a run.
 
-    It is None where the user names no text, as built-in text alone tells little of other text, and where the model
-    predicts none.
+    It is None where the user names no text, as built-in text tells little of other text, or the model predicts none.
     """
     if not run.arch.causal or run.config.domains is None:
         return None

@@ -157,8 +157,7 @@ def uniform_shapes(
 ) -> list[tuple[float, Widths]]:
     """The shapes with one width for all layers, each with its predicted loss, the best first.
 
-    For each number of units of the coarser spaces, the space with the most widths takes the widest that is still small
-    enough.
+    For each choice of the coarser spaces, the space with the most widths takes the widest that is small enough.
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]
