@@ -131,13 +131,9 @@ class Loading:
         model_config, known = self.config(name), self.device not in SPREAD_DEVICES
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
+            device, offloaded = torch.device(str(self.device)) if known else None, self.offload is not None
             info = ModelInfo.without_weights(
-                model_config,
-                config.arch_file,
-                self.torch_dtype,
-                self.trust_remote_code,
-                torch.device(str(self.device)) if known else None,
-                offloaded=self.offload is not None,
+                model_config, config.arch_file, self.torch_dtype, self.trust_remote_code, device, offloaded
             )
             request = ask(config, info, self.tokenizer(name), options=options)
         if request.widths and known and (self.torch_dtype or model_config.dtype):

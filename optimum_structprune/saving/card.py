@@ -117,18 +117,11 @@ class Records:
 
 
 def result_text(
-    records: Records,
-    title: str,
-    dense: str,
-    dense_path: str,
-    folder: str,
-    again: str,
-    card_data: str = "",
-    **only_on_card: Any,
+    records: Records, title: str, dense: str, dense_path: str, folder: str, again: str, **only_on_card: Any
 ) -> str:
     """Render a result as Markdown, in which the words of others are nothing but text.
 
-    `dense_path`, `folder` and `again` stand in its commands. Without `card_data` it is the body of a page.
+    `dense_path`, `folder` and `again` stand in its commands. Without what is `only_on_card` it is the body of a page.
     """
     report, recovery, evaluation = records.report, records.report["recovery"], records.evaluation
     measured = {"Held out of the calibration": report, "Held out of the training": recovery}
@@ -162,8 +155,7 @@ def result_text(
         commands=commands,
         # More backticks than stand together in any text between two fences.
         fence="`" * max(3, *(len(ticks) + 1 for text in (title, *commands) for ticks in re.findall("`+|$", text))),
-        card_data=card_data,
-        **only_on_card,
+        **{"card_data": "", **only_on_card},
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
