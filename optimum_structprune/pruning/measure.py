@@ -17,16 +17,7 @@ from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
 from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
-from ..forward.metrics import (
-    KINDS_DIFFER,
-    MANY_DOCUMENTS,
-    MEASURED_TOKENS,
-    PARTS_DIFFER,
-    evaluating,
-    perplexity_figures,
-    row_losses,
-    total_loss,
-)
+from ..forward import metrics
 from ..method.layers import Batch, InMemory
 from ..record.report import Report, enter_figures
 from ..system.processes import every_process_runs, gather_objects, shard
@@ -64,7 +55,7 @@ class Comparison:
         with report.timed("perplexity"):
             if causal:
                 heldout = run.config.holdout * sum(domain.samples.numel() for domain in domains)
-                most = min(MEASURED_TOKENS, round(heldout))
+                most = min(metrics.MEASURED_TOKENS, round(heldout))
                 other: Sequence[Tensor] = ()
                 if tokenizer is not None and domains[0].origin is not None:  # no program gave inputs
                     from ..sources.other import other_text
@@ -150,8 +141,8 @@ class Measure:
         for name, before in self.dense_figures.items():
             losses = {"before": before, "after": smaller[name]}
             tokens = self.tokens_predicted[name] * len(before)
-            differs = KINDS_DIFFER if name == OTHER else PARTS_DIFFER
-            figures = perplexity_figures(losses, tokens, self.documents[name], differs)
+            differs = metrics.KINDS_DIFFER if name == OTHER else metrics.PARTS_DIFFER
+            figures = metrics.perplexity_figures(losses, tokens, self.documents[name], differs)
             enter_figures(report, name, figures, name == OTHER)
             if name != OTHER and (passages := self.texts.get(name)):
                 report.bits_per_byte[name] = {
@@ -166,7 +157,7 @@ class Measure:
             alike = groupby(texts, lambda rows: len(rows[0]))
             values = [of_text for _, same in alike for of_text in layerwise_losses(model, arch, [*same])]
         else:
-            values = [row_losses(model, text, tokens=AT_ONCE) for text in texts]
+            values = [metrics.row_losses(model, text, tokens=AT_ONCE) for text in texts]
         losses = {}
         for (name, rows), parts in zip(self.heldout.items(), zip(*gather_objects(values), strict=True), strict=True):
             total = parts[0]
@@ -193,7 +184,7 @@ def short_rows(samples: Tensor, eos: int | None, tokens: int) -> tuple[list[Tens
     rows = [torch.cat([sample[:1], sample[start : start + length - 1]]) for sample in samples for start in starts]
     documents = [int(number[start]) for number in numbers for start in starts]
     before = [documents[:place].count(number) for place, number in enumerate(documents)]  # rows of the same document
-    count = max(tokens // length, MANY_DOCUMENTS)
+    count = max(tokens // length, metrics.MANY_DOCUMENTS)
     taken = sorted(sorted(range(len(rows)), key=before.__getitem__)[:count])
     return [rows[place] for place in taken], torch.tensor(documents)[taken]
 
@@ -204,7 +195,7 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
     from ..sources.offloaded import Offloaded
 
     batches = [Batch(number, row[None]) for number, text in enumerate(texts) for row in text]
-    with evaluating(model):
+    with metrics.evaluating(model):
         source = Offloaded(model, arch, batches)
         for layer in range(arch.num_layers):
             with source.at(layer):
@@ -212,7 +203,7 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
         losses = []
         for index, batch in enumerate(batches):
             with skipping_layers(source, arch.num_layers, index):
-                losses.append(total_loss(model, batch.ids))
+                losses.append(metrics.total_loss(model, batch.ids))
     return list(torch.tensor(losses, dtype=torch.float64).split([len(text) for text in texts]))
 
 
