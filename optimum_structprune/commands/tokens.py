@@ -36,7 +36,7 @@ def plan_tokens(args: Namespace) -> Result:
     request = VocabularyRequest.of(config, model_info, tokenizer, {VOCAB: space.size})
     domains = load_domains(config, tokenizer)
     held_out = {name for domain in domains for name in domain.heldout_documents}
-    wanted, _ = wanted_shares(config, domains, request.vocabulary, held_out)
+    wanted, _ = wanted_shares(request, domains, held_out)
     order = request.order(sum(wanted.values(), torch.zeros(request.vocabulary.size)))
     words = {LANGUAGES[code]: language_shares([code], tokenizer, len(order)) for code in config.languages or ()}
     named = (domain for domain in domains if domain.name != GENERAL)

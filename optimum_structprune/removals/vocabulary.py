@@ -36,7 +36,7 @@ def prune_vocabulary_(run: Run, request: VocabularyRequest, comparison: Comparis
     # What is held out, or choices are made on, tells nothing if it is counted.
     aside = {name for name, use in run.manifest().uses().items() if use != USED}
     with run.report.timed("vocabulary"):
-        choice = choose_tokens(request, run.config, run.data.domains, aside, _expected(run))
+        choice = choose_tokens(request, run.data.domains, aside, _expected(run))
         left = without_tokens(run.config, None if request.room is None else request.room.budget.limit)
         if choice is not None:
             _cut_(run, choice, comparison)

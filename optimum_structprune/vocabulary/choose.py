@@ -55,6 +55,7 @@ class VocabularyRequest:
     how many.
     """
 
+    config: StructPruneConfig
     vocabulary: Vocabulary
     rows: int
     required: frozenset[int]
@@ -75,7 +76,7 @@ class VocabularyRequest:
             required |= _kept_by_user(config.keep_tokens, vocabulary)
         below = {*range(padding := counted_from(model))} - required  # the padding has to keep its id
         required = with_dependencies(required | below, vocabulary.dependencies) & {*ids}
-        request = cls(vocabulary, rows, frozenset(required), cast("int", widths[VOCAB]))
+        request = cls(config, vocabulary, rows, frozenset(required), cast("int", widths[VOCAB]))
         if config.budget is not None:
             room = Room.of(config, described.arch, described.plain_model, request.allowed)
             return replace(request, room=room, number=None if room.smallest else request.number)
@@ -131,11 +132,7 @@ class Choice:
 
 
 def choose_tokens(
-    request: VocabularyRequest,
-    config: StructPruneConfig,
-    domains: Sequence[Domain],
-    held_out: Collection[str],
-    expected: Tensor | None,
+    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None
 ) -> Choice | None:
     """Chooses the tokens that stay, and proves the smaller tokenizer on text; None if all tokens stay.
 
@@ -143,7 +140,7 @@ def choose_tokens(
     shares that the model expects, of its rows.
     """
     vocabulary = request.vocabulary
-    shares, counted = wanted_shares(config, domains, vocabulary, held_out, expected)
+    shares, counted = wanted_shares(request, domains, held_out, expected)
     order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
     lost = _lost_shares(request, order, domains)
     number = number_within(request.room, lost) if request.number is None else request.number
@@ -228,18 +225,15 @@ def _kept_by_user(named: str, vocabulary: Vocabulary) -> set[int]:
 
 
 def wanted_shares(
-    config: StructPruneConfig,
-    domains: Sequence[Domain],
-    vocabulary: Vocabulary,
-    held_out: Collection[str] = (),
-    expected: Tensor | None = None,
+    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None = None
 ) -> tuple[dict[str, Tensor], list[Entry]]:
     """Gives the share of each token by reason, shape `(size,)`, and the record of the counted text.
 
     Letters of the scripts that text shows have 1. General text behind the named domains, and other text, count in the
     scripts that these show or the languages; of other scripts, only letters do.
     """
-    size, most, named = vocabulary.size, MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
+    config, vocabulary, size = request.config, request.vocabulary, request.vocabulary.size
+    most, named = MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
     of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
     entries = []
     for index, domain in enumerate(domains):

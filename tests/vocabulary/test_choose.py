@@ -43,9 +43,9 @@ class Words:
         return self.names[token]
 
 
-def request_of(vocabulary, always=()):
+def request_of(vocabulary, always=(), asked=None):
     ids = with_dependencies({*vocabulary.required, *always}, vocabulary.dependencies)
-    return VocabularyRequest(vocabulary, vocabulary.size, frozenset(ids), None)
+    return VocabularyRequest(asked, vocabulary, vocabulary.size, frozenset(ids), None)
 
 
 def kept(words, counts, number):
@@ -81,7 +81,7 @@ def of_text(name, text, weight=1.0):
 def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_alone():
     domains = [of_text("named", "a ab", 0.75), of_text("general", "дa c ab b", 0.25)]
     asked = config(domains=[DomainConfig("named", "builtin:math")])
-    shares, entries = wanted_shares(asked, domains, WORDS)
+    shares, entries = wanted_shares(request_of(WORDS, asked=asked), domains, ())
     assert shares[choose.ALWAYS].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
     assert dict(zip(WORDS.names, shares[choose.TEXT].tolist(), strict=True)) == {
         **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
@@ -92,7 +92,7 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     assert other[3] < min(other[:3]) and other[:3].tolist() == sorted(other[:3], reverse=True)
     # What the model expects counts in the same scripts; the model may have fewer rows than the tokenizer has tokens.
     expected = torch.tensor([0, 0, 0, 0.5, 0, 0.5, 0, 0]).double()
-    more = wanted_shares(asked, domains, WORDS, expected=expected)[0][choose.USUAL] - other
+    more = wanted_shares(request_of(WORDS, asked=asked), domains, (), expected)[0][choose.USUAL] - other
     torch.testing.assert_close(more, choose.EXPECTED * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0]).double())
 
 
