@@ -16,7 +16,7 @@ from transformers import (
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.saving.save import check_reload, save_checked
+from optimum_structprune.saving.save import save_checked
 from optimum_structprune.widths.allocation import widths_of
 
 
@@ -45,7 +45,7 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     if case in ONCE:  # page, card and records do not depend on the family
         pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     else:
-        save_checked(small, tmp_path / "out", tokenizer(), False, lambda folder: None, check_reload)
+        save_checked(small, tmp_path / "out", tokenizer(), False, lambda folder: None)
     again = described(case)[0].from_pretrained(tmp_path / "out")
     assert type(again) is type(model)
     torch.testing.assert_close(outputs(again), outputs(small), atol=1e-6, rtol=0)

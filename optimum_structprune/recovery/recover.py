@@ -26,7 +26,7 @@ from ..domains.sources import documents
 from ..errors import StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
-from ..saving.save import RECORD_NAMES, check_reload, save_checked
+from ..saving.save import RECORD_NAMES, save_checked
 from ..sources.other import OtherText, other_text
 from ..system.disk import check_folder, used_paths
 from ..system.processes import check_launch
@@ -201,7 +201,7 @@ class Recovery:
             leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
 
         used = used_paths(self.config, self.pruning)
-        save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
+        save_checked(model, save_directory, tokenizer, overwrite, write, used)
 
 
 def recover(

@@ -18,7 +18,7 @@ from ..removals.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
 from .card import leave_card
-from .save import RECORD_NAMES, check_reload, save_checked
+from .save import RECORD_NAMES, save_checked
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ def export_uniform(
                 shutil.copyfile(record, folder / name)
         leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
 
-    save_checked(
-        uniform, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
-    )
+    save_checked(uniform, save_directory, tokenizer, overwrite, write, used, like=model)
     dense, added = None, model_bytes(uniform) - model_bytes(model)
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is no report, or it is of another program
         report = Path(model.name_or_path or "", REPORT_NAME).read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def save_pruned(
         result.manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
-    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
+    save_checked(model, save_directory, tokenizer, overwrite, write, used)
 
 
 def save_checked(
@@ -92,10 +92,10 @@ def save_checked(
     tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool,
     write: Callable[[Path], None],
-    check: Callable[[Any, Path], Any],
     used: Iterable[str | Path | None] = (),
+    like: PreTrainedModel | None = None,
 ) -> None:
-    """Save a model, see `Output`; of several processes the first one saves, and all fail if it fails."""
+    """Save a model that gives the outputs of `like`, or its own; see `Output`. Of several processes one saves."""
     check_tokens(model, tokenizer)
     with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
         if not is_first_rank():
@@ -121,7 +121,7 @@ def save_checked(
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):  # which may name code
             settle(staging / name, type(model.config))
         write(staging)
-        check(model, staging)
+        check_reload(like or model, staging)
 
 
 def settle(path: Path, kind: type[PretrainedConfig]) -> None:
