@@ -198,7 +198,7 @@ class Recovery:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
-            leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
+            leave_card(folder, save_directory, model, self.pruning.arch_file)
 
         used = used_paths(self.config, self.pruning)
         save_checked(model, save_directory, tokenizer, overwrite, write, used)

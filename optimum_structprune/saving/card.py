@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..arch.meta import model_class
@@ -262,12 +262,11 @@ def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Pat
     return kind if kind in SENTENCE_CLASSES else SENTENCE_CLASSES[0]
 
 
-def leave_card(
-    folder: Path, output: str | Path, config: PretrainedConfig, dense: str | None, arch_file: str | None
-) -> None:
+def leave_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
     """Write the card of a result in its working folder; if it cannot be made, only warn."""
     with warn_on_error(output, CARD):
-        replace_text(folder / CARD, model_card(folder, resolved(output).name, config, dense, arch_file))
+        text = model_card(folder, resolved(output).name, model.config, model.name_or_path, arch_file)
+        replace_text(folder / CARD, text)
         if picture := chart(Records.read(folder).report):
             replace_text(folder / CHART_NAME, picture)
 

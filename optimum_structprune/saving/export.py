@@ -77,7 +77,7 @@ def export_uniform(
         for name in RECORD_NAMES:
             if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
                 shutil.copyfile(record, folder / name)
-        leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
+        leave_card(folder, save_directory, uniform, arch_file)
 
     save_checked(uniform, save_directory, tokenizer, overwrite, write, used, like=model)
     dense, added = None, model_bytes(uniform) - model_bytes(model)

@@ -81,7 +81,7 @@ def save_pruned(
         result.plan.save(folder / PLAN_NAME)
         replace(report, weights={**report.weights, "after": model_bytes(model)}).save(folder / REPORT_NAME)
         result.manifest.save(folder / MANIFEST_NAME)
-        leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
+        leave_card(folder, save_directory, model, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, used)
 
