@@ -7,7 +7,7 @@ whatever shape it has by then goes back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,6 @@ def layer_device_map(
     return dict(walk("", model))
 
 
-@contextmanager
-def layer_in_memory(model: PreTrainedModel, arch: ArchSpec, layer: int, changes: bool = False) -> Iterator[None]:
-    """Bring in the weights of a layer inside `with`, to the device that computes it; if it `changes`, they go back."""
-    finished, hooks = False, []
-    try:
-        hooks = bring_in(layer_list(model, arch)[layer])
-        yield
-        finished = True
-    finally:
-        put_back(model, layer_list(model, arch)[layer], hooks, store=changes and finished)
-    give_back_free_memory()
-
-
 class Offloaded(InMemory):
     """Runs layers that accelerate keeps elsewhere; the hidden states of the samples are in the CPU's memory."""
 
@@ -94,8 +81,16 @@ class Offloaded(InMemory):
     def device(self) -> torch.device:
         return compute_device(self.model)
 
-    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
-        return layer_in_memory(self.model, self.arch, layer, changes)
+    @contextmanager
+    def at(self, layer: int, changes: bool = False) -> Iterator[None]:
+        finished, hooks = False, []
+        try:
+            hooks = bring_in(layer_list(self.model, self.arch)[layer])
+            yield
+            finished = True
+        finally:
+            put_back(self.model, layer_list(self.model, self.arch)[layer], hooks, store=changes and finished)
+        give_back_free_memory()
 
 
 def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:

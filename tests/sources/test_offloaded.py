@@ -3,6 +3,7 @@
 import gc
 import weakref
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,13 @@ from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.pruning.measure import Measure
-from optimum_structprune.sources.offloaded import layer_in_memory
+from optimum_structprune.sources.offloaded import Offloaded
 from optimum_structprune.system.offloading import bring_in, weight_of
+
+
+def layer_in_memory(model, layer):
+    """What a source does with a layer, here without samples."""
+    return Offloaded.at(SimpleNamespace(model=model, arch=describe(model)), layer)
 
 
 def offloaded(case, place, folder):
@@ -104,11 +110,11 @@ def test_no_layer_but_the_one_in_use_is_in_memory(tmp_path):
     arch = describe(model)
     layers = layer_list(model, arch)
     for layer in range(arch.num_layers):
-        with layer_in_memory(model, arch, layer):
+        with layer_in_memory(model, layer):
             assert not any(tensor.is_meta for tensor in layers[layer].parameters())
             others = [each for each in layers if each is not layers[layer]]
             assert all(tensor.is_meta for each in others for tensor in each.parameters())
-    with pytest.raises(KeyboardInterrupt), layer_in_memory(model, arch, 0):
+    with pytest.raises(KeyboardInterrupt), layer_in_memory(model, 0):
         raise KeyboardInterrupt
     assert all(tensor.is_meta for layer in layers for tensor in layer.parameters())
 
@@ -130,7 +136,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(StructPruneError, match=r"offloaded .*model\.layers\.0.* cannot be read"):
-        with layer_in_memory(model, describe(model), 0):
+        with layer_in_memory(model, 0):
             pass
 
 
