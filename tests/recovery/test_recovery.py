@@ -16,6 +16,7 @@ from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPr
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import EXPERT
 from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune.config.recovery import LEARNING_RATES
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.errors import StructPruneError
@@ -129,6 +130,24 @@ def test_a_training_that_brings_nothing_gives_the_model_back(pruned, small, rate
         recovered = recovery.recover_model(pruned, tokenizer())
     assert recovery.report.kept_step == 0 and "no checkpoint was better" in str(recovery.report)
     assert torch.equal(logits(recovered), logits(small)) and recovered is pruned
+
+
+@pytest.mark.filterwarnings("ignore::optimum_structprune.recovery.trainer.NothingGainedWarning")
+def test_a_default_rate_whose_first_step_goes_too_far_is_lowered_and_another_is_as_if_it_were_named(
+    pruned, monkeypatch
+):
+    named = recovery_config(training={"learning_rate": 1e-4})
+    unnamed = {name: value for name, value in named.training.items() if name != "learning_rate"}
+
+    def trained(rate, config):
+        monkeypatch.setitem(LEARNING_RATES, "lora", rate)
+        recovery = Recovery(config)
+        return recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied")), recovery.report
+
+    (model, report), (same, _) = (trained(1e-4, config) for config in (replace(named, training=unnamed), named))
+    assert report.learning_rate == 1e-4 and report.kept_step and same_weights(model, same)
+    far, kept = (trained(10.0, config)[1].learning_rate for config in (replace(named, training=unnamed), named))
+    assert 0.01 < far < 10 and kept == 1e-4
 
 
 def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
