@@ -322,13 +322,14 @@ def free_spaces(arch):
 
 
 def recovery_config(**fields) -> RecoveryConfig:
-    """A short training on two domains of random words, which is compared on others."""
+    """A short training on two domains of random words, which is compared on others. None leaves a default away."""
     other = Path(OTHER_WORDS.name, "other.jsonl")
     if not other.exists():
         write_texts(other, documents(20, seed=9))
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
     defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(other), **RECOVERY_TEXT}
-    return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
+    training = {key: value for key, value in {**training, **fields.get("training", {})}.items() if value is not None}
+    return RecoveryConfig(**{**defaults, **fields, "training": training})
 
 
 def failing(function, number, error):

@@ -136,17 +136,16 @@ def test_a_training_that_brings_nothing_gives_the_model_back(pruned, small, rate
 def test_a_default_rate_whose_first_step_goes_too_far_is_lowered_and_another_is_as_if_it_were_named(
     pruned, monkeypatch
 ):
-    named = recovery_config(training={"learning_rate": 1e-4})
-    unnamed = {name: value for name, value in named.training.items() if name != "learning_rate"}
+    named, unnamed = (recovery_config(training={"learning_rate": rate}) for rate in (1e-4, None))
 
     def trained(rate, config):
         monkeypatch.setitem(LEARNING_RATES, "lora", rate)
         recovery = Recovery(config)
         return recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied")), recovery.report
 
-    (model, report), (same, _) = (trained(1e-4, config) for config in (replace(named, training=unnamed), named))
+    (model, report), (same, _) = (trained(1e-4, config) for config in (unnamed, named))
     assert report.learning_rate == 1e-4 and report.kept_step and same_weights(model, same)
-    far, kept = (trained(10.0, config)[1].learning_rate for config in (replace(named, training=unnamed), named))
+    far, kept = (trained(10.0, config)[1].learning_rate for config in (unnamed, named))
     assert 0.01 < far < 10 and kept == 1e-4
 
 
@@ -239,11 +238,14 @@ def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned)
 
 @pytest.mark.slow
 def test_an_offloaded_teacher_teaches_the_same(pruned):
-    teacher, few = build("llama-tied"), recovery_config(tokens=96)
-    expected = recover(deepcopy(pruned), tokenizer(), few, teacher=teacher)
+    # Adam makes whole steps of gradients that are no more than the rounding of the states that a teacher keeps.
+    few = recovery_config(tokens=96, train="full", lora={}, training={"optim": "sgd", "learning_rate": 0.1})
+    teacher, before = build("llama-tied", seed=1), logits(pruned)
+    expected = logits(recover(deepcopy(pruned), tokenizer(), few, teacher=teacher))
     cpu_offload(teacher, execution_device=torch.device("cpu"))
     assert teacher.device.type == "meta"
-    torch.testing.assert_close(logits(recover(pruned, tokenizer(), few, teacher=teacher)), logits(expected))
+    taught = logits(recover(pruned, tokenizer(), few, teacher=teacher))
+    assert (taught - expected).norm() < 0.01 * (expected - before).norm()
 
 
 def test_the_domains_give_tokens_by_their_weights_whatever_the_seed():

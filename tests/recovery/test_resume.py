@@ -98,8 +98,8 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(pruned, run, tmp_
 
 @pytest.mark.parametrize(("case", "fields"), [
     ("pruned", {}),
-    ("taught", {"answer_share": 0.75}),
-    ("pruned", {"train": "full", "lora": {}}),
+    ("taught", {"answer_share": 0.75, "training": {"learning_rate": None}}),
+    ("pruned", {"train": "full", "lora": {}, "training": {"learning_rate": None}}),  # so that it is found by trials
     # In a checkpoint of the published format, each expert would have a name that the Trainer passes over.
     pytest.param("olmoe", {"train": "full", "lora": {}, "training": {"learning_rate": 1e-3}}, marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
     whole = recover(deepcopy(before), tokenizer(), settings(tmp_path / "whole", **fields), teacher)
     model = deepcopy(before)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DistillTrainer, "compute_loss", failing(DistillTrainer.compute_loss, 6, KeyboardInterrupt()))
+        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
         patch.setattr("tempfile.TemporaryDirectory", None)  # which a kill would leave behind
         recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher)
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]
