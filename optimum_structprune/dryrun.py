@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import model_class
@@ -125,6 +125,7 @@ def dry_run(
     cost: bool = False,
     offload: str | None = None,
     options: RunOptions | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DryRun:
     """Give the widths and parameter counts that pruning with `config` gives, without any weights.
 
@@ -139,13 +140,14 @@ def dry_run(
         cost: Whether the memory that the pruning takes is counted as well.
         offload: Where the layers are while they do not run: `cpu`, `disk`, or None for the device itself.
         options: How the machine is to prune it; None stands for the defaults.
+        tokenizer: The model's; without it, tokens that cannot go are not known.
 
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
     check_config_kind(config)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
-    request = ask(config, info, use=DRY_RUN, options=options)
+    request = ask(config, info, tokenizer, use=DRY_RUN, options=options)
     arch, dense = info.arch, info.plain_model
     before, after = (_sizes(request, model) for model in (dense, request.smaller))
     changes = {name: Change(before[name], after[name]) for name in before if name in after}

@@ -62,7 +62,8 @@ def plan(args: Namespace) -> Result:
     loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
     model_config = loading.config(args.model)
     dtype, options = loading.torch_dtype, run_options(args)
-    outcome = dry_run(model_config, config, dtype, args.trust_remote_code, args.cost, args.offload, options)
+    reader = None if config.keep_tokens is None else loading.tokenizer(args.model)
+    outcome = dry_run(model_config, config, dtype, args.trust_remote_code, args.cost, args.offload, options, reader)
     summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
     gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
     lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]

@@ -205,7 +205,7 @@ def ask(
         config = with_tokens(config, model_info, tokenizer)
     request = Request(config, model_info, use, tokenizer, inputs, options or RunOptions())
     request.check()
-    if use == PRUNE:
+    if use != TRAINER:
         _ = request.tokens  # what cannot stay is refused now
     return request
 

@@ -211,6 +211,8 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     for wrong in ("qqqqqqq", "[", str(tmp_path / "0"), str(tmp_path / "1")):
         with pytest.raises(StructPruneError, match="keep_tokens="):
             pruned(keep_tokens=wrong)
+    with pytest.raises(StructPruneError, match="always stay"):
+        dry_run(text_model().config, fewer_tokens(keep_tokens="."), tokenizer=READER)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
