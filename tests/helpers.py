@@ -53,9 +53,7 @@ CARD = torch.device("lazy", 0)
 
 
 def with_long(cases: Iterable, short: Iterable) -> list:
-    """Cases as parameters of a test: some are short, and all others belong to `make test-long`. A case of several
-    values is one of the short ones if its first value is.
-    """
+    """Cases as parameters of a test: those whose first value is in `short` are short, and the others are slow."""
     short = set(short)
     return [
         pytest.param(*case, marks=() if case[0] in short else pytest.mark.slow)
@@ -386,10 +384,7 @@ class Killed(Exception):
 
 @contextmanager
 def dying(monkeypatch, module, number, after):
-    """The process dies at the n-th time that it touches the disk, before or after what it does there.
-
-    Gives a function that counts them.
-    """
+    """The process dies at the n-th touch of the disk, before or after it; gives a function that counts them."""
     calls = []
 
     def wrapped(function):

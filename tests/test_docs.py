@@ -149,9 +149,7 @@ def unknown_flags(words: list[str]) -> list[str]:
 
 
 def run_line(line: str, flags: dict[str, str]) -> str:
-    """What a line of a bash snippet prints, with `flags` of each command after its own; what is too large is only
-    checked.
-    """
+    """What a line of a bash snippet prints, with `flags` behind each command's; large runs are only checked."""
     shown = ""
     line, _, file = line.partition(" > ")
     words = shlex.split(line, comments=True)

@@ -125,8 +125,7 @@ def test_families_and_variants(case, tmp_path):
     # llama.cpp looks GELU up in a table of 16-bit numbers.
     tolerance = 1e-3 if model_type == "gemma3_text" else 2e-4
     check(model, tokenizer, tmp_path / "out.gguf", "Question: what is", tolerance=tolerance)
-    found = gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents()
-    assert found == architecture
+    assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents() == architecture
 
 
 @pytest.mark.parametrize("trained", [real_text_model, pytest.param(stories_model, marks=needs_shared)])
@@ -166,8 +165,7 @@ def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(tmp_path):
     more = {"GGUF.kv_count", "structprune.version", "tokenizer.ggml.scores"}
     more |= {f"tokenizer.ggml.{name}" for name in ("add_eos_token", "add_sep_token", "add_space_prefix")}
     left, right = ({name: field.contents() for name, field in file.fields.items()} for file in (ours, theirs))
-    differing = {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
-    assert differing <= more
+    assert {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)} <= more
     (row,) = [tokenizer(TEXTS[0]).input_ids]
     (found,) = llama_cpp.ask(tmp_path / "theirs.gguf", ids=[row])["logprobs"]
     expected = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]

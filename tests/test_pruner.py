@@ -100,8 +100,7 @@ def test_the_report_adds_up():
 def test_perplexities_come_with_the_margins_that_an_evaluation_finds():
     settings = config(widths={"mlp": 20}, num_samples=96)
     model, reader = build("llama-untied"), tokenizer()
-    every = load_domains(settings, reader)[0].heldout
-    rows, numbers = short_rows(every, reader.eos_token_id, 96 // 2 // 8 * 24)
+    rows, numbers = short_rows(load_domains(settings, reader)[0].heldout, reader.eos_token_id, 96 // 2 // 8 * 24)
     heldout = torch.stack(rows)
     pruner = StructPruner(settings)
     before, after = (sample_losses(of, heldout) for of in (model, pruner.prune_model(model, reader)))

@@ -207,8 +207,7 @@ def test_the_same_trainer_goes_on_after_an_interruption(tmp_path):
 
 
 def test_models_that_the_trainer_makes_anew(tmp_path):
-    arguments = saved(tmp_path).args
-    run = Trainer(None, arguments, train_dataset=ROWS, model_init=lambda: build("llama-tied"))
+    run = Trainer(None, saved(tmp_path).args, train_dataset=ROWS, model_init=lambda: build("llama-tied"))
     callback = attach_pruner(run, config(**SERIES), 2, end=6)
     for checkpoint in (None, str(tmp_path / "checkpoint-4")):
         run.train(resume_from_checkpoint=checkpoint)

@@ -150,8 +150,7 @@ def test_text_that_the_model_finds_unlikely_is_dropped(cache, monkeypatch):
     likely = [reader(f"{story} with her {pet}.")["input_ids"] for pet in ("dog", "cat", "friends")]
     noise = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:30].add(50).tolist()
     writing(model, [*likely, noise], monkeypatch)
-    texts = first((model, reader), 3)
-    assert all("Lily" in text for text in texts)
+    assert all("Lily" in text for text in first((model, reader), 3))
     (path,) = cache.iterdir()
     assert len(json.loads(path.read_text().strip().splitlines()[0])[1]) == 3
 

@@ -91,8 +91,7 @@ def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
     again.save(again.prune_model(once, READER), tmp_path / "twice", READER)
     data = json.loads((tmp_path / "twice" / "calibration_manifest.json").read_text())
     uses = [(entry["name"], entry["use"]) for entry in data["domains"]]
-    judged = ("other", JUDGED)
-    assert uses == [("b", CALIBRATED), judged, ("a", EARLIER), ("other", EARLIER)]
+    assert uses == [("b", CALIBRATED), ("other", JUDGED), ("a", EARLIER), ("other", EARLIER)]
     assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][2]["documents"])
 
 

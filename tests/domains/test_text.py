@@ -126,8 +126,7 @@ def test_several_kinds_have_equal_shares_of_the_characters():
 
 def test_two_sections_of_a_document_lie_far_apart():
     order = list(builtin_documents("code", 1))
-    longest = max(sources.read_kind("code"), key=len)
-    places = [order.index(part) for part in sections(longest)]
+    places = [order.index(part) for part in sections(max(sources.read_kind("code"), key=len))]
     assert len(places) > 4 and min(b - a for a, b in itertools.pairwise(places)) > 10
 
 
@@ -183,8 +182,7 @@ def test_globs_and_folders_read_all_kinds_and_nothing_else(tmp_path):
     for i, name in enumerate(("a.jsonl", "b.csv", "deep/c.parquet", "deep/d.txt", "e.json")):
         write(folder / name, [f"document {i}"])
     write_table(table({"n": [1], "text": ["x"]})[:0], folder / "none.parquet")
-    everything = [f"document {i}" for i in range(5)]
-    assert sorted(read(str(folder))) == sorted(read(f"{tmp_path}/.hidden/**/*")) == everything
+    assert sorted(read(str(folder))) == sorted(read(f"{tmp_path}/.hidden/**/*")) == [f"document {i}" for i in range(5)]
     assert read(f"{tmp_path}/.hidden/*/*.jsonl") == ["document 0"] and read(str(folder / "empty.jsonl")) == []
     assert read(["", "  \n", "a"]) == ["a"]
 

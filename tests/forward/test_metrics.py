@@ -202,6 +202,5 @@ def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_st
 
 def test_tokens_are_of_the_document_that_ends_behind_them():
     samples = torch.tensor([[1, 5, 5, 2, 6], [1, 6, 6, 6, 6], [1, 6, 2, 7, 2]])
-    numbers = document_numbers(samples, 2)
-    assert numbers.tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 2, 2, 3]]
+    assert document_numbers(samples, 2).tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 2, 2, 3]]
     assert document_numbers(samples, None)[:, 0].tolist() == [0, 1, 2]

@@ -40,8 +40,7 @@ def in_place(**fields):
 )
 def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit, monkeypatch, tmp_path):
     model = build(case)
-    last = describe(model).of("mlp")[-1]
-    model.get_parameter(last.producers[0].param).data[..., -1] = float("nan")
+    model.get_parameter(describe(model).of("mlp")[-1].producers[0].param).data[..., -1] = float("nan")
     masked, undo = [], Masks.undo_
 
     def noted(self, at):

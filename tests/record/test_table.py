@@ -35,8 +35,7 @@ def test_models_of_several_records_stand_side_by_side(ratios):
     every = {f"small {n}": of(ratio) for n, ratio in enumerate(ratios)}
     record = side_by_side((report, {"before": "dense", "after": name}) for name, report in every.items())
     assert models_of(record) == ["dense", *every] and "perplexity a (9,000 tokens)" in as_text(record)
-    values = record["perplexity"]["a"].values()
-    assert [*values] == pytest.approx([10.0, *(10.0 * ratio for ratio in ratios)])
+    assert [*record["perplexity"]["a"].values()] == pytest.approx([10.0, *(10.0 * ratio for ratio in ratios)])
 
 
 def test_what_has_no_dense_value_is_compared_with_the_first_known_one():

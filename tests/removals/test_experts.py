@@ -114,9 +114,7 @@ def test_a_card_does_not_hold_the_weights_that_all_experts_began_with(monkeypatc
 
 
 def with_idle_experts(case):
-    """A model whose experts 1 and 2 no token ever chooses: channel 0 of the residual stream is positive for every
-    token, and a large multiple of it is taken from their logits.
-    """
+    """No token ever chooses experts 1 and 2: a multiple of channel 0, always positive, is taken from their logits."""
     model = build(case)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 8.0

@@ -117,8 +117,7 @@ def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypat
 def test_llama_marks_spaces_where_it_did(tmp_path):
     reader = LlamaTokenizer({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "▁": 4, "▁a": 5}, [("▁", "a")], legacy=True)
     pruner = StructPruner(StructPruneConfig(widths={"mlp": 24}))
-    pruned = pruner.prune_model(build("llama-tied"), inputs={"ids": token_ids(8, 24)})
-    pruner.save(pruned, tmp_path / "out", reader)
+    pruner.save(pruner.prune_model(build("llama-tied"), inputs={"ids": token_ids(8, 24)}), tmp_path / "out", reader)
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("a</s>a").input_ids == reader("a</s>a").input_ids
     assert again.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()

@@ -77,8 +77,7 @@ def test_experts_and_their_widths_go_as_the_plan_says(case):
     pruner = StructPruner(config(widths=widths, refit="none", rounds=2))
     small = pruner.prune_model(model, tokenizer())
     arch = describe(model)
-    again = shrunk(model, arch, pruner.plan)
-    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(shrunk(model, arch, pruner.plan)), logits(small), atol=1e-6, rtol=0)
     assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {"expert": {3}, "mlp": {24}}
     if case == "mixtral":
         kept = {units for (layer, name), units in pruner.plan.keep.items() if layer == 0 and name.startswith("mlp/")}

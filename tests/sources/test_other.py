@@ -116,8 +116,7 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
     _, (where, rows, _) = read(writer)
     assert where == "built-in" and rows
-    built_in = {"other": {"source": where, "tokens": 5}}
-    assert any("simpler than most" in line for line in remarks(built_in))
+    assert any("simpler than most" in line for line in remarks({"other": {"source": where, "tokens": 5}}))
 
 
 def test_what_a_model_writes_begins_in_the_languages_to_keep(writer):

@@ -75,8 +75,7 @@ def test_the_cache_shrinks_by_attention_alone(case):
     arch = describe(model)
     dense = cached_values(skeleton(model, model.config), arch) * 4
     wish = asking("cache_bytes_per_token", 0.6 * dense, targets=targets_of(arch))
-    widths = widths_of(wish, arch, model)
-    assert set(widths) == {"attention"}
+    assert set(widths_of(wish, arch, model)) == {"attention"}
     small = prune_model(model, wish, tokenizer())
     cached = {space.width for space in describe(small).of("attention")}
     assert cached == {2}, "of 4 groups, 2 take half of the cache"
