@@ -241,7 +241,7 @@ class InMemory(Source):
         # The share of the error of the residual stream that consumers make up for.
         self.error_feedback, self.fixed = error_feedback, fixed
         self.hidden: list[Tensor] = []
-        self.calls: dict[int, list[Call]] = {}
+        self.calls: dict[tuple[int, ...], list[Call]] = {}  # by the shape of a batch
         self.extras: dict[int, tuple[Any, ...] | None] = {}  # what a layer returns beside hidden states, if anything
         self.gains: dict[str, float | None] = {}  # of modules by their names, which are the same in all layers
         self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
@@ -250,9 +250,9 @@ class InMemory(Source):
         self.cache: dict[str, dict[int, Any]] = {}  # what others give, by batch
         self.few = capture(model, arch, batches[0].ids[:1, :16], True)  # by which a layer and its cut are compared
         for batch in batches:
-            size = len(batch.ids)
-            hidden, calls, _ = capture(model, arch, batch.ids, size not in self.calls, self.few[2])
-            recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
+            shape = tuple(batch.ids.shape)
+            hidden, calls, _ = capture(model, arch, batch.ids, shape not in self.calls, self.few[2])
+            recorded, present = self.calls.setdefault(shape, calls)[0].tensors(), calls[0].tensors()
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden.to(device=self.keep_on))
@@ -262,7 +262,7 @@ class InMemory(Source):
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
         """The output of a layer for one batch, in its own precision; `hidden` takes the place of its inputs."""
         hidden = self.hidden[index] if hidden is None else hidden
-        return self._run(layer, hidden, self.calls[len(hidden)][layer])
+        return self._run(layer, hidden, self.calls[tuple(self.batches[index].ids.shape)][layer])
 
     def _run(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
         like = next((module := self.module(layer)).parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,9 +152,7 @@ class Measure:
         """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
         texts = [shard(rows) for rows in self.heldout.values()]
         if is_offloaded(model):
-            # Layers are called with the masks of one length at a time, and other text has a length of its own.
-            alike = groupby(texts, lambda rows: len(rows[0]))
-            values = [of_text for _, same in alike for of_text in layerwise_losses(model, arch, [*same])]
+            values = layerwise_losses(model, arch, texts)
         else:
             values = [metrics.row_losses(model, text, tokens=AT_ONCE) for text in texts]
         losses = {}

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +53,7 @@ class Probe:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.batches, self.layer = model, batches, 0
         self.source = source_of(model, arch, batches)
-        self.options: dict[str, Any] = {}
-        if last_logits_only(model):
-            self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
+        self.keeps_some = last_logits_only(model)
         self.dense_logits = [self._logits(index) for index in range(len(batches))]
 
     @classmethod
@@ -65,7 +62,7 @@ class Probe:
         per_domain = ceil(tokens / len(data.domains))
         # Each sample has 128 tokens: the first ones, with little in front of them, say less.
         counts = [min(max(per_domain // 128, 1), len(domain.probe_or_heldout)) for domain in data.domains]
-        # Samples of all domains have the same length, which the layers are called with.
+        # Each length takes a record of its own of how the layers are called.
         length = ceil(per_domain / max(counts))
         pairs = zip(data.domains, counts, strict=True)
         samples = [replace(domain, samples=domain.probe_or_heldout[:count, :length]) for domain, count in pairs]
@@ -90,10 +87,11 @@ class Probe:
     @torch.no_grad()
     def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        skips = model is None and isinstance(self.source, InMemory)
+        skips, ids = model is None and isinstance(self.source, InMemory), self.batches[index].ids
+        options = {"logits_to_keep": torch.arange(0, ids.shape[1], STRIDE)} if self.keeps_some else {}
         with skipping_layers(self.source, self.layer, index) if skips else nullcontext():  # type: ignore[arg-type]
-            logits = run_model(model or self.model, self.batches[index].ids, **self.options).logits
-        return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
+            logits = run_model(model or self.model, ids, **options).logits
+        return (logits if options else logits[:, ::STRIDE]).flatten(0, 1)
 
 
 @dataclass(frozen=True)

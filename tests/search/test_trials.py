@@ -47,7 +47,8 @@ def divergences(model, dense_logits, batches):
     found = {}
     for batch, dense in zip(batches, dense_logits, strict=True):
         mine, theirs = (x[:, ::STRIDE].log_softmax(-1) for x in (model(batch.ids).logits, dense))
-        found.setdefault(batch.domain, []).append(kl_div(mine, theirs, log_target=True, reduction="none").sum(-1))
+        each = kl_div(mine, theirs, log_target=True, reduction="none").sum(-1)
+        found.setdefault(batch.domain, []).append(each.flatten())
     return torch.stack([torch.cat(values).mean() for values in found.values()])
 
 
@@ -56,7 +57,7 @@ def divergences(model, dense_logits, batches):
 def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     model = build(case)
     arch, before = describe(model), deepcopy(model)
-    batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
+    batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(2, 7, 3))]
     dense = [model(batch.ids).logits for batch in batches]
     data = data_of(config(error_feedback=0.0), domains())
     masks = Masks(model, arch)
