@@ -157,10 +157,10 @@ class Recovery:
         set_seed(seed)  # of the adapter's values
         with trainable(model, adapter) as (trained, take_back):
             trainer = DistillTrainer(trained, arguments, data, [*self.callbacks, inputs])
-            # Its passes keep all activations, for which there may be no room where some are computed anew.
-            if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
-                trainer.lower_rate(take_back)
-            outcome = trainer.outcome(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
+            # Trials keep all activations, for which there may be no room where some are computed anew.
+            tries = "learning_rate" not in config.training and not arguments.gradient_checkpointing
+            done = trainer.train(resume_from_checkpoint=checkpoint, take_back=take_back if tries else None)
+            outcome = trainer.outcome(done.metrics["train_runtime"])
             if data.validation_loss(trained) >= data.loss_in(before):
                 take_back()
                 outcome.kept_step = 0

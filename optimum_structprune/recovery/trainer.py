@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -66,8 +67,11 @@ class DistillTrainer(Trainer):
         self.data, self.teacher = data, data.teacher
         self.stopped = ""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does; a StructPruneError says what settings, a checkpoint or the disk end."""
+    def train(self, *args: Any, take_back: Callable[[], None] | None = None, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does; a StructPruneError says what settings, a checkpoint or the disk end.
+
+        With `take_back`, which gives what is trained the values of before, trial steps may lower the rate.
+        """
         model: Any = self.model
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if bare is model:
@@ -76,6 +80,8 @@ class DistillTrainer(Trainer):
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             with evaluating(*([self.teacher.model] if self.teacher and self.teacher.model is not None else [])):
+                if take_back is not None:
+                    self._lower_rate(take_back)
                 return super().train(*args, **kwargs)
         except StructPruneError:
             raise
@@ -112,7 +118,7 @@ class DistillTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": own, "lr": 0.3 * group["lr"]})
         return optimizer
 
-    def lower_rate(self, take_back: Callable[[], None]) -> None:
+    def _lower_rate(self, take_back: Callable[[], None]) -> None:
         """Lower the rate to that of five behind whose first step the loss of four samples is least."""
         # That step of Adam moves every weight by the rate, however small its gradient is. Small weights bear less.
         batches = [collate([sample]) for sample in self.data.samples[:12:3]]  # of texts and of answers
@@ -130,7 +136,7 @@ class DistillTrainer(Trainer):
                     parameter.sub_(parameter.grad.sign(), alpha=share * rate)
             loss = sum(float(loss_of(batch)) for batch in batches)
             take_back()
-            return loss
+            return inf if isnan(loss) else loss
 
         with evaluating(model):
             for batch in batches:

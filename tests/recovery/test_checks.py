@@ -66,7 +66,7 @@ def test_no_checkpoints_are_no_to_yaml_too():
 @pytest.mark.parametrize("training", [
     {"report_to": "nothing"}, {"save_strategy": "best"}, {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
     {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"remove_unused_columns": True},
-    {"torch_compile": True}, {"gradient_accumulation_steps": 0},
+    {"torch_compile": True}, {"gradient_accumulation_steps": 0}, {"optim": "lomo", "learning_rate": None},
 ])  # fmt: skip
 def test_what_other_libraries_refuse_leaves_the_model_as_it_was(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):

@@ -147,6 +147,7 @@ def test_a_default_rate_whose_first_step_goes_too_far_is_lowered_and_another_is_
     assert report.learning_rate == 1e-4 and report.kept_step and same_weights(model, same)
     far, kept = (trained(10.0, config)[1].learning_rate for config in (unnamed, named))
     assert 0.01 < far < 10 and kept == 1e-4
+    assert trained(1e18, unnamed)[1].learning_rate < 1e18  # behind which the loss is no number
 
 
 def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
