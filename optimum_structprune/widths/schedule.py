@@ -55,6 +55,12 @@ def removal_steps(
     last = first if end is None else _step_number("end", end, max_steps)
     if every is not None and (not isinstance(every, int) or every < 1):
         raise StructPruneError(f"every is a number of steps, 1 or more, got {every!r}.")
+    if end is None and (every is not None or config.rounds > 1):
+        divides = f"rounds={config.rounds}" if every is None else f"every={every}"
+        raise StructPruneError(
+            f"{divides} divides the removal, and without end everything goes after step {first}; name end, or leave "
+            f"{divides.partition('=')[0]} out."
+        )
     if last < first:
         raise StructPruneError(f"end={end!r} is step {last}, before start={start!r}, step {first}; name a later step.")
     if last > max_steps:
