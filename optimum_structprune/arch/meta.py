@@ -56,6 +56,9 @@ def meta_model(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model that a config describes, on the meta device: names and shapes, but no memory."""
+    if not isinstance(config, PretrainedConfig):
+        given = type(config).__name__
+        raise StructPruneError(f"A model's config is needed, got {given}; AutoConfig.from_pretrained(name) gives it.")
     kind, config = model_class(config, arch_file), deepcopy(config)
     try:
         with torch.device("meta"), heterogeneous():

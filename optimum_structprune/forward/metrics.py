@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..arch.hooks import in_fast_dtype
-from ..arch.meta import positions_of, random_image, reads_images
+from ..arch.meta import positions_of, predicts_next, random_image, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
 from ..system.stages import progress
@@ -51,7 +51,12 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
         model: A causal language model; its training mode is left as it was.
         samples: Token ids, shape `(samples, seq_length)`.
         batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
+
+    Raises:
+        StructPruneError: If the model does not predict the next token, or the samples leave nothing to predict.
     """
+    if not predicts_next(model):  # what the tokens themselves tell it would count as foreseen
+        raise StructPruneError(f"{type(model).__name__} does not predict the next token, and has no perplexity.")
     return float(sample_losses(model, samples, batch_size).mean().exp())
 
 

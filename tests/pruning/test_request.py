@@ -241,6 +241,12 @@ def test_odd_models(tmp_path):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
     with pytest.raises(StructPruneError, match="nothing to predict"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
+    for case in ("bert", "t5"):
+        with pytest.raises(StructPruneError, match="(Bert|T5)For.* does not predict the next token"):
+            perplexity(build(case), IDS)
+    for model, kind in ((compiled, "OptimizedModule"), ("a/folder", "str")):
+        with pytest.raises(StructPruneError, match=f"config is needed, got {kind}; AutoConfig.from_pretrained"):
+            dry_run(model, config())
 
 
 @pytest.mark.parametrize(("scores", "fields"), [
