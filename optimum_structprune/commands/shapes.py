@@ -20,9 +20,9 @@ def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     model = Loading.of(args).without_weights(args.model)
     arch = describe(model, args.arch_file)
-    total = model.num_parameters()
+    total, layers = model.num_parameters(), arch.num_layers or None  # they are unknown where nothing describes them
     lines = [
-        f"{args.model}: {arch.model_type}, {arch.num_layers} layers, {total:,} parameters",
+        f"{args.model}: {arch.model_type}, {f'{layers} layers, ' if layers else ''}{total:,} parameters",
         f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths",
     ]
     offered = {}
@@ -38,7 +38,7 @@ def inspect(args: Namespace) -> Result:
     for reason in dict.fromkeys(reason for _, reason in arch.missing):
         names = ", ".join(name for name, why in arch.missing if why == reason)
         lines.append(f"{names:<11} cannot be pruned: {reason}")
-    values = {"model": args.model, "model_type": arch.model_type, "layers": arch.num_layers, "parameters": total}
+    values = {"model": args.model, "model_type": arch.model_type, "layers": layers, "parameters": total}
     return Result("\n".join(lines), {**values, "spaces": offered, "missing": dict(arch.missing)})
 
 

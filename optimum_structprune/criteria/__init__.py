@@ -59,8 +59,7 @@ def wanda(weight: Tensor, moments: Moments, columns_per_unit: int, options: Any)
 
     For one column it is ‖W_:j‖ · √E[x_j²], eq. 1 of Wanda (Sun et al. 2023) per column.
     """
-    energy = weight.square().sum(0) * moments.square.to(weight)
-    return per_unit(energy, columns_per_unit).sqrt()
+    return per_unit(weight.square().sum(0) * moments.square.to(weight), columns_per_unit).sqrt()
 
 
 @register_criterion("flap", paper="An et al. 2023, arXiv:2312.11983")

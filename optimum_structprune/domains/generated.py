@@ -139,12 +139,9 @@ class _TextGenerator:
             written = zip(prompts, self._continued(prompts, batch[0]), strict=True)
         of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
         middle = median([loss for *_, loss in of_use] or [0.0])
-        documents = []
-        for prompt, ids, loss in of_use:
-            if abs(loss - middle) <= log(MAX_PERPLEXITY_RATIO):
-                text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-                documents.append(prompt + text if self.keeps else text)
-        return documents
+        usual = [(prompt, ids) for prompt, ids, loss in of_use if abs(loss - middle) <= log(MAX_PERPLEXITY_RATIO)]
+        texts = self.tokenizer.batch_decode([ids for _, ids in usual], skip_special_tokens=True)
+        return [prompt * self.keeps + text for (prompt, _), text in zip(usual, texts, strict=True)]
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:

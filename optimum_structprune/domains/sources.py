@@ -159,14 +159,10 @@ def _from_files(domain: DomainConfig, files: list[Path], render: Render) -> Iter
         paths = [path for path in files if FORMATS[path.suffix.lower()] == kind and path.stat().st_size]
         if kind == "text":
             for path in paths:
-                yield from _guarded(domain, str(path), _read_text, path)
+                yield from _guarded(domain, str(path), lambda at: sections(at.read_text(encoding="utf-8-sig")), path)
         elif paths:
             what = str(paths[0]) if len(paths) == 1 else f"one of {len(paths)} {kind} files"
             yield from map(render, _guarded(domain, what, _stream, kind, paths))
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    return sections(path.read_text(encoding="utf-8-sig"))
 
 
 def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
@@ -206,10 +202,8 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
 
 def _items(domain: DomainConfig, render: Render) -> Iterator[str]:
     for i, item in enumerate(domain.source):
-        if domain.template is not None and isinstance(item, Mapping):
-            yield render(item)
-        else:
-            yield string(item, domain, f"item {i}")
+        is_row = domain.template is not None and isinstance(item, Mapping)
+        yield render(item) if is_row else string(item, domain, f"item {i}")
 
 
 def _reordered(items: Iterable[T], seed: int | None) -> list[T]:

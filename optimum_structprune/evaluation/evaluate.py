@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import check_positions, predicts_next, reads_images
+from ..arch.meta import check_positions, predicts_next, reads_text
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import prefix_token
@@ -237,7 +237,9 @@ def check_evaluation(
     if not domains and answers is None and not pairs:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
     encoders = [model for model in models.values() if not predicts_next(model)]
-    if encoders and (len(encoders) < 2 or answers is not None or reads_images(encoders[0])):
+    for kind, reads in ((type(one).__name__, one.main_input_name) for one in encoders if not reads_text(one)):
+        raise StructPruneError(f"{kind} reads {reads}, and this measures text alone; measure it on what it is for.")
+    if encoders and (len(encoders) < 2 or answers is not None):
         raise StructPruneError(
             f"{type(encoders[0]).__name__} does not predict the next token: its vectors of text (domains, pairs) are "
             "compared with those of the dense one (--against), which is of this kind too, and nothing else."

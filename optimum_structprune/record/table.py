@@ -106,7 +106,7 @@ def size_rows(record: Record) -> list[Row]:
     """Widths, numbers of parameters and bytes."""
     models = models_of(record)
     rows = [_row(f"width {kind}", widths, models, change=PERCENT) for kind, widths in widths_of(record).items()]
-    known = [(label, record[name]) for name, label in COUNTS.items() if record.get(name)]
+    known = [(label, record[name]) for name, label in COUNTS.items() if any((record.get(name) or {}).values())]
     return rows + [_row(label, by_model, models, change=PERCENT) for label, by_model in known]
 
 

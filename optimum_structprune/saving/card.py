@@ -129,16 +129,19 @@ def result_text(
     rows = {name: [*table.quality_rows(record), *table.speed_rows(record)] for name, record in measured.items()}
     answers: Items = next(filter(None, (record.get("answers") for record in (evaluation, recovery, report))), [])
     seconds = {**(report.get("seconds") or {}), **({"recovery": recovery["seconds"]} if records.training else {})}
-    sizes, is_sized = table.size_rows(report), bool(report.get("parameters"))
+    sizes = table.size_rows(report)
     measure = f"structprune evaluate {quote(folder)} --against {quote(dense_path)} --domain NAME=SOURCE --html"
     measure += " --speed" * (not report.get("embeddings"))
-    commands = [*records.commands(folder, dense_path, again), measure] if is_sized else []
+    repeat = records.commands(folder, dense_path, again) if report.get("parameters") else []
+    # The command reads text, and so must the model.
+    has_read = report.get("embeddings") and any(entry.get("origin") for entry in records.domains)
+    commands = repeat + [measure] * bool(has_read or report.get("perplexity"))
     text = TEMPLATES.get_template("result.md.jinja").render(
         title=title,
         dense=dense,
         removed=list(removal_phrases(report)),
         counts=report.get("parameters"),
-        verdict=[*map(sentence, verdict({**report, "recovery": recovery | {"answers": answers}}))] if is_sized else [],
+        verdict=[*map(sentence, verdict({**report, "recovery": recovery | {"answers": answers}}))],
         picture=CHART_NAME if chart(report) else "",
         sizes=_table(report, sizes, recovery) if sizes else [],
         tables={name: _table(measured[name], found, recovery) for name, found in rows.items() if found},
@@ -153,6 +156,7 @@ def result_text(
         resumed=report.get("resumed"),
         configs=[CONFIG_NAME] * bool(records.config) + [RECOVERY_CONFIG_NAME] * bool(records.training),
         commands=commands,
+        shown=", and ".join(["once more"] * bool(repeat) + ["measured on more text"] * (len(commands) > len(repeat))),
         # More backticks than stand together in any text between two fences.
         fence="`" * max(3, *(len(ticks) + 1 for text in (title, *commands) for ticks in re.findall("`+|$", text))),
         **{"card_data": "", **only_on_card},
@@ -334,8 +338,7 @@ def _llama_cpp(config: PretrainedConfig, report: Mapping[str, Any]) -> dict[str,
         return {"by_layer": False, "gguf_refusal": ""}
     from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 
-    by_layer = gguf_architecture(config) in BY_LAYER.values()
-    return {"by_layer": by_layer, "gguf_refusal": gguf_refusal(config)}
+    return {"by_layer": gguf_architecture(config) in BY_LAYER.values(), "gguf_refusal": gguf_refusal(config)}
 
 
 def chart(report: Mapping[str, Any]) -> str:

@@ -113,8 +113,7 @@ def contributions(source: InMemory | WholeModel, space: Space, criterion: Criter
         if len(hidden):
             index = torch.full((len(hidden), 1), expert, device=hidden.device)
             norms = experts(hidden, index, torch.ones_like(gates)[:, None]).norm(dim=-1)
-            values = criterion.score(norms, gates)
-            total[call.domain, expert] += float(values.double().sum())
+            total[call.domain, expert] += float(criterion.score(norms, gates).double().sum())
             count[call.domain, expert] += len(hidden)
     all_reduce_([total, count])
     return total if criterion.summed else total / count.clamp(min=1)

@@ -220,7 +220,7 @@ def test_what_evaluate_refuses(encoders):
         (bert, {"dense": other}, "BertForMaskedLM does not predict"),
         (other, {"dense": bert}, "BertForMaskedLM does not predict"),
         (bert, {"dense": bert, "answers": "builtin"}, "and nothing else"),
-        (build("vit"), {"dense": build("vit")}, "ViT.* its vectors of text"),
+        (build("vit"), {"dense": build("vit")}, "ViT.* reads pixel_values, and this measures text alone"),
         (other, {"pairs": ["xx.jsonl"]}, "pairs are for encoders"),
         (bert, {"dense": bert, "pairs": [encoders / "odd.jsonl"]}, r"odd.jsonl, line \d+, is no pair of two texts"),
         (bert, {"dense": bert, "pairs": [encoders / "half.jsonl"]}, r"half.jsonl, line 1, is no pair .*surrogates"),

@@ -113,7 +113,7 @@ def test_kept_tokens_give_what_they_gave_and_the_folder_loads_as_the_class(name,
 
 
 @pytest.mark.slow
-def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path):
+def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path, capsys):
     _, reader = real_text_model(900)
     reader.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|de|>", "<|transcribe|>", "<|notimes|>"]})
     start, german, task, no_times = range(900, 904)
@@ -127,6 +127,12 @@ def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path):
     dense, folder = tmp_path / "dense", tmp_path / "small"
     save_with_tokenizer(model, dense, reader)
     assert main(f"prune {dense} {folder} --target vocab --budget parameters=0.8 --languages en,de".split()) == 0
+    assert main(["inspect", str(dense)]) == 0 and " layers, " not in capsys.readouterr().out, "they are not described"
+    card = (folder / "README.md").read_text()
+    assert "Once more, where DENSE" in card and "structprune evaluate" not in card and "in the layers" not in card
+    (folder / "text.txt").write_text(card)
+    assert main(f"evaluate {folder} --against {dense} --text {folder / 'text.txt'} --seq-length 24".split()) == 2
+    assert "reads input_features, and this measures text alone" in capsys.readouterr().err
     again, smaller = type(model).from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     keep = json.loads((folder / "pruning_plan.json").read_text())["keep"]["vocab"]["-1"]
     new, settings = {old: number for number, old in enumerate(keep)}, again.generation_config
