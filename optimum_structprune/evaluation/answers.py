@@ -19,7 +19,7 @@ from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
-from ..forward.metrics import evaluating, margin_of_error
+from ..forward.metrics import evaluating, margin_of_share
 from ..record.answers import Items
 from ..system.stages import progress, stage
 from ..vocabulary.parts import Parts, divergence_from_dense
@@ -126,7 +126,7 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name in FIGURES:
         values = torch.tensor([float(answer[name]) for answer in answers])
-        figures |= {name: float(values.mean()), f"{name}_margin": margin_of_error(values)}
+        figures |= {name: float(values.mean()), f"{name}_margin": margin_of_share(values)}
     return {**figures, "tokens": float(median(answer["tokens"] for answer in answers))}
 
 

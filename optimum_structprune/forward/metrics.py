@@ -103,8 +103,7 @@ def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], token
         batches += torch.stack([*same]).split(max(tokens // length, 1))
     with evaluating(model):
         losses = torch.cat([_losses(logits, targets) for targets, logits in _predictions([model], batches)])
-    by_row = losses.cpu().split([len(row) - 1 for row in rows])
-    return torch.stack([part.sum() for part in by_row])
+    return torch.stack([part.sum() for part in losses.cpu().split([len(row) - 1 for row in rows])])
 
 
 @torch.no_grad()
@@ -146,6 +145,11 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
     t = STUDENT_T.get(free, z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2))
     skewed = (off.pow(3).mean() / off.var()).nan_to_num(0.0, 0.0, 0.0).abs() * (1 + 2 * t**2) / (6 * count)
     return float(t * off.std() / count**0.5 + skewed)
+
+
+def margin_of_share(values: Tensor) -> float:
+    """Gives the margin of error of a share; where all values are alike, those that were not read may still differ."""
+    return max(margin_of_error(values), 1 - 0.05 ** (1 / len(values)))  # what none of so many leaves likely
 
 
 @torch.no_grad()

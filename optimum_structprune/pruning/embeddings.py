@@ -28,7 +28,7 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, perplexity_figures
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
 from ..method.layers import input_device, run_model
 from ..record.report import Report, enter_figures
 from ..vocabulary.languages import texts as language_texts
@@ -128,8 +128,8 @@ class Embeddings:
             by_domain[name] = {before: {}, after: figures}
             for which, by in ((after, ours), (before, theirs)) if name in self.pairs else ():
                 shares = retrieved(*by[name].chunk(2))
-                by_domain[name][which]["retrieval"] = float(shares.mean())
-                by_domain[name][which]["retrieval_margin"] = margin_of_error(shares)
+                found = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_share(shares)}
+                by_domain[name][which] |= found
         return by_domain, {
             code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
             for code, dense in theirs_spoken.items()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..forward.metrics import margin_of_error
+from ..forward.metrics import margin_of_share
 
 
 Items = Sequence[Mapping[str, Any]]
@@ -38,7 +38,7 @@ def paired(items: Items, name: str) -> dict[str, Any]:
     p_value, is_better = mcnemar(more, less), (more > less) is not (name == "loops")
     verdict = "alike" if p_value >= 0.05 else "better" if is_better else "worse"
     counted = {"items": len(both), "more": more, "less": less, "p_value": p_value, "verdict": verdict}
-    return {"difference": float(differences.mean()), "margin": margin_of_error(differences), **counted}
+    return {"difference": float(differences.mean()), "margin": margin_of_share(differences), **counted}
 
 
 def outcome(answer: Mapping[str, Any]) -> str:

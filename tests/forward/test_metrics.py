@@ -21,6 +21,7 @@ from optimum_structprune.forward.metrics import (
     divergence,
     expected_shares,
     margin_of_error,
+    margin_of_share,
     perplexity_figures,
     row_losses,
 )
@@ -187,6 +188,14 @@ def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of()
     assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
     found = perplexity_figures({"before": values, "after": values + 1}, 40, torch.arange(40) // 40)
     assert all(map(isnan, found["perplexity_margin"].values())) and found["perplexity_documents"] == 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95, 1.0])
+def test_the_margin_of_a_share_covers_it_where_all_answers_are_alike_too(share):
+    chance = torch.Generator().manual_seed(0)
+    for count in (5, 16, 120):
+        samples = (torch.rand(200, count, generator=chance) < share).double()
+        assert sum(abs(of.mean() - share) <= margin_of_share(of) for of in samples) >= 170, count
 
 
 def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_stands_for_other_kinds():
