@@ -47,8 +47,7 @@ def prune(args: Namespace) -> Result:
             training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
             with unshared():
                 trained = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
-            values = {**result.values, "recovery": trained.values}
-            result = Result(f"{text}\n{trained.text}", values)
+            result = Result(f"{text}\n{trained.text}", {**result.values, "recovery": trained.values})
         del smaller  # what follows reads the folder, which may have been trained
         return pushed(args, with_gguf(args, result, loading, report.parameters["before"]))
 

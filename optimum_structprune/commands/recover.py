@@ -18,10 +18,12 @@ from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
 from ..record.answers import Items
+from ..record.remarks import judged, verdict
 from ..record.report import REPORT_NAME
 from ..recovery.recover import Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
 from ..recovery.trainer import NothingGainedWarning
+from ..saving.card import Records
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, unchanging, used_paths
@@ -35,8 +37,7 @@ def recover(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
     config, folder = recovery_config(args), Path(args.model)
     pruning = StructPruneConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
-    used = [args.teacher, args.arch_file, *used_paths(config, pruning)]
-    output = Output(args.output, args.overwrite, used)
+    output = Output(args.output, args.overwrite, [args.teacher, args.arch_file, *used_paths(config, pruning)])
     output.check(weights_bytes(args.model))
     check_apart(args.output, config)
     with output.locked():
@@ -90,7 +91,9 @@ def recover_and_save(
     write_page_or_warn(args.output)
     if recovery.config.training["output_dir"] == (checkpoints := _checkpoints(args.output)):
         remove_checkpoints(checkpoints)
-    return Result(f"{report}\nsaved to {args.output}", {**asdict(report), "output": args.output})
+    saved = Records.read(args.output).report
+    lines = [str(report), *(verdict(saved) if judged(saved) is not saved else []), f"saved to {args.output}"]
+    return Result("\n".join(lines), {**asdict(report), "output": args.output})
 
 
 def _say_how_to_go_on(args: Namespace, checkpoints: Path) -> None:

@@ -70,10 +70,9 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
         if not any(gone):
             continue
         share = sum(gone) / (full * len(gone))
-        if len({*gone}) > 1:
-            count = f"{min(gone):,} to {max(gone):,} of {full:,} {name} ({share:.0%} in the mean)"
-        else:
-            count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
+        ends = sorted({min(gone), max(gone)})
+        count = f"{' to '.join(map('{:,}'.format, ends))} of {full:,} {name}"
+        count += f" ({share:.0%}{' in the mean' * (len(ends) > 1)})"
         where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
         layers = ", ".join(map(str, report.get("removed_layers") or ())) if kind == LAYER else ""
         yield f"{count}{where}{layers and f': {layers}'}".replace("%", " %")
@@ -228,11 +227,13 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if report.get("embeddings"):
         return _verdict_on_vectors(report)
     ratios = _ratios(report)
-    if not ratios:
+    if not (ratios and report.get("parameters")):  # a training of a model that nothing was pruned from has no sizes
         return []
     mean, kind = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
     trained = report.get("recovery") or {}
-    before = " before the training" * bool(trained.get("perplexity") and not trained.get("other"))
+    # What the training has not measured again beside the dense model is of the model before it.
+    old = judged(report) is report, not trained.get("other")
+    then, before = (" before the training" * bool(trained.get("perplexity") and is_old) for is_old in old)
     worst, measured = ratios[kind], trained.get("other") or report.get("other") or {}
     kept, loops, answers = _answers(report)
     other = _ratios({"perplexity": {"": measured["perplexity"]}})[""] if measured.get("perplexity") else None
@@ -242,7 +243,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     at_worst = as_number(worst, margin, 2).partition(" ")[0]  # in the digits of the mean, which is not above it
     figures = [
         f"{1 - parameters['after'] / parameters['before']:.1%} smaller",
-        f"kinds calibrated on x {as_number(mean, margin, 2)}, at worst x {at_worst} ({kind})",
+        f"kinds calibrated on x {as_number(mean, margin, 2)}, at worst x {at_worst} ({kind}){then}",
         "" if other is None else f"other text x {as_number(other, far, 2)}{before}",
         answers,
         "speed: structprune evaluate --speed",
@@ -253,6 +254,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     by_text = (rule for rule in rules if mean <= rule.mean and worst <= rule.worst and far <= rule.other)
     met = (rule for rule in by_text if kept >= rule.kept and loops <= rule.loops)
     advice = next((rule.advice for rule in met), LAST)
+    advice = advice.replace("train it before", "train it longer before") if trained.get("kept_step") else advice
     unasked = "" if answers else "; answers were not asked, so it can say no more: structprune evaluate --answers"
     bits = () if trained.get("perplexity") else (report.get("bits_per_byte") or {}).values()
     of_kinds = max((pair["after"] / pair["before"] for pair in bits if all(pair.values())), default=1.0)

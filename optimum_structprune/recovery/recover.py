@@ -203,8 +203,7 @@ class Recovery:
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             leave_card(folder, save_directory, model, self.pruning.arch_file)
 
-        used = used_paths(self.config, self.pruning)
-        save_checked(model, save_directory, tokenizer, overwrite, write, used)
+        save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
 
 
 def recover(

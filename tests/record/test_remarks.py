@@ -143,6 +143,8 @@ def test_a_training_is_judged_against_the_dense_model():
     taught = {"perplexity": {"a": ppl}, "answers": report([1.0])["answers"]}
     alone = {"perplexity": {"a": {"pruned": 14.0, "recovered": 10.3}}}
     assert level({**pruned, "recovery": taught}) == 0 and level({**pruned, "recovery": alone}) == level(pruned) == 3
+    figures, advice = verdict({**pruned, "recovery": {**alone, "kept_step": 4}})
+    assert "(kind 0) before the training" in figures and advice.startswith("verdict: train it longer before")
     # Other text was measured again: the training has made the model better on it, too, or not.
     for trained, expected in ((10.3, 0), (11.9, 1), (13.0, 2)):
         other = {"source": "model-written", "perplexity": {**ppl, "recovered": trained}}
