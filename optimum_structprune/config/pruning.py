@@ -151,7 +151,7 @@ class StructPruneConfig(WithDomains):
             cache is that of keys and values. A number below 1 is a share of what the dense model has. The widths are
             the largest that keep to it. `{"loss": 0.02}` finds the smallest model, by a few prunings on trial, whose
             perplexity on the domains and on other text is at most 1.02 times the dense model's, margins of error
-            included, or for an encoder, whose vectors have a mean cosine of 0.98 to the dense model's.
+            included, or for an encoder, whose vectors have a mean cosine of 0.998 to the dense model's.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
             for all channels inside the layers of a model without `mlp`. That loses least where nothing is measured. A
             budget of parameters or bytes takes `vocab` too where tokens are a large part of the model. With an

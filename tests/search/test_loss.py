@@ -22,10 +22,10 @@ from models import (
 )
 from transformers import WhisperForConditionalGeneration
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.domains.manifest import EARLIER, Manifest
-from optimum_structprune.search.loss import MOST_TRIALS, largest_cut
+from optimum_structprune.search.loss import LOSS_OF_COSINE, MOST_TRIALS, largest_cut
 
 
 def pruned(model, limit, inplace=False, **fields):
@@ -117,3 +117,4 @@ def test_what_measures_no_loss_on_text_is_refused():
         prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
     with pytest.raises(StructPruneError, match="below 1"):
         config(widths=None, budget={"loss": 2})
+    assert f"mean cosine of {1 - 0.02 / LOSS_OF_COSINE:g} " in str(StructPruneConfig.__doc__)
