@@ -75,10 +75,10 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, wanted: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Measures the dense model on 4,096 tokens by language: wanted ones first, then those of few tokens."""
+    """Measures the dense model by language: wanted ones, then those of few tokens up to 4,096 tokens in all."""
     rows = tokens_by_language(tokenizer)
     codes = sorted(rows, key=lambda code: (code not in wanted, len(rows[code])))
-    costs = cost_by_language(model, tokenizer, codes, most=4096)
+    costs = cost_by_language(model, tokenizer, codes, most=max(4096, sum(len(rows[code]) for code in wanted)))
     knows = None if model is None else known(costs)
     return {
         code: {"before": cost, "wanted": code in wanted, **({} if knows is None else {"known": code in knows})}
