@@ -27,6 +27,7 @@ from ..saving.card import EVALUATION_NAME, SPEED_NAME
 from ..saving.page import PAGE_NAME, check_result, write_report
 from ..system.disk import check_folder, unchanging
 from ..system.fingerprint import vocabulary_hash
+from ..system.stages import model_bytes
 from ..written import check_unchanged
 from .loading import SPREAD_DEVICES, Loading
 from .output import Result
@@ -136,8 +137,7 @@ def _measured(
 
 def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
     """The sizes of a model as a record, in which it has this name."""
-    weights = model.get_memory_footprint(return_buffers=False)
-    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": weights}
+    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": model_bytes(model)}
     if predicts_next(model) and cache_name(model) is not None:
         sizes["cache_per_token"] = cache_per_token(model)
     widths = {}

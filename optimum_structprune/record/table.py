@@ -243,6 +243,7 @@ def side_by_side(records: Iterable[tuple[Record, Mapping[str, str]]]) -> dict[st
         def named(figure: Any, names: Mapping[str, str] = names) -> dict[str, Any]:
             return {names[model]: value for model, value in _by_model(figure).items() if model in names}
 
+        joined |= {field: record[field] for field in ("seq_length", "prefix") if field in record}
         for field in (*COUNTS, "figures"):
             if figure := record.get(field):
                 joined.setdefault(field, {}).update(named(figure))

@@ -336,9 +336,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
     # llama.cpp joins the pieces of the highest score first: minus the number of the first merge to make it.
-    rank: dict[str, int] = {}
-    for number, pair in enumerate(model["merges"]):
-        rank.setdefault("".join(pair), number)
+    rank = {"".join(pair): number for number, pair in reversed([*enumerate(model["merges"])])}
     return [-float(rank.get(name, 1e6)) for name in names]  # 1e6 is of what no merge makes
 
 

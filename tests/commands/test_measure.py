@@ -15,6 +15,8 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.measure import names_of
 from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.record.remarks import measurements_text
+from optimum_structprune.system.stages import model_bytes
 
 
 SHORT = ["--speed", "--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
@@ -79,6 +81,13 @@ def test_several_models_against_the_dense_one(folder, capsys):
     assert far[small] == found["divergence"]["a"] > 1e-3
     assert every["perplexity"]["a"][small] == found["perplexity"]["a"]["model"]
     assert every["perplexity_margin"]["a"]["ratio"] == found["perplexity_margin"]["a"]["ratio"] > 0
+    assert measurements_text(every).endswith("samples of 24 tokens, each begun with '<s>'")
+
+
+def test_bytes_are_those_that_a_pruning_reports(tmp_path, capsys):
+    save_with_tokenizer(build("bart"), tmp_path)  # with a bias that is a buffer
+    assert main(["evaluate", str(tmp_path), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["model"] == model_bytes(build("bart"))
 
 
 def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
