@@ -23,7 +23,7 @@ from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
 from ..config.pruning import CONFIG_NAME
-from ..domains.manifest import MANIFEST_NAME, check_tokens
+from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..record.plan import PLAN_NAME
@@ -80,7 +80,7 @@ def save_pruned(
         config.save_pretrained(folder)
         result.plan.save(folder / PLAN_NAME)
         replace(report, weights={**report.weights, "after": model_bytes(model)}).save(folder / REPORT_NAME)
-        result.manifest.save(folder / MANIFEST_NAME)
+        (Manifest.seen_by(model) or result.manifest).save(folder / MANIFEST_NAME)  # with what trained it since
         leave_card(folder, save_directory, model, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, used)

@@ -150,6 +150,15 @@ def test_a_default_rate_whose_first_step_goes_too_far_is_lowered_and_another_is_
     assert trained(1e18, unnamed)[1].learning_rate < 1e18  # behind which the loss is no number
 
 
+def test_a_pruned_model_is_saved_with_the_text_that_has_trained_it_since(tmp_path):
+    pruner = StructPruner(config())
+    model = pruner.prune_model(build("llama-tied"), tokenizer())
+    recover(model, tokenizer(), recovery_config(), build("llama-tied", seed=1))
+    with pytest.warns(UserWarning, match="weights have changed since they were measured"):
+        pruner.save(model, tmp_path / "out", tokenizer())
+    assert Manifest.load(tmp_path / "out").of_use(TRAINED) == Manifest.seen_by(model).of_use(TRAINED) != []
+
+
 def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
