@@ -237,11 +237,8 @@ class StructPruneCallback(TrainerCallback):
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Prune a model to widths with its optimizer's state, in place; whether anything was removed."""
         arch = describe(model, self.config.arch_file)
-        smaller = {
-            name: width
-            for name, width in widths.items()
-            if any(space.width_in(widths) < space.width for space in arch.of(name))
-        }
+        wide = {space.kind for space in arch.spaces if space.width_in(widths) < space.width}
+        smaller = {name: width for name, width in widths.items() if name in wide}
         if not smaller:
             return False
         pruner = StructPruner(replace(self.config, rounds=1), self.options)

@@ -92,9 +92,9 @@ class ModelInfo:
         offloaded: bool = False,
     ) -> ModelInfo:
         """Describe the model of a config, whose weights are to be on a `device`."""
-        model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
-        saved = dtype or config.dtype or torch.float32
-        model.to(getattr(torch, saved) if isinstance(saved, str) else saved)
+        saved = dtype or getattr(config, "dtype", None) or torch.float32  # what is no config is refused next
+        dtype = getattr(torch, saved) if isinstance(saved, str) else saved
+        model = meta_model(config, arch_file, dtype, trust_remote_code)
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
 
 

@@ -57,8 +57,7 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model that a config describes, on the meta device: names and shapes, but no memory."""
     if not isinstance(config, PretrainedConfig):
-        given = type(config).__name__
-        raise StructPruneError(f"A model's config is needed, got {given}; AutoConfig.from_pretrained(name) gives it.")
+        raise StructPruneError(f"A config is needed, got {type(config).__name__}; AutoConfig.from_pretrained has it.")
     kind, config = model_class(config, arch_file), deepcopy(config)
     try:
         with torch.device("meta"), heterogeneous():
@@ -222,7 +221,7 @@ def _unpacked(model: PreTrainedModel) -> bool:
     return parts(model) == parts(skeleton(model, model.config))
 
 
-def predicts_next(model: PreTrainedModel) -> bool:
+def predicts_next(model: Any) -> bool:
     """Tells if a model predicts the next token of a text."""
     return model.can_generate() and not model.config.is_encoder_decoder and reads_text(model)
 

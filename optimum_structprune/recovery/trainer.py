@@ -68,9 +68,9 @@ class DistillTrainer(Trainer):
         self.stopped = ""
 
     def train(self, *args: Any, take_back: Callable[[], None] | None = None, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does; a StructPruneError says what settings, a checkpoint or the disk end.
+        """Train as `Trainer.train` does, at a lower rate where trials, which `take_back` undoes, find that better.
 
-        With `take_back`, which gives what is trained the values of before, trial steps may lower the rate.
+        A StructPruneError says what settings, a checkpoint or the disk end.
         """
         model: Any = self.model
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -83,11 +83,9 @@ class DistillTrainer(Trainer):
                 if take_back is not None:
                     self._lower_rate(take_back)
                 return super().train(*args, **kwargs)
-        except StructPruneError:
-            raise
         except Exception as error:
             resumed = kwargs.get("resume_from_checkpoint")  # a damaged file of it raises errors of many kinds
-            if not (resumed or isinstance(error, LIBRARY_ERRORS)):
+            if isinstance(error, StructPruneError) or not (resumed or isinstance(error, LIBRARY_ERRORS)):
                 raise
             advice = f" If {resumed} is damaged, remove it, and the one before is taken." if resumed else ""
             if is_write_error(error):

@@ -46,16 +46,10 @@ class WholeModel(Source):
 
     def _gather(self, gram: bool) -> None:
         device = next(self.model.parameters()).device
-        sizes = {
-            axis.module: space.size * axis.per_unit
-            for space in self.arch.spaces
-            for axis in space.consumers
-            if space.experts is None
-        }
-        self.gathered = [
-            {module: Moments.empty(size, gram, device) for module, size in sizes.items()}
-            for _ in range(self.num_domains)
-        ]
+        spaces = [space for space in self.arch.spaces if space.experts is None]
+        sizes = {axis.module: space.size * axis.per_unit for space in spaces for axis in space.consumers}
+        for _ in range(self.num_domains):
+            self.gathered.append({module: Moments.empty(size, gram, device) for module, size in sizes.items()})
         batch = self.batches[0]
 
         def see(module: str, x: Tensor, product: Tensor | None) -> None:

@@ -56,11 +56,8 @@ def removal_steps(
     if every is not None and (not isinstance(every, int) or every < 1):
         raise StructPruneError(f"every is a number of steps, 1 or more, got {every!r}.")
     if end is None and (every is not None or config.rounds > 1):
-        divides = f"rounds={config.rounds}" if every is None else f"every={every}"
-        raise StructPruneError(
-            f"{divides} divides the removal, and without end everything goes after step {first}; name end, or leave "
-            f"{divides.partition('=')[0]} out."
-        )
+        name, number = ("rounds", config.rounds) if every is None else ("every", every)
+        raise StructPruneError(f"{name}={number} divides the removal up to end; name end, or leave {name} out.")
     if last < first:
         raise StructPruneError(f"end={end!r} is step {last}, before start={start!r}, step {first}; name a later step.")
     if last > max_steps:
