@@ -14,7 +14,7 @@ from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
 from ..config.fields import by_layer, read_json
 from ..errors import StructPruneError
 from ..system.fingerprint import fingerprint
-from ..written import versioned
+from ..written import replace_text, versioned
 
 
 PLAN_NAME = "pruning_plan.json"
@@ -112,8 +112,8 @@ class Plan:
             raise StructPruneError(f"This is not a pruning plan: {error!r}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(versioned(self.to_dict())) + "\n", encoding="utf-8")
+        """Write the plan as JSON, in one step."""
+        replace_text(Path(path), json.dumps(versioned(self.to_dict())) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

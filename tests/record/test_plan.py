@@ -1,6 +1,7 @@
 """Plans: one after another, and refusal; `test_fuzz.py` has the round trip."""
 
 import pytest
+from models import full_disk
 
 from optimum_structprune import Plan, StructPruneError
 from optimum_structprune.arch.spec import MODEL
@@ -16,6 +17,14 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(StructPruneError, match=message):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_full_disk_leaves_the_plan_that_was_there(tmp_path):
+    plan = Plan("llama", {(0, "mlp"): (1, 2)})
+    plan.save(file := tmp_path / "plan.json")
+    with full_disk(100), pytest.raises(OSError, match="plan.json"):
+        Plan("llama", {(0, "mlp"): (*range(99),)}).save(file)
+    assert Plan.load(file) == plan and [*tmp_path.iterdir()] == [file]
 
 
 def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves():
