@@ -19,6 +19,7 @@ from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of, predicts_next, random_image, reads_images
 from ..errors import StructPruneError
 from ..method.layers import run_model
+from ..system.offloading import check_reachable
 from ..system.stages import progress
 
 
@@ -89,8 +90,7 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
         raise StructPruneError(
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
-    predicted = samples.shape[1] - 1
-    return row_losses(model, [*samples], tokens=batch_size * samples.shape[1]) / predicted
+    return row_losses(model, [*samples], tokens=batch_size * samples.shape[1]) / (samples.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -170,15 +170,13 @@ def compare(
     likeliest. The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or
     scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
     """
-    collected: list[list[Tensor]] = [[], [], [], []]
+    found = list[tuple[Tensor, ...]]()
     with evaluating(model, dense):
         for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size)):
-            losses = _losses(mine, targets), _losses(theirs, targets)
             closeness = divergence(mine, theirs, mean=False), mine.argmax(-1) == theirs.argmax(-1)
-            for parts, part in zip(collected, (*losses, *closeness), strict=True):
-                parts.append(part)
-    by_row = (torch.cat(parts).double().reshape(samples[:, 1:].shape).mean(1).cpu() for parts in collected)
-    mine, theirs, distance, agreed = by_row
+            found.append((_losses(mine, targets), _losses(theirs, targets), *closeness))
+    by_token = (torch.cat(parts).double() for parts in zip(*found, strict=True))
+    mine, theirs, distance, agreed = (each.reshape(samples[:, 1:].shape).mean(1).cpu() for each in by_token)
     return {"dense": theirs, "model": mine}, (float(distance.mean()), float(agreed.mean()))
 
 
@@ -203,12 +201,14 @@ def own_settings() -> Iterator[None]:
 def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Put models in eval mode inside `with`; afterwards every module is back in the mode that it was in.
 
-    A module that has taken the place of another inside `with` is put in the mode of that one, and a module at a new
-    place in the mode of the model.
+    A model without weights, which would run in no time and give nothing, is refused. A module that has taken another's
+    place inside `with` is put in the mode of that one, and a module at a new place in the mode of the model.
     """
     modes_by_name = [{name: module.training for name, module in model.named_modules()} for model in models]
     try:
         for model in models:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                check_reachable(model)
             model.eval()
         yield
     finally:

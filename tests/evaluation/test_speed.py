@@ -87,6 +87,7 @@ def test_what_cannot_be_measured_is_refused():
         (build("llama-tied"), {"clock": "sun"}, "clock"),
         (build("bert"), {}, "it is a BertForMaskedLM, which does not predict the next token"),
         (spread, {}, "several devices"),
+        (build("llama-tied").to("meta"), {}, "parameters of this LlamaFor.* have no weights"),
     ):
         with pytest.raises(StructPruneError, match=message):
             measure_speed({"it": model} if model else {}, **{**SHORT, **fields})
