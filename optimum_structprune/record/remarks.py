@@ -75,7 +75,7 @@ def removal_phrases(report: Mapping[str, Any]) -> Iterator[str]:
         count += f" ({share:.0%}{' in the mean' * (len(ends) > 1)})"
         where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
         layers = ", ".join(map(str, report.get("removed_layers") or ())) if kind == LAYER else ""
-        yield f"{count}{where}{layers and f': {layers}'}".replace("%", " %")
+        yield f"{count}{where}{layers and f': no. {layers}'}".replace("%", " %")
 
 
 def target_summary(report: Mapping[str, Any]) -> str:

@@ -97,11 +97,9 @@ def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, c
 def test_a_card_repeats_the_last_pruning_and_no_training_without_those_before(folder, tmp_path, capsys):
     once, twice, smaller = (tmp_path / name for name in ("once", "twice", "smaller"))
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
-    training = ["--recovery-tokens", "240"]
-    assert main(["prune", str(folder / "model"), str(once), "--width", "mlp=24", *text, *training]) == 0
+    assert main(["prune", str(folder / "model"), str(once), "--width", "mlp=24", *text, "--recovery-tokens=240"]) == 0
     assert "\nverdict: " in capsys.readouterr().out.rpartition("\nrecovery: ")[2], "it is that of what was trained"
-    line = command(folder, output=twice)
-    assert main([str(once) if word == str(folder / "pruned") else word for word in line]) == 0
+    assert main([str(once) if word == str(folder / "pruned") else word for word in command(folder, output=twice)]) == 0
     assert main(["prune", str(once), str(smaller), "--width", "mlp=16", *text]) == 0
     earlier = json.loads((twice / "recovery_report.json").read_text())["earlier"]
     assert earlier == [json.loads((once / "recovery_config.json").read_text())]

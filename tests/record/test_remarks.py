@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.remarks import LAST, RULES, VECTOR_LIMITS, remarks, verdict
+from optimum_structprune.record.remarks import LAST, RULES, VECTOR_LIMITS, remarks, removal_phrases, verdict
 from optimum_structprune.record.report import Report
 
 
@@ -162,6 +162,8 @@ def test_widths_are_listed_where_layers_differ():
     for widths, is_listed in (({0: 4, 1: 8}, True), ({0: 4, 1: 4}, False)):
         text = str(Report("llama", "obs", sizes, sizes, {"mlp": widths}, {"mlp": 8}))
         assert ("FFN channels by layer: 4 8" in text) == is_listed and "%" in text
+    fewer = {"widths": {"layer": {"-1": 3}}, "dense_widths": {"layer": 5}, "removed_layers": [2, 3]}
+    assert [*removal_phrases(fewer)] == ["2 of 5 layers (40 %): no. 2, 3"]
 
 
 @pytest.mark.parametrize("nothing", [inf, None])

@@ -130,8 +130,7 @@ def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path, caps
     assert main(["inspect", str(dense)]) == 0 and " layers, " not in capsys.readouterr().out, "they are not described"
     card = (folder / "README.md").read_text()
     assert "Once more, where DENSE" in card and "structprune evaluate" not in card and "in the layers" not in card
-    (folder / "text.txt").write_text(card)
-    assert main(f"evaluate {folder} --against {dense} --text {folder / 'text.txt'} --seq-length 24".split()) == 2
+    assert main(f"evaluate {folder} --against {dense} --text builtin:prose --seq-length 24".split()) == 2
     assert "reads input_features, and this measures text alone" in capsys.readouterr().err
     again, smaller = type(model).from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     keep = json.loads((folder / "pruning_plan.json").read_text())["keep"]["vocab"]["-1"]

@@ -113,7 +113,8 @@ def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_
     export_uniform(AutoModelForCausalLM.from_pretrained(desk / "uneven"), tmp_path / "padded")
     assert is_unchanged(tmp_path / "padded" / "README.md")
     assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
-    assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
+    padded = (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
+    assert "trust_remote_code=True" not in padded and "filled up with zeros" in padded and "zeros" not in slim + uneven
 
 
 ACTIVE = ("![t](https://e.vil/t.png)", "[win](javascript:alert(1))", "<b>bold</b>", "<https://e.vil>", "`` ` ```")
