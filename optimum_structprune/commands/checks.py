@@ -56,7 +56,7 @@ def check_flags(args: Namespace) -> None:
     if given.get("push_to_hub") is not None:
         from ..saving.push import check_push  # last, as it imports torch
 
-        check_push(args.push_to_hub)
+        check_push(args.push_to_hub, args.private)
 
 
 def _check_form(args: Namespace) -> None:

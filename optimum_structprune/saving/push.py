@@ -53,10 +53,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         raise StructPruneError(f"{files[CARD]} is no UTF-8 text, which the Hub takes as a card.") from error
     later = f'The result is complete in {folder}; push_to_hub("{folder}", "{repo_id}") in Python pushes it later.'
     with _refusals(repo_id, later):
-        api = _api(repo_id, token)
+        api = _api(repo_id, private, token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and api.model_info(repo_id).private is False:
-            raise StructPruneError(f"{repo_id} is public; make it private in its settings, or name another.")
         if CARD in files and _has_card_of_its_own(api, repo_id):
             del files[CARD]
         texts = _without_places(Path(folder), files)
@@ -70,13 +68,13 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
     return str(url)
 
 
-def check_push(repo_id: str) -> None:
+def check_push(repo_id: str, private: bool) -> None:
     """Refuse what could not be pushed, before work is done for it."""
     with _refusals(repo_id, "Nothing has been done yet."):
-        _api(repo_id)
+        _api(repo_id, private)
 
 
-def _api(repo_id: str, token: str | None = None) -> HfApi:
+def _api(repo_id: str, private: bool | None, token: str | None = None) -> HfApi:
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise StructPruneError(f"{repo_id!r} names no owner; a repository is OWNER/NAME.")
@@ -85,6 +83,8 @@ def _api(repo_id: str, token: str | None = None) -> HfApi:
         raise StructPruneError(f"Pushing to {repo_id} takes a token of the Hub: {HOW_TO_LOG_IN}.")
     api = HfApi(token=token)
     api.whoami()
+    if private and api.repo_exists(repo_id) and api.model_info(repo_id).private is False:
+        raise StructPruneError(f"{repo_id} is public; make it private in its settings, or name another.")
     return api
 
 

@@ -215,8 +215,7 @@ def test_without_a_result_a_token_or_a_hub_nothing_is_pushed(run, hub, tmp_path,
 
 def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypatch):
     save_desk(tmp_path)
-    flags = ["--width", "mlp=24", "--num-samples", "4", "--seq-length", "24"]
-    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *flags]
+    command = f"prune {tmp_path / 'model'} {tmp_path / 'out'} --width mlp=24 --num-samples 4 --seq-length 24".split()
     text = ["--domain", f"a={tmp_path / 'a.jsonl'}"]
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_wrong")
@@ -224,10 +223,12 @@ def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypat
         assert "does not know the token" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*command, "--domain", "a=nowhere.txt", "--push-to-hub", "ann/out"]) == 2
     assert hub.repos == {} and "nowhere.txt" in capsys.readouterr().err
+    hub.repos["ann/open"] = {"private": False}
+    assert main([*command, *text, "--push-to-hub", "ann/open", "--private"]) == 2 and not (tmp_path / "out").exists()
+    assert "ann/open is public" in capsys.readouterr().err
     assert main([*command, *text, "--push-to-hub", "ann/out", "--private", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pushed"] == f"{hub.url}/ann/out"
+    assert json.loads(capsys.readouterr().out)["pushed"] == f"{hub.url}/ann/out" and hub.repos["ann/out"]["private"]
     assert set(hub.repos["ann/out"]["files"]) == {path.name for path in (tmp_path / "out").iterdir()}
-    assert hub.repos["ann/out"]["private"]
 
 
 def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, tmp_path, monkeypatch):
