@@ -78,7 +78,7 @@ def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write)
         return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
     if source.startswith(SELF):
         if write is None:
-            raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
+            raise StructPruneError(f"The domain {domain.name!r} is the model's own text, and none writes here.")
         return write(source.removeprefix(SELF), seed or 0)
     if _saved(domain):
         return map(render, _guarded(domain, domain.source, _saved_rows, domain, seed))
