@@ -262,8 +262,7 @@ def random_model(auto: type, model_type: str, fields: dict, seed: int = 0) -> Pr
     model = build_from(AutoConfig.for_model(model_type, **deepcopy(fields))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.add_(noise, alpha=0.1 if parameter.ndim == 1 else 0.05)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.ndim == 1 else 0.05)
     return model
 
 

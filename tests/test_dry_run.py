@@ -30,8 +30,7 @@ LLAMA_70B |= {"dtype": "bfloat16", "head_dim": 128, "vocab_size": 128256}
 def test_it_says_what_pruning_gives(case, fields):
     """With widths for every family: `test_end_to_end.py`."""
     model, wish = build(case), config(**fields)
-    outcome = dry_run(config_of(model), wish)
-    assert_as_said(outcome, model, prune_model(model, wish, tokenizer()))
+    assert_as_said(dry_run(config_of(model), wish), model, prune_model(model, wish, tokenizer()))
 
 
 def test_layers_that_differ():
@@ -60,8 +59,7 @@ def test_a_model_of_70_billion_parameters_takes_seconds(tmp_path, capsys):
     assert found["parameters"]["before"] == parameters and f"{parameters:,}" in shown
     assert found["memory"] == {when: 2 * count for when, count in found["parameters"].items()}
     assert found["cache_per_token"] == {"before": 2 * 80 * 2 * 8 * 128, "after": 2 * 80 * 2 * 8 * 128}
-    width = found["widths"]["mlp"]
-    removed = 80 * 3 * 8192 * (model_config.intermediate_size - width)
+    removed = 80 * 3 * 8192 * (model_config.intermediate_size - found["widths"]["mlp"])
     assert found["parameters"]["after"] == parameters - removed
     assert found["sparsity"] == removed / found["layer_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
     assert found["need"]["weights"] >= 2 * parameters

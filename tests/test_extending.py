@@ -49,8 +49,7 @@ def test_a_third_partys_criterion_on_the_command_line(tmp_path):
     shown = ran(command, cwd=tmp_path, env=environment, timeout=180)
     assert "perplexity a" in shown and "from_pretrained" in shown
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
-    made = json.loads((tmp_path / "out" / "structprune_config.json").read_text())
-    assert made["criterion"] == "redundancy"
+    assert json.loads((tmp_path / "out" / "structprune_config.json").read_text())["criterion"] == "redundancy"
 
 
 def test_the_pruner_of_the_page_stops_early_and_leaves_an_ordinary_model(tmp_path):

@@ -54,8 +54,7 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
 
 def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
     short = ["--no-save", "--round-to", "8"]
-    shown = [word for word in line(folder, "bare", "0.2", "0.21", more=short) if word != "--json"]
-    assert main(shown) == 0
+    assert main([word for word in line(folder, "bare", "0.2", "0.21", more=short) if word != "--json"]) == 0
     assert {path.name for path in (folder / "bare").iterdir()} == {"size.json", "curve.json"}
     assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
 

@@ -107,8 +107,7 @@ def test_moments_go_with_their_weights():
     keep = callback.plan.keep[0, "mlp"]
     name = "model.layers.0.mlp.down_proj.weight"
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        after = optimizer.state[model.get_parameter(name)][key]
-        assert torch.equal(after, before[name][key][:, list(keep)])
+        assert torch.equal(optimizer.state[model.get_parameter(name)][key], before[name][key][:, list(keep)])
     name = "model.layers.0.mlp.up_proj.bias"
     assert torch.equal(optimizer.state[model.get_parameter(name)]["exp_avg"], before[name]["exp_avg"][list(keep)])
     assert {space.size for space in arch.of("mlp")} == {40}

@@ -68,8 +68,7 @@ def ask(place, requests, **variables):
 def check(model, answer):
     """The same greedy tokens, and their log-probabilities to three digits."""
     assert "error" not in answer, answer
-    start = torch.tensor([PROMPT])
-    written = model.generate(start, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    written = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
     assert answer["tokens"] == written[0, len(PROMPT) :].tolist()
     with torch.no_grad():
         ours = model(written).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)

@@ -158,8 +158,7 @@ def test_the_patch_comes_off(saved, monkeypatch):
     from transformers import LlamaForCausalLM
 
     model = build("llama-tied")
-    arch = describe(model)
-    fields = shrunk_config(model.config, arch, {"mlp": {0: 24, 1: 20}})
+    fields = shrunk_config(model.config, describe(model), {"mlp": {0: 24, 1: 20}})
     LlamaForCausalLM(fields)
     disable_heterogeneous()
     try:

@@ -140,8 +140,7 @@ print(json.dumps(found))
 
 
 def test_what_flags_refuse_is_refused_without_torch(folder):
-    lines = json.dumps([line for line, _ in FLAGS])
-    found = json.loads(ran([sys.executable, "-c", SCRIPT, lines, folder]))
+    found = json.loads(ran([sys.executable, "-c", SCRIPT, json.dumps([line for line, _ in FLAGS]), folder]))
     for (line, message), (code, said, imported) in zip(FLAGS, found, strict=True):
         assert code == 2 and message in said, (line, said)
         assert said.count("\n") <= 4 and "Validation error" not in said, said

@@ -58,8 +58,7 @@ def test_a_launcher_sets_numbers(folder, number, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(families, "_USER_FAMILIES", {})
-    own = own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})
-    (tmp_path / "own.yaml").write_text(json.dumps([own]))
+    (tmp_path / "own.yaml").write_text(json.dumps([own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
     save_with_tokenizer(model, tmp_path / "model")
     small, arch = str(tmp_path / "out"), ["--arch", str(tmp_path / "own.yaml"), "--device", "cpu"]

@@ -48,8 +48,7 @@ def test_models_side_by_side(folder, capsys):
     for name in ("dense", "small"):
         model = Loading().model(str(folder / name))
         assert found["parameters"][name] == model.num_parameters()
-        widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
-        assert found["widths"]["mlp"][name] == widths
+        assert found["widths"]["mlp"][name] == [layer.mlp.down_proj.in_features for layer in model.model.layers]
         heads = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
         assert found["cache_per_token"][name] == 2 * 4 * heads
         assert found["figures"][name]["right"] == 0.25

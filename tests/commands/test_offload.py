@@ -18,8 +18,7 @@ from optimum_structprune.commands.cli import main
 def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offload")
     write_texts(folder / "a.jsonl", documents(80))
-    model = build("llama-untied")
-    model.save_pretrained(folder / "model", max_shard_size="12KB")
+    build("llama-untied").save_pretrained(folder / "model", max_shard_size="12KB")
     tokenizer().save_pretrained(folder / "model")
     return folder
 

@@ -75,8 +75,7 @@ def test_a_channel_with_larger_producers_scores_higher(case):
     norms = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
     larger = score("obs_drive", (weight, x, replace(moments, prior=norms)))
     assert int((larger / even).argmax()) == 2
-    scaled = score("obs_drive", (weight, x, replace(moments, prior=100 * norms)))
-    torch.testing.assert_close(scaled, larger)
+    torch.testing.assert_close(score("obs_drive", (weight, x, replace(moments, prior=100 * norms))), larger)
     # Groups of columns, and units without producer norms, are scored as by `obs`.
     pairs = score("obs_drive", (weight, x, replace(moments, prior=norms)), 2)
     torch.testing.assert_close(pairs, score("obs", case, 2))

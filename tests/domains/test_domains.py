@@ -103,8 +103,7 @@ def test_presets_that_will_not_do(tmp_path, entries, source, message):
 
 def test_a_text_template_is_filled_with_columns():
     rows = [{"q": "what {x}?", "a": "that"}, {"q": None, "a": "this"}]
-    domain = DomainConfig("d", rows, template="Q: {q}\nA: {a} {{end}}")
-    found = sorted(documents(domain, 0))
+    found = sorted(documents(DomainConfig("d", rows, template="Q: {q}\nA: {a} {{end}}"), 0))
     assert found == ["Q: \nA: this {end}", "Q: what {x}?\nA: that {end}"]
 
 
@@ -173,8 +172,7 @@ def test_moments_are_of_the_batches_that_count(case, at_once):
     assert torch.allclose(found.mean.float(), wanted.mean(0), atol=1e-5)
     inner = [space for space in arch.at(0) if space.experts is not None and space.inside]
     # Two of the experts see each token.
-    counts = [next(source.moments(0, space, gram=False))[0].count for space in inner]
-    assert sum(counts) == 2 * 36 * bool(inner)
+    assert sum([next(source.moments(0, space, gram=False))[0].count for space in inner]) == 2 * 36 * bool(inner)
 
 
 @pytest.fixture(scope="module")

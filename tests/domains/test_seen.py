@@ -123,8 +123,7 @@ def test_no_choice_sees_the_text_that_is_reported_and_no_report_measures_what_wa
 
 def test_more_is_held_out_as_far_as_there_is_text_until_a_ratio_is_no_longer_rough():
     for texts, least, most in ((40, 5, 38), (400, 39, 39)):
-        asked = config(domains=[DomainConfig("a", documents(texts))], num_samples=40)
-        (loaded,) = load_domains(asked, READER)
+        (loaded,) = load_domains(config(domains=[DomainConfig("a", documents(texts))], num_samples=40), READER)
         assert_apart([loaded])
         assert len(loaded.samples) == 40 and least <= len(loaded.heldout) <= most
         assert len(set(loaded.heldout_documents)) == len(loaded.heldout_documents)

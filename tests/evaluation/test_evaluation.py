@@ -66,8 +66,7 @@ def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.save(pruned, tmp_path / "small", tokenizer())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    texts = documents(40)
-    domains = {"same": str(folder / "a.jsonl"), "copy": texts, "other": documents(40, seed=9)}
+    domains = {"same": str(folder / "a.jsonl"), "copy": documents(40), "other": documents(40, seed=9)}
     named = [DomainConfig(name, source) for name, source in domains.items()]
     with pytest.warns(UserWarning, match="calibrated on") as caught:
         found = evaluate(model, tokenizer(), named, seq_length=24)
@@ -98,8 +97,7 @@ def test_margins_of_perplexities_are_those_of_the_documents():
 
 
 def test_calibrated_kinds_stand_apart():
-    entry = Entry("prose", {"source": "somewhere"}, 1.0, 8, 8, "", "", [], [])
-    manifest = Manifest(0, 8, "", {}, [entry])
+    manifest = Manifest(0, 8, "", {}, [Entry("prose", {"source": "somewhere"}, 1.0, 8, 8, "", "", [], [])])
     domains = [DomainConfig(name, documents(10, seed)) for seed, name in enumerate(("law", "prose", "poems"))]
     found = evaluate(build("llama-tied"), tokenizer(), domains, seq_length=24, num_samples=2, manifest=manifest)
     assert found.calibrated == ["prose"]

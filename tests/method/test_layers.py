@@ -110,8 +110,7 @@ def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, ml
     model = build(case)
     arch = describe(model)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
-    name = arch.of("mlp")[0].consumers[0].module.removeprefix(arch.layer_prefix(0))
-    gain = gain_of(source, 0, name)
+    gain = gain_of(source, 0, arch.of("mlp")[0].consumers[0].module.removeprefix(arch.layer_prefix(0)))
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
 
 

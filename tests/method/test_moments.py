@@ -129,8 +129,7 @@ def test_a_domain_that_never_came_here_has_no_say(parts):
 
 def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(n, n, generator=generator)
-    x = torch.randn(count, n, generator=generator) @ mix + 0.5
+    x = torch.randn(count, n, generator=generator) @ torch.randn(n, n, generator=generator) + 0.5
     return torch.randn(out, n, generator=generator), torch.randn(out, generator=generator), x
 
 

@@ -25,8 +25,7 @@ from optimum_structprune.saving.gguf_file import export_gguf
 
 def blind(**fields) -> StructPruneConfig:
     """A config of the tests whose text must not be read."""
-    domains = [DomainConfig(name=name, source=unread()) for name in "ab"]
-    return config(**{"domains": domains, **fields})
+    return config(**{"domains": [DomainConfig(name=name, source=unread()) for name in "ab"], **fields})
 
 
 def training(**fields) -> RecoveryConfig:
@@ -272,5 +271,4 @@ def test_odd_texts(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "full.csv").write_text("text\nmine\n")
     assert [*read(DomainConfig("a", str(tmp_path)), 0)] == ["mine"]
-    pandas = pytest.importorskip("pandas")
-    assert [*read(DomainConfig("a", pandas.Series(["x", "y"])), None)] == ["x", "y"]
+    assert [*read(DomainConfig("a", pytest.importorskip("pandas").Series(["x", "y"])), None)] == ["x", "y"]

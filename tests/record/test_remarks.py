@@ -103,8 +103,7 @@ def test_the_page_states_the_limits():
     page = page.replace("1 of 8 |", "2 of 16 |").replace("1 of 4 |", "4 of 16 |")
     for rule in RULES:
         far = f"× {rule.other}" if rule.other < inf else "any"
-        limits = f"× {rule.mean} | × {rule.worst} | {far} | {rule.kept:.0%} | {rule.loops * 16:g} of 16 |"
-        assert limits in page
+        assert f"× {rule.mean} | × {rule.worst} | {far} | {rule.kept:.0%} | {rule.loops * 16:g} of 16 |" in page
     for least in VECTOR_LIMITS:
         assert f"| {least[0]:.0%} | {least[1]:.0%} |" in page
 

@@ -148,8 +148,7 @@ def test_rows_without_a_token_make_no_difference():
 
 
 def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(pruned, tmp_path):
-    order = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
-    other, renumbered = with_tokens(build("llama-tied"), tokenizer(), order)
+    other, renumbered = with_tokens(build("llama-tied"), tokenizer(), [0, 1, 2, *range(VOCAB - 1, 2, -1)])
     save_with_tokenizer(other, tmp_path, renumbered)
     by_run = build("llama-tied", seed=1)
     StructPruner(config()).prune_model(by_run, renumbered)

@@ -69,8 +69,7 @@ def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
     assert not torch.allclose(outputs(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
     assert len(layer_list(small, describe(small))) == 3 and count_hooks(small) == 0
     small.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(outputs(again), outputs(small))
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path)), outputs(small))
     if describe(model).causal:
         how = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
         cached, plain = (small.generate(token_ids(1, 6), use_cache=use, **how) for use in (True, False))

@@ -295,8 +295,7 @@ def test_languages_stay_and_a_translation_begins_with_the_one_that_is_forced(kin
         assert keep[smaller.convert_tokens_to_ids(code)] == reader.convert_tokens_to_ids(code)
     assert keep[again.generation_config.forced_bos_token_id] == forced
     assert keep[again.config.decoder_start_token_id] == 2
-    text = "The sun had set, and they walked home."
-    ids = smaller(text, return_tensors="pt")["input_ids"]
+    ids = smaller("The sun had set, and they walked home.", return_tensors="pt")["input_ids"]
     assert smaller.convert_tokens_to_ids(source) in ids
     assert smaller.decode(ids[0]) == reader.decode(torch.tensor(keep)[ids[0]])
     assert_same(model, again, ids, keep, forced)

@@ -364,8 +364,7 @@ def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
 
 
 def test_where_positions_are_counted_from_the_padding_its_id_stays():
-    fields = {**PLAIN, "pad_token_id": 390}
-    model = text_model(AutoModelForMaskedLM, "roberta", fields, positions=700)
+    model = text_model(AutoModelForMaskedLM, "roberta", {**PLAIN, "pad_token_id": 390}, positions=700)
     with pytest.raises(StructPruneError, match=r"vocab=320 is no .*: 391 of 400 always stay, .*of its padding, 390"):
         pruned(model, domains=[DomainConfig(name="a", source=unread())])
     pruner, _ = pruned(model, widths={"vocab": 395})

@@ -32,8 +32,7 @@ def routed(model, space):
 @pytest.mark.parametrize("case", [case for case in MIXTURES if inside_experts(describe(build(case)))])
 def test_inner_activations_and_consumers_make_the_experts_output(case):
     model = build(case)
-    arch = describe(model)
-    spaces = inside_experts(arch)
+    spaces = inside_experts(describe(model))
     experts = model.get_submodule(spaces[0].experts)
     call = routed(model, spaces[0])[1][0]
     with torch.no_grad():
@@ -43,8 +42,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
         expert = space.consumers[0].part
         weight, bias = read_consumer(model, space.consumers[0])
         tokens, hidden, gates = call.of(expert)
-        inner = inner_activations(experts, space, hidden)
-        own = torch.nn.functional.linear(inner, weight, bias)
+        own = torch.nn.functional.linear(inner_activations(experts, space, hidden), weight, bias)
         output.index_add_(0, tokens, own * gates[:, None])
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
@@ -63,8 +61,7 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
             for call in calls:
                 if call.domain == domain:
                     for token, slot in (call.chosen == expert).nonzero().tolist():
-                        one = call.hidden[token][None]
-                        output = experts(one, torch.tensor([[expert]]), torch.ones(1, 1))
+                        output = experts(call.hidden[token][None], torch.tensor([[expert]]), torch.ones(1, 1))
                         values.append(float(call.gates[token, slot] * output.norm()))
             expected = sum(values) if name == "reap_sum" else sum(values) / len(values)
             assert float(found[domain, expert]) == pytest.approx(expected, rel=1e-4)
@@ -73,8 +70,7 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
 @pytest.mark.parametrize("case", MIXTURES)
 def test_experts_and_their_widths_go_as_the_plan_says(case):
     model = build(case)
-    widths = {"expert": 3, "mlp": 24}
-    pruner = StructPruner(config(widths=widths, refit="none", rounds=2))
+    pruner = StructPruner(config(widths={"expert": 3, "mlp": 24}, refit="none", rounds=2))
     small = pruner.prune_model(model, tokenizer())
     arch = describe(model)
     torch.testing.assert_close(logits(shrunk(model, arch, pruner.plan)), logits(small), atol=1e-6, rtol=0)

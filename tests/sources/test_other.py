@@ -58,8 +58,7 @@ def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, read
 
 def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(writer):
     model, tokenizer = writer
-    full = model.config.intermediate_size
-    pruner = StructPruner(settings(sparsity=None, widths={"mlp": full}))
+    pruner = StructPruner(settings(sparsity=None, widths={"mlp": model.config.intermediate_size}))
     pruner.prune_model(model, tokenizer)
     measured, shown = pruner.report.other, str(pruner.report)
     assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
@@ -72,8 +71,7 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
 def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     def pruned():
         pruner = StructPruner(settings(sparsity=None, widths={"vocab": 350, "mlp": 1024}))
-        model = pruner.prune_model(*writer)
-        return model.state_dict(), pruner.report, pruner.manifest
+        return pruner.prune_model(*writer).state_dict(), pruner.report, pruner.manifest
 
     before, with_text, manifest = pruned()
     monkeypatch.setattr(other, "TRIES_PER_DOCUMENT", 0)  # no document of any source

@@ -238,8 +238,7 @@ def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_where_llama_marks_a_space_survives_losing_tokens(legacy):
-    reader = transformers.LlamaTokenizer(*pieces(), legacy=legacy)
-    vocabulary = Vocabulary.of(reader)
+    vocabulary = Vocabulary.of(transformers.LlamaTokenizer(*pieces(), legacy=legacy))
     less = vocabulary.smaller(keep := sorted(required(vocabulary)))
     vocabulary.check(less, keep, ["cats</s>sat", *TEXT])
     scheme = json.loads(less.backend_tokenizer.to_str())["pre_tokenizer"]["prepend_scheme"]
