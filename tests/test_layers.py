@@ -65,11 +65,12 @@ def floors() -> dict[str, int]:
     return floor
 
 
-def test_imports_go_down():
-    floor = floors()
+def test_imports_go_down_and_only_prune_goes_on_to_another_command():
+    floor, modules = floors(), {("commands", command.function.partition(".")[0]) for command in COMMANDS}
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER.split()}
     for path in FILES:
         own = parts(path)
+        assert own not in modules - {("commands", "prune")} or not modules & {*imports(path)}, path
         for other in imports(path):
             # `__init__` names what the layers offer, and `__main__` starts the topmost.
             if own and other and own[0] != other[0] and path.name not in ("__init__.py", "__main__.py"):
@@ -101,12 +102,6 @@ def test_there_are_no_circles():
 
     for module in graph:
         visit(module)
-
-
-def test_only_prune_goes_on_to_another_command():
-    modules = {("commands", command.function.partition(".")[0]) for command in COMMANDS}
-    for path in FILES:
-        assert parts(path) not in modules - {("commands", "prune")} or not modules & {*imports(path)}, path
 
 
 def test_the_root_is_short_and_every_folder_says_what_it_holds():

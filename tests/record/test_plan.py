@@ -35,9 +35,5 @@ def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves()
     both = {(MODEL, "layer"): (2, 3), (2, "expert"): (3,), (2, "attention"): (2, 3)}
     both |= {(2, "mlp/1"): (4, 6), (2, "mlp/shared"): (7,)}
     assert first.then(Plan("mixtral", later)) == Plan("mixtral", both)
-
-
-def test_a_later_plan_of_the_dense_model_is_refused():
-    first = Plan("llama", {(0, "mlp"): (0, 2)})
-    with pytest.raises(StructPruneError, match="later plan keeps units of 'mlp' that this plan has removed"):
+    with pytest.raises(StructPruneError, match="later plan keeps units of .* that this plan has removed"):
         first.then(first)

@@ -52,10 +52,7 @@ def level(of) -> int:
     ((1.10, 1.09, 0.98, 1.15), 13, 2, 1.25, 3),  # SmolLM2, 6 % as FFN channels
     ((1.269, 1.252, 1.041, 1.562), 10, 1, None, 3),  # 12 % as FFN channels
     ((1.748,), 6, 4, None, 4),  # 30 % as FFN channels
-    ((inf,), 16, 0, None, 4),
-    ((1.0,), 16, 0, 1.0, 0),
-    ((1.0,), 16, 0, 1.15, 1),
-    ((1.08,), 16, 0, inf, 2),
+    ((inf,), 16, 0, None, 4), ((1.0,), 16, 0, 1.0, 0), ((1.0,), 16, 0, 1.15, 1), ((1.08,), 16, 0, inf, 2),
     ((1.7,), 16, 0, 1.0, 4),
 ])  # fmt: skip
 def test_known_results_get_the_advice_that_they_deserve(ratios, kept, loops, other, expected):
