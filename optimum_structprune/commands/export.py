@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 
 from ..saving.export import export_uniform
-from ..saving.gguf_file import check_gguf, export_gguf
+from ..saving.gguf_file import GGUFFile, check_gguf, export_gguf
 from ..saving.gguf_types import GGUF_TYPES
 from ..system.disk import GGUF, GGUFOutput, Output
 from .checks import gguf_file
@@ -19,20 +19,20 @@ def export(args: Namespace) -> Result:
     kind = args.dtype if args.dtype in GGUF_TYPES else None
     loading = Loading.of(args, dtype="auto" if kind else args.dtype)
     if args.output.endswith(GGUF):
-        return to_gguf(loading, args.model, args.output, kind, args.overwrite)
+        written = to_gguf(loading, args.model, args.output, kind, args.overwrite)
+        return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})
     Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
     model, tokenizer = loading.model_and_tokenizer(args.model)
     padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
     return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
 
 
-def to_gguf(loading: Loading, name: str, output: str, kind: str | None, overwrite: bool) -> Result:
+def to_gguf(loading: Loading, name: str, output: str, kind: str | None, overwrite: bool) -> GGUFFile:
     """Write a model as a file of one of llama.cpp's types, or of its own dtype."""
     check_gguf(loading.config(name), kind)
     GGUFOutput(output, overwrite).check(weights_bytes(name))
     model, tokenizer = loading.model_and_tokenizer(name)
-    written = export_gguf(model, output, tokenizer, overwrite, kind)
-    return Result(f"{written}\nsaved to {output}", {**asdict(written), "output": output})
+    return export_gguf(model, output, tokenizer, overwrite, kind)
 
 
 def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
@@ -42,6 +42,6 @@ def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
     file = gguf_file(args.output, args.gguf)
     written = to_gguf(replace(loading, dtype="auto"), args.output, file, args.gguf, args.overwrite)
-    size = f"{written.values['bytes'] / 1e6:,.1f} MB; the dense model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
+    size = f"{written.size}; the dense model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
     text = f"{result.text}\nsaved to {file} for llama.cpp: {size}"
-    return replace(result, text=text, values={**result.values, "gguf": written.values})
+    return replace(result, text=text, values={**result.values, "gguf": {**asdict(written), "output": file}})

@@ -8,12 +8,14 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -38,19 +40,24 @@ STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Describes a file: llama.cpp's architecture, gguf's type, and the numbers of values and bytes."""
+    """Describes a file: its architecture, its type, and the numbers of values, of those in 16 bits, and of bytes."""
 
     architecture: str
     dtype: str
     parameters: int
+    in_16_bits: int
     bytes: int
 
     def __str__(self) -> str:
         """Say all of it in one line."""
-        return (
-            f"llama.cpp's architecture {self.architecture}, {self.parameters:,} parameters as {self.dtype}, "
-            f"{self.bytes / 1e6:,.1f} MB"
-        )
+        return f"architecture {self.architecture}, {self.parameters:,} parameters as {self.dtype}, {self.size}"
+
+    @property
+    def size(self) -> str:
+        """Say how large the file is, and what makes it larger than its type says."""
+        share = f"{self.in_16_bits / self.parameters:.1%} of its parameters are in 16 bits"
+        rest = f" ({share}, as their rows are no multiples of 32)" if self.in_16_bits else ""
+        return f"{self.bytes / 1e6:,.1f} MB{rest}"
 
 
 def export_gguf(
@@ -65,7 +72,7 @@ def export_gguf(
     Layers may differ in width: llama.cpp's architectures `deci` and `openelm` read the sizes of each layer. A model
     whose layers are alike is written as its own architecture, as llama.cpp's converter does, because more programs
     know that one. The file appears once it is whole. In fewer than 16 bits, vectors and matrices whose rows are no
-    whole blocks stay in more, and the head is `q8_0`.
+    whole blocks stay in more, and the head is `q8_0`; llama.cpp chooses its type of K-quants.
 
     Args:
         model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
@@ -93,14 +100,13 @@ def export_gguf(
         raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
     kind = dtype or TYPE_OF_DTYPE[model.dtype]
     with output.staged() as staging:
+        whole = staging.with_name("whole.gguf") if kind in K_QUANTS else staging
+        parameters, uneven = _write(model, whole, tokenizer, "F16" if kind in K_QUANTS else kind.upper())
         if kind in K_QUANTS:
-            whole = staging.with_name("whole.gguf")
-            parameters = _write(model, whole, tokenizer, "F16")
             _quantise(whole, staging, kind.upper())
-        else:
-            parameters = _write(model, staging, tokenizer, kind.upper())
         size = staging.stat().st_size
-    return GGUFFile(str(llama_cpp.gguf_architecture(model.config)), kind.upper(), parameters, size)
+    architecture = str(llama_cpp.gguf_architecture(model.config))
+    return GGUFFile(architecture, kind.upper(), parameters, 0 if kind in WHOLE else uneven, size)
 
 
 def check_gguf(
@@ -139,15 +145,15 @@ def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
     return types
 
 
-def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
-    """Write the file, one tensor at a time, and return the number of values in it."""
+def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[int, int]:
+    """Write the file, one tensor at a time; return the number of values in it, and of those in no whole blocks."""
     architecture = str(llama_cpp.gguf_architecture(model.config))
     writer = gguf.GGUFWriter(path, architecture)
     shapes = {name: shape for name, shape, _ in _tensors(model, architecture)}
     types = _types(shapes, kind)
     for name, shape in shapes.items():
         size = gguf.quant_shape_to_byte_shape(shape, types[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(size), raw_dtype=types[name])
     total = writer.get_total_parameter_count()[0]
     _add_metadata(writer, model, path.stem, total)
     _add_sizes(writer, model.config)
@@ -162,7 +168,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
             writer.write_tensor_data(_packed(name, tensor(), types[name]))
     finally:
         writer.close()
-    return total
+    return total, sum(prod(shapes[name]) for name, stored in _types(shapes, "Q8_0").items() if stored.name == "F16")
 
 
 def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
@@ -184,21 +190,16 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, t
 
 
 def _values(
-    parameters: Mapping[str, torch.Tensor],
-    parts: list[str],
-    known_as: str,
-    layer_config: Any,
-    architecture: str,
-    device: str = "cpu",
-) -> torch.Tensor:
+    weights: Mapping[str, Tensor], parts: list[str], known_as: str, layer: Any, architecture: str, device: str = "cpu"
+) -> Tensor:
     """Join some parameters as the file holds them, in fp32; on the meta device only their shape."""
-    rows = (parameters[part].detach().to(device, torch.float32) for part in parts)
+    rows = (weights[part].detach().to(device, torch.float32) for part in parts)
     pairs = zip(parts, rows, strict=True)
-    ordered = [llama_cpp.in_file_order(*pair, layer_config, architecture, known_as) for pair in pairs]
+    ordered = [llama_cpp.in_file_order(*pair, layer, architecture, known_as) for pair in pairs]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
 
-def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
+def _packed(name: str, values: Tensor, kind: Any) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large is refused below
         packed = gguf.quants.quantize(values.numpy(), kind)
     if packed.dtype == np.float16 and not np.isfinite(packed).all():
@@ -206,7 +207,7 @@ def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
     return packed
 
 
-def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
+def _frequency_factors(config: PretrainedConfig) -> Tensor:
     """Compute what the frequencies of the rotary embedding are divided by, `(head_dim / 2,)`."""
     scaled, _ = ROPE_INIT_FUNCTIONS[llama_cpp.rope_of(config)["rope_type"]](config, torch.device("cpu"))
     places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
@@ -267,10 +268,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     writer.add_tokenizer_pre(pre or "default")
     names, types = _tokens(tokenizer, size)
     writer.add_token_list(names)
-    if pieces:
-        writer.add_token_scores(_scores(model, names))
     writer.add_token_types(types)
     if pieces:
+        writer.add_token_scores(_scores(model, names))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     else:
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
@@ -291,8 +291,7 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
     """Name in llama.cpp's words the steps before a byte-level tokenizer's merges."""
     step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
-    kinds = tuple(_kind(step) for step in steps)
-    key: Any = (*kinds, bool(parts["model"].get("ignore_merges")))
+    key: Any = (*map(_kind, steps), bool(parts["model"].get("ignore_merges")))
     normalizer = (parts.get("normalizer") or {}).get("type")
     # llama.cpp does not normalise what it reads. In NFC, as Qwen's tokenizers want it, nearly all text is already.
     if key not in llama_cpp.PRE_TOKENIZERS or normalizer not in (None, "NFC"):
@@ -320,10 +319,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
     texts: list[str] = []
     types: list[int] = []
     for number in range(size):
-        text, kind = names.get(number, f"[PAD{number}]"), kinds.NORMAL
-        if number not in names:
-            kind = kinds.UNUSED
-        elif number in special or (number in added and (added[number].special or CONTROL.fullmatch(text))):
+        text, kind = names.get(number, f"[PAD{number}]"), kinds.NORMAL if number in names else kinds.UNUSED
+        if number in special or (number in added and (added[number].special or CONTROL.fullmatch(text))):
             kind = kinds.CONTROL
         elif number in added:
             text, kind = text.replace(SPACE, " "), kinds.USER_DEFINED

@@ -21,7 +21,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from optimum_structprune import StructPruneError, StructPruner, export_gguf
+from optimum_structprune import StructPruneError, export_gguf, prune_model
 from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS, gguf_architecture, gguf_refusal
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
@@ -49,8 +49,7 @@ def reader(pieces: bool) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def differing():
     """A model whose layers differ in the widths of FFN and attention; no tokenizer is known of it."""
-    widths = {"mlp": [24, 40], "attention": [4, 2]}
-    pruned = StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer())
+    pruned = prune_model(build("llama-tied"), config(widths={"mlp": [24, 40], "attention": [4, 2]}), tokenizer())
     model = type(pruned)(pruned.config)
     model.load_state_dict(pruned.state_dict())
     return model.eval()
@@ -92,26 +91,27 @@ def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
     vectors = {tensor.tensor_type.name for tensor in file.tensors if tensor.data.ndim == 1}
     assert (matrices, vectors) == ({written.dtype}, {"F32"})
     assert written.parameters == model.num_parameters() and written.bytes == (tmp_path / "out.gguf").stat().st_size
+    assert written.in_16_bits == 0 and "in 16 bits" not in str(written), "which was asked for"
 
 
 def test_fewer_bits(tmp_path):
     """Values are as near as a block's steps, the head stays in eight bits, and rows that are no whole blocks in 16."""
     fields = {**GROUPED, "hidden_size": 64, "intermediate_size": 40, "tie_word_embeddings": False}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields))
-    sizes = {}
     for kind, steps_in_block in (("q8_0", 254), ("q4_0", 14)):
-        sizes[kind] = export_gguf(model, tmp_path / f"{kind}.gguf", reader(pieces=False), dtype=kind).bytes
+        written = export_gguf(model, tmp_path / f"{kind}.gguf", reader(pieces=False), dtype=kind)
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
         types = {name: tensor.tensor_type.name for name, tensor in found.items()}
         expected = {"output": "Q8_0", "token_embd": kind.upper(), "blk.0.ffn_up": kind.upper(), "output_norm": "F32"}
         assert expected == {name: types[f"{name}.weight"] for name in expected}
         assert types["blk.0.ffn_down.weight"] == "F16", "40 values are no whole blocks of 32"
+        uneven = sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
+        assert written.in_16_bits == uneven and f"({uneven / written.parameters:.1%} of its para" in str(written)
         values = gguf.quants.dequantize(found["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType[kind.upper()])
         wanted = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
         step = 2 * np.abs(wanted).reshape(-1, 32).max(1, keepdims=True) / steps_in_block
         # The scale has 16 bits, and the last of an even number of steps is cut off.
         assert (np.abs(values - wanted).reshape(-1, 32) <= 1.01 * step).all() and (values != wanted).any()
-    assert sizes["q4_0"] < sizes["q8_0"]
     with pytest.raises(StructPruneError, match="no type 'q4'. Did you mean 'q4_"):
         export_gguf(model, tmp_path / "out.gguf", reader(pieces=False), dtype="q4")
 
@@ -281,5 +281,4 @@ def settings(model_type, **fields):
     (settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "only, found yarn"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_what_has_none_gets_the_reason(config, reason):
-    assert gguf_architecture(config) is None
-    assert re.search(reason, gguf_refusal(config))
+    assert gguf_architecture(config) is None and re.search(reason, gguf_refusal(config))
