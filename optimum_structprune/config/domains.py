@@ -81,7 +81,7 @@ class DomainConfig(Serialisable):
         split: The split of a Hub dataset, or of a folder that holds several.
         revision: The commit, tag or branch of a Hub dataset.
         template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; any other
-            template is a text with column names, such as `"Question: {question}\nAnswer: {answer}"`.
+            template is a text with column names, such as `"Question: {question}\\nAnswer: {answer}"`.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message

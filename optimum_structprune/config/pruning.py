@@ -155,8 +155,8 @@ class StructPruneConfig(WithDomains):
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
             for all channels inside the layers of a model without `mlp`. That loses least where nothing is measured. A
             budget of parameters or bytes takes `vocab` too where tokens are a large part of the model. With an
-            allocation that measures losses None stands for `mlp` and `attention` as far as the model has them, with a
-            budget of the cache for `attention`.
+            allocation that measures losses None stands for `mlp` and `attention` as far as the model has them and
+            their layers may differ, with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
         languages: The languages whose words, counted with the package `wordfreq`, say beside text which tokens stay

@@ -93,7 +93,7 @@ class Manifest(Record):
 
     Attributes:
         seed: The seed of the order of the documents, and of text that the model wrote.
-        seq_length: The number of tokens in a sample.
+        seq_length: The number of tokens in a sample, the longest where they differ; 0 of what is no text.
         tokenizer: The name of the tokenizer.
         versions: The versions of the libraries that decide what text comes out.
         domains: One entry for each domain.
@@ -111,9 +111,10 @@ class Manifest(Record):
     ) -> "Manifest":
         """Makes the manifest of domains that were loaded."""
         libraries = ("torch", "transformers", "datasets", "tokenizers")
+        lengths = [domain.samples.shape[1] if domain.samples.dim() == 2 else 0 for domain in domains]
         return cls(
             seed=config.seed,
-            seq_length=config.seq_length,
+            seq_length=max(lengths, default=config.seq_length),
             tokenizer=getattr(tokenizer, "name_or_path", ""),
             versions={"optimum-structprune": __version__, **{name: version(name) for name in libraries}},
             domains=[Entry.of(domain) for domain in domains],

@@ -41,7 +41,7 @@ class Evaluation(Record):
         perplexity: The perplexities per token of the dense tokenizer, `{domain: {"dense": …, "model": …}}`; "dense"
             only where there is a dense model.
         perplexity_margin: Their margins of error, and with a dense model that of "ratio": the truth lies within them
-            nine times in ten, on other documents of the kind; NaN on fewer than 5 documents.
+            nine times in ten, on other documents of the kind; NaN on one document.
         perplexity_tokens: The number of tokens that they were measured on, by domain.
         perplexity_documents: The number of documents that these begin in, by domain.
         bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
