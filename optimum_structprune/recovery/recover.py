@@ -185,12 +185,12 @@ class Recovery:
             overwrite: Whether a folder that exists is replaced.
 
         Raises:
-            StructPruneError: If the folder exists, nothing was trained, the tokenizer has other tokens than the one
-                that read the text, or the result does not come back the same.
+            StructPruneError: If the folder exists, this has not trained the model, the tokenizer has other tokens than
+                the one that read the text, or the result does not come back the same.
         """
         report = self.report
-        if report is None:
-            raise StructPruneError("There is nothing to save: call recover_model first.")
+        if report is None or Manifest.seen_by(model) is not self._manifest:
+            raise StructPruneError("There is nothing to save but what recover_model has returned: pass that.")
 
         from ..saving.card import leave_card  # only what saves pays for it
 
