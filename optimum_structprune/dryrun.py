@@ -145,7 +145,7 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    check_config_kind(config)
+    check_config_kind(config, options)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
     request = ask(config, info, tokenizer, use=DRY_RUN, options=options)
     arch, dense = info.arch, info.plain_model

@@ -42,11 +42,11 @@ class StructPruner:
         result: All of these, as the model that the last run returned carries them.
 
     Raises:
-        StructPruneError: If `config` is no `StructPruneConfig`.
+        StructPruneError: If `config` is no `StructPruneConfig`, or `options` are no `RunOptions`.
     """
 
     def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
-        check_config_kind(config)
+        check_config_kind(config, options)
         self.config = self.used_config = config
         self.on_trial = False  # set by a search for a size: languages that are not to keep are not measured
         self.options = options or RunOptions()

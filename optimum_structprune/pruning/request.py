@@ -210,13 +210,12 @@ def ask(
     return request
 
 
-def check_config_kind(config: Any) -> None:
-    """Refuse an object that is no config, such as a mapping or a tokenizer."""
-    if not isinstance(config, StructPruneConfig):
-        raise StructPruneError(
-            f"config takes a StructPruneConfig, got {type(config).__name__}; a mapping becomes one with "
-            "StructPruneConfig.from_dict."
-        )
+def check_config_kind(config: Any, options: Any = None) -> None:
+    """Refuse objects that are no config and no options, such as a mapping or a tokenizer."""
+    for name, value, kind in (("config", config, StructPruneConfig), ("options", options or RunOptions(), RunOptions)):
+        if not isinstance(value, kind):
+            advice = f"a mapping becomes one with {kind.__name__}.from_dict"
+            raise StructPruneError(f"{name} takes a {kind.__name__}, got {type(value).__name__}; {advice}.")
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:

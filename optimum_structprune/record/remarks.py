@@ -167,6 +167,7 @@ def measurements_text(record: Mapping[str, Any]) -> str:
     elif record.get("perplexity") and record.get("seq_length"):
         head = f", each begun with {record['prefix']!r}" if record["prefix"] else ""
         lines.append(f"{OVER}; samples of {record['seq_length']} tokens{head}")
+    lines += [f"{MARGIN}, over questions"] if record.get("figures") and len(lines) == 1 else []
     lines += [TEXTS, *_languages(record.get("languages") or {})] if record.get("embeddings") else []
     lines += [speed_remark(record)] if record.get("run_memory") else []
     answers = map(as_lines, sample_items(record.get("answers") or ()))

@@ -79,7 +79,9 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     """Lists the spaces of a config; of its default, those of the model."""
     names = list(config.targets_or_default if config.widths is None else config.widths)
     if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
-        names = [name for name in names if arch.of(name)] or list(arch.channels) or names
+        by_layer = config.allocation not in ONE_WIDTH
+        may = [name for name in names if arch.of(name) and not (by_layer and arch.of(name)[0].uniform)]
+        names = may or list(arch.channels) or names
     for name in names:
         if name not in arch.offered:
             reason = dict(arch.missing).get(name, "").removesuffix(".")

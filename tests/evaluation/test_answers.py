@@ -107,11 +107,10 @@ def test_answers_are_greedy_whatever_is_written_together(batch_size):
 
 
 def test_an_answer_ends_where_the_model_ends_it():
-    model, tokenizer = deepcopy(MODEL), READER
-    asked = questions(2)
-    third = ask(model, tokenizer, asked, 6)[0]["ids"][2]
+    model, asked = deepcopy(MODEL), questions(2)
+    third = ask(model, READER, asked, 6)[0]["ids"][2]
     model.generation_config.eos_token_id = [third]
-    written = ask(model, tokenizer, asked, 6)
+    written = ask(model, READER, asked, 6)
     assert written[0]["stopped"] and third not in written[0]["ids"] and len(written[0]["ids"]) <= 2
 
 
@@ -140,12 +139,12 @@ def test_a_model_without_a_template_goes_on_from_openings():
     model, tokenizer = MODEL, deepcopy(READER)
     tokenizer.chat_template = None
     openings = read_questions(tokenizers=[READER, tokenizer])
-    question = openings[0]
-    ids = question.ids(tokenizer)
+    question, ids = openings[0], openings[0].ids(tokenizer)
     assert tokenizer.decode(ids[1:]) == question.opening and ids[0] == tokenizer.bos_token_id
     evaluation = evaluate(model, tokenizer, answers="builtin", max_new_tokens=2, limit=5)
     assert [item["prompt"] for item in evaluation.answers] == [of.prompt for of in openings[:5]]
     assert len(openings) >= 60 and all(of.opening for of in openings)
+    assert str(evaluation).count("± covers the truth nine times in ten, over questions") == 1
 
 
 def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():

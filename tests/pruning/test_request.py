@@ -95,9 +95,10 @@ def test_it_is_refused_before_text_is_read(case, fields, message):
 
 def test_the_text_is_what_a_run_reads_next():
     """Otherwise the test above would show nothing."""
-    for fields in ({}, {"recovery": training()}, {"widths": {"layer": 1, "hidden": 24, "mlp": 24}}):
+    by_layer = {"sparsity": 0.2, "allocation": "sensitivity"}  # by default in spaces whose layers may differ
+    for fields in ({}, {"recovery": training()}, {"widths": {"layer": 1, "hidden": 24, "mlp": 24}}, by_layer):
         with pytest.raises(pytest.fail.Exception, match="text was read"):
-            prune_model(build("llama-tied"), blind(**fields), tokenizer())
+            prune_model(build("phi3"), blind(**fields), tokenizer())
     with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
         prune_model(build("llama-tied"), blind(), None)
 
@@ -184,6 +185,7 @@ WRONG = [
     ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
     ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
+    ({"options": {"batch_size": 2}}, "options takes a RunOptions, got dict; .* RunOptions.from_dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
     ({"inputs": {"a": IDS.numpy()}}, r"inputs\['a'\] takes a tensor, got ndarray"),
     ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); pass \(samples, tokens\)"),
@@ -210,8 +212,8 @@ def test_another_kind_is_refused():
 
 
 def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
-    too_long = config(seq_length=65)
-    assert prune_model(build("llama-tied"), too_long, inputs={"a": IDS}).config.intermediate_size == 24
+    small = prune_model(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
+    assert small.config.intermediate_size == 24 and small.prune_result.manifest.seq_length == 16
 
 
 def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
