@@ -154,6 +154,9 @@ class StructPruner:
 
     def apply_step_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
+        step = step._replace(widths={name: width for name, width in step.widths.items() if run.arch.of(name)})
+        if not step.widths:  # all that it names went with whole layers
+            return
         if step.kind == UNITS and run.config.languages:
             run.data = run.data.with_languages(run.tokenizer)
         with evaluating(run.model):

@@ -44,11 +44,11 @@ def widths_of(
 
 def target_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None) -> Widths:
     """The final width of each space, among legal ones: one number, or one per layer where layers may differ."""
-    same = has_one_width(arch, legal)
-    if not same and LAYER in legal and len(legal) > 1:
+    asked, same = asked_widths(config, arch), has_one_width(arch, legal)
+    if LAYER in legal and len(legal) > 1 and not (same and {*map(type, (asked or {}).values())} <= {int}):
         raise StructPruneError(
-            f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
-            f"{LAYER!r} in a run of its own."
+            f"The layers of this {arch.model_type} model {'are to ' * same}differ in width, and {LAYER!r} would "
+            f"number them anew; prune {LAYER!r} in a run of its own."
         )
     if not same and config.allocation == "search_uniform":
         raise StructPruneError(
@@ -60,7 +60,7 @@ def target_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths,
     if is_bounded(config, arch, list(legal)):
         return ranked_widths(config, pruned, legal, scores or {})
     round_to = {name: multiple_of(config, pruned, name) for name in legal}
-    widths = asked_widths(config, arch) or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, round_to)
+    widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, round_to)
     if config.skip_layers or not same:
         return {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     return widths
@@ -205,10 +205,9 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
             continue
         place = bisect_left(allowed, units)
         nearest = [*allowed[max(place - 1, 0) : place + 1]]
-        where = "" if layer is None else f"[{layer}]"
         raise StructPruneError(
-            f"widths[{name!r}]{where} = {units} is not legal for this {arch.model_type} model, which has "
-            f"{arch.of(name)[0].size}; the nearest legal choice is {' or '.join(map(str, nearest))}."
+            f"widths[{name!r}]{'' if layer is None else [layer]} = {units} is not legal for this {arch.model_type} "
+            f"model, which has {arch.of(name)[0].size}; the nearest legal choice is {' or '.join(map(str, nearest))}."
         )
 
 
@@ -307,8 +306,7 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
         return int(config.round_to)
     if spaces[0].unit == TOKEN:
         return 64
-    unit = sum(space.unit_params * space.scale for space in spaces)
-    largest = 2 * 0.01 * sum(arch.layer_params) / unit
+    largest = 2 * 0.01 * sum(arch.layer_params) / sum(space.unit_params * space.scale for space in spaces)
     powers = (1, 2, 4, 8, 16, 32, 64, 128)[: 7 if parts == 1 else 8]  # kernels of 4 bits want 128 on each device
     return max(power * parts for power in powers if power == 1 or power * parts <= largest)
 
@@ -354,8 +352,7 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
         else:
             goal -= layer.cost
             layer.at += 1
-    unfinished = [layer for layer in layers if layer.at < len(layer.scores)]
-    cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
+    cheapest = min((one for one in layers if one.at < len(one.scores)), key=lambda one: one.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:
         cheapest.at += 1
 

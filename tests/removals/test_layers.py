@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import count_hooks, logits, outputs, same_weights, with_long
-from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
+from models import OTHER_STRUCTURES, STRUCTURES, build, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -87,8 +87,15 @@ def test_layers_of_different_widths_keep_theirs(tmp_path):
         torch.testing.assert_close(outputs(small), outputs(model), atol=1e-5, rtol=0)
     small.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(small))
-    with pytest.raises(StructPruneError, match="prune 'layer' in a run of its own"):
-        prune_model(model, config(widths={LAYER: 3, "mlp": 24}), tokenizer())
+    for wide, widths in ((model, 24), (deep("llama-tied"), {0: 24})):
+        with pytest.raises(StructPruneError, match="prune 'layer' in a run of its own"):
+            prune_model(wide, config(widths={LAYER: 3, "mlp": widths}), tokenizer())
+
+
+@pytest.mark.parametrize("rest", [{"dense_mlp": 24, "mlp": 24}, {"expert": 3}])
+def test_what_went_with_all_layers_that_have_it_is_done(rest):
+    left = describe(prune_model(build("qwen3_moe"), config(widths={LAYER: 1, **rest}), tokenizer()))
+    assert all(left.of(name)[0].width == width for name, width in rest.items() if left.of(name))
 
 
 def test_a_list_that_is_only_as_long_as_there_are_layers_stays():
@@ -100,20 +107,12 @@ def test_a_list_that_is_only_as_long_as_there_are_layers_stays():
     assert settings.elsewhere == ["b", "d", "e"]
 
 
-def identity_(layer):
-    """Make a layer add nothing to the residual stream."""
-    for module in layer.modules():
-        if isinstance(module, nn.Linear) and module.weight.shape[0] == 32:
-            module.weight.data.zero_()
-            if module.bias is not None:
-                module.bias.data.zero_()
-
-
 @pytest.mark.parametrize("criterion", ["wanda", "block_influence"])
 def test_a_layer_that_does_nothing_goes_first(criterion):
     model = deep("qwen2")
-    identity_(layer_list(model, describe(model))[2].self_attn.o_proj)
-    identity_(layer_list(model, describe(model))[2].mlp.down_proj)
+    layer = layer_list(model, describe(model))[2]
+    for parameter in (*layer.self_attn.o_proj.parameters(), *layer.mlp.down_proj.parameters()):
+        nn.init.zeros_(parameter)
     pruner = StructPruner(config(widths={LAYER: 4}, criterion=criterion))
     small = pruner.prune_model(model, tokenizer())
     assert pruner.plan.keep == {(MODEL, LAYER): (0, 1, 3, 4)}
