@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..errors import StructPruneError
-from ..record.report import REPORT_NAME
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..removals.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
@@ -52,8 +52,8 @@ def export_uniform(
     """Save a non-uniform model with one width for all layers, for runtimes that take nothing else.
 
     The narrower layers are filled up with zeros, so that the logits are the same. The folder appears only after plain
-    `from_pretrained` has loaded it and given the outputs of `model`. The config, plan, report and manifest of the
-    pruning are copied where the folder that `model` was loaded from has them; they describe the model before padding.
+    `from_pretrained` has loaded it and given the outputs of `model`. The records of the pruning and of a training are
+    copied where the folder that `model` was loaded from has them; they describe the model before padding.
 
     Args:
         model: A non-uniform model; it is left as it is.
@@ -74,7 +74,7 @@ def export_uniform(
     pad_(uniform, describe(uniform, arch_file))
 
     def write(folder: Path) -> None:
-        for name in RECORD_NAMES:
+        for name in (*RECORD_NAMES, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME):
             if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
                 shutil.copyfile(record, folder / name)
         leave_card(folder, save_directory, uniform, arch_file)

@@ -29,15 +29,16 @@ def pruned(run, tmp_path):
 
 
 def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
-    pruner, _ = run
-    folder, model = pruned
+    (pruner, _), (folder, model) = run, pruned
+    for name in (of_training := ("recovery_config.json", "recovery_report.json")):
+        (folder / name).write_text("{}")
     with pytest.raises(StructPruneError, match="pruned shares files with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.parameters["before"]
     share = (padding.after - padding.before) / (padding.dense - padding.before)
-    said = str(padding)
-    assert f"adds {padding.after - padding.before:,} parameters" in said and f"back {share:.1%}" in said
+    assert f"adds {padding.after - padding.before:,} parameters" in str(padding)
+    assert f"back {share:.1%}" in str(padding) and all((tmp_path / "out" / name).is_file() for name in of_training)
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
