@@ -78,8 +78,8 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
 def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     """Lists the spaces of a config; of its default, those of the model."""
     names = list(config.targets_or_default if config.widths is None else config.widths)
-    if config.widths is None and config.targets is None and CACHE not in (config.budget or {}):
-        by_layer = config.allocation not in ONE_WIDTH
+    if config.widths is None and config.targets is None:
+        by_layer = config.allocation not in ONE_WIDTH and CACHE not in (config.budget or {})
         may = [name for name in names if arch.of(name) and not (by_layer and arch.of(name)[0].uniform)]
         names = may or list(arch.channels) or names
     for name in names:
