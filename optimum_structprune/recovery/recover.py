@@ -190,7 +190,7 @@ class Recovery:
         """
         report = self.report
         if report is None or Manifest.seen_by(model) is not self._manifest:
-            raise StructPruneError("There is nothing to save but what recover_model has returned: pass that.")
+            raise StructPruneError("Only what recover_model returned can be saved here; call it first, and pass that model.")
 
         from ..saving.card import leave_card  # only what saves pays for it
 
