@@ -215,7 +215,7 @@ def pooling_of(model: PreTrainedModel) -> list[str]:
         def read(file: str) -> Any:
             return json.loads(Path(str(cached_file(name, file, revision=commit))).read_text(encoding="utf-8"))
 
-        path = next(module["path"] for module in read("modules.json") if module["type"].endswith("Pooling"))
+        path = next(module["path"] for module in read("modules.json") if module["type"].endswith(".Pooling"))
         config = read(f"{path}/config.json")
         older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
         found = config.get("pooling_mode", [re.sub("pooling_mode_|_tokens?$", "", key) for key in older])
