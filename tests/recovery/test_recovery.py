@@ -70,7 +70,7 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
     assert recovered.training == small.training and recovered.lm_head.weight is recovered.model.embed_tokens.weight
     assert computing(recovered.config) == computing(small.config) and recovered.config.use_cache
     assert all(parameter.requires_grad and parameter.grad is None for parameter in recovered.parameters())
-    with pytest.raises(StructPruneError, match="but what recover_model has returned"):
+    with pytest.raises(StructPruneError, match="Only what recover_model returned"):
         recovery.save(small, tmp_path / "out")
     recovered.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
