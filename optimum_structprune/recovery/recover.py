@@ -190,7 +190,7 @@ class Recovery:
         """
         report = self.report
         if report is None or Manifest.seen_by(model) is not self._manifest:
-            raise StructPruneError("Only what recover_model returned can be saved here; call it first, and pass that model.")
+            raise StructPruneError("Only what recover_model returned can be saved; call it, and pass that.")
 
         from ..saving.card import leave_card  # only what saves pays for it
 

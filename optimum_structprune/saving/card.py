@@ -253,8 +253,7 @@ class DenseModel:
             # A folder has no id. What this package has pruned before says in its card what it comes from.
             base = fields.get("base_model") if written_files(folder) else None
         base = named.get("base_model") or base
-        name = str(base or short_name(source))
-        return cls(name, base if _is_id(base) else None, licence, fields)
+        return cls(str(base or short_name(source)), base if _is_id(base) else None, licence, fields)
 
 
 def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:

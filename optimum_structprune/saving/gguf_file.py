@@ -193,8 +193,7 @@ def _values(
     weights: Mapping[str, Tensor], parts: list[str], known_as: str, layer: Any, architecture: str, device: str = "cpu"
 ) -> Tensor:
     """Join some parameters as the file holds them, in fp32; on the meta device only their shape."""
-    rows = (weights[part].detach().to(device, torch.float32) for part in parts)
-    pairs = zip(parts, rows, strict=True)
+    pairs = zip(parts, (weights[part].detach().to(device, torch.float32) for part in parts), strict=True)
     ordered = [llama_cpp.in_file_order(*pair, layer, architecture, known_as) for pair in pairs]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 

@@ -51,7 +51,7 @@ OWN_FILES = re.compile(
 # a vocabulary in other forms, which hold tokens that a smaller one has not.
 HEAD_FILES = re.compile(r"\w+_linear\.pt")
 TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
-VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
+VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|(tekken|unigram)\.json")
 SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
 # The fields of a module's config that say what it reads of the model: channels or logits, and ids of tokens.
 WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
@@ -198,7 +198,7 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
             source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
     new = [name for name in _extra_files(source) if not (folder / name).exists()]
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        own = tokenizer.vocab_files_names.values()
+        own = [*filter(VOCABULARY_FILES.fullmatch, tokenizer.vocab_files_names.values())]
         new = [name for name in new if name not in own and not TOKENIZER_FILES.fullmatch(name)]
     sizes = _sizes(source)
     changed = {name for name, _ in sizes ^ _sizes(folder)}
@@ -239,9 +239,8 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: 
 
 
 def _sizes(folder: Path) -> set[tuple[str, str]]:
-    with suppress(OSError, UnicodeDecodeError):
-        return set(SIZE_FIELD.findall((folder / "config.json").read_text(encoding="utf-8")))
-    return set()
+    path = folder / "config.json"
+    return {*SIZE_FIELD.findall(path.read_text("utf-8", "replace"))} if path.is_file() else set()
 
 
 def _extra_files(source: Path) -> Iterator[str]:

@@ -78,8 +78,7 @@ def test_schemas_name_what_the_classes_have():
         (Report, report, {"format_version", "sparsity"}),
         (RecoveryReport, report["$defs"]["RecoveryReport"], set()),
     ):
-        names = {field.name for field in fields(cls)} | besides
-        assert set(schema["properties"]) == names, cls.__name__
+        assert set(schema["properties"]) == {field.name for field in fields(cls)} | besides, cls.__name__
         said = " ".join(cls.__doc__.split())
         for name, one in schema["properties"].items():
             assert one["description"] and (f" {name}: " not in said or one["description"] in said), (cls, name)

@@ -83,8 +83,7 @@ def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
     for name, parameter in model.named_parameters():
         values = found.pop(names.get_name(name, (".weight", ".bias")))
         if "q_proj" in name or "k_proj" in name:  # back into transformers' order
-            pairs = values.reshape(-1, 2, 2, *values.shape[1:])
-            values = pairs.swapaxes(1, 2).reshape(values.shape)
+            values = values.reshape(-1, 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         assert np.array_equal(values, parameter.detach().float().numpy()), name
     assert not found
     matrices = {tensor.tensor_type.name for tensor in file.tensors if tensor.data.ndim > 1}
@@ -152,8 +151,7 @@ def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**GROUPED, "rope_parameters": rope}))
     export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
     factors = next(t.data for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name == "rope_freqs.weight")
-    plain = 1e4 ** -(np.arange(0, 4, 2) / 4)
-    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
+    np.testing.assert_allclose(1e4 ** -(np.arange(0, 4, 2) / 4) / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
     assert factors.max() > 1
 
 

@@ -15,7 +15,7 @@ import torch
 from helpers import contents, put_into, same_weights, save_desk, without_refit, write_texts
 from models import CASES, OTHERS, build, config, described, documents, token_ids, tokenizer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig, WhisperTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, evaluate, write_report
 from optimum_structprune.arch.spec import MODEL, VOCAB
@@ -205,15 +205,14 @@ def test_what_was_carried_is_part_of_the_result(result):
 
 
 def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
-    forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken"}
+    forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken", "unigram.json"}
     for kind, size in (("dense", 96), ("same", 96), ("smaller", 64)):
         put_into(tmp_path / kind, {"config.json": json.dumps({"text_config": {"vocab_size": size}})})
-    put_into(tmp_path / "dense", dict.fromkeys((*forms, "LICENSE"), "text"))
-    dense = SimpleNamespace(name_or_path=tmp_path / "dense")
-    for kind, there in (("same", forms), ("smaller", set())):
-        copy_extra_files(dense, tmp_path / kind, None)
+    put_into(tmp_path / "dense", dict.fromkeys((*forms, "LICENSE", "normalizer.json"), "text"))
+    for kind, reader, there in (("same", None, forms), ("smaller", WhisperTokenizer(), set())):
+        copy_extra_files(SimpleNamespace(name_or_path=tmp_path / "dense"), tmp_path / kind, reader)
         names = {path.name for path in (tmp_path / kind).iterdir()}
-        assert names & forms == there and "LICENSE" in names
+        assert names & forms == there and names >= {"LICENSE", "normalizer.json"}
 
 
 def test_what_cannot_be_copied_is_named_and_other_bytes_stay_as_they_are(tmp_path, caplog):
@@ -259,8 +258,7 @@ def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(t
     put_into(tmp_path / "dense", files)
     model.config.vocab_size, model.name_or_path = 64, str(tmp_path / "dense")
     model.config.save_pretrained(tmp_path / "out")
-    kept = (*range(62), 80, 95)
-    model.prune_result = SimpleNamespace(plan=Plan("bert", {(MODEL, VOCAB): kept}))
+    model.prune_result = SimpleNamespace(plan=Plan("bert", {(MODEL, VOCAB): (*range(62), 80, 95)}))
     copy_extra_files(model, tmp_path / "out", None)
     splade, mask = (json.loads((tmp_path / "out" / name).read_text()) for name in [*files][1:])
     assert splade == {"pooling_strategy": "max", "word_embedding_dimension": 64}
@@ -313,8 +311,7 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     dense, runs = [build("llama-tied", seed) for seed in (0, 1)], []
     pruners = [StructPruner(config(refit="none", **of)) for of in ({}, {"domains": [DomainConfig("c", documents())]})]
     for model, pruner in product(dense, pruners):
-        small = pruner.prune_model(model, tokenizer())
-        runs.append((model, pruner, small, pruner.report.to_dict(), pruner.manifest))
+        runs.append((model, pruner, pruner.prune_model(model, tokenizer()), pruner.report.to_dict(), pruner.manifest))
     for number in (1, 3, 0, 2):
         model, pruner, small, report, manifest = runs[number]
         folder = tmp_path / str(number)
