@@ -236,9 +236,8 @@ OTHER_STRUCTURES = ["modernbert", "bart", "t5-gated", "vit", "qwen2_5_vl", "gemm
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
     """A random model in fp32, with biases and norms away from their trivial initial values."""
-    model = deepcopy(_built(case, seed))
     torch.manual_seed(seed)
-    return model
+    return deepcopy(_built(case, seed))
 
 
 @cache

@@ -71,8 +71,7 @@ def shrunk_config(
 
 def layers_ahead(config: PretrainedConfig) -> list[str]:
     """The keys of a text config that count layers for tokens farther ahead; transformers does not load them."""
-    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-    return [key for key in keys if getattr(config, key, None)]
+    return [key for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if getattr(config, key, None)]
 
 
 def _set_sizes_(
@@ -118,8 +117,7 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence
         # A class that refuses one channel less wants a multiple of the number of heads.
         step = 1 if _accepts(config, arch, {name: space.size - 1}) else config.get_text_config().num_attention_heads
         if any(other.experts is not None for other in arch.spaces):
-            dtype = config.get_text_config().dtype or config.dtype
-            step = lcm(step, max(16 // getattr(dtype, "itemsize", 4), 1))
+            step = lcm(step, max(16 // getattr(config.get_text_config().dtype or config.dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE
     narrower = range(ceil(space.min_size / step) * step, space.width, step)

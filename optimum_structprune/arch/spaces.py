@@ -150,8 +150,7 @@ def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units
         producers, consumers = (
             tuple(replace(axis, part=expert) for axis in axes) for axes in (space.producers, space.consumers)
         )
-        part = replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers)
-        yield _counted(part, shapes)
+        yield _counted(replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers), shapes)
 
 
 def _with_projections(

@@ -19,7 +19,7 @@ VOCAB_SIZE_PER_LAYER = "vocab_size_per_layer_input"
 # The fields of a config, and of the config of generation, that hold ids of tokens.
 TOKEN_ID_KEYS = re.compile(
     r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
-    r"|(lang|task)_to_id"
+    r"|(lang|task)_to_id|(image|im|slice)_(start|end|patch|newline)_id|newline_id"  # of Molmo 2 and MiniCPM-V
 )
 # Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
 ID_PAIR_KEYS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
@@ -43,8 +43,8 @@ def renumber_(
             )
         return new.get(old, old)
 
-    for field in [(part, key, _mapped(value, changed, ID_PAIR_KEYS.get(key))) for part, key, value in _fields(config)]:
-        setattr(*field)
+    for fields, key, value in [(f, k, _mapped(v, changed, ID_PAIR_KEYS.get(k))) for f, k, v in _fields(config)]:
+        fields[key] = value
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
@@ -63,17 +63,20 @@ def counted_from(model: PreTrainedModel) -> int:
     return max((table.padding_idx or 0 for table in tables if table.num_embeddings != rows), default=0)
 
 
-def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, str, Any]]:
-    """The fields that hold token ids, each with its config, name and value.
+def _fields(config: PretrainedConfig | GenerationConfig | dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The fields that hold token ids, each with the mapping of all beside it, its name and value.
 
-    Configs inside a config count too, unless they number tokens of their own.
+    Configs and mappings inside a config count too, unless they number tokens of their own.
     """
-    for key, value in vars(config).items():
-        if TOKEN_ID_KEYS.fullmatch(key):
-            yield config, key, value
+    fields = config if isinstance(config, dict) else vars(config)
+    for key, value in fields.items():
+        if TOKEN_ID_KEYS.fullmatch(str(key)):
+            yield fields, key, value
         elif isinstance(value, PretrainedConfig):
-            if key in ("text_config", "decoder") or not hasattr(value, VOCAB_SIZE):
+            if key in ("text_config", "vlm_config", "decoder", "decoder_config") or not hasattr(value, VOCAB_SIZE):
                 yield from _fields(value)
+        elif isinstance(value, dict) and VOCAB_SIZE not in value:  # as what a config has for a task
+            yield from _fields(value)
 
 
 def _mapped(value: Any, change: Any, place: int | None = None) -> Any:

@@ -87,8 +87,7 @@ def test_sweeps_over_the_blocks_solve_for_all_of_them():
     present = torch.cat([model.first.weight, model.second.weight], 1).detach()
     residual = [t - x @ present.T for t, x in zip(target, joint, strict=True)]
     refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0, sweeps=40)
-    found = torch.cat([model.first.weight, model.second.weight], 1)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(torch.cat([model.first.weight, model.second.weight], 1), expected, atol=1e-4, rtol=1e-3)
     for left, t, x in zip(residual, target, joint, strict=True):
         torch.testing.assert_close(left, t - x @ expected.T, atol=1e-4, rtol=1e-3)
 

@@ -359,12 +359,17 @@ def test_ids_in_configs_within_a_config_are_numbered_anew():
     assert not describe(build("vit")).of("vocab"), "a model without tokens has no vocabulary"
     new, images = {old: place for place, old in enumerate(KEEP)}, build("llava")
     images.config.image_token_index = images.config.text_config.pad_token_id = 71
-    images.config.vision_config.image_token_id = 70
+    images.config.vision_config.image_patch_id = 70
     images.generation_config.lang_to_id = {"<|de|>": 70}
+    # As mBART has them for a task, and ColQwen2 those of the model inside it.
+    images.config.task_specific_params = {"translation": {"decoder_start_token_id": 71, "max_length": 70}}
+    images.config.vlm_config = AutoConfig.for_model("llava", image_token_index=70, vocab_size=VOCAB)
     drop_tokens_(images, describe(images), KEEP)
     assert images.generation_config.lang_to_id == {"<|de|>": new[70]}
+    assert images.config.task_specific_params["translation"] == {"decoder_start_token_id": new[71], "max_length": 70}
+    assert images.config.vlm_config.image_token_index == new[70]
     assert images.config.image_token_index == new[71] == images.config.text_config.pad_token_id
-    assert images.config.vision_config.image_token_id == new[70] and images.config.text_config.vocab_size == len(KEEP)
+    assert images.config.vision_config.image_patch_id == new[70] and images.config.text_config.vocab_size == len(KEEP)
 
 
 def test_a_token_that_a_config_names_is_never_taken_for_another():

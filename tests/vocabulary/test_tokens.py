@@ -182,8 +182,7 @@ def test_every_token_that_is_read_has_a_surface_and_parts_of_tokens_that_stay(ki
     vocabulary, reader = dense(kind)
     ids = reader("the other cats sat on naive mats", add_special_tokens=False).input_ids
     assert "".join(map(vocabulary.surface, ids)).strip() == reader.decode(ids).strip()
-    read = {token for text in TEXT for token in reader(text).input_ids}
-    for token in read - required(vocabulary):
+    for token in {token for text in TEXT for token in reader(text).input_ids} - required(vocabulary):
         assert vocabulary.parts(token), reader.convert_ids_to_tokens(token)
         assert required(vocabulary).issuperset(vocabulary.parts(token, required(vocabulary)) or [-1])
 
@@ -375,8 +374,7 @@ def test_the_next_part_is_expected_as_all_words_that_have_it_there_are_together(
         before = chances[number] if counts else None
     if spelled:
         _, rows, nodes = torch.tensor(spelled).unbind(1)
-        found = parts.divergence(student, logits, rows, nodes)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(parts.divergence(student, logits, rows, nodes), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_where_all_tokens_stay_it_is_the_plain_divergence():
