@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from copy import deepcopy
-from functools import lru_cache
 from inspect import unwrap
 from math import inf
 from pathlib import Path
@@ -18,12 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
 from .families import family_of
-from .modules import embedding_of
+from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
@@ -40,13 +38,9 @@ def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -
         return saved or AutoModel
     if saved is not None and not saved.can_generate():
         return saved
-    return AutoModel if is_embedder(config.name_or_path) else AutoModelForCausalLM
-
-
-@lru_cache
-def is_embedder(name: str) -> bool:
-    """Tells whether a folder, or a model of the Hub, holds the modules of sentence-transformers."""
-    return bool(name and cached_file(name, "modules.json", _raise_exceptions_for_missing_entries=False))
+    # The modules of sentence-transformers read states, but for those of a reranker that reads logits.
+    files = module_files(config)
+    return AutoModel if files and '"text-generation"' not in files.get(TASK, "") else AutoModelForCausalLM
 
 
 def meta_model(
@@ -75,8 +69,7 @@ def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = F
     """A model of the same class with another config, on the meta device: shapes without memory."""
     if isinstance(config.dtype, str):  # what transformers leaves in the config of a model that it has saved
         config.dtype = getattr(torch, config.dtype)
-    device = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-    with device, heterogeneous():
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"), heterogeneous():
         return type(model)(config)
 
 
@@ -263,9 +256,8 @@ def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 def positions_of(model: PreTrainedModel) -> float:
     """The largest number of tokens in a row that a model reads, infinity by default."""
-    config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
-    return next(filter(None, (getattr(config, name, None) for name in names)), inf)
+    return next(filter(None, (getattr(model.config.get_text_config(), name, None) for name in names)), inf)
 
 
 def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: int = 0) -> None:

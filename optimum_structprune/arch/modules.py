@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
 from .spec import ArchSpec
+
+
+# The files of sentence-transformers: its modules, what the first of them is to compute, and the prompts before texts.
+MODULES, TASK, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
@@ -113,3 +121,14 @@ def embedding_of(model: PreTrainedModel) -> Any:
         return model.get_input_embeddings()
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     return next((part for part in model.modules() if getattr(part, "num_embeddings", 0) == size), None)
+
+
+def module_files(config: PretrainedConfig) -> dict[str, str]:
+    """Reads the configs of sentence-transformers around the model of a config, by their paths; none elsewhere."""
+    name, commit = config.name_or_path or "", getattr(config, "_commit_hash", None)
+    find = partial(cached_file, name, revision=commit, _raise_exceptions_for_missing_entries=False)
+    with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
+        paths = [module["path"] for module in json.loads(Path(str(find(MODULES))).read_text("utf-8"))]
+        files = (MODULES, TASK, PROMPTS, *(f"{path}/config.json" for path in paths if path))
+        return {file: Path(path).read_text("utf-8") for file in files if (path := find(file))}
+    return {}

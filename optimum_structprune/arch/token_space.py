@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
-from .modules import embedding_of
+from .modules import embedding_of, module_files
 
 
 VOCAB_SIZE = "vocab_size"
@@ -23,6 +23,8 @@ TOKEN_ID_KEYS = re.compile(
 )
 # Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
 ID_PAIR_KEYS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
+# Those of the modules of sentence-transformers, with their ids.
+MODULE_IDS = re.compile(r'"(?:keep_only|true|false)_token_ids?": *(?:\[[\d,\s]*\]|\d+)')
 
 
 def renumber_(
@@ -48,8 +50,9 @@ def renumber_(
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
-    """The ids of tokens in the config of a model and in its generation config."""
-    ids: set[int] = set()
+    """The ids of tokens in the config of a model, in its generation config and in those of modules around it."""
+    fields = MODULE_IDS.findall(" ".join(module_files(model.config).values()))
+    ids = {int(number) for field in fields for number in re.findall(r"\d+", field)}
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for _, key, value in _fields(config):
             _mapped(value, ids.add, ID_PAIR_KEYS.get(key))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, groupby, islice, zip_longest
 from math import inf
-from pathlib import Path
 from random import Random
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of
-from ..arch.modules import blocks
+from ..arch.modules import MODULES, blocks, module_files
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
@@ -188,8 +186,7 @@ def sentences(documents: Sequence[str]) -> Texts:
         seen |= {*new}
         shuffled.append([(number, part) for part in Random(number).sample(new, len(new))])
     Random(0).shuffle(shuffled)
-    one_of_each = chain.from_iterable(zip_longest(*shuffled))
-    found = sorted(islice(filter(None, one_of_each), MOST_SENTENCES))
+    found = sorted(islice(filter(None, chain.from_iterable(zip_longest(*shuffled))), MOST_SENTENCES))
     numbers = [number for number, _ in found]
     if len({*numbers}) < MIN_DOCUMENTS:  # too few for a margin of error, so each run of sentences is taken for one
         numbers = [number // 8 for number in range(len(found))]
@@ -209,14 +206,11 @@ def rows_of(
 
 def pooling_of(model: PreTrainedModel) -> list[str]:
     """Reads how sentence-transformers pools the states of a model; "mean" where its folder does not say."""
-    name, commit = str(model.name_or_path), getattr(model.config, "_commit_hash", None)
-    with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
-
-        def read(file: str) -> Any:
-            return json.loads(Path(str(cached_file(name, file, revision=commit))).read_text(encoding="utf-8"))
-
-        path = next(module["path"] for module in read("modules.json") if module["type"].endswith(".Pooling"))
-        config = read(f"{path}/config.json")
+    files = module_files(model.config)
+    with suppress(Exception):  # of files that are not there, or that somebody has changed
+        # Others, such as SPLADE's, pool no states into one.
+        path = next(module["path"] for module in json.loads(files[MODULES]) if module["type"].endswith(".Pooling"))
+        config = json.loads(files[f"{path}/config.json"])
         older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
         found = config.get("pooling_mode", [re.sub("pooling_mode_|_tokens?$", "", key) for key in older])
         return [found] if isinstance(found, str) else [*found]

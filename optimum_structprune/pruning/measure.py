@@ -181,8 +181,7 @@ def short_rows(samples: Tensor, eos: int | None, tokens: int) -> tuple[list[Tens
     rows = [torch.cat([sample[:1], sample[start : start + length - 1]]) for sample in samples for start in starts]
     documents = [int(number[start]) for number in numbers for start in starts]
     before = [documents[:place].count(number) for place, number in enumerate(documents)]  # rows of the same document
-    count = max(tokens // length, metrics.MANY_DOCUMENTS)
-    taken = sorted(sorted(range(len(rows)), key=before.__getitem__)[:count])
+    taken = sorted(sorted(range(len(rows)), key=before.__getitem__)[: max(tokens // length, metrics.MANY_DOCUMENTS)])
     return [rows[place] for place in taken], torch.tensor(documents)[taken]
 
 

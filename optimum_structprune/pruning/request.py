@@ -380,8 +380,7 @@ def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool
     yield activations
     removed = [0] * arch.num_layers
     for space in arch.spaces:
-        units = (space.width - space.width_in(widths)) * space.scale
-        removed[space.layer] += itemsize * units * space.unit_params
+        removed[space.layer] += itemsize * (space.width - space.width_in(widths)) * space.scale * space.unit_params
     if on_cpu:  # where smaller layers are made, so that both are there
         yield from (itemsize * size - gone for size, gone in zip(arch.layer_params, removed, strict=True))
     reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram

@@ -22,6 +22,7 @@ from ..arch.families import with_former_rope
 from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
+from ..arch.token_space import MODULE_IDS
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
 from ..errors import StructPruneError, some_of, warn
@@ -53,9 +54,8 @@ HEAD_FILES = re.compile(r"\w+_linear\.pt")
 TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
 VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|(tekken|unigram)\.json")
 SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
-# The fields of a module's config that say what it reads of the model: channels or logits, and ids of tokens.
+# The fields of a module's config that say what it reads of the model: channels or logits.
 WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
-IDS_FIELD = re.compile(r'("keep_only_token_ids": *)(\[[\d,\s]*\])')
 # The files that are fetched of a model on the Hub, where weights lie in more formats than can be told.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
@@ -169,8 +169,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
             again = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
-        inputs = random_inputs(model)
-        outputs, reloaded = (outputs_for(loaded, inputs) for loaded in (model, again))
+        outputs, reloaded = (outputs_for(loaded, random_inputs(model)) for loaded in (model, again))
         del again  # before the folder that it may read from is gone
     difference = float((outputs.float() - reloaded.float()).abs().max())
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
@@ -223,16 +222,13 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: 
     """Write the present sizes and token ids into the configs of modules; name weights that do not fit."""
     narrower, config, result = False, model.config.get_text_config(), getattr(model, "prune_result", None)
     kept = None if result is None else result.plan.keep.get((MODEL, VOCAB))
-    new = {old: number for number, old in enumerate(kept or ())}
+    new = {str(old): number for number, old in enumerate(kept or ())}
     for path in (folder / name for name in names if name.endswith(".json")):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         of_tokens = any(("vocab_size", number) in sizes for _, number in WIDTH_FIELD.findall(text))
         fitted = WIDTH_FIELD.sub(rf"\g<1>{config.vocab_size if of_tokens else config.hidden_size}", text)
         narrower |= fitted != text and not of_tokens
-        if new:
-            fitted = IDS_FIELD.sub(
-                lambda found: f"{found[1]}{[new[old] for old in json.loads(found[2]) if old in new]}", fitted
-            )
+        fitted = MODULE_IDS.sub(lambda ids: re.sub(r"\d+", lambda old: str(new.get(old[0], old[0])), ids[0]), fitted)
         path.write_text(fitted, encoding="utf-8", errors="surrogateescape")
     if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arch.load import ModelInfo
+from ..arch.modules import PROMPTS, module_files
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import counted_from, named_ids
 from ..config.pruning import StructPruneConfig
@@ -72,6 +74,8 @@ class VocabularyRequest:
         ids = range(max(rows, vocabulary.size))
         required = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
         required |= _letters(config.languages, vocabulary)
+        prompts = json.loads(module_files(model.config).get(PROMPTS, "{}")).get("prompts") or {}
+        required |= {token for prompt in prompts.values() for token in tokenizer(prompt)["input_ids"]}
         if config.keep_tokens is not None:
             required |= _kept_by_user(config.keep_tokens, vocabulary)
         below = {*range(padding := counted_from(model))} - required  # the padding has to keep its id
@@ -98,9 +102,8 @@ class VocabularyRequest:
 
         Each stands behind what it is formed from, so that what stays can be formed wherever the order is cut.
         """
-        ranked = [*sorted(self.required), *torch.argsort(scores, descending=True, stable=True).tolist()]
         order = dict[int, None]()
-        for token in ranked:
+        for token in [*sorted(self.required), *torch.argsort(scores, descending=True, stable=True).tolist()]:
             waiting = [token]
             while waiting:
                 lacking = [part for part in self.vocabulary.dependencies(waiting[-1]) if part not in order]
@@ -180,8 +183,7 @@ def number_within(room: Room | None, lost: Tensor) -> int:
 def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
     """Gives the share of held-out tokens that go, by the number of kept rows, shape `(rows + 1,)`."""
     by_domain = [domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
-    shares = torch.stack(by_domain).sum(0)
-    lost = shares[torch.tensor(order)].flip(0).cumsum(0).flip(0)
+    lost = torch.stack(by_domain).sum(0)[torch.tensor(order)].flip(0).cumsum(0).flip(0)
     return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]
 
 

@@ -47,8 +47,7 @@ class Segmenter:
         body = piece.removeprefix(self.prefix).removesuffix(self.suffix)
         first = self.prefix if piece.startswith(self.prefix) else ""
         last = self.suffix if piece.endswith(self.suffix) else ""
-        end = len(body) - 1
-        return [(self.prefix if at else first) + char + last * (at == end) for at, char in enumerate(body)]
+        return [(self.prefix if at else first) + char + last * (at == len(body) - 1) for at, char in enumerate(body)]
 
     def as_bytes(self, letter: str) -> tuple[int, ...]:
         """Gives the byte tokens of a character, where the tokenizer has them."""

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 import transformers
-from helpers import assert_remembers_its_own_config, error_line, same_weights, save_with_tokenizer, with_long
+from helpers import assert_remembers_its_own_config, error_line, put_into, same_weights, save_with_tokenizer, with_long
 from models import (
     BART,
     CASES,
@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import model_class
+from optimum_structprune.arch.modules import PROMPTS, TASK
 from optimum_structprune.arch.token_space import named_ids
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
@@ -106,8 +107,7 @@ def test_kept_tokens_give_what_they_gave_and_the_folder_loads_as_the_class(name,
     ids = pruner.tokenizer("The sum of 17 and 25 is 42, of course.", return_tensors="pt")["input_ids"]
     dense, small = outputs(model, keep[ids], beside), outputs(again, ids, beside)
     name = next(name for name in ("logits", "logits_per_image", "last_hidden_state") if name in dense)
-    expected = dense[name][..., keep] if dense[name].shape[-1] == 400 else dense[name]
-    torch.testing.assert_close(small[name], expected)
+    torch.testing.assert_close(small[name], dense[name][..., keep] if dense[name].shape[-1] == 400 else dense[name])
     if shapes:
         assert ("no loss was measured, as the model reads more" in str(pruner.report)) == (name == "logits")
 
@@ -179,8 +179,9 @@ def test_what_bitsandbytes_has_packed_is_saved_and_loads_as_it_was(bits, tmp_pat
     fields = {**GROUPED, "hidden_size": 128, "intermediate_size": 128, "head_dim": 16}
     model_of("LlamaForCausalLM", "llama", fields).save_pretrained(tmp_path / "plain")
     recipe = transformers.BitsAndBytesConfig(**{bits: True})
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=recipe)
-    packed.save_pretrained(tmp_path / "q")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=recipe).save_pretrained(
+        tmp_path / "q"
+    )
     model, pruner = AutoModelForCausalLM.from_pretrained(tmp_path / "q"), StructPruner(fewer_tokens())
     pruner.save(pruner.prune_model(model, READER), tmp_path / "small")
     again, keep = AutoModelForCausalLM.from_pretrained(tmp_path / "small"), torch.tensor(pruner.plan.keep[-1, "vocab"])
@@ -213,13 +214,21 @@ def test_other_spaces_take_a_description():
     assert dry_run(model.config, fewer_tokens()).widths == {"vocab": 320}
 
 
-def test_what_sentence_transformers_reads_is_loaded_without_its_head(tmp_path):
-    model = model_of("Qwen3ForCausalLM", "qwen3", {**GROUPED, "tie_word_embeddings": True})
-    model.save_pretrained(tmp_path / "dense")
-    assert model_class(AutoConfig.from_pretrained(tmp_path / "dense")) is AutoModelForCausalLM
-    model.save_pretrained(tmp_path / "embedder")
-    (tmp_path / "embedder" / "modules.json").write_text(json.dumps([]))
-    assert model_class(AutoConfig.from_pretrained(tmp_path / "embedder")) is transformers.AutoModel
+def test_what_sentence_transformers_reads_is_loaded_and_what_it_names_or_writes_stays(tmp_path):
+    dense, scores = tmp_path / "dense", "1_LogitScore/config.json"
+    model_of("Qwen3ForCausalLM", "qwen3", {**GROUPED, "tie_word_embeddings": False}).save_pretrained(dense)
+    assert model_class(AutoConfig.from_pretrained(dense)) is AutoModelForCausalLM
+    put_into(dense, {"modules.json": '[{"path": ""}, {"path": "1_LogitScore"}]'})
+    assert model_class(AutoConfig.from_pretrained(dense)) is transformers.AutoModel
+    prompts = {"query": READER.decode([390, 392, 394]), "document": ""}
+    put_into(dense, {TASK: '{"transformer_task": "text-generation"}', PROMPTS: json.dumps({"prompts": prompts})})
+    put_into(dense, {scores: '{"true_token_id": 397, "false_token_id": 399}'})
+    kind, pruner = model_class(AutoConfig.from_pretrained(dense)), StructPruner(fewer_tokens())
+    assert kind is AutoModelForCausalLM, "a reranker reads the logits of its head"
+    pruner.save(pruner.prune_model(kind.from_pretrained(dense), READER), tmp_path / "small")
+    keep, named = pruner.plan.keep[-1, "vocab"], json.loads((tmp_path / "small" / scores).read_text())
+    assert [keep[named[name]] for name in ("true_token_id", "false_token_id")] == [397, 399]
+    assert {*keep}.issuperset(READER(prompts["query"]).input_ids)
 
 
 def test_a_checkpoint_without_the_pooler_that_nobody_reads_loads(tmp_path):
