@@ -211,7 +211,7 @@ def _languages(by_code: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
     if wanted := [code for code, cost in by_code.items() if cost["wanted"]]:
         yield f"{unit} in the languages to keep: {shown(wanted)}"
-    all_of = f"of {len(known)} languages that the dense model knew," if causal else f"of {len(known)} languages,"
+    all_of = f"of {len(known)} language{'s' * (len(known) != 1)}{' that the dense model knew' * causal},"
     worst = f": {shown(losing[:MOST_SHOWN])}" if losing else ""
     yield f"{all_of} {len(losing) or 'none'} now take{'' if len(losing) > 1 else 's'} more {unit}{worst}"
 

@@ -120,12 +120,12 @@ def test_without_answers_it_does_not_say_that_all_is_well():
 
 
 def test_it_names_the_languages_that_lose_of_those_to_keep_or_of_all_that_were_known():
-    costs = {"en": 1.0, "el": 3.0, "de": 2.0, "fr": 1.5, "es": 1.4, "nl": 9.0}
-    languages = {
-        code: {"before": 1.0, "after": after, "known": code != "nl", "wanted": False} for code, after in costs.items()
-    }
+    costs = ("en", 1.0), ("el", 3.0), ("de", 2.0), ("fr", 1.5), ("es", 1.4), ("nl", 9.0)
+    languages = {code: {"before": 1.0, "after": cost, "known": code != "nl", "wanted": False} for code, cost in costs}
     line = verdict({**report([1.0]), "languages": languages})[-1]
     assert line == "verdict: use it as it is; not in Greek, German, French and 1 more"
+    says = [*remarks({**report([1.0]), "languages": {code: languages[code] for code in ("en", "nl")}})]
+    assert "of 1 language that the dense model knew, none now takes more bits per byte" in says
     for code, says in (("en", ""), ("fr", "; not in French"), ("nl", "; not in Dutch")):
         wish = {**languages, code: {**languages[code], "wanted": True}}
         assert verdict({**report([1.0]), "languages": wish})[-1] == f"verdict: use it as it is{says}"
