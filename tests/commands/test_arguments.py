@@ -70,8 +70,7 @@ def test_every_field_has_a_flag_and_what_is_not_given_is_left_to_the_file(
     assert read(parsed(command, *paths)) == {}
     for field in fields(config_class):
         name, flag = field.name, f"--{field.name.replace('_', '-')}"
-        annotation = get_type_hints(config_class)[name]
-        words, value = samples(annotation)
+        words, value = samples(get_type_hints(config_class)[name])
         given = read(parsed(command, *paths, *(part for word in words for part in (flag, word))))
         assert given == {name: value} and type(given[name]) is type(value), name
 
