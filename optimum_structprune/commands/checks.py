@@ -136,7 +136,8 @@ def _check_model(name: str) -> None:
                 f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
                 f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
             )
-        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json.")
+        inside = [f", and {path.parent} does" for path in sorted(Path(name).glob("*/config.json"))]
+        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{''.join(inside[:1])}.")
     for index in Path(name).glob("*.index.json"):
         outside: list[str] = []
         with suppress(StructPruneError, LookupError, TypeError, AttributeError):  # loading says what is damaged

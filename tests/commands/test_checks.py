@@ -26,10 +26,9 @@ def folder(tmp_path_factory):
     save_with_tokenizer(other, folder / "other", reader)
     (folder / "other" / "model.safetensors").unlink()
     XGLMConfig(d_model=8, num_layers=1, attention_heads=2).save_pretrained(folder / "other-kind")
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text("{}")
-    (folder / "outside").mkdir()
-    (folder / "outside" / "config.json").write_text("{}")
+    for name in ("adapter/adapter_config.json", "outside/config.json", "parts/0_Transformer/config.json"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
     (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "run.yaml").write_text("num_samples: many\n")
@@ -42,7 +41,8 @@ PRUNE, RECOVER = "prune model out", "recover model out"
 SHARE = f"{PRUNE} --sparsity 0.2"
 FLAGS = [
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
-    ("prune full out --sparsity 0.2", "the folder holds no config.json"),
+    ("prune full out --sparsity 0.2", "the folder holds no config.json."),
+    ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),
     ("evaluate model no/where", "'no/where' cannot be loaded"),
     (PRUNE, "how much to remove, got none; budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths"),
     (f"{SHARE} --budget bytes=0.8", "how much to remove, got sparsity=0.2, budget={'bytes': 0.8}"),

@@ -52,8 +52,7 @@ def test_every_kind_goes_on_from_an_opening():
 def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary():
     words = generated.vocabulary_words(READER)
     texts = first(WRITER, len(words), "any")
-    beginnings = {max(filter(text.startswith, words), key=len) for text in texts}
-    assert len(beginnings) > len(words) / 2
+    assert len({max(filter(text.startswith, words), key=len) for text in texts}) > len(words) / 2
     assert first(WRITER, 8, "any", seed=1) != texts
     # A vocabulary without capitals gives what it has.
     reader = MagicMock(all_special_ids=(0,), decode=lambda ids: ["<s>", "a", " ", "ing", "1"][ids[0]])
