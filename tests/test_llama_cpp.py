@@ -131,7 +131,7 @@ def test_families_and_variants(case, tmp_path):
 @pytest.mark.parametrize("trained", [real_text_model, pytest.param(stories_model, marks=needs_shared)])
 def test_a_smaller_vocabulary(trained, tmp_path):
     vocabulary = Vocabulary.of(trained()[1])
-    kept = set(vocabulary.required)
+    kept = set(vocabulary.fixed)
     for token in range(vocabulary.size):
         if token % 3 and vocabulary.parts(token) and kept.issuperset(vocabulary.parts(token)):
             kept.add(token)

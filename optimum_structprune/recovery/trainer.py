@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import inf, isnan
+from math import ceil, inf, isnan
 from typing import Any
 
 import torch
@@ -119,7 +119,8 @@ class DistillTrainer(Trainer):
     def _lower_rate(self, take_back: Callable[[], None]) -> None:
         """Lower the rate to that of five behind whose first step the loss of four samples is least."""
         # That step of Adam moves every weight by the rate, however small its gradient is. Small weights bear less.
-        batches = [collate([sample]) for sample in self.data.samples[:12:3]]  # of texts and of answers
+        stride = ceil(0.75 * max(4, self.args.train_batch_size * self.args.world_size))  # of texts and of answers
+        batches = [collate([sample]) for sample in self.data.samples[: 4 * stride : stride]]
         model: Any = self.model
         groups = self.create_optimizer().param_groups
 

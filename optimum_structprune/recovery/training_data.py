@@ -64,7 +64,8 @@ class TrainingData:
             aside, asked = _answers_of(teacher, config.prompts, replaced, text_seed)
             self.measured[ANSWERS], answers = [*islice(aside, most)], [*asked]
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order_seed))
-        batch_size = max(1, arguments.train_batch_size)  # of 0 or less, the Trainer says what is wrong
+        # Of all processes, which read one batch between them; of 0 or less, the Trainer says what is wrong.
+        batch_size = max(1, arguments.train_batch_size) * arguments.world_size
         self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
         if teacher is not None:
             self._take_from(teacher, model, arguments.bf16)
