@@ -95,7 +95,7 @@ class StructPruneCallback(TrainerCallback):
         end: The step after which the last units are removed, or a share; None removes everything at `start`.
         every: The number of steps from one removal to the next, none of which lies beyond `end`.
         calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
-        options: How the machine prunes; None stands for the defaults.
+        options: The settings of the machine; None stands for the defaults.
 
     Raises:
         StructPruneError: If the config asks for what a Trainer cannot do.

@@ -92,7 +92,7 @@ def _texts(config: Any) -> list[DomainConfig]:
 
 
 def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None, RunOptions]:
-    """How to prune, and how to train afterwards: the pruned model is saved in between, in case of an interruption."""
+    """Read the settings of a pruning and of a training; the model is saved in between, in case of an interruption."""
     config, options = pruning_config(args), run_options(args)
     recovery = config.recovery
     config = config if recovery is None else replace(config, recovery=None)
@@ -136,8 +136,8 @@ def _check_model(name: str) -> None:
                 f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
                 f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
             )
-        inside = [f", and {path.parent} does" for path in sorted(Path(name).glob("*/config.json"))]
-        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{''.join(inside[:1])}.")
+        inside = min((f", and {path.parent} does" for path in Path(name).glob("*/config.json")), default="")
+        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{inside}.")
     for index in Path(name).glob("*.index.json"):
         outside: list[str] = []
         with suppress(StructPruneError, LookupError, TypeError, AttributeError):  # loading says what is damaged

@@ -118,7 +118,7 @@ def _check_together(config: "StructPruneConfig") -> None:
 @strict
 @dataclass(kw_only=True)
 class RunOptions(Serialisable):
-    """How the machine prunes. No field changes what comes out, but for the rounding of sums.
+    """Holds the settings of the machine. No field changes what comes out, but for the rounding of sums.
 
     Args:
         batch_size: The number of samples in a forward pass.
@@ -137,7 +137,7 @@ class RunOptions(Serialisable):
 @strict
 @dataclass(kw_only=True)
 class StructPruneConfig(WithDomains):
-    """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
+    """Holds the settings of a pruning. Exactly one of `sparsity`, `widths` and `budget` says how much.
 
     Args:
         sparsity: The share of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so it is

@@ -27,7 +27,7 @@ LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 @strict
 @dataclass(kw_only=True)
 class RecoveryConfig(WithDomains):
-    """How a pruned model is trained, with or without a teacher.
+    """Holds the settings of a training after pruning, with or without a teacher.
 
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 

@@ -34,7 +34,7 @@ def fills_gaps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 class Gaps:
-    """What is missing in texts: 15 % of the words, or of an encoder-decoder all second parts.
+    """Holds what is missing in texts: 15 % of the words, or of an encoder-decoder all second parts.
 
     These are `targets`, such as translations, or else second halves. The dense model's tokenizer says what a word is,
     and `tokens` has the number of its tokens that are missing in each text, shape `(texts,)`.

@@ -119,7 +119,7 @@ class DistillTrainer(Trainer):
     def _lower_rate(self, take_back: Callable[[], None]) -> None:
         """Lower the rate to that of five behind whose first step the loss of four samples is least."""
         # That step of Adam moves every weight by the rate, however small its gradient is. Small weights bear less.
-        stride = ceil(0.75 * max(4, self.args.train_batch_size * self.args.world_size))  # of texts and of answers
+        stride = ceil(0.75 * max(4, self.data.batch_size))  # of texts and of answers
         batches = [collate([sample]) for sample in self.data.samples[: 4 * stride : stride]]
         model: Any = self.model
         groups = self.create_optimizer().param_groups

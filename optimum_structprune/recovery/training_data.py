@@ -29,7 +29,7 @@ ANSWERS = "answers"
 class TrainingData:
     """The `samples` of a recovery in order, and by kind of text the `measured` ones, which no step reads.
 
-    Batches of texts and of answers take turns. `weights` are the shares of the kinds in the validation loss.
+    Batches of `batch_size` texts or answers take turns. `weights` are the shares of the kinds in the validation loss.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class TrainingData:
             self.measured[ANSWERS], answers = [*islice(aside, most)], [*asked]
         shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order_seed))
         # Of all processes, which read one batch between them; of 0 or less, the Trainer says what is wrong.
-        batch_size = max(1, arguments.train_batch_size) * arguments.world_size
-        self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, batch_size)
+        self.batch_size = max(1, arguments.train_batch_size) * arguments.world_size
+        self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, self.batch_size)
         if teacher is not None:
             self._take_from(teacher, model, arguments.bf16)
 

@@ -169,7 +169,8 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
             again = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
-        outputs, reloaded = (outputs_for(loaded, random_inputs(model)) for loaded in (model, again))
+        inputs = random_inputs(model)
+        outputs, reloaded = (outputs_for(loaded, inputs) for loaded in (model, again))
         del again  # before the folder that it may read from is gone
     difference = float((outputs.float() - reloaded.float()).abs().max())
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
