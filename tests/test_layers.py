@@ -13,7 +13,6 @@ from optimum_structprune.commands.flags import COMMANDS
 PACKAGE = Path(optimum_structprune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-NODES = [(path, node) for path, tree in TREES.items() for node in ast.walk(tree)]
 # From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
 ORDER = (
     "system config arch method forward widths domains vocabulary criteria record sources removals saving recovery "
@@ -77,11 +76,9 @@ def test_imports_go_down_and_only_prune_goes_on_to_another_command():
                 assert floor[other[0]] <= floor[own[0]], f"{own} imports {other}, which lies above it"
 
 
-def test_the_method_is_short_and_stands_on_the_architecture_alone():
+def test_the_method_stands_on_the_architecture_alone():
     """So it can be read, and used, without anything else of the package."""
-    files = sorted((PACKAGE / "method").glob("*.py"))
-    assert len(files) <= 6 and sum(len(path.read_text().splitlines()) for path in files) <= 1155
-    for path in files:
+    for path in sorted((PACKAGE / "method").glob("*.py")):
         others = {other[0] for other in imports(path, typing=True) if other}
         assert others <= {"method", "arch", "errors"}, f"{path.stem} imports {others}"
 
@@ -104,8 +101,7 @@ def test_there_are_no_circles():
         visit(module)
 
 
-def test_the_root_is_short_and_every_folder_says_what_it_holds():
-    assert len(list(PACKAGE.glob("*.py"))) <= 10
+def test_every_folder_says_what_it_holds():
     for name in ORDER.split():
         assert ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())), name
 
@@ -132,30 +128,6 @@ def test_house_rules():
         for pattern, (reason, allowed) in RULES.items():
             where = None if name.startswith(allowed) else re.search(pattern, text)
             assert not where, f"{name}: {where[0]!r}: {reason}"
-        assert path.stem not in ("utils", "helpers", "common")
-
-
-def lines(node: ast.AST) -> int:
-    """Lines of a body without its docstring: a long contract is no fault."""
-    doc = node.body[0] if ast.get_docstring(node) else None
-    return node.end_lineno - node.body[0].lineno + 1 - ((doc.end_lineno - doc.lineno + 1) if doc else 0)
-
-
-# Longer than 40 lines (functions) or 150 (classes), each with its reason.
-LONG = {
-    "method.layers.InMemory": "all that runs one layer at a time stands together: what every source is measured by",
-    "pruner.StructPruner": "what a user calls, with the order of all steps",
-    "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",
-}
-
-
-def test_functions_and_classes_are_short():
-    long = {}
-    for path, node in NODES:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            if lines(node) > (150 if isinstance(node, ast.ClassDef) else 40):
-                long[f"{'.'.join(parts(path))}.{node.name}"] = lines(node)
-    assert set(long) == set(LONG), long
 
 
 def described_members(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
@@ -186,46 +158,3 @@ def test_every_public_name_resolves():
         assert callable(getattr(optimum_structprune, name)), name
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = optimum_structprune.nothing_such
-
-
-# Participles and adverbs that say nothing of what they stand for.
-RIDDLES = {*"alone apart aside asked beside given others rest said telling told way ways".split()}
-
-
-def test_names_say_what_they_stand_for():
-    riddles = []
-    for path, node in NODES:
-        names = []
-        if isinstance(node, ast.FunctionDef):
-            names = [node.name, *(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))]
-        elif isinstance(node, ast.ClassDef):
-            names = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
-        riddles += [f"{'.'.join(parts(path))}:{node.lineno} {name}" for name in names if name in RIDDLES]
-    assert not riddles
-
-
-def test_files_that_text_names_exist():
-    """In docs, comments and the Makefile, by their last folder and name at least; `LOG.md` tells of other days."""
-    root = PACKAGE.parent
-    folders = (root / name for name in (PACKAGE.name, "tests", "examples", "docs", ".ci", ".github"))
-    files = [*root.glob("[A-Z]*"), *(path for folder in folders for path in folder.rglob("*"))]
-    known = [f"/{path.relative_to(root)}" for path in files]
-    texts = [
-        path for path in files if path.suffix in (".py", ".md", ".yaml", ".yml", ".sh") or path.stem == "Makefile"
-    ]
-    for path in texts:
-        for name in re.findall(r"(?<![\w/.{}$\"'*-])((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|md|sh))\b", path.read_text()):
-            exists = (path.parent / name).exists() or any(file.endswith(f"/{name}") for file in known)
-            of_today = path.name != "LOG.md" and not name.startswith("modelopt/")
-            assert exists or not of_today, f"{path.relative_to(root)} names {name}"
-
-
-def test_names_that_docstrings_send_one_to_exist():
-    """What `see` is followed by, where it is a function or a value of ours, by its module or alone."""
-    modules = {part for path in PACKAGE.rglob("*") for part in path.name.split(".")}
-    stored = {node.id for _, node in NODES if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    names = {node.name for _, node in NODES if isinstance(node, (ast.FunctionDef, ast.ClassDef))} | modules | stored
-    for path in FILES:
-        for name in re.findall(r"\bsee\s+(?:#\s+)?`([a-z_]+(?:\.[a-z_]+)*)`", path.read_text()):
-            *above, last = name.split(".")
-            assert last in names and modules.issuperset(above), f"{'.'.join(parts(path))}: see {name}"
