@@ -33,8 +33,9 @@ UNKNOWN_KEY = "WHICH_CONFIG_KEY"
 
 
 def stub(model: PreTrainedModel) -> str:
-    """YAML in the form of the files in `arch/families`, made from the model's tensor-parallel plan and its weights' shapes,
-    or where it has no plan, from the nearest family.
+    """Return a file for `arch/families`, made from the model's tensor-parallel plan and the shapes of its weights.
+
+    Without a plan, it is made from the nearest family.
 
     The package never uses a stub by itself: the plan does not say how rows fall into units or what else is coupled.
     Matrices that no space takes are listed as comments.

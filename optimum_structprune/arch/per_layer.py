@@ -3,8 +3,8 @@
 Transformers reads and writes `config.per_layer_config = {layer: {attribute: value}}`, but its classes cannot build
 such a model yet. Importing `optimum_structprune` enables two patches:
 
-- A layer whose class its file in `families` names is built from its own layer's config, whenever a model's config has layers
-  that differ. Every other model is built as before.
+- A layer whose class a file in `families` names is built from its own layer's config, whenever a model's config has
+  layers that differ. Every other model is built as before.
 - `save_pretrained` puts a modelling file beside such a config, for those who load it without this package.
 
 Nothing is imported for this: the patches (of `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`) are
@@ -85,7 +85,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
     """Let transformers build non-uniform models, from now on or from when its modelling code is imported.
 
     Args:
-        arch_file: A file in the form of those in `arch/families` with models of your own, which are then built as well.
+        arch_file: A file for models of your own, which are then built as well; see `arch/families`.
     """
     if arch_file is not None:
         _families().user_families(arch_file)
@@ -118,7 +118,7 @@ def heterogeneous() -> Iterator[None]:
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of a model's layers, if its file in `families` names it."""
+    """The class of a model's layers, if a file in `families` names it."""
     name = _families().layer_class_name(config.model_type)
     if name is None:
         return None
