@@ -88,7 +88,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
         arch_file: A file for models of your own, which are then built as well; see `arch/families`.
     """
     if arch_file is not None:
-        _families().user_families(arch_file)
+        _family().user_families(arch_file)
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
     elif _WATCH not in sys.meta_path:
@@ -119,16 +119,16 @@ def heterogeneous() -> Iterator[None]:
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
     """The class of a model's layers, if a file in `families` names it."""
-    name = _families().layer_class_name(config.model_type)
+    name = _family().layer_class_name(config.model_type)
     if name is None:
         return None
     modules = (sys.modules.get(cls.__module__) for cls in model_class.__mro__)
     return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
 
-def _families() -> Any:
+def _family() -> Any:
     # Imported late, because it imports yaml, and importing the package has to be cheap.
-    return import_module(f"{__package__}.families")
+    return import_module(f"{__package__}.family")
 
 
 class _AfterImport(MetaPathFinder):
@@ -243,7 +243,7 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
     # Only here, because importing the classes of all models takes long.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    layer = _families().layer_class_name(config.model_type) if config.is_heterogeneous else None
+    layer = _family().layer_class_name(config.model_type) if config.is_heterogeneous else None
     if layer is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     language_model, base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], MODEL_MAPPING[type(config)]
