@@ -17,7 +17,7 @@ from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
 from .pruning.memory import MemoryEstimate, estimate_memory
-from .pruning.request import DRY_RUN, Request, ask, check_config_kind
+from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record
@@ -148,7 +148,7 @@ def dry_run(
     """
     check_config_kind(config, options)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
-    request = ask(config, info, tokenizer, use=DRY_RUN, options=options)
+    request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
     arch, dense = info.arch, info.plain_model
     before, after = (_sizes(request, model) for model in (dense, request.smaller))
     changes = {name: Change(before[name], after[name]) for name in before if name in after}
@@ -168,7 +168,7 @@ def dry_run(
     )
 
 
-def _sizes(request: Request, model: PreTrainedModel) -> dict[str, int]:
+def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     """The sizes of a model that are known, by field of `DryRun`."""
     arch, itemsize = request.model_info.arch, request.model_info.plain_model.dtype.itemsize
     sizes = {"parameters": model.num_parameters(), "memory": model.num_parameters() * itemsize}
@@ -178,7 +178,7 @@ def _sizes(request: Request, model: PreTrainedModel) -> dict[str, int]:
     return sizes
 
 
-def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
+def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield sentences on all that the numbers do not say."""
     config, arch, parameters = request.config, request.model_info.arch, request.model_info.plain_model.num_parameters()
     if (tokens := large_vocabulary(arch, parameters)) and not config.removes_tokens:

@@ -23,7 +23,7 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
-from ..pruning.request import Request, ask, check_reads_text
+from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable
@@ -127,7 +127,7 @@ class Loading:
         """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
+    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> PruningRequest:
         """Gives the request of a pruning, or refuses it as the pruning would."""
         model_config, known = self.config(name), self.device not in SPREAD_DEVICES
         with warnings.catch_warnings():
@@ -136,7 +136,7 @@ class Loading:
             info = ModelInfo.without_weights(
                 model_config, config.arch_file, self.torch_dtype, self.trust_remote_code, device, offloaded
             )
-            request = ask(config, info, self.tokenizer(name), options=options)
+            request = resolve_request(config, info, self.tokenizer(name), options=options)
         if request.widths and known and (self.torch_dtype or model_config.dtype):
             check_memory(request, inplace=True)
         return request

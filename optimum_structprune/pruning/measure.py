@@ -19,12 +19,12 @@ from ..errors import StructPruneError
 from ..forward import metrics
 from ..method.layers import Batch, InMemory
 from ..record.report import Report, enter_figures
+from ..steps.base import RunState
 from ..system.processes import every_process_runs, gather_objects, shard
 
 
 if TYPE_CHECKING:
     from .embeddings import Embeddings
-    from .run import Run
 
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 2048
@@ -41,16 +41,16 @@ Rows = Mapping[str, list[Tensor]]
 class Comparison:
     """Measures the dense model of a run when it is made, and the smaller one beside it when it is finished.
 
-    Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `read_by`.
-    On trial no languages are measured but those to keep.
+    Where the vocabulary changes, the dense model is measured on the same text as the smaller one, see `set_tokenizer`.
+    Languages are measured if the config names some to keep, or if the vocabulary changes and `any_language` is set.
     """
 
-    def __init__(self, run: Run, vocabulary_changes: bool = False, on_trial: bool = False):
+    def __init__(self, run: RunState, vocabulary_changes: bool = False, any_language: bool = True):
         self.run = run
         self.measure: Measure | Embeddings | None = None
         data, report, tokenizer, causal = run.data, run.report, run.dense_tokenizer, run.arch.causal
         domains, wanted = data.domains, run.config.languages or ()
-        languages = bool(wanted) or vocabulary_changes and not on_trial
+        languages = bool(wanted) or (vocabulary_changes and any_language)
         with report.timed("perplexity"):
             if causal:
                 heldout = run.config.holdout * sum(domain.samples.numel() for domain in domains)
@@ -75,6 +75,11 @@ class Comparison:
 
             with report.timed("languages"):
                 report.languages = costs_before(run.model if causal else None, tokenizer, wanted)
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        """Measure in the tokens of another tokenizer from now on. Raise if its samples are too long for the model."""
+        if self.measure is not None:
+            self.measure.read_by(tokenizer, model)
 
     def finish(self) -> None:
         """Put the losses of the smaller model into the report, and the words that it spells otherwise."""

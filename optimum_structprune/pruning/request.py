@@ -39,7 +39,7 @@ PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
 
 
 @dataclass(frozen=True)
-class Request:
+class PruningRequest:
     """Says what is to go from a model, by its config and its shapes; each answer is computed once."""
 
     config: StructPruneConfig  # with the spaces that the model takes
@@ -168,15 +168,15 @@ class Request:
                 )
 
 
-def ask(
+def resolve_request(
     config: StructPruneConfig,
     model_info: ModelInfo,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     use: str = PRUNE,
     options: RunOptions | None = None,
-) -> Request:
-    """Gives what is asked of a model once it can be met; see `Request.check`."""
+) -> PruningRequest:
+    """Gives what is asked of a model once it can be met; see `PruningRequest.check`."""
     if LOSS in (config.budget or {}):
         is_judged = inputs is None and (model_info.arch.causal or reads_text(model_info.plain_model))
         if use != PRUNE or not is_judged:
@@ -191,7 +191,7 @@ def ask(
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
         config = with_tokens(config, model_info, tokenizer)
-    request = Request(config, model_info, use, tokenizer, inputs, options or RunOptions())
+    request = PruningRequest(config, model_info, use, tokenizer, inputs, options or RunOptions())
     request.check()
     if use != TRAINER:
         _ = request.tokens  # what cannot stay is refused now

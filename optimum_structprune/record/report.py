@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
@@ -148,25 +148,19 @@ def enter_figures(record: Any, text: str, figures: Mapping[str, Any], is_other: 
             getattr(record, field_name)[text] = value
 
 
-class PruneResult(NamedTuple):
-    """The records of a pruning, which the model carries as `model.prune_result`.
+class PruneRecords(NamedTuple):
+    """The records of a pruning, which are saved beside the model.
 
     Attributes:
-        config: The config, which says what general text has been read.
-        plan: The units of the dense model that are kept.
-        report: The numbers of the run.
-        manifest: The text that was used, and what the dense model comes from.
-        tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
-        checksums: The dtype, shape and CRC-32 of each weight that the report speaks of, by name.
+        config: The config, with the general text that was read.
+        plan: The kept units of the dense model.
+        report: The figures of the run.
+        manifest: The text of the run, and of the runs that the dense model comes from.
+        checksums: The dtype, shape and CRC-32 of each weight that the report describes, by name.
     """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase | None
     checksums: Mapping[str, Any]
-
-    def __deepcopy__(self, memo: Any) -> PruneResult:
-        """Give these records to the copy of a model too: text that a program makes cannot be copied."""
-        return self

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..record.plan import PLAN_NAME
 from ..record.remarks import CHANGED
-from ..record.report import REPORT_NAME, PruneResult
+from ..record.report import REPORT_NAME, PruneRecords
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
 from ..system.offloading import declared, places
@@ -63,27 +63,28 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*
 def save_pruned(
     model: PreTrainedModel,
     save_directory: str | Path,
-    result: PruneResult,
+    records: PruneRecords,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
     """Save a pruned model with its records, card and tokenizer; they say if weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
-    config, report = result.config, result.report
+    config, report = records.config, records.report
     used = [model.name_or_path, *used_paths(config)]
-    if checksums(model) != result.checksums:
+    if checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
         report = replace(report, changed=True)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
-        result.plan.save(folder / PLAN_NAME)
+        records.plan.save(folder / PLAN_NAME)
         replace(report, weights={**report.weights, "after": model_bytes(model)}).save(folder / REPORT_NAME)
-        (Manifest.seen_by(model) or result.manifest).save(folder / MANIFEST_NAME)  # with what trained it since
+        (Manifest.seen_by(model) or records.manifest).save(folder / MANIFEST_NAME)  # with what trained it since
         leave_card(folder, save_directory, model, config.arch_file)
 
-    save_checked(model, save_directory, tokenizer, overwrite, write, used)
+    kept = records.plan.keep.get((MODEL, VOCAB))
+    save_checked(model, save_directory, tokenizer, overwrite, write, used, kept_tokens=kept)
 
 
 def save_checked(
@@ -94,8 +95,12 @@ def save_checked(
     write: Callable[[Path], None],
     used: Iterable[str | Path | None] = (),
     like: PreTrainedModel | None = None,
+    kept_tokens: Sequence[int] | None = None,
 ) -> None:
-    """Save a model that gives the outputs of `like`, or its own; see `Output`. Of several processes one saves."""
+    """Save a model that computes the outputs of `like`, or its own; see `Output`. Of several processes one saves.
+
+    `kept_tokens` are the ids in the dense model of the tokens that a trimming has kept.
+    """
     check_tokens(model, tokenizer)
     with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
         if not is_first_rank():
@@ -117,7 +122,7 @@ def save_checked(
                 tokenizer.init_kwargs["legacy"] = tokenizer.legacy
             tokenizer.save_pretrained(staging)
         if model.name_or_path:
-            copy_extra_files(model, staging, tokenizer)
+            copy_extra_files(model, staging, tokenizer, kept_tokens)
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):  # which may name code
             settle(staging / name, type(model.config))
         write(staging)
@@ -189,7 +194,12 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
     return kernels
 
 
-def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def copy_extra_files(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    kept_tokens: Sequence[int] | None = None,
+) -> None:
     """Copy the other files beside the dense model into a result, and warn of those that are not copied."""
     source = Path(name := str(model.name_or_path))
     if not source.is_dir():
@@ -216,14 +226,20 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     if modules := [name for name in carried if "/" in name]:
-        _fit_modules(model, folder, modules, sizes)
+        _fit_modules(model, folder, modules, sizes, kept_tokens)
 
 
-def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: Set[tuple[str, str]]) -> None:
+def _fit_modules(
+    model: PreTrainedModel,
+    folder: Path,
+    names: list[str],
+    sizes: Set[tuple[str, str]],
+    kept_tokens: Sequence[int] | None,
+) -> None:
     """Write the present sizes and token ids into the configs of modules; name weights that do not fit."""
-    narrower, config, result = False, model.config.get_text_config(), getattr(model, "prune_result", None)
-    kept = None if result is None else result.plan.keep.get((MODEL, VOCAB))
-    new = {str(old): number for number, old in enumerate(kept or ())}
+    narrower = False
+    config = model.config.get_text_config()
+    new = {str(old): number for number, old in enumerate(kept_tokens or ())}
     for path in (folder / name for name in names if name.endswith(".json")):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         of_tokens = any(("vocab_size", number) in sizes for _, number in WIDTH_FIELD.findall(text))

@@ -17,7 +17,7 @@ from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, parameters_of
 from ..domains.load import calibration_domains, given_domains, texts_of
-from ..domains.manifest import Entry
+from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
@@ -54,15 +54,22 @@ class CalibrationData:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         options: RunOptions | None = None,
+        earlier: Manifest | None = None,
     ) -> CalibrationData:
-        """Read the text that a config names; the config of the data says which general text was read."""
-        if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
-            model = dequantized(model, inplace=False)
+        """Read the text of a config. Documents of `earlier` runs keep their use.
+
+        The config of the result is the config of the run from there on: it also names the general text that was read.
+        """
+        options = options or RunOptions()
         if inputs is not None:
-            read = config, given_domains(inputs, config.holdout, config.allocation != "uniform")
-        else:
-            read = calibration_domains(config, model, tokenizer)
-        return cls(*read, options or RunOptions())
+            domains = given_domains(inputs, config.holdout, probe=config.allocation != "uniform")
+            return cls(config, domains, options)
+
+        if any(written_by_model(domain) for domain in texts_of(config)):
+            # A copy is unpacked, because the run may still be refused for lack of text.
+            model = dequantized(model, inplace=False)
+        config, domains = calibration_domains(config, model, tokenizer, earlier=earlier)
+        return cls(config, domains, options)
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.forward.metrics import perplexity
-from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
+from optimum_structprune.pruning.request import DRY_RUN, resolve_request, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
 
 
@@ -150,12 +150,12 @@ def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
     with pytest.warns(UserWarning, match="have no effect here: keep_tokens='a', .*; round_to=8, because") as caught:
-        ask(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
+        resolve_request(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ask(blind(error_feedback=0.2), dense, use=DRY_RUN)
-        ask(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
+        resolve_request(blind(error_feedback=0.2), dense, use=DRY_RUN)
+        resolve_request(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.

@@ -17,10 +17,10 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.loop import best_units, calibrate, consumer_scores, prune_layers_, refit_consumers
 from optimum_structprune.method.shrink import Masks, read_consumer
-from optimum_structprune.pruning.run import Run
 from optimum_structprune.search.search import Search, choose_shape
 from optimum_structprune.search.trials import STRIDE, Probe, candidates, trial_losses, unit_losses, values_on_trial
 from optimum_structprune.sources.data import batches_of, source_of
+from optimum_structprune.steps.base import RunState
 
 
 def domains():
@@ -139,7 +139,7 @@ def test_a_layer_that_does_little_gives_up_more():
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for source in (whole_model_at_once(), nullcontext()):
         with source:
-            assert choose_shape(Run(model, arch, data_of(settings))) == found
+            assert choose_shape(RunState.start(model, arch, data_of(settings)), settings) == found
 
 
 def test_domains_of_few_and_of_many_samples_have_a_probe_of_one_length():

@@ -134,7 +134,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
     assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == READER.get_vocab()
     assert pruner.report.trimmed["tokens"] == 16 and pruner.report.trimmed["respelled"] == 0
-    assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
+    assert dry_run(model.config, pruner.result.config).widths == {"vocab": 448}
     joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
     assert joint.report.trimmed["tokens"] == 464 - small.config.vocab_size > 0
     assert joint.report.trimmed["respelled"] == 0
@@ -147,7 +147,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
 ])  # fmt: skip
 def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fields):
     pruner, small = pruned(**fields)
-    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.used_config.widths == fields["widths"]
+    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.result.config.widths == fields["widths"]
     assert sum(width for widths in pruner.plan.widths().values() for width in widths.values()) > 320
     assert pruner.report.widths["vocab"] == {-1: fields["widths"]["vocab"]}
 
@@ -160,7 +160,7 @@ def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
     assert {*counted.documents} == every - {*calibrated.heldout_documents} and {*calibrated.documents} <= every
     assert calibrated.heldout_documents == counted.heldout_documents
     assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
-    assert pruner.used_config.domains == pruner.config.domains
+    assert pruner.result.config.domains == pruner.config.domains
 
 
 def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
@@ -316,7 +316,7 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
+    assert pruner.result.config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
     read = [load_domains(pruner.config, READER)[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
     assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
@@ -328,7 +328,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     pruner, small = pruned(model, **fields)
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
-    assert pruner.used_config.targets is None and pruner.report.trimmed
+    assert pruner.result.config.targets is None and pruner.report.trimmed
     assert {choice.name for choice in dry_run(model.config, fewer_tokens(**fields)).spaces} == {"vocab", "mlp"}
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})
