@@ -154,8 +154,9 @@ class ExpertRefit:
         self.data = data
         self.gain = self._gain(str(space.experts))
         self.targets: list[Tensor] = []
-        # The energy and the number of tokens of each batch. They stay on the device until all batches have run.
+        # The energy of each batch stays on the device until all batches have run.
         self._energies: list[Tensor] = []
+        self._counts: list[int] = []  # the number of tokens of each batch
 
     def _gain(self, module: str) -> float | None:
         """Return the factor of a module's output in the layer's output; None where it takes another path."""
@@ -169,8 +170,8 @@ class ExpertRefit:
         source = self.source
         batch = source.batches[number]
         target = routed.float()
-        energy = target.square().sum(dtype=torch.float64)
-        self._energies.append(torch.stack([energy, energy.new_tensor(len(target))]))
+        self._energies.append(target.square().sum(dtype=torch.float64))
+        self._counts.append(len(target))
         if self.gain is not None and isinstance(source, InMemory) and source.error_feedback:
             dense = source.dense[number].to(output.device)
             error = batch.counted(source.error_feedback * (dense.float() - output.float()))
@@ -180,11 +181,13 @@ class ExpertRefit:
     def scales(self) -> list[float]:
         """Return the square root of each token's weight by batch; a domain's weight is its share by its energy."""
         batches = self.source.batches
-        by_domain = torch.zeros(self.source.num_domains, 2, dtype=torch.float64)
-        for batch, values in zip(batches, torch.stack(self._energies).cpu(), strict=True):
-            by_domain[batch.domain] += values
-        all_reduce_([by_domain])
-        energy, count = by_domain.unbind(1)
+        energy = torch.zeros(self.source.num_domains, dtype=torch.float64)
+        count = torch.zeros(self.source.num_domains, dtype=torch.float64)
+        energies = torch.stack(self._energies).cpu()
+        for batch, own_energy, own_count in zip(batches, energies, self._counts, strict=True):
+            energy[batch.domain] += own_energy
+            count[batch.domain] += own_count
+        all_reduce_([energy, count])
 
         shares = torch.tensor(self.data.shares).double()
         weights = shares * count / energy.where(energy > 0, torch.inf)

@@ -47,9 +47,9 @@ class _Chunk(NamedTuple):
     rows: Tensor  # the dense token of each position, counted from the beginning of `dense`, shape `(positions,)`
     first: Tensor  # 1 where a dense token begins, else 0, shape `(positions,)`
     inner: Tensor  # the positions that have a node, shape `(inner,)`
-    counts: Tensor  # the number of branches of their nodes, shape `(inner,)`
-    offsets: Tensor  # added to a number in the list of all branches of the chunk, gives the branch, `(inner,)`
-    num_branches: int  # the sum of `counts`
+    ends: Tensor  # the number of branches of their nodes, added up, shape `(inner,)`
+    offsets: Tensor  # the first branch of their nodes, less the branches of those before, shape `(inner,)`
+    num_branches: int  # the number of all branches
 
 
 class TokenAlignment:
@@ -210,15 +210,16 @@ class TokenAlignment:
 
             inner = (nodes_of_chunk >= 0).nonzero()[:, 0]
             counts = self._counts[nodes_of_chunk[inner]]
-            offsets = self._starts[nodes_of_chunk[inner]] + counts - counts.cumsum(0)
+            ends = counts.cumsum(0)
+            offsets = self._starts[nodes_of_chunk[inner]] + counts - ends
             branches.append(int(counts.sum()))
-            indices += [rows_of_chunk - start, first_of_chunk, inner, counts, offsets]
+            indices += [rows_of_chunk - start, first_of_chunk, inner, ends, offsets]
 
         all_rows, *moved = torch.cat(indices).to(device).split([len(index) for index in indices])
         chunks = []
         for number, (dense, num_branches) in enumerate(zip(slices, branches, strict=True)):
-            of_rows, of_first, inner, counts, offsets = moved[5 * number : 5 * number + 5]
-            chunks.append(_Chunk(dense, of_rows, of_first, inner, counts, offsets, num_branches))
+            of_rows, of_first, inner, ends, offsets = moved[5 * number : 5 * number + 5]
+            chunks.append(_Chunk(dense, of_rows, of_first, inner, ends, offsets, num_branches))
         return all_rows, chunks
 
     @torch.no_grad()
@@ -243,9 +244,10 @@ class TokenAlignment:
         begins = begins / begins.sum(1, keepdim=True)
 
         # The probability of what follows the prefix of each inner position, where the column `size` is its end.
-        branch = torch.arange(chunk.num_branches, device=device)
-        branch += chunk.offsets.repeat_interleave(chunk.counts, output_size=chunk.num_branches)
-        position = chunk.inner.repeat_interleave(chunk.counts, output_size=chunk.num_branches)
+        number = torch.arange(chunk.num_branches, device=device)
+        owner = torch.searchsorted(chunk.ends, number, right=True)
+        branch = number + chunk.offsets[owner]
+        position = chunk.inner[owner]
         # The prefix of a first part is the dense token before.
         prediction = (chunk.rows - chunk.first)[position]
         following = probabilities.new_zeros(len(chunk.rows), self.size + 1)
