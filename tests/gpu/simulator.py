@@ -18,6 +18,7 @@ import sys
 import weakref
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cache
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,7 +26,6 @@ import torch
 import torch._dynamo  # reads functions of torch.cuda, so it is imported before they are replaced
 import torch.utils._mode_utils
 from gpu import runtime
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 CPU = torch.device("cpu")
@@ -220,14 +220,32 @@ def _restored(held: torch.Tensor, device: torch.device, requires_grad: bool, is_
     return tensor.requires_grad_(requires_grad)
 
 
+def _leaves(value):
+    if isinstance(value, (list, tuple)):
+        for element in value:
+            yield from _leaves(element)
+    else:
+        yield value
+
+
+def _mapped(function, value):
+    """Apply a function to all leaves of lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(function, element) for element in value)
+    return function(value)
+
+
+def _held(value):
+    return value.held if isinstance(value, CudaTensor) else value
+
+
 class Call:
     """A call of an operator on the CUDA key: its checks, its counts, and its run on the held tensors."""
 
     def __init__(self, operator, args, kwargs):
         self.operator, self.args, self.kwargs = operator, args, kwargs
         self.name = operator._schema.name.removeprefix("aten::")
-        self.leaves, self.structure = tree_flatten((args, kwargs))
-        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        self.tensors = [leaf for leaf in _leaves((args, *kwargs.values())) if isinstance(leaf, torch.Tensor)]
         self.simulated = [tensor for tensor in self.tensors if isinstance(tensor, CudaTensor)]
         asked = kwargs.get("device")
         self.asked = None if asked is None else torch.device(asked)
@@ -254,7 +272,7 @@ class Call:
             return result
         if target.type != "cuda":
             return result
-        return tree_map(lambda output: self._wrapped(output, target), result)
+        return _mapped(lambda output: self._wrapped(output, target), result)
 
     @property
     def is_list(self) -> bool:
@@ -332,8 +350,8 @@ class Call:
 
     def _result(self):
         """Run the operator on the CPU."""
-        held = [leaf.held if isinstance(leaf, CudaTensor) else leaf for leaf in self.leaves]
-        args, kwargs = tree_unflatten(held, self.structure)
+        args = _mapped(_held, self.args)
+        kwargs = {name: _mapped(_held, value) for name, value in self.kwargs.items()}
         for name in ("pin_memory", "non_blocking"):
             kwargs.pop(name, None)
         if self.asked is not None:
@@ -369,8 +387,10 @@ class Call:
         return CudaTensor(output, device)
 
 
+@cache
 def _factories():
-    """Yield the operators that make a tensor out of no tensor, with their names."""
+    """Return the operators that make a tensor out of no tensor, with their names."""
+    factories = []
     for full_name in torch._C._dispatch_get_all_op_names():
         if not full_name.startswith("aten::"):
             continue
@@ -383,7 +403,8 @@ def _factories():
             arguments = operator._schema.arguments
             takes_tensors = any("Tensor" in str(argument.type) for argument in arguments)
             if not takes_tensors and any(argument.name == "device" for argument in arguments):
-                yield operator, name
+                factories.append((operator, name))
+    return factories
 
 
 def _kernel(operator):
@@ -487,7 +508,7 @@ def simulated_gpus(count: int = 1, float64: bool = True):
     loaded.enable(1)
     library = torch.library.Library("aten", "IMPL")
     try:
-        for operator, name in list(_factories()):
+        for operator, name in _factories():
             with suppress(RuntimeError):  # an operator that is made of others has no kernel of its own
                 library.impl(name, _kernel(operator), "CUDA")
         torch.__future__.set_swap_module_params_on_conversion(True)
