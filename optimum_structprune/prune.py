@@ -229,7 +229,7 @@ def _upper_bound(loss: float, margin: float | None) -> float:
 
 
 def _copy(model: PreTrainedModel, request: PruningRequest) -> PreTrainedModel:
-    """Return a copy of a model. It shares the weights if only tokens are removed, because no trial changes them then."""
+    """Return a copy of a model, which shares the weights if only tokens are removed: no trial changes them then."""
     shares_weights = set(request.widths) == {VOCAB} and not request.model_info.quantized
     if not shares_weights:
         return deepcopy(model)

@@ -41,6 +41,7 @@ from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.measure import Comparison
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
+from optimum_structprune.steps.base import RunState
 
 
 KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}

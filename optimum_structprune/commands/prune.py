@@ -33,7 +33,10 @@ def prune(args: Namespace) -> Result:
     with across_processes(), output.locked():
         _check_folders(args, output, loading, config, options, recovery)
         pruned = _prune_and_save(args, output, loading, config, options)
-        smaller, tokenizer, report = pruned.model, pruned.tokenizer, pruned.report
+        smaller = pruned.model
+        tokenizer = pruned.tokenizer
+        report = pruned.report
+        assert tokenizer is not None
         loader = loader_of(args.output, smaller.config, config.arch_file)
         text = f"{report}\nsaved to {args.output}; it loads with {loader}({args.output!r})"
         if smaller.config.get_text_config().is_heterogeneous:

@@ -33,8 +33,6 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The allocations that give all layers one width.
-ONE_WIDTH = ("uniform", "search_uniform")
 # What makes up for removed units, see `method.refit.least_squares`.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
 # The languages of which there are texts, by their codes (ISO 639-1).
@@ -107,11 +105,6 @@ def _check_together(config: "StructPruneConfig") -> None:
         raise ValueError(
             f"general_share={config.general_share} adds a domain {GENERAL!r}, and domains has one; leave out either"
         )
-    if config.allocation == "search_uniform" and (config.widths is not None or config.skip_layers):
-        raise ValueError(
-            f"allocation='search_uniform' looks for one shape of all layers, which widths={config.widths} and "
-            f"skip_layers={list(config.skip_layers)} contradict; leave them out, or choose allocation='search'"
-        )
 
 
 @config_class
@@ -168,9 +161,8 @@ class StructPruneConfig(WithDomains):
             default, and whole layers too.
         refit: What makes up for the removed units: `none`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
-        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere. The others go
-            by the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries
-            one shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
+        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere. `sensitivity`
+            measures the loss of the model and gives each layer widths of its own.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
@@ -221,7 +213,7 @@ class StructPruneConfig(WithDomains):
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
-    allocation: Literal["uniform", "sensitivity", "search", "search_uniform"] = "uniform"
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     tensor_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None

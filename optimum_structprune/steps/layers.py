@@ -73,7 +73,7 @@ def remove_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData
 
 
 def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
-    """Return the outputs of some layers in sequence on a few tokens, or of the whole model if layers cannot run alone."""
+    """Return the outputs of some layers on a few tokens, or of the whole model if layers cannot run alone."""
     source = source_of(model, arch, [Batch(0, random_inputs(model))])
     if not isinstance(source, InMemory):
         return outputs_for(model)
@@ -169,7 +169,7 @@ class Norm(NamedTuple):
 def refit_consumer_(
     model: nn.Module, config: StructPruneConfig, axis: Axis, moments: Moments, columns: Tensor
 ) -> Tensor:
-    """Set some columns of a consumer to refitted values and all others to zero; return them, shape `(out, columns)`."""
+    """Refit some columns of a consumer, set all others to zero, and return the former, shape `(out, columns)`."""
     weight, bias = read_consumer(model, axis)
     columns = columns.to(weight.device)
     ridge = ridge_strength(config.damping, len(columns), moments.count)

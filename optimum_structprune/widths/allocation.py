@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import CHANNEL, EXPERT, GROUP, LAYER, MODEL, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
-from ..config.pruning import AUTO, CACHE, ONE_WIDTH, StructPruneConfig
+from ..config.pruning import AUTO, CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 
@@ -50,11 +50,6 @@ def target_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths,
             f"The layers of this {arch.model_type} model {'are to ' * same}differ in width, and {LAYER!r} would "
             f"number them anew; prune {LAYER!r} in a run of its own."
         )
-    if not same and config.allocation == "search_uniform":
-        raise StructPruneError(
-            f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for "
-            "one shape of all layers; choose allocation='search'."
-        )
     check_may_differ(config, arch, list(legal))
     pruned = _without(arch, config.skip_layers, legal)
     if is_bounded(config, arch, list(legal)):
@@ -79,7 +74,7 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     """Lists the spaces of a config; of its default, those of the model."""
     names = list(config.targets_or_default if config.widths is None else config.widths)
     if config.widths is None and config.targets is None:
-        by_layer = config.allocation not in ONE_WIDTH and CACHE not in (config.budget or {})
+        by_layer = config.allocation != "uniform" and CACHE not in (config.budget or {})
         may = [name for name in names if arch.of(name) and not (by_layer and arch.of(name)[0].uniform)]
         names = may or list(arch.channels) or names
     for name in names:
@@ -134,9 +129,9 @@ def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidth
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
     """Tells if each layer gets its own width of at least `LEAST_KEPT`, see `ranked_widths`.
 
-    With an allocation of one width it does if the model's layers differ already and `widths` is not given.
+    With `allocation="uniform"` it does if the model's layers differ already and `widths` is not given.
     """
-    return config.allocation not in ONE_WIDTH or (config.widths is None and not has_one_width(arch, names))
+    return config.allocation != "uniform" or (config.widths is None and not has_one_width(arch, names))
 
 
 def has_one_width(arch: ArchSpec, names: Collection[str]) -> bool:
@@ -147,7 +142,7 @@ def has_one_width(arch: ArchSpec, names: Collection[str]) -> bool:
 def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
     """Refuse layers of different widths in spaces of one width."""
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
-    if config.allocation in ONE_WIDTH and not config.skip_layers:
+    if config.allocation == "uniform" and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
         cause = f"widths={config.widths}"
     for name in names:
