@@ -83,8 +83,9 @@ class PruneResult:
 
         Args:
             save_directory: The folder to write to. It is created if it does not exist.
-            tokenizer: Another tokenizer to save. It may have additional tokens, as long as the model has rows for
-                them. The dense model's tokenizer stands for the new one if the vocabulary has become smaller.
+            tokenizer: Another tokenizer to save than the one of this result. It may have additional tokens, as long
+                as the model has rows for them. The dense model's tokenizer stands for the new one if the vocabulary
+                has become smaller.
             overwrite: Whether an existing folder is replaced.
             model: The pruned model after further training, if that is another object.
 
@@ -107,11 +108,11 @@ class PruneResult:
 
     def _tokenizer_to_save(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer that fits the model."""
+        if tokenizer is None:
+            return self.tokenizer
         kept = self.plan.keep.get((MODEL, VOCAB))
         if kept is None or self.tokenizer is None:
             return tokenizer
-        if tokenizer is None:
-            return self.tokenizer
 
         # The ids of the new tokenizer's tokens in the dense model. Rows that only a config names have no tokens.
         tokens = self.tokenizer.get_vocab()
@@ -310,7 +311,7 @@ class StructPruner:
         Args:
             model: The model that the last run returned. It may have been trained since.
             save_directory: The folder to write to.
-            tokenizer: The tokenizer to save, or None for the new one if the vocabulary has become smaller.
+            tokenizer: The tokenizer to save, by default the one of the result.
             overwrite: Whether an existing folder is replaced.
 
         Raises:

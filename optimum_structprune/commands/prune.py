@@ -9,7 +9,7 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
-from ..prune import prune as prune_in_one_call
+from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
 from ..recovery.recover import check_recovery
 from ..saving.card import loader_of

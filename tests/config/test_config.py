@@ -46,7 +46,7 @@ configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"sparsity": 0.2}, ("mlp",)),
-    ({"budget": {"parameters": 9}, "allocation": "search"}, ("mlp", "attention")),
+    ({"budget": {"parameters": 9}, "allocation": "sensitivity"}, ("mlp", "attention")),
     ({"budget": {"cache_bytes_per_token": 9}}, ("attention",)),
     ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
 ])  # fmt: skip
@@ -87,9 +87,7 @@ def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_ask
     ({"budget": {}}, "names exactly one of parameters, bytes, cache_bytes_per_token"),
     ({"budget": {"parameters": 9, "bytes": 9}}, "names exactly one of"),
     ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),
-    ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
-    ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "one shape of all layers"),
-    ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
+    ({"widths": {"mlp": [24, 32]}, "allocation": "sensitivity"}, "what every layer keeps, so allocation='sens"),
     ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
     ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),
     ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),

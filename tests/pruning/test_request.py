@@ -12,7 +12,7 @@ from helpers import recovery_config, same_weights, unread
 from models import build, config, token_ids, tokenizer
 from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
-from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune_model
+from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune, prune_model
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.criteria import CRITERIA, register_criterion
@@ -33,7 +33,7 @@ def training(**fields) -> RecoveryConfig:
     return recovery_config(domains=[DomainConfig(name="x", source=unread())], **fields)
 
 
-UNIFORM = {"allocation": "search_uniform", "round_to": 4}
+MEASURED = {"allocation": "sensitivity", "round_to": 4}
 ONLY_LAYERS = "judges whole layers, and nothing else"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
@@ -66,9 +66,13 @@ REFUSED = [
     ("phi3", {"widths": {"attention": [2, 4]}}, "'attention' of a phi3.*number of heads"),
     ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
     ("llava", {"skip_layers": [0]}, "only a text model by itself"),
-    ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["layer"]}, "'layer' is none of"),
-    ("bert", {"sparsity": 0.2, **UNIFORM, "targets": ["mlp"]}, "makes none; use allocation='unif"),
-    ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "search"}, "belongs to the whole model"),
+    ("llama-tied", {"sparsity": 0.1, **MEASURED, "targets": ["layer"]}, "'layer' is none of"),
+    ("bert", {"sparsity": 0.2, **MEASURED, "targets": ["mlp"]}, "makes none; use allocation='unif"),
+    (
+        "llama-tied",
+        {"sparsity": 0.2, "targets": ("hidden",), "allocation": "sensitivity"},
+        "belongs to the whole model",
+    ),
     ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
     # the criterion
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
@@ -105,7 +109,7 @@ def test_the_text_is_what_a_run_reads_next():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "search"}, "measures what the dense model loses"),
+    ({"allocation": "sensitivity"}, "measures what the dense model loses"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -164,7 +168,7 @@ def test_check_warns_once_of_all_of_them():
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
     ("targets", ["attention"], {"sparsity": 0.2, "round_to": 4}, True),
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
-    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "search"}, True),
+    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "sensitivity"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),
@@ -213,8 +217,8 @@ def test_another_kind_is_refused():
 
 
 def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
-    small = prune_model(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
-    assert small.config.intermediate_size == 24 and small.prune_result.manifest.seq_length == 16
+    result = prune(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
+    assert result.model.config.intermediate_size == 24 and result.manifest.seq_length == 16
 
 
 def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
