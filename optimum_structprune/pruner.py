@@ -99,7 +99,7 @@ class PruneResult:
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Raise if a model does not have the shapes of the pruned one."""
-        shapes = {name: shape for name, (_, shape, _) in self.records.checksums.items()}
+        shapes = {name: checksum[1] for name, checksum in self.records.checksums.items()}
         if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
             raise StructPruneError(
                 f"This {type(model).__name__} does not have the shapes of the pruned model. Pass the model of this "

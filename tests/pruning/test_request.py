@@ -66,8 +66,7 @@ REFUSED = [
     ("phi3", {"widths": {"attention": [2, 4]}}, "'attention' of a phi3.*number of heads"),
     ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
     ("llava", {"skip_layers": [0]}, "only a text model by itself"),
-    ("llama-tied", {"sparsity": 0.1, **MEASURED, "targets": ["layer"]}, "'layer' is none of"),
-    ("bert", {"sparsity": 0.2, **MEASURED, "targets": ["mlp"]}, "makes none; use allocation='unif"),
+    ("llama-tied", {"sparsity": 0.1, **MEASURED, "targets": ["layer"]}, "which 'layer' of a llama model cannot have"),
     (
         "llama-tied",
         {"sparsity": 0.2, "targets": ("hidden",), "allocation": "sensitivity"},
@@ -140,6 +139,11 @@ def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(StructPruneError, match="checkpoint_dir='run' .*rounds=2"):
         prune_model(build("llama-tied"), blind(rounds=2), tokenizer(), options=RunOptions(checkpoint_dir="run"))
+
+
+def test_losses_are_measured_of_models_that_predict_tokens():
+    with pytest.raises(StructPruneError, match="makes none; use allocation='uniform'"):
+        prune_model(build("llama-tied").model, blind(**MEASURED), tokenizer())
 
 
 # --- options without effect
