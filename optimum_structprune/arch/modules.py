@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -162,6 +163,14 @@ def _is_from_config(value: Any, module: nn.Module) -> bool:
     """
     is_local = type(value).__module__ == type(module).__module__
     return type(value) is int or isinstance(value, PretrainedConfig) or is_local
+
+
+def give_zeros_(model: nn.Module) -> None:
+    """Give a model without weights weights of zero on the CPU, which share one number in memory."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
 
 
 def embedding_of(model: PreTrainedModel) -> Any:

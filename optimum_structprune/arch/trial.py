@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import StructPruneError, one_line
 from .inference import last_states, random_inputs, run_model
 from .meta import predicts_gaps, predicts_next, reads_text, skeleton
+from .modules import give_zeros_
 from .shrink import shrunk_config
 from .spec import VOCAB, ArchSpec, Axis, Space
 
@@ -45,7 +46,7 @@ def tried_vocabulary(model: PreTrainedModel, arch: ArchSpec) -> Space:
         config = shrunk_config(model.config, arch, {VOCAB: vocabulary.size - 1})
         smaller = skeleton(model, config, buffers=True).eval()
         space = _with_all_axes(model, smaller, vocabulary)
-        _give_zeros_(smaller)
+        give_zeros_(smaller)
         with catch_warnings():
             simplefilter("ignore")
             _run(smaller)
@@ -92,14 +93,6 @@ def _with_all_axes(model: PreTrainedModel, smaller: PreTrainedModel, vocabulary:
 def _one_less(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     """Return a shape with one index less in dimension `dim`."""
     return (*shape[:dim], shape[dim] - 1, *shape[dim + 1 :])
-
-
-def _give_zeros_(model: nn.Module) -> None:
-    """Give a model without weights weights of zero, which share one number in memory."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
 
 
 class _WithoutProducts(TorchDispatchMode):
