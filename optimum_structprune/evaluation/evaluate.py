@@ -23,7 +23,7 @@ from ..record.remarks import measurements_text
 from ..record.report import enter_figures
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
-from ..vocabulary.parts import Parts
+from ..vocabulary.token_alignment import TokenAlignment
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
 from .heldout import Heldout, Judged, read_heldout, read_pairs
@@ -47,7 +47,7 @@ class Evaluation(Record):
         bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
         divergence: The mean KL(dense‖model) per token of the dense tokenizer in nats, by domain; where the model has
-            lost tokens, in those that are left (`vocabulary.parts`); absent where it has others than the dense one.
+            lost tokens, in the tokens that it has (`TokenAlignment`); absent where its tokens are unrelated.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
             both have the same tokens.
         embeddings: How near the vectors of an encoder are to the dense model's, by domain and model.
@@ -195,13 +195,15 @@ def _compare_vectors(
     measured.enter(evaluation, models["model"], "dense", "model")
 
 
-def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
+def _parts(
+    models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]
+) -> TokenAlignment | None:
     """Gives the parts of the dense model's tokens; None where the model cannot spell them all.
 
     It cannot either where it has tokens of its own, or in another order.
     """
     with suppress(StructPruneError):
-        parts = Parts.between(models["dense"], readers["dense"], models["model"], readers["model"])
+        parts = TokenAlignment.between(models["dense"], readers["dense"], models["model"], readers["model"])
         return parts if all(parts.spellings[: len(readers["dense"])]) else None
     return None
 
@@ -209,7 +211,7 @@ def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrain
 def _answer(
     evaluation: Evaluation,
     models: Mapping[str, PreTrainedModel],
-    parts: Parts | None,
+    parts: TokenAlignment | None,
     questions: Sequence[Question],
     answers: Mapping[str, Sequence[Answer]],
     dense_tokenizer: PreTrainedTokenizerBase,

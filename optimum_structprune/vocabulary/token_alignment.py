@@ -15,7 +15,7 @@ from ..forward.metrics import outputs_for
 from .tokens import Vocabulary
 
 
-class Parts:
+class TokenAlignment:
     """Spells each token of a dense model by its parts, which are among `size` tokens of another vocabulary.
 
     The `spellings` by dense token, empty where nothing spells it, form a tree. Its nodes are the beginnings with which
@@ -45,7 +45,7 @@ class Parts:
         dense_tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> Parts:
+    ) -> TokenAlignment:
         """Gives the parts of a dense model's tokens in the vocabulary of one that has lost some or none."""
         rows, size = (each.config.get_text_config().vocab_size for each in (dense, model))
         theirs, own = (1 + max(each.get_vocab().values()) for each in (dense_tokenizer, tokenizer))
@@ -69,11 +69,11 @@ class Parts:
                     spellings[token] = (unknown,)
         return cls(spellings, size)
 
-    def change_nothing(self) -> bool:
+    def is_identity(self) -> bool:
         """Is true if each token is its own only part, under the same id."""
         return self.size == len(self.spellings) and torch.equal(self.first, torch.arange(self.size))
 
-    def spelled(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:
+    def align(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:
         """Gives the parts of a text of dense tokens, each with the row of its token and the node before it.
 
         Rows number the tokens that are counted, from `seen` on; others have -1. The node is what was read of the token
@@ -136,7 +136,11 @@ class Parts:
 
 @torch.no_grad()
 def divergence_from_dense(
-    parts: Parts, dense: PreTrainedModel, model: PreTrainedModel, rows: Iterable[Sequence[int]], context: Iterable[int]
+    parts: TokenAlignment,
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    rows: Iterable[Sequence[int]],
+    context: Iterable[int],
 ) -> Tensor:
     """Sums the KL divergence from the dense model's words in nats, shape `(rows,)`, fp64, on the CPU.
 
@@ -144,7 +148,7 @@ def divergence_from_dense(
     """
     found = []
     for ids, begin in zip(rows, context, strict=True):
-        read, tokens, nodes = torch.tensor(parts.spelled(ids, [place >= begin for place in range(len(ids))])).unbind(1)
+        read, tokens, nodes = torch.tensor(parts.align(ids, [place >= begin for place in range(len(ids))])).unbind(1)
         logits, counted = outputs_for(model, read[None])[0, :-1], tokens[1:] >= 0
         expected = outputs_for(dense, torch.tensor([ids]))[0, begin - 1 : -1]
         each = parts.divergence(logits[counted.to(logits.device)], expected, tokens[1:][counted], nodes[1:][counted])
