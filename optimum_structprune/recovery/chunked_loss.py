@@ -88,8 +88,9 @@ class _LossWithGradient(torch.autograd.Function):
             chunk = inputs[start:end].detach().requires_grad_()
             with torch.enable_grad():
                 values = chunk_loss(chunk, start, end)
+                total = values.loss.sum()
 
-            (gradients[start:end],) = torch.autograd.grad(values.loss.sum(), chunk)
+            (gradients[start:end],) = torch.autograd.grad(total, chunk)
             losses.append(TokenLosses(values.loss.detach(), values.kl.detach()))
 
         ctx.save_for_backward(gradients)
