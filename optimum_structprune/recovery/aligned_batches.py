@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..vocabulary.token_alignment import TokenAlignment
+from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
 from .live_teacher import Predictions
 
 
@@ -206,7 +207,7 @@ class AlignedTargets:
         teacher_positions: The indices of the positions whose next token counts, in the flattened teacher's batch.
         rows: For each counted position of the student, the number of the teacher's token, shape `(positions,)`.
         nodes: For each counted position, the node of its next token; see `TokenAlignment.align`.
-        starts: Whether the next token is the first part of a teacher's token.
+        chunks: The positions in chunks; see `split`.
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -221,8 +222,7 @@ class AlignedTargets:
     teacher_positions: Tensor
     rows: Tensor
     nodes: Tensor
-    starts: Tensor
-    chunk_rows: list[int]
+    chunks: list[AlignedChunk] = field(default_factory=list)
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], positions: Tensor) -> AlignedTargets:
@@ -244,46 +244,55 @@ class AlignedTargets:
         # A position predicts the token after it, and the last position of a sample predicts none.
         length = inputs["align_rows"].shape[1]
         places = positions - positions // length
-        rows = rows[places]
         return cls(
             {"input_ids": inputs["teacher_input_ids"], "position_ids": inputs["teacher_position_ids"]},
             counted.flatten().nonzero()[:, 0],
-            rows,
+            rows[places],
             nodes[places],
-            rows.diff(prepend=rows.new_tensor([-1])) != 0,
-            rows.tolist(),
         )
 
+    def split(self, alignment: TokenAlignment, size: int, device: torch.device) -> None:
+        """Divide the positions into chunks of `size` positions, on the device of the student's logits."""
+        if len(self.rows):
+            _, self.chunks = alignment.chunks(self.rows, self.nodes, size, device)
+
     def divergence(
-        self,
-        alignment: TokenAlignment,
-        log_student: Tensor,
-        predictions: Predictions,
-        temperature: float,
-        start: int,
-        end: int,
+        self, alignment: TokenAlignment, log_student: Tensor, predictions: Predictions, temperature: float, number: int
     ) -> Tensor:
-        """Return the KL divergence of the teacher's words in nats for the positions `start` to `end`.
+        """Return the KL divergence of the teacher's words in nats for one chunk, shape `(positions,)`, fp32.
 
         Args:
             alignment: The spelling of the teacher's tokens.
-            log_student: The student's log-probabilities of the next tokens, shape `(end - start, size)`.
+            log_student: The student's log-probabilities of the next tokens, shape `(positions, size)`.
             predictions: The teacher's predictions of its counted tokens.
             temperature: The temperature of both distributions.
-            start: The first counted position.
-            end: The position after the last one.
+            number: The number of the chunk.
         """
-        if start == end:
+        if not len(log_student):
             return log_student.sum(-1)
-        device = log_student.device
-        first_row = max(self.chunk_rows[start] - 1, 0)
-        last_row = self.chunk_rows[end - 1] + 1
+        chunk = self.chunks[number]
         with torch.no_grad():
-            taught = predictions.logits(first_row, last_row, device).float()
-            probabilities = (taught / temperature).softmax(-1)
-            rows = (self.rows[start:end] - first_row).to(device)
-            expected, certainty = alignment.expected(
-                probabilities, rows, self.starts[start:end].to(device), self.nodes[start:end].to(device)
-            )
-            negative_entropy = torch.special.xlogy(expected, expected).sum(-1)
-        return certainty * (negative_entropy - (expected * log_student).sum(-1))
+            taught = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
+            target, weight = alignment.next_part((taught / temperature).softmax(-1), chunk)
+            negative_entropy = torch.special.xlogy(target, target).sum(-1)
+        return weight * (negative_entropy - (target * log_student).sum(-1))
+
+    def teacher_losses(self, predictions: Predictions, size: int) -> Tensor:
+        """Return the teacher's own loss for each of its counted tokens, shape `(tokens,)`, fp32."""
+        targets = self.next_teacher_tokens
+        losses = []
+        for start in range(0, len(targets), size):
+            logits = predictions.logits(start, start + size, targets.device).float()
+            losses.append(cross_entropy(logits, targets[start : start + size], reduction="none"))
+        return torch.cat(losses) if losses else targets.float()
+
+    @property
+    def next_teacher_tokens(self) -> Tensor:
+        """The teacher's token after each counted position, shape `(tokens,)`."""
+        ids = self.teacher_inputs["input_ids"].flatten()
+        return ids[self.teacher_positions + 1]
+
+    @property
+    def teacher_samples(self) -> Tensor:
+        """The number of the sample of each counted token of the teacher, shape `(tokens,)`."""
+        return self.teacher_positions // self.teacher_inputs["input_ids"].shape[1]

@@ -305,27 +305,32 @@ class TeacherLoss:
     ) -> TokenLosses:
         vocab_size = size or bare_model(self.trainer.model).config.get_text_config().vocab_size
         targets = batch.targets.to(values.device)
+        chunk_size = chunk_tokens(vocab_size, values.device)
+        if batch.aligned is not None:
+            assert self.teacher.alignment is not None
+            batch.aligned.split(self.teacher.alignment, chunk_size, values.device)
 
         def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
             logits = project(chunk).float()
-            kl = self._divergence(logits, batch, start, end)
+            log_student = (logits / self.temperature).log_softmax(-1)
+            if batch.aligned is None:
+                kl = self._divergence(log_student, batch.predictions, start, end)
+            else:
+                assert self.teacher.alignment is not None
+                kl = batch.aligned.divergence(
+                    self.teacher.alignment, log_student, batch.predictions, self.temperature, start // chunk_size
+                )
             loss = (1 - self.task_weight) * self.temperature**2 * kl
             if self.task_weight:
                 loss = loss + self.task_weight * cross_entropy(logits, targets[start:end], reduction="none")
             return TokenLosses(loss, kl.detach())
 
-        return chunked_losses(values, chunk_loss, chunk_tokens(vocab_size, values.device), trains_head)
+        return chunked_losses(values, chunk_loss, chunk_size, trains_head)
 
-    def _divergence(self, logits: Tensor, batch: _Batch, start: int, end: int) -> Tensor:
+    def _divergence(self, log_student: Tensor, predictions: Predictions, start: int, end: int) -> Tensor:
         """Return the KL divergence in nats for the positions `start` to `end`, shape `(end - start,)`, fp32."""
-        log_student = (logits / self.temperature).log_softmax(-1)
-        if batch.aligned is not None:
-            assert self.teacher.alignment is not None
-            return batch.aligned.divergence(
-                self.teacher.alignment, log_student, batch.predictions, self.temperature, start, end
-            )
         with torch.no_grad():
-            taught = batch.predictions.logits(start, end, logits.device).float()
+            taught = predictions.logits(start, end, log_student.device).float()
             log_teacher = (taught / self.temperature).log_softmax(-1)
             probabilities = log_teacher.exp()
             negative_entropy = (probabilities * log_teacher).sum(-1)
