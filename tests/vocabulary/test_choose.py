@@ -12,7 +12,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
-from optimum_structprune.removals.resize import drop_tokens_
+from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
@@ -112,7 +112,6 @@ def test_all_text_counts_but_for_documents_that_are_set_aside():
 
 
 def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
-    pytest.importorskip("wordfreq")
     both, english, german = (language_shares(codes, READER, len(READER)) for codes in (["en", "de"], ["en"], ["de"]))
     torch.testing.assert_close(both, (english + german) / 2)
     assert both.sum() == pytest.approx(1)
