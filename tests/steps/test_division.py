@@ -24,9 +24,7 @@ def unused_parameters(model, small):
     return int(SHARE * model.num_parameters()) - small.num_parameters()
 
 
-@pytest.mark.parametrize(
-    ("price_of_layers", "numbers_tried"), with_long([(100.0, 2), (0.5, 3), (0.0, 3)], [100.0])
-)
+@pytest.mark.parametrize(("price_of_layers", "numbers_tried"), with_long([(100.0, 2), (0.5, 3), (0.0, 3)], [100.0]))
 def test_the_division_with_the_least_loss_is_taken_and_meets_the_budget(monkeypatch, price_of_layers, numbers_tried):
     trials = []
 
