@@ -52,7 +52,7 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    described = parse_yaml(FAMILIES_FILE.read_text(encoding="utf-8"), aliases=True)
+    described = parse_yaml(FAMILIES_FILE.read_text(encoding="utf-8"))
     entries = [entry for entry in described if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
