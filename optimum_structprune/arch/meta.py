@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
-from .families import family_of
+from .family import family_of
 from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
 from .shrink import shrunk_config

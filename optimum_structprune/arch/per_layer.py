@@ -3,8 +3,8 @@
 Transformers reads and writes `config.per_layer_config = {layer: {attribute: value}}`, but its classes cannot build
 such a model yet. Importing `optimum_structprune` enables two patches:
 
-- A layer whose class `families.yaml` names is built from its own layer's config, whenever a model's config has layers
-  that differ. Every other model is built as before.
+- A layer whose class a file in `families` names is built from its own layer's config, whenever a model's config has
+  layers that differ. Every other model is built as before.
 - `save_pretrained` puts a modelling file beside such a config, for those who load it without this package.
 
 Nothing is imported for this: the patches (of `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`) are
@@ -85,10 +85,10 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
     """Let transformers build non-uniform models, from now on or from when its modelling code is imported.
 
     Args:
-        arch_file: A file in the form of `families.yaml` with models of your own, which are then built as well.
+        arch_file: A file for models of your own, which are then built as well; see `arch/families`.
     """
     if arch_file is not None:
-        _families().user_families(arch_file)
+        _family().user_families(arch_file)
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
     elif _WATCH not in sys.meta_path:
@@ -118,17 +118,17 @@ def heterogeneous() -> Iterator[None]:
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of a model's layers, if `families.yaml` names it."""
-    name = _families().layer_class_name(config.model_type)
+    """The class of a model's layers, if a file in `families` names it."""
+    name = _family().layer_class_name(config.model_type)
     if name is None:
         return None
     modules = (sys.modules.get(cls.__module__) for cls in model_class.__mro__)
     return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
 
-def _families() -> Any:
+def _family() -> Any:
     # Imported late, because it imports yaml, and importing the package has to be cheap.
-    return import_module(f"{__package__}.families")
+    return import_module(f"{__package__}.family")
 
 
 class _AfterImport(MetaPathFinder):
@@ -243,7 +243,7 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
     # Only here, because importing the classes of all models takes long.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    layer = _families().layer_class_name(config.model_type) if config.is_heterogeneous else None
+    layer = _family().layer_class_name(config.model_type) if config.is_heterogeneous else None
     if layer is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     language_model, base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], MODEL_MAPPING[type(config)]

@@ -120,7 +120,8 @@ class StructPruneConfig(Config):
             target is still met.
         recovery: Settings of a training after the pruning. Without them, the model is not trained.
         seed: The random seed.
-        arch_file: A YAML file with descriptions of your own architectures, in the format of the built-in ones.
+        arch_file: A YAML file with descriptions of your own architectures, in the format of the files in
+            `arch/families`.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type, is out of range, or contradicts another
@@ -338,11 +339,14 @@ class StructPruneConfig(Config):
         return ("mlp",) if self.allocation == "uniform" else ("mlp", "attention")
 
     @property
-    def removes_tokens(self) -> bool | None:
-        """Whether tokens are removed; None if a budget may be divided between tokens and layers."""
-        if self.targets is None and self.budget is not None and CACHE not in self.budget:
-            return None
+    def removes_tokens(self) -> bool:
+        """Whether the config names the vocabulary among the spaces to prune."""
         return "vocab" in (self.widths or self.targets_or_default)
+
+    @property
+    def may_remove_tokens(self) -> bool:
+        """Whether a budget without targets also takes tokens, if the vocabulary of the model is large."""
+        return self.targets is None and self.budget is not None and CACHE not in self.budget
 
     @property
     def scored_by(self) -> str:

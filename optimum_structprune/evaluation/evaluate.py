@@ -94,7 +94,7 @@ def evaluate(
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
     num_samples: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     limit: int | None = None,
     manifest: Manifest | None = None,
     answers: str | Path | None = None,
@@ -113,7 +113,8 @@ def evaluate(
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; of the questions, 32 at least.
+        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
+            `perplexity`. Of the questions, at least 32.
         limit: The number of questions at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
@@ -158,7 +159,7 @@ def evaluate(
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
-        how = max_new_tokens, max(batch_size, AT_ONCE)
+        how = max_new_tokens, max(batch_size or 0, AT_ONCE)
         written = {which: ask(each, readers[which], questions, *how) for which, each in models.items()}
         _answer(evaluation, models, parts, questions, written, readers["dense"])
     return evaluation

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..removals.resize import pad_
+from ..steps.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
 from .card import leave_card
@@ -60,7 +60,7 @@ def export_uniform(
         save_directory: The folder to write to; it is made if need be.
         tokenizer: The tokenizer to save beside the model.
         overwrite: Whether a folder that exists is replaced; the one that `model` was loaded from never is.
-        arch_file: A YAML file that describes architectures of your own, in the form of `families.yaml`.
+        arch_file: A YAML file that describes architectures of your own, in the form of the files in `arch/families`.
 
     Raises:
         StructPruneError: If the model is uniform already, the folder exists and may not be replaced, or the saved
