@@ -84,7 +84,7 @@ def test_a_damaged_file_is_named(tmp_path):
         save(tmp_path, 1)
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-40] if text is None else text.encode())
-        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start"):
+        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*. Remove it to start"):
             store(tmp_path).load()
             store(tmp_path).tensors(1)
 
@@ -93,7 +93,7 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(resume, "process_count", lambda: 2)
         save(tmp_path, 2)
-    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1; start 2"):
+    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1. Start 2"):
         store(tmp_path).load()
 
 
