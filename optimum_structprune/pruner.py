@@ -18,7 +18,8 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.measure import Comparison
-from .pruning.request import ask, check_arguments, check_config_kind, check_memory
+from .pruning.memory import check_memory
+from .pruning.request import ask, check_arguments, check_config_kind
 from .pruning.run import UNITS, Run, Step, prune_units_
 from .record.plan import Plan
 from .record.report import PruneResult, Report

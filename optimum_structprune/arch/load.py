@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
-from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
+from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
 from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space

@@ -90,7 +90,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
         arch_file: A YAML file that describes your own architectures, which can then be built as well.
     """
     if arch_file is not None:
-        _families().user_families(arch_file)
+        _family().user_families(arch_file)
 
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
@@ -124,7 +124,7 @@ def heterogeneous() -> Iterator[None]:
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
     """Return the class of a model's layers, or None if the description of its family does not name it."""
-    name = _families().layer_class_name(config.model_type)
+    name = _family().layer_class_name(config.model_type)
     if name is None:
         return None
 
@@ -135,9 +135,9 @@ def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
     return None
 
 
-def _families() -> Any:
+def _family() -> Any:
     """Import the families. This is late, because it imports yaml and importing the package must be cheap."""
-    return import_module(f"{__package__}.families")
+    return import_module(f"{__package__}.family")
 
 
 class _AfterImport(MetaPathFinder):
@@ -271,7 +271,7 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
     if not config.is_heterogeneous or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
 
-    layer = _families().layer_class_name(config.model_type)
+    layer = _family().layer_class_name(config.model_type)
     if layer is None:
         return
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..arch.families import read_families
+from ..arch.family import read_families
 from ..config.domains import GENERAL, DomainConfig, as_domain
 from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig

@@ -22,7 +22,8 @@ from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, one_line, some_of
-from ..pruning.request import Request, ask, check_memory, check_reads_text
+from ..pruning.memory import check_memory
+from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable

@@ -193,7 +193,7 @@ class StructPruneConfig(WithDomains):
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the pruning; None leaves it out.
         seed: The seed of everything random.
-        arch_file: A YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
+        arch_file: A YAML file that describes architectures of your own, in the form of the files in `arch/families`.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts

@@ -22,7 +22,7 @@ from ..forward.generation import continuations
 from ..forward.metrics import evaluating, margin_of_share
 from ..record.answers import Items
 from ..system.stages import progress, stage
-from ..vocabulary.parts import Parts, divergence_from_dense
+from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 BUILTIN = "builtin"
@@ -131,7 +131,11 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def answer_divergence(
-    dense: PreTrainedModel, model: PreTrainedModel, parts: Parts, prompts: list[list[int]], answers: Sequence[Answer]
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    parts: TokenAlignment,
+    prompts: list[list[int]],
+    answers: Sequence[Answer],
 ) -> float:
     """Gives the mean KL(dense‖model) in nats per token of the dense model's answers, in the tokens that are left."""
     rows = [[*prompt, *answer["ids"]] for prompt, answer in zip(prompts, answers, strict=True)]

@@ -23,7 +23,7 @@ from ..record.remarks import measurements_text
 from ..record.report import enter_figures
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
-from ..vocabulary.parts import Parts
+from ..vocabulary.token_alignment import TokenAlignment
 from ..written import Record
 from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
 from .heldout import Heldout, Judged, read_heldout, read_pairs
@@ -47,7 +47,7 @@ class Evaluation(Record):
         bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
         divergence: The mean KL(dense‖model) per token of the dense tokenizer in nats, by domain; where the model has
-            lost tokens, in those that are left (`vocabulary.parts`); absent where it has others than the dense one.
+            lost tokens, in the tokens that it has (`TokenAlignment`); absent where its tokens are unrelated.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
             both have the same tokens.
         embeddings: How near the vectors of an encoder are to the dense model's, by domain and model.
@@ -94,7 +94,7 @@ def evaluate(
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
     num_samples: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     limit: int | None = None,
     manifest: Manifest | None = None,
     answers: str | Path | None = None,
@@ -113,7 +113,8 @@ def evaluate(
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; of the questions, 32 at least.
+        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
+            `perplexity`. Of the questions, at least 32.
         limit: The number of questions at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
@@ -158,7 +159,7 @@ def evaluate(
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
-        how = max_new_tokens, max(batch_size, AT_ONCE)
+        how = max_new_tokens, max(batch_size or 0, AT_ONCE)
         written = {which: ask(each, readers[which], questions, *how) for which, each in models.items()}
         _answer(evaluation, models, parts, questions, written, readers["dense"])
     return evaluation
@@ -195,13 +196,15 @@ def _compare_vectors(
     measured.enter(evaluation, models["model"], "dense", "model")
 
 
-def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
+def _parts(
+    models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]
+) -> TokenAlignment | None:
     """Gives the parts of the dense model's tokens; None where the model cannot spell them all.
 
     It cannot either where it has tokens of its own, or in another order.
     """
     with suppress(StructPruneError):
-        parts = Parts.between(models["dense"], readers["dense"], models["model"], readers["model"])
+        parts = TokenAlignment.between(models["dense"], readers["dense"], models["model"], readers["model"])
         return parts if all(parts.spellings[: len(readers["dense"])]) else None
     return None
 
@@ -209,7 +212,7 @@ def _parts(models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrain
 def _answer(
     evaluation: Evaluation,
     models: Mapping[str, PreTrainedModel],
-    parts: Parts | None,
+    parts: TokenAlignment | None,
     questions: Sequence[Question],
     answers: Mapping[str, Sequence[Answer]],
     dense_tokenizer: PreTrainedTokenizerBase,

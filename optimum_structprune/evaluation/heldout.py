@@ -19,7 +19,7 @@ from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
 from ..errors import StructPruneError
 from ..forward.metrics import compare, evaluating, perplexity_figures, row_losses, sample_losses
-from ..vocabulary.parts import Parts, divergence_from_dense
+from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Judged:
         models: Mapping[str, PreTrainedModel],
         readers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
-        parts: Parts | None = None,
+        parts: TokenAlignment | None = None,
     ):
         self.samples, self.parts = samples, parts
         self.documents = document_numbers(samples, readers["dense"].eos_token_id)[:, 0]
@@ -100,7 +100,7 @@ class Judged:
         else:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
-    def figures(self, batch_size: int) -> dict[str, Any]:
+    def figures(self, batch_size: int | None = None) -> dict[str, Any]:
         """The figures of one domain for an `Evaluation`, by its fields, as far as models and vocabularies allow."""
         models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, dict[str, float]()
         if self.rows:

@@ -16,7 +16,7 @@ from ..arch.hooks import in_fast_dtype
 from ..arch.meta import positions_of, reads_text
 from ..arch.modules import blocks
 from ..method.layers import input_device
-from .metrics import TOKENS_AT_ONCE, evaluating
+from .metrics import evaluating, tokens_at_once
 
 
 MOST_MASKED = 4  # tokens of a word, as some scripts have no spaces between words
@@ -67,9 +67,10 @@ class Gaps:
         rows, device = self.rows(model, tokenizer), input_device(model)
         sizes = [(len(inputs), len(labels)) for inputs, labels in rows]
         losses = torch.zeros(len(rows), dtype=torch.float64)
+        tokens = tokens_at_once(device, model.config.get_text_config().vocab_size)
         with evaluating(model), in_fast_dtype(blocks(model)):
             for size, alike in groupby(sorted(range(len(rows)), key=sizes.__getitem__), sizes.__getitem__):
-                for some in torch.tensor([*alike]).split(max(TOKENS_AT_ONCE // max(*size), 1)):
+                for some in torch.tensor([*alike]).split(max(tokens // max(*size), 1)):
                     batch = zip(*(rows[n] for n in some), strict=True)
                     inputs, labels = (torch.stack(part).to(device) for part in batch)
                     # From labels an encoder-decoder makes what its decoder reads.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
-from optimum_structprune.arch.families import read_families
+from optimum_structprune.arch.family import read_families
 from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml
 from optimum_structprune.record.plan import Plan
 

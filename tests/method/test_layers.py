@@ -11,7 +11,7 @@ from optimum_structprune.arch.hooks import hidden_states_of, intercept, observe
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
-from optimum_structprune.criteria import reap
+from optimum_structprune.criteria.reap import reap
 from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, gain_of, run_model
 from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.method.shrink import Masks

@@ -16,7 +16,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
-from optimum_structprune.criteria import block_influence
+from optimum_structprune.criteria.block_influence import block_influence
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.method.layers import Batch, InMemory
 from optimum_structprune.removals.layers import take_out_layers_

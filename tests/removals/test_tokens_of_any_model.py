@@ -44,7 +44,7 @@ from optimum_structprune.method.layers import run_model
 from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import VocabularyRequest
 from optimum_structprune.vocabulary.languages import CHOOSING, texts
-from optimum_structprune.vocabulary.parts import Parts
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 READER = real_text_model()[1]
@@ -325,7 +325,7 @@ def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind
     unknown = {code: reader.unk_token_id in smaller(texts()[code]).input_ids for code in ("en", "ru", "el")}
     assert unknown == {"en": False, "ru": not shown, "el": True}
     greek = reader(texts()["el"]).input_ids
-    spelled = Parts.between(model, reader, small, smaller).spelled(greek, [True] * len(greek))
+    spelled = TokenAlignment.between(model, reader, small, smaller).align(greek, [True] * len(greek))
     assert smaller.unk_token_id in {part for part, *_ in spelled}
     lines = [line for line in remarks.splitlines() if line.startswith("letters that cannot be read")]
     assert "Greek" in lines[0] and ("Cyrillic" in lines[0]) == (not shown)

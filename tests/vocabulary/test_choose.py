@@ -112,7 +112,6 @@ def test_all_text_counts_but_for_documents_that_are_set_aside():
 
 
 def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
-    pytest.importorskip("wordfreq")
     both, english, german = (language_shares(codes, READER, len(READER)) for codes in (["en", "de"], ["en"], ["de"]))
     torch.testing.assert_close(both, (english + german) / 2)
     assert both.sum() == pytest.approx(1)
