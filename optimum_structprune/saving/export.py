@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..removals.resize import pad_
+from ..steps.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
 from .card import leave_card

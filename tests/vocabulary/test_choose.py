@@ -12,7 +12,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
-from optimum_structprune.removals.resize import drop_tokens_
+from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares

@@ -41,7 +41,7 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import outputs_of
 from optimum_structprune.method.layers import run_model
-from optimum_structprune.removals.resize import drop_tokens_
+from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import VocabularyRequest
 from optimum_structprune.vocabulary.languages import CHOOSING, texts
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment

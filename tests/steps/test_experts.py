@@ -12,8 +12,8 @@ from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import Axis
 from optimum_structprune.method.layers import OneProcess
-from optimum_structprune.removals import experts
-from optimum_structprune.removals.experts import Block, refit_blocks_
+from optimum_structprune.steps import experts
+from optimum_structprune.steps.experts import Block, refit_blocks_
 
 
 # The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
