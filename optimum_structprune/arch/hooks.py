@@ -131,6 +131,24 @@ def _replay(output: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the module's own `forward` inside `with`. Hooks of the module still run.
+
+    Args:
+        module: The module.
+        forward: It is called with the module's arguments, and its result is the output of the module.
+    """
+    former = vars(module).get("forward")  # accelerate may have put its own there
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if former is not None:
+            vars(module)["forward"] = former
+
+
+@contextmanager
 def cached_outputs(
     layer: nn.Module, names: Sequence[str], changed: Collection[str], device: Any
 ) -> Iterator[dict[str, Any]]:

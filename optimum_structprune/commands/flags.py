@@ -39,6 +39,11 @@ LOADING: Flags = {
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
     **TRUST,
 }
+ATTENTION = {
+    "--attn-implementation": named(
+        "NAME", "The attention kernels, as `from_pretrained` takes them, such as sdpa, eager or flash_attention_2."
+    )
+}
 OFFLOADS = ("cpu", "disk")
 OFFLOAD = {
     "--offload": choice(
@@ -124,6 +129,7 @@ COMMANDS = (
             ),
             **RESULT,
             **LOADING,
+            **ATTENTION,
             **OFFLOAD,
         },
         config="StructPruneConfig",
@@ -160,6 +166,7 @@ COMMANDS = (
             **RESULT,
             **ARCH,
             **LOADING,
+            **ATTENTION,
         },
         config="RecoveryConfig",
         models=("model", "teacher"),
@@ -177,6 +184,7 @@ COMMANDS = (
             "--html": switch("Keep the numbers in the folder of the pruned model, and write its report.html anew."),
             **ARCH,
             **LOADING,
+            **ATTENTION,
         },
         json_file=True,
         models=("models", "against"),
