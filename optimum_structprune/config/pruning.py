@@ -257,11 +257,14 @@ class StructPruneConfig(WithDomains):
         return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
-    def removes_tokens(self) -> bool | None:
-        """True if tokens go; None if a budget may be divided between tokens and layers."""
-        if self.targets is None and bool({*(self.budget or {})} & {"parameters", "bytes", LOSS}):
-            return None
+    def removes_tokens(self) -> bool:
+        """Whether the config names the vocabulary among the spaces to prune."""
         return "vocab" in (self.widths or self.targets_or_default)
+
+    @property
+    def may_remove_tokens(self) -> bool:
+        """Whether a budget without targets also takes tokens, if the vocabulary of the model is large."""
+        return self.targets is None and any(name in (self.budget or {}) for name in ("parameters", "bytes", LOSS))
 
     @property
     def scored_by(self) -> str:
