@@ -73,7 +73,7 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
         written(**changed)
         capsys.readouterr()
         assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2
-        assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
+        assert "contains size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
         assert (tmp_path / "out" / "curve.json").read_text() == curve
     written()
     state = tmp_path / "out" / "size.json"
