@@ -21,6 +21,7 @@ from .functional import prune_model as prune_model
 from .pruner import PruneResult as PruneResult
 from .pruner import StructPruner as StructPruner
 from .record.plan import Plan as Plan
+from .recovery.attach import attach_teacher as attach_teacher
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform

@@ -1,4 +1,4 @@
-"""The step that removes tokens: calibration text chooses them, and is then read again in the kept tokens."""
+"""The step that removes tokens: calibration text chooses them, and is then read again with the smaller tokenizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
-from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens
+from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens, rank_tokens
 from .base import RunState, Step
+from .division import divide_budget
 from .resize import drop_tokens_
 
 
-# Tokens of calibration text on which the dense model's predictions are added to the counts.
-PREDICTED_TOKENS = 2**14
+# The number of tokens on which the dense model is asked what it expects.
+EXPECTED_TOKENS = 2**14
 
 
 class TrimVocabulary(Step):
-    """Remove the tokens that the calibration text needs least. Later steps take the trimmed model as the dense one.
+    """Remove the tokens that the calibration text needs least. Later steps treat the trimmed model as the dense model.
 
     Args:
         request: The tokens to choose from.
@@ -47,19 +48,25 @@ class TrimVocabulary(Step):
         self.on_tokenizer = on_tokenizer
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
-        """Choose tokens, remove all others, and return the kept tokens; the plan is empty if all of them stay."""
+        """Choose tokens, remove all others, and return the kept tokens. The plan is empty if all tokens are kept."""
+        request, domains = self.request, state.data.domains
+        # Held-out text is not counted, because the counted text chooses the tokens.
+        uses = state.manifest().uses()
+        held_out = {name for name, use in uses.items() if use != USED}
+
         with state.report.timed("vocabulary"):
-            # Held-out text and text of choices are not counted, so that they still say something new.
-            uncounted = {name for name, use in state.manifest().uses().items() if use != USED}
-            choice = choose_tokens(self.request, state.data.domains, uncounted, _expected(state))
-            if choice is None:
+            ranking = rank_tokens(request, domains, held_out, _expected(state))
+            number = request.number
+            if number is None:
+                number = divide_budget(state, request, ranking)
+            if number >= request.rows:
                 return Plan(state.arch.model_type, {})
-            return self._cut_(state, choice)
+            return self._cut_(state, choose_tokens(request, ranking, number, domains))
 
     def _cut_(self, state: RunState, choice: Choice) -> Plan:
-        """Read the text again in the kept tokens, and remove all others from the model.
+        """Read the text of a run with the smaller tokenizer, and remove all other tokens from its model.
 
-        Text that the first reading held out is not counted, and the second reading does not calibrate on it.
+        Text that the first reading held out is neither counted nor calibrated on after the second reading.
         """
         data, report = state.data, state.report
         with report.timed("domains"):
@@ -69,44 +76,45 @@ class TrimVocabulary(Step):
         self.on_tokenizer(choice.tokenizer, state.model)
 
         state.changed = True
-        kept = choice.keep[: choice.number]
-        tokens = torch.tensor(kept)
-        # The same tokens before and after, as far as they are kept.
-        ids = torch.searchsorted(tokens, random_inputs(state.model)) % choice.number
-        outputs = outputs_for(state.model, tokens[ids])
-        predicts_tokens = outputs.shape[-1] == state.arch.of(VOCAB)[0].size
+        kept = torch.tensor(choice.keep[: choice.number])
+        # Random tokens, most of them replaced by a kept token.
+        ids = torch.searchsorted(kept, random_inputs(state.model)) % choice.number
+        outputs = outputs_for(state.model, kept[ids])
+        if outputs.shape[-1] == state.arch.of(VOCAB)[0].size:
+            outputs = outputs[..., kept]
         drop_tokens_(state.model, state.arch, choice.keep)
-        check_same("The model", outputs[..., kept] if predicts_tokens else outputs, outputs_for(state.model, ids))
+        check_same("The model", outputs, outputs_for(state.model, ids))
 
         state.tokenizer = choice.tokenizer
         remember_text(state.model, choice.tokenizer)
-        report.scripts, report.trimmed = choice.scripts, choice.trimmed
+        report.scripts = choice.scripts
+        report.trimmed = choice.trimmed
         state.entries += choice.counted
-        return Plan(state.arch.model_type, {(MODEL, VOCAB): kept})
+        return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(kept.tolist())})
 
 
 def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPruneConfig | None:
-    """Return the config of all other spaces after tokens were removed, or None if they keep their widths."""
-    room = request.room
-    rest = without_tokens(state.config, None if room is None else room.budget.limit)
-    if rest is None:
-        return None
+    """Return the config of all other spaces after tokens were removed, or None if these keep their widths."""
+    budget = request.budget
+    rest = without_tokens(state.config, None if budget is None else budget.budget.limit)
     kept = state.plan.keep.get((MODEL, VOCAB))
     number = request.rows if kept is None else len(kept)
-    if room is not None and room.met_by(number):
+    if budget is not None and budget.is_met_by({VOCAB: number}):
         return None
     return rest
 
 
 def _expected(state: RunState) -> Tensor | None:
-    """Return the mean probability of each token in the dense model's predictions on calibration text.
+    """Return the share that the dense model expects of each token in 16,384 tokens of the text, shape `(rows,)`.
 
-    The result is None if the user names no text, because built-in text says little about other text, or if the model
-    does not predict the next token.
+    It is None where the user names no text, because the model has written part of the built-in text, and where the
+    model predicts no tokens.
     """
     if not state.arch.causal or state.config.domains is None:
         return None
-    domains = [domain.samples for domain in state.data.domains]
-    tokens = ceil(PREDICTED_TOKENS / len(domains))
-    shares = [expected_shares(state.model, rows[: ceil(tokens / rows.shape[1])]) for rows in domains]
+    tokens_per_domain = ceil(EXPECTED_TOKENS / len(state.data.domains))
+    shares = []
+    for domain in state.data.domains:
+        rows = domain.samples[: ceil(tokens_per_domain / domain.samples.shape[1])]
+        shares.append(expected_shares(state.model, rows))
     return state.data.mean(torch.stack(shares))
