@@ -83,7 +83,7 @@ def test_round_trips(config, tmp_path_factory):
     ({"sparsity": 0.2, "rounds": 0}, "`rounds` must be at least 1, got 0"),
     ({"sparsity": 0.2, "rounds": []}, r"`rounds` must be a whole number, got \[\]"),
     ({"sparsity": 0.2, "refit": "ls"}, "`refit` must be a registered refit, got 'ls'. .*least_squares"),
-    ({"sparsity": 0.2, "allocation": "even"}, "`allocation` must be 'uniform' or 'sensitivity' or"),
+    ({"sparsity": 0.2, "allocation": "even"}, "`allocation` must be 'uniform' or 'sensitivity', got 'even'"),
     ({"sparsity": 0.2, "round_to": "most"}, "`round_to` must be a whole number or 'auto', got 'most'"),
     ({"budget": {"parameter": 9}}, "no 'parameter'. Did you mean 'parameters'"),
     ({"budget": {"parameters": 0}}, "must be greater than 0 for 'parameters', got 0"),
