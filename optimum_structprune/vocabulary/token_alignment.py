@@ -40,7 +40,7 @@ class AlignedToken(NamedTuple):
     node: int
 
 
-class _Chunk(NamedTuple):
+class AlignedChunk(NamedTuple):
     """Consecutive positions of `TokenAlignment.divergence`, with index tensors on the device of the logits."""
 
     dense: slice  # the counted dense tokens that the positions belong to, with the token before them
@@ -180,20 +180,20 @@ class TokenAlignment:
         device = logits.device
         # The probabilities of a large vocabulary take much memory, so that only some positions are computed together.
         positions = rows_at_once(device, FP32_BYTES * (self.size + dense.shape[1]), POSITIONS_AT_ONCE)
-        all_rows, chunks = self._chunks(rows, nodes, positions, device)
+        all_rows, chunks = self.chunks(rows, nodes, positions, device)
         divergences: list[Tensor] = []
         for values, chunk in zip(logits.split(positions), chunks, strict=True):
             probabilities = dense[chunk.dense].to(device).float().softmax(-1)
-            target, weight = self._next_part(probabilities, chunk)
+            target, weight = self.next_part(probabilities, chunk)
             log_probabilities = values.float().log_softmax(-1)
             terms = torch.special.xlogy(target, target) - target * log_probabilities
             divergences.append(weight * terms.sum(-1))
         total = logits.new_zeros(len(dense), dtype=torch.float32)
         return total.index_add(0, all_rows, torch.cat(divergences))
 
-    def _chunks(
+    def chunks(
         self, rows: Tensor, nodes: Tensor, positions: int, device: torch.device
-    ) -> tuple[Tensor, list[_Chunk]]:
+    ) -> tuple[Tensor, list[AlignedChunk]]:
         """Split positions into chunks; return the rows of all of them, and the chunks.
 
         All sizes are computed on the CPU and all indices are copied at once, so that no chunk waits for the device.
@@ -219,11 +219,11 @@ class TokenAlignment:
         chunks = []
         for number, (dense, num_branches) in enumerate(zip(slices, branches, strict=True)):
             of_rows, of_first, inner, ends, offsets = moved[5 * number : 5 * number + 5]
-            chunks.append(_Chunk(dense, of_rows, of_first, inner, ends, offsets, num_branches))
+            chunks.append(AlignedChunk(dense, of_rows, of_first, inner, ends, offsets, num_branches))
         return all_rows, chunks
 
     @torch.no_grad()
-    def _next_part(self, probabilities: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    def next_part(self, probabilities: Tensor, chunk: AlignedChunk) -> tuple[Tensor, Tensor]:
         """Compute the distribution of the next part, and the probability that the dense model has one.
 
         Args:

@@ -82,7 +82,8 @@ def _check_offered(arch: ArchSpec, name: str) -> None:
     reason = dict(arch.missing).get(name, "").removesuffix(".")
     because = f": {reason}" if reason else ""
     raise StructPruneError(
-        f"A {arch.model_type} model has no space {name!r} to prune{because}.{did_you_mean(name, arch.offered)}"
+        f"The model of type {arch.model_type!r} has no space {name!r} to prune{because}."
+        f"{did_you_mean(name, arch.offered)}"
     )
 
 
