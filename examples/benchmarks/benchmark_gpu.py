@@ -2,9 +2,9 @@
 
     python examples/benchmarks/benchmark_gpu.py [MODEL ...] [--output gpu.json]
 
-By default the models have 0.6, 1.7 and 8 billion parameters. A model is an id of the Hub or a folder. The seconds and the
-peak memory of each stage are measured. All figures, the GPU and the versions of the libraries are written into one file of
-JSON, anew after each model. A stage that fails is recorded with its error, and the next model runs.
+By default the models have 0.6, 1.7 and 8 billion parameters. A model is an id of the Hub or a folder. The seconds and
+the peak memory of each stage are measured. All figures, the GPU and the versions of the libraries are written into one
+file of JSON, anew after each model. A stage that fails is recorded with its error, and the next model runs.
 
 All text is built in. Before the models, a small random model is pruned on the CPU and on the GPU, and both results are
 compared. `--device cpu` runs everything on the CPU, without peak memory.
