@@ -22,7 +22,9 @@ from ..sources.data import CalibrationData, source_of
 from ..steps.base import RunState
 from ..system.processes import broadcast_object
 from ..system.stages import progress
-from ..widths.allocation import budget_of, legal_widths, removed_parameters, widths_of
+from ..widths.allocation import widths_of
+from ..widths.budget import budget_of, removed_parameters
+from ..widths.legal import legal_widths
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
 
 
