@@ -357,11 +357,11 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     if size is None:
         return None
     embedding = embedding_of(model)
-    weight = getattr(embedding, "weight", None)
-    head = _head_of(model, weight)
+    head = _head_of(model, getattr(embedding, "weight", None))
     tensors = model.state_dict(keep_vars=True)
 
-    rows = {id(part.weight) for part in (embedding, head) if isinstance(getattr(part, "weight", None), Tensor)}
+    weights = [getattr(part, "weight", None) for part in (embedding, head)]
+    rows = {id(weight) for weight in weights if isinstance(weight, Tensor)}
     axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
     if not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
         return None

@@ -229,8 +229,8 @@ def multiples(legal: Sequence[int], size: int, multiple: int) -> Sequence[int]:
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
     """Return whether every layer gets a width of its own, of at least `LEAST_KEPT` of its units.
 
-    An allocation of one width also gives each layer its own if the layers of the model differ and the config states no
-    widths.
+    `allocation="uniform"` also gives each layer its own width if the layers of the model differ and the config states
+    no widths.
     """
     if config.allocation != "uniform":
         return True
