@@ -74,9 +74,9 @@ class Gaps:
     def losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Return the loss per token of the original tokenizer, as one value for each text.
 
-        The value of a text is the mean loss per token, plus the excess of its loss over the mean loss of as many tokens.
-        The mean over texts is then the loss per token, and the spread allows for texts of different lengths. Texts of
-        the same length run together, so nothing is padded.
+        The value of a text is the mean loss per token, plus the excess of its loss over the mean loss of as many
+        tokens. The mean over texts is then the loss per token, and the spread allows for texts of different lengths.
+        Texts of the same length run together, so nothing is padded.
 
         Args:
             model: The model.

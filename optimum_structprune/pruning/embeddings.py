@@ -21,7 +21,7 @@ from ..arch.inference import last_states
 from ..arch.meta import positions_of
 from ..arch.modules import MODULES, PROMPTS, module_files
 from ..arch.spec import ArchSpec
-from ..config.domains import written_by_model
+from ..config.domains import DomainConfig, written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
@@ -319,7 +319,7 @@ def judged_texts(
     for domain in domains:
         unused: dict[str, str] = {}
         if tokenizer is not None and domain.origin is not None and not written_by_model(domain.origin):
-            unused = _unused_documents(domain, tokenizer, seed, used)
+            unused = _unused_documents(domain.origin, tokenizer, seed, used)
             none = domain.heldout[:0]
             aside = Domain(domain.name, 0.0, none, none, origin=domain.origin, heldout_documents=tuple(unused))
             entries.append(Entry.of(aside, JUDGED))
@@ -328,11 +328,11 @@ def judged_texts(
 
 
 def _unused_documents(
-    domain: Domain, tokenizer: PreTrainedTokenizerBase, seed: int, used: Collection[str]
+    origin: DomainConfig, tokenizer: PreTrainedTokenizerBase, seed: int, used: Collection[str]
 ) -> dict[str, str]:
-    """Return one of `SET_ASIDE` documents of a domain's source that nothing else reads, by hash."""
+    """Return one of `SET_ASIDE` documents of a source that nothing else reads, by hash."""
     unused: dict[str, str] = {}
-    for text in islice(documents(domain.origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE):
+    for text in islice(documents(origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE):
         name = document_hash(text)
         if name not in used:
             unused[name] = text
