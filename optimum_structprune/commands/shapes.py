@@ -1,4 +1,4 @@
-"""`structprune inspect` and `structprune plan`: the spaces of a model, and its sizes after a pruning, from its config."""
+"""`structprune inspect` and `structprune plan`: the spaces of a model and its sizes after a pruning, by its config."""
 
 from __future__ import annotations
 
