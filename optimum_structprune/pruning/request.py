@@ -305,8 +305,8 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
     largest = int(samples.max()) if len(samples) else 0
     if smallest < 0 or largest >= vocab_size:
         raise StructPruneError(
-            f"inputs[{name!r}] holds token ids from {smallest} to {largest}, and those of this model lie between 0 and "
-            f"{vocab_size - 1}."
+            f"inputs[{name!r}] holds token ids from {smallest} to {largest}, and those of this model lie between 0 "
+            f"and {vocab_size - 1}."
         )
 
 
