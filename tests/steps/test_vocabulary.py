@@ -77,7 +77,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
-    with pytest.warns(UserWarning, match="another tokenizer"):
+    with pytest.warns(UserWarning, match="smaller vocabulary and needs a new tokenizer"):
         prune_model(model, fewer_tokens(), READER)
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
 def test_ids_and_samples_are_refused():
     with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
         pruned(inputs={"a": torch.randint(400, (8, 12))})
-    with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
+    with pytest.raises(StructPruneError, match="'vocab' needs text and its tokenizer, not samples. Use prune_model"):
         StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
 
 
