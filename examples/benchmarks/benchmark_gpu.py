@@ -98,7 +98,7 @@ def pruned(model, shape: dict, ids: torch.Tensor, inplace: bool = False):
 
 
 def perplexity(pruner: StructPruner) -> float:
-    return pruner.report.perplexity["random"]["after"]
+    return pruner.report.domains["random"].perplexity.pruned
 
 
 def unlike(first: StructPruner, second: StructPruner) -> float:
@@ -161,10 +161,10 @@ def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows
     for name, model in models.items():
         read, write = reading[name], writing[name]
         share = 4 * prompt_flops(model, prompt) / median(read["seconds"]) / rate
-        text = f"reads {read['tokens_per_second']:,.0f} tokens/s ({share:.0%} of that rate), "
-        text += f"writes {write['tokens_per_second']:,.0f} tokens/s"
+        text = f"reads {read.tokens_per_second:,.0f} tokens/s ({share:.0%} of that rate), "
+        text += f"writes {write.tokens_per_second:,.0f} tokens/s"
         if name == "pruned":
-            text += f": x {read['speedup']['median']:.2f} and x {write['speedup']['median']:.2f}"
+            text += f": x {read.speedup.median:.2f} and x {write.speedup.median:.2f}"
         rows.append((name, text, True))
     return pruner
 

@@ -10,7 +10,7 @@ from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.remarks import target_summary
+from ..record.summary import target_line
 from .arguments import pruning_config, run_options
 from .loading import Loading
 from .output import Result
@@ -64,7 +64,9 @@ def plan(args: Namespace) -> Result:
     dtype, options = loading.torch_dtype, run_options(args)
     reader = None if config.keep_tokens is None else loading.tokenizer(args.model)
     outcome = dry_run(model_config, config, dtype, args.trust_remote_code, args.cost, args.offload, options, reader)
-    summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
-    gone = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
-    lines = [f"{args.model}: {outcome.model_type}, {gone}", str(outcome)]
+    removed = f"removes {outcome.sparsity:.1%} of the layer parameters."
+    if config.sparsity is not None:
+        share = 1 - outcome.parameters.after / outcome.parameters.before
+        removed = target_line(config.sparsity, outcome.sparsity, share)
+    lines = [f"{args.model}: {outcome.model_type}. {removed[:1].upper()}{removed[1:]}", str(outcome)]
     return Result("\n".join(lines), outcome.to_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import median, quantiles
@@ -22,48 +21,13 @@ from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..record.remarks import measurements_text
-from ..written import Record
+from ..record.speed import Speed, Spread, Timing
 
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
 PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
-
-
-@dataclass(frozen=True)
-class Speed(Record):
-    """The numbers that `measure_speed` measured; `str` of it is a table.
-
-    Attributes:
-        prefill: How fast prompts are read and the first token chosen, by shape (such as "batch 1, prompt 128") and
-            model: `{shape: {model: {"seconds": […], "tokens_per_second": …, "speedup": {"median": …, "low": …,
-            "high": …}}}}`. The seconds are those of each repeat, the tokens per second those of all sequences by the
-            median of the seconds, and the speed-up is over the first model, with quartiles over the pairs.
-        decode: How fast the other tokens are written, in the same form.
-        run_memory: The bytes that `memory_is` names, by shape and model.
-        new_tokens: The number of tokens written after each prompt.
-        repeats: The number of times that each model ran, in turns with the others.
-        threads: The number of threads of torch.
-        clock: What the seconds are: `wall` is time that passes, `cpu` is time of the processor, over all threads.
-        device: The device of the first model.
-        memory_is: What `run_memory` stands for.
-    """
-
-    prefill: dict[str, dict[str, Any]]
-    decode: dict[str, dict[str, Any]]
-    run_memory: dict[str, dict[str, int]]
-    new_tokens: int
-    repeats: int
-    threads: int
-    clock: str
-    device: str
-    memory_is: str
-
-    def __str__(self) -> str:
-        """A table of tokens per second, speed-ups and memory, and what they mean."""
-        return measurements_text(self.to_dict())
 
 
 def measure_speed(
@@ -115,7 +79,7 @@ def measure_speed(
             for _, run in product(range(repeats), runs.values()):
                 run.repeat()
             for stage, tokens in {"prefill": ids.numel(), "decode": batch_size * new_tokens}.items():
-                times[stage][shape] = _figures({name: run.seconds[stage] for name, run in runs.items()}, tokens)
+                times[stage][shape] = _timings({name: run.seconds[stage] for name, run in runs.items()}, tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
     device, threads = input_device(next(iter(models.values()))), torch.get_num_threads()
     memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
@@ -179,23 +143,22 @@ class _Runs:
         self.seconds["decode"].append(self.writing.timeit(1).median)
 
 
-def _figures(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, Any]]:
-    """The seconds of each model, its tokens per second, and its speed-up over the first in each pair."""
+def _timings(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Timing]:
+    """Return the timing of each model, with its speed-up over the first model in each pair of runs."""
     first = next(iter(seconds.values()))
-    return {
-        name: {
-            "seconds": own,
-            "tokens_per_second": tokens / median(own),
-            "speedup": spread([dense / there for dense, there in zip(first, own, strict=True)]),
-        }
-        for name, own in seconds.items()
-    }
+    timings = {}
+    for name, durations in seconds.items():
+        speedups = [baseline / duration for baseline, duration in zip(first, durations, strict=True)]
+        timings[name] = Timing(list(durations), tokens / median(durations), spread(speedups))
+    return timings
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles of one number or more."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": middle, "low": low, "high": high}
+def spread(values: Sequence[float]) -> Spread:
+    """Return the median and the quartiles of one number or more."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return Spread(middle, low, high)
 
 
 def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[..., Any]) -> int:

@@ -26,9 +26,11 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
 from ..method.layers import input_device, run_model
-from ..record.report import Report, enter_figures
+from ..record.evaluation import Evaluation
+from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
+from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
 
 
@@ -98,40 +100,45 @@ class Embeddings:
         self.tokenizer = tokenizer
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
-        """Put the figures of the smaller model into the report."""
-        self.enter(report, model, "before", "after")
+        """Enter the figures of the pruned model into the report."""
+        self.enter(report, model)
 
-    def enter(self, record: Any, model: PreTrainedModel, before: str, after: str) -> None:
-        """Put the figures of the smaller model into a record of both; perplexity only where a head predicts tokens."""
-        record.embeddings, by_language = self.figures(model, before, after)
+    def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
+        """Enter the figures of the pruned model into a record; perplexity only where a head predicts tokens."""
+        by_domain, by_language = self.figures(model)
+        for name, vectors in by_domain.items():
+            record.domains[name] = DomainResult(vectors=vectors)
+
         for name, losses in self._losses(model).items():
-            both, tokens = {before: self.dense_losses[name], after: losses}, int(self.gaps[name].tokens.sum())
+            tokens = int(self.gaps[name].tokens.sum())
             documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
-            enter_figures(record, name, perplexity_figures(both, tokens, documents))
-        record.languages = {code: {**old, **by_language.get(code, {})} for code, old in record.languages.items()}
+            result = perplexity_result({DENSE: self.dense_losses[name], PRUNED: losses}, tokens, documents)
+            result.vectors = by_domain[name]
+            record.domains[name] = result
+        for code, language in record.languages.items():
+            language.vectors = by_language.get(code)
 
-    def figures(
-        self, model: PreTrainedModel, before: str, after: str
-    ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-        """Gives `embedding_figures` of a smaller model by domain, under the names of both models, and by language.
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
+        """Compare the vectors of the pruned model with those of the original one, by domain and by language.
 
-        The neighbours of a text are those of all domains, but for its own document.
+        The neighbours of a text are the texts of all domains, but for its own document.
         """
-        (ours, ours_spoken), (theirs, theirs_spoken) = self._vectors(model), self.dense
-        by_domain = dict[str, dict[str, dict[str, float]]]()
+        vectors, spoken = self._vectors(model)
+        dense_vectors, dense_spoken = self.dense
+        by_domain = {}
         for name, texts in self.texts.items():
-            others = [other for other in self.texts if other != name]
-            more, dense_more = (torch.cat([by[name][:0], *map(by.__getitem__, others)]) for by in (ours, theirs))
-            figures = embedding_figures(ours[name], theirs[name], more, dense_more, texts.documents)
-            by_domain[name] = {before: {}, after: figures}
-            for which, by in ((after, ours), (before, theirs)) if name in self.pairs else ():
-                shares = retrieved(*by[name].chunk(2))
-                found = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_share(shares)}
-                by_domain[name][which] |= found
-        return by_domain, {
-            code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
-            for code, dense in theirs_spoken.items()
-        }
+            others = _of_other_domains(vectors, name)
+            dense_others = _of_other_domains(dense_vectors, name)
+            figures = embedding_figures(vectors[name], dense_vectors[name], others, dense_others, texts.documents)
+            by_domain[name] = VectorResult.of(figures)
+            if name in self.pairs:
+                by_domain[name].retrieval = _retrieval(vectors[name], dense_vectors[name])
+
+        by_language = {}
+        for code, dense in dense_spoken.items():
+            none = dense[:0]
+            by_language[code] = VectorResult.of(embedding_figures(spoken[code], dense, none, none))
+        return by_domain, by_language
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
         assert self.tokenizer is not None or not self.gaps
@@ -262,6 +269,20 @@ def embedding_figures(
         near = nearness(vectors, more, numbers), nearness(dense, dense_more, numbers)
         figures |= {"neighbours": kept_share(*near), "neighbours_margin": kept_margin(*near, numbers)}
     return figures
+
+
+def _of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the vectors of all domains but one, shape `(texts, channels)`."""
+    empty = vectors[name][:0]
+    return torch.cat([empty, *(rows for domain, rows in vectors.items() if domain != name)])
+
+
+def _retrieval(vectors: Tensor, dense: Tensor) -> Figure:
+    """Return the share of translations that each model finds. The second half of the vectors are the translations."""
+    found = retrieved(*vectors.chunk(2))
+    dense_found = retrieved(*dense.chunk(2))
+    values = {DENSE: float(dense_found.mean()), PRUNED: float(found.mean())}
+    return Figure.of(values, margin_of_share(found))
 
 
 def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,11 @@ class Recovery:
         names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
         self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
         self._pruned = pruned
-        self._earlier: list[Mapping[str, Any]] = []
-        if pruned and (before := Path(pruned, RECOVERY_REPORT_NAME)).is_file():
-            self._earlier = [*read_json(before).get("earlier", ()), read_json(Path(pruned, RECOVERY_CONFIG_NAME))]
+        self._earlier: list[dict[str, Any]] = []
+        if pruned and Path(pruned, RECOVERY_REPORT_NAME).is_file():
+            earlier = RecoveryReport.load(Path(pruned, RECOVERY_REPORT_NAME))
+            self._earlier = [] if earlier is None else list(earlier.earlier)
+            self._earlier.append(dict(read_json(Path(pruned, RECOVERY_CONFIG_NAME))))
         self.report: RecoveryReport | None = None
 
     @own_settings()
@@ -115,7 +117,8 @@ class Recovery:
             recovered, outcome = self._trained(model, seed, data, arguments, inputs, checkpoint)
             wait_for_everyone()
         self.report = replace(outcome, teacher=name or "", earlier=self._earlier)
-        self.report.other |= {"source": other.source} if other.rows else {}
+        if self.report.unseen is not None:
+            self.report.unseen.source = other.source
         self.entries = [*(Entry.of(domain, TRAINED) for domain in domains), *other.entries]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)
         remember_text(recovered, tokenizer, self._manifest)
@@ -200,7 +203,7 @@ class Recovery:
             if self._manifest is not None:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
-            replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
+            report.save(folder / RECOVERY_REPORT_NAME)
             leave_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))

@@ -17,8 +17,9 @@ from transformers import Trainer, TrainingArguments
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.metrics import KINDS_DIFFER, evaluating, perplexity_figures
-from ..record.report import RecoveryReport, enter_figures
+from ..forward.metrics import KINDS_DIFFER, evaluating
+from ..record.figures import DENSE, PRUNED, RECOVERED, DomainResult, Figure, perplexity_result, unseen_of
+from ..record.report import CurvePoint, RecoveryReport
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
 from .samples import Sample, collate, counted_targets, logits_at, tokens_in
@@ -151,7 +152,11 @@ class DistillTrainer(Trainer):
         tokens = round((self.state.epoch or 0) * len(self.data.samples)) * tokens_in(self.data.samples[0])
         steps, rate = self.state.global_step, self.args.learning_rate
         kept = self.state.best_global_step or steps
-        return RecoveryReport(tokens, steps, seconds, kept_step=kept, stopped=self.stopped, learning_rate=rate)
+        report = RecoveryReport(tokens, steps, seconds, kept_step=kept, stopped=self.stopped, learning_rate=rate)
+        for entry in self.state.log_history:
+            if "eval_loss" in entry:
+                report.curve.append(CurvePoint(round(tokens * entry["step"] / max(steps, 1)), entry["eval_loss"]))
+        return report
 
     def compute_loss(self, model: Any, inputs: Sample, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Compute the mean KL from the teacher, or cross-entropy where there is none."""
@@ -190,13 +195,20 @@ class NothingGainedWarning(UserWarning):
 def enter_measurements(
     report: RecoveryReport, before: Mapping[str, Mapping[str, Tensor]], after: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Enters what `measure_samples` found by kind of text before and after a training."""
+    """Enter the measurements of `measure_samples` before and after a training."""
     for name, pruned in before.items():
-        losses = {"dense": pruned["teacher"]} if "teacher" in pruned else {}
-        losses |= {"pruned": pruned["loss"], "recovered": after[name]["loss"]}
-        if name not in (ANSWERS, VALIDATION):
-            is_other, tokens = name == OTHER_TEXT, int(pruned["tokens"].sum())
-            enter_figures(report, name, perplexity_figures(losses, tokens, differs=is_other * KINDS_DIFFER), is_other)
+        recovered = after[name]
+        if name in (ANSWERS, VALIDATION):
+            result = DomainResult()
+        else:
+            losses = {DENSE: pruned["teacher"]} if "teacher" in pruned else {}
+            losses.update({PRUNED: pruned["loss"], RECOVERED: recovered["loss"]})
+            spread = KINDS_DIFFER if name == OTHER_TEXT else 0.0
+            result = perplexity_result(losses, int(pruned["tokens"].sum()), spread=spread)
         if "kl" in pruned:
-            pair = {"pruned": pruned, "recovered": after[name]}
-            report.divergence[name] = {when: float(each["kl"].mean()) for when, each in pair.items()}
+            result.divergence = Figure(pruned=float(pruned["kl"].mean()), recovered=float(recovered["kl"].mean()))
+
+        if name == OTHER_TEXT:
+            report.unseen = unseen_of(result, "")
+        else:
+            report.domains[name] = result

@@ -16,6 +16,7 @@ from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
 from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
+from ..record.figures import TrimResult
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens
@@ -81,5 +82,5 @@ def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = describe(run.model, run.config.arch_file), choice.tokenizer
     remember_text(run.model, choice.tokenizer)
-    report.scripts, report.trimmed = choice.scripts, choice.trimmed
+    report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
     run.entries += choice.counted

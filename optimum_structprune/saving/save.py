@@ -28,8 +28,8 @@ from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..record.plan import PLAN_NAME
-from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
+from ..record.summary import CHANGED
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
 from ..system.offloading import declared, places
@@ -79,7 +79,8 @@ def save_pruned(
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         result.plan.save(folder / PLAN_NAME)
-        replace(report, weights={**report.weights, "after": model_bytes(model)}).save(folder / REPORT_NAME)
+        size = replace(report.pruned, bytes=model_bytes(model))
+        replace(report, pruned=size).save(folder / REPORT_NAME)
         (Manifest.seen_by(model) or result.manifest).save(folder / MANIFEST_NAME)  # with what trained it since
         leave_card(folder, save_directory, model, config.arch_file)
 

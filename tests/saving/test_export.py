@@ -35,7 +35,7 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     with pytest.raises(StructPruneError, match="pruned shares files with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
-    assert padding.dense == pruner.report.parameters["before"]
+    assert padding.dense == pruner.report.dense.parameters
     share = (padding.after - padding.before) / (padding.dense - padding.before)
     assert f"adds {padding.after - padding.before:,} parameters" in str(padding)
     assert f"back {share:.1%}" in str(padding) and all((tmp_path / "out" / name).is_file() for name in of_training)

@@ -60,12 +60,12 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     model, tokenizer = writer
     pruner = StructPruner(settings(sparsity=None, widths={"mlp": model.config.intermediate_size}))
     pruner.prune_model(model, tokenizer)
-    measured, shown = pruner.report.other, str(pruner.report)
-    assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert (measured["source"], measured["documents"]) == ("model-written", MIN_DOCUMENTS)
-    assert measured["margin"]["ratio"] == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
-    tokens = MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
-    assert f"perplexity other text, model-written ({tokens} tokens)" in shown and "other text x 1.00" in shown
+    unseen = pruner.report.unseen
+    assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
+    assert (unseen.source, unseen.documents) == ("model-written", MIN_DOCUMENTS)
+    assert unseen.perplexity.margin == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
+    assert unseen.tokens == MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
+    assert "unseen text (sampled from the original model)  1.00×" in str(pruner.report)
 
 
 def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
@@ -83,7 +83,7 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
     assert respelled([["some words of a text"]], writer[1], writer[1]) == 0 == respelled([], writer[1], writer[1])
     assert not without.other.get("tokens") and "was not measured" in str(without)
-    assert "other text x" not in str(without)
+    assert "unseen text" not in str(without)
 
 
 def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
