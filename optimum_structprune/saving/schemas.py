@@ -117,7 +117,7 @@ def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if kind is Any:
         return {}
     if is_dataclass(kind):
-        return _reference(kind, definitions)
+        return _reference(kind, definitions)  # type: ignore[arg-type]
     if kind in PLAIN_TYPES:
         return {"type": PLAIN_TYPES[kind]}
     if kind is float:
