@@ -16,7 +16,8 @@ from .config.domains import written_by_model
 from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
-from .pruning.request import DRY_RUN, MemoryEstimate, Request, ask, check_config_kind, estimate_memory
+from .pruning.memory import MemoryEstimate, estimate_memory
+from .pruning.request import DRY_RUN, Request, ask, check_config_kind
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record

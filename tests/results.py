@@ -55,13 +55,14 @@ def report(
     unseen_ratio: float | None = None,
     asked: AnswersResult | None = None,
     documents: int = 90,
+    source: str = "model-written",
 ) -> Report:
     """Return the report of a pruning that removed a tenth of the parameters."""
     by_domain = ratios if isinstance(ratios, Mapping) else {f"domain {n}": ratio for n, ratio in enumerate(ratios)}
     made = Report("llama", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
     for name, ratio in by_domain.items():
         made.domains[name] = DomainResult(figure(ratio, margin=margin), tokens=9_000, documents=documents)
-    made.unseen = None if unseen_ratio is None else unseen(unseen_ratio, margin=margin)
+    made.unseen = None if unseen_ratio is None else unseen(unseen_ratio, source=source, margin=margin)
     made.answers = asked
     return made
 

@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import ModelInfo
-from optimum_structprune.pruning.request import Request, estimate_memory
+from optimum_structprune.pruning.memory import estimate_memory
+from optimum_structprune.pruning.request import Request
 
 
 def run(args: Namespace) -> None:

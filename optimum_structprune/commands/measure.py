@@ -199,7 +199,7 @@ def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
         "clock": args.clock,
-        "batch_sizes": [args.batch_size],
+        "batch_sizes": [args.batch_size or 1],
         # argparse would append the prompts to a default.
         "prompts": args.prompt or [128],
     }

@@ -19,7 +19,7 @@ from ..forward.generation import continuations
 from ..forward.metrics import evaluating
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
 from ..system.stages import progress, stage
-from ..vocabulary.parts import Parts, divergence_from_dense
+from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 BUILTIN = "builtin"
@@ -138,7 +138,7 @@ def _judged(question: Question, ids: list[int], text: str, stopped: bool, is_cha
 def answer_divergence(
     dense: PreTrainedModel,
     model: PreTrainedModel,
-    parts: Parts,
+    parts: TokenAlignment,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[WrittenAnswer],
 ) -> float:

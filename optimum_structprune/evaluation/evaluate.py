@@ -21,7 +21,7 @@ from ..record.evaluation import Evaluation
 from ..record.figures import DENSE, PRUNED, AnswersResult, language_costs
 from ..system.fingerprint import vocabulary_hash
 from ..vocabulary.languages import costs_before, with_costs_after
-from ..vocabulary.parts import Parts
+from ..vocabulary.token_alignment import TokenAlignment
 from .answers import AT_ONCE, Question, answer_divergence, answers_result, ask, read_questions
 from .heldout import EvaluationText, Heldout, read_heldout, read_pairs
 
@@ -36,7 +36,7 @@ def evaluate(
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
     num_samples: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     limit: int | None = None,
     manifest: Manifest | None = None,
     answers: str | Path | None = None,
@@ -55,7 +55,8 @@ def evaluate(
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; of the questions, 32 at least.
+        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
+            `perplexity`. Of the questions, at least 32.
         limit: The number of questions at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
@@ -68,7 +69,7 @@ def evaluate(
         StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
             not fit each other, the tokenizer or the samples.
     """
-    named = resolve(as_domain(domain, "evaluate") for domain in domains)
+    named = resolve(as_domain(domain) for domain in domains)
     models = {PRUNED: model} if dense is None else {DENSE: dense, PRUNED: model}
     tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
     for name, reader in tokenizers.items():
@@ -169,13 +170,15 @@ def _compare_vectors(
     measured.enter(evaluation, models[PRUNED])
 
 
-def _parts(models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> Parts | None:
+def _parts(
+    models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]
+) -> TokenAlignment | None:
     """Return the tokens of the original model as parts of the remaining ones.
 
     It is None if the model cannot spell them all, such as a model with tokens of its own or in another order.
     """
     with suppress(StructPruneError):
-        parts = Parts.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
+        parts = TokenAlignment.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
         return parts if all(parts.spellings[: len(tokenizers[DENSE])]) else None
     return None
 
@@ -183,13 +186,13 @@ def _parts(models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTr
 def _answers(
     models: Mapping[str, PreTrainedModel],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
-    parts: Parts | None,
+    parts: TokenAlignment | None,
     questions: Sequence[Question],
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> AnswersResult:
     """Return the answers of the models, those of the original model first."""
-    batch_size = max(batch_size, AT_ONCE)
+    batch_size = max(batch_size or 0, AT_ONCE)
     written = {
         name: ask(model, tokenizers[name], questions, max_new_tokens, batch_size) for name, model in models.items()
     }

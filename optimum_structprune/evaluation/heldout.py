@@ -19,7 +19,7 @@ from ..domains.templates import read_lines
 from ..errors import StructPruneError
 from ..forward.metrics import compare, evaluating, row_losses, sample_losses
 from ..record.figures import DENSE, PRUNED, DomainResult, Figure, perplexity_result
-from ..vocabulary.parts import Parts, divergence_from_dense
+from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class EvaluationText:
         models: Mapping[str, PreTrainedModel],
         tokenizers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
-        parts: Parts | None = None,
+        parts: TokenAlignment | None = None,
     ):
         self.samples = samples
         self.models = models
@@ -130,7 +130,7 @@ class EvaluationText:
         else:
             check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
 
-    def measure(self, batch_size: int) -> DomainResult:
+    def measure(self, batch_size: int | None = None) -> DomainResult:
         """Return the figures of this domain that the models and their vocabularies allow."""
         losses, divergence, agreement = self._losses(batch_size)
         # The figures of a domain name the original model first.
@@ -146,7 +146,7 @@ class EvaluationText:
             result.agreement = Figure(pruned=agreement)
         return result
 
-    def _losses(self, batch_size: int) -> tuple[dict[str, Tensor], float | None, float | None]:
+    def _losses(self, batch_size: int | None) -> tuple[dict[str, Tensor], float | None, float | None]:
         """Return the mean loss per token of each sample by model, the divergence and the agreement."""
         model = self.models[PRUNED]
         dense = self.models.get(DENSE)

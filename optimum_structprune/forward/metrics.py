@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
-from math import hypot, nan
+from math import nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..arch.hooks import in_fast_dtype
-from ..arch.meta import positions_of, predicts_next, random_image, reads_images
+from ..arch.inference import input_device, random_inputs, run_model
+from ..arch.meta import predicts_next
 from ..errors import StructPruneError
-from ..method.layers import run_model
+from ..method.devices import rows_at_once
 from ..system.offloading import check_reachable
 from ..system.stages import progress
 
@@ -26,8 +27,9 @@ from ..system.stages import progress
 if TYPE_CHECKING:
     from peft import PeftModel  # whose import takes as long as that of torch
 
-# The loss copies the logits that it gets, so it gets those of few tokens at a time.
+# The number of tokens whose logits a loss takes at a time on a CPU, as the loss copies them in fp32.
 TOKENS_AT_ONCE = 128
+FP32_BYTES = 4
 MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kinds together
 # The documents over which a margin of error is not wide, and those over which it is not rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
@@ -44,14 +46,35 @@ def outputs_of(output: Any) -> Tensor:
     return output.logits if getattr(output, "logits", None) is not None else output[0]
 
 
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """Return the number of tokens whose logits a loss takes at a time on a device."""
+    return rows_at_once(device, FP32_BYTES * vocabulary, TOKENS_AT_ONCE)
+
+
+def tokens_per_pass(model: PreTrainedModel | PeftModel, on_cpu: int) -> int:
+    """Return the number of tokens in a forward pass by default, by the size of their logits; see `rows_at_once`."""
+    return rows_at_once(input_device(model), model.dtype.itemsize * _vocabulary(model), on_cpu)
+
+
+def samples_per_pass(model: PreTrainedModel | PeftModel, seq_length: int) -> int:
+    """Return the number of samples in a forward pass by default: 1 on a CPU, and up to 16 on a GPU."""
+    return rows_at_once(input_device(model), seq_length * model.dtype.itemsize * _vocabulary(model), 1)
+
+
+def _vocabulary(model: PreTrainedModel | PeftModel) -> int:
+    """Return the number of tokens in the vocabulary of a model."""
+    return int(model.config.get_text_config().vocab_size)
+
+
 @torch.no_grad()
-def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> float:
+def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> float:
     """The perplexity over samples: e to the mean loss per predicted token. The first token of each is context only.
 
     Args:
         model: A causal language model; its training mode is left as it was.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
+        batch_size: The number of samples in a forward pass; by default 1 on a CPU, and on a GPU up to 16, as long as
+            their logits fill at most 1/64 of its memory.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or the samples leave nothing to predict.
@@ -61,36 +84,16 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
     return float(sample_losses(model, samples, batch_size).mean().exp())
 
 
-def perplexity_figures(
-    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, differs: float = 0.0
-) -> dict[str, Any]:
-    """Gives the perplexities of models on a text, their margins of error, and counts, by the fields of a record.
-
-    With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
-    samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
-    differ. What they stand for may lose more or less, by the share `differs` of what is lost; the margin counts that.
-    """
-    first, *others = losses.values()
-    perplexity = {name: float(each.mean().exp()) for name, each in losses.items()}
-    # The margin of e to a mean is that of the mean, relative to it.
-    margins = {name: perplexity[name] * margin_of_error(each, documents) for name, each in losses.items()}
-    count = len(first if documents is None else documents.unique())
-    if others:
-        more = others[-1] - first
-        ratio, margin = float(more.mean().exp()), max(margin_of_error(more, documents), UNSEEN / count)
-        margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
-    counts = {"perplexity_tokens": tokens, "perplexity_documents": count}
-    return {"perplexity": perplexity, "perplexity_margin": margins, **counts}
-
-
 @torch.no_grad()
-def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> Tensor:
+def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> Tensor:
     """The mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU; see `perplexity`."""
     if samples.dim() != 2 or not samples[:, 1:].numel():
         raise StructPruneError(
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
-    return row_losses(model, [*samples], tokens=batch_size * samples.shape[1]) / (samples.shape[1] - 1)
+    seq_length = samples.shape[1]
+    batch_size = batch_size or samples_per_pass(model, seq_length)
+    return row_losses(model, [*samples], tokens=batch_size * seq_length) / (seq_length - 1)
 
 
 @torch.no_grad()
@@ -113,11 +116,14 @@ def expected_shares(model: PreTrainedModel, samples: Tensor) -> Tensor:
     The samples have the shape `(samples, seq_length)`. Square roots of probabilities are summed up, which favours what
     is rare here and may be frequent in other text.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    # The sums stay on the device, so that the host waits once.
+    total: Tensor | float = 0.0
+    batches = samples.split(samples_per_pass(model, samples.shape[1]))
     with evaluating(model):
-        for _, logits in _predictions([model], samples.split(1)):
-            total = total + logits.float().softmax(-1).sqrt().sum(0).double().cpu()
-    return total / total.sum()
+        for _, logits in _predictions([model], batches):
+            total = total + logits.float().softmax(-1).sqrt().sum(0).double()
+    shares = torch.as_tensor(total).cpu()
+    return shares / shares.sum()
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
@@ -155,22 +161,24 @@ def margin_of_share(values: Tensor) -> float:
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
-    pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids), strict=True)
+    size = tokens_at_once(input_device(model), _vocabulary(model))
+    pairs = zip(ids[:, 1:].flatten().split(size), _next_token_logits(model, ids, size), strict=True)
     return float(sum(_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs))
 
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1
+    model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int | None = None
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Compares a model with the dense one on the same text, in one pass of each.
 
     It gives the mean losses per predicted token in each sample, shape `(samples,)`, as "dense" and "model"; then the
     mean KL(dense‖model) per predicted token in nats, and the share of these tokens for which both find the same one
-    likeliest. The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or
-    scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
+    likeliest. The logits and probabilities of a few tokens by both models are in memory at a time (`tokens_at_once`);
+    where a model caps or scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
     """
     found = list[tuple[Tensor, ...]]()
+    batch_size = batch_size or samples_per_pass(dense, samples.shape[1])
     with evaluating(model, dense):
         for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size)):
             closeness = divergence(mine, theirs, mean=False), mine.argmax(-1) == theirs.argmax(-1)
@@ -227,20 +235,23 @@ def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[l
     heads = [
         partial(_head_logits, model.get_output_embeddings()) if plain_head(model, first) else None for model in models
     ]
+    size = min(tokens_at_once(input_device(model), _vocabulary(model)) for model in models)
     for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
-        targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
-        logits = [_next_token_logits(model, ids, head) for model, head in zip(models, heads, strict=True)]
+        targets = ids[:, 1:].flatten().split(size)
+        logits = [_next_token_logits(model, ids, size, head) for model, head in zip(models, heads, strict=True)]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
 
-def _next_token_logits(model: Any, ids: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-    """The logits for all tokens of a batch but the first of each row, for few tokens at a time."""
+def _next_token_logits(
+    model: Any, ids: Tensor, size: int, head: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Compute the logits for all tokens of a batch but the first of each row, for `size` tokens at a time."""
     if head is None:
-        yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
+        yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(size)
         return
     hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
-    yield from map(head, hidden.split(TOKENS_AT_ONCE))
+    yield from map(head, hidden.split(size))
 
 
 def _head_logits(head: Any, hidden: Tensor) -> Tensor:
@@ -262,21 +273,6 @@ def plain_head(model: Any, ids: Tensor) -> bool:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, shape `(tokens,)`, fp64. It stays on its device, so that nothing waits for a GPU."""
     return cross_entropy(logits.float(), targets, reduction="none").double()
-
-
-def random_inputs(model: PreTrainedModel) -> Tensor:
-    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
-
-    The last token ends a sequence, for heads that look for it. A head that chooses among sequences gets `(1, 1, 16)`.
-    """
-    generator, config = torch.Generator().manual_seed(0), model.config
-    if reads_images(model) and hasattr(config, "image_size"):
-        return random_image(config).to(model.dtype)
-    text, length = config.get_text_config(), int(min(16, positions_of(model)))
-    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
-    if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
-        ids[0, -1] = end
-    return ids[None] if type(model).__name__.endswith("ForMultipleChoice") else ids
 
 
 @torch.no_grad()

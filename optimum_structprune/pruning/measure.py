@@ -33,7 +33,7 @@ PROBE_TOKENS = 2048
 STRIDE = 4
 # The tokens in a row of held-out text. With a shorter context, tokens are hard to predict.
 ROW = 64
-# Rows run together up to this many tokens.
+# On a CPU, rows run together up to this number of tokens.
 AT_ONCE = 512
 # The name of unseen text beside the domains, whose names are not empty.
 UNSEEN = ""
@@ -214,7 +214,8 @@ class Measure:
         if is_offloaded(model):
             own_losses = layerwise_losses(model, arch, texts)
         else:
-            own_losses = [metrics.row_losses(model, text, tokens=AT_ONCE) for text in texts]
+            tokens = metrics.tokens_per_pass(model, AT_ONCE)
+            own_losses = [metrics.row_losses(model, text, tokens) for text in texts]
         by_domain = zip(*gather_objects(own_losses), strict=True)
 
         losses = {}

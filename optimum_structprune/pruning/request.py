@@ -1,4 +1,4 @@
-"""Requests: the widths, tokens and memory that a config asks of a model, computed once and from shapes alone.
+"""Requests: the widths and tokens that a config asks of a model, computed once and from shapes alone.
 
 A request that cannot be met is refused here, before any text is read or any weight is touched.
 
@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,15 +24,10 @@ from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
-from ..domains.load import texts_of
 from ..domains.manifest import check_kinds, check_tokens
 from ..errors import StructPruneError, one_line, warn
-from ..forward.metrics import TOKENS_AT_ONCE, outputs_for, random_inputs
-from ..method.calibrate import Moments
-from ..system.processes import process_count
-from ..system.stages import readable_size
+from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
-from .measure import PROBE_TOKENS, STRIDE
 
 
 if TYPE_CHECKING:
@@ -43,11 +36,6 @@ if TYPE_CHECKING:
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
 PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
-FP32_BYTES = 4
-# What is not counted took so many bytes in measurements, whatever the size of the model.
-UNCOUNTED_BYTES = 60 * 10**6
-# By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
-RELATIVE_ERROR = 0.15
 
 
 @dataclass(frozen=True)
@@ -198,8 +186,8 @@ def ask(
                 f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
             )
         config = replace(config, budget={"parameters": 0.999})  # which stands for a size that is not found yet
-    may_remove_tokens = inputs is None and (use == DRY_RUN or tokenizer is not None)
-    if config.removes_tokens or config.removes_tokens is None and may_remove_tokens:
+    reads_text_of_user = inputs is None and (use == DRY_RUN or tokenizer is not None)
+    if config.may_remove_tokens and reads_text_of_user:
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
         config = with_tokens(config, model_info, tokenizer)
@@ -216,6 +204,7 @@ def check_config_kind(config: Any, options: Any = None) -> None:
         if not isinstance(value, kind):
             advice = f"a mapping becomes one with {kind.__name__}.from_dict"
             raise StructPruneError(f"{name} takes a {kind.__name__}, got {type(value).__name__}; {advice}.")
+        value.validate()  # a field may have been set since
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:
@@ -309,141 +298,3 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
         value = getattr(config, name)
         if idle and value != default[name]:
             yield f"{name}={value!r}, because {reason}"
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """The memory of one process at its peak, in bytes."""
-
-    weights: int  # those on the compute device; of offloaded layers the largest one
-    hidden: int  # the hidden states on the device, and the dense predictions that trials are compared with
-    working: int  # the most that a step holds beside them
-    host: int  # what the CPU's memory holds of a model that is offloaded
-
-    @property
-    def above(self) -> int:
-        """The bytes on the compute device on top of the model's weights."""
-        return self.hidden + self.working
-
-    def __str__(self) -> str:
-        """The sizes as a table."""
-        from ..record.table import aligned
-
-        sizes = {"on the device": self.weights + self.above, "  weights": self.weights}
-        sizes |= {"  hidden states": self.hidden, "  working memory": self.working, "in CPU memory": self.host}
-        return aligned([(label, readable_size(size)) for label, size in sizes.items()])
-
-
-def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstimate:
-    """Add up what the sources and the steps of a pruning keep in each process, with layers on an `offload` place."""
-    config, info, inputs = request.config, request.model_info, request.inputs
-    if inputs is None:
-        samples, length, domains = config.num_samples, config.seq_length, len(texts_of(config))
-    else:
-        from ..domains.load import given_domains
-
-        given = [domain.samples for domain in given_domains(inputs, config.holdout, config.allocation != "uniform")]
-        # What is no text has as many tokens as the model makes of it, which shapes do not say.
-        length = max(rows.shape[1] if rows.ndim == 2 else 1 for rows in given)
-        samples, domains = sum(map(len, given)), len(inputs)
-    offload = "disk" if info.offloaded else offload
-    model, layers, settings = info.plain_model, info.arch.layer_params, info.plain_model.config.get_text_config()
-    itemsize, channels = model.dtype.itemsize, getattr(settings, "hidden_size", 0)  # a config of one's own may lack it
-    weights = model.num_parameters() - (sum(layers) - max(layers) if offload else 0)
-    if config.rounds > 1:  # consumers that a round has masked keep their dense values until the last round
-        weights += channels * sum(size for size, _ in _consumers(request))
-    # Those of the present and of the dense model, and what a layer's attention gives.
-    streams = channels * samples * length * (3 if config.feedback_share else 2) // process_count()
-    host = streams + (sum(layers) if offload == "cpu" else max(layers)) if offload else 0
-    vocabulary = settings.vocab_size if info.arch.causal else 0
-    predictions = 0 if config.allocation == "uniform" else vocabulary * PROBE_TOKENS // STRIDE
-    hidden = predictions + (0 if offload else streams)
-    # A loss takes logits in the model's dtype and twice in fp32, for few tokens at a time; where layers are offloaded,
-    # the head runs on a whole sample.
-    part = min(TOKENS_AT_ONCE, length)
-    loss = vocabulary * ((length if offload else part) * itemsize + part * 2 * FP32_BYTES)
-    batch = min(request.options.batch_size, ceil(samples / domains)) * length
-    working = max(loss, *_steps(request, channels, samples * length, batch, domains > 1))
-    return MemoryEstimate(itemsize * weights, itemsize * hidden, working + UNCOUNTED_BYTES, itemsize * host)
-
-
-def _steps(request: Request, channels: int, tokens: int, batch: int, mixes: bool) -> Iterator[int]:
-    """Yield the bytes that each step takes on top of a whole layer.
-
-    Of the `tokens`, a `batch` runs at once. Where it `mixes` domains, moments are there beside a batch.
-    """
-    config, arch, widths, info = request.config, request.model_info.arch, request.widths, request.model_info
-    itemsize, on_cpu = info.plain_model.dtype.itemsize, info.device.type == "cpu"
-    widest = max([channels, *(space.size * axis.per_unit for space in arch.spaces for axis in space.consumers)])
-    # Both factors of a gated product, and the product.
-    activations = itemsize * batch * (3 * widest + 2 * channels)
-    yield activations
-    removed = [0] * arch.num_layers
-    for space in arch.spaces:
-        removed[space.layer] += itemsize * (space.width - space.width_in(widths)) * space.scale * space.unit_params
-    if on_cpu:  # where smaller layers are made, so that both are there
-        yield from (itemsize * size - gone for size, gone in zip(arch.layer_params, removed, strict=True))
-    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
-    for size, of_expert in {*_consumers(request)}:  # layers and experts are mostly alike
-        # Moments are there twice: of a domain and of the mixture, and later in a factor of the Gram matrix.
-        out = channels if config.feedback_share and not of_expert else 0
-        moments = sum(tensor.nbytes for tensor in Moments.empty(size, reads_gram, "meta", out).tensors().values())
-        step = 2 * (moments + FP32_BYTES * size * channels) + activations * mixes
-        if of_expert:  # what enters the experts of a layer is kept until all of them are done
-            step += itemsize * tokens * channels
-        if of_expert and EXPERT in widths:
-            # Targets, residual and inputs of `removals.experts`, when the layer has shrunk; on a CPU, the weights that
-            # the ridge pulls toward are copies there.
-            step += FP32_BYTES * tokens * (2 * channels + size) - min(filter(None, removed), default=0)
-            step += (itemsize * max(arch.layer_params) - max(removed)) // 3 if on_cpu else 0
-        yield step
-    if EXPERT in widths:  # what enters the experts and what they are to give, while all of them are there
-        yield (itemsize + FP32_BYTES * (config.refit == "least_squares")) * tokens * channels + activations
-
-
-def _consumers(request: Request) -> list[tuple[int, bool]]:
-    """List the refitted consumers: the number of components of the input, and if it is an expert's."""
-    config, widths = request.config, request.widths
-    whole = [LAYER] if config.feedback_share and LAYER in widths else []
-    whole += [EXPERT] if config.refit == "least_squares" and EXPERT in widths else []
-    return [
-        (space.size * axis.per_unit, space.experts is not None)
-        for space in request.model_info.arch.spaces
-        if space.inside and (space.width_in(widths) < space.width or (EXPERT if space.experts else LAYER) in whole)
-        for axis in space.consumers
-    ]
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that a device has free for tensors; None if it does not say."""
-    if device.type == "cuda":
-        # What torch has reserved and does not use is free for its own tensors.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available if device.type == "cpu" else None
-
-
-def check_memory(request: Request, inplace: bool) -> None:
-    """Refuse a pruning that takes more memory than its device has free, at the lower end of the estimate's error."""
-    config, info, options = request.config, request.model_info, request.options
-    device, model = info.device, info.plain_model
-    if info.offloaded and not inplace:
-        raise StructPruneError(
-            f"{info.name} is offloaded, and a copy of it would need as much memory again; pass inplace=True."
-        )
-    estimate, free = estimate_memory(request), free_bytes(device)
-    copy = 0 if inplace else model.dtype.itemsize * model.num_parameters()
-    if free is not None and (least := int(estimate.above * (1 - RELATIVE_ERROR)) + copy) > free:
-        advice = {
-            "inplace=True": copy > 0,
-            f"--offload {'disk' if device.type == 'cpu' else 'cpu or disk'}": not info.offloaded,
-            f"num_samples below {config.num_samples}": estimate.hidden > 0,
-            f"batch_size below {options.batch_size}": options.batch_size > 1,
-            "criterion='wanda' with refit='none', which take no Gram matrix": config.refit == "least_squares",
-        }
-        raise StructPruneError(
-            f"Pruning takes at least {readable_size(least)} on {device} above the model (hidden states "
-            f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
-            f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is "
-            f"{' or '.join(text for text, helps in advice.items() if helps) or 'a device with more memory'}."
-        )

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..method.layers import input_device
-from ..vocabulary.parts import Parts
+from ..vocabulary.token_alignment import TokenAlignment
 
 
 # The target of a place whose next token does not count, as everywhere in torch.
@@ -22,7 +22,7 @@ IGNORED = -100
 # Token ids and their positions, each of shape `(tokens,)`, and the targets: the next token of a place, or `IGNORED`.
 # `states` are the teacher's last hidden states at the places that count, shape `(places, channels)`. In a sample for a
 # model with fewer tokens, `taught` is the same text in the teacher's, and `rows` and `nodes` say what that expects of
-# the targets, see `Parts.spelled`.
+# the targets, see `TokenAlignment.align`.
 Sample = dict[str, Any]
 
 
@@ -51,7 +51,7 @@ def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]],
             packed, room = [], places
 
 
-def in_parts(sample: Sample, parts: Parts) -> Sample:
+def in_parts(sample: Sample, parts: TokenAlignment) -> Sample:
     """Spells a sample of the teacher's tokens as a model reads it that has fewer."""
     positions, ids, targets = (sample[name].tolist() for name in ("position_ids", "input_ids", "targets"))
     begins = [at for at, position in enumerate(positions) if not position]
@@ -60,7 +60,7 @@ def in_parts(sample: Sample, parts: Parts) -> Sample:
     for start, end in pairwise([*begins, len(ids)]):
         counted = [target != IGNORED for target in targets[start:end]]
         text = [*ids[start:end], *(targets[end - 1 : end] if counted[-1] else [])]
-        spelled = parts.spelled(text, [False, *counted][: len(text)], seen)
+        spelled = parts.align(text, [False, *counted][: len(text)], seen)
         seen += sum(counted)
         columns.append([
             [now[0], place, following[0] if following[1] >= 0 else IGNORED, *following[1:]]

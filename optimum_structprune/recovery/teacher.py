@@ -18,7 +18,7 @@ from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluatin
 from ..method.layers import input_device
 from ..system.fingerprint import fingerprint
 from ..system.stages import stage
-from ..vocabulary.parts import Parts
+from ..vocabulary.token_alignment import TokenAlignment
 from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs
 
 
@@ -57,7 +57,7 @@ def tokens_of_teacher(
     tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedTokenizerBase | None, Parts | None]:
+) -> tuple[PreTrainedTokenizerBase | None, TokenAlignment | None]:
     """Gives the tokenizer of a teacher, and the parts of its tokens if the model lacks some.
 
     A teacher of other tokens is refused, and as many unknown ones are taken for the model's. No weights are needed.
@@ -71,8 +71,8 @@ def tokens_of_teacher(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, and nothing says which "
             "are the same; save its tokenizer into its folder, or pass it (teacher_tokenizer)."
         )
-    parts = Parts.between(teacher, reader, model, tokenizer)
-    return (tokenizer, None) if parts.change_nothing() else (reader, parts)
+    parts = TokenAlignment.between(teacher, reader, model, tokenizer)
+    return (tokenizer, None) if parts.is_identity() else (reader, parts)
 
 
 class Teacher:
@@ -83,7 +83,10 @@ class Teacher:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, parts: Parts | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        parts: TokenAlignment | None = None,
     ):
         self.model: PreTrainedModel | None = model
         self.tokenizer, self.parts = tokenizer, parts

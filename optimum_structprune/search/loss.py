@@ -19,7 +19,8 @@ from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest, TextRecord, remember_text
 from ..errors import StructPruneError
 from ..forward.metrics import UNSEEN
-from ..pruning.request import Request, ask, check_memory
+from ..pruning.memory import check_memory
+from ..pruning.request import Request, ask
 from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import Report
 from ..system.stages import say

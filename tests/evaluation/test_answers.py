@@ -17,7 +17,7 @@ from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence
 from optimum_structprune.record.answers import sample_questions
 from optimum_structprune.record.figures import AnswersResult
 from optimum_structprune.record.report import Report
-from optimum_structprune.vocabulary.parts import Parts
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 MODEL, READER = real_text_model()
@@ -160,11 +160,11 @@ def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():
         with torch.no_grad():
             ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, MODEL))
         total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer.ids)
-    parts = Parts.between(MODEL, READER, other, READER)
+    parts = TokenAlignment.between(MODEL, READER, other, READER)
     assert answer_divergence(MODEL, other, parts, prompts, written) == pytest.approx(total / tokens, rel=1e-4)
     assert max(token for answer in written for token in answer.ids) >= 300
     few, reader = with_tokens(MODEL, READER, [*range(300)])
-    parts = Parts.between(MODEL, READER, few, reader)
+    parts = TokenAlignment.between(MODEL, READER, few, reader)
     assert answer_divergence(MODEL, few, parts, prompts, written) > 1e-3
 
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.pruning.request import RELATIVE_ERROR, Request, estimate_memory, free_bytes
+from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory, free_bytes
+from optimum_structprune.pruning.request import Request
 
 
 STATUS = Path("/proc/self/status")
@@ -89,13 +90,13 @@ def test_more_domains_batches_rounds_and_feedback_take_more(monkeypatch):
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
     assert 2 * base.hidden == 3 * found(error_feedback=0).hidden
     assert found(rounds=2).weights > base.weights and found(torch.bfloat16).weights * 2 == base.weights
-    monkeypatch.setattr("optimum_structprune.pruning.request.process_count", lambda: 2)
+    monkeypatch.setattr("optimum_structprune.pruning.memory.process_count", lambda: 2)
     assert found().hidden * 2 == base.hidden
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.pruning.request.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: 10**6)
     model, before = build("llama-tied"), build("llama-tied")
     nowhere = [DomainConfig(name="a", source="/nowhere.txt")]
     message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
@@ -104,7 +105,7 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     assert ("inplace=True" in str(found.value)) != inplace and "--offload disk" in str(found.value)
     assert same_weights(model, before)
     for free in (None, 10**9):  # what fits, or cannot be told, is pruned
-        monkeypatch.setattr("optimum_structprune.pruning.request.free_bytes", lambda device: free)  # noqa: B023
+        monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: free)  # noqa: B023
         assert prune_model(model, config(), tokenizer(), inplace=False).config.intermediate_size == 24
     monkeypatch.undo()
     found = free_bytes(torch.device("cpu"))

@@ -22,7 +22,7 @@ from optimum_structprune.recovery.samples import answer_samples, collate, in_par
 from optimum_structprune.recovery.teacher import Teacher, load_teacher, measure_samples
 from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.fingerprint import KeptText
-from optimum_structprune.vocabulary.parts import Parts
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 MODEL, READER = real_text_model()
@@ -128,7 +128,7 @@ def test_answers_alone_count_and_conversations_do_not_see_each_other():
 def test_conversations_in_the_tokens_that_stay_are_as_far_from_the_dense_model_together_as_alone():
     pairs = [([5, 80, 7, 61, 20], [70, 9, 2]), ([5, 80, 90], [11, 95]), ([5, 80, 12, 13], [15, 66, 17, 18])]
     spelled = [(token % 8, token % 5, token % 3) for token in range(36)]
-    parts = Parts([*((token,) for token in range(60)), *spelled], 60)
+    parts = TokenAlignment([*((token,) for token in range(60)), *spelled], 60)
     for case in ("llama-tied", "gemma2"):
         student = build(case, seed=1)
         student.resize_token_embeddings(60)

@@ -1,7 +1,5 @@
 """A non-uniform model with one width for all layers."""
 
-import json
-
 import pytest
 import torch
 from helpers import logits
@@ -10,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Manifest, Plan, StructPruneConfig, StructPruner, export_uniform
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.record.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +36,15 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.dense.parameters
     share = (padding.after - padding.before) / (padding.dense - padding.before)
-    assert f"adds {padding.after - padding.before:,} parameters" in str(padding)
-    assert f"back {share:.1%}" in str(padding) and all((tmp_path / "out" / name).is_file() for name in of_training)
+    assert f"adds {padding.after - padding.before:,} zero parameters" in str(padding)
+    assert f"{share:.1%} of the parameters that pruning had removed" in str(padding) and all(
+        (tmp_path / "out" / name).is_file() for name in of_training
+    )
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["parameters"]["after"] == padding.before == model.num_parameters()
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.pruned.parameters == padding.before == model.num_parameters()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not again.config.is_heterogeneous and again.num_parameters() == padding.after
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
@@ -57,7 +58,7 @@ def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another
     for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
         (folder / "report.json").write_text(text)
         padding = export_uniform(model, tmp_path / "out", overwrite=True)
-        assert padding.dense is None and "gives back" not in str(padding)
+        assert padding.dense is None and "pruning had removed" not in str(padding)
     model = run[1]
     for _ in range(2):
         assert export_uniform(model, tmp_path / "out", overwrite=True).dense is None

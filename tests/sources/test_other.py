@@ -3,6 +3,7 @@
 from unittest.mock import Mock, patch
 
 import pytest
+import results
 import torch
 from models import real_text_model
 
@@ -10,7 +11,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import MIN_DOCUMENTS, UNSEEN
-from optimum_structprune.record.remarks import remarks
+from optimum_structprune.record.summary import details
 from optimum_structprune.sources import other
 from optimum_structprune.sources.other import other_text, respelled
 
@@ -114,7 +115,7 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
     _, (where, rows, _) = read(writer)
     assert where == "built-in" and rows
-    assert any("simpler than most" in line for line in remarks({"other": {"source": where, "tokens": 5}}))
+    assert any("simpler than most" in line for line in details(results.report([1.0], unseen_ratio=1.0, source=where)))
 
 
 def test_what_a_model_writes_begins_in_the_languages_to_keep(writer):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.forward.metrics import divergence
-from optimum_structprune.vocabulary.parts import Parts, divergence_from_dense
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -321,12 +321,17 @@ SPELLINGS = st.lists(st.lists(st.integers(0, SIZE - 1), min_size=2, max_size=4).
 
 
 def random_text(data, lost):
-    """Parts, a text of dense tokens, which of them are counted, and what a model expects for each of these."""
+    """An alignment, a text of dense tokens, which of them are counted, and what a model expects for each of these."""
     spellings = [(0,), (1,), (2,), *lost]
     ids = data.draw(st.lists(st.integers(0, len(spellings) - 1), min_size=2, max_size=6))
     counted = [False, *(data.draw(st.booleans()) for _ in ids[1:])]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    return Parts(spellings, SIZE), ids, counted, torch.randn(sum(counted), len(spellings), generator=generator) * 3
+    return (
+        TokenAlignment(spellings, SIZE),
+        ids,
+        counted,
+        torch.randn(sum(counted), len(spellings), generator=generator) * 3,
+    )
 
 
 def next_part(spellings, now, before, read, last):
@@ -359,7 +364,7 @@ def next_part(spellings, now, before, read, last):
 def test_the_next_part_is_expected_as_all_words_that_have_it_there_are_together(lost, data):
     parts, ids, counted, logits = random_text(data, lost)
     expected, number = torch.zeros(len(logits)), -1
-    spelled = [entry for entry in parts.spelled(ids, counted) if entry[1] >= 0]
+    spelled = [entry for entry in parts.align(ids, counted) if entry[1] >= 0]
     student = torch.randn(len(spelled), SIZE, generator=torch.Generator().manual_seed(1))
     chances, place, before = logits.softmax(-1).tolist(), 0, None
     for at, (token, counts) in enumerate(zip(ids, counted, strict=True)):
@@ -378,9 +383,9 @@ def test_the_next_part_is_expected_as_all_words_that_have_it_there_are_together(
 
 
 def test_where_all_tokens_stay_it_is_the_plain_divergence():
-    parts = Parts([(token,) for token in range(200)], 200)
+    parts = TokenAlignment([(token,) for token in range(200)], 200)
     ids = torch.randint(200, (150,)).tolist()
-    _, rows, nodes = torch.tensor(parts.spelled(ids, [False, *[True] * 149])[1:]).unbind(1)
+    _, rows, nodes = torch.tensor(parts.align(ids, [False, *[True] * 149])[1:]).unbind(1)
     ours, dense = torch.randn(2, 149, 200)
     torch.testing.assert_close(parts.divergence(ours, dense, rows, nodes), divergence(ours, dense, mean=False))
 
@@ -390,19 +395,19 @@ def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
     reader, (keep, less) = dense(kind)[1], smaller(kind, 1)
     sizes = [{**GROUPED, "vocab_size": len(each)} for each in (reader, less)]
     whole, small = (random_model(AutoModelForCausalLM, "llama", fields) for fields in sizes)
-    parts = Parts.between(whole, reader, small, less)
+    parts = TokenAlignment.between(whole, reader, small, less)
     assert [parts.spellings[token] for token in keep] == [(new,) for new in range(len(keep))]
     split = 0
     for text in TEXT:
         ids = reader(text).input_ids
-        spelled = [part for part, *_ in parts.spelled(ids, [False] * len(ids))]
+        spelled = [part for part, *_ in parts.align(ids, [False] * len(ids))]
         assert less.decode(spelled) == reader.decode(ids)
         split += len(spelled) - len(ids)
     assert split
     rows = [reader(text).input_ids for text in TEXT[:2]]
     found = divergence_from_dense(parts, whole, small, rows, (1, 4))
     assert found.shape == (2,) and (found > 0).all()
-    same = Parts.between(whole, reader, whole, reader)
+    same = TokenAlignment.between(whole, reader, whole, reader)
     assert divergence_from_dense(same, whole, whole, rows, (1, 4)).abs().max() < 1e-4
     with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
-        Parts.between(small, less, whole, reader)
+        TokenAlignment.between(small, less, whole, reader)

@@ -1,0 +1,351 @@
+"""The peak memory of a pruning: an estimate from shapes alone, and a check against the free memory of the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from ..arch.spec import EXPERT, LAYER
+from ..criteria import CRITERIA
+from ..domains.load import texts_of
+from ..errors import StructPruneError
+from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
+from ..method.calibrate import FP64_BYTES, TOKENS_AT_ONCE, Moments
+from ..method.devices import free_bytes, rows_at_once
+from ..system.processes import process_count
+from ..system.stages import readable_size
+from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
+
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+FP32_BYTES = 4
+# Memory that the estimate leaves out. Measurements gave this size for small and large models alike.
+UNCOUNTED_BYTES = 60 * 10**6
+# The relative error of the estimated memory above the model's weights, in both directions; see docs/scaling.md.
+RELATIVE_ERROR = 0.15
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The peak memory of one process, in bytes."""
+
+    weights: int  # on the compute device; of offloaded layers, the largest layer alone
+    hidden: int  # hidden states on the device, and the dense logits that trials are compared with
+    working: int  # the largest step, on top of the weights and the hidden states
+    host: int  # CPU memory of a model that is offloaded
+
+    @property
+    def above(self) -> int:
+        """The bytes on the compute device on top of the model's weights."""
+        return self.hidden + self.working
+
+    def __str__(self) -> str:
+        """Return the sizes as a table."""
+        from ..record.table import aligned
+
+        sizes = {
+            "on the device": self.weights + self.above,
+            "  weights": self.weights,
+            "  hidden states": self.hidden,
+            "  working memory": self.working,
+            "in CPU memory": self.host,
+        }
+        return aligned([(label, readable_size(size)) for label, size in sizes.items()])
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """The size of the calibration text: the number of samples and domains, and the tokens in a sample."""
+
+    samples: int
+    seq_length: int
+    domains: int
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all samples."""
+        return self.samples * self.seq_length
+
+    @classmethod
+    def of(cls, request: Request) -> CalibrationSize:
+        """Return the size of the text that a request names, or of its `inputs`."""
+        config = request.config
+        if request.inputs is None:
+            return cls(config.num_samples, config.seq_length, len(texts_of(config)))
+
+        from ..domains.load import given_domains
+
+        has_probe = config.allocation != "uniform"
+        domains = [domain.samples for domain in given_domains(request.inputs, config.holdout, has_probe)]
+        # The number of tokens of an image depends on the model, and shapes do not say it.
+        lengths = [rows.shape[1] if rows.ndim == 2 else 1 for rows in domains]
+        return cls(sum(len(rows) for rows in domains), max(lengths), len(request.inputs))
+
+
+def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstimate:
+    """Estimate the peak memory of each process of a pruning.
+
+    Args:
+        request: The resolved request.
+        offload: Where layers are kept between their steps, "cpu" or "disk"; None keeps them on the device. A model
+            that is offloaded already counts as "disk".
+    """
+    model = request.model_info.plain_model
+    itemsize = model.dtype.itemsize
+    if request.model_info.offloaded:
+        offload = "disk"
+
+    size = CalibrationSize.of(request)
+    hidden_states = _hidden_state_values(request, size)
+    hidden = _trial_logit_values(request)
+    if offload is None:
+        hidden += hidden_states
+
+    samples_at_once = min(request.options.batch_size, ceil(size.samples / size.domains))
+    batch_tokens = samples_at_once * size.seq_length
+    working = max(
+        _loss_bytes(request, size, is_offloaded=offload is not None),
+        _activation_bytes(request, batch_tokens),
+        _measuring_bytes(request, size),
+        _shrink_bytes(request),
+        _refit_bytes(request, size, batch_tokens),
+        _expert_bytes(request, size, batch_tokens),
+    )
+
+    return MemoryEstimate(
+        weights=itemsize * _weight_values(request, offload),
+        hidden=itemsize * hidden,
+        working=working + UNCOUNTED_BYTES,
+        host=itemsize * _host_values(request, offload, hidden_states),
+    )
+
+
+def check_memory(request: Request, inplace: bool) -> None:
+    """Raise `StructPruneError` if a pruning needs more memory than its device has free.
+
+    The estimate counts with the lower end of its error, so that no pruning that may fit is refused.
+    """
+    config, info, options = request.config, request.model_info, request.options
+    device = info.device
+    if info.offloaded and not inplace:
+        raise StructPruneError(
+            f"{info.name} is offloaded, and a copy of it would need as much memory again; pass inplace=True."
+        )
+
+    free = free_bytes(device)
+    if free is None:
+        return
+    estimate = estimate_memory(request)
+    copy = 0
+    if not inplace:
+        copy = info.plain_model.dtype.itemsize * info.plain_model.num_parameters()
+    needed = int(estimate.above * (1 - RELATIVE_ERROR)) + copy
+    if needed <= free:
+        return
+
+    suggestions = []
+    if copy:
+        suggestions.append("inplace=True")
+    if not info.offloaded:
+        place = "disk" if device.type == "cpu" else "cpu or disk"
+        suggestions.append(f"--offload {place}")
+    if estimate.hidden:
+        suggestions.append(f"num_samples below {config.num_samples}")
+    if options.batch_size > 1:
+        suggestions.append(f"batch_size below {options.batch_size}")
+    if config.refit == "least_squares":
+        suggestions.append("criterion='wanda' with refit='none', which take no Gram matrix")
+    if not suggestions:
+        suggestions.append("a device with more memory")
+    raise StructPruneError(
+        f"Pruning takes at least {readable_size(needed)} on {device} above the model (hidden states "
+        f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
+        f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {' or '.join(suggestions)}."
+    )
+
+
+def _channels(request: Request) -> int:
+    # A custom config may lack the field.
+    return getattr(request.model_info.plain_model.config.get_text_config(), "hidden_size", 0)
+
+
+def _vocabulary(request: Request) -> int:
+    if not request.model_info.arch.causal:
+        return 0
+    return request.model_info.plain_model.config.get_text_config().vocab_size
+
+
+def _weight_values(request: Request, offload: str | None) -> int:
+    """Count the weights on the device; of offloaded layers, the largest alone is there."""
+    info = request.model_info
+    layers = info.arch.layer_params
+    count = info.plain_model.num_parameters()
+    if offload is not None:
+        count += max(layers) - sum(layers)
+    if request.config.rounds > 1:
+        # Consumers that are masked keep their dense values until the last round.
+        count += _channels(request) * sum(size for size, _ in _consumers(request))
+    return count
+
+
+def _hidden_state_values(request: Request, size: CalibrationSize) -> int:
+    """Count the hidden states of one process's samples.
+
+    There is one copy of the pruned model, one of the dense model with error feedback, and one that holds the cached
+    outputs of a layer's attention.
+    """
+    streams = 3 if request.config.feedback_share else 2
+    return _channels(request) * size.tokens * streams // process_count()
+
+
+def _trial_logit_values(request: Request) -> int:
+    """Count the dense logits of the trials that choose the widths of layers."""
+    if request.config.allocation == "uniform":
+        return 0
+    return _vocabulary(request) * PROBE_TOKENS // STRIDE
+
+
+def _host_values(request: Request, offload: str | None, hidden_states: int) -> int:
+    """Count the values in CPU memory: hidden states, and all layers or the one that is read from disk."""
+    if offload is None:
+        return 0
+    layers = request.model_info.arch.layer_params
+    return hidden_states + (sum(layers) if offload == "cpu" else max(layers))
+
+
+def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> int:
+    """Return the bytes of logits: once in the model's dtype, and twice in fp32 for few tokens at a time.
+
+    The head of an offloaded model runs on a whole sample.
+    """
+    device = request.model_info.device
+    pass_tokens = size.seq_length
+    if device.type == "cuda":
+        pass_tokens = max(pass_tokens, _measured_tokens(request, size))
+    part = min(tokens_at_once(device, _vocabulary(request)), pass_tokens)
+    head_tokens = size.seq_length if is_offloaded else part
+    per_entry = head_tokens * request.model_info.plain_model.dtype.itemsize + 2 * part * FP32_BYTES
+    return _vocabulary(request) * per_entry
+
+
+def _measured_tokens(request: Request, size: CalibrationSize) -> int:
+    """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
+    info = request.model_info
+    pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
+    # Samples that a program passes in come without other text.
+    heldout = MEASURED_TOKENS if request.inputs is None else ceil(request.config.holdout * size.tokens)
+    return min(pass_tokens, heldout)
+
+
+def _measuring_bytes(request: Request, size: CalibrationSize) -> int:
+    """Return the bytes of the activations of held-out text on a GPU, where a pass has more tokens than on a CPU."""
+    if request.model_info.device.type != "cuda" or not _vocabulary(request):
+        return 0
+    return _activation_bytes(request, _measured_tokens(request, size))
+
+
+def _activation_bytes(request: Request, batch_tokens: int) -> int:
+    """Return the bytes of the largest activations of a batch: both factors of a gated product, and the product."""
+    channels = _channels(request)
+    inputs = [space.size * axis.per_unit for space in request.model_info.arch.spaces for axis in space.consumers]
+    widest = max([channels, *inputs])
+    itemsize = request.model_info.plain_model.dtype.itemsize
+    return itemsize * batch_tokens * (3 * widest + 2 * channels)
+
+
+def _removed_bytes(request: Request) -> list[int]:
+    """Return the bytes of the removed weights, by layer."""
+    arch = request.model_info.arch
+    itemsize = request.model_info.plain_model.dtype.itemsize
+    removed = [0] * arch.num_layers
+    for space in arch.spaces:
+        units = (space.width - space.width_in(request.widths)) * space.scale
+        removed[space.layer] += itemsize * units * space.unit_params
+    return removed
+
+
+def _shrink_bytes(request: Request) -> int:
+    """Return the bytes of a pruned layer. It is made in CPU memory, so it adds to the dense layer there alone."""
+    info = request.model_info
+    if info.device.type != "cpu":
+        return 0
+    itemsize = info.plain_model.dtype.itemsize
+    pairs = zip(info.arch.layer_params, _removed_bytes(request), strict=True)
+    return max((itemsize * size - removed for size, removed in pairs), default=0)
+
+
+def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+    """Return the bytes of the largest refit: two sets of moments and two fp32 copies of the consumer.
+
+    The moments of one domain and of the mixture are in memory together; later, the Gram matrix and its factor are.
+    """
+    config, info = request.config, request.model_info
+    channels = _channels(request)
+    itemsize = info.plain_model.dtype.itemsize
+    activations = _activation_bytes(request, batch_tokens)
+    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
+
+    largest = 0
+    for inputs, is_expert in set(_consumers(request)):
+        outputs = channels if config.feedback_share and not is_expert else 0
+        moments = Moments.empty(inputs, reads_gram, "meta", outputs).tensors().values()
+        step = 2 * (sum(tensor.nbytes for tensor in moments) + FP32_BYTES * inputs * channels)
+        if info.device.type == "cuda":
+            # A part of a batch in fp64.
+            part = min(rows_at_once(info.device, FP64_BYTES * inputs, TOKENS_AT_ONCE), batch_tokens)
+            step += FP64_BYTES * inputs * part
+        if size.domains > 1:
+            # The moments of the mixture are in memory while the next domain runs.
+            step += activations
+        if is_expert:
+            # The inputs of a layer's experts are kept until all experts are done.
+            step += itemsize * size.tokens * channels
+        if is_expert and EXPERT in request.widths:
+            step += _expert_refit_bytes(request, inputs, size.tokens)
+        largest = max(largest, step)
+    return largest
+
+
+def _expert_refit_bytes(request: Request, inputs: int, tokens: int) -> int:
+    """Return the bytes that the refit of kept experts adds: targets, residuals and inputs, after the layer shrank."""
+    info = request.model_info
+    removed = _removed_bytes(request)
+    step = FP32_BYTES * tokens * (2 * _channels(request) + inputs)
+    step -= min((count for count in removed if count), default=0)
+    if info.device.type == "cpu":
+        # On a CPU the weights that the ridge pulls toward are copies.
+        step += (info.plain_model.dtype.itemsize * max(info.arch.layer_params) - max(removed)) // 3
+    return step
+
+
+def _expert_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+    """Return the bytes of the inputs and targets of a layer's experts, while all experts are there."""
+    if EXPERT not in request.widths:
+        return 0
+    per_value = request.model_info.plain_model.dtype.itemsize
+    if request.config.refit == "least_squares":
+        per_value += FP32_BYTES
+    return per_value * size.tokens * _channels(request) + _activation_bytes(request, batch_tokens)
+
+
+def _consumers(request: Request) -> list[tuple[int, bool]]:
+    """List the refitted consumers as pairs: the number of input components, and whether an expert holds it."""
+    config, widths = request.config, request.widths
+    refits_layers = bool(config.feedback_share) and LAYER in widths
+    refits_experts = config.refit == "least_squares" and EXPERT in widths
+
+    consumers = []
+    for space in request.model_info.arch.spaces:
+        if not space.inside:
+            continue
+        is_expert = space.experts is not None
+        is_pruned = space.width_in(widths) < space.width
+        # Removed layers and experts leave errors that the others are refitted for. `experts` may be empty.
+        follows = refits_experts if space.experts else refits_layers
+        if is_pruned or follows:
+            consumers += [(space.size * axis.per_unit, is_expert) for axis in space.consumers]
+    return consumers

@@ -1,0 +1,80 @@
+"""Tests on simulated GPUs, in processes of their own.
+
+The runtime of the devices has to be loaded before torch, and other tests should not run with it. So the tests of each
+file here run in one child process, and this process repeats their reports.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from gpu.runtime import missing
+
+
+TESTS = Path(__file__).parents[1]
+CHILD = "gpu.child"
+REPORTS = "SIMULATED_GPU_REPORTS"
+REASON = missing()
+_reports: dict[str, list] = {}  # by the id of a test
+_finished: set[Path] = set()  # the files whose tests have run
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if REASON is not None and here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+def pytest_runtest_protocol(item, nextitem):
+    if REASON is not None or CHILD in sys.modules:
+        return None
+    if item.path not in _finished:
+        _run_in_child(item)
+
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for data in _reports[item.nodeid]:
+        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _run_in_child(item):
+    """Run all selected tests of an item's file in one process, and keep their reports."""
+    selected = [other.nodeid for other in item.session.items if other.path == item.path]
+    reports = Path(item.config.rootpath, "build", "simulator", f"reports-{os.getpid()}.jsonl")
+    reports.parent.mkdir(parents=True, exist_ok=True)
+    reports.unlink(missing_ok=True)
+
+    search = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), REPORTS: str(reports)}
+    # Of the workers of xdist, the child is none.
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", CHILD, "-p", "no:cacheprovider", *selected]
+    done = subprocess.run(command, cwd=item.config.rootpath, env=environment, capture_output=True, text=True)
+
+    by_test = defaultdict(list)
+    if reports.exists():
+        for line in reports.read_text(encoding="utf-8").splitlines():
+            data = json.loads(line)
+            by_test[data["nodeid"]].append(data)
+        reports.unlink()
+    for other in item.session.items:
+        if other.path == item.path and not by_test[other.nodeid]:
+            by_test[other.nodeid] = [
+                _failure(other, f"The process of the tests ended with {done.returncode}.\n{done.stdout}{done.stderr}")
+            ]
+    _reports.update(by_test)
+    _finished.add(item.path)
+
+
+def _failure(item, text):
+    """Return the report of a test that the child process did not finish."""
+    report = pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+    return item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
