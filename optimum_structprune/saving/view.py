@@ -18,6 +18,7 @@ from ..record.figures import AnsweredQuestion, AnswersResult
 from ..record.measured import measurement_table, speed_note
 from ..record.report import RECOVERY_CONFIG_NAME
 from ..record.summary import (
+    CHANGED,
     details,
     language_lines,
     loss_notes,
@@ -167,7 +168,8 @@ def _introduction(records: Records, dense: str) -> str:
 def _notes(records: Records) -> list[str]:
     """Return sentences about the losses."""
     report = records.report
-    notes = [request_line(report), *loss_notes(report), *vocabulary_lines(report)]
+    notes = [f"warning: {CHANGED}"] if report.changed else []
+    notes += [request_line(report), *loss_notes(report), *vocabulary_lines(report)]
     notes += [*language_lines(report.languages), *details(report)]
     if any(domain.perplexity is not None for domain in report.domains.values()):
         notes.append(_overlap(records))

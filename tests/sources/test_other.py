@@ -81,10 +81,10 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     used = manifest.domains
     (judged,) = ({*of.heldout_documents} for of in used if of.use == "judged by")
     assert judged and not any(judged & {*of.documents} for of in used)
-    assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
+    assert 0 < with_text.unseen.split_words < 1 and "Words now split into more tokens: " in str(with_text)
     assert respelled([["some words of a text"]], writer[1], writer[1]) == 0 == respelled([], writer[1], writer[1])
-    assert not without.other.get("tokens") and "was not measured" in str(without)
-    assert "unseen text" not in str(without)
+    assert without.unseen is None and "unseen text" not in str(without)
+    assert "Unseen text was not measured, because none was available." in [*details(without)]
 
 
 def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
