@@ -21,9 +21,9 @@ from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import cache_name
-from ..record.evaluation import MeasuredModel, Measurement
+from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
 from ..record.figures import PRUNED, SizeResult
-from ..record.measured import ORIGINAL, measurement_lines
+from ..record.measured import measurement_lines
 from ..saving.names import EVALUATION_NAME, PAGE_NAME, SPEED_NAME
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder, unchanging

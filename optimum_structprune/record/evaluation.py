@@ -9,6 +9,10 @@ from .report import ResultRecord
 from .speed import Speed
 
 
+# The name of the original model in tables.
+ORIGINAL = "original"
+
+
 @dataclass
 class Evaluation(ResultRecord):
     """The figures that `evaluate` measured; `str` of it is a table.
@@ -80,6 +84,14 @@ class Measurement(ResultRecord):
 
     models: dict[str, MeasuredModel] = field(default_factory=dict)
     speed: Speed | None = None
+
+    def columns(self) -> dict[str, MeasuredModel]:
+        """Return the models of a table by name, with the original model if any figure belongs to it."""
+        has_original = any(evaluation.original is not None for evaluation in self.evaluations.values())
+        is_there = any(model.evaluation is None for model in self.models.values())
+        if has_original and not is_there:
+            return {ORIGINAL: MeasuredModel(ORIGINAL), **self.models}
+        return dict(self.models)
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:

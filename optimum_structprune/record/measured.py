@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
+from typing import TYPE_CHECKING
 
 from .answers import FIGURES, paired, question_lines, sample_questions
-from .evaluation import Evaluation, MeasuredModel, Measurement
 from .figures import AnswersResult, DomainResult, Figure, VectorResult, mean_figure, mean_ratio, ratios_of
-from .speed import Speed, Timing
 from .summary import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
 from .table import UNKNOWN, aligned, byte_size, number, times, with_margin
 
 
-ORIGINAL = "original"
+if TYPE_CHECKING:
+    from .evaluation import Evaluation, MeasuredModel, Measurement
+    from .speed import Speed, Timing
+
 Rows = list[list[str]]
 
 
@@ -36,7 +38,7 @@ def measurement_lines(measurement: Measurement) -> list[str]:
 
 def measurement_table(measurement: Measurement) -> Rows:
     """Return the table of all figures, with one column for each model."""
-    columns = _columns(measurement)
+    columns = measurement.columns()
     rows = [["", *columns]]
     rows += _size_rows(columns)
     rows += quality_rows(measurement)
@@ -44,16 +46,6 @@ def measurement_table(measurement: Measurement) -> Rows:
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
-
-
-def _columns(measurement: Measurement) -> dict[str, MeasuredModel]:
-    """Return the models of the table by name; the original model is added where only its figures are known."""
-    models = dict(measurement.models)
-    has_original = any(evaluation.original is not None for evaluation in measurement.evaluations.values())
-    is_there = any(model.evaluation is None for model in models.values())
-    if has_original and not is_there:
-        return {ORIGINAL: MeasuredModel(ORIGINAL), **models}
-    return models
 
 
 def _size_rows(columns: Mapping[str, MeasuredModel]) -> Rows:
@@ -77,7 +69,7 @@ def _size_rows(columns: Mapping[str, MeasuredModel]) -> Rows:
 
 def quality_rows(measurement: Measurement) -> Rows:
     """Return the rows of perplexity, closeness to the original model, vectors and answers."""
-    columns = _columns(measurement)
+    columns = measurement.columns()
     evaluations = [columns[name].evaluation for name in columns]
     measured = [evaluation for evaluation in evaluations if evaluation is not None]
     domains = list(dict.fromkeys(name for evaluation in measured for name in evaluation.domains))

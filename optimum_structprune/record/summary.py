@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import inf, isfinite
 from shlex import join
+from typing import TYPE_CHECKING
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
@@ -22,10 +23,12 @@ from .figures import (
     mean_ratio,
     ratios_of,
 )
-from .report import RecoveryReport, Report
 from .table import UNKNOWN, aligned, byte_size, number, percent_change, times, with_margin
 from .verdict import LANGUAGE_LIMIT, Level, Verdict, judge
 
+
+if TYPE_CHECKING:
+    from .report import RecoveryReport, Report
 
 # A removed share is warned of if it differs from the requested one by more than this part.
 MAX_DEVIATION = 0.1

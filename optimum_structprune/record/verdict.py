@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
 from .figures import AnswersResult, DomainResult, Figure, LanguageResult, known_languages, mean_ratio, ratios_of
-from .report import Report
 from .table import times
+
+
+if TYPE_CHECKING:
+    from .report import Report
 
 
 class Level(IntEnum):
