@@ -323,7 +323,6 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
         "DeepSpeed": bool(args.deepspeed),
         "torch.compile before the Trainer, or on several devices,": hasattr(model, "_orig_mod")
         or (args.torch_compile and several),
-        "training on several devices without DDP (which `evaluate` before `train` keeps away)": several and not ddp,
     }
     for what, present in reasons.items():
         if present:
@@ -331,6 +330,12 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
                 f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it: prune first "
                 "(`structprune prune`), then train the pruned model with it."
             )
+    if several and not ddp:
+        raise StructPruneError(
+            "The Trainer uses several devices without DDP, and a model cannot be pruned under `nn.DataParallel`. "
+            "Start the script with `torchrun`, or set CUDA_VISIBLE_DEVICES to one device. Under `torchrun`, call "
+            "`train` before `evaluate`."
+        )
     if trainer is None and (args.torch_compile or several):
         raise StructPruneError(
             "A callback does not reach what torch.compile or DDP puts around the model; use attach_pruner(trainer, "

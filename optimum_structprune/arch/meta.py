@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import StructPruneError, one_line
+from ..system.devices import check_devices
 from ..system.offloading import check_reachable
 from .families import family_of
 from .modules import TASK, embedding_of, module_files
@@ -134,6 +135,7 @@ def _check_stock(model: PreTrainedModel) -> None:
 def check_changeable(model: Any) -> None:
     """Refuse a model whose weights cannot change: it is compiled, has an adapter, or was made for inference alone."""
     check_no_adapter(model)
+    check_devices(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise StructPruneError("model was made inside torch.inference_mode; to change it, pass copy.deepcopy(model).")
 

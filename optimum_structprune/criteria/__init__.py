@@ -172,7 +172,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
 
     def after(index: int, output: Any) -> None:
         entering, leaving = (batch.counted(x.double()) for x in (inputs.pop(index), first_of(output)))
-        lost[index].append((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
+        lost[index].append((1 - cosine_similarity(entering.to(leaving.device), leaving, dim=-1)).sum())
 
     with intercept(layer_list(model, arch), before, after):
         for batch in batches:

@@ -13,6 +13,8 @@ from ..errors import StructPruneError
 
 # The least number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
+# Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
+MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @dataclass
@@ -188,7 +190,7 @@ def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
     """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32. `total` has the shape `(m, n)`."""
-    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
+    if MM_TAKES_OUT_DTYPE and left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         product = left.T.float() @ right.float()

@@ -292,9 +292,10 @@ class InMemory(Source):
         self.changed |= {axis.param.removeprefix(prefix).partition(".")[0] for axis in space.axes}
         self.cache = {name: kept for name, kept in self.cache.items() if name not in self.changed}
         out, parts = self.hidden[0].shape[-1], self._parts_to_cache(layer)
+        device = next(self.module(layer).parameters()).device
         for domain in range(self.num_domains):
             moments = {
-                name: Moments.empty(space.size * axis.per_unit, gram, self.device, out if paths.get(name) else 0)
+                name: Moments.empty(space.size * axis.per_unit, gram, device, out if paths.get(name) else 0)
                 for name, axis in axes.items()
             }
             for index, batch in enumerate(self.batches):

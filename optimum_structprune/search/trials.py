@@ -21,6 +21,7 @@ from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, source_of
+from ..system.devices import is_spread
 from ..system.processes import all_reduce_, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
@@ -53,7 +54,8 @@ class Probe:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.batches, self.layer = model, batches, 0
         self.source = source_of(model, arch, batches)
-        self.keeps_some = last_logits_only(model)
+        # accelerate moves the index to the first device, and the head may be on another.
+        self.keeps_some = last_logits_only(model) and not is_spread(model)
         self.dense_logits = [self._logits(index) for index in range(len(batches))]
 
     @classmethod

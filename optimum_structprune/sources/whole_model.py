@@ -45,11 +45,12 @@ class WholeModel(Source):
             yield [self.ranks.sum_(moments[module]).checked(module, domain) for module in modules]
 
     def _gather(self, gram: bool) -> None:
-        device = next(self.model.parameters()).device
         spaces = [space for space in self.arch.spaces if space.experts is None]
         sizes = {axis.module: space.size * axis.per_unit for space in spaces for axis in space.consumers}
         for _ in range(self.num_domains):
-            self.gathered.append({module: Moments.empty(size, gram, device) for module, size in sizes.items()})
+            self.gathered.append(
+                {module: Moments.empty(size, gram, self._device_of(module)) for module, size in sizes.items()}
+            )
         batch = self.batches[0]
 
         def see(module: str, x: Tensor, product: Tensor | None) -> None:
@@ -59,6 +60,9 @@ class WholeModel(Source):
         with observe_products(self.model, sizes, see):
             for index, batch in enumerate(self.batches):  # noqa: B007  # `see` reads it
                 self.output(0, index)
+
+    def _device_of(self, module: str) -> torch.device:
+        return next(self.model.get_submodule(module).parameters()).device
 
     @torch.no_grad()
     def output(self, layer: int, index: int) -> None:

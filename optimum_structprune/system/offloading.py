@@ -21,12 +21,27 @@ from ..errors import StructPruneError, one_line, some_of
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Map each module to its device, or to the disk if it is offloaded, as a `device_map`."""
-    devices: dict[str, str] = {}
+    """Return the `device_map` of a model: the device of each module, or "disk" for offloaded modules.
+
+    It names the topmost modules whose tensors are in one place. accelerate moves inputs to the device of every module
+    that a map names, and tensors that modules inside a layer share must not be apart.
+    """
+    place_of: dict[str, str] = {}
     for name, module in model.named_modules():
-        if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
-            devices[name] = "disk" if any(hook.offload for hook in _hooks_of(module)) else str(tensor.device)
-    return devices
+        tensors = [tensor for _, tensor in named_module_tensors(module)]
+        if not tensors:
+            continue
+        is_offloaded = any(hook.offload for hook in _hooks_of(module))
+        place_of[name] = "disk" if is_offloaded else str(tensors[0].device)
+
+    topmost: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        if any(name.startswith(f"{above}.") for above in topmost):
+            continue
+        inside = {place for path, place in place_of.items() if path == name or path.startswith(f"{name}.")}
+        if name and len(inside) == 1:
+            topmost[name] = inside.pop()
+    return topmost
 
 
 @contextmanager
