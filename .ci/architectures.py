@@ -1,11 +1,11 @@
-"""Writes the table of `docs/architectures.md` from `families.yaml`, below what the page says before it."""
+"""Writes the table of `docs/architectures.md` from `arch/families`, below what the page says before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from optimum_structprune.arch.families import FAMILIES_FILE, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
+from optimum_structprune.arch.family import FAMILIES_FOLDER, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
 from optimum_structprune.arch.spec import HIDDEN, LAYER, kind_of
 
 
@@ -16,8 +16,9 @@ ONE_FOR_ALL = "a model has one"
 def table() -> str:
     """The lines of the table, for all families."""
     lines = ["| model types | space | plain | non-uniform | config keys |", "|---|---|---|---|---|"]
-    for family in read_families(FAMILIES_FILE):
-        lines += _rows(family)
+    for path in sorted(FAMILIES_FOLDER.glob("*.yaml")):
+        for family in read_families(path):
+            lines += _rows(family)
     return "\n".join(lines) + "\n"
 
 

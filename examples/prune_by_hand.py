@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import adopt_config_
-from optimum_structprune.criteria import obs_drive, producer_norms
+from optimum_structprune.criteria.obs_drive import obs_drive, producer_norms
 from optimum_structprune.method.calibrate import mixed
 from optimum_structprune.method.layers import Batch, InMemory
 from optimum_structprune.method.loop import best_units
@@ -43,7 +42,7 @@ def prune_by_hand_(model: PreTrainedModel, batches: list[Batch], shares: tuple[f
         (moments,) = mixed(source.moments(layer, space, gram=True), shares, [weight])
         # Score, and choose.
         moments.prior = producer_norms(model, arch, space)
-        scores = obs_drive(weight, moments, consumer.per_unit, SimpleNamespace(damping=DAMPING))
+        scores = obs_drive(weight, moments, consumer.per_unit, damping=DAMPING)
         keep[space.key] = best_units(scores, width)
         # Refit: the kept columns make up for the others, which become zero.
         columns = units_to_columns(keep[space.key], consumer, weight.device)

@@ -2,7 +2,7 @@
 
     python examples/sft_trl.py MODEL OUTPUT [--text FILE.jsonl] [--steps 200]
 
-Needs `pip install trl`.
+Needs `pip install "trl>=1.16"`.
 """
 
 from argparse import ArgumentParser

@@ -2,7 +2,7 @@
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
 those before it: `system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`,
-`record`, `sources`, `removals`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Begin to
+`record`, `sources`, `steps`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Begin to
 read with `method`.
 """
 

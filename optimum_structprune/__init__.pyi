@@ -19,6 +19,7 @@ from .forward.metrics import perplexity as perplexity
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
 from .record.plan import Plan as Plan
+from .recovery.attach import attach_teacher as attach_teacher
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform

@@ -98,7 +98,7 @@ class StructPruner:
             comparison = Comparison(run, tokens is not None, self.on_trial)
             teacher = run.dense_model or deepcopy(run.model) if run.config.recovery is not None else None
             if tokens is not None:
-                from .removals.vocabulary import prune_vocabulary_
+                from .steps.vocabulary import prune_vocabulary_
 
                 widths = prune_vocabulary_(run, tokens, comparison)
             if widths and run.config.allocation != "uniform":
@@ -164,15 +164,15 @@ class StructPruner:
             if step.kind == UNITS:
                 kept = prune_units_(run, step)
             elif step.kind == LAYER:
-                from .removals.layers import remove_layers_
+                from .steps.layers import remove_layers_
 
                 kept = remove_layers_(run, step)
             elif step.kind == EXPERT:
-                from .removals.experts import remove_experts_
+                from .steps.experts import remove_experts_
 
                 kept = remove_experts_(run, step)
             else:
-                from .removals.channels import remove_channels_
+                from .steps.hidden import remove_channels_
 
                 kept = remove_channels_(run, step)
             run.plan = run.plan.then(kept)

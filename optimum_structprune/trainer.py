@@ -26,7 +26,7 @@ from .errors import StructPruneError, warn
 from .pruner import StructPruner
 from .pruning.request import TRAINER, ask, check_arguments, check_config_kind, check_reads_text
 from .record.plan import Plan
-from .removals.resize import cut_state_, resize_
+from .steps.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
 from .widths.schedule import legal_round_widths, removal_steps
 

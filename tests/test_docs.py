@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import optimum_structprune
 from optimum_structprune import StructPruneConfig
-from optimum_structprune.arch.families import builtin_families
+from optimum_structprune.arch.family import builtin_families
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
 

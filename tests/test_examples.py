@@ -123,9 +123,9 @@ def test_trainer_callback(desk, capsys):
     assert width(desk / "tuned" / "checkpoint-24") == width(desk / "tuned")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about old names of arguments
 def test_sft_trl(desk):
-    pytest.importorskip("trl", reason="trl is not installed")
     main_of("sft_trl")([str(desk / "model"), str(desk / "sft"), "--steps", "10"])
     assert width(desk / "sft") < 1536
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError, prune_model
-from optimum_structprune.arch.families import read_families
+from optimum_structprune.arch.family import read_families
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.sources import documents, resolve
 

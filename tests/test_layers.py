@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
 ORDER = (
-    "system config arch method forward widths domains vocabulary criteria record sources removals saving recovery "
+    "system config arch method forward widths domains vocabulary criteria record sources steps saving recovery "
     "pruning search evaluation commands"
 )
 
@@ -113,7 +113,7 @@ RULES = {
     r"[\"'](llama|qwen\w*|gemma\w*|mistral|gpt2|opt)[\"']": ("names of families", ("arch.",)),
     r"nn\.Parameter\(": (
         "parameters are created where modules are replaced and layers shrink",
-        ("arch.modules", "method.shrink", "removals."),
+        ("arch.modules", "method.shrink", "steps."),
     ),
     r"torch\.load\(|pickle|torch\.save\(|yaml\.(full_|unsafe_)load\(": ("files hold data, not code", ()),
     r"(?<![\w.])(eval|exec|compile)\(": ("text is never run as code", ()),

@@ -5,7 +5,7 @@ import stub
 from models import MOE
 from transformers import AutoConfig
 
-from optimum_structprune.arch.families import builtin_families, read_families
+from optimum_structprune.arch.family import builtin_families, read_families
 from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.commands.cli import main

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from optimum_structprune.arch.families import FAMILIES_FILE, builtin_families
+from optimum_structprune.arch.family import FAMILIES_FOLDER, builtin_families
 from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
@@ -33,8 +33,9 @@ UNKNOWN_KEY = "WHICH_CONFIG_KEY"
 
 
 def stub(model: PreTrainedModel) -> str:
-    """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' shapes,
-    or where it has no plan, from the nearest family.
+    """Return a file for `arch/families`, made from the model's tensor-parallel plan and the shapes of its weights.
+
+    Without a plan, it is made from the nearest family.
 
     The package never uses a stub by itself: the plan does not say how rows fall into units or what else is coupled.
     Matrices that no space takes are listed as comments.
@@ -49,11 +50,11 @@ def stub(model: PreTrainedModel) -> str:
     if not tensors:
         raise StructPruneError(
             f"{config.model_type!r} has no list of layers to make a stub from; the nearest family is {near}, start "
-            "from its entry in families.yaml."
+            "from its file in arch/families."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    described = parse_yaml(FAMILIES_FILE.read_text(encoding="utf-8"), aliases=True)
-    entries = [entry for entry in described if near in entry["model_types"]]
+    files = [parse_yaml(path.read_text(encoding="utf-8")) for path in FAMILIES_FOLDER.glob("*.yaml")]
+    entries = [entry for described in files for entry in described if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",

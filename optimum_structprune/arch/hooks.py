@@ -1,10 +1,14 @@
-"""The only file that registers hooks. They live inside `with` and are removed on every way out, also by exceptions."""
+"""Register forward hooks. No other module does.
+
+Hooks live inside `with`, so they are removed when a block ends, also by an exception.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,24 +19,33 @@ from transformers.pytorch_utils import Conv1D
 
 
 class StopForward(Exception):
-    """Ends a forward pass early, once the hooks have seen all that they need."""
+    """Stop a forward pass as soon as the hooks have seen their inputs."""
 
 
 def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer is called with, shape `(batch, seq_length, channels)`."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    """Return the hidden states from the arguments of a layer, shape `(batch, seq_length, channels)`."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return args[0]
 
 
 def first_of(output: Any) -> Tensor:
-    """The hidden states in the output of a layer: the output itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """Return the hidden states from the output of a layer, a tensor or a tuple that begins with it."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output
 
 
 @contextmanager
 def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, input)` whenever a module runs."""
+    """Call `see(name, input)` before each call of a module."""
     names = list(names)
-    with intercept(map(model.get_submodule, names), lambda index, args, _: see(names[index], args[0])):
+    modules = [model.get_submodule(name) for name in names]
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(names[index], args[0])
+
+    with intercept(modules, before):
         yield
 
 
@@ -40,13 +53,20 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 def observe_products(
     model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
-    """Call `see(name, input, product)` whenever a module has run."""
+    """Call `see(name, input, product)` after each call of a module.
+
+    The product is the output without the bias. It is None if the module is not a plain linear layer.
+    """
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A subclass, such as a router, may return something else.
-        linear = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-        bias = getattr(module, "bias", None)
-        see(name, args[0], None if not linear else output if bias is None else output - bias)
+        product = None
+
+        # A subclass, such as a router, may return other values than a linear layer.
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+            bias = getattr(module, "bias", None)
+            product = output if bias is None else output - bias
+
+        see(name, args[0], product)
 
     with ExitStack() as stack:
         for name in names:
@@ -56,12 +76,22 @@ def observe_products(
 
 @contextmanager
 def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[None]:
-    """Make a module add `noise` to each output with as many elements, or `replace` that by it."""
+    """Add `noise` to each output of a module that has the same number of elements.
+
+    Args:
+        module: The module.
+        noise: The values to add.
+        replace: Replace the output by `noise` instead.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if output.numel() != noise.numel():
             return None
-        return noise.reshape(output.shape).to(output) + (0 if replace else output)
+
+        values = noise.reshape(output.shape).to(output)
+        if replace:
+            return values
+        return values + output
 
     with module.register_forward_hook(hook):
         yield
@@ -69,79 +99,159 @@ def adding(module: nn.Module, noise: Tensor, replace: bool = False) -> Iterator[
 
 @contextmanager
 def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any] | None = None) -> Iterator[None]:
-    """Make layers return outputs, one each, without running; by default the hidden states they are called with."""
-    # A hook cannot keep a layer from running, so `forward` is replaced. Accelerate may have put its own there.
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer, output in zip(layers, [None] * len(layers) if outputs is None else outputs, strict=True):
-        vars(layer)["forward"] = lambda *args, output=output, **kwargs: (
-            hidden_states_of(args, kwargs) if output is None else output
-        )
+    """Return stored outputs from layers instead of running them.
+
+    Args:
+        layers: The layers.
+        outputs: The output of each layer. By default a layer returns its input hidden states.
+    """
+    # A hook cannot skip a layer, so this replaces `forward`. Accelerate may have replaced it before.
+    original_forwards = [vars(layer).get("forward") for layer in layers]
+
+    if outputs is None:
+        outputs = [None] * len(layers)
+
+    for layer, output in zip(layers, outputs, strict=True):
+        vars(layer)["forward"] = partial(_replay, output)
+
     try:
         yield
     finally:
-        for layer, former in zip(layers, before, strict=True):
+        for layer, forward in zip(layers, original_forwards, strict=True):
             del vars(layer)["forward"]
-            vars(layer).update({} if former is None else {"forward": former})
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def _replay(output: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Return a stored output, or the input hidden states if it is None."""
+    if output is None:
+        return hidden_states_of(args, kwargs)
+    return output
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the module's own `forward` inside `with`. Hooks of the module still run.
+
+    Args:
+        module: The module.
+        forward: It is called with the module's arguments, and its result is the output of the module.
+    """
+    former = vars(module).get("forward")  # accelerate may have put its own there
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if former is not None:
+            vars(module)["forward"] = former
 
 
 @contextmanager
 def cached_outputs(
     layer: nn.Module, names: Sequence[str], changed: Collection[str], device: Any
 ) -> Iterator[dict[str, Any]]:
-    """Collect the outputs, by name, of the parts of a layer that run once and before all `changed` parts.
+    """Collect copies of the outputs of modules that run once, and before all changed modules.
 
-    The smaller layer gives the same there. They are copies on `device`.
+    Pruning does not change these outputs, so they can be replayed in the smaller layer.
+
+    Args:
+        layer: The layer.
+        names: The names of modules in the layer.
+        changed: The names of the modules that pruning changes.
+        device: The device of the copies; None keeps them where they are.
+
+    Yields:
+        The outputs by the name of the module. They are complete after a forward pass of the layer.
     """
-    order: list[str] = []
+    calls: list[str] = []
     outputs: dict[str, Any] = {}
+    modules = [layer, *map(layer.get_submodule, names)]
 
-    def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        order[:] = [*order, names[number - 1]] if number else []
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Module 0 is the layer itself, whose call begins a new forward pass.
+        if index == 0:
+            calls.clear()
+        else:
+            calls.append(names[index - 1])
 
-    def after(number: int, output: Any) -> None:
-        first, *others = output if isinstance(output, tuple) else (output,)
-        plain = isinstance(first, Tensor) and all(other is None for other in others)
-        if number and plain and not {*changed} & {*order} and order.count(order[-1]) == 1:
-            # A copy, since the layer may go on to change its output.
-            copied = first.detach().to(device or first.device, copy=True)
-            outputs[names[number - 1]] = (copied, *others) if isinstance(output, tuple) else copied
+    def after(index: int, output: Any) -> None:
+        if index == 0 or not _is_single_tensor(output):
+            return
 
-    with intercept([layer, *map(layer.get_submodule, names)], before, after):
+        changed_has_run = not set(changed).isdisjoint(calls)
+        if changed_has_run or calls.count(calls[-1]) > 1:
+            return
+
+        # The layer may modify its outputs in place, so this stores a copy.
+        hidden = first_of(output)
+        copied = hidden.detach().to(device or hidden.device, copy=True)
+        if isinstance(output, tuple):
+            outputs[names[index - 1]] = (copied, *output[1:])
+        else:
+            outputs[names[index - 1]] = copied
+
+    with intercept(modules, before, after):
         yield outputs
 
 
+def _is_single_tensor(output: Any) -> bool:
+    """Return whether an output is a tensor, or a tuple of one tensor and nothing else than None."""
+    if isinstance(output, tuple):
+        return isinstance(output[0], Tensor) and all(value is None for value in output[1:])
+    return isinstance(output, Tensor)
+
+
 def is_emulated(weight: Tensor) -> bool:
-    """Tells if products of a weight's dtype are emulated by the CPU, which takes several times as long as fp32."""
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    if not half or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Return whether the CPU emulates matrix products in the dtype of a weight.
+
+    Emulation takes several times as long as fp32.
+    """
+    is_half = weight.dtype in (torch.bfloat16, torch.float16)
+    if not is_half or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
+
     if weight.dtype == torch.float16:
         return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    # On x86 with AVX-512, oneDNN takes bf16 whether or not it has to emulate it.
-    x86, bf16 = torch.cpu._is_avx2_supported(), getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
-    return not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and (bf16 or not x86))
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+
+    # oneDNN accepts bf16 on all x86 CPUs with AVX-512, also where it has to emulate it.
+    is_x86 = torch.cpu._is_avx2_supported()
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+    return is_x86 and not has_bf16
 
 
 @contextmanager
 def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have weights of an emulated dtype in fp32 while their module, one of `modules`, runs.
+    """Convert weights in an emulated dtype to fp32 while their module runs.
 
-    One module is in memory twice at a time; its outputs have its own dtype.
+    Only one of `modules` is in memory twice at a time. Its outputs are converted back to its own dtype.
     """
     stored: list[tuple[Tensor, Tensor]] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for tensor in filter(is_emulated, (*module.parameters(), *module.buffers())):
-            stored.append((tensor, tensor.data))
-            tensor.data = tensor.data.float()
-        return convert_to_fp32((args, kwargs)) if stored else None
+        for tensor in chain(module.parameters(), module.buffers()):
+            if is_emulated(tensor):
+                stored.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+        if not stored:
+            return None
+        return convert_to_fp32((args, kwargs))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not stored:
             return None
+
         dtype = stored[0][1].dtype
         restore()
-        return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor, output)
+
+        def converted(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+
+        return recursively_apply(converted, output)
 
     def restore() -> None:
         for tensor, data in stored:
@@ -150,20 +260,24 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in modules:
-            if any(map(is_emulated, module.parameters())):
-                stack.callback(restore)
-                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-                # In front of the other hooks, so that they see what the next module gets.
-                stack.enter_context(module.register_forward_hook(leave, prepend=True))
+            if not any(map(is_emulated, module.parameters())):
+                continue
+
+            stack.callback(restore)
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            # The hook comes first, so that other hooks see the output in the dtype of the module.
+            stack.enter_context(module.register_forward_hook(leave, prepend=True))
+
         yield
 
 
 @contextmanager
 def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
-    """Call `adapt(module, state_dict)` before `load_state_dict` of the model, or of a copy of it, copies anything."""
+    """Call `adapt(module, state_dict)` at the start of `load_state_dict` of the model, or of a copy of the model."""
 
     def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-        adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
+        own_state = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        adapt(module, own_state)
 
     with model.register_load_state_dict_pre_hook(hook):
         yield
@@ -175,21 +289,31 @@ def intercept(
     before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[int, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
+    """Call `before(index, args, kwargs)` and `after(index, output)` around each call of the modules."""
+
+    def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before(index, args, kwargs)
+
+    def leave(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        assert after is not None
+        after(index, output)
+
     with ExitStack() as stack:
         for index, module in enumerate(modules):
-            enter = partial(lambda index, _, args, kwargs: before(index, args, kwargs), index)
-            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(module.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
             if after is not None:
-                leave = partial(lambda index, _, args, output: after(index, output), index)
-                stack.enter_context(module.register_forward_hook(leave))
+                stack.enter_context(module.register_forward_hook(partial(leave, index)))
+
         yield
 
 
 def before_next_call(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
-    """Call `see(args, kwargs)` once, before a module runs the next time.
+    """Call `see(args, kwargs)` once, before the next call of a module.
 
-    The hook removes itself, so that an error leaves none behind. The handle removes it where the module does not run.
+    The hook removes itself when it is called.
+
+    Returns:
+        A handle that removes the hook if the module is not called.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

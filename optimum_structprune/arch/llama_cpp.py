@@ -1,8 +1,7 @@
-"""Architectures of llama.cpp, the order of rows that they expect, and its names for pre-tokenizers.
+"""Describe the architectures of llama.cpp: their names, the order of rows that they expect, and the pre-tokenizers.
 
-Sources, all of llama.cpp: the files of `src/models` for what an architecture computes and which sizes it reads by
-layer, `src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the
-pre-tokenizers.
+Sources in llama.cpp: `src/models` for the computation of an architecture and the sizes that it reads by layer,
+`src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the pre-tokenizers.
 """
 
 from __future__ import annotations
@@ -15,21 +14,30 @@ from transformers import PretrainedConfig
 from .spaces import heads_of
 
 
-# The architecture that llama.cpp has for a model type: it takes one width for all layers.
+# llama.cpp's architecture of a model type. It requires the same width in all layers.
 STOCK = {
-    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "olmo2": "olmo2"},
-    **{"gemma3_text": "gemma3", "mixtral": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe"},
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "gemma3_text": "gemma3",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "qwen3_moe": "qwen3moe",
 }
-# What the mixtures among them have to say of their routers and layers.
+# The mixtures of experts among them, with the config values that llama.cpp supports.
 MIXTURES: dict[str, dict[str, tuple[Any, ...]]] = {
     "mixtral": {},
     "olmoe": {"norm_topk_prob": (False,), "clip_qkv": (None,)},
     "qwen3_moe": {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 }
-# Those that read the sizes of each layer: the one computes a Llama layer, with biases where the file has some, and the
-# other a layer of Qwen3 under a tied head.
+# Architectures that read the sizes of each layer. `deci` computes Llama layers, with biases if the file has them, and
+# `openelm` computes Qwen3 layers with a tied head.
 BY_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
-# These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
+# These architectures rotate channels 2i and 2i + 1 of a head together. transformers and the other architectures rotate
+# channels i and i + head_dim / 2 together.
 INTERLEAVED_ARCHITECTURES = ("llama", "deci")
 # The gate and up projections of all experts in one parameter, shape `(experts, 2 * width, channels)`.
 FUSED_EXPERTS = "experts.gate_up_proj"
@@ -40,8 +48,8 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
-# What a byte-level tokenizer does before its merges, and whether it looks a word up whole before it merges: llama.cpp
-# knows each such way by a name.
+# llama.cpp's names of pre-tokenizers. A key lists the steps before the merges, and then whether the tokenizer looks up
+# whole words before it applies merges (`ignore_merges`).
 PRE_TOKENIZERS = {
     (("bytes", True), False): "gpt-2",
     (("digits", True), ("bytes", True), False): "smollm",
@@ -52,113 +60,169 @@ PRE_TOKENIZERS = {
 
 
 def gguf_architecture(config: PretrainedConfig) -> str | None:
-    """The architecture of llama.cpp that computes a model, or None; `gguf_refusal` gives the reason.
+    """Return llama.cpp's architecture for a model, or None if llama.cpp cannot run it.
 
-    The files of llama.cpp's converter run if this is the architecture in `STOCK`. Where it is `deci`, only
-    `structprune export` writes a file that runs.
+    `gguf_refusal` returns the reason. llama.cpp's own converter supports the architectures in `STOCK`. For `deci` and
+    `openelm`, only `structprune export` writes a file that runs.
     """
     if gguf_refusal(config) is not None:
         return None
-    return STOCK[config.model_type] if _fits_stock(config) else BY_LAYER[config.model_type]
+    if _fits_stock(config):
+        return STOCK[config.model_type]
+    return BY_LAYER[config.model_type]
 
 
 def _fits_stock(config: PretrainedConfig) -> bool:
-    stock, (heads, groups, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
-    # Others than these take the width of the residual stream for that of all heads together.
-    any_heads = (*INTERLEAVED_ARCHITECTURES, "qwen3", "qwen3moe", "openelm", "gemma3")
-    heads_fit = stock in any_heads or heads * head_dim == config.hidden_size
-    heads_fit = heads_fit and (stock != "olmoe" or groups == heads)
-    # Only an interleaved architecture has factors of frequencies.
-    rope_fits = stock in INTERLEAVED_ARCHITECTURES or rope_of(config).get("rope_type") != "llama3"
-    return not config.is_heterogeneous and heads_fit and rope_fits
+    """Return whether the architecture in `STOCK` can run a model with these sizes."""
+    architecture = STOCK[config.model_type]
+    counts = heads_of(layer_configs(config)[0])
+    has_head_dim = (*INTERLEAVED_ARCHITECTURES, "qwen3", "qwen3moe", "openelm", "gemma3")
+
+    if config.is_heterogeneous:
+        return False
+
+    # The other architectures assume that the heads together are as wide as the hidden states.
+    if architecture not in has_head_dim and counts.heads * counts.head_dim != config.hidden_size:
+        return False
+    if architecture == "olmoe" and counts.groups != counts.heads:
+        return False
+
+    # Only the interleaved architectures read frequency factors.
+    return architecture in INTERLEAVED_ARCHITECTURES or rope_of(config).get("rope_type") != "llama3"
 
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
-    """The reason for which `structprune export` writes no GGUF of a model, with an alternative, or None."""
-    kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
-    if kind in STOCK and (reason := _not_computed(config)) is not None:
-        return reason
-    if kind in STOCK and (_fits_stock(config) or kind in BY_LAYER):
-        return None
-    if not uniform:
+    """Return why `structprune export` cannot write a GGUF file of a model, with an alternative, or None if it can."""
+    model_type = config.model_type
+
+    if model_type in STOCK:
+        reason = _unsupported_value(config)
+        if reason is not None:
+            return reason
+        if _fits_stock(config) or model_type in BY_LAYER:
+            return None
+
+    if getattr(config, "is_heterogeneous", False):
         return (
-            f"llama.cpp reads the width of each layer only of {', '.join(BY_LAYER)} models, and this is a {kind} "
-            "model; give all layers one width: structprune export MODEL OUT --pad-uniform."
+            f"llama.cpp supports layers of different widths only in {', '.join(BY_LAYER)} models, and this is a "
+            f"{model_type} model. Make the widths equal: structprune export MODEL OUT --pad-uniform."
         )
-    if kind in STOCK:
-        return f"llama.cpp's {STOCK[kind]} takes hidden_size for the width of all heads; prune its FFN, and no heads."
+    if model_type in STOCK:
+        return (
+            f"llama.cpp's {STOCK[model_type]} requires heads that are together as wide as `hidden_size`. Prune FFN "
+            "channels instead of heads."
+        )
     return (
-        f"structprune writes GGUF files of {', '.join(STOCK)} models, and this is a {kind} model. Its layers are "
-        "alike, so llama.cpp's own convert_hf_to_gguf.py may take it."
+        f"structprune writes GGUF files of {', '.join(STOCK)} models, and this is a {model_type} model. Its layers "
+        "have the same widths, so llama.cpp's own convert_hf_to_gguf.py may support it."
     )
 
 
-def _not_computed(config: PretrainedConfig) -> str | None:
-    """The reason for which llama.cpp computes a model of a type in `STOCK` wrongly, or None."""
-    rope, gemma = rope_of(config), config.model_type == "gemma3_text"
-    plain = BY_LAYER.get(config.model_type) == "deci"
-    needs: dict[str, tuple[Any, ...]] = {
-        **{"hidden_activation" if gemma else "hidden_act": ("gelu_pytorch_tanh" if gemma else "silu",)},
-        "rope_type": ("default", "linear", "llama3") if plain else ("default", "linear"),
-        "partial_rotary_factor": (1.0, None),
-    }
-    if not plain:
-        needs["attention_bias"] = (False, None)
-    needs |= MIXTURES.get(config.model_type, {})
-    if gemma:
-        needs |= {"query_pre_attn_scalar": (config.head_dim,), "final_logit_softcapping": (None,)}
-        needs |= {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)}
-    if config.is_heterogeneous and BY_LAYER.get(config.model_type) == "openelm":
-        needs["tie_word_embeddings"] = (True,)
-    for name, computed in needs.items():
-        value = rope.get(name, getattr(config, name, "default" if name == "rope_type" else None))
-        if value not in computed:
-            allowed = ", ".join(str(value) for value in computed if value is not None or len(computed) == 1)
-            return f"llama.cpp computes such a model with {name}={allowed} only, found {value}."
+def _unsupported_value(config: PretrainedConfig) -> str | None:
+    """Return an error message if a config has a value that llama.cpp does not support for its model type."""
+    rope = rope_of(config)
+
+    for name, supported in _supported_values(config).items():
+        default = "default" if name == "rope_type" else None
+        value = rope.get(name, getattr(config, name, default))
+
+        if value not in supported:
+            names = [str(value) for value in supported if value is not None]
+            return f"llama.cpp supports this model with {name}={', '.join(names) or None} only, got {value}."
+
     return None
 
 
+def _supported_values(config: PretrainedConfig) -> dict[str, tuple[Any, ...]]:
+    """Return the values of config fields that llama.cpp supports for a model type of `STOCK`."""
+    values: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1.0, None)}
+    layered_architecture = BY_LAYER.get(config.model_type)
+
+    if layered_architecture == "deci":
+        values["rope_type"] = ("default", "linear", "llama3")
+    else:
+        values["rope_type"] = ("default", "linear")
+        values["attention_bias"] = (False, None)
+
+    if config.model_type == "gemma3_text":
+        values["hidden_activation"] = ("gelu_pytorch_tanh",)
+        values["query_pre_attn_scalar"] = (config.head_dim,)
+        values["final_logit_softcapping"] = (None,)
+        values["attn_logit_softcapping"] = (None,)
+        values["use_bidirectional_attention"] = (False, None)
+    else:
+        values["hidden_act"] = ("silu",)
+
+    if config.is_heterogeneous and layered_architecture == "openelm":
+        values["tie_word_embeddings"] = (True,)
+
+    values.update(MIXTURES.get(config.model_type, {}))
+    return values
+
+
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The parameters of a config's rotary embedding, as layers with full attention have it."""
+    """Return the rotary embedding parameters of layers with full attention."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention", rope)
 
 
 def layer_configs(config: PretrainedConfig) -> list[Any]:
-    """The config of each layer, with its own sizes."""
+    """Return the config of each layer, with the sizes of that layer."""
     if not config.is_heterogeneous:
         return [config] * config.num_hidden_layers
     return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
 
 
 def parts_of(name: str, architecture: str) -> list[tuple[str, list[str]]]:
-    """Pairs of a name in the file and the parameters that lie there, one after the other.
+    """Return the tensors of a file that hold a parameter.
 
-    There is no pair for a parameter that lies in another one, and there are two for one that the file divides.
+    Args:
+        name: The name of the parameter.
+        architecture: llama.cpp's architecture.
+
+    Returns:
+        Pairs of a module name and the parameters that are concatenated there. The list has two pairs if the file
+        divides the parameter, and none if the file holds it with another parameter.
     """
     if name.endswith(FUSED_EXPERTS):
-        return [(name.replace("gate_up_proj", f"{half}_proj") + ".weight", [name]) for half in ("gate", "up")]
+        gate = name.replace("gate_up_proj", "gate_proj")
+        up = name.replace("gate_up_proj", "up_proj")
+        return [(f"{gate}.weight", [name]), (f"{up}.weight", [name])]
     if name.endswith("experts.down_proj"):
         return [(f"{name}.weight", [name])]
-    projections = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-    if architecture != "openelm" or not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        return [(name, [name])]
-    return [(name.replace("q_proj", "qkv_proj"), projections)] if "q_proj" in name else []
+
+    if architecture == "openelm" and name.endswith("q_proj.weight"):
+        projections = [name.replace("q_proj", projection) for projection in ("q_proj", "k_proj", "v_proj")]
+        return [(name.replace("q_proj", "qkv_proj"), projections)]
+    if architecture == "openelm" and name.endswith(("k_proj.weight", "v_proj.weight")):
+        return []
+
+    return [(name, [name])]
 
 
-def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, known_as: str) -> Tensor:
-    """A parameter in the form that llama.cpp's architecture expects.
+def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str, module_name: str) -> Tensor:
+    """Return the values of a parameter as llama.cpp's architecture expects them.
 
-    Queries and keys of an interleaved one have channel i of each head at place 2i, and channel i + half at place
-    2i + 1. The weights of some norms have one added. Of a divided parameter, `known_as` names the half.
+    Interleaved architectures expect channel i of each query and key head at row 2i, and channel i + head_dim / 2 at
+    row 2i + 1. Gemma's norms have one added to their weights.
+
+    Args:
+        name: The name of the parameter.
+        rows: The values of the parameter.
+        layer_config: The config of the parameter's layer.
+        architecture: llama.cpp's architecture.
+        module_name: The name that `parts_of` returned, which selects the half of a divided parameter.
     """
     if name.endswith(FUSED_EXPERTS):
-        return rows.chunk(2, dim=1)["up_proj" in known_as]
+        gate, up = rows.chunk(2, dim=1)
+        return up if "up_proj" in module_name else gate
+
     module = name.split(".")[-2]
     if architecture == "gemma3" and module.endswith("norm"):
         return rows + 1
     if architecture not in INTERLEAVED_ARCHITECTURES or module not in ("q_proj", "k_proj"):
         return rows
-    heads = heads_of(layer_config)
-    count = heads.groups if module == "k_proj" else heads.heads
-    return rows.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+    counts = heads_of(layer_config)
+    num_heads = counts.groups if module == "k_proj" else counts.heads
+    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

@@ -19,13 +19,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import StructPruneError, one_line
-from ..system.devices import check_devices
 from ..system.offloading import check_reachable
-from .families import family_of
+from ..system.placement import check_devices
+from .family import family_of
 from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
+from .token_space import first_position
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
@@ -62,7 +63,9 @@ def meta_model(
                 model = kind(config)
     except Exception as error:  # every model class raises its own errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise StructPruneError(f"A {config.model_type} model cannot be built from its config: {reason}") from error
+        raise StructPruneError(
+            f"A model of type {config.model_type!r} cannot be built from its config: {reason}"
+        ) from error
     return model.eval() if dtype is None else model.eval().to(dtype)
 
 
@@ -102,29 +105,71 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def _check_stock(model: PreTrainedModel) -> None:
-    """Refuse modules and shared weights other than those that the model's class builds, as it does anew."""
-    if is_quantized(model):  # unpacking brings its modules back
+    """Raise if a model has modules or shared weights that its class does not build."""
+    if is_quantized(model):  # unpacking restores the stock modules
         return
-    plain = skeleton(model, model.config)
-    stock, weights, own = dict(plain.named_modules()), dict(plain.named_parameters()), dict(model.named_parameters())
+    stock = skeleton(model, model.config)
+    stock_modules = dict(stock.named_modules())
     for name, module in model.named_modules():
-        kind, held = type(module), vars(module)
-        # Accelerate keeps what it replaces, and puts it back without decorators; kernels of the Hub compute the same.
-        forward = held.get("_original_forward", held.get("_old_forward", held.get("forward")))
-        kernel = getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name")
-        if (expected := type(stock.get(name))) is not kind:
-            found = f"is a {kind.__name__} in place of a {expected.__name__}"
-        elif getattr(forward, "__func__", forward) not in (None, kind.forward, unwrap(kind.forward)) and not kernel:
-            found = "has a `forward` of its own"
+        expected = type(stock_modules.get(name))
+        if type(module) is not expected:
+            problem = f"is a {type(module).__name__} in place of a {expected.__name__}"
+        elif not _has_stock_forward(model, name):
+            problem = "has a `forward` of its own"
         else:
             continue
         raise StructPruneError(
-            f"{name or 'The model'} {found}, and pruning builds this {type(model).__name__} anew from the classes of "
-            "its type, which would compute something else; undo that, and compile, parametrize or patch the pruned "
-            "model."
+            f"{name or 'The model'} {problem}, and pruning builds this {type(model).__name__} anew from the classes "
+            "of its type, which would compute something else; undo that, and compile, parametrize or patch the "
+            "pruned model."
         )
+    _check_shared_weights(model, stock)
+
+
+def _has_stock_forward(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a module of a model runs the `forward` of its class, or a wrapper that computes the same."""
+    module = model.get_submodule(name)
+    kind = type(module)
+    if getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name"):
+        return True  # a kernel of the Hub computes the same
+
+    forward = vars(module).get("forward")
+    for attribute in ("_old_forward", "_original_forward"):  # where accelerate keeps a `forward` that it replaced
+        forward = vars(module).get(attribute, forward)
+    function = getattr(forward, "__func__", forward)
+    if function in (None, kind.forward, unwrap(kind.forward)):
+        return True
+    wraps_stock = getattr(function, "__wrapped__", None) is kind.forward
+    return wraps_stock and module is model and _computes_the_same(model, forward)
+
+
+@torch.no_grad()
+def _computes_the_same(model: PreTrainedModel, forward: Any) -> bool:
+    """Return whether a wrapper around the `forward` of a causal language model leaves its logits as they are.
+
+    TRL sets such a wrapper on the models that it trains. It computes the loss in another way, but not the logits.
+    """
+    if not predicts_next(model) or any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    vocabulary = embedding_of(model)
+    ids = torch.arange(2, device=vocabulary.weight.device)[None]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # dropout would differ between the two passes
+    try:
+        expected = type(model).forward(model, input_ids=ids, use_cache=False).logits
+        logits = getattr(forward(input_ids=ids, use_cache=False), "logits", None)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return isinstance(logits, torch.Tensor) and torch.equal(logits.nan_to_num(), expected.nan_to_num())
+
+
+def _check_shared_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+    """Raise if a parameter is the same tensor as another one, but not in a stock model of this config."""
+    stock_names = {name for name, _ in stock.named_parameters()}
+    names = {name for name, _ in model.named_parameters()}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if name in weights and name not in own:
+        if name in stock_names and name not in names:
             raise StructPruneError(
                 f"{name} is the same tensor as another one, and not in a {type(model).__name__} of this config, nor "
                 "once it is saved and loaded; give each its own with copy.deepcopy, or for the head of a language "
@@ -227,6 +272,15 @@ def reads_forward(model: PreTrainedModel) -> bool:
     return predicts_next(model) and sees_all not in (True, "all")
 
 
+def predicts_gaps(model: Any) -> bool:
+    """Return whether a model that reads text predicts masked tokens, or a text after another text."""
+    if not reads_text(model):
+        return False
+    if model.config.is_encoder_decoder:
+        return model.can_generate() and getattr(model.config, "decoder_start_token_id", None) is not None
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
 def reads_text(model: PreTrainedModel) -> bool:
     """Tells whether a model, or one of its two towers, reads text alone."""
     return model.main_input_name == "input_ids" or hasattr(model, "get_text_features")
@@ -257,9 +311,13 @@ def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def positions_of(model: PreTrainedModel) -> float:
-    """The largest number of tokens in a row that a model reads, infinity by default."""
-    names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
-    return next(filter(None, (getattr(model.config.get_text_config(), name, None) for name in names)), inf)
+    """Return the largest number of tokens in a row that a model reads, infinity by default."""
+    config = model.config.get_text_config()
+    # MPT names the number of positions for which its ALiBi biases are made.
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if getattr(config, name, None):
+            return getattr(config, name) - first_position(model)
+    return inf
 
 
 def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: int = 0) -> None:

@@ -1,15 +1,15 @@
-"""Lets stock transformers classes build models whose layers differ in width.
+"""Build stock transformers models whose layers differ in width.
 
-Transformers reads and writes `config.per_layer_config = {layer: {attribute: value}}`, but its classes cannot build
+transformers reads and writes `config.per_layer_config = {layer: {attribute: value}}`, but its classes cannot build
 such a model yet. Importing `optimum_structprune` enables two patches:
 
-- A layer whose class `families.yaml` names is built from its own layer's config, whenever a model's config has layers
-  that differ. Every other model is built as before.
-- `save_pretrained` puts a modelling file beside such a config, for those who load it without this package.
+- If the layers of a config differ, each layer is built from its own layer's config. This requires a description of the
+  family that names the layer class. All other models are built as before.
+- `save_pretrained` writes a modelling file next to such a config, for users who load it without this package.
 
-Nothing is imported for this: the patches (of `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`) are
-made as soon as transformers' own modelling code is imported. They are left out with `OPTIMUM_STRUCTPRUNE_PATCH=0` in
-the environment, and with a transformers that builds such models by itself.
+The patches (of `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`) are applied when transformers' own
+modelling code is imported, so importing this package imports nothing else. They are not applied if the environment has
+`OPTIMUM_STRUCTPRUNE_PATCH=0`, or if transformers builds such models by itself.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 MODELING = "transformers.modeling_utils"
 MODULE = "modeling_structprune"
 
-TEMPLATE = '''"""Layers of different widths, from `per_layer_config` in config.json, as stock {language_model}.
+TEMPLATE = '''"""Build {language_model} with layers of different widths, from `per_layer_config` in config.json.
 
-Written by optimum-structprune and independent of it, for `from_pretrained(…, trust_remote_code=True)`.
-With optimum-structprune imported, or a transformers that builds such models by itself, this file is not needed.
+optimum-structprune wrote this file for `from_pretrained(…, trust_remote_code=True)`. It does not import the package.
+The file is not needed if optimum-structprune is imported, or if transformers builds such models by itself.
 """
 
 from __future__ import annotations
@@ -77,18 +77,21 @@ class {language_model}(OwnConfigs, stock.{language_model}):
     _auto_class = "AutoModelForCausalLM"
 '''
 
-# What was replaced, in order: the owner, the name of its attribute, and the original value.
+# The replaced attributes in order: the owner, the name and the original value.
 _originals: list[tuple[type, str, Any]] = []
 
 
 def enable_heterogeneous(arch_file: str | None = None) -> None:
-    """Let transformers build non-uniform models, from now on or from when its modelling code is imported.
+    """Let transformers build non-uniform models.
+
+    The patches are applied now, or when transformers' modelling code is imported.
 
     Args:
-        arch_file: A file in the form of `families.yaml` with models of your own, which are then built as well.
+        arch_file: A YAML file that describes your own architectures, which can then be built as well.
     """
     if arch_file is not None:
-        _families().user_families(arch_file)
+        _family().user_families(arch_file)
+
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
     elif _WATCH not in sys.meta_path:
@@ -96,9 +99,10 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
 
 
 def disable_heterogeneous() -> None:
-    """Undo the patches; models that exist stay as they are."""
+    """Undo the patches. Existing models do not change."""
     if _WATCH in sys.meta_path:
         sys.meta_path.remove(_WATCH)
+
     while _originals:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
@@ -106,10 +110,11 @@ def disable_heterogeneous() -> None:
 
 @contextmanager
 def heterogeneous() -> Iterator[None]:
-    """Enable the patches inside `with`, and leave them afterwards as they were before."""
+    """Enable the patches inside `with`. If they are enabled already, they stay enabled."""
     if _originals:
         yield
         return
+
     enable_heterogeneous()
     try:
         yield
@@ -118,36 +123,43 @@ def heterogeneous() -> Iterator[None]:
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of a model's layers, if `families.yaml` names it."""
-    name = _families().layer_class_name(config.model_type)
+    """Return the class of a model's layers, or None if the description of its family does not name it."""
+    name = _family().layer_class_name(config.model_type)
     if name is None:
         return None
-    modules = (sys.modules.get(cls.__module__) for cls in model_class.__mro__)
-    return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+
+    for cls in model_class.__mro__:
+        module = sys.modules.get(cls.__module__)
+        if hasattr(module, name):
+            return getattr(module, name)
+    return None
 
 
-def _families() -> Any:
-    # Imported late, because it imports yaml, and importing the package has to be cheap.
-    return import_module(f"{__package__}.families")
+def _family() -> Any:
+    """Import the families. This is late, because it imports yaml and importing the package must be cheap."""
+    return import_module(f"{__package__}.family")
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits until transformers' modelling code is imported, and patches it then."""
+    """Patch transformers' modelling code when it is imported."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
+        """Return the spec of the modelling code with a loader that patches it; see `importlib.abc.MetaPathFinder`."""
         if fullname != MODELING:
             return None
+
         sys.meta_path.remove(self)
         module_spec = find_spec(fullname)
-        if module_spec is not None and module_spec.loader is not None:
-            run = module_spec.loader.exec_module
+        if module_spec is None or module_spec.loader is None:
+            return module_spec
 
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                _patch_()
+        original_exec_module = module_spec.loader.exec_module
 
-            module_spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        def exec_module(module: ModuleType) -> None:
+            original_exec_module(module)
+            _patch_()
+
+        module_spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return module_spec
 
 
@@ -155,32 +167,40 @@ _WATCH = _AfterImport()
 
 
 def _patch_() -> None:
+    """Apply the patches, unless they are applied or not needed."""
     if _originals or built_by_transformers():
         return
+
     modeling: Any = sys.modules[MODELING]
     _replace_(modeling.PreTrainedModel, "__init__", _patching_layers)
     _replace_(modeling.PreTrainedConfig, "save_pretrained", _with_modeling_file)
 
 
 def _replace_(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Replace an attribute by its wrapped value, and remember the original."""
     original = getattr(owner, name)
     _originals.append((owner, name, original))
     setattr(owner, name, wrap(original))
 
 
 def _patching_layers(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `PreTrainedModel.__init__` to patch the layer class of a non-uniform model first."""
+
     @wraps(original)
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(config, "is_heterogeneous", False):
             layer = layer_class(type(self), config)
             if layer is not None and not hasattr(layer.__init__, "builds_with_own_config"):  # type: ignore[misc]
                 _replace_(layer, "__init__", with_own_config)
+
         original(self, config, *args, **kwargs)
 
     return init
 
 
 def _with_modeling_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `PreTrainedConfig.save_pretrained` to write the modelling file of a non-uniform model too."""
+
     @wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if self.is_heterogeneous:
@@ -190,19 +210,19 @@ def _with_modeling_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-# The modelling file has the next three functions too, as they are, so they use nothing of this package.
+# The modelling file contains copies of the next three functions, so they use nothing of this package.
 
 
 def built_by_transformers() -> bool:
-    """Tells if transformers gives layers their own configs by itself, as its pull request 45332 proposes."""
+    """Return whether transformers builds each layer from its own config, as its pull request 45332 proposes."""
     return hasattr(import_module("transformers.integrations.heterogeneity"), "apply_heterogeneous_modeling")
 
 
 def with_own_config(init: Callable[..., None]) -> Callable[..., None]:
-    """Make the `__init__(config, layer_idx)` of a layer read its sizes from `config.per_layer_config[layer_idx]`.
+    """Wrap the `__init__(config, layer_idx)` of a layer to read its sizes from `config.per_layer_config[layer_idx]`.
 
-    Afterwards the layer and its modules hold the config that all layers share, because what is set there later, such
-    as the attention implementation, has to reach them. Where all layers are alike, the original `__init__` runs.
+    Afterwards the layer and its modules refer to the shared config again, so that later changes, such as another
+    attention implementation, reach them. In uniform models the original `__init__` runs.
     """
 
     @wraps(init)
@@ -211,23 +231,27 @@ def with_own_config(init: Callable[..., None]) -> Callable[..., None]:
         if layer_idx is None or not config.is_heterogeneous:
             init(self, config, *args, **kwargs)
             return
+
         layer_config = config.per_layer_config[layer_idx]
         init(self, layer_config, *args, **kwargs)
+
         for module in self.modules():
             if vars(module).get("config") is layer_config:
                 module.config = config
 
-    build.builds_with_own_config = True  # type: ignore[attr-defined]  # a mark, so that no layer is wrapped twice
+    # The mark prevents wrapping a layer twice.
+    build.builds_with_own_config = True  # type: ignore[attr-defined]
     return build
 
 
 @contextmanager
 def own_configs(layer_class: type) -> Iterator[None]:
-    """Inside `with`, layers of this class are built from their own configs."""
+    """Build layers of a class from their own configs inside `with`."""
     original: Any = layer_class.__init__  # type: ignore[misc]
     if hasattr(original, "builds_with_own_config") or built_by_transformers():
         yield
         return
+
     layer_class.__init__ = with_own_config(original)  # type: ignore[misc]
     try:
         yield
@@ -236,33 +260,50 @@ def own_configs(layer_class: type) -> Iterator[None]:
 
 
 def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
-    """Write `modeling_structprune.py` beside a config whose layers differ, and enter it in its `auto_map`.
+    """Write `modeling_structprune.py` next to a non-uniform model's config, and add it to the config's `auto_map`.
 
-    It names the stock classes of the model. A config of layers that are alike or not described is left alone.
+    The file does nothing else than to build the stock classes of the model. Nothing is written for a uniform model, or
+    for a model without a described layer class.
     """
-    # Only here, because importing the classes of all models takes long.
+    # This import is late, because it imports the classes of all models.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    layer = _families().layer_class_name(config.model_type) if config.is_heterogeneous else None
-    if layer is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not config.is_heterogeneous or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    language_model, base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], MODEL_MAPPING[type(config)]
+
+    layer = _family().layer_class_name(config.model_type)
+    if layer is None:
+        return
+
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    base = MODEL_MAPPING[type(config)]
     assert isinstance(language_model, type) and isinstance(base, type)
+
     package, _, module = language_model.__module__.rpartition(".")
-    functions = "\n\n".join(map(getsource, (built_by_transformers, with_own_config, own_configs)))
-    names = {"language_model": language_model.__name__, "base": base.__name__, "layer": layer}
+    functions = [getsource(function) for function in (built_by_transformers, with_own_config, own_configs)]
+    text = TEMPLATE.format(
+        package=package,
+        module=module,
+        functions="\n\n".join(functions),
+        language_model=language_model.__name__,
+        base=base.__name__,
+        layer=layer,
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = TEMPLATE.format(package=package, module=module, functions=functions, **names)
-    (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
-    entries = {"AutoModelForCausalLM": f"{MODULE}.{names['language_model']}", "AutoModel": f"{MODULE}.{names['base']}"}
-    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **entries}
+    Path(folder, f"{MODULE}.py").write_text(text, encoding="utf-8")
+
+    auto_map = dict(getattr(config, "auto_map", None) or {})
+    auto_map["AutoModelForCausalLM"] = f"{MODULE}.{language_model.__name__}"
+    auto_map["AutoModel"] = f"{MODULE}.{base.__name__}"
+    config.auto_map = auto_map
 
 
 def forget_modeling_file(config: PretrainedConfig) -> None:
-    """Take the entries of `add_modeling_file` out of a config whose layers are alike again."""
-    entries = getattr(config, "auto_map", None) or {}
-    kept = {name: value for name, value in entries.items() if MODULE not in str(value)}
-    if kept:
-        config.auto_map = kept
-    elif entries:
+    """Remove the entries of `add_modeling_file` from a config that is uniform again."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    remaining = {name: value for name, value in auto_map.items() if MODULE not in str(value)}
+
+    if remaining:
+        config.auto_map = remaining
+    elif auto_map:
         del config.auto_map

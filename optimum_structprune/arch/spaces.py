@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
-from .families import ResidualTemplate, Template
+from .family import ResidualTemplate, Template
 from .modules import embedding_of
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space
 from .token_space import VOCAB_SIZE, VOCAB_SIZE_PER_LAYER

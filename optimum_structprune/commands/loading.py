@@ -25,9 +25,9 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
-from ..system.devices import check_float64
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable
+from ..system.placement import check_float64
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Loading:
     trust_remote_code: bool = False
     arch_file: str | None = None
     offload: str | None = None
+    attn_implementation: str | None = None
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
     @classmethod
@@ -94,6 +95,7 @@ class Loading:
                 offload_folder=scratch,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                attn_implementation=self.attn_implementation,
                 ignore_mismatched_sizes=True,  # they are refused below, with both shapes
             )
         except torch.OutOfMemoryError as error:
@@ -124,12 +126,26 @@ class Loading:
         except Exception as error:  # whatever an odd value makes of the code that reads it
             raise _cannot_load(name, error) from error
 
+    def check_attention(self, name: str) -> None:
+        """Raise an error if a model or this machine has no `--attn-implementation` of that name."""
+        if self.attn_implementation is None:
+            return
+        model = meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
+        try:
+            model.set_attn_implementation(self.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise StructPruneError(
+                f"{name!r} cannot use --attn-implementation {self.attn_implementation}: {_line(error)}"
+            ) from error
+
     def without_weights(self, name: str) -> PreTrainedModel:
-        """A model on the meta device, from its config alone."""
+        """Return a model on the meta device, made from its config alone."""
+        self.check_attention(name)
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
     def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
         """Gives the request of a pruning, or refuses it as the pruning would."""
+        self.check_attention(name)
         model_config, known = self.config(name), self.device not in SPREAD_DEVICES
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them

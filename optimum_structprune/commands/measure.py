@@ -154,7 +154,7 @@ def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
         raise StructPruneError(f"--device {args.device} spreads a model, and speed is that of one device: name one.")
     settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "clock")}
     # A default of argparse would stay beside what is given.
-    settings |= {"batch_sizes": [args.batch_size], "prompts": args.prompt or [128]}
+    settings |= {"batch_sizes": [args.batch_size or 1], "prompts": args.prompt or [128]}
     named = zip(names_of([*paths.values()]), paths.values(), strict=True)
     shapes = {name: loading.without_weights(path) for name, path in named}
     check_speed(shapes, **settings, device=str(loading.device))

@@ -14,7 +14,7 @@ from ..config.domains import GENERAL
 from ..config.pruning import LANGUAGES
 from ..domains.load import load_domains
 from ..record.table import aligned
-from ..vocabulary.choose import TEXT, VocabularyRequest, wanted_shares
+from ..vocabulary.choose import VocabularyRequest, wanted_shares
 from ..vocabulary.count import language_shares, shares_of
 from .arguments import tokens_config
 from .loading import Loading
@@ -37,7 +37,7 @@ def plan_tokens(args: Namespace) -> Result:
     domains = load_domains(config, tokenizer)
     held_out = {name for domain in domains for name in domain.heldout_documents}
     wanted, _ = wanted_shares(request, domains, held_out)
-    order = request.order(sum(wanted.values(), torch.zeros(request.vocabulary.size)))
+    order = request.order(wanted.total())
     words = {LANGUAGES[code]: language_shares([code], tokenizer, len(order)) for code in config.languages or ()}
     named = (domain for domain in domains if domain.name != GENERAL)
     texts = {domain.name: shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in named}
@@ -48,7 +48,7 @@ def plan_tokens(args: Namespace) -> Result:
         sizes.append({"tokens": number, "parameters": parameters, "bytes": byte_count, **kept})
         shares = (f"{share:.2%}" for share in kept.values())
         rows.append([f"{number:,}", f"{parameters:,}", f"{byte_count / 1e6:,.0f}", *shares])
-    used = {name: {*counts.nonzero().flatten().tolist()} for name, counts in {"text": wanted[TEXT], **words}.items()}
+    used = {name: {*counts.nonzero().flatten().tolist()} for name, counts in {"text": wanted.text, **words}.items()}
     counts = {name: len(ids) for name, ids in [*used.items(), ("all", set().union(*used.values()))]}
     lines = [
         f"{args.model}: {space.size:,} tokens, {space.size * space.unit_params / model.num_parameters():.1%} of the "

@@ -21,8 +21,8 @@ from ..pruning.embeddings import Embeddings, passages_of
 from ..record.answers import paired
 from ..record.remarks import measurements_text
 from ..record.report import enter_figures
-from ..system.devices import check_devices
 from ..system.fingerprint import vocabulary_hash
+from ..system.placement import check_devices
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
 from ..written import Record
@@ -95,7 +95,7 @@ def evaluate(
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
     num_samples: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     limit: int | None = None,
     manifest: Manifest | None = None,
     answers: str | Path | None = None,
@@ -114,7 +114,8 @@ def evaluate(
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; of the questions, 32 at least.
+        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
+            `perplexity`. Of the questions, at least 32.
         limit: The number of questions at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
@@ -127,7 +128,7 @@ def evaluate(
         StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
             not fit each other, the tokenizer or the samples.
     """
-    named = resolve(as_domain(domain, "evaluate") for domain in domains)
+    named = resolve(as_domain(domain) for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
     for which, reader in readers.items():
@@ -160,7 +161,7 @@ def evaluate(
     if not causal:
         _compare_vectors(evaluation, models, readers, texts, translated, differ)
     if questions:
-        how = max_new_tokens, max(batch_size, AT_ONCE)
+        how = max_new_tokens, max(batch_size or 0, AT_ONCE)
         written = {which: ask(each, readers[which], questions, *how) for which, each in models.items()}
         _answer(evaluation, models, parts, questions, written, readers["dense"])
     return evaluation

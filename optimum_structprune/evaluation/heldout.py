@@ -100,7 +100,7 @@ class Judged:
         else:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
 
-    def figures(self, batch_size: int) -> dict[str, Any]:
+    def figures(self, batch_size: int | None = None) -> dict[str, Any]:
         """The figures of one domain for an `Evaluation`, by its fields, as far as models and vocabularies allow."""
         models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, dict[str, float]()
         if self.rows:

@@ -16,9 +16,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..arch.hooks import in_fast_dtype, intercept
-from ..arch.meta import positions_of, predicts_next, random_image, reads_images
+from ..arch.inference import input_device, random_inputs, run_model
+from ..arch.meta import predicts_next
 from ..errors import StructPruneError
-from ..method.layers import equal, run_model
+from ..method.devices import rows_at_once
+from ..method.layers import equal
 from ..system.offloading import check_reachable
 from ..system.stages import progress
 
@@ -26,8 +28,9 @@ from ..system.stages import progress
 if TYPE_CHECKING:
     from peft import PeftModel  # its import takes as long as the import of torch
 
-# The number of tokens whose logits are in memory at a time. The loss copies its logits.
+# The number of tokens whose logits a loss takes at a time on a CPU. The loss copies them in fp32.
 TOKENS_AT_ONCE = 128
+FP32_BYTES = 4
 MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, over all domains
 # Margins over fewer documents than the first number are wide, and over fewer than the second they are rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
@@ -46,8 +49,27 @@ def outputs_of(output: Any) -> Tensor:
     return output[0] if logits is None else logits
 
 
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """Return the number of tokens whose logits a loss takes at a time on a device."""
+    return rows_at_once(device, FP32_BYTES * vocabulary, TOKENS_AT_ONCE)
+
+
+def tokens_per_pass(model: PreTrainedModel | PeftModel, on_cpu: int) -> int:
+    """Return the number of tokens in a forward pass by default, by the size of their logits; see `rows_at_once`."""
+    return rows_at_once(input_device(model), model.dtype.itemsize * _vocabulary(model), on_cpu)
+
+
+def samples_per_pass(model: PreTrainedModel | PeftModel, seq_length: int) -> int:
+    """Return the number of samples in a forward pass by default: 1 on a CPU, and up to 16 on a GPU."""
+    return rows_at_once(input_device(model), seq_length * model.dtype.itemsize * _vocabulary(model), 1)
+
+
+def _vocabulary(model: PreTrainedModel | PeftModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
 @torch.no_grad()
-def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> float:
+def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> float:
     """Return the perplexity over samples: e to the mean loss per predicted token.
 
     The first token of each sample is context only.
@@ -55,7 +77,8 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
     Args:
         model: A causal language model. Its training mode is restored afterwards.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: The number of samples per forward pass. 1 keeps the logits of a large vocabulary small.
+        batch_size: The number of samples per forward pass. The default is 1 on a CPU, and up to 16 on a GPU, as long
+            as their logits fill at most 1/64 of its memory.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or the samples leave nothing to predict.
@@ -102,7 +125,7 @@ def perplexity_figures(
 
 
 @torch.no_grad()
-def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> Tensor:
+def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> Tensor:
     """Return the mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU.
 
     See `perplexity` for the arguments.
@@ -111,8 +134,10 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
         raise StructPruneError(
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
-    losses = row_losses(model, list(samples), tokens=batch_size * samples.shape[1])
-    return losses / (samples.shape[1] - 1)
+    seq_length = samples.shape[1]
+    batch_size = batch_size or samples_per_pass(model, seq_length)
+    losses = row_losses(model, list(samples), tokens=batch_size * seq_length)
+    return losses / (seq_length - 1)
 
 
 @torch.no_grad()
@@ -146,12 +171,14 @@ def expected_shares(model: PreTrainedModel, samples: Tensor) -> Tensor:
     Square roots of probabilities are added up. They favour tokens that are rare in these samples, shape
     `(samples, seq_length)`, and may be frequent in other text.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    batches = samples.split(samples_per_pass(model, samples.shape[1]))
+    total: Tensor | float = 0.0
     with evaluating(model):
-        for _, logits in _predictions([model], samples.split(1)):
-            roots = logits.float().softmax(-1).sqrt()
-            total = total + roots.sum(0).double().cpu()
-    return total / total.sum()
+        for _, logits in _predictions([model], batches):
+            # The sum stays on the device, so that the host waits once.
+            total = total + logits.float().softmax(-1).sqrt().sum(0).double()
+    shares = torch.as_tensor(total).cpu()
+    return shares / shares.sum()
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
@@ -208,32 +235,34 @@ def margin_of_share(values: Tensor) -> float:
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """Return the sum of next-token losses over a batch, shape `(batch, seq_length)`, of one forward pass."""
-    targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
+    size = tokens_at_once(input_device(model), _vocabulary(model))
+    targets = ids[:, 1:].flatten().split(size)
     total: Tensor | int = 0
-    for part, logits in zip(targets, _next_token_logits(model, ids), strict=True):
+    for part, logits in zip(targets, _next_token_logits(model, ids, size), strict=True):
         total = total + _losses(logits, part.to(logits.device)).sum()
     return float(total)
 
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1
+    model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int | None = None
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Compare a model with the dense model on the same text, in one pass of each.
 
-    In memory are the logits and probabilities of 128 tokens by both models. Where a model caps or scales its logits,
-    the logits of a whole batch are.
+    In memory are the logits and probabilities of few tokens by both models; see `tokens_at_once`. Where a model caps
+    or scales its logits, the logits of a whole batch are.
 
     Args:
         model: The model.
         dense: The dense model.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: The number of samples per forward pass.
+        batch_size: The number of samples per forward pass; see `perplexity`.
 
     Returns:
         The mean losses per predicted token of each sample, shape `(samples,)`, as "dense" and "model"; then the mean
         KL(dense‖model) per predicted token in nats, and the share of tokens that both models predict alike.
     """
+    batch_size = batch_size or samples_per_pass(dense, samples.shape[1])
     losses, dense_losses, distances, agreements = [], [], [], []
     with evaluating(model, dense):
         for targets, logits, dense_logits in _predictions([model, dense], samples.split(batch_size)):
@@ -330,25 +359,29 @@ def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[l
         is_plain = plain_head(model, first)
         heads.append(partial(_head_logits, model.get_output_embeddings()) if is_plain else None)
 
+    size = min(tokens_at_once(input_device(model), _vocabulary(model)) for model in models)
     for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
-        targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
-        logits_by_model = [_next_token_logits(model, ids, head) for model, head in zip(models, heads, strict=True)]
+        targets = ids[:, 1:].flatten().split(size)
+        pairs = zip(models, heads, strict=True)
+        logits_by_model = [_next_token_logits(model, ids, size, head) for model, head in pairs]
         for target, *logits in zip(targets, *logits_by_model, strict=True):
             device = logits[0].device
             yield [target.to(device), *(values.to(device) for values in logits)]
 
 
-def _next_token_logits(model: Any, ids: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-    """Yield the logits of all tokens but the last of each row, for few tokens at a time.
+def _next_token_logits(
+    model: Any, ids: Tensor, size: int, head: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Yield the logits of all tokens but the last of each row, for `size` tokens at a time.
 
     `head` computes them from the last hidden states; None takes the logits of the whole batch from the model.
     """
     if head is None:
         logits = run_model(model, ids).logits[:, :-1]
-        yield from logits.flatten(0, 1).split(TOKENS_AT_ONCE)
+        yield from logits.flatten(0, 1).split(size)
         return
     hidden = run_model(model.base_model, ids)[0][:, :-1]
-    for part in hidden.flatten(0, 1).split(TOKENS_AT_ONCE):
+    for part in hidden.flatten(0, 1).split(size):
         yield head(part)
 
 
@@ -391,26 +424,6 @@ def plain_head(model: Any, ids: Tensor) -> bool:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each token, shape `(tokens,)`, fp64, on the device of the logits: the host need not wait."""
     return cross_entropy(logits.float(), targets, reduction="none").double()
-
-
-def random_inputs(model: PreTrainedModel) -> Tensor:
-    """Return random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
-
-    The last token ends a sequence, for heads that look for it. Heads that choose among sequences get the shape
-    `(1, 1, 16)`.
-    """
-    config = model.config
-    if reads_images(model) and hasattr(config, "image_size"):
-        return random_image(config).to(model.dtype)
-
-    text = config.get_text_config()
-    length = int(min(16, positions_of(model)))
-    ids = torch.randint(text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    end = getattr(text, "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < text.vocab_size:
-        ids[0, -1] = end
-    chooses_sequence = type(model).__name__.endswith("ForMultipleChoice")
-    return ids[None] if chooses_sequence else ids
 
 
 @torch.no_grad()

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import StructPruneError
+from .devices import rows_at_once
 
 
 # The least number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
 # Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
 MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+# The number of tokens that are in memory in fp64 at a time on a CPU.
+TOKENS_AT_ONCE = 256
+FP64_BYTES = 8
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Moments:
         if not (x.is_cuda and x.dtype == torch.bfloat16):  # whose products are exact in fp32 there
             x = x.float()
         mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-        for part in x.split(256):  # so many tokens are in memory in fp64 at a time
+        for part in x.split(rows_at_once(x.device, FP64_BYTES * x.shape[1], TOKENS_AT_ONCE)):
             precise = part.double()
             share_of_each = precise.new_full((len(part),), 1 / len(x))
             mean.add_(share_of_each @ precise)
@@ -103,7 +107,8 @@ class Moments:
         """These moments of the input of a module in a domain; NaN and infinity are refused, and no tokens at all."""
         if not (self.count or may_be_empty):
             raise StructPruneError(f"{module} never ran during calibration in domain {domain}.")
-        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.square).all()):
+        # One check of both, since each makes the host wait for a GPU.
+        if not torch.isfinite(torch.stack([self.mean, self.square])).all():
             raise StructPruneError(
                 f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "
                 "or check its weights."

@@ -40,7 +40,7 @@ class Method:
     """The criterion and the refit, with all that they read beside the moments."""
 
     criterion: Criterion
-    options: Callable[[int], Any]  # the config that the criterion reads in a layer, by the layer's index
+    parameters: Callable[[int], Mapping[str, Any]]  # the criterion's keyword arguments in a layer, by its index
     refit: Callable[..., Values]  # a function such as `refit.least_squares`
     shares: tuple[float, ...]  # the weights of the domains, which sum to 1
     damping: float  # the ridge of the refit; see `refit.ridge_strength`
@@ -116,11 +116,13 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
 
 
 def consumer_scores(method: Method, space: Space, weights: list[Tensor], moments: list[Moments]) -> list[Tensor]:
-    """The scores that each consumer of a space gives its units, shape `(units,)`."""
-    options, scores = method.options(space.layer), list[Tensor]()
+    """Return the scores of the units of a space by each of its consumers, shape `(units,)`."""
+    parameters = method.parameters(space.layer)
+    scores = []
     for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
-        scores.append(method.criterion.score(weight, own_moments, axis.per_unit, options))
-        check_scores(scores[-1], weight.shape[1] // axis.per_unit, method.criterion.name, axis.module)
+        own_scores = method.criterion.score(weight, own_moments, axis.per_unit, **parameters)
+        check_scores(own_scores, weight.shape[1] // axis.per_unit, method.criterion.name, axis.module)
+        scores.append(own_scores)
     return scores
 
 
@@ -142,33 +144,37 @@ class Criterion:
 
     Args:
         name: What `StructPruneConfig.criterion` calls it.
-        score: For units inside the layers, a function `(weight, moments, columns_per_unit, options)`: of the weight of
-            a consumer, shape `(out, units * columns_per_unit)`, fp32; of the moments of its input, with as many
-            components as the weight has columns; of the number of columns that a unit owns; and of the config of the
-            run, whose `seed` is another one in each layer. It gives one score per unit, shape `(units,)`.
-            For whole layers, a function `(model, arch, batches)` of the model in eval mode, its description, and text
-            of one domain. It gives one positive score per layer, shape `(layers,)`, fp64. Of several processes that
-            share the samples each has its own batches: a mean over all text takes `system.processes.all_reduce_`.
-            For whole experts, a function `(norms, gates)` of the norms of what an expert gives for the tokens that
-            chose it, and of its weights for them, shape `(tokens,)` each. It gives one number per token, and the score
-            is their mean.
-        judges: What is scored: "unit" (inside the layers), "layer" or "expert" (both whole).
-        paper: Where it is published.
-        needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        summed: Whether the score of an expert is the sum over its tokens, and not the mean.
-        prior: A function `(model, arch, space)` of what the weights alone say of each component of the consumers'
-            inputs, shape `(n,)` or None, which becomes `moments.prior`.
-        whole_model_statistics: A function `(model, arch, data)` that runs the whole model before each round, and gives
-            one tensor per consumer, by module, shape `(domains, n)`, fp64; the mean by the weights of the domains
-            becomes `moments.prior`.
-        check: A function `(config, arch, use)` that raises a StructPruneError, before any text is read, if the
-            criterion cannot score this model; `use` is "prune", "dry run" or "trainer".
+        score: For units inside the layers, a function `(weight, moments, columns_per_unit, **parameters)`. Its
+            arguments are the weight of a consumer, shape `(out, units * columns_per_unit)`, fp32; the moments of its
+            input, with as many components as the weight has columns; the number of columns of a unit; and the
+            declared `parameters`. It returns one score per unit, shape `(units,)`.
+            For whole layers, a function `(model, arch, batches)`. Its arguments are the model in eval mode, its
+            description, and text of one domain. It returns one positive score per layer, shape `(layers,)`, fp64. If
+            several processes share the samples, each has its own batches, and a mean over all text needs
+            `system.processes.all_reduce_`.
+            For whole experts, a function `(norms, gates)`. Its arguments are the norms of an expert's outputs for the
+            tokens that chose it and its gates for these tokens, shape `(tokens,)` each. It returns one number per
+            token, and the score is their mean.
+        judges: The scored part: "unit" (inside the layers), "layer" or "expert" (both whole).
+        paper: The publication.
+        parameters: Names of fields of `StructPruneConfig`, or "damping", that a `score` of units gets as keyword
+            arguments. The seed differs in each layer.
+        needs_gram: Whether `score` reads `moments.gram`. Otherwise only mean and second moment are collected.
+        summed: Whether the score of an expert is the sum over its tokens instead of the mean.
+        prior: A function `(model, arch, space)` that returns one value for each component of the consumers' inputs
+            from the weights alone, shape `(n,)`, or None. The result becomes `moments.prior`.
+        whole_model_statistics: A function `(model, arch, data)` that runs the whole model before each round and
+            returns one tensor per consumer, by module, shape `(domains, n)`, fp64. The mean by the weights of the
+            domains becomes `moments.prior`.
+        check: A function `(config, arch, use)` that raises a StructPruneError before any text is read if the
+            criterion cannot score this model. `use` is "prune", "dry run" or "trainer".
     """
 
     name: str
     score: Callable[..., Tensor]
     judges: str = "unit"
     paper: str = ""
+    parameters: tuple[str, ...] = ()
     needs_gram: bool = False
     summed: bool = False
     prior: Callable[..., Tensor | None] | None = None
@@ -178,9 +184,9 @@ class Criterion:
     def __post_init__(self) -> None:
         update_wrapper(self, self.score)
 
-    def __call__(self, *arguments: Any) -> Tensor:
-        """Give the scores, as the function that was decorated does."""
-        return self.score(*arguments)
+    def __call__(self, *arguments: Any, **parameters: Any) -> Tensor:
+        """Return the scores of the decorated function."""
+        return self.score(*arguments, **parameters)
 
 
 def best_units(scores: Tensor, width: int) -> tuple[int, ...]:

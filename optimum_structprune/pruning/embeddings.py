@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.hooks import in_fast_dtype
+from ..arch.inference import last_states
 from ..arch.meta import positions_of
-from ..arch.modules import MODULES, blocks, module_files
+from ..arch.modules import MODULES, module_files
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
@@ -27,7 +27,6 @@ from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
 from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
-from ..method.layers import input_device, run_model
 from ..record.report import Report, enter_figures
 from ..vocabulary.languages import texts as language_texts
 
@@ -200,7 +199,7 @@ def rows_of(
     if isinstance(texts, Tensor):
         return [*texts]
     assert tokenizer is not None
-    most = int(min(positions_of(model) - 2, 256))  # RoBERTa's first two positions are for padding
+    most = int(min(positions_of(model), 256))
     return [torch.tensor(row[:most]) for row in tokenizer([*texts], verbose=False)["input_ids"]]
 
 
@@ -231,16 +230,6 @@ def embed(model: PreTrainedModel, rows: Sequence[Tensor], pooling: Sequence[str]
                 vectors = [POOLING.get(name, lambda states: states.mean(1))(states) for name in pooling]
                 parts.append(torch.cat(vectors, 1).cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-def last_states(model: Any, ids: Tensor) -> Tensor:
-    """Gives the last hidden states of a batch, shape `(batch, tokens, channels)`."""
-    if not model.config.is_encoder_decoder:
-        return run_model(model.base_model, ids)[0]
-    # T5's classes have no base model inside them, and give logits.
-    encoder, decoder, ids = model.get_encoder(), model.get_decoder(), ids.to(input_device(model))
-    with in_fast_dtype(blocks(model)):
-        return decoder(input_ids=ids, encoder_hidden_states=encoder(ids)[0], use_cache=False)[0]
 
 
 def embedding_figures(

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 2048
 STRIDE = 4
 ROW = 64  # tokens in a row of held-out text: fewer are hard to predict, with so little in front of them
-# Short rows run together, up to so many tokens.
-AT_ONCE = 512
+AT_ONCE = 512  # on a CPU, short rows run together up to this number of tokens
 # The name of other text beside the domains, whose names are not empty.
 OTHER = ""
 # The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
@@ -154,7 +153,8 @@ class Measure:
         if is_offloaded(model):
             values = layerwise_losses(model, arch, texts)
         else:
-            values = [metrics.row_losses(model, text, tokens=AT_ONCE) for text in texts]
+            tokens = metrics.tokens_per_pass(model, AT_ONCE)
+            values = [metrics.row_losses(model, text, tokens) for text in texts]
         losses = {}
         for (name, rows), parts in zip(self.heldout.items(), zip(*gather_objects(values), strict=True), strict=True):
             total = parts[0]

@@ -186,8 +186,8 @@ def ask(
                 f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
             )
         config = replace(config, budget={"parameters": 0.999})  # which stands for a size that is not found yet
-    may_remove_tokens = inputs is None and (use == DRY_RUN or tokenizer is not None)
-    if config.removes_tokens or config.removes_tokens is None and may_remove_tokens:
+    reads_text_of_user = inputs is None and (use == DRY_RUN or tokenizer is not None)
+    if config.may_remove_tokens and reads_text_of_user:
         from ..vocabulary.amount import with_tokens  # which most runs do without
 
         config = with_tokens(config, model_info, tokenizer)
@@ -204,6 +204,7 @@ def check_config_kind(config: Any, options: Any = None) -> None:
         if not isinstance(value, kind):
             advice = f"a mapping becomes one with {kind.__name__}.from_dict"
             raise StructPruneError(f"{name} takes a {kind.__name__}, got {type(value).__name__}; {advice}.")
+        value.validate()  # a field may have been set since
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:

@@ -1,10 +1,9 @@
-"""Writes a model with one width for all layers, for runtimes that take nothing else."""
+"""Export a model with the same width in all layers, for runtimes that require it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..removals.resize import pad_
+from ..steps.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
 from .card import leave_card
@@ -23,7 +22,14 @@ from .save import RECORD_NAMES, save_checked
 
 @dataclass(frozen=True)
 class Padding:
-    """Counts parameters before and after padding, those of the dense model if known, and the bytes added."""
+    """Describe the cost of padding.
+
+    Attributes:
+        before: The number of parameters before padding.
+        after: The number of parameters after padding.
+        dense: The number of parameters of the original model; None if it is unknown.
+        bytes: The number of bytes that padding adds.
+    """
 
     before: int
     after: int
@@ -31,15 +37,15 @@ class Padding:
     bytes: int = 0
 
     def __str__(self) -> str:
-        """Say the cost in one sentence."""
+        """Return the cost in one sentence."""
         added = self.after - self.before
-        text = (
-            f"padding adds {added:,} parameters that are zero ({self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} "
-            f"of {self.before:,})"
-        )
-        if self.dense is None or self.dense <= self.before:
-            return text
-        return f"{text} and gives back {added / (self.dense - self.before):.1%} of what pruning had removed"
+        size = f"{self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} of {self.before:,}"
+        text = f"padding adds {added:,} zero parameters ({size})"
+
+        if self.dense is not None and self.dense > self.before:
+            share = added / (self.dense - self.before)
+            text += f", {share:.1%} of the parameters that pruning had removed"
+        return text
 
 
 def export_uniform(
@@ -49,39 +55,58 @@ def export_uniform(
     overwrite: bool = False,
     arch_file: str | None = None,
 ) -> Padding:
-    """Save a non-uniform model with one width for all layers, for runtimes that take nothing else.
+    """Save a non-uniform model with the same width in all layers, for runtimes that require it.
 
-    The narrower layers are filled up with zeros, so that the logits are the same. The folder appears only after plain
-    `from_pretrained` has loaded it and given the outputs of `model`. The records of the pruning and of a training are
-    copied where the folder that `model` was loaded from has them; they describe the model before padding.
+    Narrower layers are padded with zeros, which does not change the logits. The folder appears only after plain
+    `from_pretrained` has loaded it and reproduced the outputs of `model`. If `model` was loaded from a folder with
+    records of pruning or recovery, these are copied. They describe the model before padding.
 
     Args:
-        model: A non-uniform model; it is left as it is.
-        save_directory: The folder to write to; it is made if need be.
-        tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced; the one that `model` was loaded from never is.
-        arch_file: A YAML file that describes architectures of your own, in the form of `families.yaml`.
+        model: A non-uniform model. It is not modified.
+        save_directory: The folder to write. Missing parent folders are created.
+        tokenizer: The tokenizer to save with the model.
+        overwrite: Replace an existing folder. The folder that `model` was loaded from is never replaced.
+        arch_file: A YAML file that describes your own architectures.
+
+    Returns:
+        The cost of padding.
 
     Raises:
-        StructPruneError: If the model is uniform already, the folder exists and may not be replaced, or the saved
-            model gives other outputs.
+        StructPruneError: If the model is uniform, the folder exists and `overwrite` is false, or the saved model has
+            other outputs.
     """
-    used = [model.name_or_path, arch_file]
-    Output(save_directory, overwrite, used).check()
+    input_paths = [model.name_or_path, arch_file]
+    Output(save_directory, overwrite, input_paths).check()
+
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
+
     uniform = deepcopy(model)
     pad_(uniform, describe(uniform, arch_file))
 
-    def write(folder: Path) -> None:
-        for name in (*RECORD_NAMES, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME):
-            if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
-                shutil.copyfile(record, folder / name)
+    def write_records(folder: Path) -> None:
+        if model.name_or_path:
+            _copy_records(Path(model.name_or_path), folder)
         leave_card(folder, save_directory, uniform, arch_file)
 
-    save_checked(uniform, save_directory, tokenizer, overwrite, write, used, like=model)
-    dense, added = None, model_bytes(uniform) - model_bytes(model)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # there is no report, or it is of another program
-        report = Path(model.name_or_path or "", REPORT_NAME).read_text(encoding="utf-8")
-        dense = int(json.loads(report)["parameters"]["before"])
-    return Padding(model.num_parameters(), uniform.num_parameters(), dense, added)
+    save_checked(uniform, save_directory, tokenizer, overwrite, write_records, input_paths, like=model)
+    added_bytes = model_bytes(uniform) - model_bytes(model)
+    return Padding(
+        model.num_parameters(), uniform.num_parameters(), _dense_parameters(model.name_or_path), added_bytes
+    )
+
+
+def _copy_records(source: Path, target: Path) -> None:
+    """Copy the records of pruning and recovery that a folder has."""
+    for name in (*RECORD_NAMES, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _dense_parameters(folder: str | None) -> int | None:
+    """Return the number of parameters of the original model, from the report in a folder, or None without a report."""
+    try:
+        report = json.loads(Path(folder or "", REPORT_NAME).read_text(encoding="utf-8"))
+        return int(report["parameters"]["before"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

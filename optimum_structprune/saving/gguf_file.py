@@ -1,13 +1,10 @@
-"""Writes a model and its tokenizer as a GGUF file for llama.cpp, by layer where widths differ."""
+"""Write a model and its tokenizer as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,28 +16,30 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .. import __version__
 from ..arch import llama_cpp
 from ..arch.meta import check_plain, is_quantized
-from ..arch.spaces import heads_of
 from ..domains.manifest import check_tokens
 from ..errors import StructPruneError
 from ..system.disk import GGUFOutput
+from .gguf_metadata import add_metadata, add_sizes, add_vocabulary, tokenizer_parts
 from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 
 
-# The type under which a model is written as it is, by its dtype.
-TYPE_OF_DTYPE = dict(zip((torch.float32, torch.float16, torch.bfloat16), WHOLE, strict=True))
-SPACE = "\u2581"  # how SentencePiece writes a space
-# Tokens that some models do not mark as special, and that are.
-CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
-# What tokenizers calls the steps before the merges, in the words of `PRE_TOKENIZERS`, and the field that tells more.
-STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
+# The data type of a file whose type is not named, by the dtype of the model.
+TYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Describes a file: its architecture, its type, and the numbers of values, of those in 16 bits, and of bytes."""
+    """Describe a GGUF file.
+
+    Attributes:
+        architecture: llama.cpp's name of the architecture.
+        dtype: llama.cpp's name of the data type of the matrices.
+        parameters: The number of values in all tensors.
+        in_16_bits: How many of them are in 16 bits, because their rows are not multiples of 32.
+        bytes: The size of the file.
+    """
 
     architecture: str
     dtype: str
@@ -49,15 +48,45 @@ class GGUFFile:
     bytes: int
 
     def __str__(self) -> str:
-        """Say all of it in one line."""
+        """Return a description in one line."""
         return f"architecture {self.architecture}, {self.parameters:,} parameters as {self.dtype}, {self.size}"
 
     @property
     def size(self) -> str:
-        """Say how large the file is, and what makes it larger than its type says."""
-        share = f"{self.in_16_bits / self.parameters:.1%} of its parameters are in 16 bits"
-        rest = f" ({share}, as their rows are no multiples of 32)" if self.in_16_bits else ""
-        return f"{self.bytes / 1e6:,.1f} MB{rest}"
+        """The size of the file, and the reason if it is larger than its data type suggests."""
+        text = f"{self.bytes / 1e6:,.1f} MB"
+
+        if self.in_16_bits:
+            share = self.in_16_bits / self.parameters
+            text += f" ({share:.1%} of its parameters are in 16 bits, as their rows are not multiples of 32)"
+        return text
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Describe a tensor of a GGUF file by the parameters of the model that it is computed from.
+
+    Attributes:
+        name: The name in the file.
+        parameters: The names of the parameters, which are concatenated along the rows.
+        module_name: The name that tells the halves of a divided parameter apart.
+        layer_config: The config of the tensor's layer; None outside the layers.
+    """
+
+    name: str
+    parameters: list[str]
+    module_name: str
+    layer_config: Any
+
+    def values(self, weights: Mapping[str, Tensor], architecture: str, device: str = "cpu") -> Tensor:
+        """Return the values in fp32, in the order of rows that the architecture expects."""
+        parts = []
+
+        for parameter in self.parameters:
+            rows = weights[parameter].detach().to(device, torch.float32)
+            parts.append(llama_cpp.in_file_order(parameter, rows, self.layer_config, architecture, self.module_name))
+
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def export_gguf(
@@ -67,284 +96,210 @@ def export_gguf(
     overwrite: bool = False,
     dtype: str | None = None,
 ) -> GGUFFile:
-    """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
+    """Write a model and its tokenizer as one GGUF file for llama.cpp.
 
     Layers may differ in width: llama.cpp's architectures `deci` and `openelm` read the sizes of each layer. A model
-    whose layers are alike is written as its own architecture, as llama.cpp's converter does, because more programs
-    know that one. The file appears once it is whole. In fewer than 16 bits, vectors and matrices whose rows are no
-    whole blocks stay in more, and the head is `q8_0`; llama.cpp chooses its type of K-quants.
+    with uniform layers is written as its own architecture, as llama.cpp's converter does, because more programs
+    support it. The file appears in one step at the end.
+
+    With fewer than 16 bits, vectors and matrices whose rows are not whole blocks keep more bits, and the head is
+    `q8_0`. For K-quants llama.cpp chooses the type of the head.
 
     Args:
-        model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
-        path: The file to write; folders above it are made if need be.
+        model: A model of one of the types in `arch/llama_cpp.py`. It is not modified.
+        path: The file to write. Missing parent folders are created.
         tokenizer: The tokenizer of the model.
-        overwrite: Whether a file that exists is replaced.
-        dtype: The type of the matrices by llama.cpp's name: `f32`, `f16`, `bf16`, `q8_0`, `q5_1`, `q5_0`, `q4_1`,
-            `q4_0`, or with llama.cpp's program `llama-quantize` on the `PATH` also `q6_k`, `q5_k_m`, `q4_k_m`,
-            `q3_k_m` and `q2_k`. None is the dtype of the model.
+        overwrite: Replace an existing file.
+        dtype: llama.cpp's name of the data type of the matrices: `f32`, `f16`, `bf16`, `q8_0`, `q5_1`, `q5_0`, `q4_1`
+            or `q4_0`. With llama.cpp's program `llama-quantize` on the `PATH` also `q6_k`, `q5_k_m`, `q4_k_m`,
+            `q3_k_m` or `q2_k`. Defaults to the dtype of the model.
+
+    Returns:
+        A description of the file.
 
     Raises:
-        StructPruneError: If llama.cpp cannot run such a model or cut text as its tokenizer does, no such type can be
-            written here, the file exists and may not be replaced, or it cannot be written.
+        StructPruneError: If llama.cpp cannot run the model or does not split text as its tokenizer does, if the data
+            type is not available, if the file exists and `overwrite` is false, or if it cannot be written.
     """
     check_gguf(model.config, dtype)
     output = GGUFOutput(path, overwrite)
     output.check()
     check_plain(model)
     check_tokens(model, tokenizer)
+
     if tokenizer is None:
-        raise StructPruneError("A GGUF file holds the tokenizer too, got None; pass the model's own.")
+        raise StructPruneError("A GGUF file contains the tokenizer, and `tokenizer` is None. Pass the model's own.")
     if is_quantized(model):
-        raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
+        raise StructPruneError("`model` is quantized. Load it without quantization to write a GGUF file.")
     if model.dtype not in TYPE_OF_DTYPE:
-        raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
+        raise StructPruneError(f"A GGUF file requires float32, float16 or bfloat16, and `model` is in {model.dtype}.")
+
     kind = dtype or TYPE_OF_DTYPE[model.dtype]
+
     with output.staged() as staging:
-        whole = staging.with_name("whole.gguf") if kind in K_QUANTS else staging
-        parameters, uneven = _write(model, whole, tokenizer, "F16" if kind in K_QUANTS else kind.upper())
         if kind in K_QUANTS:
-            _quantise(whole, staging, kind.upper())
-        size = staging.stat().st_size
+            unquantized = staging.with_name("unquantized.gguf")
+            num_values, num_uneven = _write(model, unquantized, tokenizer, "F16")
+            _quantize(unquantized, staging, kind.upper())
+        else:
+            num_values, num_uneven = _write(model, staging, tokenizer, kind.upper())
+
+        num_bytes = staging.stat().st_size
+
+    in_16_bits = 0 if kind in WHOLE else num_uneven
     architecture = str(llama_cpp.gguf_architecture(model.config))
-    return GGUFFile(architecture, kind.upper(), parameters, 0 if kind in WHOLE else uneven, size)
+    return GGUFFile(architecture, kind.upper(), num_values, in_16_bits, num_bytes)
 
 
 def check_gguf(
     config: PretrainedConfig, dtype: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Refuse a model, a type and a tokenizer that `export_gguf` cannot write, before weights are loaded."""
-    if (reason := llama_cpp.gguf_refusal(config)) is not None:
+    """Raise `StructPruneError` if `export_gguf` cannot write a model, a data type or a tokenizer.
+
+    Call this before the weights are loaded.
+    """
+    reason = llama_cpp.gguf_refusal(config)
+    if reason is not None:
         raise StructPruneError(reason)
+
     if dtype is not None:
         check_gguf_type(dtype)
     if tokenizer is not None:
-        _parts_of(tokenizer)
+        tokenizer_parts(tokenizer)
 
 
-def _quantise(whole: Path, target: Path, kind: str) -> None:
-    done = subprocess.run([QUANTISER, whole, target, kind], capture_output=True, text=True)
-    whole.unlink()
-    if done.returncode or not target.is_file():
-        last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
-        raise StructPruneError(f"{QUANTISER} could not write {kind}: {last or f'it ended with {done.returncode}'}")
+def _quantize(source: Path, target: Path, kind: str) -> None:
+    """Quantize a file with llama.cpp's program, and remove the source."""
+    process = subprocess.run([QUANTISER, source, target, kind], capture_output=True, text=True)
+    source.unlink()
+
+    if process.returncode or not target.is_file():
+        last_line = (process.stderr or process.stdout).strip().rpartition("\n")[2]
+        reason = last_line or f"exit status {process.returncode}"
+        raise StructPruneError(f"{QUANTISER} could not write {kind}: {reason}")
 
 
-def _types(tensors: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Any]:
-    """Choose the type of each tensor of a file by its shape; `kind` is that of the matrices."""
-    kinds, types = gguf.GGMLQuantizationType, {}
-    head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
-    for name, shape in tensors.items():
-        # llama.cpp leaves the head in more bits than other matrices: what is lost there is lost at every token.
-        wanted = "Q8_0" if name == head and kind.lower() in BLOCKS else kind
-        # llama.cpp adds and multiplies by vectors in F32 only; a rounded router sends tokens to other experts.
+def _tensor_types(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, gguf.GGMLQuantizationType]:
+    """Return the data type of each tensor of a file.
+
+    Args:
+        shapes: The shape of each tensor by its name in the file.
+        kind: The data type of the matrices.
+    """
+    types = {}
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+
+    for name, shape in shapes.items():
+        tensor_type = gguf.GGMLQuantizationType[kind]
+
+        # llama.cpp keeps more bits in the head, whose error affects every token.
+        if name == head and kind.lower() in BLOCKS:
+            tensor_type = gguf.GGMLQuantizationType.Q8_0
+
+        block_size, _ = gguf.GGML_QUANT_SIZES[tensor_type]
+
+        # llama.cpp supports vectors in F32 only, and a rounded router would choose other experts.
         if len(shape) == 1 or "ffn_gate_inp" in name:
-            wanted = "F32"
-        elif shape[-1] % gguf.GGML_QUANT_SIZES[kinds[wanted]][0]:
-            wanted = "F16"
-        types[name] = kinds[wanted]
+            tensor_type = gguf.GGMLQuantizationType.F32
+        elif shape[-1] % block_size:
+            tensor_type = gguf.GGMLQuantizationType.F16
+
+        types[name] = tensor_type
+
     return types
 
 
 def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[int, int]:
-    """Write the file, one tensor at a time; return the number of values in it, and of those in no whole blocks."""
+    """Write a file, one tensor at a time.
+
+    Returns:
+        The number of values in all tensors, and the number of values in matrices whose rows are not whole blocks.
+    """
     architecture = str(llama_cpp.gguf_architecture(model.config))
+    weights = dict(model.named_parameters())
+    tensors = [*_stored_tensors(model, architecture)]
+    shapes = {}
+
+    for tensor in tensors:
+        shapes[tensor.name] = tuple(tensor.values(weights, architecture, device="meta").shape)
+
+    rope_factors = _rope_factors(model.config)
+    if rope_factors is not None:
+        rope_name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
+        shapes[rope_name] = tuple(rope_factors.shape)
+
+    types = _tensor_types(shapes, kind)
     writer = gguf.GGUFWriter(path, architecture)
-    shapes = {name: shape for name, shape, _ in _tensors(model, architecture)}
-    types = _types(shapes, kind)
+
     for name, shape in shapes.items():
-        size = gguf.quant_shape_to_byte_shape(shape, types[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(size), raw_dtype=types[name])
-    total = writer.get_total_parameter_count()[0]
-    _add_metadata(writer, model, path.stem, total)
-    _add_sizes(writer, model.config)
-    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
+        num_bytes = prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=types[name])
+
+    num_values = writer.get_total_parameter_count()[0]
+    prefix = "ALL" if kind == "F32" else "MOSTLY"
+    add_metadata(writer, model, path.stem, num_values)
+    add_sizes(writer, model.config)
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    add_vocabulary(writer, tokenizer, model.config.vocab_size)
+
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, tensor in _tensors(model, architecture):
-            writer.write_tensor_data(_packed(name, tensor(), types[name]))
+
+        for tensor in tensors:
+            values = tensor.values(weights, architecture)
+            writer.write_tensor_data(_packed(tensor.name, values, types[tensor.name]))
+
+        if rope_factors is not None:
+            writer.write_tensor_data(_packed(rope_name, rope_factors, types[rope_name]))
     finally:
         writer.close()
-    return total, sum(prod(shapes[name]) for name, stored in _types(shapes, "Q8_0").items() if stored.name == "F16")
+
+    return num_values, _num_uneven(shapes)
 
 
-def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    """Give the name, the shape, and a function that computes the values of each tensor of the file."""
-    layers = llama_cpp.layer_configs(model.config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
-    parameters = dict(model.named_parameters())
-    stored = [(name, *place) for name in parameters for place in llama_cpp.parts_of(name, architecture)]
-    for name, known_as, parts in stored:
-        place = names.get_name(known_as, (".weight", ".bias"))
-        if place is None:
-            raise StructPruneError(f"llama.cpp's architecture {architecture} has no tensor for {name}.")
-        layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
-        values = partial(_values, parameters, parts, known_as, layer, architecture)
-        yield place, tuple(values(device="meta").shape), values
-    if llama_cpp.rope_of(model.config).get("rope_type") == "llama3":
-        factors = _frequency_factors(model.config)
-        yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
+def _num_uneven(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of values in matrices whose rows are not whole blocks of 32."""
+    types = _tensor_types(shapes, "Q8_0")
+    return sum(prod(shape) for name, shape in shapes.items() if types[name] == gguf.GGMLQuantizationType.F16)
 
 
-def _values(
-    weights: Mapping[str, Tensor], parts: list[str], known_as: str, layer: Any, architecture: str, device: str = "cpu"
-) -> Tensor:
-    """Join some parameters as the file holds them, in fp32; on the meta device only their shape."""
-    pairs = zip(parts, (weights[part].detach().to(device, torch.float32) for part in parts), strict=True)
-    ordered = [llama_cpp.in_file_order(*pair, layer, architecture, known_as) for pair in pairs]
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+def _stored_tensors(model: PreTrainedModel, architecture: str) -> Iterator[_StoredTensor]:
+    """Yield the tensors of a file that hold parameters of a model."""
+    layer_configs = llama_cpp.layer_configs(model.config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layer_configs))
+
+    for parameter, _ in model.named_parameters():
+        numbers = [int(part) for part in parameter.split(".") if part.isdecimal()]
+        layer_config = layer_configs[numbers[0]] if numbers else None
+
+        for module_name, parts in llama_cpp.parts_of(parameter, architecture):
+            name = names.get_name(module_name, (".weight", ".bias"))
+            if name is None:
+                raise StructPruneError(f"llama.cpp's architecture {architecture} has no tensor for {parameter}.")
+
+            yield _StoredTensor(name, parts, module_name, layer_config)
 
 
-def _packed(name: str, values: Tensor, kind: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large is refused below
-        packed = gguf.quants.quantize(values.numpy(), kind)
+def _packed(name: str, values: Tensor, tensor_type: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return values in a data type of GGUF."""
+    # An overflow raises an error below.
+    with np.errstate(over="ignore"):
+        packed = gguf.quants.quantize(values.numpy(), tensor_type)
+
     if packed.dtype == np.float16 and not np.isfinite(packed).all():
-        raise StructPruneError(f"{name} has values that float16 cannot hold; write bfloat16 or float32.")
+        raise StructPruneError(f"{name} has values beyond the range of float16. Use bfloat16 or float32.")
     return packed
 
 
-def _frequency_factors(config: PretrainedConfig) -> Tensor:
-    """Compute what the frequencies of the rotary embedding are divided by, `(head_dim / 2,)`."""
-    scaled, _ = ROPE_INIT_FUNCTIONS[llama_cpp.rope_of(config)["rope_type"]](config, torch.device("cpu"))
-    places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    return llama_cpp.rope_of(config)["rope_theta"] ** -places / scaled
-
-
-def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
-    # The card beside the model names its origin.
-    writer.add_string("structprune.version", __version__)
-    folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
-    metadata = gguf.Metadata.load(model_path=folder, total_params=total)
-    metadata.name = metadata.name or name
-    metadata.size_label = metadata.size_label or gguf.size_label(total, 0, 0, 0)
-    writer.add_type(gguf.GGUFType.MODEL)
-    metadata.set_gguf_meta_model(writer)
-
-
-def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    window, local = getattr(config, "sliding_window", None), (config.rope_parameters or {}).get("sliding_attention")
-    if window and local:
-        writer.add_sliding_window(window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(local["rope_theta"])
-        window = None
-    # Otherwise llama.cpp attends to everything, which is the same as long as the text fits into the window.
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+def _rope_factors(config: PretrainedConfig) -> Tensor | None:
+    """Return the divisors of the rotary frequencies of Llama 3, shape `(head_dim / 2,)`, or None for other types."""
     rope = llama_cpp.rope_of(config)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    layers = llama_cpp.layer_configs(config)
-    heads, groups, (head_dim, *_) = zip(*map(heads_of, layers), strict=True)
-    widths = [layer.intermediate_size for layer in layers]
-    by_layer = writer.arch in llama_cpp.BY_LAYER.values()
-    if config.model_type in llama_cpp.MIXTURES:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", widths[0]))
-    writer.add_feed_forward_length(widths if by_layer else widths[0])
-    writer.add_head_count(list(heads) if by_layer else heads[0])
-    writer.add_head_count_kv(list(groups) if by_layer else groups[0])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    if rope.get("rope_type") != "llama3":
+        return None
 
-
-def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    model, pre = _parts_of(tokenizer)
-    tokens, pieces = len(tokenizer), pre is None
-    if tokens > size:
-        raise StructPruneError(f"The tokenizer has {tokens:,} tokens and the model {size:,} rows; pass its own.")
-    writer.add_tokenizer_model((gguf.LlamaHfVocab if pieces else gguf.BpeVocab).tokenizer_model)
-    writer.add_tokenizer_pre(pre or "default")
-    names, types = _tokens(tokenizer, size)
-    writer.add_token_list(names)
-    writer.add_token_types(types)
-    if pieces:
-        writer.add_token_scores(_scores(model, names))
-        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
-    else:
-        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    _add_special(writer, tokenizer)
-
-
-def _parts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:
-    """Give a tokenizer's model, and llama.cpp's name for its first steps; None for SentencePiece."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    model = parts.get("model", {})
-    if model.get("type") != "BPE":
-        found = model.get("type", f"a slow {type(tokenizer).__name__}")
-        raise StructPruneError(f"A GGUF file holds a fast BPE tokenizer, found {found}.")
-    return model, None if model.get("byte_fallback", False) else pre_tokenizer(parts)
-
-
-def pre_tokenizer(parts: Mapping[str, Any]) -> str:
-    """Name in llama.cpp's words the steps before a byte-level tokenizer's merges."""
-    step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step])
-    key: Any = (*map(_kind, steps), bool(parts["model"].get("ignore_merges")))
-    normalizer = (parts.get("normalizer") or {}).get("type")
-    # llama.cpp does not normalise what it reads. In NFC, as Qwen's tokenizers want it, nearly all text is already.
-    if key not in llama_cpp.PRE_TOKENIZERS or normalizer not in (None, "NFC"):
-        names = [*filter(None, (normalizer, *(step.get("type") for step in steps)))]
-        raise StructPruneError(
-            f"llama.cpp would cut text in another way than this tokenizer, which takes the steps {names} before its "
-            f"merges; structprune knows those of {', '.join(llama_cpp.PRE_TOKENIZERS.values())}."
-        )
-    return llama_cpp.PRE_TOKENIZERS[key]
-
-
-def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
-    # As `PRE_TOKENIZERS` has a step; an unknown one becomes a pair of None.
-    kind, field = STEPS.get(step.get("type", ""), (None, ""))
-    value = step.get(field)
-    if kind is None or step.get("add_prefix_space") or step.get("invert"):
-        return (None, None)
-    return kind, value.get("Regex") if isinstance(value, dict) else value
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
-    kinds = gguf.TokenType
-    names = {number: name for name, number in tokenizer.get_vocab().items()}
-    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
-    texts: list[str] = []
-    types: list[int] = []
-    for number in range(size):
-        text, kind = names.get(number, f"[PAD{number}]"), kinds.NORMAL if number in names else kinds.UNUSED
-        if number in special or (number in added and (added[number].special or CONTROL.fullmatch(text))):
-            kind = kinds.CONTROL
-        elif number in added:
-            text, kind = text.replace(SPACE, " "), kinds.USER_DEFINED
-        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
-            kind = kinds.BYTE
-        texts.append(text)
-        types.append(kind)
-    return texts, types
-
-
-def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
-    # llama.cpp joins the pieces of the highest score first: minus the number of the first merge to make it.
-    rank = {"".join(pair): number for number, pair in reversed([*enumerate(model["merges"])])}
-    return [-float(rank.get(name, 1e6)) for name in names]  # 1e6 is of what no merge makes
-
-
-def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    for name in ("bos", "eos", "unk", "sep", "pad"):
-        if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
-            getattr(writer, f"add_{name}_token_id")(number)
-    ids = tokenizer("a").input_ids
-    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    return rope["rope_theta"] ** -exponents / scaled

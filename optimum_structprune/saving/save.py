@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.families import with_former_rope
+from ..arch.family import with_former_rope
 from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
-from ..forward.metrics import TOKENS_AT_ONCE, divergence
+from ..forward.metrics import divergence, tokens_at_once
 from ..method.calibrate import output_energy
 from ..method.layers import Batch, InMemory, Source, run_model
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, source_of
-from ..system.devices import is_spread
+from ..system.placement import is_spread
 from ..system.processes import all_reduce_, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
@@ -79,8 +79,9 @@ class Probe:
         """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
         for index, batch in [*enumerate(self.batches)][process_index() :: process_count()]:
-            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense_logits[index]))
-            for logits, dense in zip(*pairs, strict=True):
+            all_logits, all_dense = self._logits(index, model), self.dense_logits[index]
+            size = tokens_at_once(all_logits.device, all_logits.shape[1])
+            for logits, dense in zip(all_logits.split(size), all_dense.split(size), strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
         all_reduce_([total, count])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from ..arch.meta import dequantized, is_offloaded
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
-from ..criteria import CRITERIA
+from ..criteria import CRITERIA, parameters_of
 from ..domains.load import calibration_domains, given_domains, texts_of
 from ..domains.manifest import Entry
 from ..domains.packing import Domain
@@ -113,16 +113,9 @@ class CalibrationData:
         whole = criterion.whole_model_statistics
         by_domain = {} if whole is None else whole(model, arch, self)
 
-        def options(layer: int) -> StructPruneConfig:
-            # Random draws do not depend on the layers in front: a run that goes on where another was killed does not
-            # score those again.
-            seeded = copy(config)
-            seeded.seed = (config.seed + layer) % 2**32
-            return seeded
-
         return Method(
             criterion=criterion,
-            options=options,
+            parameters=partial(parameters_of, criterion, config),
             refit=REFITS.get(config.refit),
             shares=self.shares,
             damping=config.damping,

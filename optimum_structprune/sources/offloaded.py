@@ -41,7 +41,7 @@ def layer_device_map(
         config: The config of the model.
         device: The device that computes, and that holds what is no layer: embeddings, the last norm, the head.
         layers: Where the layers are while they do not run: `disk`, or `cpu` for its memory.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
+        arch_file: A file with descriptions of your own; see `arch/families`.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:

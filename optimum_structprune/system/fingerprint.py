@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from huggingface_hub import constants
@@ -19,7 +18,8 @@ from ..written import whole_lines
 from .offloading import weight_of
 
 
-# The fields of a config that say where a model comes from or what a Trainer sets, and not what it computes.
+WORD_BYTES = 8
+# The fields of a config that do not change the outputs: the origin of a model, and settings of a Trainer.
 ORIGIN_FIELDS = (
     *("_name_or_path", "transformers_version", "architectures", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -36,33 +36,73 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def checksums(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
-    """Give the dtype, shape and CRC-32 of every weight by name, in half the time of a `fingerprint`."""
-    return {name: (tensor.dtype, tensor.shape, crc32(raw_bytes(tensor))) for name, tensor in _weights(model)}
+def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
+    """Return the dtype, the shape and two checksums of every weight by name.
+
+    Equal weights have equal checksums on every device. Each device adds up its own weights, so that only the checksums
+    are copied to the CPU. They find changes such as a training; against an attacker use a `fingerprint`.
+    """
+    tensors = dict(_weights(model))
+    names_by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_by_device.setdefault(tensor.device, []).append(name)
+
+    sums: dict[str, list[int]] = {}
+    for names in names_by_device.values():
+        stacked = torch.stack([_checksum(tensors[name]) for name in names])
+        sums |= dict(zip(names, stacked.tolist(), strict=True))
+    return {name: (tensor.dtype, tensor.shape, *sums[name]) for name, tensor in tensors.items()}
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return two weighted sums of a tensor's bytes in words of 64 bits, modulo 2**64, shape `(2,)`.
+
+    The words form a matrix. The sum of each row and of each column is multiplied by its number.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) % WORD_BYTES or flat.storage_offset() % WORD_BYTES:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % WORD_BYTES))
+    words = flat.view(torch.int64)
+    num_rows = tensor.shape[0] if tensor.ndim > 1 else 1
+    if num_rows == 0 or len(words) % num_rows:
+        num_rows = 1
+    matrix = words.view(num_rows, -1)
+    return torch.stack([_numbered_sum(matrix.sum(1)), _numbered_sum(matrix.sum(0))])
+
+
+def _numbered_sum(values: Tensor) -> Tensor:
+    """Multiply each value by its number, from 1 on, and add them up, modulo 2**64."""
+    return (values * torch.arange(1, len(values) + 1, device=values.device)).sum()
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the weights of a model by name; offloaded ones are read."""
     for name, tensor in model.state_dict().items():
         yield name, weight_of(model, name) if tensor.is_meta else tensor
 
 
 def computing(config: PretrainedConfig) -> dict[str, Any]:
-    """Select the fields of a config that change the outputs of the model."""
+    """Return the fields of a config that change the outputs of a model."""
     return {name: value for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's vocabulary with its added tokens: which token each id stands for."""
+    """Hash a tokenizer's vocabulary with its added tokens, as pairs of token and id."""
     return json_hash(sorted(tokenizer.get_vocab().items()))
 
 
 def json_hash(value: Any) -> str:
-    """Hash a value that JSON can hold by SHA-256, in hexadecimal digits."""
+    """Hash a JSON value by SHA-256, in hexadecimal digits."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class KeptText:
-    """Keeps batches of text for later runs, in a file named by a hash of all dependencies."""
+    """Keeps batches of text for later runs, in a file whose name is a hash of all dependencies.
+
+    Args:
+        kind: The kind of text, which begins the file's name.
+        depends_on: All values that the text depends on, as JSON takes them.
+    """
 
     def __init__(self, kind: str, *depends_on: Any):
         name = f"{kind}-batches-{json_hash(depends_on)[:24]}.jsonl"
@@ -73,11 +113,15 @@ class KeptText:
         return dict(whole_lines(self.path))
 
     def add(self, name: str, batch: Any) -> None:
-        """Add a batch to the file."""
+        """Add a batch to the file.
+
+        Raises:
+            StructPruneError: If the file cannot be written.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                # A process that was killed may have left half a line, so that each value begins a new one.
+                # A process that was killed may have left half a line, so each value begins a new line.
                 file.write(f"\n{json.dumps([name, batch])}\n")
         except OSError as error:
             raise StructPruneError(

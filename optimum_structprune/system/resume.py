@@ -1,4 +1,4 @@
-"""Keeps the state of a run on disk, so that the same call goes on from there after a kill."""
+"""Checkpoints of a run, from which the same call resumes after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """Holds the number of finished layers, values as JSON has them, and the tensors of this process."""
+    """Hold the state of a checkpoint.
+
+    Attributes:
+        number: The number of finished layers.
+        values: JSON values.
+        local: The tensors of this process.
+    """
 
     number: int
     values: dict[str, Any]
@@ -30,7 +36,13 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resume:
-    """A folder that remembers how far a run, told by `key`, has come with one kind of work."""
+    """Save and load the checkpoints of one stage of a run.
+
+    Attributes:
+        folder: The checkpoint directory.
+        key: The identity of the run. A checkpoint of another run is refused.
+        kind: The name of the stage, which begins the names of its files.
+    """
 
     folder: Path
     key: str
@@ -43,80 +55,124 @@ class Resume:
         tensors: Mapping[str, Tensor] | None = None,
         local: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep what `number` layers have reached: `tensors` of the last one, and `local` ones of each process."""
-        processes = None if local is None else process_count()
-        state = {"key": self.key, "number": number, "values": values, "processes": processes}
+        """Save a checkpoint. All processes call this.
+
+        Args:
+            number: The number of finished layers.
+            values: JSON values.
+            tensors: The tensors of the last layer. The main process saves them, and they are kept.
+            local: The tensors of each process. They replace those of the previous checkpoint.
+
+        Raises:
+            StructPruneError: If the checkpoint cannot be written. The previous checkpoint is intact.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if local is not None:
-                _write(self._local(number), local)
+                _write(self._local_path(number), local)
             wait_for_all()
+
             if process_index() == 0:
                 if tensors is not None:
-                    _write(self._shared(number), tensors)
-                # Not `replace_json`, which has no word for infinity: a loss may be infinite.
-                replace_text(self.state, json.dumps(state))
+                    _write(self._shared_path(number), tensors)
+                self._write_state(number, values, has_local=local is not None)
             wait_for_all()
-            ours = re.compile(rf"{self.kind}-\d+-{process_index()}-of-{process_count()}\.safetensors")
-            for path in [*self.folder.iterdir()]:
-                if ours.fullmatch(path.name) and path != self._local(number):
-                    path.unlink()
+
+            self._remove_previous(number)
         except (OSError, SafetensorError) as error:
-            layer = f"{self.kind.partition('-')[0].capitalize()} {number}"
-            reason = f"{layer} could not be saved to {self.folder}: {error}"
-            raise StructPruneError(f"{reason}. What was saved before is intact; the same call goes on.") from error
+            stage = self.kind.partition("-")[0].capitalize()
+            raise StructPruneError(
+                f"{stage} {number} could not be saved to {self.folder}: {error}. The previous checkpoint is intact. "
+                "Run the same command again to resume."
+            ) from error
 
     def load(self) -> Saved | None:
-        """Read what was saved last; None if nothing was."""
+        """Return the last checkpoint, or None without one. All processes call this."""
         state = self.check()
         saved = None
+
         if state is not None:
             number = int(state["number"])
+            local = {}
             with self.readable():
-                local = {} if state["processes"] is None else load_file(self._local(number))
+                if state["processes"] is not None:
+                    local = load_file(self._local_path(number))
                 saved = Saved(number, dict(state["values"]), local)
-        wait_for_all()  # before the first process writes again
+
+        # The main process must not save the next checkpoint before all processes have read this one.
+        wait_for_all()
         return saved
 
     def check(self) -> dict[str, Any] | None:
-        """Read the description of what was saved last, None if nothing was; another run's is refused."""
+        """Return the description of the last checkpoint, or None without one.
+
+        Raises:
+            StructPruneError: If the checkpoint is of another run or of another number of processes, or is damaged.
+        """
         if not self.state.exists():
             return None
+
         with self.readable():
             state = json.loads(self.state.read_text(encoding="utf-8"))
-            key, number, processes = state["key"], int(state["number"]), state["processes"]
-        holds, count = f"{self.folder} holds {self.kind} {number} of a run with", process_count()
+            key = state["key"]
+            number = int(state["number"])
+            processes = state["processes"]
+
+        checkpoint = f"{self.folder} contains {self.kind} {number} of a run with"
         if key != self.key:
-            raise StructPruneError(f"{holds} another model, config or calibration text; name another, or remove it.")
-        if processes not in (None, count):
-            raise StructPruneError(f"{holds} {processes} processes, this run has {count}; start {processes}.")
+            raise StructPruneError(
+                f"{checkpoint} another model, config or calibration text. Choose another folder, or remove this one."
+            )
+        if processes not in (None, process_count()):
+            raise StructPruneError(
+                f"{checkpoint} {processes} processes, and this run has {process_count()}. Start {processes} processes."
+            )
         return state
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """Read the tensors that were saved with a number."""
+        """Return the tensors of a finished layer."""
         with self.readable():
-            return load_file(self._shared(number))
+            return load_file(self._shared_path(number))
 
     @property
     def state(self) -> Path:
-        """Name the file that describes the last state."""
+        """The file that describes the last checkpoint."""
         return self.folder / f"{self.kind}.json"
 
     @contextmanager
     def readable(self) -> Iterator[None]:
-        """Turn any error of a damaged file inside `with` into one that names it."""
+        """Convert errors of damaged files into a `StructPruneError` that names the file."""
         try:
             yield
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-            message = f"{self.state} is not a readable checkpoint ({error}); remove it to start anew."
-            raise StructPruneError(message) from error
+            raise StructPruneError(
+                f"{self.state} is not a readable checkpoint ({error}). Remove it to start again."
+            ) from error
 
-    def _shared(self, number: int) -> Path:
+    def _write_state(self, number: int, values: Mapping[str, Any], has_local: bool) -> None:
+        """Write the description of a checkpoint, which makes it valid."""
+        processes = process_count() if has_local else None
+        state = {"key": self.key, "number": number, "values": values, "processes": processes}
+        # `replace_json` refuses infinity, and a loss may be infinite.
+        replace_text(self.state, json.dumps(state))
+
+    def _remove_previous(self, number: int) -> None:
+        """Remove the tensors that this process saved in previous checkpoints."""
+        own_file = re.compile(rf"{self.kind}-\d+-{process_index()}-of-{process_count()}\.safetensors")
+
+        for path in list(self.folder.iterdir()):
+            if own_file.fullmatch(path.name) and path != self._local_path(number):
+                path.unlink()
+
+    def _shared_path(self, number: int) -> Path:
+        """Return the file of the tensors that all processes share."""
         return self.folder / f"{self.kind}-{number}.safetensors"
 
-    def _local(self, number: int) -> Path:
+    def _local_path(self, number: int) -> Path:
+        """Return the file of the tensors of this process."""
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Save tensors from any device."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

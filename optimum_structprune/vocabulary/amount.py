@@ -1,4 +1,4 @@
-"""How much of a vocabulary may go, from a config and a model without weights."""
+"""The number of tokens that a config and a model without weights allow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
-from ..arch.spec import VOCAB, ArchSpec, Space, Widths
+from ..arch.spec import VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from ..widths import allocation
@@ -20,96 +20,172 @@ from .tokens import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+# A vocabulary with a larger share of the parameters is large.
+LARGE_SHARE = 0.2
+
 
 def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
-    """Gives the space of the tokens if their rows are more than a fifth of all `parameters`, else None."""
-    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > parameters / 5), None)
+    """Return the space of the tokens if their rows have more than a fifth of all `parameters`, else None."""
+    for space in arch.of(VOCAB):
+        if space.unit_params * space.size > LARGE_SHARE * parameters:
+            return space
+    return None
 
 
 def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
-    """Adds the tokens to the targets of a budget without any, if they are a large part of the model."""
+    """Add the tokens to the targets of a budget without targets, if the vocabulary is large."""
     arch, model = described.arch, described.plain_model
-    if config.removes_tokens is not None or described.offloaded:
+    if not config.may_remove_tokens or described.offloaded:
         return config
     if large_vocabulary(arch, model.num_parameters()) is None:
         return config
-    try:
-        if tokenizer is not None:
+    if tokenizer is not None:
+        try:
             Vocabulary.of(tokenizer)
-    except StructPruneError as error:
-        logger.info("No tokens go: %s", error)
-        return config
-    return replace(config, targets=(VOCAB, *(tuple(filter(arch.of, config.targets_or_default)) or arch.channels)))
+        except StructPruneError as error:
+            logger.info("No tokens are removed: %s", error)
+            return config
+
+    others = tuple(name for name in config.targets_or_default if arch.of(name))
+    return replace(config, targets=(VOCAB, *(others or arch.channels)))
 
 
 def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
-    """Gives the config of the other spaces, within a `limit` if there is one; None if nothing else goes."""
+    """Return the config of the other spaces, or None if there are none. `limit` replaces the limit of the budget."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         return replace(config, widths=widths) if widths else None
+
     targets = tuple(name for name in config.targets_or_default if name != VOCAB)
+    if not targets:
+        return None
     budget = config.budget if limit is None else dict.fromkeys(config.budget or {}, limit)
-    return replace(config, targets=targets, budget=budget) if targets else None
+    return replace(config, targets=targets, budget=budget)
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
-    """Gives the final widths, tokens among them: as given, or the largest within a budget.
+    """Return the final widths of all spaces, as the config states them, or the largest within its budget.
 
-    Where other spaces give up something for that too, text says how many tokens go: none yet.
+    Where tokens share the budget with other spaces, only text can decide how many tokens are removed. Until then, all
+    of them are kept here, and the other spaces meet the budget as far as they can.
+
+    Raises:
+        StructPruneError: If the config asks for a share of the layers, or its widths or its budget cannot be met.
     """
-    rest = without_tokens(config)
     if config.widths is not None:
-        number = cast("int", config.widths[VOCAB])
-        allocation.legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # refuses others
-        return {VOCAB: number, **({} if rest is None else allocation.widths_of(rest, arch, model))}
+        return _given_widths(config, arch, model)
     if config.budget is None:
-        example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}" if arch.of(VOCAB) else "widths"
-        raise StructPruneError(
-            f"targets={list(config.targets_or_default)} has {VOCAB!r}, whose parameters lie outside of the layers, so "
-            f"no share of those says how much of it goes; give {example} or another number, beside the widths of "
-            f"other spaces, or target {VOCAB!r} with a budget."
-        )
-    room = Room.of(config, arch, model)
-    if rest is None:
-        return {VOCAB: room.largest({})}
-    fits = room.budget.cost(room.smallest) <= room.budget.limit
-    return {VOCAB: room.size, **(allocation.widths_of(rest, arch, model) if fits else room.smallest)}
+        raise StructPruneError(_advice_against_sparsity(config, arch))
+
+    budget = VocabBudget.of(config, arch, model)
+    others = without_tokens(config)
+    if others is None:
+        return {VOCAB: budget.largest({})}
+
+    undecided: dict[str, Width] = {VOCAB: budget.rows}
+    if budget.is_met_by(budget.smallest):
+        return undecided | dict(allocation.widths_of(others, arch, model))
+    return undecided | dict(budget.smallest)
+
+
+def _given_widths(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
+    """Return the widths that a config states."""
+    assert config.widths is not None
+    number = cast("int", config.widths[VOCAB])
+    allocation.legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # raises if it is illegal
+    widths: dict[str, Width] = {VOCAB: number}
+    others = without_tokens(config)
+    if others is not None:
+        widths.update(allocation.widths_of(others, arch, model))
+    return widths
+
+
+def _advice_against_sparsity(config: StructPruneConfig, arch: ArchSpec) -> str:
+    """Return the error for tokens among the targets of a sparsity."""
+    example = "widths"
+    if arch.of(VOCAB):
+        half = arch.of(VOCAB)[0].size // 128 * 64
+        example = f"widths={{{VOCAB!r}: {half}}}"
+    return (
+        f"targets={list(config.targets_or_default)} has {VOCAB!r}, whose parameters lie outside of the layers, so "
+        f"no share of those says how much of it goes; give {example} or another number, beside the widths of "
+        f"other spaces, or target {VOCAB!r} with a budget."
+    )
 
 
 @dataclass(frozen=True)
-class Room:
-    """A budget, the `numbers` of tokens to choose from, ascending, and the `smallest` other widths."""
+class VocabBudget:
+    """A budget in which tokens have a part.
+
+    Args:
+        budget: The limit, and the function from widths to what it limits.
+        numbers: The numbers of tokens to choose from, ascending.
+        smallest: The smallest widths of the other spaces that share the budget.
+        rows: The number of tokens of the dense model.
+    """
 
     budget: allocation.Budget
     numbers: Sequence[int]
     smallest: Widths
-    size: int
+    rows: int
 
     @classmethod
-    def of(cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range | None = None) -> Room:
-        """Finds the numbers within `may`, if given; a budget that the fewest do not meet is refused."""
-        rest, alone = without_tokens(config), replace(config, targets=(VOCAB,))
-        sizes = allocation.legal_widths(alone, arch, model.config)[VOCAB]
-        others = {} if rest is None else allocation.legal_widths(rest, arch, model.config)
-        if CACHE in (config.budget or {}):
-            raise StructPruneError(f"Tokens take no part of the {CACHE}; leave {VOCAB!r} out of targets.")
-        if rest is not None:
-            allocation.check_may_differ(rest, arch, list(others))
-        size = arch.of(VOCAB)[0].size
-        chosen = allocation.choices(config, arch, VOCAB, sizes)
-        numbers = [number for number in chosen if may is None or number in may] or [size]
-        smallest = {} if rest is None else allocation.smallest_widths(rest, arch, others)
-        budget = allocation.budget_of(config, arch, model, list(others))
-        allocation.check_reach(config, budget, budget.cost({**smallest, VOCAB: numbers[0]}), [VOCAB, *others], arch)
-        return cls(budget, numbers, smallest, size)
+    def of(
+        cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, allowed: range | None = None
+    ) -> VocabBudget:
+        """Return the budget of a config. `allowed` are the numbers of tokens that the model can keep, if known.
 
-    def met_by(self, number: int) -> bool:
-        """Says whether the budget is met by a number of tokens and the full other widths."""
-        return self.budget.cost({VOCAB: number}) <= self.budget.limit
+        Raises:
+            StructPruneError: If the smallest widths do not meet the budget, or it limits what tokens have no part in.
+        """
+        legal = allocation.legal_widths(replace(config, targets=(VOCAB,)), arch, model.config)[VOCAB]
+        if CACHE in (config.budget or {}):
+            raise StructPruneError(f"Tokens have no part in the {CACHE}. Leave {VOCAB!r} out of `targets`.")
+
+        rows = arch.of(VOCAB)[0].size
+        numbers = [
+            number for number in allocation.choices(config, arch, VOCAB, legal) if allowed is None or number in allowed
+        ]
+        if not numbers:
+            numbers = [rows]
+
+        smallest: Widths = {}
+        others = without_tokens(config)
+        if others is not None:
+            legal_others = allocation.legal_widths(others, arch, model.config)
+            allocation.check_may_differ(others, arch, list(legal_others))
+            smallest = allocation.smallest_widths(others, arch, legal_others)
+
+        budget = allocation.budget_of(config, arch, model, list(smallest))
+        least = budget.cost({**smallest, VOCAB: numbers[0]})
+        allocation.check_reach(config, budget, least, [VOCAB, *smallest], arch)
+        return cls(budget, numbers, smallest, rows)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other spaces share the budget, so that text decides how many tokens are removed."""
+        return bool(self.smallest)
+
+    def is_met_by(self, widths: Widths) -> bool:
+        """Return whether a model with these widths, and all other spaces in full, meets the budget."""
+        return self.budget.cost(widths) <= self.budget.limit
 
     def largest(self, widths: Widths) -> int:
-        """Gives the largest number of tokens within the budget beside other widths; the smallest if none is."""
-        fitting = bisect_right(self.numbers, self.budget.limit, key=lambda n: self.budget.cost({**widths, VOCAB: n}))
-        return self.numbers[max(fitting - 1, 0)]
+        """Return the largest number of tokens that meets the budget beside other widths, else the smallest number."""
+        place = bisect_right(
+            self.numbers, self.budget.limit, key=lambda number: self.budget.cost({**widths, VOCAB: number})
+        )
+        return self.numbers[max(place - 1, 0)]
+
+    @property
+    def candidates(self) -> list[int]:
+        """The numbers of tokens that meet the budget beside some widths of the other spaces, ascending.
+
+        The first one meets it by tokens alone, if that is possible. With the last one, the other spaces have their
+        smallest widths.
+        """
+        fewest = self.largest({})
+        most = self.largest(self.smallest)
+        return [number for number in self.numbers if fewest <= number <= max(most, fewest)]

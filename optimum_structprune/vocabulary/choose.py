@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary stay: those that have to, and those whose absence would cost most."""
+"""Choose the tokens of a smaller vocabulary: the required tokens, and then those that text is expected to use most."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,36 +25,45 @@ from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..domains.sources import resolve
 from ..errors import StructPruneError
-from .amount import Room
+from .amount import VocabBudget
 from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, shares_of, text_shares
 from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_dependencies
 
 
-# The weight of what the tokenizer tells of other text beside what was counted: of rare tokens a count tells little.
-# Where the words of languages are counted, they tell more than a tokenizer that has other languages of these scripts;
-# text in scripts that nothing shows has a little weight, for its letters.
-PRIOR, PRIOR_BESIDE_WORDS, PRIOR_OF_OTHER_SCRIPTS = 0.3, 0.02, 0.001
-# The weight of what the model expects in the text that was counted, which tells other words of such text.
-EXPECTED = 0.3
-FOREIGN_LETTER_SHARE = 1e-6  # a letter with a smaller share of the text of languages is one of foreign words
-# Of a script with a smaller share than this, the text shows no more than a name.
+# The total of the prior, relative to the counted text. A few counts say little about rare tokens.
+PRIOR_WEIGHT = 0.3
+# The same where words of languages are counted. They say more than a tokenizer that was made for other languages, too.
+PRIOR_WEIGHT_BESIDE_WORDS = 0.02
+# The total of the prior over scripts that no text shows. Only letters of these scripts have a share of it.
+PRIOR_WEIGHT_OF_OTHER_SCRIPTS = 0.001
+# The weight of the model's own predictions on the counted text, which know words that the text does not contain.
+EXPECTED_WEIGHT = 0.3
+# Letters with a smaller share of the text of languages are letters of foreign words.
+FOREIGN_LETTER_SHARE = 1e-6
+# A script with a smaller share of the text is only the script of a name.
 MIN_SCRIPT_SHARE = 1e-4
-# Why a token stays: whatever the text is, in the text, in the languages, as a part of others, or in other text.
-ALWAYS, TEXT, LANGUAGE, NEEDED, USUAL = "always", "text", "language", "needed", "usual"
-# What a token of text loses on average, in nats, where it is spelled by others, and what layers lose that give up a
-# share of themselves: a factor times a power of it. See examples/benchmarks/LOG.md.
-RESPELLED_LOSS = 7.0
-LAYERS_LOSS, LAYERS_POWER = 3.0, 1.25
+
+# The reasons to keep a token, as reports name them. Their first letters differ.
+REQUIRED = "always"
+TEXT = "text"
+LANGUAGE = "language"
+DEPENDENCY = "needed"
+PRIOR = "usual"
 
 
 @dataclass(frozen=True)
 class VocabularyRequest:
-    """The tokens of a model that is to have fewer.
+    """The tokens that a model may lose.
 
-    It has `rows` of weights. `required` are the tokens that stay, among them those that only the tokenizer knows, and
-    rows that only a config names. `number` of the rows are to stay; None where text and the `room` in a budget say
-    how many.
+    Args:
+        config: The config of the run.
+        vocabulary: The tokens of the tokenizer.
+        rows: The number of rows of the embedding.
+        required: The ids that are always kept. They include ids of the tokenizer beyond the rows, and rows that only a
+            config names.
+        number: The number of rows to keep; None if tokens share a budget with other spaces, so that text decides.
+        budget: The budget, if the config has one.
     """
 
     config: StructPruneConfig
@@ -62,69 +71,331 @@ class VocabularyRequest:
     rows: int
     required: frozenset[int]
     number: int | None
-    room: Room | None = None
+    budget: VocabBudget | None = None
 
     @classmethod
     def of(
         cls, config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase, widths: Widths
     ) -> VocabularyRequest:
-        """Finds the required tokens, and refuses a number of tokens or a budget for fewer."""
+        """Return the request of a config.
+
+        Raises:
+            StructPruneError: If the model cannot keep so few tokens, or the budget cannot be met.
+        """
         model = described.plain_model
-        vocabulary, rows = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0].size
-        ids = range(max(rows, vocabulary.size))
-        required = {*ids[rows:], *vocabulary.fixed, *named_ids(model)}
-        required |= _letters(config.languages, vocabulary)
-        prompts = json.loads(module_files(model.config).get(PROMPTS, "{}")).get("prompts") or {}
-        required |= {token for prompt in prompts.values() for token in tokenizer(prompt)["input_ids"]}
-        if config.keep_tokens is not None:
-            required |= _kept_by_user(config.keep_tokens, vocabulary)
-        below = {*range(padding := counted_from(model))} - required  # the padding has to keep its id
-        required = with_dependencies(required | below, vocabulary.dependencies) & {*ids}
-        request = cls(config, vocabulary, rows, frozenset(required), cast("int", widths[VOCAB]))
+        vocabulary = Vocabulary.of(tokenizer)
+        rows = described.arch.of(VOCAB)[0].size
+        padding = counted_from(model)
+
+        named = _named_tokens(config, described, tokenizer, vocabulary, rows)
+        # The model counts positions from the id of the padding, so that all lower ids have to stay in their places.
+        below_padding = set(range(padding)) - named
+        ids = set(range(max(rows, vocabulary.size)))
+        required = with_dependencies(named | below_padding, vocabulary.dependencies) & ids
+
+        number = cast("int", widths[VOCAB])
+        request = cls(config, vocabulary, rows, frozenset(required), number)
         if config.budget is not None:
-            room = Room.of(config, described.arch, described.plain_model, request.allowed)
-            return replace(request, room=room, number=None if room.smallest else request.number)
-        if request.number not in request.allowed:
-            why = f", since it counts positions from the id of its padding, {padding}" if below else ""
+            budget = VocabBudget.of(config, described.arch, model, request.allowed)
+            return replace(request, budget=budget, number=None if budget.is_shared else number)
+
+        if number not in request.allowed:
+            reason = f", since it counts positions from the id of its padding, {padding}" if below_padding else ""
             raise StructPruneError(
-                f"vocab={request.number:,} is no number of tokens that this model can keep: "
-                f"{request.allowed.start:,} of {rows:,} always stay{why}."
+                f"vocab={number:,} is no number of tokens that this model can keep: "
+                f"{request.allowed.start:,} of {rows:,} always stay{reason}."
             )
         return request
 
     @property
     def allowed(self) -> range:
-        """Gives the numbers of rows that the model can keep."""
+        """The numbers of rows that the model can keep."""
         return range(len(self.required) - self._num_rowless, self.rows + 1)
 
     def order(self, scores: Tensor) -> list[int]:
-        """Ranks all ids: those required first, then by falling score, shape `(size,)`.
+        """Rank all ids: required tokens first, then by falling score. `scores` has the shape `(size,)`.
 
-        Each stands behind what it is formed from, so that what stays can be formed wherever the order is cut.
+        Every token comes after the tokens that it is formed from, so that the order can be cut anywhere.
         """
+        by_score = torch.argsort(scores, descending=True, stable=True).tolist()
         order = dict[int, None]()
-        for token in [*sorted(self.required), *torch.argsort(scores, descending=True, stable=True).tolist()]:
-            waiting = [token]
-            while waiting:
-                lacking = [part for part in self.vocabulary.dependencies(waiting[-1]) if part not in order]
-                waiting += lacking
-                if not lacking:
-                    order[waiting.pop()] = None
-        return [*order, *(row for row in range(self.vocabulary.size, self.rows) if row not in order)]
+        for token in [*sorted(self.required), *by_score]:
+            self._append_with_parts(order, token)
+
+        # Rows without a token come last.
+        for row in range(self.vocabulary.size, self.rows):
+            order.setdefault(row)
+        return list(order)
+
+    def _append_with_parts(self, order: dict[int, None], token: int) -> None:
+        """Append a token to an order, behind the tokens that it is formed from."""
+        stack = [token]
+        while stack:
+            missing = [part for part in self.vocabulary.dependencies(stack[-1]) if part not in order]
+            if missing:
+                stack += missing
+            else:
+                order.setdefault(stack.pop())
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """Gives the ascending ids of the first tokens of an order, `number` of which have weights."""
+        """Return the first ids of an order, ascending, of which `number` have rows."""
         return tuple(sorted(order[: number + self._num_rowless]))
 
     @property
     def _num_rowless(self) -> int:
-        """The number of tokens without rows in the model, whose ids come after all others."""
+        """The number of tokens without rows in the model. Their ids are larger than all others."""
         return max(self.vocabulary.size - self.rows, 0)
+
+
+def _named_tokens(
+    config: StructPruneConfig,
+    described: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    rows: int,
+) -> set[int]:
+    """Return the ids that the tokenizer, the model, the languages or the user name."""
+    model = described.plain_model
+    named = set(range(rows, vocabulary.size))
+    named |= vocabulary.fixed
+    named |= named_ids(model)
+    named |= _letters(config.languages, vocabulary)
+
+    prompts = json.loads(module_files(model.config).get(PROMPTS, "{}")).get("prompts") or {}
+    for prompt in prompts.values():
+        named.update(tokenizer(prompt)["input_ids"])
+
+    if config.keep_tokens is not None:
+        named |= _kept_by_user(config.keep_tokens, vocabulary)
+    return named
+
+
+def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[int]:
+    """Return the letters of the scripts of languages, Latin letters and symbols; all letters without languages."""
+    if codes is None:
+        return vocabulary.letters
+    note_missing_words()
+    scripts = {"", "LATIN", *scripts_in(codes)}
+    return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
+
+
+def _kept_by_user(named: str, vocabulary: Vocabulary) -> set[int]:
+    """Return the tokens in the lines of a file, or all tokens that a regular expression matches."""
+    path = os.path.expanduser(named)
+    try:
+        if os.path.isfile(path):  # a regular expression may be longer than any file name
+            tokens = _tokens_in_file(path, vocabulary)
+        else:
+            tokens = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
+    except (OSError, ValueError, re.error) as error:
+        raise StructPruneError(
+            f"keep_tokens={named!r} is neither a file in UTF-8 nor a regular expression: {error}"
+        ) from error
+    if not tokens:
+        raise StructPruneError(f"keep_tokens={named!r} names no token, neither as a file nor as a regular expression.")
+    return tokens
+
+
+def _tokens_in_file(path: str, vocabulary: Vocabulary) -> set[int]:
+    """Return the tokens in a file whose lines are tokens or texts."""
+    lines = [line for line in Path(path).read_text("utf-8-sig").splitlines() if line]
+    if not lines:
+        return set()
+    reader = vocabulary.tokenizer
+    ids = reader.get_vocab()
+    tokens = {ids[line] for line in lines if line in ids}
+
+    # A word has one spelling at the beginning of a text, and another one behind a space.
+    for spelling in reader(lines + [f" {line}" for line in lines], add_special_tokens=False)["input_ids"]:
+        tokens.update(spelling)
+    return tokens
+
+
+@dataclass(frozen=True)
+class TokenShares:
+    """The expected share of each token by the reason to keep it, all of shape `(size,)` and fp64.
+
+    Args:
+        text: The share in the counted text.
+        languages: The share in the words of the languages to keep.
+        prior: The share that the tokenizer and the model expect in other text.
+        letters: 1 for the letters of the scripts that text shows, and 0 for other tokens.
+    """
+
+    text: Tensor
+    languages: Tensor
+    prior: Tensor
+    letters: Tensor
+
+    def total(self) -> Tensor:
+        """Return the score of each token: the sum of all shares."""
+        return self.text + self.languages + self.prior + self.letters
+
+
+def wanted_shares(
+    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None = None
+) -> tuple[TokenShares, list[Entry]]:
+    """Return the expected share of each token, and the records of the counted text.
+
+    General text beside the named domains, the prior and the predictions of the model count only in scripts that the
+    named domains or the languages show.
+
+    Args:
+        request: The tokens that the model may lose.
+        domains: The text, the named domains first.
+        held_out: The hashes of documents that are not counted.
+        expected: The shares that the model expects, shape `(rows,)`; None if it was not asked.
+    """
+    vocabulary = request.vocabulary
+    codes = request.config.languages or ()
+    # The text and every language have the same weight.
+    language_weight = len(codes) / (1 + len(codes))
+    text_weight = 1 - language_weight
+
+    named_text, general_text, entries = _text_shares(request, domains, held_out)
+    named_text = text_weight * named_text
+    general_text = text_weight * general_text
+    languages = language_weight * language_shares(codes, vocabulary.tokenizer, vocabulary.size)
+
+    script_shares = _sum_by_script(vocabulary, named_text + languages)
+    is_shown = script_shares >= MIN_SCRIPT_SHARE
+    is_letter = torch.zeros(vocabulary.size, dtype=torch.bool)
+    is_letter[list(vocabulary.letters)] = True
+
+    prior = _prior_shares(vocabulary, codes, script_shares, is_shown, is_letter)
+    if expected is not None:
+        rows = min(vocabulary.size, len(expected))
+        prior[:rows] += EXPECTED_WEIGHT * text_weight * expected[:rows] * is_shown[:rows]
+
+    shares = TokenShares(
+        text=named_text + general_text * is_shown,
+        languages=languages,
+        prior=prior,
+        letters=_letter_shares(is_letter, is_shown, named_text, languages),
+    )
+    return shares, entries
+
+
+def _text_shares(
+    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str]
+) -> tuple[Tensor, Tensor, list[Entry]]:
+    """Return the shares in the named and in the general text, shape `(size,)` each, and the records of both.
+
+    share(token) = Σ over domains of weight(domain) · count(token, domain) / count(domain)
+    """
+    config, vocabulary = request.config, request.vocabulary
+    num_named = len(resolve(config.domains or builtin_domains()))
+    max_tokens = MOST_COUNTED // len(domains)
+
+    named_text = torch.zeros(vocabulary.size, dtype=torch.float64)
+    general_text = torch.zeros(vocabulary.size, dtype=torch.float64)
+    entries = []
+    for index, domain in enumerate(domains):
+        shares, entry = text_shares(domain, config.seed, vocabulary.tokenizer, vocabulary.size, held_out, max_tokens)
+        text = named_text if index < num_named else general_text
+        text += domain.weight * shares
+        entries.append(entry)
+    return named_text, general_text, entries
+
+
+def _prior_shares(
+    vocabulary: Vocabulary, codes: Sequence[str], script_shares: Tensor, is_shown: Tensor, is_letter: Tensor
+) -> Tensor:
+    """Return the shares that the tokenizer expects in other text, shape `(size,)`.
+
+    For tokens of shown scripts, with q the prior of the tokenizer:
+
+        share(token) = PRIOR_WEIGHT · q(token) · r(token) / Σ q r
+
+    where r = 1 without languages. With languages, r(token) = share(script of the token) / Σ q over that script, so
+    that every script has the weight that it has in text. `PRIOR_WEIGHT_OF_OTHER_SCRIPTS` is divided among the letters
+    of other scripts in proportion to their prior.
+    """
+    tokenizer_prior = torch.tensor([vocabulary.prior(token) for token in range(vocabulary.size)], dtype=torch.float64)
+
+    shares = tokenizer_prior * is_shown
+    if codes:
+        prior_of_scripts = _sum_by_script(vocabulary, tokenizer_prior).clamp_min(1e-38)
+        shares = shares * (script_shares / prior_of_scripts)
+    weight = PRIOR_WEIGHT_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR_WEIGHT
+    shares = shares * (weight / shares.sum())
+
+    is_other_letter = is_letter & ~is_shown
+    return shares + PRIOR_WEIGHT_OF_OTHER_SCRIPTS / tokenizer_prior.sum() * tokenizer_prior * is_other_letter
+
+
+def _letter_shares(is_letter: Tensor, is_shown: Tensor, named_text: Tensor, languages: Tensor) -> Tensor:
+    """Return 1 for each letter of a shown script, of the named text or of a language, else 0; shape `(size,)`."""
+    is_used = (named_text > 0) | (languages > FOREIGN_LETTER_SHARE)
+    return (is_letter & (is_shown | is_used)).double()
+
+
+def _sum_by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
+    """Return for each token the total share of its script, shape `(size,)`.
+
+    Digits, spaces and punctuation belong to all scripts, and have the largest total.
+    """
+    names = [script(vocabulary.surface(token)) for token in range(vocabulary.size)]
+    numbers = {"": 0}
+    for name in names:
+        numbers.setdefault(name, len(numbers))
+    script_of_token = torch.tensor([numbers[name] for name in names])
+
+    totals = torch.zeros(len(numbers), dtype=torch.float64).scatter_add(0, script_of_token, shares)
+    totals[0] = totals.max()
+    return totals[script_of_token]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All ids in the order in which they are kept.
+
+    Args:
+        order: The ids, the first to keep first.
+        shares: The shares of the tokens, which the order follows from.
+        removed_shares: The share of held-out tokens that is removed, by the number of kept rows, shape `(rows + 1,)`.
+        counted: The records of the counted text.
+    """
+
+    order: list[int]
+    shares: TokenShares
+    removed_shares: Tensor
+    counted: list[Entry]
+
+
+def rank_tokens(
+    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None
+) -> Ranking:
+    """Rank all tokens by their expected shares; see `wanted_shares` for the arguments."""
+    shares, counted = wanted_shares(request, domains, held_out, expected)
+    order = request.order(shares.total())
+    return Ranking(order, shares, _removed_shares(request, order, domains), counted)
+
+
+def _removed_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
+    """Return the share of held-out tokens that is removed, by the number of kept rows, shape `(rows + 1,)`."""
+    probabilities = torch.zeros(len(order), dtype=torch.float64)
+    for domain in domains:
+        probabilities += domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order))
+
+    # removed[n] = Σ of the probabilities of order[n:]
+    removed = probabilities[torch.tensor(order)].flip(0).cumsum(0).flip(0)
+    removed = torch.cat([removed, removed.new_zeros(1)])
+    return removed[len(order) - request.rows :]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The ids of the kept tokens, ascending, `number` of them with weights; and what comes of the choice."""
+    """A smaller vocabulary.
+
+    Args:
+        keep: The ids of the kept tokens, ascending.
+        number: The number of kept tokens with rows; they come first.
+        tokenizer: The tokenizer of the kept tokens.
+        counted: The records of the counted text.
+        scripts: The number of removed tokens by script.
+        trimmed: The figures of the report.
+    """
 
     keep: tuple[int, ...]
     number: int
@@ -134,138 +405,66 @@ class Choice:
     trimmed: dict[str, Any]
 
 
-def choose_tokens(
-    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None
-) -> Choice | None:
-    """Chooses the tokens that stay, and proves the smaller tokenizer on text; None if all tokens stay.
+def choose_tokens(request: VocabularyRequest, ranking: Ranking, number: int, domains: Sequence[Domain]) -> Choice:
+    """Keep the first tokens of a ranking, `number` of them with rows, and check the smaller tokenizer on the domains.
 
-    All text of the domains is counted but for the documents that are `held_out`, by their hashes. `expected` are the
-    shares that the model expects, of its rows.
+    Raises:
+        StructPruneError: If the smaller tokenizer reads text in another way than the tokenizer of the dense model.
     """
     vocabulary = request.vocabulary
-    shares, counted = wanted_shares(request, domains, held_out, expected)
-    order = request.order(sum(shares.values(), torch.zeros(vocabulary.size)))
-    lost = _lost_shares(request, order, domains)
-    number = number_within(request.room, lost) if request.number is None else request.number
-    if number == request.rows:
-        return None
-    keep = request.keep(order, number)
+    keep = request.keep(ranking.order, number)
     smaller = vocabulary.smaller(keep)
-    texts = (str(vocabulary.tokenizer.decode(ids)) for domain in domains for ids in domain.samples)
-    vocabulary.check(smaller, keep, texts)
-    reasons = _reasons(keep[:number], request, shares)
-    trimmed = {"tokens": request.rows - number, "respelled": float(lost[number]), "reasons": dict(Counter(reasons))}
-    trimmed["reason_of_each"] = "".join(reason[0] for reason in reasons)
-    trimmed["unreadable"] = dict(scripts_of(vocabulary, vocabulary.letters - {*keep}))
-    scripts = scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep})
-    return Choice(keep, number, smaller, counted, dict(scripts), trimmed)
+    vocabulary.check(smaller, keep, _texts(vocabulary, domains))
+
+    reasons = _reasons(keep[:number], request, ranking.shares)
+    trimmed = {
+        "tokens": request.rows - number,
+        "respelled": float(ranking.removed_shares[number]),
+        "reasons": dict(Counter(reasons)),
+        "reason_of_each": "".join(reason[0] for reason in reasons),
+        "unreadable": dict(scripts_of(vocabulary, vocabulary.letters.difference(keep))),
+    }
+    removed = set(range(vocabulary.size)).difference(keep)
+    scripts = dict(scripts_of(vocabulary, removed))
+    return Choice(keep, number, smaller, ranking.counted, scripts, trimmed)
 
 
-def number_within(room: Room | None, lost: Tensor) -> int:
-    """Gives the number of tokens within a budget for which the expected loss is least.
-
-    It is that of text whose tokens are gone, `lost` by the number that stays, and of what other spaces then give up.
-    """
-    assert room is not None
-    fewest, most = room.largest({}), room.largest(room.smallest)
-    numbers = [number for number in room.numbers if fewest <= number <= most] or [most]
-    dense, limit = room.budget.cost({}), room.budget.limit
-    of_tokens = (dense - room.budget.cost({VOCAB: numbers[0]})) / max(room.size - numbers[0], 1)
-
-    def loss(number: int) -> float:
-        share = (dense - (room.size - number) * of_tokens - limit) / (dense - room.size * of_tokens)
-        return RESPELLED_LOSS * float(lost[number]) + LAYERS_LOSS * max(0.0, share) ** LAYERS_POWER
-
-    # So few nats are not weighed against layers, which always lose some.
-    return numbers[0] if loss(numbers[0]) < 2e-3 else min(numbers, key=loss)
+def _texts(vocabulary: Vocabulary, domains: Sequence[Domain]) -> Iterator[str]:
+    """Yield the text of the samples of domains."""
+    for domain in domains:
+        for ids in domain.samples:
+            yield str(vocabulary.tokenizer.decode(ids))
 
 
-def _lost_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
-    """Gives the share of held-out tokens that go, by the number of kept rows, shape `(rows + 1,)`."""
-    by_domain = [domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order)) for domain in domains]
-    lost = torch.stack(by_domain).sum(0)[torch.tensor(order)].flip(0).cumsum(0).flip(0)
-    return torch.cat([lost, lost.new_zeros(1)])[len(order) - request.rows :]
+def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: TokenShares) -> list[str]:
+    """Return the first reason that applies to each kept token."""
+    prior = shares.prior.tolist()
+    in_text = (shares.text > 0).tolist()
+    in_languages = (shares.languages > 0).tolist()
+    is_shown_letter = (shares.letters > 0).tolist()
 
+    # Parts are kept for the sake of a token that is expected more often.
+    parts = set[int]()
+    for token in keep:
+        for part in request.vocabulary.dependencies(token):
+            if prior[part] < prior[token]:
+                parts.add(part)
 
-def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: Mapping[str, Tensor]) -> list[str]:
-    usual, needs = shares[USUAL].tolist(), request.vocabulary.dependencies
-    found = {token: NEEDED for token in keep} | {token: USUAL for token in keep if token < len(usual) and usual[token]}
-    found |= {part: NEEDED for token in keep for part in needs(token) if usual[part] < usual[token]}
-    for reason in (LANGUAGE, TEXT, ALWAYS):
-        found |= dict.fromkeys(shares[reason].nonzero().flatten().tolist(), reason)
-    found |= dict.fromkeys(request.required, ALWAYS)
-    return [found[token] for token in keep]
-
-
-def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """Gives the letters of the scripts of languages, Latin ones, and symbols; all letters if none is named."""
-    if codes is None:
-        return vocabulary.letters
-    note_missing_words()
-    scripts = {"", "LATIN", *scripts_in(codes)}
-    return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
-
-
-def _kept_by_user(named: str, vocabulary: Vocabulary) -> set[int]:
-    """Gives the tokens in the lines of a file, as tokens or text, or all matches of a regular expression."""
-    path = os.path.expanduser(named)
-    try:
-        if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
-            reader, lines = vocabulary.tokenizer, [*filter(None, Path(path).read_text("utf-8-sig").splitlines())]
-            forms = [form for line in lines for form in (line, f" {line}")]  # as a text begins, and within one
-            spelled, ids = reader(forms, add_special_tokens=False)["input_ids"] if forms else [], reader.get_vocab()
-            kept = {token for row in spelled for token in row} | {ids[line] for line in lines if line in ids}
+    reasons = []
+    for token in keep:
+        if token in request.required:
+            reason = REQUIRED
+        elif token >= len(prior):  # a row without a token
+            reason = DEPENDENCY
+        elif is_shown_letter[token]:
+            reason = REQUIRED
+        elif in_text[token]:
+            reason = TEXT
+        elif in_languages[token]:
+            reason = LANGUAGE
+        elif token in parts or not prior[token]:
+            reason = DEPENDENCY
         else:
-            kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
-    except (OSError, ValueError, re.error) as error:
-        raise StructPruneError(
-            f"keep_tokens={named!r} is neither a file in UTF-8 nor a regular expression: {error}"
-        ) from error
-    if not kept:
-        raise StructPruneError(f"keep_tokens={named!r} names no token, neither as a file nor as a regular expression.")
-    return kept
-
-
-def wanted_shares(
-    request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None = None
-) -> tuple[dict[str, Tensor], list[Entry]]:
-    """Gives the share of each token by reason, shape `(size,)`, and the record of the counted text.
-
-    Letters of the scripts that text shows have 1. General text behind the named domains, and other text, count in the
-    scripts that these show or the languages; of other scripts, only letters do.
-    """
-    config, vocabulary, size = request.config, request.vocabulary, request.vocabulary.size
-    most, named = MOST_COUNTED // len(domains), resolve(config.domains or builtin_domains())
-    of_text, of_general = torch.zeros(2, size, dtype=torch.float64)
-    entries = []
-    for index, domain in enumerate(domains):
-        shares, entry = text_shares(domain, config.seed, vocabulary.tokenizer, size, held_out, most)
-        (of_text if index < len(named) else of_general).add_(domain.weight * shares)
-        entries.append(entry)
-    codes = config.languages or ()
-    part = len(codes) / (1 + len(codes))  # each counts as much as the text
-    of_languages = part * language_shares(codes, vocabulary.tokenizer, size)
-    of_text, of_general = (1 - part) * of_text, (1 - part) * of_general
-    by_script = _by_script(vocabulary, of_text + of_languages)
-    shown = by_script >= MIN_SCRIPT_SHARE
-    prior = torch.tensor([vocabulary.prior(token) for token in range(size)], dtype=torch.float64)
-    letters = torch.zeros(size, dtype=torch.bool)
-    letters[[*vocabulary.letters]] = True
-    other = prior * shown * (by_script / _by_script(vocabulary, prior).clamp_min(1e-38) if codes else 1)
-    other *= (PRIOR_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR) / other.sum()
-    if expected is not None:
-        rows = min(size, len(expected))
-        other[:rows] += EXPECTED * (1 - part) * expected[:rows] * shown[:rows]
-    other += PRIOR_OF_OTHER_SCRIPTS / prior.sum() * prior * (letters & ~shown)
-    needed = (letters & (shown | (of_text > 0) | (of_languages > FOREIGN_LETTER_SHARE))).double()
-    return {TEXT: of_text + of_general * shown, LANGUAGE: of_languages, USUAL: other, ALWAYS: needed}, entries
-
-
-def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
-    # Digits, spaces and punctuation are of all scripts.
-    scripts = [script(vocabulary.surface(token)) for token in range(vocabulary.size)]
-    names = {name: index for index, name in enumerate(dict.fromkeys(["", *scripts]))}
-    index = torch.tensor([names[name] for name in scripts])
-    by_script = torch.zeros(len(names), dtype=torch.float64).scatter_add(0, index, shares)
-    by_script[0] = by_script.max()
-    return by_script[index]
+            reason = PRIOR
+        reasons.append(reason)
+    return reasons

@@ -1,42 +1,92 @@
-"""Translates tokens and predictions of a dense model into the tokens of a smaller vocabulary."""
+"""Aligns the tokens of a dense model, and its predictions, with the tokens of a smaller vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.token_space import named_ids
 from ..domains.manifest import ids_in
 from ..errors import StructPruneError
 from ..forward.metrics import outputs_for
+from ..method.devices import rows_at_once
+from ..method.layers import input_device
 from .tokens import Vocabulary
 
 
-class TokenAlignment:
-    """Spells each token of a dense model by its parts, which are among `size` tokens of another vocabulary.
+# On a CPU, the number of positions whose probabilities are computed together, and of texts in a forward pass.
+POSITIONS_AT_ONCE, TEXTS_AT_ONCE = 64, 1
+FP32_BYTES = 4
 
-    The `spellings` by dense token, empty where nothing spells it, form a tree. Its nodes are the beginnings with which
-    a longer spelling goes on. The branches of a node are the tokens that begin so, each with the part that follows, or
-    `size` where the token ends.
+
+class AlignedToken(NamedTuple):
+    """One token of a text in the smaller vocabulary.
+
+    Attributes:
+        token: The token id in the smaller vocabulary.
+        row: The number of the dense token that it belongs to, among the counted ones; -1 if that is not counted.
+        node: The node of the prefix in front of it, or -1 if no dense prediction applies to that prefix. Inside a
+            dense token, the prefix is the beginning of that token. For the first part of a dense token, the prefix is
+            the dense token before, because the dense model may have expected a longer token there.
+    """
+
+    token: int
+    row: int
+    node: int
+
+
+class AlignedChunk(NamedTuple):
+    """Consecutive positions of `TokenAlignment.divergence`, with index tensors on the device of the logits."""
+
+    dense: slice  # the counted dense tokens that the positions belong to, with the token before them
+    rows: Tensor  # the dense token of each position, counted from the beginning of `dense`, shape `(positions,)`
+    first: Tensor  # 1 where a dense token begins, else 0, shape `(positions,)`
+    inner: Tensor  # the positions that have a node, shape `(inner,)`
+    ends: Tensor  # the number of branches of their nodes, added up, shape `(inner,)`
+    offsets: Tensor  # the first branch of their nodes, less the branches of those before, shape `(inner,)`
+    num_branches: int  # the number of all branches
+
+
+class TokenAlignment:
+    """Spells each token of a dense model by one or more tokens of a smaller vocabulary.
+
+    The spellings form a tree. Its nodes are the proper prefixes of spellings. The branches of a node are the dense
+    tokens whose spelling begins with the prefix. Each branch has the part that follows the prefix, or `size` where the
+    spelling ends.
+
+    Args:
+        spellings: The token ids in the smaller vocabulary by dense token id; empty where nothing spells a token.
+        size: The number of tokens in the smaller vocabulary.
     """
 
     def __init__(self, spellings: Sequence[tuple[int, ...]], size: int):
-        self.spellings, self.size = spellings, size
-        self.first = torch.tensor([parts[0] if parts else size for parts in spellings])
-        beginnings = dict.fromkeys(parts[:end] for parts in spellings for end in range(1, len(parts)))
-        self.nodes = {beginning: number for number, beginning in enumerate(beginnings)}
-        branches = [
-            (self.nodes[parts[:end]], token, parts[end] if end < len(parts) else size)
-            for token, parts in enumerate(spellings)
-            for end in range(1, len(parts) + 1)
-            if parts[:end] in self.nodes
-        ]
-        node, self.tokens, self.following = torch.tensor(sorted(branches)).view(-1, 3).long().unbind(1)
-        self.counts = node.bincount(minlength=len(self.nodes))
-        self.starts = self.counts.cumsum(0) - self.counts
+        self.spellings = spellings
+        self.size = size
+        first_parts = torch.tensor([parts[0] if parts else size for parts in spellings])
+
+        self.nodes: dict[tuple[int, ...], int] = {}
+        for parts in spellings:
+            for end in range(1, len(parts)):
+                self.nodes.setdefault(parts[:end], len(self.nodes))
+
+        branches: list[tuple[int, int, int]] = []
+        for token, parts in enumerate(spellings):
+            for end in range(1, len(parts) + 1):
+                if parts[:end] in self.nodes:
+                    following = parts[end] if end < len(parts) else size
+                    branches.append((self.nodes[parts[:end]], token, following))
+        table = torch.tensor(sorted(branches), dtype=torch.long).view(-1, 3)
+        node_of_branch, token_of_branch, part_of_branch = table.unbind(1)
+
+        self._counts = node_of_branch.bincount(minlength=len(self.nodes))
+        self._starts = self._counts.cumsum(0) - self._counts
+        # They have the size of a vocabulary, and each device gets one copy.
+        self._tables = {torch.device("cpu"): (first_parts, token_of_branch, part_of_branch)}
 
     @classmethod
     def between(
@@ -46,111 +96,239 @@ class TokenAlignment:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> TokenAlignment:
-        """Gives the parts of a dense model's tokens in the vocabulary of one that has lost some or none."""
-        rows, size = (each.config.get_text_config().vocab_size for each in (dense, model))
-        theirs, own = (1 + max(each.get_vocab().values()) for each in (dense_tokenizer, tokenizer))
-        keep, named = ids_in(dense_tokenizer, tokenizer, min(own, size)), named_ids(dense)
-        # Of rows without a token, those stay that the configs name, and then the first ones.
-        keep += sorted(sorted(range(theirs, rows), key=lambda row: row not in named)[: max(size - own, 0)])
-        if keep != sorted({*keep} - {-1}) or keep[-1] >= rows:  # what is left is in the same order
+        """Align the tokens of a dense model with those of a model that has lost some of them, or none.
+
+        Raises:
+            StructPruneError: If the model has tokens that the dense model lacks, or the same tokens in another order.
+        """
+        dense_size = dense.config.get_text_config().vocab_size
+        size = model.config.get_text_config().vocab_size
+        dense_tokens = 1 + max(dense_tokenizer.get_vocab().values())
+        own_tokens = 1 + max(tokenizer.get_vocab().values())
+
+        keep = ids_in(dense_tokenizer, tokenizer, min(own_tokens, size))
+        # Of the rows without a token, pruning keeps those that the configs name, and then the first ones.
+        named = named_ids(dense)
+        spare_rows = sorted(range(dense_tokens, dense_size), key=lambda row: row not in named)
+        keep += sorted(spare_rows[: max(size - own_tokens, 0)])
+        in_order = keep == sorted({*keep} - {-1})
+        if not in_order or keep[-1] >= dense_size:
             raise StructPruneError(
-                f"The dense model has a vocabulary of {rows} tokens and the model one of {size}, and by the same ids "
-                "they mean other tokens, so their predictions cannot be compared; take the model that was pruned."
+                f"The dense model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
+                "same ids they mean other tokens, which cannot be compared. Pass the model that was pruned."
             )
-        new = {old: number for number, old in enumerate(keep)}
-        spellings: list[tuple[int, ...]] = [(new[token],) if token in new else () for token in range(rows)]
-        if gone := {*range(min(theirs, rows))} - new.keys():
-            vocabulary, unknown = Vocabulary.of(dense_tokenizer), new.get(dense_tokenizer.unk_token_id)
-            for token in gone:
-                parts = vocabulary.parts(token, new)
-                spellings[token] = tuple(new[part] for part in parts) if new.keys() >= {*parts} else ()
-                is_read = token in vocabulary.letters or vocabulary.parts(token)
-                if not spellings[token] and is_read and unknown is not None:  # letters whose script is gone
-                    spellings[token] = (unknown,)
+
+        new_ids = {old: new for new, old in enumerate(keep)}
+        spellings: list[tuple[int, ...]] = [() for _ in range(dense_size)]
+        for old, new in new_ids.items():
+            spellings[old] = (new,)
+        removed = {*range(min(dense_tokens, dense_size))} - new_ids.keys()
+        if removed:
+            vocabulary = Vocabulary.of(dense_tokenizer)
+            unknown = new_ids.get(dense_tokenizer.unk_token_id)
+            for token in removed:
+                spellings[token] = _spelling(vocabulary, token, new_ids, unknown)
         return cls(spellings, size)
 
     def is_identity(self) -> bool:
-        """Is true if each token is its own only part, under the same id."""
-        return self.size == len(self.spellings) and torch.equal(self.first, torch.arange(self.size))
+        """Return whether each token is spelled by itself alone, under the same id."""
+        return all(parts == (token,) for token, parts in enumerate(self.spellings)) and self.size == len(
+            self.spellings
+        )
 
-    def align(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[tuple[int, int, int]]:
-        """Gives the parts of a text of dense tokens, each with the row of its token and the node before it.
+    def align(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[AlignedToken]:
+        """Spell a text of dense token ids in the smaller vocabulary.
 
-        Rows number the tokens that are counted, from `seen` on; others have -1. The node is what was read of the token
-        so far, or for a first part of the token before; -1 if nothing is expected of it.
+        Args:
+            ids: The dense token ids.
+            counted: Whether the prediction of each dense token counts.
+            seen: The number of counted dense tokens in earlier texts of the same sample.
+
+        Raises:
+            StructPruneError: If a token has no spelling.
         """
-        spelled, before = [], -1
+        aligned: list[AlignedToken] = []
+        row = seen
+        previous = -1
         for token, counts in zip(ids, counted, strict=True):
-            if not (parts := self.spellings[token]):
+            parts = self.spellings[token]
+            if not parts:
                 raise StructPruneError(f"The token {token} of the dense model cannot be spelled without itself.")
-            nodes = [before, *(self.nodes[parts[:end]] for end in range(1, len(parts)))]
-            spelled += [(part, seen if counts else -1, node) for part, node in zip(parts, nodes, strict=True)]
-            # What else the token may have begun is known where the dense model's expectation of it is.
-            before, seen = self.nodes.get(parts, -1) if counts else -1, seen + counts
-        return spelled
 
-    @torch.no_grad()
-    def expected(self, probabilities: Tensor, rows: Tensor, first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives the probabilities of the next part, shape `(places, size)`, and that one follows, `(places,)`.
-
-        The second is less than 1 inside a token where another one may have ended, behind which nobody has read on.
-        The dense model expects `probabilities`, shape `(tokens, dense size)`; `rows` and `nodes` are those of
-        `spelled`, and a token begins at places that are `first`.
-        """
-        device, size = probabilities.device, self.size
-        whole = probabilities.new_zeros(len(probabilities), size + 1)
-        whole = whole.scatter_add_(1, self.first.to(device).expand_as(probabilities), probabilities)[:, :size]
-        whole = whole / whole.sum(1, keepdim=True)
-        at = (nodes >= 0).nonzero()[:, 0]
-        counts, starts = (each.to(device)[nodes[at]] for each in (self.counts, self.starts))
-        branch = torch.arange(int(counts.sum()), device=device)
-        branch += (starts + counts - counts.cumsum(0)).repeat_interleave(counts)
-        place, token = at.repeat_interleave(counts), self.tokens.to(device)[branch]
-        part = self.following.to(device)[branch]
-        begun = probabilities.new_zeros(len(rows), size + 1)
-        begun.index_put_((place, part), probabilities[(rows - first.long())[place], token], accumulate=True)
-        goes_on = begun[:, :size].sum(1)
-        share = (goes_on / (goes_on + begun[:, size])).nan_to_num()  # 0 where neither can be
-        inside = begun[:, :size] / goes_on.clamp_min(1e-38)[:, None]
-        ends = torch.where(first, 1 - share, 0.0)
-        return ends[:, None] * whole[rows] + (1 - ends)[:, None] * inside, torch.where(first, 1.0, share)
+            for position, part in enumerate(parts):
+                node = previous if position == 0 else self.nodes[parts[:position]]
+                aligned.append(AlignedToken(part, row if counts else -1, node))
+            previous = self.nodes.get(parts, -1) if counts else -1
+            row += counts
+        return aligned
 
     def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """Gives the KL divergence from the dense model's words in nats, shape `(tokens,)`, fp32.
+        """Compute the KL divergence from a dense model's next-token distribution to that of a smaller model.
 
-        It is summed over the parts of each dense token. Where a token may have ended that was not read, the smaller
-        model is taken to be right. The `logits` of the smaller model have the shape `(places, size)`, `rows` and
-        `nodes` of what comes next `(places,)`, and the `dense` logits of counted tokens `(tokens, dense size)`.
+        The divergence is summed over the parts of each dense token. Where the dense distribution does not say which
+        token follows, the smaller model is taken to be right.
+
+        Args:
+            logits: The logits of the smaller model, shape `(positions, size)`.
+            dense: The dense logits of the counted dense tokens, shape `(tokens, dense_size)`.
+            rows: The `AlignedToken.row` of the next token at each position, ascending, shape `(positions,)`.
+            nodes: The `AlignedToken.node` of the next token at each position, shape `(positions,)`.
+
+        Returns:
+            The divergence of each counted dense token in nats, shape `(tokens,)`, fp32.
         """
-        rows, nodes = rows.to(logits.device), nodes.to(logits.device)
-        first, found = rows.diff(prepend=rows.new_tensor([-1])) != 0, []
-        # The probabilities of a large vocabulary take much memory.
-        for values, *places in zip(*(each.split(64) for each in (logits, rows, first, nodes)), strict=True):
-            start, end = max(int(places[0][0]) - 1, 0), int(places[0][-1]) + 1
-            taught = dense[start:end].to(logits.device).float().softmax(-1)
-            expected, sure = self.expected(taught, places[0] - start, *places[1:])
-            log = values.float().log_softmax(-1)
-            found.append(sure * (torch.special.xlogy(expected, expected) - expected * log).sum(-1))
-        return logits.new_zeros(len(dense), dtype=torch.float32).index_add(0, rows, torch.cat(found))
+        device = logits.device
+        # The probabilities of a large vocabulary take much memory, so that only some positions are computed together.
+        positions = rows_at_once(device, FP32_BYTES * (self.size + dense.shape[1]), POSITIONS_AT_ONCE)
+        all_rows, chunks = self.chunks(rows, nodes, positions, device)
+        divergences: list[Tensor] = []
+        for values, chunk in zip(logits.split(positions), chunks, strict=True):
+            probabilities = dense[chunk.dense].to(device).float().softmax(-1)
+            target, weight = self.next_part(probabilities, chunk)
+            log_probabilities = values.float().log_softmax(-1)
+            terms = torch.special.xlogy(target, target) - target * log_probabilities
+            divergences.append(weight * terms.sum(-1))
+        total = logits.new_zeros(len(dense), dtype=torch.float32)
+        return total.index_add(0, all_rows, torch.cat(divergences))
+
+    def chunks(
+        self, rows: Tensor, nodes: Tensor, positions: int, device: torch.device
+    ) -> tuple[Tensor, list[AlignedChunk]]:
+        """Split positions into chunks; return the rows of all of them, and the chunks.
+
+        All sizes are computed on the CPU and all indices are copied at once, so that no chunk waits for the device.
+        """
+        rows, nodes = torch.stack([rows, nodes]).cpu()
+        first = (rows.diff(prepend=rows.new_tensor([-1])) != 0).long()
+        indices = [rows]
+        slices: list[slice] = []
+        branches: list[int] = []
+        parts = zip(rows.split(positions), nodes.split(positions), first.split(positions), strict=True)
+        for rows_of_chunk, nodes_of_chunk, first_of_chunk in parts:
+            start = max(int(rows_of_chunk[0]) - 1, 0)
+            slices.append(slice(start, int(rows_of_chunk[-1]) + 1))
+
+            inner = (nodes_of_chunk >= 0).nonzero()[:, 0]
+            counts = self._counts[nodes_of_chunk[inner]]
+            ends = counts.cumsum(0)
+            offsets = self._starts[nodes_of_chunk[inner]] + counts - ends
+            branches.append(int(counts.sum()))
+            indices += [rows_of_chunk - start, first_of_chunk, inner, ends, offsets]
+
+        all_rows, *moved = torch.cat(indices).to(device).split([len(index) for index in indices])
+        chunks = []
+        for number, (dense, num_branches) in enumerate(zip(slices, branches, strict=True)):
+            of_rows, of_first, inner, ends, offsets = moved[5 * number : 5 * number + 5]
+            chunks.append(AlignedChunk(dense, of_rows, of_first, inner, ends, offsets, num_branches))
+        return all_rows, chunks
+
+    @torch.no_grad()
+    def next_part(self, probabilities: Tensor, chunk: AlignedChunk) -> tuple[Tensor, Tensor]:
+        """Compute the distribution of the next part, and the probability that the dense model has one.
+
+        Args:
+            probabilities: The dense next-token probabilities of the chunk's tokens, shape `(tokens, dense_size)`.
+            chunk: The positions.
+
+        Returns:
+            The distribution over the smaller vocabulary, shape `(positions, size)`; and its weight, `(positions,)`.
+            The weight is less than 1 inside a dense token where a shorter dense token may have ended, for which the
+            dense model has no next-token distribution.
+        """
+        device = probabilities.device
+        first_parts, token_of_branch, part_of_branch = self._tables_on(device)
+
+        # The distribution where a dense token begins: the first parts of all dense tokens.
+        begins = probabilities.new_zeros(len(probabilities), self.size + 1)
+        begins = begins.scatter_add_(1, first_parts.expand_as(probabilities), probabilities)[:, : self.size]
+        begins = begins / begins.sum(1, keepdim=True)
+
+        # The probability of what follows the prefix of each inner position, where the column `size` is its end.
+        number = torch.arange(chunk.num_branches, device=device)
+        owner = torch.searchsorted(chunk.ends, number, right=True)
+        branch = number + chunk.offsets[owner]
+        position = chunk.inner[owner]
+        # The prefix of a first part is the dense token before.
+        prediction = (chunk.rows - chunk.first)[position]
+        following = probabilities.new_zeros(len(chunk.rows), self.size + 1)
+        index = (position, part_of_branch[branch])
+        following.index_put_(index, probabilities[prediction, token_of_branch[branch]], accumulate=True)
+
+        continues = following[:, : self.size].sum(1)
+        ends = following[:, self.size]
+        # 0 / 0 where the prefix has no probability at all.
+        continuing = (continues / (continues + ends)).nan_to_num()
+        inside = following[:, : self.size] / continues.clamp_min(1e-38)[:, None]
+
+        is_first = chunk.first.bool()
+        ended = torch.where(is_first, 1 - continuing, 0.0)[:, None]
+        target = ended * begins[chunk.rows] + (1 - ended) * inside
+        return target, torch.where(is_first, 1.0, continuing)
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first part of each dense token, and the token and the following part of each branch."""
+        if device not in self._tables:
+            first_parts, token_of_branch, part_of_branch = self._tables[torch.device("cpu")]
+            self._tables[device] = (first_parts.to(device), token_of_branch.to(device), part_of_branch.to(device))
+        return self._tables[device]
+
+
+def _spelling(vocabulary: Vocabulary, token: int, new_ids: dict[int, int], unknown: int | None) -> tuple[int, ...]:
+    """Spell a removed token by kept ones, or by the unknown token where its script has been removed."""
+    parts = vocabulary.parts(token, new_ids)
+    if parts and new_ids.keys() >= {*parts}:
+        return tuple(new_ids[part] for part in parts)
+    occurs_in_text = token in vocabulary.letters or vocabulary.parts(token)
+    if occurs_in_text and unknown is not None:
+        return (unknown,)
+    return ()
 
 
 @torch.no_grad()
 def divergence_from_dense(
-    parts: TokenAlignment,
+    alignment: TokenAlignment,
     dense: PreTrainedModel,
     model: PreTrainedModel,
-    rows: Iterable[Sequence[int]],
-    context: Iterable[int],
+    texts: Sequence[Sequence[int]],
+    contexts: Iterable[int],
 ) -> Tensor:
-    """Sums the KL divergence from the dense model's words in nats, shape `(rows,)`, fp64, on the CPU.
+    """Compute the KL divergence from a dense model to a model with fewer tokens, summed over each text.
 
-    The first tokens of a row of dense ids, as many as its `context`, are read and not predicted.
+    Args:
+        alignment: The alignment of both vocabularies.
+        dense: The dense model.
+        model: The model with fewer tokens.
+        texts: The dense token ids of each text.
+        contexts: The number of tokens at the beginning of each text that are context, and not predicted.
+
+    Returns:
+        The sums in nats, shape `(texts,)`, fp64, on the CPU.
     """
-    found = []
-    for ids, begin in zip(rows, context, strict=True):
-        read, tokens, nodes = torch.tensor(parts.align(ids, [place >= begin for place in range(len(ids))])).unbind(1)
-        logits, counted = outputs_for(model, read[None])[0, :-1], tokens[1:] >= 0
-        expected = outputs_for(dense, torch.tensor([ids]))[0, begin - 1 : -1]
-        each = parts.divergence(logits[counted.to(logits.device)], expected, tokens[1:][counted], nodes[1:][counted])
-        found.append(each.double().sum().cpu())
-    return torch.stack(found)
+    pairs = list(zip(texts, contexts, strict=True))
+    # Texts are padded at the end, which a causal model does not see.
+    bytes_of_text = FP32_BYTES * max(map(len, texts)) * (alignment.size + len(alignment.spellings))
+    size = rows_at_once(input_device(model), bytes_of_text, TEXTS_AT_ONCE)
+    sums: list[Tensor] = []
+    for start in range(0, len(pairs), size):
+        batch = pairs[start : start + size]
+        aligned = [
+            torch.tensor(alignment.align(ids, [place >= context for place in range(len(ids))]))
+            for ids, context in batch
+        ]
+        read = pad_sequence([tokens[:, 0] for tokens in aligned], batch_first=True)
+        dense_read = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+        logits = outputs_for(model, read)
+        dense_logits = outputs_for(dense, dense_read)
+        for number, (ids, context) in enumerate(batch):
+            # The logits at a position predict the next token.
+            following = aligned[number][1:]
+            counted = following[:, 1] >= 0
+            places = counted.nonzero()[:, 0].to(logits.device)
+            divergence = alignment.divergence(
+                logits[number, places],
+                dense_logits[number, context - 1 : len(ids) - 1],
+                following[counted, 1],
+                following[counted, 2],
+            )
+            sums.append(divergence.double().sum())
+    return torch.stack(sums).cpu()

@@ -9,7 +9,7 @@ from models import CASES, OTHERS, build
 from transformers import PretrainedConfig
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.arch.families import builtin_families, family_of, read_families
+from optimum_structprune.arch.family import FAMILIES_FOLDER, builtin_families, family_of, read_families
 from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.spec import HIDDEN, LAYER
 
@@ -70,6 +70,16 @@ def test_every_family_has_a_case_and_says_which_spaces_it_lacks_and_whether_laye
         assert not (family.layer_class and family.uniform), model_type
         if family.text is None and family.spaces:
             assert set(family.layer_class) == set(family.model_types) or family.uniform, model_type
+
+
+def test_each_file_describes_one_family_and_is_named_after_its_first_model_type():
+    described = []
+    for path in FAMILIES_FOLDER.glob("*.yaml"):
+        (family,) = read_families(path)
+        assert path.stem == family.model_types[0]
+        described += family.model_types
+    assert len(described) == len(set(described)), "a model type stands in two files"
+    assert set(described) == set(builtin_families())
 
 
 @pytest.mark.parametrize("case", CASES)

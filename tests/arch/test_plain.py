@@ -3,6 +3,7 @@
 import re
 import sys
 from copy import deepcopy
+from functools import wraps
 from types import MethodType
 
 import pytest
@@ -161,6 +162,48 @@ def test_a_model_with_a_forward_of_its_own_or_of_mixed_precision_is_refused(tmp_
         prune_model(model, settings, tokenizer())
     plain = eval(re.search("`(.*?)`", str(refused.value))[1], {"accelerator": accelerator, "model": model})
     assert same_weights(*(prune_model(of, config(), tokenizer()) for of in (plain, build("llama-tied"))))
+
+
+def with_wrapper(model, name, change):
+    """Wrap the `forward` of a module as TRL does, and change what it returns."""
+    module = model.get_submodule(name)
+
+    @wraps(type(module).forward)
+    def forward(self, *args, **kwargs):
+        return change(type(self).forward(self, *args, **kwargs))
+
+    module.forward = MethodType(forward, module)
+    return model
+
+
+def with_half_logits(output):
+    output.logits = output.logits / 2
+    return output
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "mixtral"])
+def test_a_wrapper_around_forward_is_accepted_where_the_logits_are_the_same(case):
+    model = with_wrapper(build(case), "", lambda output: output).train()
+    check_plain(model)
+    assert all(module.training for module in model.modules())
+
+    settings = config(widths={"mlp": 24})
+    pruned = prune_model(model, settings, tokenizer())
+    assert same_weights(pruned, prune_model(build(case), settings, tokenizer()))
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "t5", "bert"])
+def test_a_wrapper_around_forward_is_refused_where_it_computes_otherwise(case):
+    changes = {"llama-tied": with_half_logits, "gpt2-tied": lambda output: output.logits}
+    model = with_wrapper(build(case), "", changes.get(case, lambda output: output))
+    with pytest.raises(StructPruneError, match="^The model has a `forward` of its own"):
+        check_plain(model)
+
+
+def test_a_wrapper_inside_a_layer_is_refused():
+    model = with_wrapper(build("llama-tied"), "model.layers.1.mlp", lambda output: output)
+    with pytest.raises(StructPruneError, match="^model.layers.1.mlp has a `forward` of its own"):
+        check_plain(model)
 
 
 @pytest.mark.parametrize(("one", "other"), [

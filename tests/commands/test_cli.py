@@ -10,7 +10,7 @@ from models import GROUPED, build
 from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from optimum_structprune import disable_heterogeneous, enable_heterogeneous
+from optimum_structprune import StructPruner, disable_heterogeneous, enable_heterogeneous
 from optimum_structprune.arch import families
 from optimum_structprune.commands.cli import main
 
@@ -41,6 +41,20 @@ def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
     assert main(command(folder, "--width", "mlp=24", at=tmp_path)) == 0
     assert "it loads with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_dim == 24
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_attention_of_a_flag_runs(folder, name, capsys, monkeypatch):
+    used = []
+    prune_model = StructPruner.prune_model
+
+    def noting(pruner, model, *args, **kwargs):
+        used.append(model.config._attn_implementation)
+        return prune_model(pruner, model, *args, **kwargs)
+
+    monkeypatch.setattr(StructPruner, "prune_model", noting)
+    assert main(command(folder, "--width", "mlp=24", "--attn-implementation", name, "--overwrite")) == 0
+    assert used == [name]
 
 
 @pytest.mark.parametrize("number", ["x", "", "-1", "1.5"])

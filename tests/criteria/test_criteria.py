@@ -13,7 +13,8 @@ from models import build, config, tokenizer
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, register_criterion, registry
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.pruning import REFITS
-from optimum_structprune.criteria import CRITERIA, per_unit, producer_norms
+from optimum_structprune.criteria import CRITERIA, parameters_of, per_unit
+from optimum_structprune.criteria.obs_drive import producer_norms
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.registry import Registry
 
@@ -30,7 +31,8 @@ def case():
 
 def score(name, case, columns_per_unit=1, **fields):
     weight, _, moments = case
-    return CRITERIA.get(name)(weight, moments, columns_per_unit, config(criterion=name, **fields))
+    criterion = CRITERIA.get(name)
+    return criterion(weight, moments, columns_per_unit, **parameters_of(criterion, config(**fields), layer=0))
 
 
 def test_magnitude_wanda_and_flap_are_their_definitions(case):
@@ -131,7 +133,7 @@ def check(config, arch, use):
         raise StructPruneError("watched is for decoders")
 
 
-def watched(weight, moments, columns_per_unit, options):
+def watched(weight, moments, columns_per_unit):
     return per_unit(moments.prior.to(weight), columns_per_unit)
 
 
@@ -172,6 +174,28 @@ def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(StructPruneError, match="criterion='watched' takes all its layers at once; choose"):
         StructPruner(config(criterion="watched")).prune_model(offloaded, tokenizer(), inplace=True)
     assert SEEN == []
+
+
+def test_a_criterion_gets_the_parameters_that_it_declares():
+    seen = []
+
+    @register_criterion("declares", parameters=("seed", "num_samples"))
+    def declares(weight, moments, columns_per_unit, **parameters):
+        seen.append(parameters)
+        return weight.square().sum(0)
+
+    StructPruner(config(criterion="declares", seed=5)).prune_model(build("llama-tied"), tokenizer())
+    samples = config().num_samples
+    assert [(parameters["seed"], parameters["num_samples"]) for parameters in seen] == [(5, samples), (6, samples)]
+    assert all(set(parameters) == {"seed", "num_samples"} for parameters in seen)
+
+
+def test_parameters_that_no_config_has_are_refused_at_registration():
+    with pytest.raises(StructPruneError, match="'misspelt' declares the parameter 'sed'.* Did you mean 'seed'"):
+        register_criterion("misspelt", parameters=("sed",))(watched)
+    with pytest.raises(StructPruneError, match="'whole' judges whole experts and cannot have `parameters`"):
+        register_criterion("whole", judges="expert", parameters=("seed",))(watched)
+    assert not {"misspelt", "whole"} & set(CRITERIA.names())
 
 
 def test_a_registry_takes_a_name_once_and_loads_entry_points_when_asked_for(monkeypatch):

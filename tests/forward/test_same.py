@@ -7,7 +7,7 @@ from models import build, config, real_text_model, token_ids, tokenizer
 from optimum_structprune import InPlaceError, StructPruneError, prune_model
 from optimum_structprune.method import shrink
 from optimum_structprune.method.shrink import check_same
-from optimum_structprune.removals import layers, resize, vocabulary
+from optimum_structprune.steps import layers, resize, vocabulary
 
 
 def mixed_up(slice_tensors):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import config
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.criteria import CRITERIA, parameters_of
 from optimum_structprune.method.calibrate import Moments, output_energy
 from optimum_structprune.method.refit import least_squares, ridge_strength, solve_damped, with_damped_factor
 
@@ -93,7 +93,9 @@ def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, s
 
 
 def scores_of(shares, criterion, weight, moments, columns_per_unit=1):
-    return criterion(weight, mixture_of(moments, shares, weight), columns_per_unit, config())
+    return criterion(
+        weight, mixture_of(moments, shares, weight), columns_per_unit, **parameters_of(criterion, config(), layer=0)
+    )
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name):
     expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
     torch.testing.assert_close(mixture_of(moments, (0.3, 0.7), weight).gram, expected.gram)
     found = scores_of((0.3, 0.7), criterion, weight, moments, 2)
-    torch.testing.assert_close(found, criterion(weight, expected, 2, config()))
+    torch.testing.assert_close(found, criterion(weight, expected, 2, **parameters_of(criterion, config(), layer=0)))
 
 
 def test_a_domain_that_never_came_here_has_no_say(parts):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from helpers import recovery_config, same_weights, unread
@@ -270,4 +271,4 @@ def test_odd_texts(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "full.csv").write_text("text\nmine\n")
     assert [*read(DomainConfig("a", str(tmp_path)), 0)] == ["mine"]
-    assert [*read(DomainConfig("a", pytest.importorskip("pandas").Series(["x", "y"])), None)] == ["x", "y"]
+    assert [*read(DomainConfig("a", pandas.Series(["x", "y"])), None)] == ["x", "y"]

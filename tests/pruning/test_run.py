@@ -15,7 +15,7 @@ from optimum_structprune.method import loop, shrink
 from optimum_structprune.method.layers import InMemory
 from optimum_structprune.method.shrink import Masks
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.removals import channels, experts, layers
+from optimum_structprune.steps import experts, hidden, layers
 
 
 def assert_refused(prune, model, message, folder):
@@ -91,7 +91,7 @@ SHRUNK = {
     "rounds": (loop, "shrink_layer_", 1, {"rounds": 2}),
     "experts": (experts, "shrink_layer_", 1, {"widths": {"expert": 3}}),
     "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
-    "channels": (channels, "narrow_", 1, {"widths": {"hidden": 24}}),
+    "channels": (hidden, "narrow_", 1, {"widths": {"hidden": 24}}),
 }
 
 

@@ -37,8 +37,10 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.parameters["before"]
     share = (padding.after - padding.before) / (padding.dense - padding.before)
-    assert f"adds {padding.after - padding.before:,} parameters" in str(padding)
-    assert f"back {share:.1%}" in str(padding) and all((tmp_path / "out" / name).is_file() for name in of_training)
+    assert f"adds {padding.after - padding.before:,} zero parameters" in str(padding)
+    assert f"{share:.1%} of the parameters that pruning had removed" in str(padding) and all(
+        (tmp_path / "out" / name).is_file() for name in of_training
+    )
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
@@ -57,7 +59,7 @@ def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another
     for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
         (folder / "report.json").write_text(text)
         padding = export_uniform(model, tmp_path / "out", overwrite=True)
-        assert padding.dense is None and "gives back" not in str(padding)
+        assert padding.dense is None and "pruning had removed" not in str(padding)
     model = run[1]
     for _ in range(2):
         assert export_uniform(model, tmp_path / "out", overwrite=True).dense is None

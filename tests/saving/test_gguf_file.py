@@ -25,7 +25,7 @@ from optimum_structprune import StructPruneError, export_gguf, prune_model
 from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS, gguf_architecture, gguf_refusal
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.saving.gguf_file import pre_tokenizer
+from optimum_structprune.saving.gguf_metadata import pre_tokenizer
 
 
 UNEVEN = {1: {"intermediate_size": 24}}
@@ -111,14 +111,14 @@ def test_fewer_bits(tmp_path):
         step = 2 * np.abs(wanted).reshape(-1, 32).max(1, keepdims=True) / steps_in_block
         # The scale has 16 bits, and the last of an even number of steps is cut off.
         assert (np.abs(values - wanted).reshape(-1, 32) <= 1.01 * step).all() and (values != wanted).any()
-    with pytest.raises(StructPruneError, match="no type 'q4'. Did you mean 'q4_"):
+    with pytest.raises(StructPruneError, match="no data type 'q4'. Did you mean 'q4_"):
         export_gguf(model, tmp_path / "out.gguf", reader(pieces=False), dtype="q4")
 
 
 def test_what_llama_cpp_quantises_itself(alike, tmp_path, monkeypatch):
     """A program in the place of `llama-quantize` gets the file in 16 bits, the name of the output and the type."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StructPruneError, match="llama-quantize, which is not on the PATH.*or take q4_0"):
+    with pytest.raises(StructPruneError, match="llama-quantize, which is not on the PATH.*or use q4_0"):
         export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False), dtype="q4_k_m")
     program = tmp_path / "llama-quantize"
     program.write_text('#!/bin/sh\n/bin/cp "$1" "$2"; echo "$3" >> "$2"\n')
@@ -201,7 +201,7 @@ def test_what_comes_before_the_merges_is_known_by_its_steps(key):
     backend.pre_tokenizer = steps.Sequence(made) if len(made) > 1 else made[0]
     assert pre_tokenizer(json.loads(backend.to_str())) == PRE_TOKENIZERS[key]
     backend.pre_tokenizer = steps.Sequence([steps.Punctuation(), *made])
-    with pytest.raises(StructPruneError, match="another way than this tokenizer.*Punctuation.*knows those of gpt-2"):
+    with pytest.raises(StructPruneError, match="differently from this tokenizer.*Punctuation.*pre-tokenizers: gpt-2"):
         pre_tokenizer(json.loads(backend.to_str()))
 
 
@@ -211,11 +211,11 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_and_values_that_do_not_fit_are
     infinite = build("llama-tied").to(torch.float16)
     infinite.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
     for model, tokens, reason in (
-        (alike, tokenizer(), "found WordLevel"),
-        (alike, unigram, "found Unigram"),
-        (alike, more, "99 tokens .* 96 rows"),
-        (build("llama-tied").double(), reader(pieces=False), "the model is in torch.float64"),
-        (infinite, reader(pieces=False), "ffn_down.*float16 cannot hold"),
+        (alike, tokenizer(), "is WordLevel"),
+        (alike, unigram, "is Unigram"),
+        (alike, more, "99 tokens, and the model has 96 rows"),
+        (build("llama-tied").double(), reader(pieces=False), "`model` is in torch.float64"),
+        (infinite, reader(pieces=False), "ffn_down.*beyond the range of float16"),
     ):
         with pytest.raises(StructPruneError, match=reason):
             export_gguf(model, tmp_path / "out.gguf", tokens)
@@ -254,7 +254,7 @@ def test_prune_writes_it_beside_the_folder(tmp_path, monkeypatch, capsys):
     Path("other-F16.gguf").touch()
     for more, reason in (
         (["--gguf", "q4k"], "Did you mean 'q4_k_m'"),
-        (["--gguf", "q4_k_m"], "take q4_0"),
+        (["--gguf", "q4_k_m"], "use q4_0"),
         (["--gguf", "f16"], "other-F16.gguf exists"),
         (["--gguf", "q8_0", "--offload", "disk"], "leave out either"),
     ):
@@ -270,13 +270,13 @@ def settings(model_type, **fields):
 
 
 @pytest.mark.parametrize(("config", "reason"), [
-    (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may take it"),
-    (settings("olmo2", per_layer_config=UNEVEN), "only of llama.*--pad-uniform"),
-    (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
-    (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, found 8"),
-    (settings("qwen3", per_layer_config=UNEVEN, tie_word_embeddings=False), "tie_word_embeddings=True only, found"),
-    (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
-    (settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "only, found yarn"),
+    (settings("granitemoe"), "this is a granitemoe model.*convert_hf_to_gguf.py may support it"),
+    (settings("olmo2", per_layer_config=UNEVEN), "only in llama.*--pad-uniform"),
+    (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 requires heads that are together"),
+    (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, got 8"),
+    (settings("qwen3", per_layer_config=UNEVEN, tie_word_embeddings=False), "tie_word_embeddings=True only, got"),
+    (settings("llama", hidden_act="gelu"), "hidden_act=silu only, got gelu"),
+    (settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "only, got yarn"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_what_has_none_gets_the_reason(config, reason):
     assert gguf_architecture(config) is None and re.search(reason, gguf_refusal(config))

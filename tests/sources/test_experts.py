@@ -41,7 +41,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
     for space in spaces:
         expert = space.consumers[0].part
         weight, bias = read_consumer(model, space.consumers[0])
-        tokens, hidden, gates = call.of(expert)
+        tokens, hidden, gates, _ = call.of(expert)
         own = torch.nn.functional.linear(inner_activations(experts, space, hidden), weight, bias)
         output.index_add_(0, tokens, own * gates[:, None])
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)

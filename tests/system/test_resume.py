@@ -71,7 +71,7 @@ def test_a_full_disk_and_half_written_files_leave_what_was_saved_before(tmp_path
     (tmp_path / "layer.json.new").write_text('{"key"')
     assert_holds(tmp_path, 1)
     for size in (0, 100, 1000):
-        with full_disk(size), pytest.raises(StructPruneError, match="Layer 2 could not be saved.*before is intact"):
+        with full_disk(size), pytest.raises(StructPruneError, match="Layer 2 .*previous checkpoint is intact"):
             save(tmp_path, 2)
         assert_holds(tmp_path, 1)
     save(tmp_path, 2)
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_named(tmp_path):
         save(tmp_path, 1)
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-40] if text is None else text.encode())
-        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start"):
+        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*. Remove it to start"):
             store(tmp_path).load()
             store(tmp_path).tensors(1)
 
@@ -93,7 +93,7 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(resume, "process_count", lambda: 2)
         save(tmp_path, 2)
-    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1; start 2"):
+    with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1. Start 2"):
         store(tmp_path).load()
 
 
@@ -141,7 +141,7 @@ def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
 def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
     model = build("llama-tied")
     pruner = StructPruner(config(), RunOptions(checkpoint_dir=str(tmp_path / "run")))
-    with full_disk(3000), pytest.raises(InPlaceError, match="Layer 1 could not be saved.*before is intact"):
+    with full_disk(3000), pytest.raises(InPlaceError, match="Layer 1 .*previous checkpoint is intact"):
         pruner.prune_model(model, tokenizer(), inplace=True)
     assert same_weights(*(pruned("llama-tied", folder)[0] for folder in (tmp_path / "run", None)))
 

@@ -12,7 +12,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
-from optimum_structprune.removals.resize import drop_tokens_
+from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
@@ -82,18 +82,18 @@ def test_general_text_and_the_prior_count_in_the_scripts_of_the_named_domains_al
     domains = [of_text("named", "a ab", 0.75), of_text("general", "дa c ab b", 0.25)]
     asked = config(domains=[DomainConfig("named", "builtin:math")])
     shares, entries = wanted_shares(request_of(WORDS, asked=asked), domains, ())
-    assert shares[choose.ALWAYS].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
-    assert dict(zip(WORDS.names, shares[choose.TEXT].tolist(), strict=True)) == {
+    assert shares.letters.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert dict(zip(WORDS.names, shares.text.tolist(), strict=True)) == {
         **dict.fromkeys(WORDS.names, 0.0), "a": 0.375, "ab": 0.4375, "b": 0.0625, "c": 0.0625
     }  # fmt: skip
-    assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares[choose.LANGUAGE].any()
-    other = shares[choose.USUAL]
-    assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(choose.PRIOR)
+    assert [entry.use for entry in entries] == [COUNTED] * 2 and not shares.languages.any()
+    other = shares.prior
+    assert other[8] == 0 < other[3] and other.sum() - other[3] == pytest.approx(choose.PRIOR_WEIGHT)
     assert other[3] < min(other[:3]) and other[:3].tolist() == sorted(other[:3], reverse=True)
     # What the model expects counts in the same scripts; the model may have fewer rows than the tokenizer has tokens.
     expected = torch.tensor([0, 0, 0, 0.5, 0, 0.5, 0, 0]).double()
-    more = wanted_shares(request_of(WORDS, asked=asked), domains, (), expected)[0][choose.USUAL] - other
-    torch.testing.assert_close(more, choose.EXPECTED * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0]).double())
+    more = wanted_shares(request_of(WORDS, asked=asked), domains, (), expected)[0].prior - other
+    torch.testing.assert_close(more, choose.EXPECTED_WEIGHT * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0]).double())
 
 
 def shares_of(ids):
@@ -112,7 +112,6 @@ def test_all_text_counts_but_for_documents_that_are_set_aside():
 
 
 def test_the_words_of_a_language_count_as_they_occur_by_their_frequency():
-    pytest.importorskip("wordfreq")
     both, english, german = (language_shares(codes, READER, len(READER)) for codes in (["en", "de"], ["en"], ["de"]))
     torch.testing.assert_close(both, (english + german) / 2)
     assert both.sum() == pytest.approx(1)

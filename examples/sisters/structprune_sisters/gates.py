@@ -354,7 +354,7 @@ def folded_refit(
 
 
 @register_criterion(DDP, whole_model_statistics=gates_by_module, check=_check)
-def ddp(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
+def ddp(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
     """The score of a unit is its gate z, learned as in Deterministic Differentiable Pruning (Huang et al., ICML 2026,
     arXiv 2603.08065).
 

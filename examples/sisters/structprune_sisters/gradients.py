@@ -149,7 +149,7 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
 
 
 @register_criterion("taylor", whole_model_statistics=of_samples(saliencies), check=_check)
-def taylor(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
+def taylor(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
     """First-order Taylor: the score is E|x_j · ∂L/∂x_j|, summed over the columns j of a unit.
 
     It is eq. 8 of Molchanov et al. (2019), and eq. 5 of LLM-Pruner (Ma et al. 2023) on activations.
@@ -159,7 +159,7 @@ def taylor(weight: Tensor, moments: Moments, columns_per_unit: int, options: Str
 
 
 @register_criterion("pip", whole_model_statistics=of_samples(contrasts), check=_check)
-def pip(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
+def pip(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
     """The score is E|g_j(sample) - g_j(perturbed sample)|, summed over the columns j of a unit.
 
     g_j is the gradient of the loss by a gate on x_j. PIP (Cao et al., Findings of EMNLP 2025, arXiv 2501.15278) prunes

@@ -104,7 +104,7 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
 
 
 @register_criterion("iterative_norm", whole_model_statistics=of_samples(removal_orders), check=_check)
-def iterative_norm(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
+def iterative_norm(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
     """The score is the place of a unit in the order in which units are removed.
 
     Those go first whose removal changes the output least, by the mean of ‖r_t + W_u x_tu‖ over tokens t, where r_t is

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec, Axis, Space
 from optimum_structprune.config.pruning import REFITS, StructPruneConfig
-from optimum_structprune.criteria import norms_by_unit
+from optimum_structprune.criteria.obs_drive import norms_by_unit
 from optimum_structprune.method.calibrate import Moments, submatrix
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import all_reduce_
@@ -68,7 +68,7 @@ def _check(config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
     whole_model_statistics=of_samples(inflows),
     check=_check,
 )
-def slimllm(weight: Tensor, moments: Moments, columns_per_unit: int, options: StructPruneConfig) -> Tensor:
+def slimllm(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
     """The scores of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), as in its published code.
 
     A channel j scores I_d + I_g + I_u. I_d is ‖|W_:jᵀ V| · w‖ √E[x_j²], where V and λ are the eigenvectors and

@@ -1,0 +1,51 @@
+"""Free memory of a device, and how much work to give it at a time.
+
+The defaults of a CPU are small, since what fits its caches is computed fastest. A GPU needs larger pieces of work: a
+kernel over a few tokens leaves most of it idle.
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+
+# A GPU takes at most this many times the rows that a CPU takes.
+GPU_FACTOR = 16
+# The share of a GPU's memory that one piece of work, such as the logits of a few tokens, may fill.
+PIECE_OF_MEMORY = 1 / 64
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU in bytes, or None for a device of another type."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that a device has free for tensors, or None if they are unknown."""
+    if device.type == "cuda":
+        # Memory that torch has reserved and does not use is free for tensors of its own.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return None
+
+
+def rows_at_once(device: torch.device, bytes_per_row: int, on_cpu: int) -> int:
+    """Return the number of rows, such as the logits of tokens, to compute at a time.
+
+    Args:
+        device: The device that computes them.
+        bytes_per_row: The bytes of one row.
+        on_cpu: The number of rows on a CPU, and on a device whose memory is unknown. A GPU takes up to 16 times as
+            many, as long as they fill at most 1/64 of its memory.
+    """
+    memory = total_bytes(device)
+    if memory is None:
+        return on_cpu
+
+    fitting = int(memory * PIECE_OF_MEMORY) // max(bytes_per_row, 1)
+    return min(max(fitting, on_cpu), GPU_FACTOR * on_cpu)

@@ -1,0 +1,298 @@
+"""Batches for a student with a trimmed vocabulary: each sample in the tokens of the student and of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
+from .live_teacher import Predictions
+
+
+IGNORED = -100
+# A sample: lists of equal length by name. Those of the teacher's tokens have another length.
+Sample = dict[str, list[int]]
+
+
+def align_document(
+    alignment: TokenAlignment, ids: Sequence[int], counted: Sequence[bool], first_position: int = 0
+) -> Sample:
+    """Spell a document in the tokens of the teacher and of the student.
+
+    Args:
+        alignment: The spelling of the teacher's tokens.
+        ids: The document in the teacher's tokens.
+        counted: Whether each token counts in the loss.
+        first_position: The position of the first token.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids` in the student's tokens; `align_rows` with the number of the teacher's
+        token that each student token belongs to, among the counted tokens of the document, or -1; `align_nodes`, see
+        `TokenAlignment.align`; `teacher_input_ids`, `teacher_labels` and `teacher_position_ids` in the teacher's
+        tokens.
+    """
+    # The first token of a document has no prediction.
+    counted = [False, *counted[1:]]
+    parts = alignment.align(ids, counted)
+    student_ids = [part for part, _, _ in parts]
+    rows = [row for _, row, _ in parts]
+    return {
+        "input_ids": student_ids,
+        "labels": [token if row >= 0 else IGNORED for token, row in zip(student_ids, rows, strict=True)],
+        "position_ids": list(range(first_position, first_position + len(student_ids))),
+        "align_rows": rows,
+        "align_nodes": [node for _, _, node in parts],
+        "teacher_input_ids": list(ids),
+        "teacher_labels": [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)],
+        "teacher_position_ids": list(range(first_position, first_position + len(ids))),
+    }
+
+
+def join_documents(documents: Sequence[Sample]) -> Sample:
+    """Pack the documents of one sample. Rows are numbered through all documents."""
+    sample: Sample = {name: [] for name in documents[0]}
+    for document in documents:
+        counted_before = sum(label != IGNORED for label in sample["teacher_labels"])
+        for name, values in document.items():
+            if name == "align_rows":
+                values = [row + counted_before if row >= 0 else row for row in values]
+            sample[name] += values
+    return sample
+
+
+# What fills up shorter rows of a batch.
+PADDING = {"labels": IGNORED, "teacher_labels": IGNORED, "align_rows": -1, "align_nodes": -1}
+
+
+def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Stack samples to a batch; each value has the shape `(batch, longest)`, in its own tokens."""
+    batch: dict[str, Tensor] = {}
+    for name in samples[0]:
+        rows = [torch.tensor(sample[name], dtype=torch.int64) for sample in samples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=PADDING.get(name, 0))
+    return batch
+
+
+class AlignedCollator:
+    """Add the teacher's tokens to the batches of another collator, whose ids are tokens of the student.
+
+    The text of each document is tokenized again with the teacher's tokenizer. If the student's tokenizer would spell
+    the result in other tokens than the batch has, each of the student's tokens stands for itself.
+
+    Args:
+        collator: The collator of the Trainer.
+        alignment: The spelling of the teacher's tokens.
+        teacher_tokenizer: The tokenizer of the teacher.
+        tokenizer: The tokenizer of the student.
+    """
+
+    aligns_tokens = True
+
+    def __init__(
+        self,
+        collator: Any,
+        alignment: TokenAlignment,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        self.collator = collator
+        self.alignment = alignment
+        self.teacher_tokenizer = teacher_tokenizer
+        self.tokenizer = tokenizer
+        # The teacher's token that each student token is.
+        self.own_token: dict[int, int] = {}
+        for token, parts in enumerate(alignment.spellings):
+            if len(parts) == 1:
+                self.own_token.setdefault(parts[0], token)
+        special = [] if tokenizer is None else tokenizer.all_special_ids
+        self.special = set(special)
+
+    def __getattr__(self, name: str) -> Any:
+        # Trainers read settings of their collator.
+        if name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of the collator, with the inputs of `AlignedTargets`."""
+        batch: dict[str, Any] = dict(self.collator(features))
+        ids = batch["input_ids"]
+        labels = batch.get("labels", ids)
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        positions = batch.get("position_ids")
+
+        samples = []
+        for row in range(len(ids)):
+            real = mask[row].bool() if mask.shape == ids.shape else torch.ones_like(ids[row], dtype=torch.bool)
+            starts = None if positions is None else (positions[row][real] == 0).tolist()
+            samples.append(self._sample(ids[row][real].tolist(), labels[row][real].tolist(), starts))
+        aligned = pad_samples(samples)
+
+        # The student's part of the batch keeps the collator's own padding.
+        width = ids.shape[1]
+        left = not bool(mask[:, 0].all()) if mask.shape == ids.shape else False
+        for name in ("labels", "align_rows", "align_nodes"):
+            values = aligned[name]
+            rows = torch.full((len(ids), width), PADDING[name], dtype=values.dtype)
+            for number, sample in enumerate(samples):
+                length = len(sample[name])
+                start = width - length if left else 0
+                rows[number, start : start + length] = values[number, :length]
+            batch[name] = rows
+        for name in AlignedTargets.INPUTS:
+            if name.startswith("teacher_"):
+                batch[name] = aligned[name]
+        return batch
+
+    def _sample(self, ids: list[int], labels: list[int], starts: list[bool] | None) -> Sample:
+        """Spell the documents of one row. A document begins where the positions begin again."""
+        begins = [0]
+        if starts is not None:
+            begins = [place for place, is_start in enumerate(starts) if is_start] or [0]
+        documents = []
+        for number, begin in enumerate(begins):
+            end = begins[number + 1] if number + 1 < len(begins) else len(ids)
+            documents.append(self._document(ids[begin:end], labels[begin:end]))
+        return join_documents(documents)
+
+    def _document(self, ids: list[int], labels: list[int]) -> Sample:
+        teacher_ids = self._teacher_ids(ids)
+        counted = []
+        place = 0
+        for token in teacher_ids:
+            end = place + len(self.alignment.spellings[token])
+            counted.append(all(label != IGNORED for label in labels[place:end]))
+            place = end
+        return align_document(self.alignment, teacher_ids, counted)
+
+    def _teacher_ids(self, ids: list[int]) -> list[int]:
+        """Return the teacher's tokens of a text, whose spelling is exactly `ids`."""
+        tokens: list[int] = []
+        run: list[int] = []
+        for token in [*ids, None]:
+            if token is not None and token not in self.special:
+                run.append(token)
+                continue
+            if run:
+                tokens += self._run(run)
+                run = []
+            if token is not None:
+                tokens.append(self.own_token[token])
+        return tokens
+
+    def _run(self, ids: list[int]) -> list[int]:
+        """Tokenize a run of text without special tokens again."""
+        alone = [self.own_token[token] for token in ids]
+        if self.tokenizer is None or self.teacher_tokenizer is None:
+            return alone
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        tokens = self.teacher_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        spelled = [part for token in tokens for part in self.alignment.spellings[token]]
+        return list(tokens) if spelled == ids else alone
+
+
+@dataclass
+class AlignedTargets:
+    """What the teacher's predictions say of the student's next tokens in a batch.
+
+    Attributes:
+        teacher_inputs: The batch in the teacher's tokens.
+        teacher_positions: The indices of the positions whose next token counts, in the flattened teacher's batch.
+        rows: For each counted position of the student, the number of the teacher's token, shape `(positions,)`.
+        nodes: For each counted position, the node of its next token; see `TokenAlignment.align`.
+        chunks: The positions in chunks; see `split`.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        "align_rows",
+        "align_nodes",
+        "teacher_input_ids",
+        "teacher_labels",
+        "teacher_position_ids",
+    )
+
+    teacher_inputs: dict[str, Tensor]
+    teacher_positions: Tensor
+    rows: Tensor
+    nodes: Tensor
+    chunks: list[AlignedChunk] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], positions: Tensor) -> AlignedTargets:
+        """Select the counted positions of a batch.
+
+        Args:
+            inputs: A batch of `AlignedCollator`.
+            positions: The indices of the student's counted positions in the flattened batch.
+        """
+        labels = inputs["teacher_labels"]
+        counted = labels[:, 1:] != IGNORED
+        counted = torch.cat([counted, torch.zeros_like(counted[:, :1])], dim=1)
+        # Rows are numbered within each sample, because processes cut a batch into parts.
+        before = counted.sum(1).cumsum(0) - counted.sum(1)
+        rows = inputs["align_rows"] + before[:, None]
+        rows = rows[:, 1:].reshape(-1)
+        nodes = inputs["align_nodes"][:, 1:].reshape(-1)
+
+        # A position predicts the token after it, and the last position of a sample predicts none.
+        length = inputs["align_rows"].shape[1]
+        places = positions - positions // length
+        return cls(
+            {"input_ids": inputs["teacher_input_ids"], "position_ids": inputs["teacher_position_ids"]},
+            counted.flatten().nonzero()[:, 0],
+            rows[places],
+            nodes[places],
+        )
+
+    def split(self, alignment: TokenAlignment, size: int, device: torch.device) -> None:
+        """Divide the positions into chunks of `size` positions, on the device of the student's logits."""
+        if len(self.rows):
+            _, self.chunks = alignment.chunks(self.rows, self.nodes, size, device)
+
+    def divergence(
+        self, alignment: TokenAlignment, log_student: Tensor, predictions: Predictions, temperature: float, number: int
+    ) -> Tensor:
+        """Return the KL divergence of the teacher's words in nats for one chunk, shape `(positions,)`, fp32.
+
+        Args:
+            alignment: The spelling of the teacher's tokens.
+            log_student: The student's log-probabilities of the next tokens, shape `(positions, size)`.
+            predictions: The teacher's predictions of its counted tokens.
+            temperature: The temperature of both distributions.
+            number: The number of the chunk.
+        """
+        if not len(log_student):
+            return log_student.sum(-1)
+        chunk = self.chunks[number]
+        with torch.no_grad():
+            taught = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
+            target, weight = alignment.next_part((taught / temperature).softmax(-1), chunk)
+            negative_entropy = torch.special.xlogy(target, target).sum(-1)
+        return weight * (negative_entropy - (target * log_student).sum(-1))
+
+    def teacher_losses(self, predictions: Predictions, size: int) -> Tensor:
+        """Return the teacher's own loss for each of its counted tokens, shape `(tokens,)`, fp32."""
+        targets = self.next_teacher_tokens
+        losses = []
+        for start in range(0, len(targets), size):
+            logits = predictions.logits(start, start + size, targets.device).float()
+            losses.append(cross_entropy(logits, targets[start : start + size], reduction="none"))
+        return torch.cat(losses) if losses else targets.float()
+
+    @property
+    def next_teacher_tokens(self) -> Tensor:
+        """The teacher's token after each counted position, shape `(tokens,)`."""
+        ids = self.teacher_inputs["input_ids"].flatten()
+        return ids[self.teacher_positions + 1]
+
+    @property
+    def teacher_samples(self) -> Tensor:
+        """The number of the sample of each counted token of the teacher, shape `(tokens,)`."""
+        return self.teacher_positions // self.teacher_inputs["input_ids"].shape[1]

@@ -1,0 +1,372 @@
+"""Train any `transformers.Trainer` towards a teacher's predictions: `attach_teacher`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from ..arch.hooks import replaced_forward
+from ..arch.meta import predicts_next
+from ..errors import StructPruneError
+from .aligned_batches import AlignedCollator, AlignedTargets
+from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
+from .live_teacher import Predictions, Teacher, load_teacher
+
+
+# The target of a position whose next token does not count, as everywhere in torch.
+IGNORED = -100
+# Inputs that a model's `forward` uses to compute a loss of its own.
+LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def attach_teacher(
+    trainer: Trainer,
+    teacher: PreTrainedModel | str | Path,
+    *,
+    temperature: float = 1.0,
+    task_weight: float = 0.0,
+    teacher_device: str | torch.device | int | None = None,
+    teacher_dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> TeacherLoss:
+    """Make a Trainer minimise the KL divergence from a teacher in place of its own loss.
+
+    The loss is `(1 - task_weight) * temperature**2 * KL(teacher || student) + task_weight * cross_entropy`, averaged
+    over the tokens that `labels` count (Hinton et al., 2015, https://arxiv.org/abs/1503.02531, section 2). All other
+    parts of the training are the Trainer's: data, packing, LoRA, gradient accumulation, mixed precision, schedulers,
+    checkpoints and logs. The logs have `kl` and `eval_kl` in nats per token.
+
+    The teacher runs in each step. Under DDP every process holds it; FSDP and stage 3 of DeepSpeed's ZeRO shard it like
+    the student. If the student's vocabulary was trimmed, the batches are spelled in the teacher's tokens too, and the
+    divergence is the divergence of the teacher's words.
+
+    Args:
+        trainer: Any Trainer of a causal language model, such as TRL's `SFTTrainer`, before `train`.
+        teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is used
+            itself, is put in eval mode, and is moved to `teacher_device`.
+        temperature: The temperature of both distributions, above 0.
+        task_weight: The weight of the cross-entropy with `labels`, from 0 to 1.
+        teacher_device: The device of the teacher, such as `"cuda:1"`. `"offload"` keeps the weights in CPU memory and
+            moves each layer to the Trainer's device while it runs. None stands for the Trainer's device.
+        teacher_dtype: The dtype of the teacher's weights. By default, a teacher that is loaded gets bfloat16 if the
+            Trainer trains in bf16, and the dtype of the student otherwise; a model in memory keeps its dtype.
+        tokenizer: The tokenizer of the student. By default the Trainer's `processing_class`.
+        teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
+        trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+
+    Returns:
+        The loss, which the Trainer calls.
+
+    Raises:
+        StructPruneError: If an argument is out of range, the Trainer uses `nn.DataParallel` or its own loss function,
+            the student is not a causal language model, or the teacher does not fit (see `load_teacher`).
+    """
+    check_weights(temperature, task_weight)
+    student = bare_model(trainer.model)
+    _check_trainer(trainer, student)
+
+    if teacher_dtype is None and trainer.args.bf16 and isinstance(teacher, (str, Path)):
+        teacher_dtype = torch.bfloat16
+    if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        tokenizer = trainer.processing_class
+    loaded = load_teacher(
+        teacher, student, tokenizer, teacher_tokenizer, trust_remote_code, teacher_dtype, teacher_device
+    )
+    return attach_loaded_teacher(trainer, loaded, tokenizer, temperature, task_weight)
+
+
+def attach_loaded_teacher(
+    trainer: Trainer,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    temperature: float = 1.0,
+    task_weight: float = 0.0,
+) -> TeacherLoss:
+    """Attach a teacher that fits the Trainer's model; see `attach_teacher`."""
+    loss = TeacherLoss(trainer, teacher, temperature, task_weight)
+    collator = trainer.data_collator
+    if teacher.alignment is not None and not getattr(collator, "aligns_tokens", False):
+        trainer.data_collator = AlignedCollator(collator, teacher.alignment, teacher.tokenizer, tokenizer)
+    trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
+    trainer.log = partial(loss.log, trainer.log)  # type: ignore[method-assign]
+    # The Trainer counts the tokens of an accumulated batch only for losses that use the number.
+    trainer.model_accepts_loss_kwargs = True
+    trainer._loss_shifts_labels = True
+    return loss
+
+
+def check_weights(temperature: float, task_weight: float) -> None:
+    """Raise `StructPruneError` if a weight of the loss is out of range."""
+    if not temperature > 0:
+        raise StructPruneError(f"`temperature` must be above 0, got {temperature}.")
+    if not 0 <= task_weight <= 1:
+        raise StructPruneError(f"`task_weight` must be between 0 and 1, got {task_weight}.")
+
+
+def bare_model(model: Any) -> Any:
+    """Return a model without torch.compile, DDP and an adapter around it."""
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "module", model)
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model
+
+
+def _check_trainer(trainer: Trainer, student: Any) -> None:
+    if not predicts_next(student):
+        raise StructPruneError(
+            f"`attach_teacher` trains causal language models, and {type(student).__name__} is not one."
+        )
+    if isinstance(trainer.compute_loss, partial) or isinstance(
+        getattr(trainer.compute_loss, "__self__", None), TeacherLoss
+    ):
+        raise StructPruneError("The Trainer has a teacher already. Attach one teacher to one Trainer.")
+    if trainer.compute_loss_func is not None:
+        raise StructPruneError(
+            "The Trainer has a `compute_loss_func`, and `attach_teacher` replaces the loss. Leave it out; "
+            "`task_weight` mixes the cross-entropy with the divergence."
+        )
+    if trainer.args.n_gpu > 1:
+        raise StructPruneError(
+            f"The Trainer would use `nn.DataParallel` on {trainer.args.n_gpu} GPUs, and a teacher needs one GPU per "
+            "process. "
+            "Start the script with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+@dataclass
+class _Sums:
+    """The sums of KL divergence and tokens since the last log. They stay on the device, so that no step waits."""
+
+    kl: Tensor
+    tokens: Tensor
+
+
+class TeacherLoss:
+    """The KL divergence from a teacher as the loss of a Trainer; see `attach_teacher`.
+
+    Attributes:
+        trainer: The Trainer.
+        teacher: The teacher.
+        temperature: The temperature of both distributions.
+        task_weight: The weight of the cross-entropy with `labels`.
+    """
+
+    def __init__(self, trainer: Trainer, teacher: Teacher, temperature: float, task_weight: float):
+        self.trainer = trainer
+        self.teacher = teacher
+        self.temperature = temperature
+        self.task_weight = task_weight
+        # Whether the head's output is the student's output; None before the first forward pass.
+        self._plain_head: bool | None = False if trainer.args.torch_compile else None
+        self._sums: dict[str, _Sums] = {}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch; see `transformers.Trainer.compute_loss`.
+
+        Args:
+            model: The student, as the Trainer wraps it.
+            inputs: The batch. Its `labels`, shape `(batch, seq_length)`, say which tokens count; without labels, all
+                tokens under the `attention_mask` count.
+            return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
+                metrics.
+            num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
+        """
+        trainer = self.trainer
+        trainer_accelerator = trainer.accelerator
+        self.teacher.place(trainer_accelerator)
+
+        targets = next_tokens(inputs).flatten()
+        positions = (targets != IGNORED).nonzero()[:, 0]
+        aligned = AlignedTargets.of(inputs, positions) if self.teacher.alignment is not None else None
+        with torch.no_grad(), trainer_accelerator.autocast():
+            if aligned is None:
+                predictions = self.teacher.predict(_without(inputs, LOSS_INPUTS), positions)
+            else:
+                predictions = self.teacher.predict(aligned.teacher_inputs, aligned.teacher_positions)
+
+        student_inputs = _without(inputs, (*LOSS_INPUTS, *AlignedTargets.INPUTS))
+        batch = _Batch(positions, targets[positions], predictions, aligned)
+        losses = self._losses(model, student_inputs, batch)
+        self._add("train" if model.training else "eval", losses)
+        loss = self._mean(losses.loss, num_items_in_batch)
+        if not return_outputs:
+            return loss
+
+        outputs: dict[str, Any] = {"loss": loss, "logits": losses.kl}
+        if trainer.compute_metrics is not None:
+            with torch.no_grad():
+                outputs["logits"] = model(**student_inputs).logits
+        return loss, outputs
+
+    def log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean KL divergence to the Trainer's logs as `kl`, and to evaluations as `eval_kl`."""
+        for name in list(logs):
+            if name == "loss":
+                self._enter(logs, "train", "kl")
+            elif name.endswith("_loss") and name != "train_loss":
+                self._enter(logs, "eval", f"{name.removesuffix('_loss')}_kl")
+        log(logs, *args, **kwargs)
+
+    def _enter(self, logs: dict[str, float], mode: str, name: str) -> None:
+        sums = self._sums.pop(mode, None)
+        if sums is None:
+            return
+        both = torch.stack([sums.kl, sums.tokens])[None]
+        kl, tokens = self.trainer.accelerator.gather(both).sum(0).tolist()
+        logs[name] = round(kl / max(tokens, 1.0), 6)
+
+    def _add(self, mode: str, losses: TokenLosses) -> None:
+        device = self.trainer.args.device
+        kl = losses.kl.detach().sum().to(device)
+        tokens = torch.tensor(float(len(losses.kl)), device=device)
+        former = self._sums.get(mode)
+        if former is not None:
+            kl = kl + former.kl
+            tokens = tokens + former.tokens
+        self._sums[mode] = _Sums(kl, tokens)
+
+    def _mean(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Average the losses of tokens, so that the sum over accumulated batches is the mean over all their tokens."""
+        total = losses.sum().to(self.trainer.args.device)
+        if num_items_in_batch is None:
+            return total / max(len(losses), 1)
+
+        mean = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+        if self.trainer.args.average_tokens_across_devices:
+            # The number counts the tokens of all processes, and DDP averages the gradients over them.
+            mean = mean * self.trainer.accelerator.num_processes
+        return mean
+
+    def _losses(self, model: Any, inputs: dict[str, Any], batch: _Batch) -> TokenLosses:
+        student = bare_model(model)
+        head = student.get_output_embeddings()
+        if head is not None and self._plain_head is not False:
+            losses = self._losses_in_head(model, inputs, batch, head)
+            if losses is not None:
+                return losses
+            self._plain_head = False
+
+        logits = model(**inputs).logits.flatten(0, 1)
+        logits = logits[batch.positions.to(logits.device)]
+        return self._in_chunks(logits, nn.Identity(), logits.shape[-1], batch, trains_head=False)
+
+    def _losses_in_head(
+        self, model: Any, inputs: dict[str, Any], batch: _Batch, head: nn.Module
+    ) -> TokenLosses | None:
+        """Compute the losses inside the student's head, where sharded weights are gathered.
+
+        The model returns the losses in place of logits. The result is None if the model changes the head's output, for
+        example caps it, so that the logits are needed.
+        """
+        project = head.forward
+        computed: list[TokenLosses] = []
+        returned: list[Tensor] = []
+
+        def losses_for(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            states = hidden.flatten(0, -2)
+            places = batch.positions.to(hidden.device)
+            losses = self._in_chunks(states[places], project, 0, batch, _is_trained(project, states[:1]))
+            by_place = torch.zeros(len(states), device=hidden.device).index_put((places,), losses.loss)
+            computed.append(losses)
+            returned.append(by_place.view(*hidden.shape[:-1], 1))
+            return returned[-1]
+
+        with replaced_forward(head, losses_for):
+            output = model(**inputs).logits
+        if self._plain_head is None:
+            same_shape = len(returned) == 1 and output.shape == returned[0].shape
+            self._plain_head = same_shape and torch.equal(output.detach().to(returned[0].device), returned[0].detach())
+        if not self._plain_head:
+            return None
+        # The gradient has to pass through the outputs of the wrappers around the model.
+        places = batch.positions.to(output.device)
+        return TokenLosses(output.flatten()[places], computed[0].kl)
+
+    def _in_chunks(
+        self, values: Tensor, project: Callable[[Tensor], Tensor], size: int, batch: _Batch, trains_head: bool
+    ) -> TokenLosses:
+        vocab_size = size or bare_model(self.trainer.model).config.get_text_config().vocab_size
+        targets = batch.targets.to(values.device)
+        chunk_size = chunk_tokens(vocab_size, values.device)
+        if batch.aligned is not None:
+            assert self.teacher.alignment is not None
+            batch.aligned.split(self.teacher.alignment, chunk_size, values.device)
+
+        def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
+            logits = project(chunk).float()
+            log_student = (logits / self.temperature).log_softmax(-1)
+            if batch.aligned is None:
+                kl = self._divergence(log_student, batch.predictions, start, end)
+            else:
+                assert self.teacher.alignment is not None
+                kl = batch.aligned.divergence(
+                    self.teacher.alignment, log_student, batch.predictions, self.temperature, start // chunk_size
+                )
+            loss = (1 - self.task_weight) * self.temperature**2 * kl
+            if self.task_weight:
+                loss = loss + self.task_weight * cross_entropy(logits, targets[start:end], reduction="none")
+            return TokenLosses(loss, kl.detach())
+
+        return chunked_losses(values, chunk_loss, chunk_size, trains_head)
+
+    def _divergence(self, log_student: Tensor, predictions: Predictions, start: int, end: int) -> Tensor:
+        """Return the KL divergence in nats for the positions `start` to `end`, shape `(end - start,)`, fp32."""
+        with torch.no_grad():
+            taught = predictions.logits(start, end, log_student.device).float()
+            log_teacher = (taught / self.temperature).log_softmax(-1)
+            probabilities = log_teacher.exp()
+            negative_entropy = (probabilities * log_teacher).sum(-1)
+        return negative_entropy - (probabilities * log_student).sum(-1)
+
+
+@dataclass
+class _Batch:
+    """The counted positions of a batch, their targets, each of shape `(positions,)`, and the teacher's predictions."""
+
+    positions: Tensor
+    targets: Tensor
+    predictions: Predictions
+    aligned: AlignedTargets | None
+
+
+def next_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return the next token of each position of a batch, shape `(batch, seq_length)`, or -100 if it does not count."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]
+    labels = inputs.get("labels")
+    if labels is None:
+        labels = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+    last = torch.full_like(labels[:, :1], IGNORED)
+    return torch.cat([labels[:, 1:], last], dim=1)
+
+
+def _is_trained(project: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
+    """Return whether a head has trainable weights, also weights that an adapter keeps elsewhere."""
+    if not torch.is_grad_enabled():
+        return False
+    return project(hidden.detach()).requires_grad
+
+
+def _without(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in names}

@@ -1,0 +1,231 @@
+"""The teacher of a recovery: a frozen causal language model and its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.hooks import replaced_forward
+from ..arch.meta import predicts_next
+from ..domains.manifest import tokenizer_of
+from ..errors import StructPruneError
+from ..method.layers import input_device
+from ..vocabulary.token_alignment import TokenAlignment
+from .placement import check_device, is_sharded, place_teacher, reshard
+
+
+def load_teacher(
+    teacher: PreTrainedModel | str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | int | None = None,
+) -> Teacher:
+    """Return the teacher of a model.
+
+    Args:
+        teacher: A causal language model, or its id or folder.
+        model: The model that is trained.
+        tokenizer: The tokenizer of `model`.
+        teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
+        trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+        dtype: The dtype of the teacher's weights. None keeps the dtype of a model in memory; a teacher that is loaded
+            gets the dtype of `model`.
+        device: The device of the teacher; see `place_teacher`.
+
+    Raises:
+        StructPruneError: If the teacher cannot be loaded, is not a causal language model, is `model` itself, or has
+            tokens that `model` cannot spell.
+    """
+    check_device(device)
+    if isinstance(teacher, (str, Path)):
+        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+    elif dtype is not None and isinstance(teacher, nn.Module):
+        teacher = teacher.to(dtype)  # type: ignore[arg-type]
+
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled teacher
+    if not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
+        raise StructPruneError(
+            f"`teacher` must be a causal language model, or its id or folder, got {type(teacher).__name__}."
+        )
+    if teacher is model or _same_weights(teacher, model):
+        raise StructPruneError(
+            "`teacher` and the trained model are the same model. Pass the dense model, or leave the teacher out."
+        )
+
+    reader, alignment = tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
+    return Teacher(teacher, reader, alignment, device)
+
+
+def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
+    return model
+
+
+def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
+    """Return whether two models have the same weights. The comparison ends at the first difference."""
+    theirs = dict(teacher.named_parameters())
+    ours = dict(model.named_parameters())
+    if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
+        return False
+    for name, weight in ours.items():
+        if weight.is_meta or theirs[name].is_meta:
+            return False
+        if not torch.equal(weight.detach().float().cpu(), theirs[name].detach().float().cpu()):
+            return False
+    return True
+
+
+def tokens_of_teacher(
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedTokenizerBase | None, TokenAlignment | None]:
+    """Return the tokenizer of a teacher, and the alignment of its tokens if the model lacks some of them.
+
+    The models need no weights. If neither tokenizer is known, equal sizes of the vocabularies stand for equal tokens.
+
+    Raises:
+        StructPruneError: If the teacher has other tokens, or its tokens are not known.
+    """
+    taught_size = teacher.config.get_text_config().vocab_size
+    size = model.config.get_text_config().vocab_size
+    reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
+    if taught_size == size and (reader is None or tokenizer is None):
+        return tokenizer, None
+
+    if reader is None or tokenizer is None:
+        raise StructPruneError(
+            f"The teacher has a vocabulary of {taught_size} tokens and the model one of {size}, and the tokenizer of "
+            "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
+        )
+    alignment = TokenAlignment.between(teacher, reader, model, tokenizer)
+    if alignment.is_identity():
+        return tokenizer, None
+    return reader, alignment
+
+
+@dataclass
+class Predictions:
+    """The next-token predictions of a teacher at some positions.
+
+    Attributes:
+        values: Hidden states in front of the head, or logits, shape `(positions, features)`.
+        head: Compute logits from hidden states; None if `values` are logits.
+    """
+
+    values: Tensor
+    head: nn.Module | None = None
+
+    def logits(self, start: int, end: int, device: torch.device) -> Tensor:
+        """Return the logits of the positions `start` to `end`, shape `(end - start, vocab)`, on a device."""
+        values = self.values[start:end]
+        if self.head is not None:
+            values = self.head(values)
+        return values.to(device)
+
+
+class Teacher:
+    """Predict next tokens with a frozen causal language model.
+
+    Attributes:
+        model: The teacher.
+        tokenizer: Its tokenizer, or the tokenizer of the trained model if both have the same tokens.
+        alignment: The spelling of the teacher's tokens if the trained model lacks some of them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        alignment: TokenAlignment | None = None,
+        device: str | torch.device | int | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.alignment = alignment
+        self.device = device
+        self._placed: Any = None
+        self._sharded = False
+        # Whether the head's output is the model's output; None before the first forward pass.
+        self._plain_head: bool | None = None
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Place the teacher beside the model that an Accelerator trains; see `place_teacher`."""
+        if self._placed is None:
+            self._sharded = is_sharded(accelerator)
+            self._placed = place_teacher(self.model, accelerator, self.device)
+
+    @torch.no_grad()
+    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> Predictions:
+        """Predict the next tokens of a batch.
+
+        Args:
+            inputs: The inputs of the teacher in its own tokens, each of shape `(batch, seq_length)`.
+            positions: The indices of the positions to predict from, in the flattened batch.
+        """
+        caller = self.model if self._placed is None else self._placed
+        arguments = self._arguments(inputs)
+        head: Any = self.model.get_output_embeddings()
+        # The weights of a sharded head are only gathered while the model runs.
+        if self._sharded or head is None or self._plain_head is False:
+            return self._logits(caller, arguments, positions)
+
+        hidden: list[Tensor] = []
+
+        def keep_hidden(states: Tensor, *_: Any, **__: Any) -> Tensor:
+            hidden.append(states)
+            return states[..., :1]
+
+        with replaced_forward(head, keep_hidden):
+            output = caller(**arguments).logits
+        if self._plain_head is None:
+            self._plain_head = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            if not self._plain_head:
+                return self._logits(caller, arguments, positions)
+        states = hidden[0].flatten(0, 1)
+        return Predictions(states[positions.to(states.device)], head)
+
+    def _logits(self, caller: Any, arguments: dict[str, Any], positions: Tensor) -> Predictions:
+        logits = caller(**arguments).logits.flatten(0, 1)
+        predictions = Predictions(logits[positions.to(logits.device)])
+        if self._sharded:
+            reshard(self.model)
+        return predictions
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Select the inputs that the teacher's `forward` takes, on its device."""
+        parameters = signature(type(self.model).forward).parameters
+        takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
+        device = None if self._sharded else input_device(self.model)
+        arguments: dict[str, Any] = {}
+        for name, value in inputs.items():
+            if takes_all or name in parameters:
+                moves = device is not None and isinstance(value, Tensor)
+                arguments[name] = value.to(device) if moves else value
+        if "use_cache" in parameters or takes_all:
+            arguments["use_cache"] = False
+        return arguments
+
+
+def _is_same(output: Any, expected: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    return bool(torch.equal(output.float(), expected.to(output.device).float()))

@@ -1,0 +1,123 @@
+"""Place a teacher beside the model that a Trainer trains: on a device, offloaded, or sharded over processes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
+
+from ..errors import StructPruneError
+
+
+OFFLOAD = "offload"
+
+
+def check_device(device: str | torch.device | int | None) -> None:
+    """Raise `StructPruneError` if `teacher_device` names no device."""
+    if device is None or device == OFFLOAD:
+        return
+    with suppress(RuntimeError, TypeError):
+        torch.device(device)
+        return
+    raise StructPruneError(
+        f"`teacher_device` must be a device such as 'cuda:1' or 'cpu', or {OFFLOAD!r}, got {device!r}."
+    )
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Return whether accelerate has placed the model already, by a `device_map` or as offloaded weights."""
+    return hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether every process holds a part of the weights: FSDP, or stage 3 of DeepSpeed's ZeRO."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _zero_stage(accelerator) == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def place_teacher(
+    model: PreTrainedModel, accelerator: Accelerator, device: str | torch.device | int | None = None
+) -> Any:
+    """Prepare a frozen teacher for the processes and devices of an Accelerator.
+
+    Under FSDP and stage 3 of DeepSpeed's ZeRO the weights are sharded like the student's. Otherwise each process holds
+    the whole teacher.
+
+    Args:
+        model: The teacher. It is changed in place.
+        accelerator: The Accelerator that trains the student.
+        device: A device; `"offload"` keeps the weights in CPU memory and moves each layer to the Accelerator's device
+            while it runs; None stands for the Accelerator's device, or for the present place of a model that
+            accelerate has placed.
+
+    Returns:
+        The teacher to call.
+
+    Raises:
+        StructPruneError: If a sharded teacher gets a device of its own.
+    """
+    model.eval()
+    if is_sharded(accelerator):
+        if device is not None:
+            raise StructPruneError(
+                f"`teacher_device`={device!r} cannot be used with {accelerator.distributed_type}, which shards the "
+                "teacher over the processes. Leave `teacher_device` out."
+            )
+        model.requires_grad_(False)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return _zero_3(model, accelerator)
+        return _fsdp(model, accelerator)
+
+    if device == OFFLOAD:
+        return model if is_placed(model) else cpu_offload(model, execution_device=accelerator.device)
+    if device is None and is_placed(model):
+        return model
+    return model.to(accelerator.device if device is None else device)  # type: ignore[arg-type]
+
+
+def _fsdp(model: PreTrainedModel, accelerator: Accelerator) -> Any:
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model, evaluation_mode=False)
+
+    # `Accelerator.prepare` shards a model under FSDP2 only together with an optimizer.
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    # accelerate keeps the wrap policy of the first model, and the teacher's layers may be of another class.
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.auto_wrap_policy
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        plugin.auto_wrap_policy = policy
+
+
+def reshard(model: Any) -> None:
+    """Free the weights that FSDP2 keeps gathered after a forward pass, because no backward pass follows."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return int(plugin.zero_stage)
+
+
+def _zero_3(model: PreTrainedModel, accelerator: Accelerator) -> Any:
+    import deepspeed
+
+    plugin: Any = accelerator.state.deepspeed_plugin
+    config = deepcopy(plugin.deepspeed_config)
+    # DeepSpeed builds an optimizer for these settings, and a frozen model has nothing to optimize.
+    config.pop("optimizer", None)
+    config.pop("scheduler", None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
