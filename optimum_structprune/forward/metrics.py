@@ -307,7 +307,8 @@ def _full_precision() -> Iterator[None]:
     # torch 2.9 has a setting for each backend beside the older one for all, and reading the older one fails where a
     # caller has used the new settings.
     precisions: list[tuple[Any, str]] = []
-    for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    for backend in backends:
         if hasattr(backend, "fp32_precision"):
             precisions.append((backend, backend.fp32_precision))
     try:

@@ -27,12 +27,15 @@ from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
 from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
+from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
 from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
+from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
 from ..system.offloading import declared, places
+from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
 from ..written import replace_json, written_files
@@ -162,12 +165,11 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
-    where: Any = places(model) if is_offloaded(model) else model.device
     # Beside the folder, where there is room for weights.
     with tempfile.TemporaryDirectory(prefix=f".{OFFLOAD}.", dir=Path(folder).resolve().parent) as scratch:
         with heterogeneous():
             again = type(model).from_pretrained(
-                folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
+                folder, dtype=model.dtype, device_map=_placement(model), offload_folder=scratch, **kernels
             )
         inputs = random_inputs(model)
         outputs, reloaded = (outputs_for(loaded, inputs) for loaded in (model, again))
@@ -179,6 +181,22 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     rounding = torch.finfo(model.dtype).eps * float(outputs.abs().max())
     if not difference <= max(1e-4, 4 * rounding):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
+
+
+def _placement(model: PreTrainedModel) -> Any:
+    """Return the `device_map` by which a saved model is read back beside the model itself.
+
+    It is the placement of the model. Where the model does not fit twice, layers are read from the disk one at a time.
+    """
+    sizes = bytes_by_device(model)
+    if is_offloaded(model):
+        return places(model)
+    for device, size in sizes.items():
+        free = free_bytes(device)
+        if free is not None and size > free and not is_quantized(model):
+            with suppress(StructPruneError):  # its layers may not be described
+                return layer_device_map(model.config, str(model.device), "disk")
+    return places(model) if len(sizes) > 1 else model.device
 
 
 def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def channel_energies(
     size = residual.space.size
     taps = [read.tap for read in residual.reads]
     # A spread model reads the stream on several devices, and activations stay where they are.
-    devices = [next(model.get_submodule(tap).parameters(), model.get_input_embeddings().weight).device for tap in taps]
+    first = next(model.parameters())
+    devices = [next(model.get_submodule(tap).parameters(), first).device for tap in taps]
     moments = [[Moments.empty(size, device=device) for _ in range(num_domains)] for device in devices]
     batch = batches[0]
 
