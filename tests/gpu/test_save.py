@@ -5,11 +5,14 @@ import torch
 from accelerate import dispatch_model
 from gpu.compare import assert_same_on_gpus, spread, weights
 from gpu.simulator import simulated_gpus
-from models import build, config, tokenizer
+from models import build, config, token_ids
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner, layer_device_map
 from optimum_structprune.system.offloading import places
+
+
+INPUTS = {"a": token_ids(6, 24)}
 
 
 def saved(folder):
@@ -17,7 +20,7 @@ def saved(folder):
 
     def work(model):
         pruner = StructPruner(config(widths={"mlp": 24, "attention": 2}))
-        small = pruner.prune_model(model, tokenizer(), inplace=True)
+        small = pruner.prune_model(model, inplace=True, inputs=INPUTS)
         pruner.save(small, folder, overwrite=True)
         return weights(AutoModelForCausalLM.from_pretrained(folder))
 
@@ -60,7 +63,7 @@ def test_an_offloaded_model(tmp_path, place):
 @pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_saved_model_is_read_back_where_there_is_room(tmp_path, monkeypatch, count, fits):
-    small = StructPruner(config(widths={"mlp": 24})).prune_model(build("llama-untied"), tokenizer())
+    small = StructPruner(config(widths={"mlp": 24})).prune_model(build("llama-untied"), inputs=INPUTS)
     read = type(small).from_pretrained
     maps = []
 
