@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.inference import run_model
 from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import divergence, tokens_at_once
 from ..method.calibrate import output_energy
-from ..method.layers import Batch, InMemory, Source, run_model
+from ..method.layers import Batch, InMemory, Source
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers

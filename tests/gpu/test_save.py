@@ -5,11 +5,14 @@ import torch
 from accelerate import dispatch_model
 from gpu.compare import assert_same_on_gpus, spread, weights
 from gpu.simulator import simulated_gpus
-from models import build, config, tokenizer
+from models import build, config, token_ids
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner, layer_device_map
 from optimum_structprune.system.offloading import places
+
+
+INPUTS = {"a": token_ids(6, 24)}
 
 
 def saved(folder):
@@ -17,7 +20,7 @@ def saved(folder):
 
     def work(model):
         pruner = StructPruner(config(widths={"mlp": 24, "attention": 2}))
-        small = pruner.prune_model(model, tokenizer(), inplace=True)
+        small = pruner.prune_model(model, inplace=True, inputs=INPUTS)
         pruner.save(small, folder, overwrite=True)
         return weights(AutoModelForCausalLM.from_pretrained(folder))
 
@@ -57,26 +60,11 @@ def test_an_offloaded_model(tmp_path, place):
     assert_same_on_gpus(saved(tmp_path / "small"), lambda: build("llama-untied"), count, make)
 
 
-def test_a_spread_model_is_read_back_onto_its_own_devices(tmp_path):
-    pruner = StructPruner(config(widths={"mlp": 24}))
-    small = pruner.prune_model(build("llama-untied"), tokenizer())
-    with simulated_gpus(2) as gpus:
-        spread(2)(small)
-        sizes = [gpus.allocated(device) for device in range(2)]
-        for device in range(2):
-            gpus.reset_peak(device)
-        pruner.save(small, tmp_path / "small")
-        growth = [gpus.peak(device) - size for device, size in enumerate(sizes)]
-    # transformers reserves memory for what it loads; with that and the activations, each device takes its part twice.
-    whole = sum(parameter.nbytes for parameter in small.parameters())
-    assert all(size < taken < whole for size, taken in zip([0, 0], growth, strict=True)), (growth, sizes, whole)
-
-
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_model_that_does_not_fit_twice_is_read_back_by_layers(tmp_path, monkeypatch, count):
-    pruner = StructPruner(config(widths={"mlp": 24}))
-    small = pruner.prune_model(build("llama-untied"), tokenizer())
-    read = AutoModelForCausalLM._model_mapping[type(small.config)].from_pretrained
+def test_a_saved_model_is_read_back_where_there_is_room(tmp_path, monkeypatch, count, fits):
+    small = StructPruner(config(widths={"mlp": 24})).prune_model(build("llama-untied"), inputs=INPUTS)
+    read = type(small).from_pretrained
     maps = []
 
     def see(*args, device_map=None, **kwargs):
@@ -84,11 +72,18 @@ def test_a_model_that_does_not_fit_twice_is_read_back_by_layers(tmp_path, monkey
         return read(*args, device_map=device_map, **kwargs)
 
     monkeypatch.setattr(type(small), "from_pretrained", see)
-    monkeypatch.setattr("optimum_structprune.saving.save.free_bytes", lambda device: 0)
+    if not fits:
+        monkeypatch.setattr("optimum_structprune.saving.save.free_bytes", lambda device: 0)
     with simulated_gpus(count):
         small = small.to("cuda") if count == 1 else spread(count)(small)
-        pruner.save(small, tmp_path / "small")
-    assert maps == [layer_device_map(small.config, "cuda:0", "disk")]
+        StructPruner(config()).save(small, tmp_path / "small")
+        if not fits:
+            expected = layer_device_map(small.config, "cuda:0", "disk")
+        elif count == 1:
+            expected = torch.device("cuda", 0)
+        else:
+            expected = places(small)
+    assert maps == [expected]
     assert (tmp_path / "small" / "model.safetensors").is_file()
 
 
