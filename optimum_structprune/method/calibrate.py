@@ -80,13 +80,16 @@ class Moments:
         return self
 
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
-        """The moments of some components only."""
+        """Return the moments of some components."""
         index = torch.as_tensor(columns, device=self.mean.device)
-        gram = None if self.gram is None else submatrix(self.gram, index, index)
-        prior = None if self.prior is None else self.prior[index]
-        cross = None if self.error_cross is None else self.error_cross[:, index]
-        mean, square = self.mean[index], self.square[index]
-        return Moments(self.count, mean, square, gram, prior, error_mean=self.error_mean, error_cross=cross)
+        selected = Moments(self.count, self.mean[index], self.square[index], error_mean=self.error_mean)
+        if self.gram is not None:
+            selected.gram = submatrix(self.gram, index, index)
+        if self.prior is not None:
+            selected.prior = self.prior[index]
+        if self.error_cross is not None:
+            selected.error_cross = self.error_cross[:, index]
+        return selected
 
     @property
     def variance(self) -> Tensor:
