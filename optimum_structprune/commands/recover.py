@@ -19,9 +19,8 @@ from ..evaluation.answers import ShortCheck
 from ..record.report import REPORT_NAME, Report
 from ..record.summary import next_command, recovery_lines, report_lines
 from ..record.verdict import judge
-from ..recovery.recover import Recovery, check_recovery
+from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
-from ..recovery.trainer import NothingGainedWarning
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, unchanging, used_paths

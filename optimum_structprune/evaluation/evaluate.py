@@ -20,6 +20,7 @@ from ..pruning.embeddings import Embeddings, passages_of
 from ..record.evaluation import Evaluation
 from ..record.figures import DENSE, PRUNED, AnswersResult, language_costs
 from ..system.fingerprint import vocabulary_hash
+from ..system.placement import check_devices
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import AT_ONCE, Question, answer_divergence, answers_result, ask, read_questions
@@ -76,6 +77,7 @@ def evaluate(
         check_kinds(models.get(name, model), reader)
     check_evaluation(list(models.values()), named, answers, seq_length, dense_tokenizer, pairs)
     for name, checked in models.items():
+        check_devices(checked)
         check_tokens(checked, tokenizers[name])
     _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
 

@@ -14,6 +14,8 @@ from .devices import rows_at_once
 
 # The least number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
+# Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
+MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 # The number of tokens that are in memory in fp64 at a time on a CPU.
 TOKENS_AT_ONCE = 256
 FP64_BYTES = 8
@@ -78,13 +80,16 @@ class Moments:
         return self
 
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
-        """The moments of some components only."""
+        """Return the moments of some components."""
         index = torch.as_tensor(columns, device=self.mean.device)
-        gram = None if self.gram is None else submatrix(self.gram, index, index)
-        prior = None if self.prior is None else self.prior[index]
-        cross = None if self.error_cross is None else self.error_cross[:, index]
-        mean, square = self.mean[index], self.square[index]
-        return Moments(self.count, mean, square, gram, prior, error_mean=self.error_mean, error_cross=cross)
+        selected = Moments(self.count, self.mean[index], self.square[index], error_mean=self.error_mean)
+        if self.gram is not None:
+            selected.gram = submatrix(self.gram, index, index)
+        if self.prior is not None:
+            selected.prior = self.prior[index]
+        if self.error_cross is not None:
+            selected.error_cross = self.error_cross[:, index]
+        return selected
 
     @property
     def variance(self) -> Tensor:
@@ -193,7 +198,7 @@ def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
     """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32. `total` has the shape `(m, n)`."""
-    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
+    if MM_TAKES_OUT_DTYPE and left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         product = left.T.float() @ right.float()

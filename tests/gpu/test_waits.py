@@ -23,7 +23,7 @@ from optimum_structprune.system.fingerprint import checksums
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
-ALIGNMENT, EXPERTS, EXPERT_REFIT = "vocabulary/token_alignment.py", "sources/experts.py", "removals/experts.py"
+ALIGNMENT, EXPERTS, EXPERT_REFIT = "vocabulary/token_alignment.py", "sources/experts.py", "steps/experts.py"
 FINGERPRINT, CALIBRATE = "system/fingerprint.py", "method/calibrate.py"
 SIZE = 50
 
