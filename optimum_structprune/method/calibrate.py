@@ -48,8 +48,10 @@ class Moments:
     @classmethod
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
         """Return the moments of no tokens; with those of the error if `out`, the number of outputs, is above 0."""
-        mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
-        moments = cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None)
+        mean = torch.zeros(size, dtype=torch.float64, device=device)
+        moments = cls(0, mean, torch.zeros_like(mean))
+        if gram:
+            moments.gram = torch.zeros(size, size, device=device)
         if out:
             moments.error_mean = torch.zeros(out, device=device)
             moments.error_cross = torch.zeros(out, size, device=device)
@@ -73,7 +75,9 @@ class Moments:
         # Products of bfloat16 are exact in fp32 on CUDA.
         if not (x.is_cuda and x.dtype == torch.bfloat16):
             x = x.float()
-        mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+
+        mean = x.new_zeros(x.shape[1], dtype=torch.float64)
+        square = torch.zeros_like(mean)
         for part in x.split(rows_at_once(x.device, FP64_BYTES * x.shape[1], TOKENS_AT_ONCE)):
             precise = part.double()
             token_weights = precise.new_full((len(part),), 1 / len(x))
@@ -81,6 +85,7 @@ class Moments:
             square.add_(token_weights @ precise.square_())
         self.mean.lerp_(mean, share)
         self.square.lerp_(square, share)
+
         if self.gram is not None:
             update_gram_(self.gram, x, share)
         if error is not None and self.error_mean is not None and self.error_cross is not None:
@@ -95,11 +100,14 @@ class Moments:
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
         """Return the moments of some components."""
         index = torch.as_tensor(columns, device=self.mean.device)
-        gram = None if self.gram is None else submatrix(self.gram, index, index)
-        prior = None if self.prior is None else self.prior[index]
-        cross = None if self.error_cross is None else self.error_cross[:, index]
-        mean, square = self.mean[index], self.square[index]
-        return Moments(self.count, mean, square, gram, prior, error_mean=self.error_mean, error_cross=cross)
+        selected = Moments(self.count, self.mean[index], self.square[index], error_mean=self.error_mean)
+        if self.gram is not None:
+            selected.gram = submatrix(self.gram, index, index)
+        if self.prior is not None:
+            selected.prior = self.prior[index]
+        if self.error_cross is not None:
+            selected.error_cross = self.error_cross[:, index]
+        return selected
 
     @property
     def variance(self) -> Tensor:
