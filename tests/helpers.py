@@ -42,6 +42,7 @@ from optimum_structprune.pruning.measure import Comparison
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
+from optimum_structprune.system.stages import model_bytes
 
 
 KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
@@ -212,7 +213,7 @@ def assert_as_said(outcome, model, small, cache_known=True) -> None:
             assert (width if isinstance(width, dict) else dict.fromkeys(by_layer, width)) == by_layer
         assert getattr(outcome.parameters, when) == that.num_parameters()
         assert getattr(outcome.layer_parameters, when) == sum(arch.layer_params)
-        assert getattr(outcome.memory, when) == sum(parameter.nbytes for parameter in that.parameters())
+        assert getattr(outcome.memory, when) == model_bytes(that)
         if not cache_known:
             assert outcome.cache_per_token is None
         else:

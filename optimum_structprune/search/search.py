@@ -22,7 +22,9 @@ from ..pruning.run import Run
 from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_object
 from ..system.stages import progress
-from ..widths.allocation import Budget, budget_of, choices, has_one_width, legal_widths, removed_parameters, widths_of
+from ..widths.allocation import widths_of
+from ..widths.budget import Budget, budget_of, removed_parameters
+from ..widths.legal import choices, has_one_width, legal_widths
 from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
 
 

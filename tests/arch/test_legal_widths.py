@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, dry_run
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.arch.spec import HIDDEN
-from optimum_structprune.widths.allocation import multiples
+from optimum_structprune.widths.legal import multiples
 
 
 @pytest.mark.parametrize("case", STRUCTURES)

@@ -1,5 +1,6 @@
 """The vectors that an encoder's report compares: of which text, by which tokenizer, and what is counted."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -12,16 +13,17 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForMaskedLM
 
 from optimum_structprune import StructPruner
+from optimum_structprune.arch.modules import PROMPTS
 from optimum_structprune.pruning.embeddings import (
     COSINE_UNSEEN,
     MOST_SENTENCES,
     NUM_NEIGHBOURS,
     Embeddings,
+    Pooling,
     embed,
     embedding_figures,
     kept_share,
     nearness,
-    pooling_of,
     retrieved,
     sentences,
 )
@@ -108,7 +110,7 @@ def test_vectors_are_those_of_sentence_transformers(mode, tmp_path):
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").train()
     texts = [text[: 20 + 4 * number] for number, text in enumerate(documents(9))]
     rows = [torch.tensor(row) for row in tokenizer()(texts)["input_ids"]]
-    ours = embed(model, rows, pooling_of(model))
+    ours = embed(model, rows, Pooling.of(model))
     assert model.training and len({len(row) for row in rows}) > 1
     expected = torch.tensor(theirs.encode(texts))  # of which a mean may be the sum here
     torch.testing.assert_close(normalize(ours), normalize(expected), atol=1e-5, rtol=1e-4)
@@ -116,10 +118,41 @@ def test_vectors_are_those_of_sentence_transformers(mode, tmp_path):
 
 def test_a_folder_without_pooling_takes_the_mean(tmp_path):
     build("bert").save_pretrained(tmp_path)
-    assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
+    assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
     for modules in ("{", '[{"path": "1_SpladePooling", "type": "a.SpladePooling"}]'):
         put_into(tmp_path, {"modules.json": modules, "1_SpladePooling/config.json": '{"pooling_strategy": "max"}'})
-        assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
+        assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
+
+
+PROMPTED = {"prompts": {"query": "find: ", "document": "text of: "}, "default_prompt_name": None}
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"), [(None, "text of: "), ("query", "find: "), ("other", "text of: ")], ids=str
+)
+def test_vectors_are_made_behind_the_prompt_of_the_model(default, expected, tmp_path):
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    put_into(tmp_path, {"modules.json": json.dumps(modules)})
+    put_into(tmp_path, {"1_Pooling/config.json": json.dumps({"pooling_mode": "mean", "include_prompt": False})})
+    put_into(tmp_path, {PROMPTS: json.dumps({**PROMPTED, "default_prompt_name": default})})
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    pooling = Pooling.of(model)
+    assert pooling == (["mean"], expected, False)
+
+    texts, reader = documents(3), tokenizer()
+    measured = Embeddings(model, {"a": texts}, reader, languages=False)
+    start = pooling.prompt_tokens(reader)
+    for text, vector in zip(texts, measured.dense[0]["a"], strict=True):
+        ids = reader(expected + text, return_tensors="pt")["input_ids"]
+        assert (
+            0 < start < ids.shape[1]
+            and reader.decode(ids[0, :start]).strip() == reader.decode(reader(expected)["input_ids"][:start]).strip()
+        )
+        states = model.base_model(ids)[0][0, start:]
+        torch.testing.assert_close(vector, states.mean(0))
+    assert Pooling.of(build("bert")).prompt == ""
 
 
 def test_an_encoder_decoder_has_the_vector_of_its_decoder():
