@@ -27,6 +27,7 @@ from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable
+from ..system.placement import check_float64
 
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,10 @@ def usable_device(name: str | None) -> str:
     try:
         if torch.device(name).type == "meta":
             raise ValueError("it holds no weights")
+        check_float64(name)
         torch.empty(0, device=name)
+    except StructPruneError:
+        raise
     except Exception as error:  # torch raises an AssertionError, a RuntimeError or a NotImplementedError
         have = "cpu" + ("".join(f", cuda:{index}" for index in range(torch.cuda.device_count())))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

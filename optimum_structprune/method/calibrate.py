@@ -14,6 +14,8 @@ from .devices import rows_at_once
 
 # The least number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
+# Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
+MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 # The number of tokens that are in memory in fp64 at a time on a CPU.
 TOKENS_AT_ONCE = 256
 FP64_BYTES = 8
@@ -251,7 +253,7 @@ def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
     """Add `leftᵀ right`, a sum over tokens, to a running mean in fp32, `total` of shape `(m, n)`."""
-    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
+    if MM_TAKES_OUT_DTYPE and left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         product = left.T.float() @ right.float()
