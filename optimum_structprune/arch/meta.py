@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
+from ..system.placement import check_devices
 from .family import family_of
 from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
@@ -209,6 +210,7 @@ def _check_shared_weights(model: PreTrainedModel, stock: PreTrainedModel) -> Non
 def check_changeable(model: Any) -> None:
     """Raise if the weights of a model cannot change: it is compiled, has an adapter, or is for inference alone."""
     check_no_adapter(model)
+    check_devices(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise StructPruneError("model was made inside torch.inference_mode; to change it, pass copy.deepcopy(model).")
 

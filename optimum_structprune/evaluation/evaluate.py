@@ -22,6 +22,7 @@ from ..record.answers import paired
 from ..record.remarks import measurements_text
 from ..record.report import enter_figures
 from ..system.fingerprint import vocabulary_hash
+from ..system.placement import check_devices
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
 from ..written import Record
@@ -134,6 +135,7 @@ def evaluate(
         check_kinds(models.get(which, model), reader)
     check_evaluation(models, named, answers, seq_length, dense_tokenizer, pairs)
     for which, each in models.items():
+        check_devices(each)
         check_tokens(each, readers[which])
     numbers = {"num_samples": num_samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}
     for label, number in numbers.items():

@@ -23,6 +23,7 @@ from optimum_structprune.forward.metrics import (
     margin_of_error,
     margin_of_share,
     perplexity_figures,
+    plain_head,
     row_losses,
 )
 
@@ -35,6 +36,7 @@ class State:
         self.grad = torch.is_grad_enabled()
         self.bars = logging.is_progress_bar_enabled(), logging.get_verbosity()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.precision = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
         self.attention = model.config._attn_implementation
         self.cache = model.config.use_cache
         self.hooks, self.modes = count_hooks(model), modes(model)
@@ -137,6 +139,58 @@ def test_recovery_and_evaluation_are_too():
             torch.set_default_dtype(torch.float32)
     for small, figures in results[1:]:
         assert same_weights(small, results[0][0]) and figures == results[0][1]
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_fp32_products_have_full_precision_and_the_callers_setting_returns(is_new, monkeypatch):
+    if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 brought a setting of each backend")
+    precisions = []
+
+    def read(*args, **kwargs):
+        precisions.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
+        raise StructPruneError("read")
+
+    monkeypatch.setattr("optimum_structprune.pruner.CalibrationData.read", read)
+    if is_new:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(StructPruneError, match="read"):
+            StructPruner(config()).prune_model(build("llama-tied"), tokenizer())
+        assert precisions == [("highest", False)]
+        if is_new:
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        else:
+            assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class Unsteady(torch.nn.Module):
+    """A part of a layer whose output differs from call to call, as on a GPU that adds in any order."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs) * (1 + 1e-4 * self.calls)
+
+
+@pytest.mark.parametrize(("case", "is_plain"), [("llama-tied", True), ("llama-untied", True), ("gemma2", False)])
+def test_one_pass_shows_if_the_head_alone_makes_the_logits(case, is_plain):
+    model, ids = build(case), token_ids(1, 8)
+    assert plain_head(model, ids) is is_plain
+    for layer in model.model.layers:
+        layer.mlp = Unsteady(layer.mlp)
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert plain_head(model, ids) is is_plain
+    assert [layer.mlp.calls for layer in model.model.layers] == [3, 3]
+    assert count_hooks(model) == count_hooks(build(case))
 
 
 def test_the_settings_are_back_after_an_error():
