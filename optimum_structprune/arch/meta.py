@@ -45,7 +45,9 @@ def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -
     # The modules of sentence-transformers read hidden states, except those of a reranker that reads logits.
     files = module_files(config)
     reads_logits = '"text-generation"' in files.get(TASK, "")
-    return AutoModel if files and not reads_logits else AutoModelForCausalLM
+    if files and not reads_logits:
+        return AutoModel
+    return AutoModelForCausalLM
 
 
 def meta_model(
@@ -83,7 +85,9 @@ def meta_model(
         ) from error
 
     model.eval()
-    return model if dtype is None else model.to(dtype)
+    if dtype is not None:
+        model.to(dtype)
+    return model
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> PreTrainedModel:
@@ -223,8 +227,9 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 
     name = type(model).__name__
     if isinstance(model, peft.PeftModel):
-        is_prompt = model.active_peft_config.is_prompt_learning
-        line = "model.get_base_model()" if is_prompt else "model.merge_and_unload()"
+        line = "model.merge_and_unload()"
+        if model.active_peft_config.is_prompt_learning:  # prompts cannot be merged
+            line = "model.get_base_model()"
         raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise StructPruneError(
@@ -346,7 +351,9 @@ def reads_images(model: Any) -> bool:
 
 def random_image(config: Any, images: int = 1) -> torch.Tensor:
     """Return random images of the size in a config, shape `(images, channels, size, size)`."""
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    size = config.image_size
+    if not isinstance(size, int):
+        size = size[0]
     return _random(images, getattr(config, "num_channels", 3), size, size)
 
 
@@ -388,5 +395,7 @@ def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: i
     longest = positions_of(model)
     if tokens + num_taken <= longest:
         return
-    rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most" if num_taken else ""
+    rest = ""
+    if num_taken:
+        rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most"
     raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")

@@ -117,8 +117,11 @@ def _lines(code: str) -> Sequence[tuple[str, float]]:
         words = list(_unfolded(listed, code))
         frequency = 10.0 ** (-hundredths / 100)
         for between, is_capitalized, weight in OTHER_FORMS.get(code, FORMS):
-            forms = [word[:1].upper() + word[1:] if is_capitalized else word for word in words]
-            lines.append((between.join(["", *forms]), weight * frequency))
+            forms = words
+            if is_capitalized:
+                forms = [word[:1].upper() + word[1:] for word in words]
+            text = "".join(between + form for form in forms)
+            lines.append((text, weight * frequency))
         count += len(words)
         if count >= MOST_WORDS:
             break
@@ -128,6 +131,9 @@ def _lines(code: str) -> Sequence[tuple[str, float]]:
 def _unfolded(words: Sequence[str], code: str) -> Iterator[str]:
     """Yield words with the letters that the lists replace: ß in German, and the final sigma in Greek."""
     for word in words:
-        yield word[:-1] + "ς" if code == "el" and word.endswith("σ") else word
+        if code == "el" and word.endswith("σ"):
+            yield word[:-1] + "ς"
+        else:
+            yield word
         if code == "de" and "ss" in word:
             yield word.replace("ss", "ß")

@@ -111,7 +111,9 @@ class BPESegmenter(Segmenter):
     def dependencies(self, token: int) -> tuple[int, ...]:
         """Return the tokens of the last merge; a character has none, because it is read before any merge."""
         is_character = len(self.letters(self.pieces.get(token, ""))) <= 1
-        return () if is_character else self.parts(token, None)
+        if is_character:
+            return ()
+        return self.parts(token, None)
 
     def _last(self, token: int) -> tuple[int, ...]:
         """Return the two tokens whose merge forms a token, or the bytes of a character."""
@@ -158,7 +160,9 @@ class UnigramSegmenter(Segmenter):
         score, parts = self._best(token, None)
         if token < len(self.scores) and score > self.scores[token]:
             return ()
-        return parts if kept is None else self._best(token, kept)[1]
+        if kept is not None:
+            _, parts = self._best(token, kept)
+        return parts
 
     def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
         """Return the highest score of a division of a token into other tokens, and these tokens."""
@@ -177,7 +181,9 @@ class UnigramSegmenter(Segmenter):
             best.append(max(divisions, key=lambda division: division[0]))
 
         score, parts = best[-1]
-        return (score, parts) if score > UNSPELLED_SCORE else (UNSPELLED_SCORE, ())
+        if score == UNSPELLED_SCORE:
+            return UNSPELLED_SCORE, ()
+        return score, parts
 
 
 class WordPieceSegmenter(Segmenter):

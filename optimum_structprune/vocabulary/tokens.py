@@ -84,13 +84,16 @@ class Vocabulary:
         These are added and special tokens, bytes, digits, the mark of a space, the unknown token, and the tokens of
         chat templates.
         """
-        fixed = {*self._added, *self.tokenizer.all_special_ids, *self.tokenizer("", "").input_ids}
+        fixed = set(self._added)
+        fixed.update(self.tokenizer.all_special_ids, self.tokenizer("", "").input_ids)
+
         for token in self._names.keys() - self._added:
             is_byte = self._irreplaceable_are_bytes and self._segmenter.is_irreplaceable(token)
             # Bytes that replace the mark of a space would be decoded to the mark.
             is_mark = token in (self._unknown, self._segmenter.lowest) or self._names[token] == SPACE
             if is_byte or is_mark or self.surface(token).strip() in DIGITS:
                 fixed.add(token)
+
         for text in chats(self.tokenizer):
             fixed.update(self.tokenizer(text, verbose=False).input_ids)
         return frozenset(with_dependencies(fixed, self._segmenter.dependencies))
@@ -108,15 +111,21 @@ class Vocabulary:
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
         """Return the tokens that spell a removed token, out of `kept` if given; none if the token is never read."""
-        return self._segmenter.parts(token, kept) if self._is_formed(token) else ()
+        if not self._is_formed(token):
+            return ()
+        return self._segmenter.parts(token, kept)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
         """Return the tokens without which a token cannot be formed."""
-        return self._segmenter.dependencies(token) if self._is_formed(token) else ()
+        if not self._is_formed(token):
+            return ()
+        return self._segmenter.dependencies(token)
 
     def prior(self, token: int) -> float:
         """Estimate the relative frequency of a token in text of all kinds."""
-        return self._segmenter.prior(token) if self._is_formed(token) else 0.0
+        if not self._is_formed(token):
+            return 0.0
+        return self._segmenter.prior(token)
 
     def surface(self, token: int) -> str:
         """Return the text of a token in decoded text, with its space."""
@@ -130,7 +139,9 @@ class Vocabulary:
         if token in segmenter.bytes:
             return bytes([segmenter.bytes[token]]).decode("utf-8", "replace")
         if isinstance(segmenter, WordPieceSegmenter):
-            return name.removeprefix(segmenter.prefix) if name.startswith(segmenter.prefix) else f" {name}"
+            if name.startswith(segmenter.prefix):
+                return name.removeprefix(segmenter.prefix)
+            return f" {name}"
         if self._marks_space:
             name = name.replace(SPACE, " ")
         if segmenter.suffix and name.endswith(segmenter.suffix):
