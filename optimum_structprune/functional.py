@@ -22,7 +22,7 @@ from .forward.metrics import UNSEEN
 from .pruner import PruneResult, StructPruner
 from .pruning.memory import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .search.loss_budget import expected_loss, largest_cut, losses_in, removed_share
+from .search.loss_budget import expected_loss, largest_cut, losses_in
 from .system.stages import say
 
 
@@ -102,7 +102,7 @@ def prune_within_loss(
     report.wish = {
         "loss": limit,
         "measured": losses_in(report),
-        "next": expected_loss(trials.measured_losses, removed_share(report) + 0.05),
+        "next": expected_loss(trials.measured_losses, report.removed + 0.05),
         "trials": trials.records,
     }
     return result
@@ -180,7 +180,7 @@ class CutTrials:
 
         self._manifests.append(result.manifest)
         losses = losses_in(result.report)
-        share = removed_share(result.report)
+        share = result.report.removed
         measured = max(loss for loss, _ in losses.values())
         upper = max(_upper_bound(loss, margin) for loss, margin in losses.values())
         self.measured_losses[share] = measured

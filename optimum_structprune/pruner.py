@@ -21,8 +21,8 @@ from .pruning.measure import Comparison
 from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
-from .record.remarks import target_summary
 from .record.report import PruneRecords, Report
+from .record.summary import request_line
 from .saving.save import save_pruned
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
@@ -254,9 +254,9 @@ class StructPruner:
             remember_text(state.dense_model, state.dense_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        summary = target_summary(report.to_dict())
-        if summary.startswith("warning: "):
-            warn(summary.removeprefix("warning: "))
+        request = request_line(report)
+        if request.startswith("warning: "):
+            warn(request.removeprefix("warning: "))
         # The record names tokens as a target only where the caller did.
         config = replace(state.config, targets=self.config.targets)
         records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))

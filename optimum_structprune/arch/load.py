@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
+from ..system.placement import check_devices
 from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
 from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
@@ -116,6 +117,7 @@ class ModelInfo:
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
         """Describe a model, and raise if it cannot be pruned whatever the config."""
         check_plain(model)
+        check_devices(model)
         quantized = is_quantized(model)
         offloaded = is_offloaded(model)
         plain_model = model

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import inf, log
-from statistics import fmean, geometric_mean
+from statistics import fmean
 
+from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import Report
-from ..record.table import margin_of_mean
 
 
 # The number of trials, and the number if the next larger cut that was tried is far larger than the best one.
@@ -23,45 +23,44 @@ FIRST_POWER = 1.5
 Loss = tuple[float, float | None]
 
 
-def removed_share(report: Report) -> float:
-    """Return the share of the parameters that a pruning has removed."""
-    return 1 - report.parameters["after"] / report.parameters["before"]
-
-
 def losses_in(report: Report) -> dict[str, Loss]:
-    """Return the losses in a report with their margins of error, by text.
+    """Return the losses in a report, with the margins of their confidence intervals, by text.
 
-    The loss of a language model is its perplexity as a multiple of the dense model's, minus 1, in the geometric mean
-    over the domains. The loss of an encoder is ten times the difference of its mean cosine from 1, which is at least
-    the share of translations that it misses and the dense model found.
+    The loss of a language model is its perplexity relative to the original model, less 1, as the geometric mean over
+    the domains. The loss of an encoder is ten times the difference of the mean cosine from 1, which is at least the
+    share of translations that it no longer finds.
     """
-    if report.embeddings:
+    vectors = [domain.vectors for domain in report.domains.values()]
+    if any(vectors):
         return _encoder_losses(report)
 
-    ratios = [perplexity["after"] / perplexity["before"] for perplexity in report.perplexity.values()]
-    margins = [margins["ratio"] for margins in report.perplexity_margin.values()]
-    losses = {KINDS: (geometric_mean(ratios) - 1, margin_of_mean(ratios, margins))}
-    perplexity = report.other.get("perplexity")
-    if perplexity:
-        ratio = perplexity["after"] / perplexity["before"]
-        losses[OTHER] = (ratio - 1, margin_of_mean([ratio], [report.other["margin"]["ratio"]]))
+    mean, margin = mean_ratio(ratios_of(report.domains).values())
+    losses: dict[str, Loss] = {KINDS: (mean - 1, margin)}
+    unseen = None if report.unseen is None else report.unseen.perplexity
+    if unseen is not None and unseen.ratio is not None:
+        losses[OTHER] = (unseen.ratio - 1, unseen.margin)
     return losses
 
 
 def _encoder_losses(report: Report) -> dict[str, Loss]:
     """Return the losses of an encoder by text."""
-    figures_by_text = {
-        KINDS: [figures["after"] for figures in report.embeddings.values()],
-        LANGUAGES: [figures for figures in report.languages.values() if figures["wanted"]],
+    results_by_text = {
+        KINDS: [domain.vectors for domain in report.domains.values()],
+        LANGUAGES: [language.vectors for language in report.languages.values() if language.wanted],
     }
     losses: dict[str, Loss] = {}
-    for text, figures in figures_by_text.items():
-        if figures:
-            cosines = [values["cosine"] for values in figures]
-            margin = margin_of_mean(cosines, [values["cosine_margin"] for values in figures])
-            scaled_margin = None if margin is None else LOSS_OF_COSINE * margin
-            losses[text] = (LOSS_OF_COSINE * (1 - fmean(cosines)), scaled_margin)
+    for text, results in results_by_text.items():
+        cosines = [result.cosine for result in results if result is not None and result.cosine is not None]
+        if cosines:
+            losses[text] = _cosine_loss(cosines)
     return losses
+
+
+def _cosine_loss(cosines: list[Figure]) -> Loss:
+    """Return the loss of an encoder by the cosines of its domains, with its margin."""
+    values = [figure.last or 0.0 for figure in cosines]
+    margin = margin_of_mean(values, [figure.margin for figure in cosines])
+    return LOSS_OF_COSINE * (1 - fmean(values)), None if margin is None else LOSS_OF_COSINE * margin
 
 
 def largest_cut(measure: Callable[[float], float], limit: float, first: float) -> dict[float, float]:

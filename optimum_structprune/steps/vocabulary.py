@@ -17,6 +17,7 @@ from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
 from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
+from ..record.figures import TrimResult
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens, rank_tokens
@@ -87,8 +88,7 @@ class TrimVocabulary(Step):
 
         state.tokenizer = choice.tokenizer
         remember_text(state.model, choice.tokenizer)
-        report.scripts = choice.scripts
-        report.trimmed = choice.trimmed
+        report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
         state.entries += choice.counted
         return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(kept.tolist())})
 

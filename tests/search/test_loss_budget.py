@@ -65,7 +65,7 @@ def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
     report, wish = result.report, result.report.wish
     assert wish["loss"] == 0.05
     met = max(one["removed"] for one in wish["trials"] if max(one["your kinds"][0], one["other text"][0]) <= 0.05)
-    assert 1 - report.parameters["after"] / report.parameters["before"] == pytest.approx(met, abs=0.001)
+    assert 1 - report.pruned.parameters / report.dense.parameters == pytest.approx(met, abs=0.001)
     chosen = {name for entry in result.manifest.of_use(EARLIER) for name in entry.probe_documents}
     entries = [entry for entry in result.manifest.domains if entry.use != EARLIER]
     assert chosen and not chosen & {name for entry in entries for name in entry.heldout_documents}
@@ -93,9 +93,9 @@ def test_tokens_go_in_place_and_their_trials_share_the_weights():
 
 def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
     report = pruned(build("bert"), 0.02).report
-    cosines = [figures["after"]["cosine"] for figures in report.embeddings.values()]
+    cosines = [domain.vectors.cosine.pruned for domain in report.domains.values()]
     assert report.wish["measured"]["your kinds"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
-    assert min(cosines) >= 0.99 and "asked: a loss of 2.0 %" in str(report)
+    assert min(cosines) >= 0.99 and "Target loss 2.0%" in str(report)
 
 
 def test_a_wish_that_nothing_meets_names_the_smallest_loss():
