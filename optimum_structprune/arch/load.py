@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
+from ..system.placement import check_devices
 from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
 from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
@@ -77,6 +78,7 @@ class ModelInfo:
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
         """Describe a model, and refuse what cannot be pruned whatever is asked for."""
         check_plain(model)
+        check_devices(model)
         quantized, offloaded = is_quantized(model), is_offloaded(model)
         plain_model = model
         if quantized:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..arch.spec import EXPERT, LAYER
 from ..criteria import CRITERIA
 from ..domains.load import texts_of
@@ -13,6 +15,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
 from ..method.calibrate import FP64_BYTES, TOKENS_AT_ONCE, Moments
 from ..method.devices import free_bytes, rows_at_once
+from ..system.placement import bytes_by_device
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
@@ -125,32 +128,49 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
 
 
 def check_memory(request: Request, inplace: bool) -> None:
-    """Raise `StructPruneError` if a pruning needs more memory than its device has free.
+    """Raise `StructPruneError` if a pruning needs more memory than its devices have free.
 
-    The estimate counts with the lower end of its error, so that no pruning that may fit is refused.
+    The hidden states of all samples move with the layers, so each device of a spread model must hold them. A copy of
+    the model has its weights where the model has them. The estimate counts with the lower end of its error, so that no
+    pruning that may fit is refused.
     """
-    config, info, options = request.config, request.model_info, request.options
-    device = info.device
+    info = request.model_info
     if info.offloaded and not inplace:
         raise StructPruneError(
             f"{info.name} is offloaded, and a copy of it would need as much memory again; pass inplace=True."
         )
 
-    free = free_bytes(device)
-    if free is None:
-        return
     estimate = estimate_memory(request)
-    copy = 0
-    if not inplace:
-        copy = info.plain_model.dtype.itemsize * info.plain_model.num_parameters()
-    needed = int(estimate.above * (1 - RELATIVE_ERROR)) + copy
-    if needed <= free:
-        return
+    above = int(estimate.above * (1 - RELATIVE_ERROR))
+    # Recovery learns from a copy of the dense model, where the model itself is pruned.
+    has_copy = not inplace or request.config.recovery is not None
+    for device, weights in _weights_by_device(request).items():
+        free = free_bytes(device)
+        copy = weights if has_copy else 0
+        if free is None or above + copy <= free:
+            continue
+        advice = " or ".join(_advice(request, estimate, device, can_prune_in_place=not inplace))
+        raise StructPruneError(
+            f"Pruning takes at least {readable_size(above + copy)} on {device} above the model (hidden states "
+            f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
+            f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {advice}."
+        )
 
+
+def _weights_by_device(request: Request) -> dict[torch.device, int]:
+    """Return the bytes of the weights on each device. Only a model in memory can be on several."""
+    info = request.model_info
+    sizes = {} if info.offloaded else bytes_by_device(info.plain_model)
+    return sizes or {info.device: info.plain_model.dtype.itemsize * info.plain_model.num_parameters()}
+
+
+def _advice(request: Request, estimate: MemoryEstimate, device: torch.device, can_prune_in_place: bool) -> list[str]:
+    """List changes that take less memory."""
+    config, options = request.config, request.options
     suggestions = []
-    if copy:
+    if can_prune_in_place:
         suggestions.append("inplace=True")
-    if not info.offloaded:
+    if not request.model_info.offloaded:
         place = "disk" if device.type == "cpu" else "cpu or disk"
         suggestions.append(f"--offload {place}")
     if estimate.hidden:
@@ -159,13 +179,7 @@ def check_memory(request: Request, inplace: bool) -> None:
         suggestions.append(f"batch_size below {options.batch_size}")
     if config.refit == "least_squares":
         suggestions.append("criterion='wanda' with refit='none', which take no Gram matrix")
-    if not suggestions:
-        suggestions.append("a device with more memory")
-    raise StructPruneError(
-        f"Pruning takes at least {readable_size(needed)} on {device} above the model (hidden states "
-        f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
-        f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {' or '.join(suggestions)}."
-    )
+    return suggestions or ["a device with more memory"]
 
 
 def _channels(request: Request) -> int:

@@ -64,9 +64,12 @@ def channel_energies(
     So tokens and layers count alike, whatever the size of their activations. The result has the shape `(reads,
     domains, channels)`; its mean over channels is 1.
     """
-    size, device = residual.space.size, next(model.parameters()).device
-    moments = [[Moments.empty(size, device=device) for _ in range(num_domains)] for _ in residual.reads]
+    size = residual.space.size
     taps = [read.tap for read in residual.reads]
+    # A spread model reads the stream on several devices, and activations stay where they are.
+    first = next(model.parameters())
+    devices = [next(model.get_submodule(tap).parameters(), first).device for tap in taps]
+    moments = [[Moments.empty(size, device=device) for _ in range(num_domains)] for device in devices]
     batch = batches[0]
 
     def see(tap: str, hidden: Tensor) -> None:
@@ -79,10 +82,10 @@ def channel_energies(
         for batch in batches:  # noqa: B007  # `see` reads it
             run_model(model, batch.ids)
     by_read = [
-        torch.stack([ranks().sum_(one).checked(tap, domain).square for domain, one in enumerate(by_domain)])
+        torch.stack([ranks().sum_(one).checked(tap, domain).square for domain, one in enumerate(by_domain)]).cpu()
         for tap, by_domain in zip(taps, moments, strict=True)
     ]
-    return torch.stack(by_read).cpu()
+    return torch.stack(by_read)
 
 
 def refit_readers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
