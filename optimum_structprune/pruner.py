@@ -119,7 +119,7 @@ class StructPruner:
 
     def _remember(self, run: Run) -> None:
         """Complete the records of a run, keep them here and with its model, and warn of a target that was missed."""
-        from .record.remarks import target_summary
+        from .record.summary import request_line
 
         run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
         run.report.target = run.config.sparsity
@@ -130,8 +130,9 @@ class StructPruner:
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
         records = self.used_config, self.plan, self.report, self.manifest
         vars(run.model)["prune_result"] = self.result = PruneResult(*records, tokenizer, checksums(run.model))
-        if (summary := target_summary(self.report.to_dict())).startswith("warning: "):
-            warn(summary.removeprefix("warning: "))
+        request = request_line(self.report)
+        if request.startswith("warning: "):
+            warn(request.removeprefix("warning: "))
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the

@@ -36,10 +36,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 # Pages whose outputs are those of today: the same lines and words, whatever the numbers.
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
-# Notes that depend on the size of the model.
+# Lines that depend on the size of the model.
 BY_SIZE = re.compile(
-    "verdict: |^# smaller; |by script: |languages that the dense|answers to # short|tokens have # of|has no GPTQ|"
-    "has no llama|errs|loops|were calibrated on"
+    "^Verdict: |^Next: |^Languages checked|^# test questions|^Words now split|tokens have # of|has no GPTQ|"
+    "has no llama|significantly more|were calibrated on"
 )
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
@@ -70,12 +70,15 @@ def with_output(page: Path) -> list[tuple[str, str, str]]:
 
 def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
-    text = re.sub(r" rough\b|warning: |; a smaller .*| in steps of \d+|, each begun with .*", "", text)
-    text = re.sub("model-written|built-in|, which is simpler than most", "", text)  # by the number of samples
+    text = re.sub(r" \(few documents\)|; few documents: .*|warning: |; a smaller .*| in steps of \d+", "", text)
+    text = re.sub(r"Requested|requested", "requested", text).replace("model).", "model)")
+    text = re.sub(r"\(sampled from the original model\)|\(built-in\)", "", text)  # by the number of samples
+    text = re.sub(r"documents\.$", "documents", text, flags=re.M)
+    text = re.sub(r" in (bfloat16|float32)$", "", text, flags=re.M)
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
-    text = re.sub(", (calibrated on|other text)", "", text)  # fewer samples may share no document
+    text = re.sub(r" \((calibration domain|unseen)\)", "", text)  # fewer samples may share no document
     text = re.sub(r"(\d+ h )?(\d+ min )?(\d+(\.\d+)?) s\b", r"\3 s", text)
-    text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?%?(?: [kMG]i?B)?", "#", text)
+    text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?[%×]?(?: [kMG]i?B)?", "#", text)
     lines = [re.sub(r"#[-, #]*#", "#", " ".join(line.split())) for line in text.splitlines() if line.strip()]
     return [line for line in lines if not BY_SIZE.search(line)]
 

@@ -43,7 +43,7 @@ def test_prune_with_flags_and_with_a_file(desk, capsys):
     more = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
     domains = ["--domains", "prose=builtin:prose", f"notes={desk / 'notes.jsonl'}"]
     main_of("prune")([*arguments, *domains, "--pruning", json.dumps(more)])
-    assert width(desk / "flags") < 1536 and "perplexity notes" in capsys.readouterr().out
+    assert width(desk / "flags") < 1536 and "\nnotes " in capsys.readouterr().out
     values = {"model": str(desk / "model"), "output": str(desk / "file")}
     fields = {"num_samples": 6, "seq_length": 64, "widths": {"mlp": 1024}}
     (desk / "run.yaml").write_text(json.dumps({**values, "pruning": fields}))  # YAML reads JSON too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,8 +12,9 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
 from ..pruner import StructPruner
+from ..record.summary import next_command, report_lines
+from ..record.verdict import judge
 from ..recovery.recover import check_recovery
-from ..saving.card import loader_of
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
@@ -22,6 +24,7 @@ from .export import with_gguf
 from .loading import Loading
 from .output import Result, note
 from .recover import pushed, recover_and_save, recovery_for
+from .saved import result_lines
 
 
 def prune(args: Namespace) -> Result:
@@ -36,20 +39,19 @@ def prune(args: Namespace) -> Result:
         smaller, tokenizer = _prune_and_save(args, output, loading, pruner)
         report = pruner.report
         assert report is not None
-        loader = loader_of(args.output, smaller.config, config.arch_file)
-        text = f"{report}\nsaved to {args.output}; it loads with {loader}({args.output!r})"
-        if smaller.config.get_text_config().is_heterogeneous:
-            text += "\nonce optimum_structprune is imported, or with trust_remote_code=True: layers differ in width"
-        result = Result(text, {**report.to_dict(), "output": args.output})
         if recovery is not None:
-            note(args, f"the pruned model is saved to {args.output}; now it is trained")
+            note(args, f"The pruned model is saved to {args.output}. Training begins.")
             of_recover = {"model": args.output, "teacher": args.model, "arch_file": config.arch_file}
             training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
             with unshared():
-                trained = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
-            result = Result(f"{text}\n{trained.text}", {**result.values, "recovery": trained.values})
-        del smaller  # what follows reads the folder, which may have been trained
-        return pushed(args, with_gguf(args, result, loading, report.parameters["before"]))
+                result = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
+            result = replace(result, values={**report.to_dict(), "recovery": result.values, "output": args.output})
+        else:
+            lines = [*report_lines(report), *result_lines(args.output, smaller.config, config.arch_file)]
+            suggestion = next_command(judge(report), args.model, args.output)
+            result = Result("\n".join(lines), {**report.to_dict(), "output": args.output}, suggestion)
+        del smaller  # the next step reads the folder, which may have been trained
+        return pushed(args, with_gguf(args, result, loading, report.dense.parameters))
 
 
 def _check_folders(
@@ -84,9 +86,9 @@ def _prune_and_save(
         assert pruner.report is not None and pruner.tokenizer is not None
         check.tokenizer = tokenizer = pruner.tokenizer
         check.ask("pruned", pruned)
-        pruner.report.answers = check.items()
-        said = {"base_model": args.base_model, "license": args.license}
-        pruner.report.model |= {name: value for name, value in said.items() if value}
+        pruner.report.answers = check.result()
+        pruner.report.model.base_model = args.base_model or ""
+        pruner.report.model.license = args.license or ""
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         write_page_or_warn(args.output)
         if args.resume and process_index() == 0:

@@ -29,8 +29,8 @@ from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
-from ..record.remarks import CHANGED
 from ..record.report import REPORT_NAME, PruneResult
+from ..record.summary import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
@@ -83,8 +83,8 @@ def save_pruned(
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         result.plan.save(folder / PLAN_NAME)
-        sizes = {**report.weights, "after": model_bytes(model)}
-        replace(report, weights=sizes).save(folder / REPORT_NAME)
+        size = replace(report.pruned, bytes=model_bytes(model))
+        replace(report, pruned=size).save(folder / REPORT_NAME)
         # A model that was trained since has a manifest with the training text.
         manifest = Manifest.seen_by(model) or result.manifest
         manifest.save(folder / MANIFEST_NAME)

@@ -8,7 +8,7 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from math import inf, log
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from ..errors import StructPruneError
 from ..forward.metrics import UNSEEN
 from ..pruning.memory import check_memory
 from ..pruning.request import Request, ask
+from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import Report
-from ..record.table import margin_of_mean
 from ..system.stages import say
 
 
@@ -165,31 +165,39 @@ def _copy(model: PreTrainedModel, request: Request) -> PreTrainedModel:
 
 def _removed(report: Report) -> float:
     """The share of the parameters that a pruning has removed."""
-    return 1 - report.parameters["after"] / report.parameters["before"]
+    return report.removed
 
 
 def losses_in(report: Report) -> dict[str, tuple[float, float | None]]:
-    """The losses that a report holds, with their margins of error, by text.
+    """Return the losses in a report, with the margins of their confidence intervals, by text.
 
-    A loss is perplexity as a multiple of the dense model's less 1, in the geometric mean over the kinds, or of an
-    encoder ten times what the mean cosine lacks of 1, which is at least the share of translations that it misses anew.
+    The loss of a language model is its perplexity relative to the original model, less 1, as the geometric mean over
+    the domains. The loss of an encoder is ten times the difference of the mean cosine from 1, which is at least the
+    share of translations that it no longer finds.
     """
-    losses: dict[str, tuple[float, float | None]] = {}
-    if report.embeddings:
-        wanted = [figures for figures in report.languages.values() if figures["wanted"]]
-        by_text = {KINDS: [figures["after"] for figures in report.embeddings.values()], LANGUAGES: wanted}
-        for text, figures in by_text.items():
-            if cosines := [one["cosine"] for one in figures]:
-                margin = margin_of_mean(cosines, [one["cosine_margin"] for one in figures])
-                losses[text] = LOSS_OF_COSINE * (1 - fmean(cosines)), margin and LOSS_OF_COSINE * margin
+    vectors = [domain.vectors for domain in report.domains.values()]
+    if any(vectors):
+        wanted = [language.vectors for language in report.languages.values() if language.wanted]
+        losses = {}
+        for text, results in ((KINDS, vectors), (LANGUAGES, wanted)):
+            cosines = [result.cosine for result in results if result is not None and result.cosine is not None]
+            if cosines:
+                losses[text] = _cosine_loss(cosines)
         return losses
-    ratios = [perplexity["after"] / perplexity["before"] for perplexity in report.perplexity.values()]
-    margins = [margins["ratio"] for margins in report.perplexity_margin.values()]
-    losses[KINDS] = geometric_mean(ratios) - 1, margin_of_mean(ratios, margins)
-    if perplexity := report.other.get("perplexity"):
-        ratio = perplexity["after"] / perplexity["before"]
-        losses[OTHER] = ratio - 1, margin_of_mean([ratio], [report.other["margin"]["ratio"]])
+
+    mean, margin = mean_ratio(ratios_of(report.domains).values())
+    losses = {KINDS: (mean - 1, margin)}
+    unseen = None if report.unseen is None else report.unseen.perplexity
+    if unseen is not None and unseen.ratio is not None:
+        losses[OTHER] = (unseen.ratio - 1, unseen.margin)
     return losses
+
+
+def _cosine_loss(cosines: list[Figure]) -> tuple[float, float | None]:
+    """Return the loss of an encoder by the cosines of its domains, with its margin."""
+    values = [figure.last or 0.0 for figure in cosines]
+    margin = margin_of_mean(values, [figure.margin for figure in cosines])
+    return LOSS_OF_COSINE * (1 - fmean(values)), None if margin is None else LOSS_OF_COSINE * margin
 
 
 def largest_cut(measure: Callable[[float], float], limit: float, first: float) -> dict[float, float]:

@@ -16,6 +16,7 @@ from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
 from ..forward.metrics import expected_shares, outputs_for, random_inputs
 from ..method.shrink import check_same
+from ..record.figures import TrimResult
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens, rank_tokens
@@ -105,6 +106,5 @@ def _cut_(run: Run, choice: Choice, comparison: Comparison) -> None:
     run.arch = describe(run.model, run.config.arch_file)
     run.tokenizer = choice.tokenizer
     remember_text(run.model, choice.tokenizer)
-    report.scripts = choice.scripts
-    report.trimmed = choice.trimmed
+    report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
     run.entries += choice.counted

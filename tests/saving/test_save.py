@@ -21,6 +21,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.commands.cli import main
 from optimum_structprune.record.plan import PLAN_NAME, Plan
+from optimum_structprune.record.report import Report
 from optimum_structprune.saving.save import check_reload, copy_extra_files, settle
 from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.written import written_files
@@ -38,8 +39,8 @@ def test_everything_is_saved(run, tmp_path):
     pruner.save(model, tmp_path / "deep" / "out", tokenizer=tokenizer())
     out = tmp_path / "deep" / "out"
     assert StructPruneConfig.from_pretrained(out).widths == {"mlp": 24}
-    report = json.loads((out / "report.json").read_text())
-    assert (report["parameters"]["after"], report["model"]["dtype"]) == (model.num_parameters(), "float32")
+    report = Report.load(out / "report.json")
+    assert (report.pruned.parameters, report.model.dtype) == (model.num_parameters(), "float32")
     again = AutoModelForCausalLM.from_pretrained(out)
     assert again.generation_config.max_new_tokens == 7
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
@@ -59,11 +60,11 @@ def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_pa
         change(model)
     pruner.save(model, out, tokenizer())
     write_report(out)
-    sizes = json.loads((out / "report.json").read_text())["weights"]
-    assert sizes["after"] == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
-    assert sizes["after"] == pruner.report.weights["after"] or change is not None
-    report = json.loads((out / "report.json").read_text())
-    assert report["changed"] == (change is not None) and not pruner.report.changed
+    report = Report.load(out / "report.json")
+    size = report.pruned.bytes
+    assert size == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+    assert size == pruner.report.pruned.bytes or change is not None
+    assert report.changed == (change is not None) and not pruner.report.changed
     warned = " ".join(str(warning.message) for warning in recwarn)
     for text in (warned, (out / "README.md").read_text(), (out / "report.html").read_text()):
         assert (said in text.lower()) == (change is not None)
@@ -317,7 +318,7 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
         folder = tmp_path / str(number)
         pruner.save(small, folder, tokenizer())
         saved = json.loads((folder / "report.json").read_text())
-        assert saved["perplexity"] == json.loads(json.dumps(report["perplexity"]))
+        assert saved["domains"] == json.loads(json.dumps(report["domains"]))
         assert type(manifest).load(folder) == manifest
         plan = Plan.load(folder / PLAN_NAME)
         assert same_weights(without_refit(model, plan), small) and plan.sizes["mlp"] == 40

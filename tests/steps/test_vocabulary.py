@@ -67,15 +67,15 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         pruner.save(small, tmp_path / str(number), given)
         assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == pruner.tokenizer.decode(ids)
     card = (tmp_path / "1" / "README.md").read_text()
-    assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
-    assert 0 < pruner.report.scripts["LATIN"] <= 80
+    assert "has a tokenizer of its own" in card and "- Removed tokens by script: Latin " in card
+    assert 0 < pruner.report.trimmed.scripts["LATIN"] <= 80
     trimmed = pruner.report.trimmed
-    assert Counter(trimmed["reason_of_each"]) == {name[0]: of for name, of in trimmed["reasons"].items()}
+    assert Counter(trimmed.reason_of_each) == {name[0]: of for name, of in trimmed.reasons.items()}
     english = pruner.report.languages["en"]
-    assert english["known"] and not english["wanted"] and english["before"] > 0 < english["after"]
+    assert english.known and not english.wanted and english.cost.dense > 0 < english.cost.pruned
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
-    assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
+    assert pruner.report.dense.parameters - pruner.report.pruned.parameters == 2 * 32 * 80
     with pytest.warns(UserWarning, match="another tokenizer"):
         prune_model(model, fewer_tokens(), READER)
 
@@ -86,10 +86,10 @@ def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_c
     (without, _), (kept, small) = pruned(**fields), pruned(**fields, languages=["de-DE,fi"])
     less, more = (tokens_by_language(pruner.tokenizer) for pruner in (kept, without))
     assert len(less["de"] + less["fi"]) < len(more["de"] + more["fi"])
-    assert [code for code, of in kept.report.languages.items() if of["wanted"]] == ["de", "fi"]
-    assert "bits per byte in the languages to keep: German " in str(kept.report)
-    assert "languages to keep" not in str(without.report)
-    after = {code: of["after"] for code, of in kept.report.languages.items() if of["known"] or of["wanted"]}
+    assert [code for code, of in kept.report.languages.items() if of.wanted] == ["de", "fi"]
+    assert "Wanted languages (bits per byte): German " in str(kept.report)
+    assert "Wanted languages" not in str(without.report)
+    after = {code: of.cost.pruned for code, of in kept.report.languages.items() if of.known or of.wanted}
     assert after == pytest.approx(cost_by_language(small, kept.tokenizer, after))
 
 
@@ -102,7 +102,7 @@ def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_witho
     assert of_languages.name == "languages de,fi" and of_languages.heldout_tokens == 0
     assert read - 48 < of_languages.calibration_tokens <= read
     assert [of.weight for of in texts] == pytest.approx([0.45, 0.45]) and of_languages.weight == pytest.approx(0.1)
-    assert kept.report.perplexity.keys() == without.report.perplexity.keys() == {"math", "prose"}
+    assert kept.report.domains.keys() == without.report.domains.keys() == {"math", "prose"}
     assert not same_weights(small, plain)
     assert kept.report.languages and not without.report.languages
     kept.save(small, tmp_path / "out")
@@ -132,11 +132,11 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     limit = {"parameters": model.num_parameters() - 10 * 2 * 32}
     pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
     assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == READER.get_vocab()
-    assert pruner.report.trimmed["tokens"] == 16 and pruner.report.trimmed["respelled"] == 0
+    assert pruner.report.trimmed.tokens == 16 and pruner.report.trimmed.respelled == 0
     assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
     joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
-    assert joint.report.trimmed["tokens"] == 464 - small.config.vocab_size > 0
-    assert joint.report.trimmed["respelled"] == 0
+    assert joint.report.trimmed.tokens == 464 - small.config.vocab_size > 0
+    assert joint.report.trimmed.respelled == 0
 
 
 @pytest.mark.parametrize("fields", [
@@ -190,7 +190,7 @@ def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_tex
     fields = {"languages": ["en", "de"], "domains": [DomainConfig("math", "builtin:math")]}
     pruner, small = pruned(model, widths={"vocab": size["tokens"]}, **fields)
     assert small.num_parameters() == size["parameters"] == size["bytes"] // 4
-    assert 1 - pruner.report.trimmed["respelled"] == pytest.approx(size["math"])
+    assert 1 - pruner.report.trimmed.respelled == pytest.approx(size["math"])
     assert max(found["tokens_in_use"].values()) == found["tokens_in_use"]["all"] <= 400
 
 
@@ -256,8 +256,9 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
     pruner, small = pruned(model, recovery=training, widths={"vocab": 320, "mlp": 24})
     report = pruner.report.recovery
-    assert {"dense", "pruned", "recovered"} == report.perplexity["a"].keys()
-    assert all(0 < far["recovered"] < far["pruned"] for far in report.divergence.values())
+    assert {"dense", "pruned", "recovered"} == report.domains["a"].perplexity.by_model().keys()
+    divergences = [domain.divergence for domain in report.domains.values()]
+    assert all(0 < divergence.recovered < divergence.pruned for divergence in divergences)
     keep = pruner.plan.keep[-1, "vocab"]
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
@@ -300,9 +301,9 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     rows = text.rows(pruner.tokenizer, small)
     assert sum(map(len, rows)) > heldout.numel()
     nats, report = float(row_losses(small, rows).sum()), pruner.report
-    assert report.perplexity["math"]["before"] == pytest.approx(perplexity(model, heldout), rel=1e-6)
-    assert report.perplexity["math"]["after"] == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
-    assert report.bits_per_byte["math"]["after"] == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
+    assert report.domains["math"].perplexity.dense == pytest.approx(perplexity(model, heldout), rel=1e-6)
+    assert report.domains["math"].perplexity.pruned == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
+    assert report.domains["math"].bits_per_byte.pruned == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -315,11 +316,11 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
+    assert pruner.used_config.budget == budget and pruner.report.trimmed.tokens == len(gone)
     read = [load_domains(pruner.config, READER)[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
-    assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
-    assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)
+    assert pruner.report.trimmed.respelled == pytest.approx(sum(shares) / 2)
+    assert f"Vocabulary: 400 → {400 - len(gone)} entries; the removed ones are " in str(pruner.report)
 
 
 def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
@@ -347,7 +348,7 @@ def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_giv
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     used = gone & {*READER(texts[0])["input_ids"]}
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.report.trimmed["tokens"] == len(gone) and (pruner.report.trimmed["respelled"] > 0) == bool(used)
+    assert pruner.report.trimmed.tokens == len(gone) and (pruner.report.trimmed.respelled > 0) == bool(used)
     assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(used) == (share < 0.75)
     assert f"text; {'channels give the rest' if share < 0.95 else 'nothing else goes'}" in str(pruner.report)
 
