@@ -128,4 +128,4 @@ def test_what_measures_no_loss_on_text_is_refused():
         StructPruner(asked).prune_model(model, tokenizer())
     with pytest.raises(StructPruneError, match="less than 1"):
         config(widths=None, budget={"loss": 2})
-    assert f"mean cosine of {1 - 0.02 / LOSS_OF_COSINE:g} " in str(StructPruneConfig.__doc__)
+    assert f"is at least {1 - 0.02 / LOSS_OF_COSINE:g}." in str(StructPruneConfig.__doc__)
