@@ -14,7 +14,7 @@ from ..record.figures import PRUNED, RECOVERED, Figure, known_languages, ratios_
 from ..record.report import CurvePoint, Report
 from ..record.summary import UNITS
 from ..record.table import margin_digits
-from ..record.verdict import LANGUAGE_LIMIT, judged_domains
+from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
 
 
 WIDE, NARROW = 720, 360
@@ -136,9 +136,7 @@ def _marks(report: Report) -> list[Mark]:
         if domains[name].vectors is None:
             marks.append(_ratio_mark("Calibration domains", name, figure))
 
-    unseen = report.unseen
-    if report.recovery is not None and report.recovery.unseen is not None:
-        unseen = report.recovery.unseen
+    unseen = judged_unseen(report)
     if unseen is not None and unseen.perplexity is not None and unseen.perplexity.ratio is not None:
         marks.append(_ratio_mark("Unseen text", unseen.source, unseen.perplexity))
 
