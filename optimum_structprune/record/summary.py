@@ -360,6 +360,8 @@ def vocabulary_lines(report: Report) -> list[str]:
             f"Words now split into more tokens: {unseen.split_words:.1%} of unseen text; technical text may reach "
             f"{technical_ratio(unseen.split_words):.2f}×"
         )
+    if trimmed.unreadable:
+        lines.append(f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}")
     if not report.domains:
         lines.append("No loss was measured, because the model reads more than text.")
     return lines
@@ -453,8 +455,6 @@ def _trim_details(trimmed: TrimResult) -> Iterator[str]:
     yield f"Tokens were kept because they are: {', '.join(kept)}."
     if trimmed.scripts:
         yield f"Removed tokens by script: {_by_count(trimmed.scripts)}."
-    if trimmed.unreadable:
-        yield f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}."
 
 
 def _by_count(scripts: Mapping[str, int]) -> str:

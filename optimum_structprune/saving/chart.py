@@ -17,7 +17,7 @@ from ..record.table import margin_digits
 from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
 
 
-WIDE, NARROW = 720, 360
+WIDE, NARROW = 600, 360
 ROW_HEIGHT = 26
 AXIS_HEIGHT = 44
 MAX_LABEL = 22
@@ -107,7 +107,7 @@ def loss_chart(report: Report, width: int = WIDE) -> str:
     is_ratio = not any(domain.vectors for domain in report.domains.values())
     ends = [1.0, *(end for mark in marks for end in mark.ends)]
     span = max(max(ends) - min(ends), 0.02)
-    left = width * 0.3 if width >= WIDE else 118
+    left = width * 0.28 if width >= WIDE else 118
     axis = Axis(min(ends) - 0.03 * span, max(ends) + 0.03 * span, left, width - 96)
 
     body = ""

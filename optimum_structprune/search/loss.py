@@ -29,7 +29,9 @@ from ..system.stages import say
 # So many prunings on trial find the size, or a few more where the next larger cut that was tried is far larger.
 TRIALS, MOST_TRIALS = 4, 6
 LOSS_OF_COSINE = 10  # multilingual-e5-small misses 0 to 11 translations of 1,000 for 0.001 of it
-KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
+KINDS = "your domains"
+OTHER = "unseen text"
+LANGUAGES = "the wanted languages"
 
 
 class Pruner(Protocol):
