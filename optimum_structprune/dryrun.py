@@ -17,7 +17,7 @@ from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
 from .pruning.memory import MemoryEstimate, estimate_memory
-from .pruning.request import DRY_RUN, Request, ask, check_config_kind
+from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record
@@ -157,7 +157,7 @@ def dry_run(
     """
     check_config_kind(config, options)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
-    request = ask(config, info, tokenizer, use=DRY_RUN, options=options)
+    request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
     arch = info.arch
     dense = info.plain_model
 
@@ -183,7 +183,7 @@ def dry_run(
     )
 
 
-def _sizes(request: Request, model: PreTrainedModel) -> dict[str, int]:
+def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     """Return the known sizes of a model, by field of `DryRun`."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
@@ -210,7 +210,7 @@ def _saved_bytes(model: PreTrainedModel, itemsize: int) -> int:
     return size
 
 
-def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
+def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield remarks that the numbers do not show."""
     config = request.config
     arch = request.model_info.arch

@@ -24,7 +24,7 @@ from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import StructPruner
-from .pruning.request import TRAINER, ask, check_arguments, check_config_kind, check_reads_text
+from .pruning.request import TRAINER, check_arguments, check_config_kind, check_reads_text, resolve_request
 from .record.plan import Plan
 from .steps.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
@@ -237,7 +237,7 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Record the widths of a dense model. Raise `StructPruneError` if the config does not fit it."""
-        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
+        request = resolve_request(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.model_info.arch, request.widths
         self.plan = Plan.of(model, request.model_info.arch)
 
