@@ -229,7 +229,8 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         y = y_axis.place(point.kl)
         title = f"<title>{point.tokens:,} tokens: {point.kl:.4f}</title>"
         drawn += f'<circle class="recovered" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
-    drawn += f'<text class="note" x="{x_axis.left}" y="{height + 34}">KL to the teacher (nats per token) over training tokens</text>'
+    title = "KL to the teacher (nats per token) over training tokens"
+    drawn += f'<text class="note" x="{x_axis.left}" y="{height + 34}">{title}</text>'
     return _svg(width, height + 42, drawn, "Validation loss during training")
 
 
