@@ -36,7 +36,7 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
         return prune(self, *args, **kwargs)
 
     monkeypatch.setattr(StructPruner, "prune_model", counted)
-    more = ["--allocation", "search"]
+    more = ["--allocation", "sensitivity"]
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 130
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 0
     assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again

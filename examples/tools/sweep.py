@@ -25,12 +25,12 @@ from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import StructPruner
-from optimum_structprune.pruning.checkpoint import run_key
-from optimum_structprune.pruning.request import ask, check_arguments
+from optimum_structprune.pruning.request import check_arguments, resolve_request
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.table import aligned, number
 from optimum_structprune.record.verdict import judged_domains
 from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.checkpoint import run_key
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_index
 from optimum_structprune.system.resume import Resume
@@ -115,7 +115,7 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     check_arguments(model, tokenizer, None)
-    ask(config, ModelInfo.of(model, config.arch_file), tokenizer)
+    resolve_request(config, ModelInfo.of(model, config.arch_file), tokenizer)
     any_size = replace(CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5))
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 

@@ -21,12 +21,12 @@ from ..forward import metrics
 from ..method.layers import Batch, InMemory
 from ..record.figures import DENSE, PRUNED, Figure, language_costs, perplexity_result, unseen_of
 from ..record.report import Report
+from ..steps.base import RunState
 from ..system.processes import every_process_runs, gather_objects, shard
 
 
 if TYPE_CHECKING:
     from .embeddings import Embeddings
-    from .run import Run
 
 # A trial runs about this many held-out tokens, over all domains, and compares every fourth prediction.
 PROBE_TOKENS = 2048
@@ -43,19 +43,19 @@ class Comparison:
     """Measures the original model of a run when it is made, and the pruned model when it is finished.
 
     Args:
-        run: The run, whose report gets the figures.
+        run: The state of the run, whose report gets the figures.
         vocabulary_changes: Whether another tokenizer will read the text. Both models then read the same text.
-        on_trial: Whether this is a trial, in which only the wanted languages are measured.
+        any_language: Whether languages are measured that the config does not name, if the vocabulary changes.
     """
 
-    def __init__(self, run: Run, vocabulary_changes: bool = False, on_trial: bool = False):
+    def __init__(self, run: RunState, vocabulary_changes: bool = False, any_language: bool = True):
         self.run = run
         self.measure: Measure | Embeddings | None = None
         self.unseen_source = ""
         self.language_costs: Mapping[str, Mapping[str, Any]] = {}
 
         wanted = run.config.languages or ()
-        measures_languages = bool(wanted) or (vocabulary_changes and not on_trial)
+        measures_languages = bool(wanted) or (vocabulary_changes and any_language)
         with run.report.timed("perplexity"):
             if run.arch.causal:
                 self.measure = self._causal(vocabulary_changes)
@@ -102,6 +102,11 @@ class Comparison:
             model = run.model if run.arch.causal else None
             self.language_costs = costs_before(model, run.dense_tokenizer, wanted)
         run.report.languages = language_costs(self.language_costs)
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        """Measure in the tokens of another tokenizer from now on. Raise if its samples are too long for the model."""
+        if self.measure is not None:
+            self.measure.read_by(tokenizer, model)
 
     def finish(self) -> None:
         """Enter the figures of the pruned model, and the share of words that are split."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
@@ -254,25 +254,19 @@ def _size(model: PreTrainedModel, arch: ArchSpec) -> SizeResult:
     return SizeResult(model.num_parameters(), sum(arch.layer_params), model_bytes(model))
 
 
-class PruneResult(NamedTuple):
-    """The records of a pruning, which the model carries as `model.prune_result`.
+class PruneRecords(NamedTuple):
+    """The records of a pruning, which are saved beside the model.
 
     Attributes:
         config: The config, with the general text that was read.
         plan: The kept units of the original model.
         report: The measurements of the run.
         manifest: The text that was used, by this run and by earlier ones.
-        tokenizer: The tokenizer of the model where its vocabulary was trimmed, otherwise None.
-        checksums: The dtype, shape and CRC-32 of each measured weight, by name.
+        checksums: The dtype, the shape and two checksums of each measured weight, by name.
     """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase | None
     checksums: Mapping[str, Any]
-
-    def __deepcopy__(self, memo: Any) -> PruneResult:
-        """Return these records for the copy of a model too, because generated text cannot be copied."""
-        return self

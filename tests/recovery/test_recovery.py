@@ -181,7 +181,7 @@ def test_a_generator_gives_what_the_list_of_its_texts_gives():
         training = recovery_config(domains=None, tokens=96)
         pruner = StructPruner(config(domains=domains, recovery=training))
         model = pruner.prune_model(build("llama-tied"), tokenizer())
-        again = Recovery(training, pruner.used_config).recover_model(deepcopy(model), tokenizer())
+        again = Recovery(training, pruner.result.config).recover_model(deepcopy(model), tokenizer())
         found = evaluate(model, tokenizer(), domains, seq_length=24)
         results.append((model, again, pruner.prune_model(build("llama-tied"), tokenizer()), found, pruner.report))
     (*models, found, report), (*same, again, same_report) = results

@@ -30,7 +30,7 @@ from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language,
 
 
 READER = real_text_model()[1]
-JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_uniform", "round_to": 8}
+JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "sensitivity", "round_to": 8}
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED, positions=256):
@@ -76,7 +76,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.dense.parameters - pruner.report.pruned.parameters == 2 * 32 * 80
-    with pytest.warns(UserWarning, match="another tokenizer"):
+    with pytest.warns(UserWarning, match="smaller vocabulary and needs a new tokenizer"):
         prune_model(model, fewer_tokens(), READER)
 
 
@@ -133,7 +133,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
     assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == READER.get_vocab()
     assert pruner.report.trimmed.tokens == 16 and pruner.report.trimmed.respelled == 0
-    assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
+    assert dry_run(model.config, pruner.result.config).widths == {"vocab": 448}
     joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
     assert joint.report.trimmed.tokens == 464 - small.config.vocab_size > 0
     assert joint.report.trimmed.respelled == 0
@@ -146,7 +146,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
 ])  # fmt: skip
 def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fields):
     pruner, small = pruned(**fields)
-    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.used_config.widths == fields["widths"]
+    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.result.config.widths == fields["widths"]
     assert sum(width for widths in pruner.plan.widths().values() for width in widths.values()) > 320
     assert pruner.report.widths["vocab"] == {-1: fields["widths"]["vocab"]}
 
@@ -159,7 +159,7 @@ def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
     assert {*counted.documents} == every - {*calibrated.heldout_documents} and {*calibrated.documents} <= every
     assert calibrated.heldout_documents == counted.heldout_documents
     assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
-    assert pruner.used_config.domains == pruner.config.domains
+    assert pruner.result.config.domains == pruner.config.domains
 
 
 def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
@@ -219,9 +219,8 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with all that may go from vocab"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
-    ({"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
-     "Tokens have no part in the cache_bytes_per_token"),
-    ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
+    ({**JOINT, "budget": {"cache_bytes_per_token": 9}}, "Tokens have no part in the cache_bytes_per_token"),
+    ({"allocation": "sensitivity"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
@@ -232,7 +231,7 @@ def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
 def test_ids_and_samples_are_refused():
     with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
         pruned(inputs={"a": torch.randint(400, (8, 12))})
-    with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
+    with pytest.raises(StructPruneError, match="'vocab' needs text and its tokenizer, not samples. Use prune_model"):
         StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
 
 
@@ -308,7 +307,7 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
 
 @pytest.mark.parametrize(
     ("allocation", "share"),
-    with_long([("uniform", 0.75), ("search_uniform", 0.75)], ["uniform"]),
+    with_long([("uniform", 0.75), ("sensitivity", 0.75)], ["uniform"]),
 )
 def test_tokens_and_layers_share_one_budget(share, allocation):
     model, budget = text_model(), {"parameters": share}
@@ -316,7 +315,7 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.used_config.budget == budget and pruner.report.trimmed.tokens == len(gone)
+    assert pruner.result.config.budget == budget and pruner.report.trimmed.tokens == len(gone)
     read = [load_domains(pruner.config, READER)[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
     assert pruner.report.trimmed.respelled == pytest.approx(sum(shares) / 2)
@@ -328,7 +327,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     pruner, small = pruned(model, **fields)
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
-    assert pruner.used_config.targets is None and pruner.report.trimmed
+    assert pruner.result.config.targets is None and pruner.report.trimmed
     assert {choice.name for choice in dry_run(model.config, fewer_tokens(**fields)).spaces} == {"vocab", "mlp"}
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})

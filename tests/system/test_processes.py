@@ -25,7 +25,7 @@ RUNS = {
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
     "deepseek_v2": {"widths": {"expert": 2}},
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
-    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
+    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "olmo2": {"criterion": "block_influence", "widths": {"layer": 1}},
