@@ -235,7 +235,7 @@ def test_a_hub_dataset(monkeypatch):
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
     ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
     ("other.jsonl", "Set `text_column` .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
-    ("chat.jsonl", "set template .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
+    ("chat.jsonl", "Set `template` .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
     ("headless.csv", r"\A.*no column 'text'. Set `text_column`.* Known: One w1 w2 w3 .{47}\.\Z"),
     ("numbers.csv", "must contain strings, and the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
@@ -328,7 +328,7 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
     ({"source": iter(())}, "The domain 'd' is empty; a generator gives its text only once[.]"),
     ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Give it more documents"),
-    ({"source": numbered(), "seq_length": 1}, "seq_length=1 leaves nothing"),
+    ({"source": numbered(), "seq_length": 1}, "`seq_length` must be at least 2, got 1"),
     ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2 .* 3 domains .* 3 is the least"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip
 def test_text_that_makes_no_samples(fields, message):
