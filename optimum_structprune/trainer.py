@@ -340,7 +340,12 @@ def _adapt_(wrapped: nn.Module) -> None:
 
 def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
     """Raise `StructPruneError` if parameters cannot change their shapes in this run."""
-    check_no_adapter(model)  # an adapter may have been added after the callback
+    try:
+        check_no_adapter(model)  # an adapter may have been added after the callback
+    except StructPruneError as error:
+        raise StructPruneError(
+            f"{error} Or prune first (`structprune prune`), then train an adapter with `attach_teacher`."
+        ) from error
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {
@@ -352,8 +357,9 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
     for what, present in reasons.items():
         if present:
             raise StructPruneError(
-                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it: prune first "
-                "(`structprune prune`), then train the pruned model with it."
+                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it. Prune first "
+                "(`structprune prune`), then train the pruned model with `attach_teacher`, see "
+                "docs/recovery_many_gpus.md."
             )
     if several and not ddp:
         raise StructPruneError(

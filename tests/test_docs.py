@@ -46,7 +46,7 @@ SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
     "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",
     "plan": "--num-samples 6 --seq-length 64",
-    "recover": "--tokens 200 --training per_device_train_batch_size=2",
+    "recover": "--tokens 400 --seq-length 32 --training per_device_train_batch_size=2",
 }
 UNKNOWN = "flint"  # a model type that no family describes
 # The console scripts that have our commands, as functions that read `sys.argv`.
@@ -226,7 +226,10 @@ def test_python_lines_inside_sentences_take_their_flags():
         for line in re.findall(r"`((?:\w+=\w+ )?(?:python|bash) examples/[^`]*)`", page.read_text()):
             words = shlex.split(line)
             words = words[1:] if "=" in words[0] else words
-            script = ["python", "examples/prune_and_recover.py"] if words[0] == "bash" else words[:2]
+            script = words[:2]
+            if words[0] == "bash":
+                name = "recover_sft" if words[2] == "sft" else "prune_and_recover"
+                script = ["python", f"examples/{name}.py"]
             assert (ROOT / words[1]).exists() and not unknown_flags([*script, *words[2:]]), f"{page.name}: {line}"
 
 

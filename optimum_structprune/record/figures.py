@@ -7,8 +7,8 @@ All figures name the models in the same way. `dense` is the original model, `pru
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from math import hypot, inf, isfinite
+from dataclasses import dataclass, field, replace
+from math import exp, hypot, inf, isfinite
 from statistics import fmean, geometric_mean
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from ..forward.metrics import UNSEEN, margin_of_error
 
 
+# The rule for technical text after vocabulary trimming, see `technical_ratio`: the loss in nats per token for each
+# split word per word, and the share of split words relative to unseen text. docs/how_much.md has the measurements.
+SPLIT_LOSS = 6.0
+TECHNICAL_SPLITS = 2.0
 # The names of the models in a figure, in the order in which they were made.
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 MODELS = (DENSE, PRUNED, RECOVERED)
@@ -159,12 +163,10 @@ class UnseenResult(DomainResult):
     Attributes:
         source: The origin of the text: `from the Hub`, `model-written`, or `built-in`.
         split_words: After vocabulary trimming, the share of its words that are split into more tokens.
-        technical_split_words: The same share in technical text.
     """
 
     source: str = ""
     split_words: float | None = None
-    technical_split_words: float | None = None
 
 
 @dataclass
@@ -392,6 +394,32 @@ def known_languages(languages: Mapping[str, LanguageResult]) -> Iterator[tuple[s
     measured = {code: result.cost.ratio for code, result in languages.items() if result.is_known}
     ratios = {code: ratio for code, ratio in measured.items() if ratio is not None}
     yield from sorted(ratios.items(), key=lambda item: -item[1])
+
+
+def technical_ratio(split_words: float) -> float:
+    """Return the perplexity ratio that technical text may reach after vocabulary trimming.
+
+    Text that a model writes is simpler than most text, so its loss says too little. The loss grows with the share of
+    words that are split into more tokens, by 0.06 nats per token for each per cent in web pages and encyclopedias, and
+    less in code. These have up to twice as many split words as text that the model writes.
+
+    Args:
+        split_words: The share of the words of unseen text that are split into more tokens.
+    """
+    return exp(SPLIT_LOSS * TECHNICAL_SPLITS * split_words)
+
+
+def with_technical_margin(figure: Figure, split_words: float | None) -> Figure:
+    """Return a figure of unseen text whose interval holds technical text.
+
+    Args:
+        figure: The perplexity on unseen text.
+        split_words: The share of its words that are split into more tokens; None if the vocabulary is unchanged.
+    """
+    if split_words is None or figure.ratio is None:
+        return figure
+    distance = technical_ratio(split_words) - figure.ratio
+    return replace(figure, margin=max(figure.margin or 0.0, distance))
 
 
 def unseen_of(domain: DomainResult, source: str) -> UnseenResult:

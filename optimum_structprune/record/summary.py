@@ -22,9 +22,10 @@ from .figures import (
     mean_figure,
     mean_ratio,
     ratios_of,
+    technical_ratio,
 )
 from .table import UNKNOWN, aligned, byte_size, number, percent_change, times, with_margin
-from .verdict import LANGUAGE_LIMIT, Level, Verdict, judge
+from .verdict import LANGUAGE_LIMIT, Level, Verdict, judge, judged_domains, judged_unseen
 
 
 if TYPE_CHECKING:
@@ -196,9 +197,8 @@ def loss_table(report: Report) -> list[list[str]]:
     if any(domain.vectors is not None for domain in report.domains.values()):
         return _vector_table(report.domains)
     recovery = report.recovery
-    if recovery is None or not recovery.has_dense:
-        return _ratio_table(report.domains, report.unseen, has_recovered=False)
-    return _ratio_table(recovery.domains, recovery.unseen or report.unseen, has_recovered=True)
+    has_recovered = recovery is not None and recovery.has_dense
+    return _ratio_table(judged_domains(report), judged_unseen(report), has_recovered)
 
 
 def loss_notes(report: Report) -> list[str]:
@@ -220,12 +220,21 @@ def loss_notes(report: Report) -> list[str]:
         counts += [] if unseen is None else [unseen.documents]
         has_few = any(0 < count < MANY_DOCUMENTS for count in counts)
         notes.append(f"{INTERVAL}; {FEW_DOCUMENTS}." if has_few else f"{INTERVAL}.")
+        notes[0] += _spread_of(domains)
     infinite = [name for name, figure in ratios_of(domains).items() if figure.ratio == inf]
     if infinite:
         notes.append(f"warning: the perplexity is infinite on {', '.join(infinite)}; the model cannot be used there")
     if recovery is not None and not recovery.has_dense:
         notes += _without_teacher(recovery)
     return notes
+
+
+def _spread_of(domains: Mapping[str, DomainResult]) -> str:
+    """Return the lowest and the highest ratio of several domains as a sentence."""
+    ratios = [figure.ratio or 0.0 for figure in ratios_of(domains).values()]
+    if len(ratios) < 2:
+        return ""
+    return f" Domains differ: {min(ratios):.2f}× to {max(ratios):.2f}×."
 
 
 def _ratio_table(
@@ -347,10 +356,12 @@ def vocabulary_lines(report: Report) -> list[str]:
     lines = [f"{line}{trimmed.respelled:.2%} of the held-out tokens"]
     unseen = report.unseen
     if unseen is not None and unseen.split_words is not None:
-        technical = ""
-        if unseen.technical_split_words is not None:
-            technical = f", {unseen.technical_split_words:.1%} in technical text"
-        lines.append(f"Words now split into more tokens: {unseen.split_words:.1%} in unseen text{technical}")
+        lines.append(
+            f"Words now split into more tokens: {unseen.split_words:.1%} of unseen text; technical text may reach "
+            f"{technical_ratio(unseen.split_words):.2f}×"
+        )
+    if trimmed.unreadable:
+        lines.append(f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}")
     if not report.domains:
         lines.append("No loss was measured, because the model reads more than text.")
     return lines
@@ -444,8 +455,6 @@ def _trim_details(trimmed: TrimResult) -> Iterator[str]:
     yield f"Tokens were kept because they are: {', '.join(kept)}."
     if trimmed.scripts:
         yield f"Removed tokens by script: {_by_count(trimmed.scripts)}."
-    if trimmed.unreadable:
-        yield f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}."
 
 
 def _by_count(scripts: Mapping[str, int]) -> str:

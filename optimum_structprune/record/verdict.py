@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from math import inf
 from statistics import fmean
@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
-from .figures import AnswersResult, DomainResult, Figure, LanguageResult, known_languages, mean_ratio, ratios_of
+from .figures import (
+    AnswersResult,
+    DomainResult,
+    Figure,
+    LanguageResult,
+    UnseenResult,
+    known_languages,
+    mean_ratio,
+    ratios_of,
+    with_technical_margin,
+)
 from .table import times
 
 
@@ -133,10 +143,7 @@ class Evidence:
             answers: Answers that were collected later.
         """
         recovery = report.recovery
-        unseen = report.unseen
-        if recovery is not None and recovery.unseen is not None and recovery.unseen.perplexity is not None:
-            unseen = recovery.unseen
-
+        unseen = judged_unseen(report)
         latest = answers or (recovery.answers if recovery is not None else None) or report.answers
         return cls(
             ratios=ratios_of(judged_domains(report)),
@@ -232,6 +239,18 @@ def judged_domains(report: Report) -> Mapping[str, DomainResult]:
     if report.recovery is not None and report.recovery.has_dense:
         return report.recovery.domains
     return report.domains
+
+
+def judged_unseen(report: Report) -> UnseenResult | None:
+    """Return the latest result on unseen text, with an interval that holds technical text after trimming."""
+    unseen = report.unseen
+    split_words = None if unseen is None else unseen.split_words
+    recovery = report.recovery
+    if recovery is not None and recovery.unseen is not None and recovery.unseen.perplexity is not None:
+        unseen = recovery.unseen
+    if unseen is None or unseen.perplexity is None:
+        return unseen
+    return replace(unseen, perplexity=with_technical_margin(unseen.perplexity, split_words), split_words=split_words)
 
 
 def _judge_vectors(report: Report) -> Verdict | None:

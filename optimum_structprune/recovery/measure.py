@@ -172,13 +172,14 @@ def enter_measurements(report: RecoveryReport, before: Measurements, after: Meas
 
 
 def enter_curve(report: RecoveryReport, log: Sequence[Mapping[str, Any]]) -> None:
-    """Enter the validation loss during a training into its report.
+    """Enter the KL divergence from the teacher during a training into its report.
 
     Args:
         report: The report, with the tokens and the steps of the training.
         log: The log of the Trainer.
     """
     for entry in log:
-        if "eval_loss" in entry:
+        kl = entry.get("eval_kl")
+        if kl is not None:
             tokens = report.tokens * entry["step"] / max(report.steps, 1)
-            report.curve.append(CurvePoint(round(tokens), float(entry["eval_loss"])))
+            report.curve.append(CurvePoint(round(tokens), float(kl)))

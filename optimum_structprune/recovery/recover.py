@@ -31,6 +31,7 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
+from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
@@ -110,6 +111,8 @@ class Recovery:
         size = TrainingSize(config.tokens // seq_length, seq_length)
         seed = self.pruning.seed if config.seed is None else config.seed
         seen = self._seen_by(model)
+        dense = teacher if isinstance(teacher, PreTrainedModel) else model
+        check_recovery_memory(config, dense, model, loaded=True)
 
         with nullcontext("") if "output_dir" in config.training else tempfile.TemporaryDirectory() as scratch:
             # Making the arguments starts the communication of several processes, which write answers together.

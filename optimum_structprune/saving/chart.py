@@ -14,10 +14,10 @@ from ..record.figures import PRUNED, RECOVERED, Figure, known_languages, ratios_
 from ..record.report import CurvePoint, Report
 from ..record.summary import UNITS
 from ..record.table import margin_digits
-from ..record.verdict import LANGUAGE_LIMIT, judged_domains
+from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
 
 
-WIDE, NARROW = 720, 360
+WIDE, NARROW = 600, 360
 ROW_HEIGHT = 26
 AXIS_HEIGHT = 44
 MAX_LABEL = 22
@@ -107,7 +107,7 @@ def loss_chart(report: Report, width: int = WIDE) -> str:
     is_ratio = not any(domain.vectors for domain in report.domains.values())
     ends = [1.0, *(end for mark in marks for end in mark.ends)]
     span = max(max(ends) - min(ends), 0.02)
-    left = width * 0.3 if width >= WIDE else 118
+    left = width * 0.28 if width >= WIDE else 118
     axis = Axis(min(ends) - 0.03 * span, max(ends) + 0.03 * span, left, width - 96)
 
     body = ""
@@ -136,9 +136,7 @@ def _marks(report: Report) -> list[Mark]:
         if domains[name].vectors is None:
             marks.append(_ratio_mark("Calibration domains", name, figure))
 
-    unseen = report.unseen
-    if report.recovery is not None and report.recovery.unseen is not None:
-        unseen = report.recovery.unseen
+    unseen = judged_unseen(report)
     if unseen is not None and unseen.perplexity is not None and unseen.perplexity.ratio is not None:
         marks.append(_ratio_mark("Unseen text", unseen.source, unseen.perplexity))
 
@@ -231,7 +229,8 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         y = y_axis.place(point.kl)
         title = f"<title>{point.tokens:,} tokens: {point.kl:.4f}</title>"
         drawn += f'<circle class="recovered" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
-    drawn += f'<text class="note" x="{x_axis.left}" y="{height + 34}">training tokens</text>'
+    title = "KL to the teacher (nats per token) over training tokens"
+    drawn += f'<text class="note" x="{x_axis.left}" y="{height + 34}">{title}</text>'
     return _svg(width, height + 42, drawn, "Validation loss during training")
 
 

@@ -15,7 +15,9 @@ from ..record.report import Report
 TRIALS = 4
 MOST_TRIALS = 6
 LOSS_OF_COSINE = 10  # multilingual-e5-small misses 0 to 11 translations of 1,000 for 0.001 of it
-KINDS, OTHER, LANGUAGES = "your kinds", "other text", "the languages to keep"
+KINDS = "your domains"
+OTHER = "unseen text"
+LANGUAGES = "the wanted languages"
 # The exponent of the loss as a function of the removed share, until two cuts have been measured.
 FIRST_POWER = 1.5
 

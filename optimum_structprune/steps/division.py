@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,16 +73,18 @@ def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking)
     first = candidates[0]
     alone_is_free = float(removed_shares[first]) == 0 and request.budget.is_met_by({VOCAB: first})
     if len(candidates) == 1 or alone_is_free or not _is_inside_layers(state, request.budget.smallest):
-        return _filled_up(state, request, first)
+        return settled(state, request, first).number
 
     with evaluating(state.model):
         division = Division(state, request, ranking)
         trials = [division.trial(first)]
         goal = float(removed_shares[first]) / 2
-        half = next((number for number in candidates[1:] if float(removed_shares[number]) <= goal), candidates[-1])
-        trials.append(division.trial(half))
+        fewer_removed = [number for number in candidates[1:] if float(removed_shares[number]) <= goal]
+        trials.append(division.trial(fewer_removed[0] if fewer_removed else candidates[-1]))
         if trials[1].total < trials[0].total:
-            trials.append(division.trial(division.cheapest(trials[1])))
+            cheapest = settled(state, request, division.cheapest(trials[1]))
+            if cheapest.number not in [trial.number for trial in trials]:
+                trials.append(division.trial(cheapest.number))
     best = min(trials, key=lambda trial: trial.total)
     return best.number
 
@@ -92,23 +95,29 @@ def _is_inside_layers(state: RunState, names: Mapping[str, object]) -> bool:
     return all(space.inside and space.layer != MODEL for space in spaces)
 
 
-def _other_widths(state: RunState, request: VocabularyRequest, number: int) -> Widths:
-    """Return the widths of the other spaces beside a number of tokens, none if tokens alone meet the budget."""
+class Share(NamedTuple):
+    """The widths of a division: the number of tokens, and the widths of the other spaces, none if they are dense."""
+
+    number: int
+    others: Widths
+
+
+def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
+    """Return the widths of a division with about so many tokens.
+
+    The other spaces take the largest widths that meet the budget. Their steps are coarser than the steps of tokens, so
+    that more tokens may fit beside them.
+    """
     assert request.budget is not None
     if request.budget.is_met_by({VOCAB: number}):
-        return {}
+        return Share(number, {})
+
     config = without_tokens(state.config, request.budget.budget.limit)
     assert config is not None
     skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
     arch = describe(skeleton, state.config.arch_file)
-    return widths_of(replace(config, allocation="uniform"), arch, skeleton)
-
-
-def _filled_up(state: RunState, request: VocabularyRequest, number: int) -> int:
-    """Return the largest number of tokens beside the widths of the other spaces, whose steps are coarser."""
-    assert request.budget is not None
-    widths = _other_widths(state, request, number)
-    return max(number, request.budget.largest(widths))
+    others = widths_of(replace(config, allocation="uniform"), arch, skeleton)
+    return Share(max(number, request.budget.largest(others)), others)
 
 
 class Division:
@@ -122,8 +131,7 @@ class Division:
 
     def trial(self, number: int) -> Trial:
         """Measure a division with about so many tokens."""
-        widths = _other_widths(self.state, self.request, number)
-        number = _filled_up(self.state, self.request, number)
+        number, widths = settled(self.state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
         smaller = _copy_with_shared_weights(self.state.model)

@@ -39,7 +39,7 @@ def test_a_pruning_takes_about_twelve_lines():
     assert lines[3].split() == ["Perplexity", "relative", "to", "the", "original", "pruned"]
     assert lines[4].split() == ["domain", "0", "1.39×", "±", "0.08"]
     assert lines[7].split("  ")[0] == "unseen text (sampled from the original model)"
-    assert lines[8] == "±: 90% confidence interval over documents."
+    assert lines[8] == "±: 90% confidence interval over documents. Domains differ: 1.20× to 1.39×."
     assert lines[-1].startswith("Verdict: needs recovery before use (")
     assert not any("`" in line for line in lines)
 
@@ -112,10 +112,9 @@ def test_trimming_says_how_many_words_are_split():
     report.dense_widths = {"vocab": 49_152}
     report.trimmed = TrimResult(7_040, 0.002, {"always": 311, "usual": 26_586}, scripts={"LATIN": 6_578})
     report.unseen.split_words = 0.008
-    report.unseen.technical_split_words = 0.031
     assert vocabulary_lines(report) == [
         "Vocabulary: 49,152 → 42,112 entries; the removed ones are 0.20% of the held-out tokens",
-        "Words now split into more tokens: 0.8% in unseen text, 3.1% in technical text",
+        "Words now split into more tokens: 0.8% of unseen text; technical text may reach 1.10×",
     ]
     assert "Removed tokens by script: Latin 6,578." in [*details(report)]
 
@@ -146,3 +145,16 @@ def test_a_loss_that_is_not_finite_is_said_in_words():
     report = results.report([1.0])
     report.shapes = [{"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}] * 2
     assert "Chosen: one width (FFN channels 8), KL not finite" in [*details(report)]
+
+
+def test_the_interval_of_unseen_text_holds_technical_text_after_trimming():
+    report = results.report([1.0], unseen_ratio=1.07)
+    report.unseen.perplexity = results.figure(1.07, margin=0.02)
+    assert "1.07× ± 0.02" in "\n".join(loss_lines(report))
+    report.unseen.split_words = 0.04
+    assert "1.1× ± 0.5" in "\n".join(loss_lines(report))
+    report.recovery = results.recovery((1.2, 1.1))
+    report.recovery.unseen = results.unseen(1.07, 1.05, margin=0.02)
+    assert "1.1× ± 0.6" in "\n".join(loss_lines(report))
+    report.unseen.split_words = 0.0
+    assert "1.05× ± 0.02" in "\n".join(loss_lines(report))

@@ -88,7 +88,7 @@ def test_a_curve_falls_where_the_loss_falls():
     svg = curve_chart([CurvePoint(100, 0.6), CurvePoint(200, 0.4), CurvePoint(400, 0.3)])
     places = [(float(part.get("cx")), float(part.get("cy"))) for part in parts(svg, "circle")]
     assert places == sorted(places) and [y for _, y in places] == sorted(y for _, y in places)
-    assert "400" in texts(svg) and "training tokens" in texts(svg)
+    assert "400" in texts(svg) and any("training tokens" in text for text in texts(svg))
 
 
 def test_the_bars_of_layers_are_as_high_as_their_widths():

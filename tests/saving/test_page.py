@@ -132,7 +132,7 @@ def browser():
 def test_a_browser_shows_all_of_it(width, scheme, folder, browser, tmp_path):
     tab, complaints = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
     for event in ("console", "pageerror", "requestfailed"):
-        tab.on(event, complaints.append)
+        tab.on(event, lambda what: complaints.append(what))
     tab.goto((folder / PAGE_NAME).as_uri())
     assert complaints == []
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")

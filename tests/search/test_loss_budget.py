@@ -64,7 +64,7 @@ def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
     result = pruned(model, 0.05)
     report, wish = result.report, result.report.wish
     assert wish["loss"] == 0.05
-    met = max(one["removed"] for one in wish["trials"] if max(one["your kinds"][0], one["other text"][0]) <= 0.05)
+    met = max(one["removed"] for one in wish["trials"] if max(one["your domains"][0], one["unseen text"][0]) <= 0.05)
     assert 1 - report.pruned.parameters / report.dense.parameters == pytest.approx(met, abs=0.001)
     chosen = {name for entry in result.manifest.of_use(EARLIER) for name in entry.probe_documents}
     entries = [entry for entry in result.manifest.domains if entry.use != EARLIER]
@@ -94,7 +94,7 @@ def test_tokens_go_in_place_and_their_trials_share_the_weights():
 def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
     report = pruned(build("bert"), 0.02).report
     cosines = [domain.vectors.cosine.pruned for domain in report.domains.values()]
-    assert report.wish["measured"]["your kinds"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
+    assert report.wish["measured"]["your domains"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
     assert min(cosines) >= 0.99 and "Target loss 2.0%" in str(report)
 
 

@@ -327,7 +327,7 @@ def test_letters_of_scripts_that_are_neither_named_nor_in_the_text_go_first(kind
     greek = reader(texts()["el"]).input_ids
     spelled = TokenAlignment.between(model, reader, small, smaller).align(greek, [True] * len(greek))
     assert smaller.unk_token_id in {part for part, *_ in spelled}
-    lines = [line for line in remarks.splitlines() if line.startswith("letters that cannot be read")]
+    lines = [line for line in remarks.splitlines() if line.startswith("Letters that can no longer be spelled")]
     assert "Greek" in lines[0] and ("Cyrillic" in lines[0]) == (not shown)
 
 
