@@ -25,7 +25,6 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import Request, ask, check_reads_text
 from ..sources.offloaded import layer_device_map
-from ..system.disk import unchanging
 from ..system.offloading import check_reachable
 
 
@@ -69,9 +68,8 @@ class Loading:
         self, name: str, scratch: Path | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A model and its tokenizer; layers that no file holds as they are go to the `scratch` folder."""
-        with unchanging(name):
-            tokenizer = self.tokenizer(name)
-            return self.model(name, scratch), tokenizer
+        tokenizer = self.tokenizer(name)
+        return self.model(name, scratch), tokenizer
 
     def model(self, name: str, scratch: Path | None = None) -> PreTrainedModel:
         """A model without its tokenizer."""

@@ -19,16 +19,14 @@ from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Evaluation, check_evaluation
 from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
-from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import cache_name
 from ..record.remarks import measurements_text
 from ..record.table import side_by_side
 from ..saving.card import EVALUATION_NAME, SPEED_NAME
-from ..saving.page import PAGE_NAME, check_result, write_report
-from ..system.disk import check_folder, unchanging
+from ..saving.page import check_result, write_report
+from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from ..system.stages import model_bytes
-from ..written import check_unchanged
 from .loading import SPREAD_DEVICES, Loading
 from .output import Result
 
@@ -40,13 +38,11 @@ def evaluate(args: Namespace) -> Result:
     """Check all models by their configs, measure them, and write the files that are asked for."""
     is_judged = bool(args.domain or args.answers or args.pairs)
     if args.html:
-        _check_page(args, is_judged)
+        _check_page(args)
     loading, paths = Loading.of(args), _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
     settings, notes = _check_quality(args, loading, paths) if is_judged else ({}, [])
-    if args.mteb:
-        check_tasks(args.mteb)
-    if args.html and not (is_judged or args.speed or args.mteb):
+    if args.html and not (is_judged or args.speed):
         return _with_page(args, "", {})
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model
@@ -60,8 +56,6 @@ def evaluate(args: Namespace) -> Result:
         shown = {**shown, **speed.to_dict()}
         if args.html:
             speed.save(Path(args.models[0], SPEED_NAME))
-    if args.mteb:
-        shown = {**shown, "tasks": task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)}
     notes = notes if shown.get("perplexity") else []  # of an encoder's vectors there is nothing to say
     values = {**record, **shown, "notes": notes}
     text = "\n".join([measurements_text(shown), *notes])
@@ -76,7 +70,7 @@ def _paths(args: Namespace) -> dict[str, str]:
     return dict(zip(names_of(models), models, strict=True)) if len(models) > 1 else {"model": models[0]}
 
 
-def _check_page(args: Namespace, is_judged: bool) -> None:
+def _check_page(args: Namespace) -> None:
     """Refuse a page that cannot be written, before a model is loaded in vain."""
     if len(args.models) > 1:
         raise StructPruneError(f"--html writes the page of one result, and {len(args.models)} models are named.")
@@ -85,8 +79,6 @@ def _check_page(args: Namespace, is_judged: bool) -> None:
     (folder,) = args.models
     check_result(folder)
     check_folder(folder)
-    written = {PAGE_NAME: True, EVALUATION_NAME: is_judged, SPEED_NAME: args.speed}
-    check_unchanged(*(Path(folder, name) for name, is_due in written.items() if is_due))
 
 
 def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Result:
@@ -121,8 +113,8 @@ def _measured(
     dense, evaluations = None, []
     for name, path in paths.items():
         is_dense = bool(args.against) and not records
-        with unchanging(path):
-            tokenizer, model = loading.tokenizer(path) if settings and not is_dense else None, load(path)
+        tokenizer = loading.tokenizer(path) if settings and not is_dense else None
+        model = load(path)
         records.append((_sizes(model, name, args.arch_file), {name: name}))
         if is_dense:
             dense = model

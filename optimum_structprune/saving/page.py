@@ -13,12 +13,11 @@ from markdown_it import MarkdownIt
 from ..errors import StructPruneError
 from ..record.report import REPORT_NAME
 from ..system.processes import is_first_rank
-from ..written import check_unchanged, replace_text, warn_on_error
+from ..written import replace_text, warn_on_error
 from .card import Records, chart, result_text, short_name
 
 
 PAGE_NAME = "report.html"
-ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 
 
 def check_result(folder: str | Path) -> None:
@@ -33,8 +32,7 @@ def page(folder: str | Path, dense: str = "") -> str:
     records, title = Records.read(folder, dense), Path(folder).absolute().name
     try:
         named = (records.report.get("model") or {}).get("base_model") or short_name(records.dense)
-        dense = named if ID.fullmatch(named) else records.dense or "DENSE"
-        text = result_text(records, title, named, dense, str(folder), f"{folder}-again")
+        text = result_text(records, title, named, named or "DENSE", title, f"{title}-again")
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise StructPruneError(f"{folder}: a record is not what this package writes: {error!r}.") from error
     markdown = MarkdownIt("js-default")  # without HTML of others
@@ -55,11 +53,9 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
         The path of the page.
 
     Raises:
-        StructPruneError: If the folder has no report, a record cannot be read, or the page that is there is another
-            program's or has been changed.
+        StructPruneError: If the folder has no report, or a record cannot be read.
     """
     path = Path(folder, PAGE_NAME)
-    check_unchanged(path)
     replace_text(path, page(folder, dense))
     return path
 

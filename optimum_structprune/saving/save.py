@@ -35,7 +35,7 @@ from ..system.fingerprint import checksums
 from ..system.offloading import declared, places
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
-from ..written import replace_json, written_files
+from ..written import replace_json, without_folders, written_files
 
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
 # The fields of a module's config that say what it reads of the model: channels or logits.
 WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
 # The files that are fetched of a model on the Hub, where weights lie in more formats than can be told.
+# The records of this package, which may hold the names of files of the user.
+RECORDS = re.compile(r"(structprune_config|recovery_config|report|recovery_report|calibration_manifest)\.json")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
 
@@ -121,6 +123,7 @@ def save_checked(
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):  # which may name code
             settle(staging / name, type(model.config))
         write(staging)
+        _remove_folders(staging)
         check_reload(like or model, staging)
 
 
@@ -187,6 +190,13 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
         if (part := getattr(config, key, None)) is not None:
             kernels[key] = _kernels(part, name)
     return kernels
+
+
+def _remove_folders(staging: Path) -> None:
+    """Replace the absolute paths in the records of a result by names."""
+    for path in staging.glob("*.json"):
+        if RECORDS.fullmatch(path.name):
+            replace_json(path, without_folders(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
