@@ -254,7 +254,7 @@ def test_a_model_writes_a_fifth_beside_the_domains(tmp_path):
     entries = {entry.name: entry for entry in pruner.manifest.of_use(CALIBRATED)}
     sizes = {name: entry.calibration_tokens for name, entry in entries.items()}
     assert sizes == {"general": 2 * 24, "own": 8 * 24} and entries["general"].origin["source"] == "self:any"
-    assert pruner.config is BESIDE and pruner.used_config == replace(BESIDE, general_text="self:any")
+    assert pruner.config is BESIDE and pruner.result.config == replace(BESIDE, general_text="self:any")
     pruner.save(pruned, tmp_path / "out", READER)
     saved = StructPruneConfig.from_pretrained(tmp_path / "out")
     other = StructPruner(replace(BESIDE, general_share=0.5))
