@@ -109,7 +109,7 @@ class DryRun(Record):
         """Return a table of widths, parameters, memory and cache."""
         rows: list[Row] = []
         for space in self.spaces:
-            after = [space.after] if isinstance(space.after, int) else list(space.after.values())
+            after = list(space.after.values()) if isinstance(space.after, Mapping) else [space.after]
             rows.append(Row(f"width {space.name}", ([space.before], after), change=PERCENT))
 
         for name, label in SIZES.items():
@@ -119,7 +119,8 @@ class DryRun(Record):
             elif size.before:  # a model that does not generate has no cache
                 rows.append(Row(label.format(self.dtype), (size.before, size.after), change=PERCENT))
 
-        lines = [aligned(cells(["before", "after"], rows)), *self.notes]
+        lines = [aligned(cells(["before", "after"], rows))]
+        lines += self.notes
         lines += [f"loads with {way}" for way in self.reload]
         if self.need is not None:
             lines.append(f"the pruning takes at its peak\n{self.need}")
@@ -202,7 +203,10 @@ def _saved_bytes(model: PreTrainedModel, itemsize: int) -> int:
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     size = 0
     for tensor in tensors.values():
-        size += tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
+        if tensor.is_floating_point():
+            size += tensor.numel() * itemsize
+        else:
+            size += tensor.numel() * tensor.element_size()
     return size
 
 
@@ -242,7 +246,9 @@ def _written_share(config: StructPruneConfig) -> float:
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
     """Yield a warning for each kind of space whose new width rules out a kernel of the original width."""
     parts = config.tensor_parallel
-    for_channels = [(number * (parts if is_split else 1), kernel) for number, is_split, kernel in KERNELS]
+    for_channels: list[tuple[int, str]] = []
+    for number, is_split, kernel in KERNELS:
+        for_channels.append((number * parts if is_split else number, kernel))
     multiples = {
         CHANNEL: for_channels,
         GROUP: [(parts, "tensor parallelism")],

@@ -325,7 +325,7 @@ def recovery_config(**fields) -> RecoveryConfig:
     other = Path(OTHER_WORDS.name, "other.jsonl")
     if not other.exists():
         write_texts(other, documents(20, seed=9))
-    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True, "bf16": False}
     defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(other), **RECOVERY_TEXT}
     training = {key: value for key, value in {**training, **fields.get("training", {})}.items() if value is not None}
     return RecoveryConfig(**{**defaults, **fields, "training": training})

@@ -72,7 +72,7 @@ def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool 
     new_ids = {old: new for new, old in enumerate(keep)}
     last = len(keep) - 1
 
-    for fields, name in [*_token_fields(config, size)]:
+    for fields, name in list(_token_fields(config, size)):
 
         def new_id(old: int, name: str = name) -> int:
             if old in new_ids or not 0 <= old < size:
@@ -98,7 +98,7 @@ def resize_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
         keep: The ids of the kept tokens, ascending.
         size: The number of rows of the original vocabulary.
     """
-    for fields in [*_sections(config, size)]:
+    for fields in list(_sections(config, size)):
         for name, value in list(fields.items()):
             if type(value) is not int:
                 continue

@@ -20,9 +20,8 @@ from ..evaluation.answers import ShortCheck
 from ..record.answers import Items
 from ..record.remarks import judged, verdict
 from ..record.report import REPORT_NAME
-from ..recovery.recover import Recovery, check_recovery
+from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
-from ..recovery.trainer import NothingGainedWarning
 from ..saving.card import Records
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub

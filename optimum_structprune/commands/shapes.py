@@ -41,7 +41,7 @@ def inspect(args: Namespace) -> Result:
         space = _space(model.config, arch, name)
         spaces[name] = space
         units = space["units"]
-        shown = str(units[0]) if units[0] == units[-1] else f"{units[0]}-{units[-1]}"
+        shown = "-".join(map(str, dict.fromkeys([units[0], units[-1]])))
         parameters = space["parameters"]
         legal = _ranges(legal_sizes(model.config, arch, name))
         lines.append(f"{name:<12}{shown:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")

@@ -105,20 +105,22 @@ class Gaps:
         inputs = torch.stack([row_inputs for row_inputs, _ in rows]).to(device)
         labels = torch.stack([row_labels for _, row_labels in rows]).to(device)
         # An encoder-decoder makes the inputs of its decoder from the labels.
-        options = {"labels": labels} if self.has_decoder else {}
-        logits = model(input_ids=inputs, **options).logits.float().transpose(1, 2)
+        read = {"input_ids": inputs}
+        if self.has_decoder:
+            read["labels"] = labels
+        logits = model(**read).logits.float().transpose(1, 2)
         return cross_entropy(logits, labels, reduction="none").double().sum(1).cpu()
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs and the labels of each text as token ids, each of shape `(tokens,)`."""
         most = int(min(positions_of(model), MOST_TOKENS))
         if self.targets is not None:
-            inputs = tokenizer([*self.texts], verbose=False)["input_ids"]
-            labels = tokenizer(text_target=[*self.targets], verbose=False)["input_ids"]
+            inputs = tokenizer(list(self.texts), verbose=False)["input_ids"]
+            labels = tokenizer(text_target=list(self.targets), verbose=False)["input_ids"]
             pairs = zip(inputs, labels, strict=True)
             return [(torch.tensor(ids[:most]), torch.tensor(target[:most])) for ids, target in pairs]
 
-        encoded = tokenizer([*self.texts], verbose=False, return_offsets_mapping=True)
+        encoded = tokenizer(list(self.texts), verbose=False, return_offsets_mapping=True)
         rows: list[tuple[Tensor, Tensor]] = []
         for number, places in enumerate(self.places):
             ids = torch.tensor(encoded["input_ids"][number][:most])
@@ -143,7 +145,7 @@ def _overlaps(start: int, end: int, places: Sequence[tuple[int, int]]) -> bool:
 
 def _masked_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, int]]]:
     """Return the first character and the end of each masked word, by text."""
-    encoded = tokenizer([*texts], verbose=False, return_offsets_mapping=True)
+    encoded = tokenizer(list(texts), verbose=False, return_offsets_mapping=True)
     places: list[list[tuple[int, int]]] = []
     for number, offsets in enumerate(encoded["offset_mapping"]):
         word_of = encoded.word_ids(number)

@@ -121,7 +121,8 @@ class Pooling(NamedTuple):
             states: The hidden states.
             start: The number of tokens of the prompt.
         """
-        start = 0 if self.includes_prompt else start
+        if self.includes_prompt:
+            start = 0
         return torch.cat([POOLING.get(mode, _mean)(states, start) for mode in self.modes], 1)
 
     def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -138,7 +139,9 @@ def _modes_in(config: Mapping[str, Any]) -> list[str]:
         older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
         return [re.sub("pooling_mode_|_tokens?$", "", key) for key in older]
     modes = config["pooling_mode"]
-    return [modes] if isinstance(modes, str) else list(modes)
+    if isinstance(modes, str):
+        return [modes]
+    return list(modes)
 
 
 def _prompt_in(files: Mapping[str, str]) -> str:
@@ -175,7 +178,9 @@ class Embeddings:
     ):
         self.texts: dict[str, Texts] = {}
         for name, domain_texts in texts.items():
-            self.texts[name] = domain_texts if isinstance(domain_texts, Texts) else Texts.one_each(domain_texts)
+            if not isinstance(domain_texts, Texts):
+                domain_texts = Texts.one_each(domain_texts)
+            self.texts[name] = domain_texts
         self.tokenizer = tokenizer
         self.pairs = pairs
 
@@ -228,7 +233,7 @@ class Embeddings:
             documents = torch.tensor(list(self.texts[name].documents))[: len(losses)]
             by_model = {before: self.dense_losses[name], after: losses}
             enter_figures(record, name, perplexity_figures(by_model, tokens, documents))
-        record.languages = {code: {**old, **by_language.get(code, {})} for code, old in record.languages.items()}
+        record.languages = {code: old | by_language.get(code, {}) for code, old in record.languages.items()}
 
     def figures(
         self, model: PreTrainedModel, before: str, after: str
@@ -273,10 +278,9 @@ class Embeddings:
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the vectors of a model by domain and by language, shape `(texts, channels)`."""
         prompt_tokens = self.pooling.prompt_tokens(self.tokenizer)
-        groups = [*self.texts.values(), *self.spoken.values()]
         rows: list[Tensor] = []
         sizes: list[int] = []
-        for group in groups:
+        for group in chain(self.texts.values(), self.spoken.values()):
             rows_of_group = rows_of(group.texts, self.tokenizer, model, self.pooling.prompt)
             rows += rows_of_group
             sizes.append(len(rows_of_group))
@@ -349,9 +353,11 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more
     """
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
-    passages = chain.from_iterable(Passages([*samples], tokenizer).texts)
-    texts = sentences([*passages, *more])
-    return texts if texts.texts else Texts.one_each(samples)
+    passages = Passages(list(samples), tokenizer).texts
+    texts = sentences(list(chain(chain.from_iterable(passages), more)))
+    if not texts.texts:
+        return Texts.one_each(samples)
+    return texts
 
 
 def sentences(documents: Sequence[str]) -> Texts:
@@ -403,7 +409,7 @@ def rows_of(
         A tensor of shape `(tokens,)` for each text.
     """
     if isinstance(texts, Tensor):
-        return [*texts]
+        return list(texts)
 
     assert tokenizer is not None
     most = int(min(positions_of(model), MOST_TOKENS))
@@ -459,7 +465,9 @@ def embedding_figures(
         least 20 texts of other documents.
     """
     figures: dict[str, float] = {"texts": len(vectors)}
-    numbers = torch.tensor(list(range(len(vectors)) if documents is None else documents))
+    if documents is None:
+        documents = range(len(vectors))
+    numbers = torch.tensor(list(documents))
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
         least = COSINE_UNSEEN / len(numbers.unique())

@@ -19,7 +19,7 @@ from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from .aligned_batches import AlignedCollator, AlignedTargets
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
-from .live_teacher import Predictions, Teacher, load_teacher
+from .teacher import Predictions, Teacher, accepted_inputs, load_teacher
 
 
 # The target of a position whose next token does not count, as everywhere in torch.
@@ -203,6 +203,7 @@ class TeacherLoss:
                 predictions = self.teacher.predict(aligned.teacher_inputs, aligned.teacher_positions)
 
         student_inputs = _without(inputs, (*LOSS_INPUTS, *AlignedTargets.INPUTS))
+        student_inputs = accepted_inputs(bare_model(model), student_inputs)
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
         self._add("train" if model.training else "eval", losses)

@@ -58,13 +58,17 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
     """Return the config of the other spaces, or None if there are none. `limit` replaces the limit of the budget."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
-        return replace(config, widths=widths) if widths else None
+        if not widths:
+            return None
+        return replace(config, widths=widths)
 
     targets = tuple(name for name in config.targets_or_default if name != VOCAB)
     if not targets:
         return None
-    budget = config.budget if limit is None else dict.fromkeys(config.budget or {}, limit)
-    return replace(config, targets=targets, budget=budget)
+    if limit is None:
+        return replace(config, targets=targets)
+    (figure,) = config.budget or {}
+    return replace(config, targets=targets, budget={figure: limit})
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
@@ -117,6 +121,13 @@ def _advice_against_sparsity(config: StructPruneConfig, arch: ArchSpec) -> str:
     )
 
 
+def _with_tokens(widths: Widths, number: int) -> Widths:
+    """Return widths of other spaces with a number of tokens."""
+    all_widths = dict(widths)
+    all_widths[VOCAB] = number
+    return all_widths
+
+
 @dataclass(frozen=True)
 class VocabBudget:
     """A budget in which tokens have a part.
@@ -159,8 +170,9 @@ class VocabBudget:
             smallest = smallest_widths(others, arch, legal_others)
 
         budget = budget_of(config, arch, model, list(smallest))
-        least = budget.cost({**smallest, VOCAB: numbers[0]})
-        check_reach(config, budget, least, [VOCAB, *smallest], arch)
+        least = budget.cost(_with_tokens(smallest, numbers[0]))
+        names = [VOCAB] + list(smallest)
+        check_reach(config, budget, least, names, arch)
         return cls(budget, numbers, smallest, rows)
 
     @property
@@ -174,10 +186,12 @@ class VocabBudget:
 
     def largest(self, widths: Widths) -> int:
         """Return the largest number of tokens that meets the budget beside other widths, else the smallest number."""
-        place = bisect_right(
-            self.numbers, self.budget.limit, key=lambda number: self.budget.cost({**widths, VOCAB: number})
-        )
-        return self.numbers[max(place - 1, 0)]
+
+        def cost(number: int) -> float:
+            return self.budget.cost(_with_tokens(widths, number))
+
+        num_fitting = bisect_right(self.numbers, self.budget.limit, key=cost)
+        return self.numbers[max(num_fitting - 1, 0)]
 
     @property
     def candidates(self) -> list[int]:

@@ -36,7 +36,9 @@ def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel,
         return costs[key]
 
     dense = cost({})
-    return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
+    if limit < 1:
+        limit = int(limit * dense)
+    return Budget(name, limit, dense, cost)
 
 
 def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Callable[[Widths], float]:
@@ -44,14 +46,17 @@ def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collectio
     if name == CACHE:
         return _cache_of(name, arch, model)
 
-    size = model.dtype.itemsize if name == "bytes" else 1
+    size = 1
+    if name == "bytes":
+        size = model.dtype.itemsize
     if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
         # The parameters of such a space outside of the layers are not in its `unit_params`.
         return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()
 
     # Tied parameters of an offloaded model are apart, and would count twice.
-    whole = shrunk_skeleton(model, arch, {}) if is_offloaded(model) else model
-    dense = whole.num_parameters()
+    if is_offloaded(model):
+        model = shrunk_skeleton(model, arch, {})
+    dense = model.num_parameters()
     return lambda widths: size * (dense - removed_parameters(arch, widths))
 
 
@@ -74,7 +79,7 @@ def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Wi
 def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
     """Return the number of parameters that the layers lose at given widths."""
     removed = 0
-    for space in (*arch.model_spaces, *arch.spaces):
+    for space in list(arch.model_spaces) + list(arch.spaces):
         units = (space.width - space.width_in(widths)) * space.scale
         removed += units * space.unit_params
     return removed
@@ -91,7 +96,9 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
 
     others = _other_spaces(config, name, names, arch)
     if not names:
-        advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
+        advice = "budget something else"
+        if others:
+            advice = f"target {' or '.join(repr(kind) for kind in others)}"
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
             f"{list(config.targets_or_default)} leave that as it is; {advice}."
@@ -108,8 +115,10 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
 
 def _other_spaces(config: StructPruneConfig, name: str, names: list[str], arch: ArchSpec) -> list[str]:
     """Return the spaces that would also reduce a figure."""
-    kinds = ("attention", LAYER) if name == CACHE else (VOCAB, *arch.channels, "attention", LAYER)
-    targeted = {*names, *config.targets_or_default}
+    kinds = ["attention", LAYER]
+    if name != CACHE:
+        kinds = [VOCAB] + list(arch.channels) + kinds
+    targeted = set(names).union(config.targets_or_default)
     return [kind for kind in kinds if kind in arch.offered and kind not in targeted]
 
 

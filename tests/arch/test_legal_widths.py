@@ -53,7 +53,7 @@ def test_legal_widths_follow_the_config_class():
         assert [*legal_sizes(model.config, describe(model), name)] == legal
 
 
-@pytest.mark.parametrize("size", [10**8, 10**12])
+@pytest.mark.parametrize("size", [10**8, 10**11])
 def test_widths_are_not_listed_one_by_one(size):
     """As a config may hold any number, mistyped or hostile."""
     model_config = LlamaConfig(**{**GROUPED, "intermediate_size": size})

@@ -8,11 +8,10 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers import error_line, save_desk
 from models import build, config, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from optimum_structprune import Recovery, StructPruner
 from optimum_structprune.commands.cli import main
-from optimum_structprune.recovery.trainer import DistillTrainer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folde
     assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
 
 
-@pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (DistillTrainer, "train")])
+@pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (Trainer, "train")])
 def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, capsys, monkeypatch, owner, name):
     """Another model takes its place while it is loaded, or trained."""
     pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")

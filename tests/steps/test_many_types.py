@@ -12,10 +12,10 @@ from optimum_structprune.forward.metrics import outputs_of
 
 pytestmark = pytest.mark.nightly
 SIZES = {**TOKENS, "vocab_size": 400, "max_position_embeddings": 256}
-LLAMA = {**SIZES, **GROUPED}
-BERT = {**SIZES, **PLAIN}
-TRANSLATOR = {**SIZES, **BART, "decoder_start_token_id": 0}
-T5_SIZES = {**SIZES, **T5, "decoder_start_token_id": 0}
+LLAMA = {**GROUPED, **SIZES}
+BERT = {**PLAIN, **SIZES}
+TRANSLATOR = {**BART, **SIZES, "decoder_start_token_id": 0}
+T5_SIZES = {**T5, **SIZES, "decoder_start_token_id": 0}
 TOWER = {"text_config": {**BERT, "projection_size": 16, "project_dim": 16}, "projection_dim": 16}
 SEEN = {**TOWER, "vision_config": PATCHES}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}

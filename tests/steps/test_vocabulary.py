@@ -12,7 +12,7 @@ from accelerate import cpu_offload
 from helpers import failing, recovery_config, same_weights, save_with_tokenizer, unread, with_long
 from models import GROUPED, PLAIN, build, config, documents, fewer_tokens, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from optimum_structprune import RunOptions, StructPruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.commands.cli import main
@@ -25,7 +25,6 @@ from optimum_structprune.errors import StructPruneError
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
-from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.resume import Resume
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
@@ -287,7 +286,7 @@ def test_a_training_of_rows_goes_on_after_a_kill(tmp_path, monkeypatch):
 
     whole = trained()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
+        patch.setattr(Trainer, "training_step", failing(Trainer.training_step, 6, KeyboardInterrupt()))
         trained()
     assert same_weights(trained(resume=True), whole) and not same_weights(whole, small)
 
