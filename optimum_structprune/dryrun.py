@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +17,14 @@ from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
 from .pruning.memory import MemoryEstimate, estimate_memory
-from .pruning.request import DRY_RUN, Request, ask, check_config_kind
+from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
 from .vocabulary.amount import large_vocabulary
 from .written import Record
+
+
+if TYPE_CHECKING:
+    from .recovery.memory import RecoveryEstimate
 
 
 # The multiples that kernels need: the number, whether tensor parallelism multiplies it because it splits the matrix,
@@ -77,6 +81,7 @@ class DryRun(Record):
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
         need: The memory that the pruning itself takes at its peak; None where it was not asked for.
+        recovery: The memory and the time of the recovery; None if the config has none.
     """
 
     model_type: str
@@ -89,6 +94,7 @@ class DryRun(Record):
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
     need: MemoryEstimate | None = None
+    recovery: RecoveryEstimate | None = None
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -124,6 +130,8 @@ class DryRun(Record):
         lines += [f"loads with {way}" for way in self.reload]
         if self.need is not None:
             lines.append(f"the pruning takes at its peak\n{self.need}")
+        if self.recovery is not None:
+            lines.append(str(self.recovery))
         return "\n".join(lines)
 
 
@@ -157,7 +165,7 @@ def dry_run(
     """
     check_config_kind(config, options)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
-    request = ask(config, info, tokenizer, use=DRY_RUN, options=options)
+    request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
     arch = info.arch
     dense = info.plain_model
 
@@ -179,11 +187,27 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(request, model_config), *lost_kernels(config, arch, request.widths)),
         need=estimate_memory(request, offload) if cost else None,
+        recovery=_recovery(request),
         **changes,
     )
 
 
-def _sizes(request: Request, model: PreTrainedModel) -> dict[str, int]:
+def _recovery(request: PruningRequest) -> RecoveryEstimate | None:
+    """Estimate the recovery of the config, if it has one, and refuse what `prune` would refuse."""
+    config = request.config
+    if config.recovery is None:
+        return None
+    # Training libraries take seconds to import.
+    from .recovery.checks import check_recovery
+    from .recovery.memory import check_recovery_memory, estimate_recovery
+
+    dense = request.model_info.plain_model
+    check_recovery(config.recovery, config, dense)
+    check_recovery_memory(config.recovery, dense, request.smaller, loaded=False)
+    return estimate_recovery(config.recovery, dense, request.smaller)
+
+
+def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     """Return the known sizes of a model, by field of `DryRun`."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
@@ -210,7 +234,7 @@ def _saved_bytes(model: PreTrainedModel, itemsize: int) -> int:
     return size
 
 
-def _notes(request: Request, model_config: PretrainedConfig) -> Iterator[str]:
+def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield remarks that the numbers do not show."""
     config = request.config
     arch = request.model_info.arch

@@ -24,7 +24,7 @@ from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import StructPruner
-from .pruning.request import TRAINER, ask, check_arguments, check_config_kind, check_reads_text
+from .pruning.request import TRAINER, check_arguments, check_config_kind, check_reads_text, resolve_request
 from .record.plan import Plan
 from .steps.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
@@ -239,7 +239,7 @@ class StructPruneCallback(TrainerCallback):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Record the widths of a dense model. Raise `StructPruneError` if the config does not fit it."""
-        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
+        request = resolve_request(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.model_info.arch, request.widths
         self.plan = Plan.of(model, request.model_info.arch)
 
@@ -342,7 +342,12 @@ def _adapt_(wrapped: nn.Module) -> None:
 
 def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
     """Raise `StructPruneError` if parameters cannot change their shapes in this run."""
-    check_no_adapter(model)  # an adapter may have been added after the callback
+    try:
+        check_no_adapter(model)  # an adapter may have been added after the callback
+    except StructPruneError as error:
+        raise StructPruneError(
+            f"{error} Or prune first (`structprune prune`), then train an adapter with `attach_teacher`."
+        ) from error
 
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
@@ -355,8 +360,9 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
     for what, present in reasons.items():
         if present:
             raise StructPruneError(
-                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it: prune first "
-                "(`structprune prune`), then train the pruned model with it."
+                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it. Prune first "
+                "(`structprune prune`), then train the pruned model with `attach_teacher`, see "
+                "docs/recovery_many_gpus.md."
             )
     if several and not ddp:
         raise StructPruneError(

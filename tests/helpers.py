@@ -39,9 +39,9 @@ from optimum_structprune.method.layers import InMemory, NotSequentialError, run_
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.measure import Comparison
-from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
+from optimum_structprune.steps.base import RunState
 from optimum_structprune.system.stages import model_bytes
 
 
@@ -161,16 +161,17 @@ def weighed(*shares) -> CalibrationData:
     return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares])
 
 
-def pruned_on(data, model, widths) -> Run:
+def pruned_on(data, model, widths) -> RunState:
     """The finished run that brings a copy of a model to `widths` on given data."""
-    with Run(deepcopy(model), describe(model), data) as run:
-        run.start()
-        comparison = Comparison(run)
-        for step in StructPruner(data.config).steps(run.arch, run.model, widths):
-            StructPruner(data.config).apply_step_(run, step)
-        comparison.finish()
-        run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
-    return run
+    state = RunState.start(deepcopy(model), describe(model), data)
+    state.plan = Plan.of(state.model, state.arch)
+    state.report.start(state.model, state.arch)
+    comparison = Comparison(state)
+    for step in StructPruner(data.config).steps(state.arch, state.model, widths):
+        step.apply(state)
+    comparison.finish()
+    state.report.finish(state.model, state.arch, state.dense_arch, state.plan)
+    return state
 
 
 def mixture_of(moments, shares, weight) -> Moments:

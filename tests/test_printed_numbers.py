@@ -87,15 +87,15 @@ def test_sizes_are_those_of_the_saved_files(case, widths, dtype, tmp_path, capsy
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     measured = printed(capsys, "evaluate", tmp_path / "dense", tmp_path / "small", "--device", "cpu", "--quiet")
 
-    for when, name in (("before", "dense"), ("after", "small")):
+    for when, which, name in (("before", "dense", "dense"), ("after", "pruned", "small")):
         folder = tmp_path / name
-        assert plan["parameters"][when] == report["parameters"][when] == number_of_values(folder)
+        assert plan["parameters"][when] == report[which]["parameters"] == number_of_values(folder)
         assert plan["memory"][when] == number_of_bytes(folder)
         assert plan["cache_per_token"][when] == cache_bytes(folder)
-        (label,) = (label for label in measured["parameters"] if label.endswith(name))
-        assert measured["parameters"][label] == number_of_values(folder)
-        assert measured["weights"][label] == number_of_bytes(folder)
-        assert measured["cache_per_token"][label] == cache_bytes(folder)
+        size = measured["models"][name]["size"]
+        assert size["parameters"] == number_of_values(folder)
+        assert size["bytes"] == number_of_bytes(folder)
+        assert size["cache_per_token"] == cache_bytes(folder)
 
     dense, small = layer_parameters(tmp_path / "dense"), layer_parameters(tmp_path / "small")
     assert plan["sparsity"] == pytest.approx(1 - small / dense)
@@ -136,29 +136,25 @@ def log_probabilities(folder, samples):
 def test_perplexity_kl_and_agreement_are_those_of_the_saved_models(tmp_path, capsys):
     saved_pair("llama-tied", tmp_path, {"mlp": 16})
     words = ["evaluate", tmp_path / "small", "--against", tmp_path / "dense", "--domain", f"a={tmp_path / 'a.jsonl'}"]
-    figures = printed(capsys, *words, "--seq-length", LENGTH, "--device", "cpu", "--quiet")
+    values = printed(capsys, *words, "--seq-length", LENGTH, "--device", "cpu", "--quiet")
+    figures = values["models"]["pruned"]["evaluation"]["domains"]["a"]
 
-    samples = samples_of(tmp_path)[: figures["perplexity_tokens"]["a"] // (LENGTH - 1)]
-    assert figures["perplexity_tokens"]["a"] == samples[:, 1:].numel()
+    samples = samples_of(tmp_path)[: figures["tokens"] // (LENGTH - 1)]
+    assert figures["tokens"] == samples[:, 1:].numel()
     ours, theirs = log_probabilities(tmp_path / "small", samples), log_probabilities(tmp_path / "dense", samples)
-    by_model = figures["perplexity"]["a"]
-    (small,) = (label for label in by_model if label == "model" or label.endswith("small"))
-    (dense,) = (label for label in by_model if label != small)
 
     targets = samples[:, 1:, None]
     num_bytes = sum(len(text.encode()) for text in documents_in(samples, tmp_path / "dense"))
-    for label, values in ((small, ours), (dense, theirs)):
+    for label, values in (("pruned", ours), ("dense", theirs)):
         losses = -values.gather(-1, targets)
-        assert by_model[label] == pytest.approx(math.exp(float(losses.mean())), rel=1e-5)
+        assert figures["perplexity"][label] == pytest.approx(math.exp(float(losses.mean())), rel=1e-5)
         bits = float(losses.sum()) / math.log(2)
-        assert figures["bits_per_byte"]["a"][label] == pytest.approx(bits / num_bytes, rel=1e-5)
+        assert figures["bits_per_byte"][label] == pytest.approx(bits / num_bytes, rel=1e-5)
 
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-    figure = figures["divergence"]["a"]
-    assert (figure if isinstance(figure, float) else figure[small]) == pytest.approx(float(kl), rel=1e-3)
-    figure = figures["agreement"]["a"]
-    assert (figure if isinstance(figure, float) else figure[small]) == pytest.approx(float(agreement))
+    assert figures["divergence"]["pruned"] == pytest.approx(float(kl), rel=1e-3)
+    assert figures["agreement"]["pruned"] == pytest.approx(float(agreement))
 
 
 @torch.no_grad()
@@ -181,9 +177,8 @@ def test_cosines_and_neighbours_are_those_of_the_saved_encoders(tmp_path, capsys
     lines = [json.dumps(pair) for pair in zip(first, second, strict=True)]
     (tmp_path / "xx.jsonl").write_text("\n".join(lines))
     words = ["evaluate", tmp_path / "small", "--against", tmp_path / "dense", "--pairs", tmp_path / "xx.jsonl"]
-    embeddings = printed(capsys, *words, "--device", "cpu", "--quiet")["embeddings"]["pairs xx"]
-    (label,) = (label for label in embeddings if "cosine" in embeddings[label])
-    figures = embeddings[label]
+    values = printed(capsys, *words, "--device", "cpu", "--quiet")
+    figures = values["models"]["pruned"]["evaluation"]["domains"]["pairs xx"]["vectors"]
 
     texts = [text.strip() for text in first + second]
     ours, theirs = vectors(tmp_path / "small", texts), vectors(tmp_path / "dense", texts)
@@ -191,7 +186,7 @@ def test_cosines_and_neighbours_are_those_of_the_saved_encoders(tmp_path, capsys
     theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
     cosines = (ours * theirs).sum(1)
     assert figures["texts"] == len(texts)
-    assert figures["cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
+    assert figures["cosine"]["pruned"] == pytest.approx(cosines.mean(), abs=1e-5)
     assert figures["cosine_worst"] == pytest.approx(cosines.min(), abs=1e-5)
     assert figures["cosine_p5"] == pytest.approx(np.quantile(cosines, 0.05), abs=1e-5)
 
@@ -203,15 +198,15 @@ def test_cosines_and_neighbours_are_those_of_the_saved_encoders(tmp_path, capsys
             near[number] = -2
             nearest.append(set(np.argsort(-near)[:NEIGHBOURS]))
         shares.append(len(nearest[0] & nearest[1]) / NEIGHBOURS)
-    assert figures["neighbours"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert figures["neighbours"]["pruned"] == pytest.approx(np.mean(shares), abs=1e-6)
 
     # A text finds its translation if no other translation is nearer.
     half = len(first)
-    for name, values in ((label, ours), (next(name for name in embeddings if name != label), theirs)):
+    for name, values in (("pruned", ours), ("dense", theirs)):
         near = values[:half] @ values[half:].T
         right = np.arange(half)
         found = [(near.argmax(1) == right).mean(), (near.argmax(0) == right).mean()]
-        assert embeddings[name]["retrieval"] == pytest.approx(np.mean(found))
+        assert figures["retrieval"][name] == pytest.approx(np.mean(found))
 
 
 # The bytes of a block of 32 values: a scale in 16 bits, and the values.

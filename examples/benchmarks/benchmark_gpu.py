@@ -116,9 +116,9 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     pruner = StructPruner(pruning)
     with stages.stage("prune"):
         small = pruner.prune_model(model, tokenizer, inplace=True)
-    result["parameters"] = pruner.report.parameters
+    result["parameters"] = {"dense": pruner.report.dense.parameters, "pruned": pruner.report.pruned.parameters}
     result["pruning_seconds"] = pruner.report.seconds
-    result["perplexity"] = pruner.report.perplexity
+    result["domains"] = pruner.report.to_dict()["domains"]
     del model
 
     with stages.stage("save"):
@@ -133,8 +133,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     result["recovery"] = {
         "tokens": recovery.report.tokens,
         "steps": recovery.report.steps,
-        "perplexity": recovery.report.perplexity,
-        "divergence": recovery.report.divergence,
+        "domains": recovery.report.to_dict()["domains"],
     }
     with stages.stage("save recovered"):
         recovery.save(small, recovered, tokenizer=tokenizer)
@@ -143,14 +142,8 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
         size = {"seq_length": args.seq_length, "num_samples": args.eval_samples}
         evaluation = evaluate(small, tokenizer, [EVALUATED], dense, **size)
     text = EVALUATED.name
-    result["evaluation"] = {
-        "text": text,
-        "perplexity": evaluation.perplexity[text],
-        "perplexity_margin": evaluation.perplexity_margin[text],
-        "divergence": evaluation.divergence[text],
-        "agreement": evaluation.agreement[text],
-        "warnings": evaluation.warnings,
-    }
+    figures = evaluation.to_dict()["domains"][text]
+    result["evaluation"] = {"text": text, **figures, "warnings": evaluation.warnings}
 
     with stages.stage("speed"):
         speed = measure_speed(
@@ -160,7 +153,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
             new_tokens=args.new_tokens,
             repeats=args.repeats,
         )
-    result["speed"] = {"prefill": speed.prefill, "decode": speed.decode, "run_bytes": speed.run_memory}
+    result["speed"] = speed.to_dict()
 
 
 def compare_with_cpu(device: str) -> dict[str, float]:

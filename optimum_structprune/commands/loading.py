@@ -23,7 +23,7 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
-from ..pruning.request import Request, ask, check_reads_text
+from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable
@@ -161,7 +161,7 @@ class Loading:
         self.check_attention(name)
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
+    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> PruningRequest:
         """Resolve the request of a pruning without weights.
 
         Raises:
@@ -177,7 +177,7 @@ class Loading:
             info = ModelInfo.without_weights(
                 model_config, config.arch_file, self.torch_dtype, self.trust_remote_code, device, offloaded
             )
-            request = ask(config, info, self.tokenizer(name), options=options)
+            request = resolve_request(config, info, self.tokenizer(name), options=options)
         has_dtype = self.torch_dtype or model_config.dtype
         if request.widths and is_one_device and has_dtype:
             check_memory(request, inplace=True)

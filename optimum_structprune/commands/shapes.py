@@ -15,7 +15,7 @@ from ..arch.spec import VOCAB, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.remarks import target_summary
+from ..record.summary import target_line
 from .arguments import pruning_config, run_options
 from .loading import Loading
 from .output import Result
@@ -97,9 +97,11 @@ def plan(args: Namespace) -> Result:
         run_options(args),
         _tokenizer(loading, args.model, config),
     )
-    summary = target_summary({**outcome.to_dict(), "target": config.sparsity})
-    removed = summary or f"{outcome.sparsity:.1%} of the layers' parameters go"
-    return Result(f"{args.model}: {outcome.model_type}, {removed}\n{outcome}", outcome.to_dict())
+    removed = f"Removes {outcome.sparsity:.1%} of the layer parameters."
+    if config.sparsity is not None:
+        share = 1 - outcome.parameters.after / outcome.parameters.before
+        removed = target_line(config.sparsity, outcome.sparsity, share)
+    return Result(f"{args.model}: {outcome.model_type}. {removed}\n{outcome}", outcome.to_dict())
 
 
 def _tokenizer(loading: Loading, name: str, config: StructPruneConfig) -> PreTrainedTokenizerBase | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
-from math import hypot, nan
+from math import nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -86,42 +86,6 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
     if not predicts_next(model):  # a bidirectional model sees the token that it would predict
         raise StructPruneError(f"{type(model).__name__} does not predict the next token, and has no perplexity.")
     return float(sample_losses(model, samples, batch_size).mean().exp())
-
-
-def perplexity_figures(
-    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, differs: float = 0.0
-) -> dict[str, Any]:
-    """Return perplexities of models on one text, their margins of error and counts, by the fields of a record.
-
-    With several models, "ratio" is the last perplexity divided by the first.
-
-    Args:
-        losses: The mean loss of each sample, shape `(samples,)`, by model. All models read the same samples.
-        tokens: The number of tokens in the samples.
-        documents: The number of the document of each sample, shape `(samples,)`. By default all documents differ.
-        differs: The relative spread of the loss between these samples and the text that they represent. It widens the
-            margin of the ratio.
-    """
-    perplexities = {}
-    margins = {}
-    for name, values in losses.items():
-        perplexities[name] = float(values.mean().exp())
-        # The relative margin of e to a mean is the margin of the mean.
-        margins[name] = perplexities[name] * margin_of_error(values, documents)
-
-    first, *others = losses.values()
-    count = len(first) if documents is None else len(documents.unique())
-    if others:
-        increase = others[-1] - first
-        ratio = float(increase.mean().exp())
-        margin = max(margin_of_error(increase, documents), UNSEEN / count)
-        margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
-    return {
-        "perplexity": perplexities,
-        "perplexity_margin": margins,
-        "perplexity_tokens": tokens,
-        "perplexity_documents": count,
-    }
 
 
 @torch.no_grad()

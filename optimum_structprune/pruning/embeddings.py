@@ -26,8 +26,10 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
-from ..record.report import Report, enter_figures
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
+from ..record.evaluation import Evaluation
+from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
+from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
 
 
@@ -216,57 +218,43 @@ class Embeddings:
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Enter the figures of the pruned model into the report."""
-        self.enter(report, model, "before", "after")
+        self.enter(report, model)
 
-    def enter(self, record: Any, model: PreTrainedModel, before: str, after: str) -> None:
-        """Enter the figures of a pruned model into a record, with perplexity where a head predicts tokens.
+    def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
+        """Enter the figures of the pruned model into a record; perplexity only where a head predicts tokens."""
+        by_domain, by_language = self.figures(model)
+        for name, vectors in by_domain.items():
+            record.domains[name] = DomainResult(vectors=vectors)
 
-        Args:
-            record: A report or an evaluation.
-            model: The pruned model.
-            before: The name of the original model in the record.
-            after: The name of the pruned model in the record.
-        """
-        record.embeddings, by_language = self.figures(model, before, after)
         for name, losses in self._losses(model).items():
             tokens = int(self.gaps[name].tokens.sum())
-            documents = torch.tensor(list(self.texts[name].documents))[: len(losses)]
-            by_model = {before: self.dense_losses[name], after: losses}
-            enter_figures(record, name, perplexity_figures(by_model, tokens, documents))
-        record.languages = {code: old | by_language.get(code, {}) for code, old in record.languages.items()}
+            documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
+            result = perplexity_result({DENSE: self.dense_losses[name], PRUNED: losses}, tokens, documents)
+            result.vectors = by_domain[name]
+            record.domains[name] = result
+        for code, language in record.languages.items():
+            language.vectors = by_language.get(code)
 
-    def figures(
-        self, model: PreTrainedModel, before: str, after: str
-    ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-        """Compare a pruned model with the original model.
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
+        """Compare the vectors of the pruned model with those of the original one, by domain and by language.
 
-        The neighbours of a text are texts of all domains, except texts of its own document.
-
-        Args:
-            model: The pruned model.
-            before: The name of the original model in the result.
-            after: The name of the pruned model in the result.
-
-        Returns:
-            The figures by domain and model, and the figures of the pruned model by language; see `embedding_figures`.
+        The neighbours of a text are the texts of all domains, but for its own document.
         """
-        vectors, vectors_spoken = self._vectors(model)
-        dense, dense_spoken = self.dense
-
-        by_domain: dict[str, dict[str, dict[str, float]]] = {}
+        vectors, spoken = self._vectors(model)
+        dense_vectors, dense_spoken = self.dense
+        by_domain = {}
         for name, texts in self.texts.items():
-            rest = _vectors_of_other_domains(vectors, name)
-            dense_rest = _vectors_of_other_domains(dense, name)
-            figures = embedding_figures(vectors[name], dense[name], rest, dense_rest, texts.documents)
-            by_domain[name] = {before: {}, after: figures}
+            others = _vectors_of_other_domains(vectors, name)
+            dense_others = _vectors_of_other_domains(dense_vectors, name)
+            figures = embedding_figures(vectors[name], dense_vectors[name], others, dense_others, texts.documents)
+            by_domain[name] = VectorResult.of(figures)
             if name in self.pairs:
-                by_domain[name][before] |= retrieval_figures(dense[name])
-                by_domain[name][after] |= retrieval_figures(vectors[name])
+                by_domain[name].retrieval = retrieval_figure(vectors[name], dense_vectors[name])
 
-        by_language: dict[str, dict[str, float]] = {}
-        for code, dense_vectors in dense_spoken.items():
-            none = dense_vectors[:0]
-            by_language[code] = embedding_figures(vectors_spoken[code], dense_vectors, none, none)
+        by_language = {}
+        for code, dense in dense_spoken.items():
+            none = dense[:0]
+            by_language[code] = VectorResult.of(embedding_figures(spoken[code], dense, none, none))
         return by_domain, by_language
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -530,15 +518,17 @@ def kept_margin(near: Tensor, dense_near: Tensor, documents: Tensor) -> float:
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figures(vectors: Tensor) -> dict[str, float]:
-    """Return the share of texts and translations that find each other, with its margin.
+def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+    """Return the share of texts and translations that find each other, with the margin of the pruned model.
 
     Args:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
+        dense: The vectors of the original model in the same order.
     """
-    texts, translations = vectors.chunk(2)
-    shares = retrieved(texts, translations)
-    return {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_share(shares)}
+    shares = retrieved(*vectors.chunk(2))
+    dense_shares = retrieved(*dense.chunk(2))
+    values = {DENSE: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    return Figure.of(values, margin_of_share(shares))
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:

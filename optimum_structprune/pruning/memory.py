@@ -22,7 +22,7 @@ from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
 
 
 if TYPE_CHECKING:
-    from .request import Request
+    from .request import PruningRequest
 
 
 FP32_BYTES = 4
@@ -74,7 +74,7 @@ class CalibrationSize:
         return self.samples * self.seq_length
 
     @classmethod
-    def of(cls, request: Request) -> CalibrationSize:
+    def of(cls, request: PruningRequest) -> CalibrationSize:
         """Return the size of the text that a request names, or of its `inputs`."""
         config = request.config
         if request.inputs is None:
@@ -89,7 +89,7 @@ class CalibrationSize:
         return cls(sum(len(rows) for rows in domains), max(lengths), len(request.inputs))
 
 
-def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstimate:
+def estimate_memory(request: PruningRequest, offload: str | None = None) -> MemoryEstimate:
     """Estimate the peak memory of each process of a pruning.
 
     Args:
@@ -127,7 +127,7 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     )
 
 
-def check_memory(request: Request, inplace: bool) -> None:
+def check_memory(request: PruningRequest, inplace: bool) -> None:
     """Raise `StructPruneError` if a pruning needs more memory than its devices have free.
 
     The hidden states of all samples move with the layers, so each device of a spread model must hold them. A copy of
@@ -157,14 +157,16 @@ def check_memory(request: Request, inplace: bool) -> None:
         )
 
 
-def _weights_by_device(request: Request) -> dict[torch.device, int]:
+def _weights_by_device(request: PruningRequest) -> dict[torch.device, int]:
     """Return the bytes of the weights on each device. Only a model in memory can be on several."""
     info = request.model_info
     sizes = {} if info.offloaded else bytes_by_device(info.plain_model)
     return sizes or {info.device: info.plain_model.dtype.itemsize * info.plain_model.num_parameters()}
 
 
-def _advice(request: Request, estimate: MemoryEstimate, device: torch.device, can_prune_in_place: bool) -> list[str]:
+def _advice(
+    request: PruningRequest, estimate: MemoryEstimate, device: torch.device, can_prune_in_place: bool
+) -> list[str]:
     """List changes that take less memory."""
     config, options = request.config, request.options
     suggestions = []
@@ -183,18 +185,18 @@ def _advice(request: Request, estimate: MemoryEstimate, device: torch.device, ca
     return suggestions or ["a device with more memory"]
 
 
-def _channels(request: Request) -> int:
+def _channels(request: PruningRequest) -> int:
     # A custom config may lack the field.
     return getattr(request.model_info.plain_model.config.get_text_config(), "hidden_size", 0)
 
 
-def _vocabulary(request: Request) -> int:
+def _vocabulary(request: PruningRequest) -> int:
     if not request.model_info.arch.causal:
         return 0
     return request.model_info.plain_model.config.get_text_config().vocab_size
 
 
-def _weight_values(request: Request, offload: str | None) -> int:
+def _weight_values(request: PruningRequest, offload: str | None) -> int:
     """Count the weights on the device; of offloaded layers, the largest alone is there."""
     info = request.model_info
     layers = info.arch.layer_params
@@ -207,7 +209,7 @@ def _weight_values(request: Request, offload: str | None) -> int:
     return count
 
 
-def _hidden_state_values(request: Request, size: CalibrationSize) -> int:
+def _hidden_state_values(request: PruningRequest, size: CalibrationSize) -> int:
     """Count the hidden states of one process's samples.
 
     There is one copy of the pruned model, one of the dense model with error feedback, and one that holds the cached
@@ -217,14 +219,14 @@ def _hidden_state_values(request: Request, size: CalibrationSize) -> int:
     return _channels(request) * size.tokens * streams // process_count()
 
 
-def _trial_logit_values(request: Request) -> int:
+def _trial_logit_values(request: PruningRequest) -> int:
     """Count the dense logits of the trials that choose the widths of layers."""
     if request.config.allocation == "uniform":
         return 0
     return _vocabulary(request) * PROBE_TOKENS // STRIDE
 
 
-def _host_values(request: Request, offload: str | None, hidden_states: int) -> int:
+def _host_values(request: PruningRequest, offload: str | None, hidden_states: int) -> int:
     """Count the values in CPU memory: hidden states, and all layers or the one that is read from disk."""
     if offload is None:
         return 0
@@ -232,7 +234,7 @@ def _host_values(request: Request, offload: str | None, hidden_states: int) -> i
     return hidden_states + (sum(layers) if offload == "cpu" else max(layers))
 
 
-def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> int:
+def _loss_bytes(request: PruningRequest, size: CalibrationSize, is_offloaded: bool) -> int:
     """Return the bytes of logits: once in the model's dtype, and twice in fp32 for few tokens at a time.
 
     The head of an offloaded model runs on a whole sample.
@@ -247,7 +249,7 @@ def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> 
     return _vocabulary(request) * per_entry
 
 
-def _measured_tokens(request: Request, size: CalibrationSize) -> int:
+def _measured_tokens(request: PruningRequest, size: CalibrationSize) -> int:
     """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
     info = request.model_info
     pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
@@ -256,14 +258,14 @@ def _measured_tokens(request: Request, size: CalibrationSize) -> int:
     return min(pass_tokens, heldout)
 
 
-def _measuring_bytes(request: Request, size: CalibrationSize) -> int:
+def _measuring_bytes(request: PruningRequest, size: CalibrationSize) -> int:
     """Return the bytes of the activations of held-out text on a GPU, where a pass has more tokens than on a CPU."""
     if request.model_info.device.type != "cuda" or not _vocabulary(request):
         return 0
     return _activation_bytes(request, _measured_tokens(request, size))
 
 
-def _activation_bytes(request: Request, batch_tokens: int) -> int:
+def _activation_bytes(request: PruningRequest, batch_tokens: int) -> int:
     """Return the bytes of the largest activations of a batch: both factors of a gated product, and the product."""
     channels = _channels(request)
     inputs = [space.size * axis.per_unit for space in request.model_info.arch.spaces for axis in space.consumers]
@@ -272,7 +274,7 @@ def _activation_bytes(request: Request, batch_tokens: int) -> int:
     return itemsize * batch_tokens * (3 * widest + 2 * channels)
 
 
-def _removed_bytes(request: Request) -> list[int]:
+def _removed_bytes(request: PruningRequest) -> list[int]:
     """Return the bytes of the removed weights, by layer."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
@@ -283,7 +285,7 @@ def _removed_bytes(request: Request) -> list[int]:
     return removed
 
 
-def _shrink_bytes(request: Request) -> int:
+def _shrink_bytes(request: PruningRequest) -> int:
     """Return the bytes of a pruned layer. It is made in CPU memory, so it adds to the dense layer there alone."""
     info = request.model_info
     if info.device.type != "cpu":
@@ -293,7 +295,7 @@ def _shrink_bytes(request: Request) -> int:
     return max((itemsize * size - removed for size, removed in pairs), default=0)
 
 
-def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+def _refit_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
     """Return the bytes of the largest refit: two sets of moments and two fp32 copies of the consumer.
 
     The moments of one domain and of the mixture are in memory together; later, the Gram matrix and its factor are.
@@ -325,7 +327,7 @@ def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> 
     return largest
 
 
-def _expert_refit_bytes(request: Request, inputs: int, tokens: int) -> int:
+def _expert_refit_bytes(request: PruningRequest, inputs: int, tokens: int) -> int:
     """Return the bytes that the refit of kept experts adds: targets, residuals and inputs, after the layer shrank."""
     info = request.model_info
     removed = _removed_bytes(request)
@@ -337,7 +339,7 @@ def _expert_refit_bytes(request: Request, inputs: int, tokens: int) -> int:
     return step
 
 
-def _expert_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+def _expert_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
     """Return the bytes of the inputs and targets of a layer's experts, while all experts are there."""
     if EXPERT not in request.widths:
         return 0
@@ -347,7 +349,7 @@ def _expert_bytes(request: Request, size: CalibrationSize, batch_tokens: int) ->
     return per_value * size.tokens * _channels(request) + _activation_bytes(request, batch_tokens)
 
 
-def _consumers(request: Request) -> list[tuple[int, bool]]:
+def _consumers(request: PruningRequest) -> list[tuple[int, bool]]:
     """List the refitted consumers as pairs: the number of input components, and whether an expert holds it."""
     config, widths = request.config, request.widths
     refits_layers = bool(config.feedback_share) and LAYER in widths

@@ -26,7 +26,8 @@ EVALUATION_COST = 0.5
 def computes_in_bf16(device_type: str) -> bool:
     """Return whether a kind of device has instructions for bfloat16, so that mixed precision is faster."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch also reports emulated support. NVIDIA has the instructions since Ampere.
+        return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
     if device_type != "cpu":
         return False
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):

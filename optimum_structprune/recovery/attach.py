@@ -282,10 +282,11 @@ class TeacherLoss:
         returned: list[Tensor] = []
 
         def losses_for(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            states = hidden.flatten(0, -2)
-            places = batch.positions.to(hidden.device)
+            device = _device_of(head, hidden.device)
+            states = hidden.flatten(0, -2).to(device)
+            places = batch.positions.to(device)
             losses = self._in_chunks(states[places], project, 0, batch, _is_trained(project, states[:1]))
-            by_place = torch.zeros(len(states), device=hidden.device).index_put((places,), losses.loss)
+            by_place = torch.zeros(len(states), device=device).index_put((places,), losses.loss)
             computed.append(losses)
             returned.append(by_place.view(*hidden.shape[:-1], 1))
             return returned[-1]
@@ -367,6 +368,14 @@ def _is_trained(project: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return project(hidden.detach()).requires_grad
+
+
+def _device_of(head: nn.Module, default: torch.device) -> torch.device:
+    """Return the device of a head's weights. A model may be spread over devices, or its head be offloaded."""
+    weight = next(head.parameters(), None)
+    if weight is None or weight.is_meta:
+        return default
+    return weight.device
 
 
 def _without(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

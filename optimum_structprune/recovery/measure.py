@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..forward.metrics import KINDS_DIFFER, divergence, evaluating, perplexity_figures
-from ..record.report import RecoveryReport, enter_figures
+from ..forward.metrics import KINDS_DIFFER, divergence, evaluating
+from ..record.figures import DENSE, PRUNED, RECOVERED, DomainResult, Figure, perplexity_result, unseen_of
+from ..record.report import CurvePoint, RecoveryReport
 from ..system.stages import progress
 from .aligned_batches import AlignedTargets
 from .attach import IGNORED, bare_model, next_tokens
@@ -154,16 +155,31 @@ def enter_measurements(report: RecoveryReport, before: Measurements, after: Meas
     """
     for kind, pruned in before.items():
         recovered = after[kind]
+        result = DomainResult()
         if kind not in chosen:
-            losses = {"pruned": pruned["loss"], "recovered": recovered["loss"]}
+            losses = {PRUNED: pruned["loss"], RECOVERED: recovered["loss"]}
             if "teacher" in pruned:
-                losses = {"dense": pruned["teacher"], **losses}
-            is_other = kind == OTHER_TEXT
-            differs = KINDS_DIFFER if is_other else 0.0
-            figures = perplexity_figures(losses, int(pruned["tokens"].sum()), differs=differs)
-            enter_figures(report, kind, figures, is_other)
+                losses = {DENSE: pruned["teacher"], **losses}
+            spread = KINDS_DIFFER if kind == OTHER_TEXT else 0.0
+            result = perplexity_result(losses, int(pruned["tokens"].sum()), spread=spread)
         if "kl" in pruned:
-            report.divergence[kind] = {
-                "pruned": float(pruned["kl"].mean()),
-                "recovered": float(recovered["kl"].mean()),
-            }
+            result.divergence = Figure(pruned=float(pruned["kl"].mean()), recovered=float(recovered["kl"].mean()))
+
+        if kind == OTHER_TEXT:
+            report.unseen = unseen_of(result, "")
+        elif result != DomainResult():
+            report.domains[kind] = result
+
+
+def enter_curve(report: RecoveryReport, log: Sequence[Mapping[str, Any]]) -> None:
+    """Enter the KL divergence from the teacher during a training into its report.
+
+    Args:
+        report: The report, with the tokens and the steps of the training.
+        log: The log of the Trainer.
+    """
+    for entry in log:
+        kl = entry.get("eval_kl")
+        if kl is not None:
+            tokens = report.tokens * entry["step"] / max(report.steps, 1)
+            report.curve.append(CurvePoint(round(tokens), float(kl)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from .adapter import lora_config, trainable
 from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
-from .measure import enter_measurements, measure_all, validation_loss
+from .measure import enter_curve, enter_measurements, measure_all, validation_loss
+from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
@@ -76,7 +77,7 @@ class Recovery:
         self._manifest: Manifest | None = None
         self._pruned = pruned
         self._records: dict[str, bytes] = {}
-        self._earlier: list[Mapping[str, Any]] = []
+        self._earlier: list[dict[str, Any]] = []
         if pruned is not None:
             self._read_records(Path(pruned))
 
@@ -84,10 +85,11 @@ class Recovery:
         for name in RECORD_NAMES:
             if (folder / name).is_file():
                 self._records[name] = (folder / name).read_bytes()
-        report = folder / RECOVERY_REPORT_NAME
-        if report.is_file():
-            earlier = read_json(report).get("earlier", ())
-            self._earlier = [*earlier, read_json(folder / RECOVERY_CONFIG_NAME)]
+        path = folder / RECOVERY_REPORT_NAME
+        if path.is_file():
+            report = RecoveryReport.load(path)
+            self._earlier = [] if report is None else list(report.earlier)
+            self._earlier.append(dict(read_json(folder / RECOVERY_CONFIG_NAME)))
 
     @own_settings()
     def recover_model(
@@ -109,6 +111,8 @@ class Recovery:
         size = TrainingSize(config.tokens // seq_length, seq_length)
         seed = self.pruning.seed if config.seed is None else config.seed
         seen = self._seen_by(model)
+        dense = teacher if isinstance(teacher, PreTrainedModel) else model
+        check_recovery_memory(config, dense, model, loaded=True)
 
         with nullcontext("") if "output_dir" in config.training else tempfile.TemporaryDirectory() as scratch:
             # Making the arguments starts the communication of several processes, which write answers together.
@@ -193,6 +197,7 @@ class Recovery:
             learning_rate=arguments.learning_rate,
         )
         enter_measurements(report, before, after, {VALIDATION, ANSWERS})
+        enter_curve(report, trainer.state.log_history)
         return trained, report
 
     def _record(
@@ -204,8 +209,8 @@ class Recovery:
         seen: Manifest | None,
     ) -> None:
         self.report = report
-        if data.other.rows:
-            self.report.other["source"] = data.other.source
+        if self.report.unseen is not None:
+            self.report.unseen.source = data.other.source
         self.entries = data.entries
         manifest = seen or Manifest.of(self.pruning, [], tokenizer)
         self._manifest = manifest.with_entries(self.entries)
@@ -244,7 +249,7 @@ class Recovery:
             if self._manifest is not None:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
-            replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
+            report.save(folder / RECOVERY_REPORT_NAME)
             leave_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))

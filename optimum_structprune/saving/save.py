@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +29,8 @@ from ..errors import StructPruneError, some_of, warn
 from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
-from ..record.remarks import CHANGED
-from ..record.report import REPORT_NAME, PruneResult
+from ..record.report import REPORT_NAME, PruneRecords
+from ..record.summary import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
@@ -67,31 +67,32 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*
 def save_pruned(
     model: PreTrainedModel,
     save_directory: str | Path,
-    result: PruneResult,
+    records: PruneRecords,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
     """Save a pruned model with its records, card and tokenizer. The records say whether weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
-    config = result.config
-    report = result.report
+    config = records.config
+    report = records.report
     used = [model.name_or_path, *used_paths(config)]
-    if checksums(model) != result.checksums:
+    if checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
         report = replace(report, changed=True)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
-        result.plan.save(folder / PLAN_NAME)
-        sizes = {**report.weights, "after": model_bytes(model)}
-        replace(report, weights=sizes).save(folder / REPORT_NAME)
+        records.plan.save(folder / PLAN_NAME)
+        size = replace(report.pruned, bytes=model_bytes(model))
+        replace(report, pruned=size).save(folder / REPORT_NAME)
         # A model that was trained since has a manifest with the training text.
-        manifest = Manifest.seen_by(model) or result.manifest
+        manifest = Manifest.seen_by(model) or records.manifest
         manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model, config.arch_file)
 
-    save_checked(model, save_directory, tokenizer, overwrite, write, used)
+    kept = records.plan.keep.get((MODEL, VOCAB))
+    save_checked(model, save_directory, tokenizer, overwrite, write, used, kept_tokens=kept)
 
 
 def save_checked(
@@ -102,6 +103,7 @@ def save_checked(
     write: Callable[[Path], None],
     used: Iterable[str | Path | None] = (),
     like: PreTrainedModel | None = None,
+    kept_tokens: Sequence[int] | None = None,
 ) -> None:
     """Save a model, read it back and compare its outputs. One of several processes saves.
 
@@ -113,6 +115,7 @@ def save_checked(
         write: Writes further files into a folder.
         used: Files and folders that the run reads, and that the folder must not replace.
         like: The model whose outputs the saved model must have; by default `model`.
+        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
 
     Raises:
         StructPruneError: If the folder cannot be written, the tokenizer does not fit, or the outputs differ.
@@ -128,7 +131,7 @@ def save_checked(
                 tokenizer.init_kwargs["legacy"] = tokenizer.legacy
             tokenizer.save_pretrained(staging)
         if model.name_or_path:
-            copy_extra_files(model, staging, tokenizer)
+            copy_extra_files(model, staging, tokenizer, kept_tokens)
 
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             settle(staging / name, type(model.config))
@@ -259,7 +262,12 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
     return kernels
 
 
-def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def copy_extra_files(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    kept_tokens: Sequence[int] | None = None,
+) -> None:
     """Copy the other files of the dense model's folder into a result, and log the names of files that are not copied.
 
     These are files of modules around the model, licences and the like. Files of a vocabulary or of heads that no
@@ -292,7 +300,7 @@ def copy_extra_files(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
         shutil.copyfile(source / name, folder / name)
     modules = [name for name in copied if "/" in name]
     if modules:
-        _fit_modules(model, folder, modules, sizes)
+        _fit_modules(model, folder, modules, sizes, kept_tokens)
 
 
 def _source_folder(model: PreTrainedModel) -> Path:
@@ -312,10 +320,16 @@ def _belongs_to(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
     return name in vocabulary or TOKENIZER_FILES.fullmatch(name) is not None
 
 
-def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: Set[tuple[str, str]]) -> None:
+def _fit_modules(
+    model: PreTrainedModel,
+    folder: Path,
+    names: list[str],
+    sizes: Set[tuple[str, str]],
+    kept_tokens: Sequence[int] | None,
+) -> None:
     """Write the present sizes and token ids into the configs of modules, and log weights that no longer fit."""
     config = model.config.get_text_config()
-    number_of = _new_numbers(model)
+    number_of = _new_numbers(kept_tokens)
 
     is_narrower = False
     for name in names:
@@ -336,11 +350,9 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str], sizes: 
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
 
 
-def _new_numbers(model: PreTrainedModel) -> Callable[[str], str]:
+def _new_numbers(kept_tokens: Sequence[int] | None) -> Callable[[str], str]:
     """Return a function from the dense model's token ids to the present ids. Other ids stay the same."""
-    result = getattr(model, "prune_result", None)
-    kept = None if result is None else result.plan.keep.get((MODEL, VOCAB))
-    new = {str(old): str(number) for number, old in enumerate(kept or ())}
+    new = {str(old): str(number) for number, old in enumerate(kept_tokens or ())}
     return lambda old: new.get(old, old)
 
 

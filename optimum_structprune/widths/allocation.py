@@ -89,11 +89,6 @@ def _check_layers_alone(
             f"The layers of this {arch.model_type} model {verb} in width, and {LAYER!r} would "
             f"number them anew; prune {LAYER!r} in a run of its own."
         )
-    if not has_same_layers and config.allocation == "search_uniform":
-        raise StructPruneError(
-            f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for "
-            "one shape of all layers; choose allocation='search'."
-        )
 
 
 def widths_for_sparsity(

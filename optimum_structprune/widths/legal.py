@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
 from ..arch.spec import CHANNEL, EXPERT, GROUP, TOKEN, ArchSpec, Space, Width, Widths
-from ..config.pruning import AUTO, CACHE, ONE_WIDTH, StructPruneConfig
+from ..config.pruning import AUTO, CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 
@@ -67,7 +67,7 @@ def _named_spaces(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
 def _default_spaces(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     """Return the spaces that may shrink where the config names none."""
     defaults = list(config.targets_or_default)
-    by_layer = config.allocation not in ONE_WIDTH and CACHE not in (config.budget or {})
+    by_layer = config.allocation != "uniform" and CACHE not in (config.budget or {})
     names = []
     for name in defaults:
         if arch.of(name) and not (by_layer and arch.of(name)[0].uniform):
@@ -229,10 +229,10 @@ def multiples(legal: Sequence[int], size: int, multiple: int) -> Sequence[int]:
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
     """Return whether every layer gets a width of its own, of at least `LEAST_KEPT` of its units.
 
-    An allocation of one width also gives each layer its own if the layers of the model differ and the config states no
-    widths.
+    `allocation="uniform"` also gives each layer its own width if the layers of the model differ and the config states
+    no widths.
     """
-    if config.allocation not in ONE_WIDTH:
+    if config.allocation != "uniform":
         return True
     return config.widths is None and not has_one_width(arch, names)
 
@@ -246,7 +246,7 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
     """Raise if a config makes layers differ in a space that has one width in all layers."""
     if config.skip_layers:
         cause = f"skip_layers={list(config.skip_layers)}"
-    elif config.allocation not in ONE_WIDTH:
+    elif config.allocation != "uniform":
         cause = f"allocation={config.allocation!r}"
     else:
         cause = f"widths={config.widths}"

@@ -17,9 +17,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import CALIBRATED, EARLIER, JUDGED, TRAINED
 from optimum_structprune.domains.packing import MAX_PASSED_DOCUMENTS, Domain
-from optimum_structprune.pruning.run import Run
 from optimum_structprune.recovery.text import TextStream, text_config
-from optimum_structprune.search.search import choose_shape
+from optimum_structprune.search.sensitivity import choose_shape
+from optimum_structprune.steps.base import RunState
 
 
 TEXTS = documents(80)
@@ -109,12 +109,12 @@ def test_no_choice_sees_the_text_that_is_reported_and_no_report_measures_what_wa
     unseen = [replace(domain, heldout=other(domain.heldout)) for domain in domains]
     chosen_on = [replace(domain, probe=other(domain.probe)) for domain in domains]
     every = [data_of(settings, read) for read in (domains, unseen, chosen_on)]
-    shapes = [choose_shape(Run(MODEL, describe(MODEL), data)) for data in every]
+    shapes = [choose_shape(RunState.start(MODEL, describe(MODEL), data), settings) for data in every]
     run, same_choice, same_report = (pruned_on(data, MODEL, shape) for data, shape in zip(every, shapes, strict=True))
     assert run.plan == same_choice.plan and same_weights(run.model, same_choice.model)
-    losses, same = run.report.perplexity, same_report.report.perplexity
-    assert losses != same_choice.report.perplexity
-    assert all(ppl["before"] == same[name]["before"] for name, ppl in losses.items())
+    losses, same = run.report.domains, same_report.report.domains
+    assert losses != same_choice.report.domains
+    assert all(domain.perplexity.dense == same[name].perplexity.dense for name, domain in losses.items())
     manifest = Manifest.of(settings, domains, tokenizer())
     decided = manifest.domains[0].probe_documents
     (said,) = manifest.overlaps("elsewhere", decided)

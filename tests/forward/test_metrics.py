@@ -22,10 +22,10 @@ from optimum_structprune.forward.metrics import (
     expected_shares,
     margin_of_error,
     margin_of_share,
-    perplexity_figures,
     plain_head,
     row_losses,
 )
+from optimum_structprune.record.figures import perplexity_result
 
 
 class State:
@@ -135,7 +135,7 @@ def test_recovery_and_evaluation_are_too():
                 stack.enter_context(MODES[name]())
             small = StructPruner(settings(recovery=recovery_config(tokens=96))).prune_model(model, tokenizer())
             figures = evaluate(small, tokenizer(), settings().domains, num_samples=4, seq_length=24)
-            results.append((small, figures.to_dict()["perplexity"]))
+            results.append((small, figures.to_dict()["domains"]))
             torch.set_default_dtype(torch.float32)
     for small, figures in results[1:]:
         assert same_weights(small, results[0][0]) and figures == results[0][1]
@@ -240,8 +240,8 @@ def test_values_of_one_document_count_as_one_in_any_order(values, random):
 def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of():
     values = torch.randn(40)
     assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
-    found = perplexity_figures({"before": values, "after": values + 1}, 40, torch.arange(40) // 40)
-    assert all(map(isnan, found["perplexity_margin"].values())) and found["perplexity_documents"] == 1
+    result = perplexity_result({"dense": values, "pruned": values + 1}, 40, torch.arange(40) // 40)
+    assert result.perplexity.margin is None and result.documents == 1
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95, 1.0])
@@ -253,12 +253,12 @@ def test_the_margin_of_a_share_covers_it_where_all_answers_are_alike_too(share):
 
 def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_stands_for_other_kinds():
     before, numbers = torch.randn(12, dtype=torch.float64), torch.arange(12)
-    same = perplexity_figures({"before": before, "after": before}, 12, numbers)["perplexity_margin"]["ratio"]
-    assert same == pytest.approx(UNSEEN / 12)
+    same = perplexity_result({"dense": before, "pruned": before}, 12, numbers)
+    assert same.perplexity.margin == pytest.approx(UNSEEN / 12)
     for more in (0.1, 0.5):
-        losses = {"before": before, "after": before + more}
-        both = (perplexity_figures(losses, 12, numbers, differs) for differs in (0.0, KINDS_DIFFER))
-        own, other = (figures["perplexity_margin"]["ratio"] for figures in both)
+        losses = {"dense": before, "pruned": before + more}
+        both = [perplexity_result(losses, 12, numbers, spread) for spread in (0.0, KINDS_DIFFER)]
+        own, other = (result.perplexity.margin for result in both)
         assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
 
 

@@ -17,7 +17,6 @@ RUNS = {
     "units of experts": ("olmoe", {"widths": {"mlp": 24}}),
     "residual stream": ("llama-tied", {"widths": {"hidden": 24}}),
     "sensitivity": ("llama-tied", {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
-    "search": ("llama-tied", {"sparsity": 0.2, "allocation": "search", "round_to": 1}),
 }
 SCRIPT = """
 from gpu import runtime

@@ -10,7 +10,7 @@ from quantized import Reversible, quantized
 
 from optimum_structprune import RunOptions, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning.checkpoint import LayerCheckpoint
+from optimum_structprune.steps.checkpoint import LayerCheckpoint
 
 
 def pruned(settings, **options):
@@ -34,8 +34,6 @@ SPACES = {
     "units of experts": ("qwen3_moe", {"widths": {"mlp": 24, "attention": 2}}),
     "encoder and decoder": ("t5-gated", {"widths": {"encoder_mlp": 24, "decoder_mlp": 20}}),
     "sensitivity": ("llama-tied", {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
-    "search": ("llama-tied", {"sparsity": 0.2, "allocation": "search", "round_to": 1}),
-    "search of one shape": ("llama-tied", {"sparsity": 0.2, "allocation": "search_uniform", "round_to": 1}),
     "two rounds": ("llama-tied", {"widths": {"mlp": 24, "attention": 2}, "rounds": 2}),
     "wanda": ("llama-tied", {"widths": {"attention": 2}, "criterion": "wanda", "refit": "none"}),
     "flap": ("llama-tied", {"criterion": "flap"}),

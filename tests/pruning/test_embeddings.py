@@ -38,17 +38,19 @@ def pruned(**fields):
 
 def test_lost_tokens_are_no_longer_reported_as_no_loss(tmp_path):
     pruner, small, model, reader = pruned(widths={"vocab": 300})
-    figures = {name: of["after"] for name, of in pruner.report.embeddings.items()}
-    assert figures.keys() == {"math", "prose"} and all(0 < of["cosine"] < 0.9999 for of in figures.values())
-    assert all(of["cosine_worst"] <= of["cosine_p5"] <= of["cosine"] for of in figures.values())
-    assert all(0 < of["neighbours"] < 1 for of in figures.values())
-    spoken = [of["cosine"] for of in pruner.report.languages.values()]
+    vectors = {name: domain.vectors for name, domain in pruner.report.domains.items()}
+    assert vectors.keys() == {"math", "prose"}
+    for result in vectors.values():
+        assert 0 < result.cosine.pruned < 0.9999
+        assert result.cosine_worst <= result.cosine_p5 <= result.cosine.pruned
+        assert 0 < result.neighbours.pruned < 1
+    spoken = [of.vectors.cosine.pruned for of in pruner.report.languages.values()]
     assert len(spoken) == 30 and 0 < min(spoken) < max(spoken) <= 1
     text = str(pruner.report)
-    assert "cosine, worst, math" in text and "neighbours kept prose" in text and "verdict: " in text
+    assert "neighbours kept" in text and "Verdict: " in text
     pruner.save(small, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| neighbours kept prose |" in card and "**Verdict: " in card and "--speed" not in card
+    assert "| neighbours kept |" in card and "**Verdict: " in card and "--speed" not in card
     # The text is what decides: sentences in the same tokens have the same vector.
     keep, same = pruner.plan.keep[-1, "vocab"], []
     for line in ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given."):
@@ -64,15 +66,16 @@ def test_the_figures_are_those_of_the_two_models_as_they_are():
     texts = {"greetings": ["Good morning to all of you!", "Guten Morgen!", "See you later, alligator."]}
     for tokens_go in (True, False):
         measured = Embeddings(model, texts, reader, tokens_go)
-        assert measured.figures(model, "before", "after")[0]["greetings"]["after"]["cosine"] == pytest.approx(1)
+        assert measured.figures(model)[0]["greetings"].cosine.pruned == pytest.approx(1)
         measured.read_by(pruner.tokenizer, small)
-        by_domain, by_language = measured.figures(small, "before", "after")
-        assert 0 < by_domain["greetings"]["after"]["cosine"] < 0.9999
+        by_domain, by_language = measured.figures(small)
+        assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
         for code, figures in by_language.items():
-            assert figures["cosine"] == pytest.approx(pruner.report.languages[code]["cosine"])
+            expected = pruner.report.languages[code].vectors.cosine.pruned
+            assert figures.cosine.pruned == pytest.approx(expected)
         assert len(by_language) == 30 * tokens_go
-    assert pruner.report.languages["de"]["wanted"] and "tokens in the languages to keep: German" in str(pruner.report)
-    assert pruned(widths={"mlp": 24}, languages=["de"])[0].report.languages["de"]["cosine"] < 1
+    assert pruner.report.languages["de"].wanted and "Wanted languages (tokens): German" in str(pruner.report)
+    assert pruned(widths={"mlp": 24}, languages=["de"])[0].report.languages["de"].vectors.cosine.pruned < 1
 
 
 @given(st.lists(st.text("ab .!?\n。é", max_size=600), max_size=5))

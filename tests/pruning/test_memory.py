@@ -13,7 +13,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.pruning.memory import RELATIVE_ERROR, check_memory, estimate_memory, free_bytes
-from optimum_structprune.pruning.request import Request
+from optimum_structprune.pruning.request import PruningRequest
 
 
 STATUS = Path("/proc/self/status")
@@ -26,7 +26,9 @@ def llama(wide=3072):
 
 def estimated(config, model_config, offload=None, inputs=None, dtype=torch.float32):
     model = meta_model(model_config, dtype=dtype)
-    return estimate_memory(Request(config, ModelInfo(describe(model), model, model.device), inputs=inputs), offload)
+    return estimate_memory(
+        PruningRequest(config, ModelInfo(describe(model), model, model.device), inputs=inputs), offload
+    )
 
 
 def half(wide=3072, **fields):
@@ -69,7 +71,7 @@ def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
     described = ModelInfo(describe(model), model, model.device)
     on_cpu = replace(described, device=torch.device("cpu"))
     smaller = 4 * 48 * 3 * 1024 * 512
-    card, cpu = (estimate_memory(Request(config, info)).working for info in (described, on_cpu))
+    card, cpu = (estimate_memory(PruningRequest(config, info)).working for info in (described, on_cpu))
     assert card < smaller < cpu < 2 * smaller
 
 
@@ -115,7 +117,7 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
 
 def test_each_device_of_a_spread_model_takes_its_part_of_a_copy(monkeypatch):
     model = build("llama-untied")
-    request = Request(config(), ModelInfo(describe(model), model, model.device))
+    request = PruningRequest(config(), ModelInfo(describe(model), model, model.device))
     above = int(estimate_memory(request).above * (1 - RELATIVE_ERROR))
     devices = [torch.device("cuda", index) for index in range(2)]
     monkeypatch.setattr(
@@ -137,7 +139,7 @@ def test_each_device_of_a_spread_model_takes_its_part_of_a_copy(monkeypatch):
 def test_a_recovery_takes_a_copy_of_the_dense_model(monkeypatch):
     model = build("llama-tied")
     info = ModelInfo(describe(model), model, model.device)
-    plain, recovering = (Request(config(recovery=recovery), info) for recovery in (None, recovery_config()))
+    plain, recovering = (PruningRequest(config(recovery=recovery), info) for recovery in (None, recovery_config()))
     above = int(estimate_memory(plain).above * (1 - RELATIVE_ERROR))
     monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: above)
     check_memory(plain, inplace=True)

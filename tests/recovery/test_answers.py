@@ -198,8 +198,9 @@ def test_checkpoints_are_compared_by_what_is_trained_on(share):
     pruned = prune_model(build("llama-tied", seed=1), config(), tokenizer())
     recovery = Recovery(recovery_config(tokens=288, answer_share=share), callbacks=[Note()])
     recovery.recover_model(pruned, tokenizer(), build("llama-tied"))
-    far = recovery.report.divergence
-    assert {*far} == {"a", "b", "validation text", "other text", "answers"}
-    assert recovery.report.kept_step and far["answers"]["recovered"] < far["answers"]["pruned"]
-    mixed = (1 - share) * far["validation text"]["recovered"] + share * far["answers"]["recovered"]
+    report = recovery.report
+    assert {*report.domains} == {"a", "b", "validation text", "answers"} and report.unseen.divergence
+    answers = report.domains["answers"].divergence
+    assert report.kept_step and answers.recovered < answers.pruned
+    mixed = (1 - share) * report.domains["validation text"].divergence.recovered + share * answers.recovered
     assert min(distances) == pytest.approx(mixed, rel=0.1)

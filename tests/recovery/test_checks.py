@@ -221,7 +221,7 @@ def test_a_teacher_whose_base_does_not_say_what_it_takes():
     teacher, student = (BartForCausalLM(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)) for _ in "12")
     recovery = Recovery(recovery_config(tokens=96))
     recovery.recover_model(student, tokenizer(), teacher)
-    assert recovery.report.divergence["a"]["recovered"] > 0
+    assert recovery.report.domains["a"].divergence.recovered > 0
 
 
 def test_a_compiled_teacher_is_the_model_in_it():

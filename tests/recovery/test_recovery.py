@@ -38,11 +38,12 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
     pruned = prune_model(dense, pruning, words)
     recovery = Recovery(RecoveryConfig(tokens=32_000, training={"learning_rate": 3e-3}), pruning)
     recovered = recovery.recover_model(pruned, words, dense)
-    far, ppl = recovery.report.divergence, recovery.report.perplexity["stories"]
-    assert far["stories"]["recovered"] < 0.6 * far["stories"]["pruned"]
-    assert far["answers"]["recovered"] < 0.8 * far["answers"]["pruned"]
-    assert far["validation text"]["recovered"] < far["validation text"]["pruned"] and recovery.report.kept_step
-    assert ppl["dense"] < ppl["recovered"] and type(recovered) is type(dense) and recovered is pruned
+    domains = recovery.report.domains
+    for name, share in (("stories", 0.6), ("answers", 0.8), ("validation text", 1.0)):
+        assert domains[name].divergence.recovered < share * domains[name].divergence.pruned
+    perplexity = domains["stories"].perplexity
+    assert recovery.report.kept_step
+    assert perplexity.dense < perplexity.recovered and type(recovered) is type(dense) and recovered is pruned
     assert recovery.report.tokens == pytest.approx(32_000, rel=0.02) and recovery.report.seconds > 0
     recovery.save(recovered, tmp_path / "out", words)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -165,8 +166,8 @@ def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
     report, text = recovery.report, [entry for entry in Manifest.seen_by(recovered).domains if entry.use == JUDGED]
-    assert report.other["source"] == "built-in" and "perplexity other text, built-in" in str(report)
-    assert [*report.other["perplexity"]] == ["dense", "pruned", "recovered"] and report.divergence["other text"]
+    assert report.unseen.source == "built-in" and "unseen text (built-in)" in str(report)
+    assert [*report.unseen.perplexity.by_model()] == ["dense", "pruned", "recovered"] and report.unseen.divergence
     trained = [entry for entry in recovery.entries if entry.use == TRAINED]
     used = {name for entry in trained for name in (*entry.documents, *entry.heldout_documents)}
     assert text and not used & {*text[0].heldout_documents}
@@ -180,14 +181,14 @@ def test_a_generator_gives_what_the_list_of_its_texts_gives():
         training = recovery_config(domains=None, tokens=96)
         pruner = StructPruner(config(domains=domains, recovery=training))
         model = pruner.prune_model(build("llama-tied"), tokenizer())
-        again = Recovery(training, pruner.used_config).recover_model(deepcopy(model), tokenizer())
+        again = Recovery(training, pruner.result.config).recover_model(deepcopy(model), tokenizer())
         found = evaluate(model, tokenizer(), domains, seq_length=24)
         results.append((model, again, pruner.prune_model(build("llama-tied"), tokenizer()), found, pruner.report))
     (*models, found, report), (*same, again, same_report) = results
     assert all(map(same_weights, models, same)) and same_weights(models[0], models[2])
-    assert found.perplexity == again.perplexity and found.perplexity_tokens == again.perplexity_tokens
-    assert report.perplexity == same_report.perplexity
-    assert report.recovery.perplexity == same_report.recovery.perplexity
+    assert found.domains == again.domains
+    assert report.domains == same_report.domains
+    assert report.recovery.domains == same_report.recovery.domains
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ MODELS = [
         {
             "text_config": {
                 **LLAMA,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4},
             },
             "vision_config": {**VIDEO, "image_size": 8, "patch_size": 4},
             "image_token_id": 390,
