@@ -76,7 +76,8 @@ def save_pruned(
     """Save a pruned model with its records, card and tokenizer. The records say whether weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
-    config, report = records.config, records.report
+    config = records.config
+    report = records.report
     used = [model.name_or_path, *used_paths(config)]
     if checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
@@ -125,6 +126,7 @@ def save_checked(
     with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
         if not is_first_rank():
             return
+
         _save_model(model, staging)
         if tokenizer is not None:
             if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads this field and does not write it
@@ -132,6 +134,7 @@ def save_checked(
             tokenizer.save_pretrained(staging)
         if model.name_or_path:
             copy_extra_files(model, staging, tokenizer, kept_tokens)
+
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             settle(staging / name, type(model.config))
         write(staging)
