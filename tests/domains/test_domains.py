@@ -145,7 +145,7 @@ def test_rows_and_fields_that_will_not_do():
         ({"q": 3}, "{q}", r"the column 'q' holds the int 3\.$"),
         ({"q": []}, "{q}", r"the column 'q' holds the list \[\]. Use `template='chat'`"),
         (None, "no field", "'chat' or hold column names"),
-        (None, "{a.b}", "'a.b' of the template .* is not a column name"),
+        (None, "{a.b}", "field 'a.b' of the template .* is not a column name"),
         (None, "{a!r}", "is not a column name"),
     ):
         with pytest.raises(StructPruneError, match=message):
