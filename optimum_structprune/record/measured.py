@@ -91,7 +91,6 @@ def measurement_table(measurement: Measurement) -> Rows:
     rows += _size_rows(columns)
     rows += _quality_rows(columns)
     rows += _answer_rows(columns)
-    rows += _task_rows(columns)
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
@@ -273,16 +272,6 @@ def _median_length(column: Column, answers: AnswersResult | None) -> str:
         return UNKNOWN
     model = answers.models[0] if column.is_original else answers.models[-1]
     return number(median(answers.tokens(model)))
-
-
-def _task_rows(columns: Sequence[Column]) -> Rows:
-    """Return the scores in tasks of MTEB."""
-    tasks = dict.fromkeys(task for column in columns for task in column.model.tasks)
-    rows = []
-    for task in tasks:
-        scores = [column.model.tasks.get(task) for column in columns]
-        rows.append(_row(f"MTEB, {task}", (number(score, MAX_DIGITS) for score in scores)))
-    return rows
 
 
 def speed_rows(speed: Speed) -> Rows:
