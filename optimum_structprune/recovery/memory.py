@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
+from ..arch.llama_cpp import layer_configs
 from ..arch.meta import positions_of, skeleton
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
@@ -112,7 +113,8 @@ def estimate_recovery(
     text = student.config.get_text_config()
     tokens = at_once * seq_length
     hidden = text.hidden_size
-    ffn = getattr(text, "intermediate_size", None) or 4 * hidden
+    # Layers may differ in width.
+    ffn = max(getattr(layer, "intermediate_size", None) or 4 * hidden for layer in layer_configs(text))
 
     layer = KEPT_HIDDEN * hidden + KEPT_FFN * ffn
     kept = text.num_hidden_layers * layer
