@@ -38,7 +38,7 @@ from ..system.offloading import declared, places
 from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
-from ..written import replace_json, written_files
+from ..written import replace_json, without_folders, written_files
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\
 SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
 # The field of a module's config with the number of its inputs, which are channels or logits of the model.
 WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
+# The records of this package, which may name files of the user.
+RECORDS = re.compile(r"(structprune_config|recovery_config|report|recovery_report|calibration_manifest)\.json")
 # The files that are downloaded of a model on the Hub. Its weights may be there in several formats.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
@@ -136,6 +138,7 @@ def save_checked(
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             settle(staging / name, type(model.config))
         write(staging)
+        _remove_folders(staging)
         check_reload(like or model, staging)
 
 
@@ -260,6 +263,13 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
         if part is not None:
             kernels[key] = _kernels(part, name)
     return kernels
+
+
+def _remove_folders(staging: Path) -> None:
+    """Replace the absolute paths in the records of a result by names."""
+    for path in staging.glob("*.json"):
+        if RECORDS.fullmatch(path.name):
+            replace_json(path, without_folders(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def copy_extra_files(
