@@ -129,7 +129,8 @@ def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path, caps
     assert main(f"prune {dense} {folder} --target vocab --budget parameters=0.8 --languages en,de".split()) == 0
     assert main(["inspect", str(dense)]) == 0 and " layers, " not in capsys.readouterr().out, "they are not described"
     card = (folder / "README.md").read_text()
-    assert "Once more, where DENSE" in card and "structprune evaluate" not in card and "in the layers" not in card
+    assert "structprune prune ORIGINAL again" in card
+    assert "structprune evaluate" not in card and "in the layers" not in card
     assert main(f"evaluate {folder} --against {dense} --text builtin:prose --seq-length 24".split()) == 2
     assert "reads input_features, and this measures text alone" in capsys.readouterr().err
     again, smaller = type(model).from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
