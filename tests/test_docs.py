@@ -70,10 +70,11 @@ def with_output(page: Path) -> list[tuple[str, str, str]]:
 
 def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
-    text = re.sub(r" \(few documents\)|; few documents: .*|warning: |; a smaller .*| in steps of \d+", "", text)
+    text = re.sub(
+        r" \(few documents\)|; few documents: fewer than 12|warning: |; a smaller .*| in steps of \d+", "", text
+    )
     text = re.sub(r"Requested|requested", "requested", text).replace("model).", "model)")
     text = re.sub(r"\(sampled from the original model\)|\(built-in\)", "", text)  # by the number of samples
-    text = re.sub(r"documents\.$", "documents", text, flags=re.M)
     text = re.sub(r" in (bfloat16|float32)$", "", text, flags=re.M)
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
     text = re.sub(r" \((calibration domain|unseen)\)", "", text)  # fewer samples may share no document
