@@ -112,7 +112,8 @@ def estimate_recovery(
     text = student.config.get_text_config()
     tokens = at_once * seq_length
     hidden = text.hidden_size
-    ffn = getattr(text, "intermediate_size", None) or 4 * hidden
+    # A config whose layers differ refuses the attribute; its dictionary has the largest width.
+    ffn = text.to_dict().get("intermediate_size") or 4 * hidden
 
     layer = KEPT_HIDDEN * hidden + KEPT_FFN * ffn
     kept = text.num_hidden_layers * layer
