@@ -22,7 +22,7 @@ from ..config.fields import check_types, read_json
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line, some_of
 from ..system.fingerprint import tensor_hash
-from ..written import Record
+from ..written import Record, without_folders
 from .packing import HELDOUT, PROBE, USED, Domain
 
 
@@ -74,7 +74,7 @@ class Entry:
         """Makes the entry of a domain that was loaded."""
         return cls(
             name=domain.name,
-            origin={} if domain.origin is None else domain.origin.to_dict(),
+            origin={} if domain.origin is None else without_folders(domain.origin.to_dict()),
             place_sha256="" if domain.origin is None else _place(domain.origin.source),
             weight=domain.weight,
             calibration_tokens=_count(domain.samples),
@@ -134,7 +134,7 @@ class Manifest(Record):
         return cls(
             seed=config.seed,
             seq_length=max(lengths, default=config.seq_length),
-            tokenizer=getattr(tokenizer, "name_or_path", ""),
+            tokenizer=without_folders(getattr(tokenizer, "name_or_path", "")),
             versions={"optimum-structprune": __version__, **{name: version(name) for name in libraries}},
             domains=[Entry.of(domain) for domain in domains],
         )

@@ -9,7 +9,6 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
-from ..arch.llama_cpp import layer_configs
 from ..arch.meta import positions_of, skeleton
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
@@ -113,8 +112,8 @@ def estimate_recovery(
     text = student.config.get_text_config()
     tokens = at_once * seq_length
     hidden = text.hidden_size
-    # Layers may differ in width.
-    ffn = max(getattr(layer, "intermediate_size", None) or 4 * hidden for layer in layer_configs(text))
+    # A config whose layers differ refuses the attribute; its dictionary has the largest width.
+    ffn = text.to_dict().get("intermediate_size") or 4 * hidden
 
     layer = KEPT_HIDDEN * hidden + KEPT_FFN * ffn
     kept = text.num_hidden_layers * layer

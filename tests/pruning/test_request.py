@@ -270,7 +270,7 @@ def test_odd_criteria_and_names_of_criteria(scores, fields, monkeypatch):
     with pytest.raises(StructPruneError, match=r"'odd' has to give \d+ finite scores, one per unit, at model.layers"):
         prune_model(build("llama-tied"), config(criterion="odd", **fields), inputs={"a": IDS})
     for name in ("", None, 3):
-        with pytest.raises(StructPruneError, match=f"A criterion takes a name, got {name!r}"):
+        with pytest.raises(StructPruneError, match=f"The name of a criterion must be a string, got {name!r}"):
             register_criterion(name)(lambda weight, *_: weight.sum(0))
 
 
