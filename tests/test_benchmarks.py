@@ -85,8 +85,9 @@ SMALL = {
         ["| uniform | ", "| sensitivity | ", "round 1 ", "search ", "perplexity "],
     ),
     "benchmark_gpu": (
-        "--device cpu --tiny --folder .",
-        ["float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "of that rate", ": x "],
+        f"{TINY} --device cpu --folder . --num-samples 8 --seq-length 32 --tokens 1024 --eval-samples 2 --prompt 8 "
+        "--new-tokens 2 --repeats 1",
+        ["  prune: ", "  recover: ", "  speed: ", "as on the CPU: True"],
     ),
     "benchmark_speed": ("model --widths 24 16 --prompts 8 --new-tokens 2 --repeats 1", ["mlp=24", "mlp=16"]),
     "benchmark_vocabulary": (

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-import yaml
 from huggingface_hub.dataclasses import type_validator
 
 from ..config.fields import parse_yaml
@@ -115,7 +114,7 @@ def read_families(path: str | Path) -> list[Family]:
     path = Path(path)
     try:
         entries = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise StructPruneError(f"{path} must hold a list of families, each with model_types, layer_path and spaces.")

@@ -17,6 +17,7 @@ from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, 
 from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
 from .spec import EXPERT, HIDDEN, LAYER, MODEL, ONE_PER_MODEL, VOCAB, ArchSpec, Space
+from .trial import UnsuitedError, tried_vocabulary
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
@@ -41,9 +42,14 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     except UndescribedError as error:  # a model without described layers may embed tokens
         if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
             raise
-        missing = tuple((name, str(error)) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER))
+        missing = {name: str(error) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER)}
         kind, causal = model.config.model_type, reads_forward(model)
-        return ArchSpec(kind, (), (), (), missing, causal, (vocabulary,), uniform=UNDESCRIBED)
+        arch = ArchSpec(kind, (), (), (), tuple(missing.items()), causal, (vocabulary,), uniform=UNDESCRIBED)
+        try:
+            return replace(arch, model_spaces=(tried_vocabulary(model, arch),))
+        except UnsuitedError as unsuited:
+            missing[VOCAB] = str(unsuited)
+            return replace(arch, model_spaces=(), missing=tuple(missing.items()))
     arch = replace(arch, causal=arch.causal and reads_forward(model))
     if VOCAB not in family.missing and (vocabulary := vocabulary_of(model, config)) is not None:
         arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
@@ -130,7 +136,9 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
             stacks.append((full_path, len(params_here)))
         layer_params += params_here
     if not stacks:
-        raise UndescribedError(f"A {config.model_type} model has its layers at {full_path!r}; nothing is there.")
+        raise UndescribedError(
+            f"A model of type {config.model_type!r} has its layers at {full_path!r}; nothing is there."
+        )
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     whole_layers = _depth(family.layer, config, layer_params, places, shapes)

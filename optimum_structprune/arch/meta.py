@@ -25,6 +25,7 @@ from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
+from .token_space import first_position
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
@@ -61,7 +62,9 @@ def meta_model(
                 model = kind(config)
     except Exception as error:  # every model class raises its own errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise StructPruneError(f"A {config.model_type} model cannot be built from its config: {reason}") from error
+        raise StructPruneError(
+            f"A model of type {config.model_type!r} cannot be built from its config: {reason}"
+        ) from error
     return model.eval() if dtype is None else model.eval().to(dtype)
 
 
@@ -267,6 +270,15 @@ def reads_forward(model: PreTrainedModel) -> bool:
     return predicts_next(model) and sees_all not in (True, "all")
 
 
+def predicts_gaps(model: Any) -> bool:
+    """Return whether a model that reads text predicts masked tokens, or a text after another text."""
+    if not reads_text(model):
+        return False
+    if model.config.is_encoder_decoder:
+        return model.can_generate() and getattr(model.config, "decoder_start_token_id", None) is not None
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
 def reads_text(model: PreTrainedModel) -> bool:
     """Tells whether a model, or one of its two towers, reads text alone."""
     return model.main_input_name == "input_ids" or hasattr(model, "get_text_features")
@@ -297,9 +309,13 @@ def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def positions_of(model: PreTrainedModel) -> float:
-    """The largest number of tokens in a row that a model reads, infinity by default."""
-    names = ("max_position_embeddings", "max_seq_len")  # the second of those whose ALiBi biases are made for so many
-    return next(filter(None, (getattr(model.config.get_text_config(), name, None) for name in names)), inf)
+    """Return the largest number of tokens in a row that a model reads, infinity by default."""
+    config = model.config.get_text_config()
+    # MPT names the number of positions for which its ALiBi biases are made.
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if getattr(config, name, None):
+            return getattr(config, name) - first_position(model)
+    return inf
 
 
 def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: int = 0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from copy import deepcopy
 from math import ceil, lcm
@@ -15,7 +14,7 @@ from transformers import PretrainedConfig
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
-from .token_space import TOKEN_ID_KEYS, VOCAB_SIZE_PER_LAYER, renumber_
+from .token_space import holds_token_ids, renumber_, resize_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
@@ -52,8 +51,7 @@ def shrunk_config(
         space = arch.of(VOCAB)[0]
         keep = stay or range(space.width_in(sizes))
         renumber_(new, keep, space.size, only_shapes=stay is None)
-        if (bound := getattr(text, VOCAB_SIZE_PER_LAYER, None)) is not None:
-            setattr(text, VOCAB_SIZE_PER_LAYER, bisect_left(keep, bound))
+        resize_(new, keep, space.size)
     for name in sizes:
         space = arch.of(name)[0]
         for key, value in space.pins:
@@ -142,7 +140,7 @@ def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None
             setattr(config, key, sum(layer < value for layer in keep))
         elif key in LAYER_INDEX_KEYS and value is not None:
             setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
-        elif OTHER_LIST_KEYS.fullmatch(key) or TOKEN_ID_KEYS.fullmatch(key):
+        elif OTHER_LIST_KEYS.fullmatch(key) or holds_token_ids(key):
             continue
         elif isinstance(value, (list, tuple)) and len(value) == size:
             setattr(config, key, type(value)(value[layer] for layer in keep))

@@ -1,12 +1,17 @@
-"""The vocabulary as a space, whose units are tokens: what a model has for each of them, and the ids in its config."""
+"""The vocabulary as a space: the fields of a config that hold token ids or sizes of the vocabulary.
+
+transformers does not mark the fields that hold token ids, so they are recognized by their names. The rule is broad: a
+number whose name ends in `_id`, `_ids`, `_index` or the like is a token id unless `OTHER_NUMBERS` says otherwise. A
+test walks all config classes of transformers and checks the rule.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
@@ -14,80 +19,192 @@ from .modules import embedding_of, module_files
 
 
 VOCAB_SIZE = "vocab_size"
-# A second embedding, of which every layer reads a part, may leave out the last tokens.
+# The second embedding of Gemma 3n may lack the last tokens, and the logits of Inkling lack the rows of the padding.
 VOCAB_SIZE_PER_LAYER = "vocab_size_per_layer_input"
-# The fields of a config, and of the config of generation, that hold ids of tokens.
-TOKEN_ID_KEYS = re.compile(
-    r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
-    r"|(lang|task)_to_id|(image|im|slice)_(start|end|patch|newline)_id|newline_id"  # of Molmo 2 and MiniCPM-V
+BOUNDS = (VOCAB_SIZE_PER_LAYER, "unpadded_vocab_size")
+# The first of a run of tokens that stand for codes of images or audio: the id is the sum of offset and code.
+OFFSETS = re.compile(r"(\w+_)?(vocab|token)_offset")
+
+# The names of fields that hold token ids.
+TOKEN_IDS = re.compile(
+    r"(\w+_)?(id|ids|idx|index|indices)"
+    r"|(begin_)?suppress_tokens"
+    r"|sequence_bias"
+    r"|vocabulary_map"
 )
-# Those that hold pairs, and which part of a pair is ids: the other is a bias, a position, or the name of a token.
-ID_PAIR_KEYS = {"sequence_bias": 0, "forced_decoder_ids": 1, "lang_to_id": 1, "task_to_id": 1}
-# Those of the modules of sentence-transformers, with their ids.
+# The names that `TOKEN_IDS` matches although the numbers are something else:
+OTHER_NUMBERS = re.compile(
+    r"\w*(layer|block|channel|hidden_state|hook)\w*"  # places in the model,
+    r"|\w*out_indices|head_in_index|encoder_projection_indices|decode_index|eval_idx|merge_index|altup_active_idx"
+    r"|\w*ignore_index|no_aggregation_label_index"  # labels,
+    r"|lang_id|default_prompt_id|max_initial_timestamp_index"  # languages, prompts and steps of time,
+    r"|(codec|codebook|audio_stream|t2u|vocoder|subs|tag)_\w*"  # and entries of another vocabulary.
+)
+# Mappings whose keys are names of a user's own.
+NAMES_OF_USERS = ("label2id", "id2label")
+# The entries of a `vocabulary_map` that Chameleon and Emu3 look up: codes of images, and special tokens.
+LOOKED_UP = re.compile(r"IMGIMG\w*|<.+>", re.DOTALL)
+# The token ids in the module configs of sentence-transformers.
 MODULE_IDS = re.compile(r'"(?:keep_only|true|false)_token_ids?": *(?:\[[\d,\s]*\]|\d+)')
 
+Config = PretrainedConfig | GenerationConfig
 
-def renumber_(
-    config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int, only_shapes: bool = False
-) -> None:
-    """Change the token ids in a config to those that remain once only `keep`, ascending, of `size` rows is left.
 
-    An id beyond both is no token, and stays. With `only_shapes`, rows that are gone count as the last one.
+def holds_token_ids(name: str) -> bool:
+    """Return whether a field of this name holds token ids."""
+    return bool(TOKEN_IDS.fullmatch(name)) and not OTHER_NUMBERS.fullmatch(name)
+
+
+def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool = False) -> None:
+    """Renumber the token ids in a config after a trim.
+
+    Entries of a `vocabulary_map` whose tokens are removed are removed too.
+
+    Args:
+        config: The config of a model, or a generation config.
+        keep: The ids of the kept tokens, ascending.
+        size: The number of rows of the original vocabulary. Ids beyond `size` and `keep` stay the same.
+        only_shapes: Whether only the sizes of the result matter. Removed tokens then count as the last kept token.
+
+    Raises:
+        StructPruneError: If a field names a removed token.
     """
-    new = dict.fromkeys(range(size), len(keep) - 1) if only_shapes else {}
-    new |= {old: place for place, old in enumerate(keep)}
+    new_ids = {old: new for new, old in enumerate(keep)}
+    last = len(keep) - 1
 
-    def changed(old: int) -> int:
-        if old not in new and 0 <= old < size:
+    for fields, name in [*_token_fields(config, size)]:
+
+        def new_id(old: int, name: str = name) -> int:
+            if old in new_ids or not 0 <= old < size:
+                return new_ids.get(old, old)
+            if only_shapes:
+                return last
             raise StructPruneError(
-                f"The {type(config).__name__} names the token {old}, which is none of the {len(keep):,} of {size:,} "
-                "that stay; leave it out of the config, or keep it."
+                f"`{name}` of the {type(config).__name__} names the token {old}, which is not one of the "
+                f"{len(keep):,} kept tokens of {size:,}. Keep the token, or remove it from the config."
             )
-        return new.get(old, old)
 
-    for fields, key, value in [(f, k, _mapped(v, changed, ID_PAIR_KEYS.get(k))) for f, k, v in _fields(config)]:
-        fields[key] = value
+        value = fields[name]
+        if name == "vocabulary_map" and not only_shapes:
+            value = {token: old for token, old in value.items() if old in new_ids or old >= size}
+        fields[name] = _with_new_ids(name, value, new_id)
+
+
+def resize_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
+    """Set the sizes of the vocabulary in a config after a trim.
+
+    Args:
+        config: The config of a model.
+        keep: The ids of the kept tokens, ascending.
+        size: The number of rows of the original vocabulary.
+    """
+    for fields in [*_sections(config, size)]:
+        for name, value in list(fields.items()):
+            if type(value) is not int:
+                continue
+
+            is_size = name.endswith(VOCAB_SIZE) and value == size
+            if is_size or name in BOUNDS or OFFSETS.fullmatch(name):
+                fields[name] = bisect_left(keep, value)
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
-    """The ids of tokens in the config of a model, in its generation config and in those of modules around it."""
-    fields = MODULE_IDS.findall(" ".join(module_files(model.config).values()))
-    ids = {int(number) for field in fields for number in re.findall(r"\d+", field)}
-    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-        for _, key, value in _fields(config):
-            _mapped(value, ids.add, ID_PAIR_KEYS.get(key))
+    """Return the token ids in the configs of a model: its own, for generation, and of sentence-transformers."""
+    size = getattr(model.config.get_text_config(), VOCAB_SIZE, None)
+    ids: set[int] = set()
+
+    def note(token: int) -> int:
+        ids.add(token)
+        return token
+
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is None:
+            continue
+        for fields, name in _token_fields(config, size):
+            value = fields[name]
+            if name == "vocabulary_map":
+                value = {token: old for token, old in value.items() if LOOKED_UP.fullmatch(token)}
+            _with_new_ids(name, value, note)
+
+    for fields in _sections(model.config, size):
+        for name, value in fields.items():
+            if OFFSETS.fullmatch(str(name)) and type(value) is int and size is not None:
+                ids.update(range(value, size))
+
+    for text in module_files(model.config).values():
+        for field in MODULE_IDS.findall(text):
+            ids.update(int(number) for number in re.findall(r"\d+", field))
     return ids
 
 
-def counted_from(model: PreTrainedModel) -> int:
-    """The id of the padding where positions are counted from it, and 0 elsewhere."""
-    rows = getattr(embedding_of(model), "num_embeddings", 0)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return max((table.padding_idx or 0 for table in tables if table.num_embeddings != rows), default=0)
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position of the first token: one after the id of the padding in RoBERTa and its kin, else 0.
 
-
-def _fields(config: PretrainedConfig | GenerationConfig | dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The fields that hold token ids, each with the mapping of all beside it, its name and value.
-
-    Configs and mappings inside a config count too, unless they number tokens of their own.
+    Their table of positions has a row for the padding, and the tokens have the rows after it.
     """
+    tokens = getattr(embedding_of(model), "weight", None)
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
+        if weight is None or weight is tokens or padding is None:
+            continue
+        if len(weight) == num_positions:
+            return padding + 1
+    return 0
+
+
+def counted_from(model: PreTrainedModel) -> int:
+    """Return the id of the padding where positions are counted from it, and 0 elsewhere."""
+    return max(first_position(model) - 1, 0)
+
+
+def _sections(config: Config | dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the fields of a config, and of the configs and mappings inside it that number the same vocabulary."""
     fields = config if isinstance(config, dict) else vars(config)
-    for key, value in fields.items():
-        if TOKEN_ID_KEYS.fullmatch(str(key)):
-            yield fields, key, value
-        elif isinstance(value, PretrainedConfig):
-            if key in ("text_config", "vlm_config", "decoder", "decoder_config") or not hasattr(value, VOCAB_SIZE):
-                yield from _fields(value)
-        elif isinstance(value, dict) and VOCAB_SIZE not in value:  # as what a config has for a task
-            yield from _fields(value)
+    yield fields
+
+    for name, value in list(fields.items()):
+        if not isinstance(value, (PretrainedConfig, dict)) or name in NAMES_OF_USERS or holds_token_ids(str(name)):
+            continue
+        if not _has_own_vocabulary(value, size):
+            yield from _sections(value, size)
 
 
-def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
-    """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
+def _has_own_vocabulary(config: PretrainedConfig | dict[str, Any], size: int | None) -> bool:
+    """Return whether a config inside a config numbers another vocabulary, which is told by its size."""
+    if isinstance(config, dict):
+        sizes = {config.get(VOCAB_SIZE)}
+    else:
+        sizes = {getattr(part, VOCAB_SIZE, None) for part in (config, getattr(config, "text_config", None))}
+    sizes.discard(None)
+    return bool(sizes) and size not in sizes
+
+
+def _token_fields(config: Config, size: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each field that holds token ids, as its name and the mapping that has it."""
+    for fields in _sections(config, size):
+        for name, value in fields.items():
+            if value is not None and holds_token_ids(str(name)):
+                yield fields, name
+
+
+def _with_new_ids(name: str, value: Any, new_id: Callable[[int], int]) -> Any:
+    """Return the value of a field with `new_id` applied to every token id in it."""
+    if name == "sequence_bias" and isinstance(value, dict):
+        return {_mapped(ids, new_id): bias for ids, bias in value.items()}
+    if name == "sequence_bias":
+        return [[_mapped(ids, new_id), bias] for ids, bias in value]
+    if name == "forced_decoder_ids":
+        return [[position, _mapped(token, new_id)] for position, token in value]
+    return _mapped(value, new_id)
+
+
+def _mapped(value: Any, new_id: Callable[[int], int]) -> Any:
+    """Return a token id, or a sequence or mapping of token ids, with `new_id` applied to each id."""
+    if type(value) is int:
+        return new_id(value)
     if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(part, change) if place == 1 else part for key, part in value.items()}
-    if isinstance(value, (list, tuple)) and place is not None:
-        return [[_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value]
+        return {key: _mapped(part, new_id) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(part, change) for part in value)
-    return change(value) if type(value) is int else value
+        return type(value)(_mapped(part, new_id) for part in value)
+    return value

@@ -40,7 +40,7 @@ def check_flags(args: Namespace) -> None:
         if arch_file := getattr(names, "arch_file", None):
             read_families(arch_file)
     for texts in [given.get("domain", ()), *map(_texts, configs)]:
-        for domain in resolve(as_domain(text, args.command.name) for text in texts):
+        for domain in resolve(as_domain(text) for text in texts):
             check_source(domain)
     if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
         raise StructPruneError(f"There is no file {file}.")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..saving.gguf_types import GGUF_TYPES
-from .arguments import SOURCES, Command, Flags, domain, text_files, whole, yaml_value
+from .arguments import SOURCES, Command, Flags, domain, positive_int, text_files, token_setting
 
 
 def switch(text: str) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def switch(text: str) -> dict[str, Any]:
 
 def number(text: str, **more: Any) -> dict[str, Any]:
     """A flag with a whole number, 1 or more."""
-    return {"help": text, "metavar": "N", "type": whole, **more}
+    return {"help": text, "metavar": "N", "type": positive_int, **more}
 
 
 def choice(text: str, among: Collection[str], **more: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ COMMANDS = (
             "--recovery-tokens": named(
                 "N",
                 "The same, with this number of training tokens: short for --recovery tokens=N.",
-                type=lambda text: ("tokens", yaml_value(text)),
+                type=token_setting,
                 **{"dest": "recovery", "action": "append", "default": SUPPRESS},
             ),
             "--gguf": named(

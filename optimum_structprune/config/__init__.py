@@ -1,1 +1,1 @@
-"""Configs: strict dataclasses of plain values. The folder imports only errors and the registry."""
+"""The configs: dataclasses of plain values that check their fields."""

@@ -1,150 +1,167 @@
 """The config of a calibration domain."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import tee
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from huggingface_hub.dataclasses import strict, validated_field
-
 from ..errors import StructPruneError
-from .fields import LARGEST, Number, Serialisable, config_class, filled, positive
+from .fields import Config
 
 
-# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-
-
+# The prefixes of sources that are not files or datasets.
 IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
 BUILTIN = "builtin:"
-# The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
-GENERAL, ANY = "general", "any"
-# Text of many kinds by which a run is judged, and which the run does not read.
+# Built-in text of all kinds and its domain, and text of any kind that a model generates.
+GENERAL = "general"
+ANY = "any"
+# Text of many kinds that a run evaluates on, but does not calibrate on.
 OTHER = "other"
 CHAT = "chat"
+MAX_WEIGHT = 1e300
 
 
 class Reiterable:
-    """Makes an iterator readable any number of times: it is kept as far as it has been read."""
+    """An iterable over an iterator that may be read several times. It keeps the items that have been read."""
 
     def __init__(self, items: Iterator[Any]):
         self._items = items
 
     def __iter__(self) -> Iterator[Any]:
-        self._items, again = tee(self._items)
-        return again
-
-
-def _source(value: Any) -> None:
-    if not isinstance(value, (Iterable, Path)) or isinstance(value, (bytes, Mapping)):
-        raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
-    if isinstance(value, str) and not value:
-        raise ValueError("has to name something, got ''")
-
-
-def _template(value: Any) -> None:
-    if value is not None and value != CHAT and not template_fields(value):
-        raise ValueError(f"has to be 'chat' or to hold column names such as {{question}}, got {value!r}")
+        self._items, copy = tee(self._items)
+        return copy
 
 
 def template_fields(template: str) -> list[str]:
-    """The columns that a text template names, in order."""
+    """Return the column names in a text template, in order.
+
+    Raises:
+        ValueError: If a field of the template is not a column name.
+    """
     names = []
     for _, name, form, conversion in Formatter().parse(template):
-        if name is not None:
-            if not name.isidentifier() or form or conversion:
-                raise ValueError(f"a field of the template {template!r} has to be a column's name, got {name!r}")
-            names.append(name)
+        if name is None:
+            continue
+        if not name.isidentifier() or form or conversion:
+            raise ValueError(f"the field {name!r} of the template {template!r} is not a column name")
+        names.append(name)
     return names
 
 
-@config_class
-@strict
 @dataclass
-class DomainConfig(Serialisable):
+class DomainConfig(Config):
     """A named source of calibration text.
 
     Args:
         name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
-            `builtin:code`, `builtin:math`, a preset (`preset:code`, or of your own `preset:FILE.yaml#NAME`), text that
-            the model writes itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`,
-            `self:any`), a dataset id on the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets`
-            object, or any iterable of strings, or with a template of rows. A `pathlib.Path` is kept as its text, and
-            what a generator gives is kept as far as it is read, for later readings.
+            `builtin:code`, `builtin:math`, a preset (`preset:code`, or your own `preset:FILE.yaml#NAME`), text that
+            the model generates (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`,
+            `self:any`), a dataset id on the Hub, a folder written by `save_to_disk` of `datasets`, a `datasets`
+            object, or any iterable of strings, or of rows if there is a template. A `pathlib.Path` is converted to a
+            string. The items of a generator are kept, so that it can be read again.
         weight: The domain's share of the calibration tokens, relative to the other domains.
-        text_column: The column that holds the text, or with `template="chat"` the messages.
+        text_column: The column with the text, or with the messages if `template="chat"`.
         dataset_config: The name of the configuration of a Hub dataset.
         split: The split of a Hub dataset, or of a folder that holds several.
         revision: The commit, tag or branch of a Hub dataset.
-        template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; any other
+        template: How a row becomes text. `chat` applies the tokenizer's chat template to its messages. Any other
             template is a text with column names, such as `"Question: {question}\\nAnswer: {answer}"`.
 
     Raises:
-        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message
-            names the field and the value.
+        StructPruneError: If a field is unknown, or a value has another type or is out of range. The message names the
+            field and the value.
     """
 
-    name: str = validated_field(filled)
-    source: Any = validated_field(_source)
-    weight: Number = validated_field(positive, default=1.0)
-    text_column: str = "text"
-    dataset_config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    template: str | None = validated_field(_template, default=None)
-    gone = {"answers_only": False}
+    name: str = field(metadata={"help": "The name of the domain in the report."})
+    source: Any = field(metadata={"help": "A file, a glob, a folder, a preset, a dataset, or an iterable of strings."})
+    weight: float = field(default=1.0, metadata={"help": "The domain's share of the calibration tokens."})
+    text_column: str = field(default="text", metadata={"help": "The column with the text."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The name of the configuration of a Hub dataset."}
+    )
+    split: str = field(default="train", metadata={"help": "The split of a Hub dataset."})
+    revision: str | None = field(default=None, metadata={"help": "The commit, tag or branch of a Hub dataset."})
+    template: str | None = field(default=None, metadata={"help": "How a row becomes text."})
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):
             self.source = str(self.source)
         elif isinstance(self.source, Iterator):
             self.source = Reiterable(self.source)
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Raise `StructPruneError` if a value has another type or is out of range."""
+        super().validate()
+        self.check_not_empty("name")
+        if not 0 < self.weight <= MAX_WEIGHT:
+            self.refuse("weight", f"must be greater than 0 and at most {MAX_WEIGHT}, got {self.weight}")
+
+        is_text = isinstance(self.source, Iterable) and not isinstance(self.source, (bytes, Mapping))
+        if not is_text:
+            kind = type(self.source).__name__
+            self.refuse("source", f"must be a path, a name, a dataset or an iterable of strings, got {kind}")
+        if self.source == "":
+            self.refuse("source", "must not be empty, got ''")
+
+        if self.template is not None and self.template != CHAT:
+            self._check_template(self.template)
+
+    def _check_template(self, template: str) -> None:
+        try:
+            names = template_fields(template)
+        except ValueError as error:
+            raise StructPruneError(f"DomainConfig: `template` is not legal: {error}.") from error
+        if not names:
+            self.refuse("template", f"must be 'chat' or hold column names such as {{question}}, got {template!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values; of a source in memory only the name of its class is kept."""
-        source = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
+        """Return the fields as plain values for JSON. A source in memory becomes the name of its class."""
+        source = self.source
+        if not isinstance(source, str):
+            source = f"{IN_MEMORY}{type(source).__name__}"
         return {**super().to_dict(), "source": source}
 
 
 def written_by_model(domain: DomainConfig) -> bool:
-    """Tell whether the model writes the text of a domain itself."""
+    """Return whether the model generates the text of a domain."""
     return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 
-def as_domain(item: Any, owner: str) -> DomainConfig:
-    """A domain from a mapping of its fields; a domain comes back as it is."""
+def as_domain(item: Any) -> DomainConfig:
+    """Return the domain of a mapping of its fields, or a domain as it is."""
     if isinstance(item, DomainConfig):
         return item
     if not isinstance(item, Mapping):
-        raise StructPruneError(f"{owner}: 'domains' takes mappings with a name and a source, got {item!r}.")
+        raise StructPruneError(f"`domains` must be a list of mappings with a name and a source, got {item!r:.80}.")
     return DomainConfig.from_dict(item)
 
 
-class WithDomains(Serialisable):
-    """A config that names domains, or none."""
+def read_domains(items: Any) -> list[DomainConfig]:
+    """Return the domains of a list of mappings."""
+    return [as_domain(item) for item in items]
 
-    domains: list[DomainConfig] | None
-    parts = {"domains": lambda items, owner: [as_domain(item, owner) for item in items]}
 
-    def validate_domains(self) -> None:
-        """Refuse an empty list of domains, and two of the same name."""
-        if self.domains is None:
-            return
-        names = [domain.name for domain in self.domains]
-        if not names:
-            raise ValueError("domains has to name at least one domain, got []")
-        if sum(domain.weight for domain in self.domains) > LARGEST:
-            raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"domains has two entries of the name {twice!r}; rename one (--domain NAME=FILE)")
+def check_domains(config: Any) -> None:
+    """Raise if the field `domains` of a config is an empty list, or two domains have the same name."""
+    if config.domains is None:
+        return
+    config.check_not_empty("domains")
+    names = [domain.name for domain in config.domains]
+    for name in names:
+        if names.count(name) > 1:
+            config.refuse("domains", f"has two entries of the name {name!r}. Rename one (--domain NAME=FILE)")
 
 
 def is_general(domain: DomainConfig) -> bool:
-    """Tell whether a domain is general text: of every kind, or of that name."""
-    every_kind = (f"{BUILTIN}{GENERAL}", f"{SELF}{ANY}", f"{PRESET}{GENERAL}")
-    return domain.name == GENERAL or (isinstance(domain.source, str) and domain.source.startswith(every_kind))
+    """Return whether a domain is general text, by its name or its source."""
+    sources = (f"{BUILTIN}{GENERAL}", f"{SELF}{ANY}", f"{PRESET}{GENERAL}")
+    has_general_source = isinstance(domain.source, str) and domain.source.startswith(sources)
+    return domain.name == GENERAL or has_general_source

@@ -1,161 +1,282 @@
-"""The base of every config: strict fields, and plain values in and out."""
+"""The base class of the configs, the checks of their fields, and the readers of YAML and JSON files."""
 
-# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from __future__ import annotations
+
 import json
+import math
 import re
-import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
-from functools import wraps
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from reprlib import repr as short_repr
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 from ..written import unversioned
 
 
-T = TypeVar("T", bound=type)
 Item = TypeVar("Item")
-Self = TypeVar("Self", bound="Serialisable")
-# `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
-if TYPE_CHECKING:
-    Number = float
-else:
-    Number = float | int
-LARGEST = sys.float_info.max  # no NaN, no infinity and no integer of hundreds of digits is at most this
+Self = TypeVar("Self", bound="Config")
 
-
-def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
-    """A validator that passes finite numbers in a range, and whatever is no number: `strict` checks types."""
-
-    def validate(value: Any) -> None:
-        if isinstance(value, (int, float)) and not (abs(value) <= LARGEST and allowed(value)):
-            raise ValueError(what.format(value))
-
-    return validate
-
-
-positive = _range(lambda value: value > 0, "has to be greater than 0, got {}")
-seed_of_all = _range(lambda value: 0 <= value < 2**32, "has to lie between 0 and 4294967295, got {}")
-share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 is a fifth")
-proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
-below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (excluded), got {}")
-
-
-def filled(value: Any) -> None:
-    """Refuse an empty value; None passes."""
-    if value is not None and not value:
-        raise ValueError(f"has to name at least one, got {value!r}")
-
-
-class Serialisable:
-    """`to_dict` and `from_dict` with strict keys.
-
-    Attributes:
-        gone: Fields that saved configs may hold, each with the only value that is left of it.
-        moved: Fields that saved configs may hold, and that another config has now.
-        parts: Fields that hold other configs, each with a function of their plain values and of the owner's name.
-    """
-
-    gone: ClassVar[Mapping[str, Any]] = {}
-    moved: ClassVar[Collection[str]] = ()
-    parts: ClassVar[Mapping[str, Callable[[Any, str], Any]]] = {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
-
-    @classmethod
-    def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
-        """Read the plain values that `to_dict` gives; those of earlier versions too, see `gone` and `moved`."""
-        if not isinstance(data, Mapping):
-            raise StructPruneError(f"{cls.__name__} takes a mapping of fields, got {type(data).__name__}.")
-        values = {str(name): value for name, value in unversioned(data).items() if name not in cls.moved}
-        for name, left in cls.gone.items():
-            if (value := values.pop(name, left)) != left:
-                raise StructPruneError(f"{cls.__name__}: {name!r} is gone, only {left!r} is left, got {value!r}.")
-        for name, read in cls.parts.items():
-            if isinstance(values.get(name), (list, Mapping)):
-                values[name] = read(values[name], cls.__name__)
-        return cls(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.to_dict() if isinstance(value, Serialisable) else value
-
-
-def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
-    """A mapping by numbers of layers, of which JSON makes strings; each layer has to be there once."""
-    numbers = [int(key) for key in values if re.fullmatch("-?[0-9]{1,9}", str(key))]
-    if len({*numbers}) < len(values):
-        raise StructPruneError(f"{owner} names layers by their numbers, each once, got {list(values)}.")
-    return dict(zip(numbers, values.values(), strict=True))
+MAX_COUNT = 10**12  # of samples, tokens or units: larger numbers do not fit into 64 bits once they are multiplied
+MAX_SEED = 2**32 - 1
 
 
 class FieldError(StructPruneError):
-    """A value that a field does not take, with the name of the config's class, the field and the reason."""
+    """A value that a field does not accept.
+
+    Args:
+        owner: The name of the config class.
+        field: The name of the field.
+        reason: The rest of the sentence, such as "must be at least 1, got 0".
+    """
 
     def __init__(self, owner: str, field: str, reason: str):
-        super().__init__(f"{owner}: {field!r} {reason}")
-        self.owner, self.field, self.reason = owner, field, reason
+        super().__init__(f"{owner}: `{field}` {reason}.")
+        self.owner = owner
+        self.field = field
+        self.reason = reason
 
 
-def config_class(cls: T) -> T:
-    """A class decorator for configs, by which every mistake in the constructor is a `StructPruneError`."""
-    init: Any = cls.__init__  # type: ignore[misc]
+class Config:
+    """Base class of the configs: dataclasses with checked fields that convert to plain values and back.
 
-    @wraps(init)
-    def checked(self: Any, *args: Any, **values: Any) -> None:
-        _check_names(cls, values)
-        try:
-            init(self, *args, **values)
-        except StrictDataclassFieldValidationError as error:
-            field = str(error).split("'")[1]  # which only the message says
-            reason = one_line(error.__cause__).removeprefix(f"Field {field!r} ").partition(". Errors: ")[0]
-            reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.|optimum_structprune\.[\w.]+\.", r"\1", reason)
-            reason = re.sub(
-                r"with value (.{,80}).* doesn't match any type in \((.*?)(, NoneType)?\)$", r"takes \2; got \1", reason
-            )
-            raise FieldError(cls.__name__, field, reason) from error
-        except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {one_line(error.__cause__ or error)}") from error
-        for name, value in vars(self).items():  # as of a file whose name is not UTF-8: no card could name it
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise FieldError(cls.__name__, name, f"holds half a character, got {value!r}; rename it in UTF-8")
+    Subclasses extend `validate`, which runs after `__init__`.
 
-    cls.__init__ = checked  # type: ignore[misc]
-    return cls
+    Attributes:
+        nested: Functions by the names of the fields that hold other configs. Each converts plain values to configs.
+    """
+
+    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+
+    def __new__(cls: type[Self], *args: Any, **values: Any) -> Self:
+        check_names(cls, values)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `StructPruneError` if a field has a value of another type or out of its range."""
+        check_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values for JSON."""
+        return {name: _plain(getattr(self, name)) for name in field_names(type(self))}
+
+    @classmethod
+    def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
+        """Return a config from plain values, as `to_dict` returns them.
+
+        Raises:
+            StructPruneError: If a field is unknown or missing, or its value is not legal.
+        """
+        if not isinstance(data, Mapping):
+            raise StructPruneError(f"{cls.__name__} must be a mapping of fields, got {short_repr(data)}.")
+        values = {str(name): value for name, value in unversioned(data).items()}
+        check_names(cls, values)
+        for field in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
+            is_required = field.default is MISSING and field.default_factory is MISSING
+            if is_required and field.name not in values:
+                raise StructPruneError(f"{cls.__name__} needs the field `{field.name}`. Add it.")
+
+        for name, read in cls.nested.items():
+            if isinstance(values.get(name), (list, Mapping)):
+                values[name] = read(values[name])
+        return cls(**values)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Raise `FieldError` for a field."""
+        raise FieldError(type(self).__name__, name, reason)
+
+    def check_count(self, *names: str) -> None:
+        """Raise if a field holds a whole number outside of 1 to `MAX_COUNT`."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                continue
+            if value < 1:
+                self.refuse(name, f"must be at least 1, got {value}")
+            if value > MAX_COUNT:
+                self.refuse(name, f"must be at most {MAX_COUNT:,}, got {short_repr(value)}")
+
+    def check_share(self, *names: str, zero: bool = False, one: bool = False) -> None:
+        """Raise if a field holds a number outside of 0 to 1. `zero` and `one` tell which bounds are legal."""
+        for name in names:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_bound = (zero and value == 0) or (one and value == 1)
+            if not (0 < value < 1 or is_bound):
+                lower = "at least 0" if zero else "greater than 0"
+                upper = "at most 1" if one else "less than 1"
+                self.refuse(name, f"must be {lower} and {upper}, got {short_repr(value)}")
+
+    def check_seed(self, name: str) -> None:
+        """Raise if a field holds a number that is not a seed."""
+        value = getattr(self, name)
+        if value is not None and not 0 <= value <= MAX_SEED:
+            self.refuse(name, f"must be from 0 to {MAX_SEED}, got {short_repr(value)}")
+
+    def check_not_empty(self, *names: str) -> None:
+        """Raise if a field holds an empty string or list."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value:
+                self.refuse(name, f"must not be empty, got {value!r}")
 
 
-def _check_names(cls: Any, values: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
+def _plain(value: Any) -> Any:
+    """Convert a value of a field to plain values for JSON."""
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def field_names(cls: Any) -> list[str]:
+    """Return the names of the fields of a dataclass."""
+    return [field.name for field in fields(cls)]
+
+
+def check_names(cls: Any, values: Mapping[str, Any]) -> None:
+    """Raise if a dataclass has no field of a name."""
+    names = field_names(cls)
+    for name in values:
+        if name not in names:
+            raise StructPruneError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, names)}")
+
+
+def check_types(config: Any) -> None:
+    """Raise `FieldError` if a field of a dataclass has a value of another type than its annotation."""
+    owner = type(config).__name__
+    hints = get_type_hints(type(config))
+    for name in field_names(type(config)):
+        value = getattr(config, name)
+        if not _is_instance(value, hints[name]):
+            raise FieldError(owner, name, f"must be {_type_name(hints[name])}, got {short_repr(value)}")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            # Such a text comes from a file name that is not UTF-8, and no JSON file could hold it.
+            raise FieldError(owner, name, f"must be text in UTF-8, got {value!r}. Rename the file")
+
+
+def _is_instance(value: Any, annotation: Any) -> bool:
+    """Return whether a value has the type of an annotation. As in PEP 484, an int is a float; a bool is not an int."""
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_is_instance(value, member) for member in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_is_instance(item, arguments[0]) for item in value)
+    if origin is dict:
+        has_keys = isinstance(value, dict) and all(_is_instance(key, arguments[0]) for key in value)
+        return has_keys and all(_is_instance(item, arguments[1]) for item in value.values())
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
+    if annotation is float:
+        is_large = isinstance(value, int) and value.bit_length() > 1000
+        return isinstance(value, (int, float)) and not is_large and math.isfinite(value)
+    return isinstance(value, annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    """Return an annotation in words, such as "a list of str"."""
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
+    if origin in (Union, UnionType):
+        # A tuple stands for a list in Python code, and None for a field that is not given.
+        names = [
+            _type_name(member) for member in arguments if member is not NoneType and get_origin(member) is not tuple
+        ]
+        return " or ".join(names)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (list, tuple):
+        return f"a list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"a mapping to {_type_name(arguments[1])}"
+    words = {int: "a whole number", float: "a number", str: "a string"}
+    return words.get(annotation) or annotation.__name__
+
+
+def by_layer(values: Mapping[Any, Item], name: str) -> dict[int, Item]:
+    """Return a mapping with layer indices as its keys. JSON turns such keys into strings.
+
+    Raises:
+        StructPruneError: If a key is not an index, or two keys are the same index.
+    """
+    items: dict[int, Item] = {}
+    for key, value in values.items():
+        is_index = re.fullmatch("-?[0-9]{1,9}", str(key)) is not None
+        if not is_index or int(key) in items:
+            raise StructPruneError(f"{name} must have layer indices as keys, each once, got {short_repr([*values])}.")
+        items[int(key)] = value
+    return items
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of another library from values by field."""
-    _check_names(cls, values)
+    """Return a dataclass of another library from the values of its fields."""
+    check_names(cls, values)
     try:
         return cls(**values)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise StructPruneError(f"{cls.__name__}: {one_line(error)}") from error
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader of YAML. It refuses repeated keys, and it reads `1e-4` as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping, or raise if a key is repeated."""
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            identity = (key.tag, str(key.value))
+            if identity in lines:
+                raise ValueError(f"the key {key.value!r} is in line {lines[identity]} and again in line {line}")
+            lines[identity] = line
+        return super().construct_mapping(node, deep)
+
+
+UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML document.
+
+    Raises:
+        ValueError: If the text is not YAML, or a mapping has the same key twice.
+    """
+    try:
+        return yaml.load(text, UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from error
+    except (TypeError, LookupError, AttributeError) as error:  # a tag that does not fit its value
+        raise ValueError(f"a value is not what its tag says ({one_line(error)})") from error
+
+
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file."""
+    """Return the mapping in a YAML file."""
     return read_mapping(Path(path), parse_yaml)
 
 
 def read_json(path: str | Path) -> Mapping[str, Any]:
-    """The fields in a JSON file, without the version of its form; a version that is not known is refused."""
+    """Return the fields in a JSON file without their schema version, or raise if this version is unknown."""
     values = read_mapping(Path(path), json.loads)
     try:
         return unversioned(values)
@@ -164,58 +285,11 @@ def read_json(path: str | Path) -> Mapping[str, Any]:
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
-    """The mapping in a file that `parse` reads."""
+    """Return the mapping in a file that `parse` reads."""
     try:
         data = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StructPruneError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StructPruneError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(data, Mapping):
-        raise StructPruneError(f"{path} has to hold a mapping of fields, found {type(data).__name__}.")
+        raise StructPruneError(f"{path} must hold a mapping of fields, got {type(data).__name__}.")
     return data
-
-
-MAX_YAML = 2**18  # characters of a document
-
-
-class Loader(yaml.SafeLoader):
-    """The safe loader of YAML, with the numbers of YAML 1.2, see `NUMBERS`; a date is text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("bool", "null", "merge")]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-class LoaderWithoutAliases(Loader):
-    """The loader of documents of others, in which a short text with aliases may be endless."""
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        """See `Composer.compose_node`."""
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has an alias (*name); write the value out")
-        return super().compose_node(parent, index)
-
-
-# The numbers of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
-NUMBERS = {
-    "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
-    "tag:yaml.org,2002:float": r"([-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|"
-    r"\.(nan|NaN|NAN))$",
-}
-for tag, pattern in NUMBERS.items():
-    Loader.add_implicit_resolver(tag, re.compile(pattern), None)
-Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
-)
-
-
-def parse_yaml(text: str, aliases: bool = False) -> Any:
-    """The value of a YAML document; aliases, by which a short text may be endless, have to be allowed."""
-    if len(text) > MAX_YAML:
-        raise ValueError(f"it has {len(text):,} characters, and {MAX_YAML:,} are the most")
-    try:
-        return yaml.load(text, Loader if aliases else LoaderWithoutAliases)  # both are safe
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except (TypeError, LookupError, AttributeError) as error:  # of a tag that does not fit its value
-        raise ValueError(f"a value is not what its tag says ({error})") from error

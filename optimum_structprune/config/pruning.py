@@ -1,43 +1,29 @@
-"""The configs of a pruning: `StructPruneConfig` says what is done, `RunOptions` how the machine does it."""
+"""The configs of a pruning: `StructPruneConfig` describes the result, `RunOptions` the run."""
 
-# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict, validated_field
-
+from ..errors import StructPruneError, warn
 from ..registry import Registry, did_you_mean
 from ..written import replace_json, versioned
-from .domains import GENERAL, DomainConfig, WithDomains, is_general
-from .fields import (
-    LARGEST,
-    FieldError,
-    Number,
-    Serialisable,
-    below_one,
-    by_layer,
-    config_class,
-    filled,
-    positive,
-    proportion,
-    read_json,
-    seed_of_all,
-    share,
-)
+from .domains import GENERAL, DomainConfig, check_domains, is_general, read_domains
+from .fields import MAX_COUNT, Config, by_layer, field_names, read_json
 from .recovery import RecoveryConfig
 
 
 CONFIG_NAME = "structprune_config.json"
-# The fields of which exactly one says how much is removed.
+# The fields that say how much is removed. A config has exactly one of them.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The allocations that give all layers one width.
+# The allocations that give all layers the same width.
 ONE_WIDTH = ("uniform", "search_uniform")
-# What makes up for removed units, see `method.refit.least_squares`.
+# The built-in refits are in `method/refit.py`.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
-# The languages of which there are texts, by their codes (ISO 639-1).
+# The languages with built-in text, by their codes (ISO 639-1).
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
@@ -48,213 +34,309 @@ LANGUAGES = {
 CACHE = "cache_bytes_per_token"
 LOSS = "loss"
 BUDGETS = ("parameters", "bytes", CACHE, LOSS)
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 
-def _codes(languages: Sequence[str]) -> tuple[str, ...]:
-    """Languages by their codes, of which one or several with commas stand in each string; a region is left out."""
-    named = (re.split("[-_]", code.strip().lower())[0] for text in languages for code in text.split(","))
-    codes = tuple(dict.fromkeys(named))  # as each counts as much as the text
-    for code in codes:
-        if code not in LANGUAGES:
-            known = [f"{known_code} ({name})" for known_code, name in LANGUAGES.items()]
-            reason = f"has no language {code!r}.{did_you_mean(code, known)}"
-            raise FieldError(StructPruneConfig.__name__, "languages", reason)
-    return codes
-
-
-def _check_amount(config: "StructPruneConfig") -> None:
-    """Refuse all but one amount, and numbers that are not positive."""
-    given = {name: getattr(config, name) for name in AMOUNTS}
-    if sum(value is not None for value in given.values()) != 1:
-        fields = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-        tokens, flag = ("targets=['vocab'], ", "--target vocab ") if config.languages else ("", "")
-        raise ValueError(
-            f"exactly one of sparsity, widths and budget says how much to remove, got {fields or 'none'}; "
-            f"{tokens}budget={{'parameters': 0.8}} ({flag}--budget parameters=0.8) keeps four fifths of a model"
-        )
-    for name, limit in (config.budget or {}).items():
-        if name not in BUDGETS:
-            raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-        if not 0 < limit <= LARGEST:
-            raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
-        if name == LOSS and limit >= 1:
-            raise ValueError(f"budget[{name!r}] has to be below 1, got {limit}; 0.02 allows a loss of 2 %")
-    if config.budget is not None and len(config.budget) != 1:
-        raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {config.budget}")
-    for name, width in (config.widths or {}).items():
-        by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
-        if min(by_layer, default=0) < 1:
-            raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
-    if config.widths == {}:
-        raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
-
-
-def _check_together(config: "StructPruneConfig") -> None:
-    """Refuse fields that contradict each other whatever the model; see `pruning.request` for the others."""
-    by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
-    if by_layer and (config.allocation != "uniform" or config.skip_layers):
-        raise ValueError(
-            f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
-            f"skip_layers={list(config.skip_layers)} choose nothing; leave them out, or give one number per space"
-        )
-    if config.general_text is not None and config.general_share == 0:
-        raise ValueError(
-            f"general_text={config.general_text!r} has no share of the tokens, since general_share="
-            f"{config.general_share}; set general_share=0.2, or leave general_text out"
-        )
-    if bool(config.general_share or config.general_text) and any(map(is_general, config.domains or ())):
-        raise ValueError(
-            f"general_share={config.general_share} adds a domain {GENERAL!r}, and domains has one; leave out either"
-        )
-    if config.allocation == "search_uniform" and (config.widths is not None or config.skip_layers):
-        raise ValueError(
-            f"allocation='search_uniform' looks for one shape of all layers, which widths={config.widths} and "
-            f"skip_layers={list(config.skip_layers)} contradict; leave them out, or choose allocation='search'"
-        )
-
-
-@config_class
-@strict
 @dataclass(kw_only=True)
-class RunOptions(Serialisable):
-    """Holds the settings of the machine. No field changes what comes out, but for the rounding of sums.
+class RunOptions(Config):
+    """Runtime options. They do not change the result beyond floating-point rounding.
 
     Args:
         batch_size: The number of samples in a forward pass.
-        checkpoint_dir: A folder that remembers measured losses and finished layers. A run that was killed goes on from
-            there, and runs with other targets read the losses. It takes one round.
+        checkpoint_dir: A folder for checkpoints of the run, with its measured losses and finished layers. A run that
+            was killed resumes from it, and runs with other targets reuse the losses. It needs `rounds=1`.
 
     Raises:
-        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range.
+        StructPruneError: If a field is unknown, or a value has another type or is out of range.
     """
 
-    batch_size: int = validated_field(positive, default=4)
-    checkpoint_dir: str | None = None
+    batch_size: int = field(default=4, metadata={"help": "The number of samples in a forward pass."})
+    checkpoint_dir: str | None = field(
+        default=None,
+        metadata={"help": "A folder for checkpoints of the run, from which a run that was killed resumes."},
+    )
+
+    def validate(self) -> None:
+        """Raise `StructPruneError` if a value has another type or is out of range."""
+        super().validate()
+        self.check_count("batch_size")
 
 
-@config_class
-@strict
 @dataclass(kw_only=True)
-class StructPruneConfig(WithDomains):
-    """Holds the settings of a pruning. Exactly one of `sparsity`, `widths` and `budget` says how much.
+class StructPruneConfig(Config):
+    """Settings of a pruning. Exactly one of `sparsity`, `widths` and `budget` says how much to remove.
 
     Args:
-        sparsity: The share of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so it is
-            less of the whole model, and the FFN loses a larger share of its channels: 0.2 of SmolLM2-135M are 27 % of
-            these and 16 % of all parameters.
-        widths: How many units each named space keeps. `{"mlp": 1152, "attention": 2}` has one number for all layers, a
-            list one for each layer, and a mapping one for each layer that it names: `{"mlp": {0: 1536, 1: 1024}}`.
-            With another `allocation` than `uniform`, each number is the mean over the layers.
-        budget: What the whole model may have at most, in `parameters`, `bytes` or `cache_bytes_per_token`, or the
-            `loss` that it may have. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, and the
-            cache is that of keys and values. A number below 1 is a share of what the dense model has. The widths are
-            the largest that keep to it. `{"loss": 0.02}` finds the smallest model, by a few prunings on trial, whose
-            perplexity on the domains and on other text is at most 1.02 times the dense model's, margins of error
-            included, or for an encoder, whose vectors have a mean cosine of 0.998 to the dense model's.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`, and
-            for all channels inside the layers of a model without `mlp`. That loses least where nothing is measured. A
-            budget of parameters or bytes takes `vocab` too where tokens are a large part of the model. With an
-            allocation that measures losses None stands for `mlp` and `attention` as far as the model has them and
-            their layers may differ, with a budget of the cache for `attention`.
-        keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
-            line, or a regular expression that fits the text of tokens.
-        languages: The languages whose words, counted with the package `wordfreq`, say beside text which tokens stay
-            where a vocabulary gets smaller (`vocab`), such as `de,en`. None stands for text alone, and for other text
-            in its scripts. Units inside the layers are calibrated on a little built-in text in each, with a tenth of
-            the weight.
-        criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
-            refit, and for `wanda` otherwise. Whole experts have criteria of their own, of which `reap` is the
-            default, and whole layers too.
-        refit: What makes up for the removed units: `none`, `least_squares`, or a registered refit.
-        rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
-        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere. The others go
-            by the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries
-            one shape for all layers, and `search_uniform` looks for the best widths that are the same everywhere.
-        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
-            need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
-            the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
-        tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
-            Numbers of KV groups and experts that `sparsity` or `budget` chooses are multiples of it, and so are widths
-            with `round_to="auto"`; in models that are large enough, these are multiples of 128 times as much.
-        domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
-            prose, code and math in equal shares.
-        general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
-            keeps the loss small on text that nobody named. None stands for a half where no domains are named, and for
-            a fifth beside domains where there is `general_text`.
-        general_text: The source of the general text, such as `self:any`, `builtin:general` or `preset:general`. None
-            stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
-            model is in memory and can write and no tokens go, and otherwise for `builtin:general` if `general_share`
-            asks for it.
-        num_samples: The number of calibration samples in all, divided over the domains by weight.
+        sparsity: The fraction of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so the
+            fraction of the whole model is smaller. Only some spaces shrink, so their own fraction is larger:
+            `sparsity=0.2` removes 27 % of the FFN channels of SmolLM2-135M and 16 % of all its parameters.
+        widths: The number of units that each named space keeps. `{"mlp": 1152, "attention": 2}` has one number for
+            all layers. A list has one number for each layer, and a mapping one for each layer that it names:
+            `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the layers.
+        budget: The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the `loss`
+            that pruning may cost. Bytes are those of the parameters in the model's dtype. The cache is the cache of
+            keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
+            smallest model, by a few trial prunings, whose perplexity on the domains and on other text is at most 1.02
+            times that of the dense model, margins of error included. For an encoder, the mean cosine of its vectors
+            to those of the dense model is at least 0.998.
+        targets: The spaces that may shrink where `sparsity` or `budget` determines the widths. The default is `mlp`,
+            and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
+            `vocab` is a target too if tokens are a large part of the model. If the allocation measures losses, the
+            default is `mlp` and `attention`, as far as the model has them and their layers may differ. Under a budget
+            of the cache it is `attention`.
+        keep_tokens: Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or a
+            regular expression that matches the text of tokens.
+        languages: Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`. Their words,
+            with the frequencies of the package `wordfreq`, count beside the text. Without languages, only the text
+            counts, and scripts that it does not use are pruned. Calibration also reads built-in text in each language,
+            with a tenth of the weight.
+        criterion: The registered criterion that scores the units. The default is `obs_drive` with a least-squares
+            refit, and `wanda` otherwise. Whole experts and whole layers have criteria of their own. The default for
+            experts is `reap`.
+        refit: The method that updates the kept weights: `none`, `least_squares`, or a registered refit.
+        rounds: The number of rounds of calibration, scoring and removal. Each round removes the same fraction.
+        allocation: The distribution of the removal over the layers. `uniform` gives all layers the same width. The
+            others use measured losses: `sensitivity` gives each layer a width of its own, `search` also tries one
+            shape for all layers, and `search_uniform` searches for the best widths that are the same in all layers.
+        round_to: Channel widths that `sparsity` or `budget` determines are multiples of this number. Explicit
+            widths need not be. `auto` is the largest power of two up to 64 that reaches any target within 1 % of the
+            layers' parameters: 64 in models of usual size, and less in small models.
+        tensor_parallel: The number of devices that will share each matrix of the pruned model, as with vLLM's option
+            of this name. Numbers of KV groups and experts that `sparsity` or `budget` determines are multiples of it.
+            With `round_to="auto"`, so are widths, which are multiples of 128 times this number in large models.
+        domains: The calibration text. Several kinds of text make the pruned model more general. The default is
+            built-in prose, code and math in equal parts.
+        general_share: The fraction of the calibration tokens that is general text. It limits the loss on text that
+            no domain covers. The default is 0.5 without `domains`, and 0.2 with `domains` and `general_text`.
+        general_text: The source of the general text, such as `self:any`, `builtin:general` or `preset:general`. The
+            default is `builtin:general` without `domains`. With `domains` it is `self:any` if the model is in memory,
+            can generate text and keeps its tokens, and otherwise `builtin:general` if `general_share` is set.
+        num_samples: The total number of calibration samples, which the domains share by weight.
         seq_length: The number of tokens in a sample.
-        error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
-            one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
-        skip_layers: The layers that are not pruned; the others give up as much more.
-        recovery: Training after the pruning; None leaves it out.
-        seed: The seed of everything random.
-        arch_file: A YAML file that describes architectures of your own, in the form of the files in `arch/families`.
+        error_feedback: The fraction of the accumulated error of the residual stream that a refit corrects, at the
+            cost of one more forward pass. With 0, each layer is fitted to its own dense outputs; with 1, to the
+            residual stream of the dense model.
+        skip_layers: Indices of layers that are not pruned. The remaining layers are pruned more, so the overall
+            target is still met.
+        recovery: Settings of a training after the pruning. Without them, the model is not trained.
+        seed: The random seed.
+        arch_file: A YAML file with descriptions of your own architectures, in the format of the files in
+            `arch/families`.
 
     Raises:
-        StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
-            another one. The message names the field and the value.
+        StructPruneError: If a field is unknown, or a value has another type, is out of range, or contradicts another
+            value. The message names the field and the value.
     """
 
-    gone = {"method": "iterative", "objective": "mean", "expert_parallel": 1, "losses_dir": None}
-    gone |= {"damping": 0.08, "holdout": 0.125}
     # The ridge of a refit toward the original weights, relative to the diagonal of the Gram matrix. It is twice as
     # strong where there are 20 tokens per column, and so on; see `method.refit.ridge_strength`.
     damping: ClassVar[float] = 0.08
-    # The share of each domain's samples that is set aside, from other documents, to measure perplexity. Where that is
-    # under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The share is set aside
-    # once more where widths follow from measurements, which are made on that instead.
+    # The fraction of each domain's samples that is held out, from other documents, to measure perplexity. If these
+    # have less than 4,000 tokens, more are held out as far as there is text, at most half of the calibration samples.
+    # An allocation that measures losses sets the same fraction aside a second time as its probe.
     holdout: ClassVar[float] = 0.125
-    moved = ("batch_size", "checkpoint_dir")
-    parts = {**WithDomains.parts, "recovery": lambda values, _: RecoveryConfig.from_dict(values)}
+    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "domains": read_domains,
+        "recovery": RecoveryConfig.from_dict,
+    }
 
-    sparsity: Number | None = validated_field(share, default=None)
-    widths: dict[str, int | list[int] | dict[Any, int]] | None = None
-    budget: dict[str, Number] | None = None
-    targets: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
-    keep_tokens: str | None = None
-    languages: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
-    criterion: str | None = None
-    refit: str = validated_field(REFITS.check, default="least_squares")
-    rounds: int = validated_field(positive, default=1)
-    allocation: Literal["uniform", "sensitivity", "search", "search_uniform"] = "uniform"
-    round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
-    tensor_parallel: int = validated_field(positive, default=1)
-    domains: list[DomainConfig] | None = None
-    general_share: Number | None = validated_field(below_one, default=None)
-    general_text: str | None = None
-    num_samples: int = validated_field(positive, default=128)
-    seq_length: int = validated_field(positive, default=512)
-    error_feedback: Number = validated_field(proportion, default=0.5)
-    skip_layers: tuple[int, ...] | list[int] = ()
-    recovery: RecoveryConfig | None = None
-    seed: int = validated_field(seed_of_all, default=0)
-    arch_file: str | None = None
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "The fraction of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so "
+            "the fraction of the whole model is smaller."
+        },
+    )
+    widths: dict[str, int | list[int] | dict[Any, int]] | None = field(
+        default=None, metadata={"help": "The number of units that each named space keeps."}
+    )
+    budget: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the "
+            "`loss` that pruning may cost."
+        },
+    )
+    targets: tuple[str, ...] | list[str] | None = field(
+        default=None,
+        metadata={"help": "The spaces that may shrink where `sparsity` or `budget` determines the widths."},
+    )
+    keep_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or "
+            "a regular expression that matches the text of tokens."
+        },
+    )
+    languages: tuple[str, ...] | list[str] | None = field(
+        default=None,
+        metadata={"help": "Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`."},
+    )
+    criterion: str | None = field(default=None, metadata={"help": "The registered criterion that scores the units."})
+    refit: str = field(
+        default="least_squares",
+        metadata={"help": "The method that updates the kept weights: `none`, `least_squares`, or a registered refit."},
+    )
+    rounds: int = field(default=1, metadata={"help": "The number of rounds of calibration, scoring and removal."})
+    allocation: Literal["uniform", "sensitivity", "search", "search_uniform"] = field(
+        default="uniform", metadata={"help": "The distribution of the removal over the layers."}
+    )
+    round_to: int | Literal["auto"] = field(
+        default=AUTO,
+        metadata={"help": "Channel widths that `sparsity` or `budget` determines are multiples of this number."},
+    )
+    tensor_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "The number of devices that will share each matrix of the pruned model, as with vLLM's option of "
+            "this name."
+        },
+    )
+    domains: list[DomainConfig] | None = field(default=None, metadata={"help": "The calibration text."})
+    general_share: float | None = field(
+        default=None,
+        metadata={"help": "The fraction of the calibration tokens that is general text."},
+    )
+    general_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "The source of the general text, such as `self:any`, `builtin:general` or `preset:general`."
+        },
+    )
+    num_samples: int = field(
+        default=128,
+        metadata={"help": "The total number of calibration samples, which the domains share by weight."},
+    )
+    seq_length: int = field(default=512, metadata={"help": "The number of tokens in a sample."})
+    error_feedback: float = field(
+        default=0.5,
+        metadata={
+            "help": "The fraction of the accumulated error of the residual stream that a refit corrects, at the cost "
+            "of one more forward pass."
+        },
+    )
+    skip_layers: tuple[int, ...] | list[int] = field(
+        default=(), metadata={"help": "Indices of layers that are not pruned."}
+    )
+    recovery: RecoveryConfig | None = field(
+        default=None, metadata={"help": "Settings of a training after the pruning."}
+    )
+    seed: int = field(default=0, metadata={"help": "The random seed."})
+    arch_file: str | None = field(
+        default=None, metadata={"help": "A YAML file with descriptions of your own architectures."}
+    )
 
-    # `strict` calls what has such a name once all fields have their values.
-    validate_amount = _check_amount
-    validate_together = _check_together
+    def validate(self) -> None:
+        """Convert lists to tuples, and raise `StructPruneError` if a value or a combination of values is not legal."""
+        if isinstance(self.languages, (list, tuple)) and False in self.languages:
+            self.refuse("languages", "has no language 'no', which YAML reads as false. Quote codes in YAML files")
+        super().validate()
+        self.check_count("rounds", "round_to", "tensor_parallel", "num_samples", "seq_length")
+        self.check_share("sparsity")
+        self.check_share("general_share", zero=True)
+        self.check_share("error_feedback", zero=True, one=True)
+        self.check_seed("seed")
+        self.check_not_empty("targets", "languages")
+        if self.refit not in REFITS.names():
+            self.refuse("refit", f"must be a registered refit, got {self.refit!r}.{_suggestion(self.refit)}")
+        check_domains(self)
 
-    def __post_init__(self) -> None:
-        self.targets = self.targets and tuple(self.targets)
-        self.skip_layers = tuple(self.skip_layers)
+        if self.targets is not None:
+            self.targets = tuple(self.targets)
         if self.languages is not None:
-            self.languages = _codes(self.languages)
+            self.languages = self._language_codes(self.languages)
+        self.skip_layers = tuple(self.skip_layers)
+        self._check_amount()
+        self._check_combinations()
+
+    def _language_codes(self, languages: Sequence[str]) -> tuple[str, ...]:
+        """Return language codes, each once, without their regions. A string may hold several, divided by commas."""
+        codes = []
+        for language in ",".join(languages).split(","):
+            code = re.split("[-_]", language.strip().lower())[0]
+            if code not in LANGUAGES:
+                names = [f"{known} ({name})" for known, name in LANGUAGES.items()]
+                self.refuse("languages", f"has no language {code!r}.{did_you_mean(code, names).rstrip('.')}")
+            codes.append(code)
+        return tuple(dict.fromkeys(codes))
+
+    def _check_amount(self) -> None:
+        """Raise unless exactly one amount is given, and its numbers are legal."""
+        given = [f"{name}={getattr(self, name)}" for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            example, flags = "budget={'parameters': 0.8}", "--budget parameters=0.8"
+            if self.languages is not None:
+                example, flags = f"targets=['vocab'], {example}", f"--target vocab {flags}"
+            raise StructPruneError(
+                f"Exactly one of `sparsity`, `widths` and `budget` must say how much to remove, got "
+                f"{', '.join(given) or 'none'}. For example, {example} ({flags}) keeps four fifths of a model."
+            )
+        if self.budget is not None:
+            self._check_budget(self.budget)
         if self.widths is not None:
-            self.widths = {
-                name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width
-                for name, width in self.widths.items()
-            }
+            self.widths = self._legal_widths(self.widths)
+
+    def _check_budget(self, budget: Mapping[str, float]) -> None:
+        if len(budget) != 1:
+            self.refuse("budget", f"must name exactly one of {', '.join(BUDGETS)}, got {budget}")
+        ((name, limit),) = budget.items()
+        if name not in BUDGETS:
+            self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
+        if limit <= 0:
+            self.refuse("budget", f"must be greater than 0 for {name!r}, got {limit}")
+        if name == LOSS and limit >= 1:
+            self.refuse("budget", f"must be less than 1 for 'loss', got {limit}. 0.02 allows a loss of 2 %")
+
+    def _legal_widths(self, widths: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the widths with layer indices as ints, or raise if one is not positive."""
+        if not widths:
+            self.refuse("widths", "must name at least one space, such as {'mlp': 1152}, got {}")
+        legal = {}
+        for name, width in widths.items():
+            if isinstance(width, Mapping):
+                legal[name] = by_layer(width, f"`widths` of {name!r}")
+                numbers = [*legal[name].values()]
+            else:
+                legal[name] = width
+                numbers = [width] if isinstance(width, int) else width
+            if min(numbers, default=0) < 1 or max(numbers) > MAX_COUNT:
+                self.refuse("widths", f"must be from 1 to {MAX_COUNT:,} for {name!r}, got {width}")
+        return legal
+
+    def _check_combinations(self) -> None:
+        """Raise if fields contradict each other whatever the model is; see `pruning.request` for the others."""
+        skipped = list(self.skip_layers)
+        widths_by_layer = any(not isinstance(width, int) for width in (self.widths or {}).values())
+        if widths_by_layer and (self.allocation != "uniform" or skipped):
+            raise StructPruneError(
+                f"widths={self.widths} determines the width of every layer, so allocation={self.allocation!r} and "
+                f"skip_layers={skipped} have no effect. Remove them, or pass one number for each space."
+            )
+        if self.allocation == "search_uniform" and (self.widths is not None or skipped):
+            raise StructPruneError(
+                f"allocation='search_uniform' searches for one shape of all layers, which widths={self.widths} and "
+                f"skip_layers={skipped} contradict. Remove them, or pass allocation='search'."
+            )
+        if self.general_text is not None and self.general_share == 0:
+            raise StructPruneError(
+                f"general_text={self.general_text!r} has no effect with general_share={self.general_share}. Pass "
+                "general_share=0.2, or remove general_text."
+            )
+        has_general_domain = any(is_general(domain) for domain in self.domains or ())
+        if has_general_domain and (self.general_share or self.general_text):
+            raise StructPruneError(
+                f"general_share={self.general_share} adds a domain {GENERAL!r}, and `domains` has one. Remove one of "
+                "the two."
+            )
 
     @property
     def targets_or_default(self) -> tuple[str, ...]:
-        """The spaces that may shrink if `sparsity` or `budget` chooses their widths, named or not."""
-        by_default = ("mlp", "attention") if self.allocation != "uniform" else ("mlp",)
-        return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
+        """The spaces that may shrink where `sparsity` or `budget` determines the widths."""
+        if self.targets is not None:
+            return tuple(self.targets)
+        if CACHE in (self.budget or {}):
+            return ("attention",)
+        return ("mlp",) if self.allocation == "uniform" else ("mlp", "attention")
 
     @property
     def removes_tokens(self) -> bool:
@@ -264,25 +346,46 @@ class StructPruneConfig(WithDomains):
     @property
     def may_remove_tokens(self) -> bool:
         """Whether a budget without targets also takes tokens, if the vocabulary of the model is large."""
-        return self.targets is None and any(name in (self.budget or {}) for name in ("parameters", "bytes", LOSS))
+        return self.targets is None and self.budget is not None and CACHE not in self.budget
 
     @property
     def scored_by(self) -> str:
-        """The criterion, named or not."""
-        return self.criterion or ("obs_drive" if self.refit == "least_squares" else "wanda")
+        """The criterion, or the default one for the refit."""
+        if self.criterion is not None:
+            return self.criterion
+        return "obs_drive" if self.refit == "least_squares" else "wanda"
 
     @property
     def feedback_share(self) -> float:
-        """The share of the error of the residual stream that the refit makes up for."""
+        """The fraction of the error of the residual stream that the refit corrects."""
         return float(self.error_feedback) if self.refit == "least_squares" else 0.0
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `structprune_config.json` into a folder, which is made if need be."""
+        """Write `structprune_config.json` into a folder, which is created if it does not exist."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         replace_json(folder / CONFIG_NAME, versioned(self.to_dict()))
 
     @classmethod
-    def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":
-        """Read `structprune_config.json` from a folder."""
-        return cls.from_dict(read_json(Path(save_directory) / CONFIG_NAME))
+    def from_pretrained(cls, save_directory: str | Path) -> StructPruneConfig:
+        """Return the config in `structprune_config.json` of a folder. Fields of other versions are ignored."""
+        path = Path(save_directory) / CONFIG_NAME
+        values = _known_fields(cls, read_json(path), path)
+        if isinstance(values.get("recovery"), Mapping):
+            values["recovery"] = _known_fields(RecoveryConfig, values["recovery"], path)
+        if isinstance(values.get("domains"), list):
+            values["domains"] = [_known_fields(DomainConfig, domain, path) for domain in values["domains"]]
+        return cls.from_dict(values)
+
+
+def _known_fields(cls: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values of the fields that a config class has, and warn of others."""
+    names = field_names(cls)
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        warn(f"{path} has fields that this version does not know: {', '.join(unknown)}. They are ignored.")
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _suggestion(refit: str) -> str:
+    return did_you_mean(refit, REFITS.names()).rstrip(".")

@@ -1,13 +1,14 @@
 """How a pruned model is trained afterwards: one strict, serialisable dataclass."""
 
-# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict, validated_field
-
-from .domains import DomainConfig, WithDomains
-from .fields import Number, config_class, filled, positive, proportion, seed_of_all
+from ..errors import StructPruneError
+from .domains import DomainConfig, check_domains, read_domains
+from .fields import Config
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -23,10 +24,8 @@ TRAINING = {
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
-@config_class
-@strict
 @dataclass(kw_only=True)
-class RecoveryConfig(WithDomains):
+class RecoveryConfig(Config):
     """Holds the settings of a training after pruning, with or without a teacher.
 
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
@@ -56,24 +55,57 @@ class RecoveryConfig(WithDomains):
             another one. The message names the field and the value.
     """
 
-    gone = {"kl_weight": 1.0, "merge": True, "left_out": None}
+    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"domains": read_domains}
 
-    tokens: int = validated_field(positive, default=200_000)
-    seq_length: int | None = validated_field(positive, default=None)
-    domains: list[DomainConfig] | None = None
-    train: Literal["lora", "full"] = "lora"
-    lora: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    answer_share: Number = validated_field(proportion, default=0.5)
-    prompts: str | None = validated_field(filled, default=None)
-    validation: str | None = validated_field(filled, default=None)
-    seed: int | None = validated_field(seed_of_all, default=None)
+    tokens: int = field(default=200_000, metadata={"help": "The total number of training tokens."})
+    seq_length: int | None = field(default=None, metadata={"help": "The number of tokens in a training sample."})
+    domains: list[DomainConfig] | None = field(
+        default=None, metadata={"help": "The training text, without the documents that perplexity is measured on."}
+    )
+    train: Literal["lora", "full"] = field(
+        default="lora",
+        metadata={"help": "The weights to train: `lora` trains a low-rank adapter, `full` all weights."},
+    )
+    lora: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of `peft.LoraConfig`, which override `LORA`."}
+    )
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Fields of `transformers.TrainingArguments`, which override `TRAINING` and `LEARNING_RATES`."
+        },
+    )
+    answer_share: float = field(
+        default=0.5,
+        metadata={"help": "The fraction of the tokens that is answers to prompts; the others are text."},
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line."
+        },
+    )
+    validation: str | None = field(
+        default=None,
+        metadata={"help": "The source of the validation text, by which checkpoints are compared."},
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "The seed of the adapter's values and of the order of the samples."}
+    )
 
-    def without_output_dir(self) -> "RecoveryConfig":
+    def validate(self) -> None:
+        """Raise `StructPruneError` if a value or a combination of values is not legal."""
+        super().validate()
+        self.check_count("tokens", "seq_length")
+        self.check_share("answer_share", zero=True, one=True)
+        self.check_seed("seed")
+        self.check_not_empty("prompts", "validation")
+        check_domains(self)
+        if self.lora and self.train != "lora":
+            raise StructPruneError(
+                f"lora={self.lora} needs train='lora', got train={self.train!r}. Remove one of the two."
+            )
+
+    def without_output_dir(self) -> RecoveryConfig:
         """The config for who trains again: where its checkpoints lay is of no use to them."""
         return replace(self, training={name: value for name, value in self.training.items() if name != "output_dir"})
-
-    def validate_train(self) -> None:
-        """Refuse what belongs to another way of training."""
-        if self.lora and self.train != "lora":
-            raise ValueError(f"lora={self.lora} belongs to train='lora', got train={self.train!r}; leave out either")

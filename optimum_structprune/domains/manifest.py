@@ -1,6 +1,7 @@
 """The tokenizer of a model and the text that it has seen, to repeat a run and to warn of a second use."""
 
-# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from __future__ import annotations
+
 import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -10,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import Module
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from transformers.utils import has_file
 
 from .. import __version__
 from ..config.domains import DomainConfig
-from ..config.fields import Number, read_json
+from ..config.fields import check_types, read_json
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line, some_of
 from ..system.fingerprint import tensor_hash
@@ -33,14 +32,13 @@ CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlie
 COUNTED, JUDGED = "counted to choose tokens", "judged by"
 
 
-@strict
 @dataclass
 class Entry:
     """One domain of a manifest; its schema in `saving/schemas` has a sentence for each field."""
 
     name: str
     origin: dict[str, Any]
-    weight: Number
+    weight: float
     calibration_tokens: int
     heldout_tokens: int
     samples_sha256: str
@@ -52,8 +50,11 @@ class Entry:
     place_sha256: str = ""
     use: str = CALIBRATED
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @classmethod
-    def of(cls, domain: Domain, use: str = CALIBRATED) -> "Entry":
+    def of(cls, domain: Domain, use: str = CALIBRATED) -> Entry:
         """Makes the entry of a domain that was loaded."""
         return cls(
             name=domain.name,
@@ -86,7 +87,6 @@ class Entry:
         return place == self.place_sha256 if place or self.place_sha256 else source == self.origin.get("source")
 
 
-@strict
 @dataclass
 class Manifest(Record):
     """The text that a model has seen.
@@ -105,10 +105,13 @@ class Manifest(Record):
     versions: dict[str, str]
     domains: list[Entry]
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @classmethod
     def of(
         cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
-    ) -> "Manifest":
+    ) -> Manifest:
         """Makes the manifest of domains that were loaded."""
         libraries = ("torch", "transformers", "datasets", "tokenizers")
         lengths = [domain.samples.shape[1] if domain.samples.dim() == 2 else 0 for domain in domains]
@@ -121,18 +124,18 @@ class Manifest(Record):
         )
 
     @classmethod
-    def seen_by(cls, model: Module) -> "Manifest | None":
+    def seen_by(cls, model: Module) -> Manifest | None:
         """Gives the manifest of a model in memory, or else that of its folder."""
         if (carried := TextRecord.of(model).manifest) is not None:
             return carried
         path = Path(name := getattr(model, "name_or_path", None) or "", MANIFEST_NAME)
         return cls.load(path) if name and path.is_file() else None
 
-    def with_entries(self, entries: Sequence[Entry]) -> "Manifest":
+    def with_entries(self, entries: Sequence[Entry]) -> Manifest:
         """Adds what a training has used."""
         return replace(self, domains=[*self.domains, *entries])
 
-    def after(self, earlier: "Manifest | None") -> "Manifest":
+    def after(self, earlier: Manifest | None) -> Manifest:
         """Adds the text of an earlier run, whose result was the dense model of this one."""
         return self.with_entries([replace(entry, use=EARLIER) for entry in (earlier.domains if earlier else ())])
 
@@ -148,14 +151,14 @@ class Manifest(Record):
         return uses
 
     @classmethod
-    def load(cls, folder_or_file: str | Path) -> "Manifest":
+    def load(cls, folder_or_file: str | Path) -> Manifest:
         """Read what `save` wrote, or the manifest in the folder of a pruned model; anything else is refused."""
         path = Path(folder_or_file)
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = read_json(path)
         try:
             return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
-        except (KeyError, TypeError, StrictDataclassError) as error:
+        except (KeyError, TypeError, StructPruneError) as error:
             raise StructPruneError(f"{path} is no calibration manifest: {one_line(error)}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
@@ -190,11 +193,11 @@ class TextRecord:
     manifest: Manifest | None = None
 
     @classmethod
-    def of(cls, model: Module) -> "TextRecord":
+    def of(cls, model: Module) -> TextRecord:
         """Gives the record that a model carries."""
         return getattr(model, "text_record", None) or cls()
 
-    def __deepcopy__(self, memo: Any) -> "TextRecord":
+    def __deepcopy__(self, memo: Any) -> TextRecord:
         return self  # a copied model reads the same text, and a tokenizer takes seconds to copy
 
 

@@ -127,7 +127,7 @@ def evaluate(
         StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
             not fit each other, the tokenizer or the samples.
     """
-    named = resolve(as_domain(domain, "evaluate") for domain in domains)
+    named = resolve(as_domain(domain) for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
     for which, reader in readers.items():

@@ -1,4 +1,4 @@
-"""How fast models are: prompts read and tokens written per second, in turns."""
+"""Prefill and decoding speed of models, which run in turns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..record.remarks import measurements_text
 from ..written import Record
 
 
-# `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
+# The clock of torch waits for the accelerator. CPU time does not pass while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
 PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
@@ -34,7 +34,7 @@ PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held besid
 
 @dataclass(frozen=True)
 class Speed(Record):
-    """The numbers that `measure_speed` measured; `str` of it is a table.
+    """The figures of `measure_speed`; `str` of it is a table.
 
     Attributes:
         prefill: How fast prompts are read and the first token chosen, by shape (such as "batch 1, prompt 128") and
@@ -62,7 +62,7 @@ class Speed(Record):
     memory_is: str
 
     def __str__(self) -> str:
-        """A table of tokens per second, speed-ups and memory, and what they mean."""
+        """Return a table of tokens per second, speed-ups and memory, and their meaning."""
         return measurements_text(self.to_dict())
 
 
@@ -78,11 +78,11 @@ def measure_speed(
 ) -> Speed:
     """Measure how fast causal language models read prompts and write tokens, against the first of them.
 
-    The models take turns, so that what else the machine does meets all of them. `torch.utils.benchmark.Timer` times
-    them, and lets each run before what counts, so that none profits from what the one before left in caches.
+    The models take turns, so that other jobs of the machine slow down all of them. `torch.utils.benchmark.Timer` runs
+    each model once before the timed run, so that no model profits from the caches of the one before.
 
-    Prompts are random token ids, and the likeliest tokens are written, whatever they are. Where a model chooses among
-    experts, its speed depends on the text, and these numbers say little.
+    Prompts are random token ids, and decoding is greedy. The speed of a mixture of experts depends on the text, so its
+    figures mean little.
 
     Args:
         models: The models by name, on their devices; their training modes are left as they were.
@@ -105,22 +105,34 @@ def measure_speed(
     check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
-    times: dict[str, Any] = {"prefill": {}, "decode": {}}
-    memory = {}
+    prefill: dict[str, dict[str, Any]] = {}
+    decode: dict[str, dict[str, Any]] = {}
+    memory: dict[str, dict[str, int]] = {}
     with evaluating(*models.values()):
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
             runs = {name: _Runs(model, ids, new_tokens, clock) for name, model in models.items()}
-            for _, run in product(range(repeats), runs.values()):
-                run.repeat()
-            for stage, tokens in {"prefill": ids.numel(), "decode": batch_size * new_tokens}.items():
-                times[stage][shape] = _figures({name: run.seconds[stage] for name, run in runs.items()}, tokens)
+            for _ in range(repeats):
+                for run in runs.values():
+                    run.repeat()
+
+            prefill[shape] = _figures({name: run.prefill_seconds for name, run in runs.items()}, ids.numel())
+            decode[shape] = _figures({name: run.decode_seconds for name, run in runs.items()}, batch_size * new_tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
-    device, threads = input_device(next(iter(models.values()))), torch.get_num_threads()
-    memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
-    read, written = times["prefill"], times["decode"]
-    return Speed(read, written, memory, new_tokens, repeats, threads, clock, str(device), memory_is)
+
+    device = input_device(next(iter(models.values())))
+    return Speed(
+        prefill=prefill,
+        decode=decode,
+        run_memory=memory,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+        clock=clock,
+        device=str(device),
+        memory_is=PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY,
+    )
 
 
 def check_speed(
@@ -132,7 +144,20 @@ def check_speed(
     clock: str,
     device: str | None = None,
 ) -> None:
-    """Refuse a measurement that cannot be made. Models without weights are to be on a `device`."""
+    """Check the arguments of `measure_speed`.
+
+    Args:
+        models: The models, which may be without weights.
+        batch_sizes: See `measure_speed`, as for the other arguments.
+        prompts: The lengths of the prompts.
+        new_tokens: The number of tokens to write.
+        repeats: The number of timed runs.
+        clock: The clock.
+        device: The device that models without weights are loaded to.
+
+    Raises:
+        StructPruneError: If the measurement cannot be made.
+    """
     if not models:
         raise StructPruneError("There is nothing to measure: name a model.")
     counts = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "repeats": [repeats]}
@@ -142,70 +167,83 @@ def check_speed(
     if clock not in CLOCKS:
         raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
     for name, model in models.items():
-        lacks = "does not predict the next token" if not predicts_next(model) else ""
-        if lacks := lacks or ("takes no cache of keys and values" if cache_name(model) is None else ""):
-            raise StructPruneError(f"{name} is a {type(model).__name__}, which {lacks}: only models that do count.")
+        kind = type(model).__name__
+        if not predicts_next(model):
+            raise StructPruneError(
+                f"{name} is a {kind}, which does not predict the next token: only models that do count."
+            )
+        if cache_name(model) is None:
+            raise StructPruneError(
+                f"{name} is a {kind}, which takes no cache of keys and values: only models that do count."
+            )
         if len({*getattr(model, "hf_device_map", {}).values()}) > 1:
             raise StructPruneError(f"{name} is spread over several devices; the time of one is measured: name one.")
         check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", new_tokens)
-        if clock == "cpu" and (used := torch.device(device or input_device(model))).type != "cpu":
+        used = torch.device(device or input_device(model))
+        if clock == "cpu" and used.type != "cpu":
             raise StructPruneError(f"The clock 'cpu' does not see what {used} does; choose 'wall'.")
 
 
 def cache_per_token(model: PreTrainedModel) -> int:
-    """The bytes of keys and values that a causal language model keeps per token, read off the cache of one token."""
+    """Return the bytes of keys and values per token of a causal language model, by the cache of one token."""
     _, cache = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
     return cache_bytes(cache)
 
 
 class _Runs:
-    """The runs of one model over prompts of one shape. `ids` has the shape `(batch, prompt)`."""
+    """The runs of one model on prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: str):
         ids = ids.to(input_device(model))
-        read, write = partial(read_prompt, model, ids), partial(write_tokens, model, count=new_tokens)
+        read = partial(read_prompt, model, ids)
+        write = partial(write_tokens, model, count=new_tokens)
         self.memory = _memory(model, read, write)
         token, cache = read()
         names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
-        timer = partial(Timer, globals=names, num_threads=torch.get_num_threads(), timer=CLOCKS[clock])
-        self.reading = timer("read()")
-        # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
-        self.writing = timer("write(token, caches.pop())", setup="caches = [deepcopy(cache) for _ in range(2)]")
-        self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+        options: dict[str, Any] = {"num_threads": torch.get_num_threads(), "timer": CLOCKS[clock]}
+        self._prefill = Timer("read()", globals=names, **options)
+        # Decoding changes the cache. The setup is not timed; it copies the cache for the untimed and the timed run.
+        setup = "caches = [deepcopy(cache) for _ in range(2)]"
+        self._decode = Timer("write(token, caches.pop())", setup=setup, globals=names, **options)
+        self.prefill_seconds: list[float] = []
+        self.decode_seconds: list[float] = []
 
     def repeat(self) -> None:
-        """Time each kind of work once; reading for 0.1 s, of which the median time of a prompt counts."""
-        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=0.1).median)
-        self.seconds["decode"].append(self.writing.timeit(1).median)
+        """Time the prefill, as the median of runs for 0.1 s, and the decoding once."""
+        self.prefill_seconds.append(self._prefill.blocked_autorange(min_run_time=0.1).median)
+        self.decode_seconds.append(self._decode.timeit(1).median)
 
 
 def _figures(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, Any]]:
-    """The seconds of each model, its tokens per second, and its speed-up over the first in each pair."""
-    first = next(iter(seconds.values()))
-    return {
-        name: {
-            "seconds": own,
-            "tokens_per_second": tokens / median(own),
-            "speedup": spread([dense / there for dense, there in zip(first, own, strict=True)]),
+    """Return the seconds of each model, its tokens per second, and its speed-up over the first model by repeat."""
+    first_seconds = next(iter(seconds.values()))
+    figures: dict[str, dict[str, Any]] = {}
+    for name, own_seconds in seconds.items():
+        ratios = [first / own for first, own in zip(first_seconds, own_seconds, strict=True)]
+        figures[name] = {
+            "seconds": own_seconds,
+            "tokens_per_second": tokens / median(own_seconds),
+            "speedup": spread(ratios),
         }
-        for name, own in seconds.items()
-    }
+    return figures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles of one number or more."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    """Return the median and the quartiles of one number or more."""
+    if len(values) == 1:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, middle, high = quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
 
 def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[..., Any]) -> int:
-    """The bytes of the weights, and of what a run takes beside them."""
+    """Return the bytes of the weights, and of the memory that a run takes on top of them."""
     weights = int(model.get_memory_footprint())
     token, cache = read()
     write(token, cache)
     if token.device.type != "cuda":
         return weights + cache_bytes(cache)
-    # The libraries behind CUDA have taken the memory that they keep.
+    # The first run has allocated the workspaces that the libraries of CUDA keep.
     device = token.device
     del token, cache
     torch.cuda.reset_peak_memory_stats(device)

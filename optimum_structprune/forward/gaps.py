@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import in_fast_dtype
-from ..arch.meta import positions_of, reads_text
+from ..arch.meta import positions_of, predicts_gaps
 from ..arch.modules import blocks
 from ..method.layers import input_device
 from .metrics import evaluating, tokens_at_once
@@ -25,12 +25,9 @@ NOT_PREDICTED = -100  # the label that cross entropy passes over by default
 
 def fills_gaps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Tells whether a model predicts masked words, or a text behind another one; its vectors alone do not tell."""
-    if tokenizer is None or not reads_text(model):
+    if tokenizer is None or not predicts_gaps(model):
         return False
-    if model.config.is_encoder_decoder:
-        return model.can_generate() and getattr(model.config, "decoder_start_token_id", None) is not None
-    masks = type(model).__name__.endswith("ForMaskedLM")
-    return masks and tokenizer.is_fast and tokenizer.mask_token_id is not None
+    return bool(model.config.is_encoder_decoder) or (tokenizer.is_fast and tokenizer.mask_token_id is not None)
 
 
 class Gaps:
@@ -82,7 +79,7 @@ class Gaps:
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Gives the inputs and the labels of each text, as token ids."""
-        most = int(min(positions_of(model) - 2, 512))  # RoBERTa's first two positions are for padding
+        most = int(min(positions_of(model), 512))
         if self.targets is not None:
             ids = (tokenizer([*self.texts], verbose=False), tokenizer(text_target=[*self.targets], verbose=False))
             pairs = zip(*(each["input_ids"] for each in ids), strict=True)

@@ -1,4 +1,4 @@
-"""Reading a prompt and writing tokens one at a time with a cache of keys and values, and its size."""
+"""Prefill and decoding with a cache of keys and values, and the size of the cache."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ from ..method.layers import input_device
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
-    """The name of a model's argument for a cache of keys and values, or None."""
-    names = ("cache", "past_key_values")  # in newer and in older releases of transformers
-    return next((name for name in names if name in signature(model.forward).parameters), None)
+    """Return the name of a model's argument for a cache of keys and values, or None if it has none."""
+    parameters = signature(model.forward).parameters
+    for name in ("cache", "past_key_values"):  # in newer and in older releases of transformers
+        if name in parameters:
+            return name
+    return None
 
 
 def last_logits_only(model: PreTrainedModel) -> bool:
-    """Tells if a model can compute the logits of the last position alone, as generation asks it to."""
+    """Return whether a model can compute the logits of the last position alone, as generation does."""
     return "logits_to_keep" in signature(model.forward).parameters
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: those of the model, and that of the tokenizer."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
-    return [end for end in dict.fromkeys(ends) if end is not None]
+    """Return the tokens that end a text: those of the model, and that of the tokenizer."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if not isinstance(ends, list):
+        ends = [ends]
+    unique = dict.fromkeys([*ends, tokenizer.eos_token_id])
+    return [end for end in unique if end is not None]
 
 
 @torch.no_grad()
@@ -43,22 +48,52 @@ def continuations(
     settings: Mapping[str, Any],
     listeners: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
-    """Continues prompts of token ids, by these settings alone, up to the end token."""
-    longest, ends, device = max(map(len, prompts)), end_tokens(model, tokenizer), input_device(model)
-    padding = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    settings = {**settings, "pad_token_id": padding, "eos_token_id": ends or None}
+    """Continue prompts up to the end token, which is left out.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: The token ids of each prompt.
+        settings: Fields of `GenerationConfig`. The settings of the model itself are not used.
+        listeners: Logits processors.
+
+    Returns:
+        The new token ids of each prompt.
+    """
+    ends = end_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = ends[0] if ends else 0
+    longest = max(len(prompt) for prompt in prompts)
+    ids, mask = [], []
+    for prompt in prompts:
+        gap = longest - len(prompt)
+        ids.append([padding] * gap + list(prompt))
+        mask.append([0] * gap + [1] * len(prompt))
+
+    device = input_device(model)
     generate: Any = model.generate
-    # Transformers would fill gaps in what it is given from the model's own settings.
-    former, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    # Transformers would take settings that are missing here from the model.
+    own_config = model.generation_config
+    model.generation_config = GenerationConfig(**{**settings, "pad_token_id": padding, "eos_token_id": ends or None})
     try:
         with in_fast_dtype(blocks(model)):
-            output = generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(listeners))
+            output = generate(
+                torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                logits_processor=LogitsProcessorList(listeners),
+            )
     finally:
-        model.generation_config = former
-    texts = output[:, longest:].tolist()
-    return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
+        model.generation_config = own_config
+    return [_up_to_end(text, ends) for text in output[:, longest:].tolist()]
+
+
+def _up_to_end(text: list[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens in front of the first end token."""
+    for position, token in enumerate(text):
+        if token in ends:
+            return text[:position]
+    return text
 
 
 def sampled_continuations(
@@ -69,55 +104,87 @@ def sampled_continuations(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """Continues prompts of token ids at random, up to the end token, which is part of the text."""
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    """Sample continuations of prompts up to the end token, which is part of the text.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: The token ids of each prompt.
+        max_new_tokens: The largest number of new tokens.
+        temperature: The temperature of the sampling.
+        seed: The seed. A GPU draws other tokens than a CPU.
+    """
+    settings = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "use_cache": True,
+        "max_new_tokens": max_new_tokens,
+    }
     device = input_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        texts = continuations(model, tokenizer, prompts, {**drawn, "max_new_tokens": max_new_tokens})
-    ends = end_tokens(model, tokenizer)[:1]
-    return [text + ends * (len(text) < max_new_tokens) for text in texts]
+        texts = continuations(model, tokenizer, prompts, settings)
+
+    ends = end_tokens(model, tokenizer)
+    if not ends:
+        return texts
+    return [text + ends[:1] if len(text) < max_new_tokens else text for text in texts]
 
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-    """Reads a prompt, `(batch, prompt)`; gives the likeliest next tokens, `(batch, 1)`, and the cache."""
-    more: dict[str, Any] = {"logits_to_keep": 1} if last_logits_only(model) else {}
-    if cache is not None and (name := cache_name(model)) is not None:
-        more[name] = cache
-    output = model(input_ids=ids, use_cache=True, **more)
+    """Run a model on a prompt, and return the most likely next token and the cache.
+
+    Args:
+        model: A causal language model.
+        ids: The token ids, shape `(batch, prompt)`.
+        cache: The cache of the tokens in front of them.
+
+    Returns:
+        The next tokens, shape `(batch, 1)`, and the cache of all tokens.
+    """
+    options: dict[str, Any] = {}
+    if last_logits_only(model):
+        options["logits_to_keep"] = 1
+    name = cache_name(model)
+    if cache is not None and name is not None:
+        options[name] = cache
+    output = model(input_ids=ids, use_cache=True, **options)
     return output.logits[:, -1:].argmax(-1), cache_of(output)
 
 
 def write_tokens(model: PreTrainedModel, token: Tensor, cache: Cache, count: int) -> Tensor:
-    """Write `count` tokens, the likeliest each time, and return the last, shape `(batch, 1)`; EOS does not end it."""
+    """Decode `count` tokens greedily, also behind an EOS token, and return the last one, shape `(batch, 1)`."""
     for _ in range(count):
         token, cache = read_prompt(model, token, cache)
     return token
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache:
-    """The cache in the output of a model, whose field has another name in newer releases of transformers."""
+    """Return the cache in the output of a model; its field has another name in newer releases of transformers."""
     return next(value for value in output.values() if isinstance(value, Cache))
 
 
 def growing_layers(cache: Cache) -> list[Any]:
-    """Gives the layers of a cache that keep keys and values, and no state of a fixed size."""
+    """Return the layers of a cache that keep keys and values, without those of a state of fixed size."""
     layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
 
 
 @torch.no_grad()
 def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
-    """The number of values that generation keeps per token, read off the cache of a run of one token: 0 for a model
-    that does not generate, and None for one that cannot be run on the meta device.
+    """Return the number of values that the cache keeps per token, by a run of one token.
+
+    It is 0 for a model that does not generate, and None for one that cannot run on the meta device.
     """
     if not (arch.causal or model.config.is_encoder_decoder):
         return 0
     embedding = model.get_input_embeddings().get_parameter("weight")
     if embedding.device.type == "meta":
-        # The attention masks of other implementations depend on values, which tensors without memory do not have, and
-        # the matrix product that runs experts takes these in this precision only.
+        # The attention masks of other implementations depend on values, which meta tensors do not have. The grouped
+        # matrix product of experts takes bfloat16 only.
         model = deepcopy(model)
         model.set_attn_implementation("eager")
         model.eval().to(torch.bfloat16)  # type: ignore[arg-type]
@@ -130,5 +197,5 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """The bytes of keys and values in a cache."""
+    """Return the bytes of keys and values in a cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in growing_layers(cache))

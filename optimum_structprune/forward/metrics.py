@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..arch.hooks import in_fast_dtype
-from ..arch.meta import positions_of, predicts_next, random_image, reads_images
+from ..arch.inference import input_device, random_inputs, run_model
+from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..method.devices import rows_at_once
-from ..method.layers import input_device, run_model
 from ..system.offloading import check_reachable
 from ..system.stages import progress
 
@@ -295,21 +295,6 @@ def plain_head(model: Any, ids: Tensor) -> bool:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, shape `(tokens,)`, fp64. It stays on its device, so that nothing waits for a GPU."""
     return cross_entropy(logits.float(), targets, reduction="none").double()
-
-
-def random_inputs(model: PreTrainedModel) -> Tensor:
-    """Random tokens, shape `(1, 16)` or as many as the model reads, or a random image.
-
-    The last token ends a sequence, for heads that look for it. A head that chooses among sequences gets `(1, 1, 16)`.
-    """
-    generator, config = torch.Generator().manual_seed(0), model.config
-    if reads_images(model) and hasattr(config, "image_size"):
-        return random_image(config).to(model.dtype)
-    text, length = config.get_text_config(), int(min(16, positions_of(model)))
-    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
-    if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
-        ids[0, -1] = end
-    return ids[None] if type(model).__name__.endswith("ForMultipleChoice") else ids
 
 
 @torch.no_grad()

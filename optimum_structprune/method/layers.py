@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch import hooks
-from ..arch.meta import beside_text
-from ..arch.modules import blocks, layer_list
+from ..arch.inference import input_device as input_device
+from ..arch.inference import run_model
+from ..arch.modules import layer_list
 from ..arch.spec import EXPERT, ArchSpec, Space
 from ..errors import StructPruneError
 from .calibrate import Moments
@@ -90,30 +91,6 @@ class Call(NamedTuple):
 def equal(first: Tensor, second: Tensor) -> bool:
     """Compares shapes and values of two tensors, which may be on different devices."""
     return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
-
-
-def input_device(model: Any) -> torch.device:
-    """The device that a model takes its inputs on: the CPU where accelerate has put weights on the meta device."""
-    device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
-    """Runs a model over a batch, `(batch, seq_length)`, which an encoder-decoder reads on both sides.
-
-    Of a model with two towers that of text runs, and what else a model asks for is random.
-    """
-    config, ids = model.config, ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
-    if config.is_encoder_decoder:
-        options |= {"decoder_input_ids": ids, "use_cache": False}
-    elif hasattr(config.get_text_config(), "use_cache"):
-        options |= {"use_cache": False}
-    with hooks.in_fast_dtype(blocks(model)):
-        if (tower := getattr(model, "get_text_features", None)) is not None:
-            return tower(ids)
-        if ids.is_floating_point() or not (others := beside_text(model, ids)):
-            return model(ids, **options)
-        return model(**others, **({} if config.is_encoder_decoder else {"input_ids": ids}), **options)
 
 
 @torch.no_grad()

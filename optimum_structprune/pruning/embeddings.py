@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import last_states
 from ..arch.meta import positions_of
 from ..arch.modules import MODULES, module_files
 from ..arch.spec import ArchSpec
@@ -26,7 +27,6 @@ from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
 from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
-from ..forward.states import last_states
 from ..record.report import Report, enter_figures
 from ..vocabulary.languages import texts as language_texts
 
@@ -199,7 +199,7 @@ def rows_of(
     if isinstance(texts, Tensor):
         return [*texts]
     assert tokenizer is not None
-    most = int(min(positions_of(model) - 2, 256))  # RoBERTa's first two positions are for padding
+    most = int(min(positions_of(model), 256))
     return [torch.tensor(row[:most]) for row in tokenizer([*texts], verbose=False)["input_ids"]]
 
 

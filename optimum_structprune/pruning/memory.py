@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-import psutil
-import torch
-
 from ..arch.spec import EXPERT, LAYER
 from ..criteria import CRITERIA
 from ..domains.load import texts_of
 from ..errors import StructPruneError
-from ..forward.metrics import TOKENS_AT_ONCE
-from ..method.calibrate import Moments
+from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
+from ..method.calibrate import FP64_BYTES, TOKENS_AT_ONCE, Moments
+from ..method.devices import free_bytes, rows_at_once
 from ..system.processes import process_count
 from ..system.stages import readable_size
-from .measure import PROBE_TOKENS, STRIDE
+from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
 
 
 if TYPE_CHECKING:
@@ -110,8 +108,9 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     samples_at_once = min(request.options.batch_size, ceil(size.samples / size.domains))
     batch_tokens = samples_at_once * size.seq_length
     working = max(
-        _loss_bytes(request, size.seq_length, is_offloaded=offload is not None),
+        _loss_bytes(request, size, is_offloaded=offload is not None),
         _activation_bytes(request, batch_tokens),
+        _measuring_bytes(request, size),
         _shrink_bytes(request),
         _refit_bytes(request, size, batch_tokens),
         _expert_bytes(request, size, batch_tokens),
@@ -169,19 +168,6 @@ def check_memory(request: Request, inplace: bool) -> None:
     )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that tensors can still take on a device, or None if the device does not report them."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    if device.type != "cuda":
-        return None
-
-    # torch gives the memory that it has reserved and does not use to its own tensors.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + unused
-
-
 def _channels(request: Request) -> int:
     # A custom config may lack the field.
     return getattr(request.model_info.plain_model.config.get_text_config(), "hidden_size", 0)
@@ -231,15 +217,35 @@ def _host_values(request: Request, offload: str | None, hidden_states: int) -> i
     return hidden_states + (sum(layers) if offload == "cpu" else max(layers))
 
 
-def _loss_bytes(request: Request, seq_length: int, is_offloaded: bool) -> int:
+def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> int:
     """Return the bytes of logits: once in the model's dtype, and twice in fp32 for few tokens at a time.
 
     The head of an offloaded model runs on a whole sample.
     """
-    part = min(TOKENS_AT_ONCE, seq_length)
-    head_tokens = seq_length if is_offloaded else part
+    device = request.model_info.device
+    pass_tokens = size.seq_length
+    if device.type == "cuda":
+        pass_tokens = max(pass_tokens, _measured_tokens(request, size))
+    part = min(tokens_at_once(device, _vocabulary(request)), pass_tokens)
+    head_tokens = size.seq_length if is_offloaded else part
     per_entry = head_tokens * request.model_info.plain_model.dtype.itemsize + 2 * part * FP32_BYTES
     return _vocabulary(request) * per_entry
+
+
+def _measured_tokens(request: Request, size: CalibrationSize) -> int:
+    """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
+    info = request.model_info
+    pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
+    # Samples that a program passes in come without other text.
+    heldout = MEASURED_TOKENS if request.inputs is None else ceil(request.config.holdout * size.tokens)
+    return min(pass_tokens, heldout)
+
+
+def _measuring_bytes(request: Request, size: CalibrationSize) -> int:
+    """Return the bytes of the activations of held-out text on a GPU, where a pass has more tokens than on a CPU."""
+    if request.model_info.device.type != "cuda" or not _vocabulary(request):
+        return 0
+    return _activation_bytes(request, _measured_tokens(request, size))
 
 
 def _activation_bytes(request: Request, batch_tokens: int) -> int:
@@ -288,6 +294,10 @@ def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> 
         outputs = channels if config.feedback_share and not is_expert else 0
         moments = Moments.empty(inputs, reads_gram, "meta", outputs).tensors().values()
         step = 2 * (sum(tensor.nbytes for tensor in moments) + FP32_BYTES * inputs * channels)
+        if info.device.type == "cuda":
+            # A part of a batch in fp64.
+            part = min(rows_at_once(info.device, FP64_BYTES * inputs, TOKENS_AT_ONCE), batch_tokens)
+            step += FP64_BYTES * inputs * part
         if size.domains > 1:
             # The moments of the mixture are in memory while the next domain runs.
             step += activations

@@ -204,6 +204,7 @@ def check_config_kind(config: Any, options: Any = None) -> None:
         if not isinstance(value, kind):
             advice = f"a mapping becomes one with {kind.__name__}.from_dict"
             raise StructPruneError(f"{name} takes a {kind.__name__}, got {type(value).__name__}; {advice}.")
+        value.validate()  # a field may have been set since
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import last_states
 from ..arch.load import describe
 from ..arch.meta import positions_of, shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..domains.packing import Domain, Passages
 from ..forward.metrics import evaluating, row_losses
-from ..forward.states import last_states
 from ..method.loop import prune_layers_
 from ..method.shrink import Masks
 from ..sources.data import source_of

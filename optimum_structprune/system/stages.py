@@ -1,4 +1,4 @@
-"""Announces and times the stages of a run, shows how far they are, and measures and frees its memory."""
+"""Announces and times the stages of a run, shows their progress, and measures and frees memory."""
 
 from __future__ import annotations
 
@@ -17,34 +17,45 @@ if TYPE_CHECKING:
 
 
 SIZE_UNITS = ("bytes", "kB", "MB", "GB")
-# Says each stage when it begins, and without a terminal how far it is.
+# Logs the beginning of each stage, and its progress where no bar can be drawn.
 logger = logging.getLogger(__name__)
-# Where no bar can be drawn, a line says how far the work is after so many seconds without one.
+# Where no bar can be drawn, progress is logged when this many seconds have passed without a line.
 MAX_SILENT_SECONDS = 10.0
 _last_line = [perf_counter()]
-# The seconds by stage that the stages around this place add to.
-_around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None)
+# The seconds by stage of the enclosing stages.
+_enclosing: ContextVar[dict[str, float] | None] = ContextVar("enclosing", default=None)
 
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """Announce a stage the first time, and add its time to `seconds`, or to those of the stage around it."""
-    outer = _around.get()
-    times = seconds if seconds is not None else {} if outer is None else outer
+    """Announce a stage the first time, and time it inside `with`.
+
+    Args:
+        name: The name of the stage.
+        seconds: The seconds by stage, to which the time is added without that of stages inside this one; by default
+            those of the enclosing stage.
+    """
+    times = seconds
+    if times is None:
+        times = _enclosing.get()
+    if times is None:
+        times = {}
     if name not in times:
         say(f"{name} …")
-    inside, start = _around.set(times), perf_counter()
+
+    token = _enclosing.set(times)
     before = sum(times.values())
+    start = perf_counter()
     try:
         yield
     finally:
-        _around.reset(inside)
-        within = sum(times.values()) - before
-        times[name] = times.get(name, 0.0) + perf_counter() - start - within
+        _enclosing.reset(token)
+        inner = sum(times.values()) - before
+        times[name] = times.get(name, 0.0) + perf_counter() - start - inner
 
 
 def say(line: str) -> None:
-    """Log a line, or write it to the standard error where bars are shown and none is drawn."""
+    """Log a line, or write it to standard error if bars are enabled and none is drawn now."""
     _last_line[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
@@ -56,44 +67,59 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any], **options: Any) -> Iterator[Any]:
-    """Draw the progress bar of transformers, with the options of tqdm; without a terminal, write lines."""
+    """Iterate with the progress bar of transformers, or with lines where there is no terminal.
+
+    Args:
+        iterable: What to iterate over.
+        options: Options of tqdm.
+    """
     bars = _bars()
-    if bars is not None and (getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules):
+    is_terminal = getattr(sys.stderr, "isatty", bool)()
+    in_notebook = "ipykernel" in sys.modules
+    if bars is not None and (is_terminal or in_notebook):
         return iter(bars.tqdm(iterable, **options))
     return _lines(iterable, **options)
 
 
 def _bars() -> Any:
-    """Give the module of transformers that draws bars; None if it has not been imported, or draws none."""
+    """Return the module of transformers that draws bars, or None if it is not imported or bars are disabled."""
     bars: Any = sys.modules.get("transformers.utils.logging")
-    return bars if bars is not None and bars.is_progress_bar_enabled() else None
+    if bars is None or not bars.is_progress_bar_enabled():
+        return None
+    return bars
 
 
 def _lines(
     iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **options: Any
 ) -> Iterator[Any]:
-    """Say in place of a bar how many steps are done, once nothing was said for `MAX_SILENT_SECONDS`."""
-    total, units = total or len(iterable), f"{unit}es" if unit.endswith("ch") else f"{unit}s"
-    for done, each in enumerate(iterable, start=initial + 1):
-        yield each
-        if perf_counter() - _last_line[0] >= MAX_SILENT_SECONDS and done < total:
+    """Iterate, and log the number of finished steps after `MAX_SILENT_SECONDS` without a line."""
+    total = total or len(iterable)
+    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+    for done, item in enumerate(iterable, start=initial + 1):
+        yield item
+        silent = perf_counter() - _last_line[0]
+        if silent >= MAX_SILENT_SECONDS and done < total:
             say(f"{desc}: {done} of {total} {units}")
 
 
 def give_back_free_memory() -> None:
-    """Have the C library give free memory back to the system; it would keep blocks of up to 32 MB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Return free memory of the C library to the system; otherwise it keeps blocks of up to 32 MB."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Compute the bytes of a model's weights on the disk; what several names share counts once."""
+    """Return the bytes of a model's weights on the disk. A tensor that has several names counts once."""
     tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def readable_size(size: int) -> str:
-    """Write a number of bytes in the largest unit that leaves a digit before the point."""
+    """Format a number of bytes in the largest unit of which it has at least one."""
     power = min((len(str(size)) - 1) // 3, len(SIZE_UNITS) - 1)
-    return f"{size:,} {SIZE_UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {SIZE_UNITS[power]}"
+    if power == 0:
+        return f"{size:,} {SIZE_UNITS[0]}"
+    return f"{size / 1000**power:,.1f} {SIZE_UNITS[power]}"

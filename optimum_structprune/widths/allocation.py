@@ -85,8 +85,9 @@ def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
     for name in names:
         if name not in arch.offered:
             reason = dict(arch.missing).get(name, "").removesuffix(".")
+            because = f": {reason}" if reason else ""
             raise StructPruneError(
-                f"A {arch.model_type} model has no space {name!r} to prune{f': {reason}' if reason else ''}."
+                f"The model of type {arch.model_type!r} has no space {name!r} to prune{because}."
                 f"{did_you_mean(name, arch.offered)}"
             )
     for name, width in (config.widths or {}).items():

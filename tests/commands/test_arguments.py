@@ -10,11 +10,10 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from optimum_structprune import DomainConfig, RecoveryConfig, RunOptions, StructPruneConfig
+from optimum_structprune import DomainConfig, RecoveryConfig, RunOptions, StructPruneConfig, StructPruneError
 from optimum_structprune.commands.arguments import (
     GROUPS,
     domain,
-    first_sentences,
     pruning_config,
     recovery_config,
     run_options,
@@ -24,6 +23,7 @@ from optimum_structprune.commands.flags import COMMANDS as ALL
 
 
 DECLARE = {command.name: command.declare for command in ALL}
+AMOUNT_FLAGS = ("--sparsity", "--widths", "--budget")
 COMMANDS = [
     ("prune", ["m", "o"], StructPruneConfig, pruning_config),
     ("plan", ["m"], StructPruneConfig, pruning_config),
@@ -75,11 +75,46 @@ def test_every_field_has_a_flag_and_what_is_not_given_is_left_to_the_file(
         assert given == {name: value} and type(given[name]) is type(value), name
 
 
-@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig])
-def test_every_field_is_described_in_the_docstring(config_class):
-    sentences = first_sentences(config_class)
-    assert [*sentences] == [field.name for field in fields(config_class)]
-    assert all(sentence[-1] in ".…" and "\n" not in sentence for sentence in sentences.values())
+@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig, RunOptions, DomainConfig])
+def test_every_field_has_a_help_and_an_entry_in_the_docstring(config_class):
+    arguments = config_class.__doc__.partition("Raises:")[0]
+    entries = re.findall(r"^        (\w+): ", arguments, re.M)
+    assert entries == [field.name for field in fields(config_class)]
+    for field in fields(config_class):
+        assert re.fullmatch("[A-Z].*[.]", field.metadata["help"]), field.name
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("--width mlp=24 --width mlp=8", "--width has two values for 'mlp', 24 and 8. Pass one."),
+    ("--sparsity 0.2 --recovery tokens=5 --recovery tokens=6", "--recovery has two values for 'tokens', 5 and 6."),
+    ("--sparsity 0.2 --recovery tokens=5 --recovery-tokens 6", "--recovery has two values for 'tokens', 5 and 6."),
+    ("--width 'mlp={0: 24, 1: 32, 0: 8}'", "the key '0' is in line 1 and again in line 1"),
+])  # fmt: skip
+def test_a_repeated_name_is_refused(line, message, capsys):
+    with pytest.raises((StructPruneError, SystemExit)) as refused:
+        pruning_config(parsed("prune", "m", "o", *split(line)))
+    assert message in str(refused.value) + capsys.readouterr().err
+
+
+def flags_of(config_class):
+    return [f"--{field.name.replace('_', '-')}" for field in fields(config_class)]
+
+
+@pytest.mark.parametrize("value", ["[]", "999999999999999999999", "-1", ".nan", "{}"])
+def test_an_odd_value_of_any_flag_is_refused_in_a_sentence_or_read(value):
+    """A number of 21 digits may be a legal budget or the name of a file; it never raises another error."""
+    for command, paths, config_class, read in COMMANDS:
+        for flag in flags_of(config_class):
+            amount = ["--sparsity", "0.2"] if command != "recover" and flag not in AMOUNT_FLAGS else []
+            for text in (value, f"a={value}"):
+                try:
+                    read(parsed(command, *paths, *amount, f"{flag}={text}"))
+                except (StructPruneError, SystemExit):
+                    continue
+
+
+def help_of(name):
+    return next(field.metadata["help"] for field in fields(StructPruneConfig) if field.name == name)
 
 
 def test_help_comes_from_the_fields_and_begins_with_what_most_people_need():
@@ -91,7 +126,7 @@ def test_help_comes_from_the_fields_and_begins_with_what_most_people_need():
     flags = {title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in titled}
     assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 11 and "--width" in flags["most used"]
     assert {"--error-feedback", "--refit"} <= {*flags["for experts"]} and "--widths" not in shown
-    assert first_sentences(StructPruneConfig)["error_feedback"] in words and "(default: 0.5)" in words
+    assert help_of("error_feedback") in words and "(default: 0.5)" in words
     *names, last = (field.name for field in fields(RecoveryConfig))
     assert f"NAME is {', '.join(names)} or {last}. Repeatable." in words
 

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
     (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "run.yaml").write_text("num_samples: many\n")
+    (folder / "twice.yaml").write_text("seed: 1\nrounds: 2\nseed: 3\n")
     (folder / "huge.yaml").write_text("[" * 300_000)
     (folder / "misspelt.yaml").write_text("sparsiti: 0.2\n")
     return folder
@@ -44,28 +45,41 @@ FLAGS = [
     ("prune full out --sparsity 0.2", "the folder holds no config.json."),
     ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),
     ("evaluate model no/where", "'no/where' cannot be loaded"),
-    (PRUNE, "how much to remove, got none; budget={'parameters': 0.8} (--budget parameters=0.8) keeps four fifths"),
+    (PRUNE, "how much to remove, got none. For example, budget={'parameters': 0.8} (--budget parameters=0.8) keeps"),
     (f"{SHARE} --budget bytes=0.8", "how much to remove, got sparsity=0.2, budget={'bytes': 0.8}"),
     (f"{PRUNE} --budget 0.8", "argument --budget: expected NAME=VALUE, such as mlp=1024 or parameters=0.8, got '0.8'"),
-    (f"{PRUNE} --width mlp=9.5", "--width takes dict[str, int | list[int] | dict[Any, int]]; got {'mlp': 9.5}"),
+    (
+        f"{PRUNE} --width mlp=9.5",
+        "--width must be a mapping to a whole number or a list of a whole number or a mapping",
+    ),
+    (f"{PRUNE} --width mlp=24 --width mlp=8", "--width has two values for 'mlp', 24 and 8. Pass one."),
+    (f"{SHARE} --seed=[]", "error: --seed must be a whole number, got []."),
+    (
+        f"{SHARE} --recovery-tokens 999999999999999999999",
+        "error: --recovery `tokens` must be at most 1,000,000,000,000",
+    ),
+    (f"{SHARE} --config twice.yaml", "twice.yaml cannot be read: the key 'seed' is in line 1 and again in line 3"),
     (f"{SHARE} --rouns 2", "there is no flag --rouns. Did you mean '--rounds'?"),
-    (f"{SHARE} --refit ls", "error: --refit has to name a registered refit, got 'ls'"),
-    (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: 'many')"),
-    (f"{SHARE} --config huge.yaml", "huge.yaml cannot be read: it has 300,000 characters"),
-    (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no share"),
+    (f"{SHARE} --refit ls", "error: --refit must be a registered refit, got 'ls'. "),
+    (f"{SHARE} --config run.yaml", "error: run.yaml: `num_samples` must be a whole number, got 'many'."),
+    (f"{SHARE} --config huge.yaml", "huge.yaml cannot be read: it is nested too deeply"),
+    (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no effect"),
     (f"{SHARE} --recover --offload disk", "recovery trains it in memory; leave out recovery"),
     (f"{SHARE} --arch own.yaml", "own.yaml"),
     (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: there is no text in empty.txt"),
     (f"{SHARE} --domain a=full/*.csv", "The domain 'a': the pattern 'full/*.csv' gives no file"),
     (f"{SHARE} --domain a=preset:nothing", "There is no preset 'nothing'"),
     (f"{SHARE} --domain a.jsonl", "expected NAME=SOURCE[@WEIGHT], such as a=a.jsonl, got 'a.jsonl'"),
-    (f"{SHARE} --domain a=a.jsonl@0", "error: --domain weight has to be greater than 0"),
-    (f"{SHARE} --recovery 'domains=[{{name: 1, source: a.jsonl}}]'", "error: --domain name expected str"),
+    (f"{SHARE} --domain a=a.jsonl@0", "error: --domain `weight` must be greater than 0"),
+    (
+        f"{SHARE} --recovery 'domains=[{{name: 1, source: a.jsonl}}]'",
+        "error: --domain `name` must be a string, got 1.",
+    ),
     (f"{SHARE} --recovery tokens=[1", "argument --recovery: '[1' is not YAML"),
     (f"{PRUNE} --config misspelt.yaml", "Did you mean 'sparsity'"),
     (f"{SHARE} --base-model mine", "--base-model 'mine' is no id on the Hub"),
     ("prune model caf\udce9 --sparsity 0.2", "cannot be written: its path is not text in UTF-8"),
-    (f"{SHARE} --text caf\udce9.txt", "--domain source holds half a character, got 'caf\\udce9.txt'"),
+    (f"{SHARE} --text caf\udce9.txt", "--domain `source` must be text in UTF-8, got 'caf\\udce9.txt'"),
     (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address; download it"),
     ("plan outside --sparsity 0.2", "names '../elsewhere.safetensors', which is no file of its folder"),
     ("recover adapter out", "holds an adapter and no model. In Python, `peft.AutoPeft"),
@@ -80,7 +94,10 @@ FLAGS = [
     ("evaluate model --json /nowhere/x.json", "there is no folder /nowhere"),
     ("evaluate model --json run.yaml", "--json run.yaml exists; name another file, or replace it with"),
     ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
-    ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
+    (
+        "evaluate model --domain a=a.jsonl --limit 0",
+        "argument --limit: expected a whole number from 1 to 10**12, got '0'",
+    ),
 ]
 # What the model's config shows.
 MODEL = [

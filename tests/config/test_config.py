@@ -4,11 +4,10 @@ import json
 from itertools import islice, pairwise
 
 import pytest
-from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.family import read_families
 from optimum_structprune.config.fields import by_layer, parse_yaml, read_yaml
 from optimum_structprune.record.plan import Plan
@@ -65,40 +64,54 @@ def test_round_trips(config, tmp_path_factory):
     assert StructPruneConfig.from_dict(parse_yaml(json.dumps(config.to_dict()))) == config  # which YAML reads
 
 
-@pytest.mark.parametrize("name", StructPruneConfig.gone)
-def test_a_saved_config_that_names_what_is_gone_loads_where_nothing_else_was_asked_for(name):
-    left = StructPruneConfig.gone[name]
-    assert StructPruneConfig.from_dict({name: left, "sparsity": 0.2}) == StructPruneConfig(sparsity=0.2)
-    with pytest.raises(StructPruneError, match=f"'{name}' is gone, only {left!r} is left, got 'other'"):
-        StructPruneConfig.from_dict({name: "other", "sparsity": 0.2})
-
-
 @pytest.mark.parametrize(("fields", "message"), [
-    ({}, "exactly one of sparsity, widths and budget .* got none; budget={'parameters': 0.8}"),
-    ({"languages": ["en"]}, r"got none; targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
-    ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
-    ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
-    ({"sparsity": 0.2, "num_samples": 10**400}, "'num_samples' has to be greater than 0, got 1000"),
-    ({"widths": {}}, "widths has to name at least one space"),
-    ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
-    ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
+    ({}, "Exactly one of `sparsity`, `widths` and `budget` .* got none. For example, budget={'parameters': 0.8}"),
+    ({"languages": ["en"]}, r"got none. .*targets=\['vocab'\], .* .--target vocab --budget parameters=0.8. keeps"),
+    ({"sparsity": 0.2, "widths": {"mlp": 8}}, "Exactly one of `sparsity`, `widths` and `budget`.*sparsity=0.2"),
+    ({"sparsity": 0}, "`sparsity` must be greater than 0 and less than 1, got 0"),
+    ({"sparsity": float("nan")}, "`sparsity` must be a number, got nan"),
+    ({"sparsity": True}, "`sparsity` must be a number, got True"),
+    ({"sparsity": 0.2, "num_samples": 10**400}, "`num_samples` must be at most 1,000,000,000,000, got 1000"),
+    ({"sparsity": 0.2, "num_samples": 10**20}, "`num_samples` must be at most 1,000,000,000,000, got 1000"),
+    ({"sparsity": 0.2, "error_feedback": 1.5}, "`error_feedback` must be at least 0 and at most 1, got 1.5"),
+    ({"sparsity": 10**400}, "`sparsity` must be a number, got 1000"),
+    ({"widths": {}}, "`widths` must name at least one space"),
+    ({"widths": {"mlp": 0}}, "`widths` must be from 1 to 1,000,000,000,000 for 'mlp', got 0"),
+    ({"widths": {"mlp": [24, 10**20]}}, "`widths` must be from 1 to 1,000,000,000,000 for 'mlp'"),
+    ({"widths": {"mlp": 9.5}}, "`widths` must be a mapping to a whole number or a list of a whole"),
+    ({"sparsity": 0.2, "rounds": "3"}, "`rounds` must be a whole number, got '3'"),
+    ({"sparsity": 0.2, "rounds": 0}, "`rounds` must be at least 1, got 0"),
+    ({"sparsity": 0.2, "rounds": []}, r"`rounds` must be a whole number, got \[\]"),
+    ({"sparsity": 0.2, "refit": "ls"}, "`refit` must be a registered refit, got 'ls'. .*least_squares"),
+    ({"sparsity": 0.2, "allocation": "even"}, "`allocation` must be 'uniform' or 'sensitivity' or"),
+    ({"sparsity": 0.2, "round_to": "most"}, "`round_to` must be a whole number or 'auto', got 'most'"),
     ({"budget": {"parameter": 9}}, "no 'parameter'. Did you mean 'parameters'"),
-    ({"budget": {"parameters": 0}}, "has to be greater than 0, got 0"),
-    ({"budget": {}}, "names exactly one of parameters, bytes, cache_bytes_per_token"),
-    ({"budget": {"parameters": 9, "bytes": 9}}, "names exactly one of"),
-    ({"sparsity": 0.2, "seed": 2**32}, "'seed'.*between 0 and 4294967295"),
-    ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "what every layer keeps, so allocation='search'"),
+    ({"budget": {"parameters": 0}}, "must be greater than 0 for 'parameters', got 0"),
+    ({"budget": {"loss": 2}}, "must be less than 1 for 'loss', got 2"),
+    ({"budget": {}}, "must name exactly one of parameters, bytes, cache_bytes_per_token"),
+    ({"budget": {"parameters": 9, "bytes": 9}}, "must name exactly one of"),
+    ({"sparsity": 0.2, "seed": 2**32}, "`seed` must be from 0 to 4294967295"),
+    ({"widths": {"mlp": [24, 32]}, "allocation": "search"}, "the width of every layer, so allocation='search'"),
     ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "one shape of all layers"),
-    ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
-    ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
+    ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "pass allocation='search'"),
+    ({"sparsity": 0.2, "general_text": "builtin:general", "general_share": 0}, "has no effect"),
+    ({"sparsity": 0.2, "targets": []}, "`targets` must not be empty"),
     ({"sparsity": 0.2, "languages": ["en,german"]}, r"no language 'german'. Did you mean 'de \(German\)'\? Known"),
-    ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),
-    ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the name 'a'; rename one"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
-    ({"sparsity": 0.2, "domains": [{"name": "a\udce9", "source": "x"}]}, "'name' holds half a character"),
-    ({"sparsity": 0.2, "domains": [{"name": name, "source": "x", "weight": 1e308} for name in "ab"]}, "to infinity"),
+    ({"sparsity": 0.2, "languages": ["de", False]}, "no language 'no', which YAML reads as false. Quote"),
+    ({"sparsity": 0.2, "languages": ["de", "no"]}, "no language 'no'. .*Known: "),
+    ({"sparsity": 0.2, "domains": []}, "`domains` must not be empty"),
+    ({"sparsity": 0.2, "domains": ["wiki"]}, "`domains` must be a list of mappings.*wiki"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the name 'a'. Rename one"),
+    ({"sparsity": 0.2, "domains": [{"name": "a"}]}, "DomainConfig needs the field `source`"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "`source` must not be empty"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": 3}]}, "`source` must be a path, a name, .* got int"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "template": "{a b}"}]}, "'a b' .* not a column name"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "template": "text"}]}, "hold column names such as"),
+    ({"sparsity": 0.2, "domains": [{"name": "a\udce9", "source": "x"}]}, "`name` must be text in UTF-8"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 1e308}]}, r"`weight` .* at most 1e\+300"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
+    ({"sparsity": 0.2, "recovery": {"lora": {"r": 2}, "train": "full"}}, "needs train='lora', got train='full'"),
+    ({"sparsity": 0.2, "recovery": {"tokens": 10**20}}, "RecoveryConfig: `tokens` must be at most 1,000,000,000,000"),
 ])  # fmt: skip
 def test_bad_values_name_the_field_and_the_value(fields, message):
     with pytest.raises(StructPruneError, match=message) as caught:
@@ -106,33 +119,73 @@ def test_bad_values_name_the_field_and_the_value(fields, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_argument_is_refused_with_the_nearest_field():
+    with pytest.raises(StructPruneError, match="StructPruneConfig has no field 'sparsiti'. Did you mean 'sparsity'"):
+        StructPruneConfig(sparsiti=0.2)
+
+
+def test_a_saved_config_with_fields_of_another_version_loads_with_a_warning(tmp_path):
+    config = StructPruneConfig(sparsity=0.2, domains=[DomainConfig("a", "a.txt")], recovery=RecoveryConfig())
+    values = config.to_dict()
+    values["method"] = "iterative"
+    values["recovery"]["merge"] = True
+    values["domains"][0]["answers_only"] = False
+    (tmp_path / "structprune_config.json").write_text(json.dumps(values))
+    with pytest.warns(
+        UserWarning, match="fields that this version does not know: (method|merge|answers_only)"
+    ) as seen:
+        assert StructPruneConfig.from_pretrained(tmp_path) == config
+    assert len(seen) == 3
+
+
 def test_a_value_of_another_kind_is_refused_in_a_short_line():
-    with pytest.raises(StructPruneError, match=r"'domains' takes list\[DomainConfig\]; got \[{'name'") as caught:
+    with pytest.raises(StructPruneError, match=r"`domains` must be a list of DomainConfig, got \[{'name'") as caught:
         StructPruneConfig(sparsity=0.2, domains=[{"name": "a", "source": ["text"] * 1000}])
     assert len(str(caught.value)) < 160
 
 
-def test_assignment_is_checked_too_and_sources_in_memory_are_named():
+def test_assignment_is_checked_before_a_run_and_sources_in_memory_are_named():
     config = StructPruneConfig(sparsity=0.2, domains=[DomainConfig(name="a", source=["text"])])
-    with pytest.raises(StrictDataclassError, match="'sparsity'"):
-        config.sparsity = 1.5
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
+    config.sparsity = 1.5
+    with pytest.raises(StructPruneError, match="`sparsity` must be greater than 0 and less than 1, got 1.5"):
+        StructPruner(config)
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("1e-4", 1e-4), ("-2.5E3", -2500.0), ("100", 100), ("a1e4", "a1e4"), ("0100", 100), ("0o17", 15), ("0x1f", 31),
-    ("1:30", "1:30"), ("1_000", "1_000"), ("2024-01-01", "2024-01-01"),
+    ("1e-4", 1e-4), ("-2.5E3", -2500.0), (".5e3", 500.0), ("1e+2", 100.0), ("0.25", 0.25), ("100", 100),
+    ("a1e4", "a1e4"), ("1e4a", "1e4a"), ("true", True), ("cosine", "cosine"),
 ])  # fmt: skip
-def test_numbers_are_those_of_yaml_1_2(text, value):
+def test_numbers_in_yaml(text, value):
     assert parse_yaml(text) == value and type(parse_yaml(text)) is type(value)
+
+
+@pytest.mark.parametrize(("text", "key", "lines"), [
+    ("sparsity: 0.2\nseed: 1\nsparsity: 0.5\n", "sparsity", (1, 3)),
+    ("widths:\n  mlp: {0: 24, 1: 32,\n    0: 8}\n", "0", (2, 3)),
+    ("domains:\n  - name: a\n    source: x\n    name: b\n", "name", (2, 4)),
+])  # fmt: skip
+def test_a_repeated_key_is_refused_with_both_lines(text, key, lines, tmp_path):
+    message = f"the key '{key}' is in line {lines[0]} and again in line {lines[1]}"
+    with pytest.raises(ValueError, match=message):
+        parse_yaml(text)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(StructPruneError, match=f"run.yaml cannot be read: {message}"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_keys_that_a_merge_overrides_are_not_repeated():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
 def test_layers_are_named_by_numbers():
     assert by_layer({"0": 24, 3: 30}, "widths") == {0: 24, 3: 30}
     for wrong in ("x", None, "1.5", 0.5, True):
-        with pytest.raises(StructPruneError, match=r"widths\['mlp'\] names layers by their numbers, each once, got"):
+        with pytest.raises(
+            StructPruneError, match="`widths` of 'mlp' must have layer indices as keys, each once, got"
+        ):
             StructPruneConfig(widths={"mlp": {wrong: 24}})
-        with pytest.raises(StructPruneError, match="'mlp' names layers by their numbers, each once, got"):
+        with pytest.raises(StructPruneError, match="'mlp' must have layer indices as keys, each once, got"):
             Plan.from_dict({"keep": {"mlp": {wrong: [0]}}})
     with pytest.raises(StructPruneError, match=r"each once, got \[0, '0'\]"):
         StructPruneConfig(widths={"mlp": {0: 24, "0": 30}})
@@ -140,17 +193,23 @@ def test_layers_are_named_by_numbers():
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     path = tmp_path / "run.yaml"
-    pairs = pairwise("abcdefghijklmnopqrstuvwxyz")
-    lines = ["a: &a [x, x]", *(f"{new}: &{new} [*{old}, *{old}]" for old, new in pairs)]
-    endless, deep, wrong = "\n".join(lines), "sparsity: " + "[" * 3000 + "]" * 3000, "sparsity: !!timestamp x"
+    deep, wrong = "sparsity: " + "[" * 3000 + "]" * 3000, "sparsity: !!timestamp x"
     code = "!!python/object/apply:os.system ['true']"
-    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", code, endless, deep, wrong):
+    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", code, deep, wrong):
         path.write_text(content)
         for read in (read_yaml, read_families):
             with pytest.raises(StructPruneError, match="run.yaml"):
                 read(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
+
+
+def test_a_value_that_aliases_make_endless_is_refused_at_once():
+    lines = ["seed: &a [x, x]"]
+    lines += [f"{new}: &{new} [*{old}, *{old}]" for old, new in pairwise("abcdefghijklmnopqrstuvwxyz")]
+    values = parse_yaml("\n".join([*lines, "sparsity: *z"]))
+    with pytest.raises(StructPruneError, match=r"`sparsity` must be a number, got \[\["):
+        StructPruneConfig(sparsity=values["sparsity"])
 
 
 @given(items=st.lists(st.integers()), order=st.lists(st.integers(0, 2)))

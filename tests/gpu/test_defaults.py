@@ -7,10 +7,16 @@ import torch
 from gpu.compare import assert_same
 from gpu.simulator import simulated_gpus
 from models import build, token_ids
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_structprune import StructPruneConfig, prune_model
+from optimum_structprune.arch.load import ModelInfo, describe
+from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.forward.metrics import compare, expected_shares, perplexity, samples_per_pass, tokens_at_once
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
+from optimum_structprune.pruning.memory import RELATIVE_ERROR, UNCOUNTED_BYTES, estimate_memory
+from optimum_structprune.pruning.request import Request
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
@@ -87,3 +93,35 @@ def test_texts_of_other_tokens_run_together():
         actual = divergence_from_dense(alignment, dense, model, texts, (1, 3, 2))
         assert len(count) == 1
         assert_same(actual, expected, tolerance=1e-5)
+
+
+def test_the_memory_estimate_counts_the_larger_parts():
+    model = meta_model(LlamaConfig(vocab_size=30_000, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
+    settings = StructPruneConfig(widths={"mlp": 64}, num_samples=8, seq_length=64)
+
+    def working(device):
+        return estimate_memory(Request(settings, ModelInfo(describe(model), model, device))).working
+
+    with simulated_gpus():
+        tokens = tokens_at_once(CUDA, 30_000)
+        assert tokens > 1000
+        # Their logits once in the dtype, and twice in fp32.
+        assert working(CUDA) - UNCOUNTED_BYTES == 30_000 * 3 * 4 * tokens
+
+
+@pytest.mark.slow
+def test_a_pruning_on_a_gpu_takes_what_is_estimated():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=3072, **sizes)).eval()
+    settings = StructPruneConfig(widths={"mlp": 1536}, num_samples=8, seq_length=64)
+    inputs = {name: torch.randint(64, (6, 64)) for name in "ab"}
+    with simulated_gpus() as gpus:
+        model.cuda()
+        info = ModelInfo(describe(model), model, model.device)
+        expected = estimate_memory(Request(settings, info, inputs=inputs)).above - UNCOUNTED_BYTES
+        gpus.reset_peak()
+        before = gpus.allocated()
+        prune_model(model, settings, inputs=inputs, inplace=True)
+        taken = gpus.peak() - before
+    gram = 4 * 3072**2
+    assert 2 * gram < expected and abs(taken - expected) < RELATIVE_ERROR * expected + 0.5 * gram

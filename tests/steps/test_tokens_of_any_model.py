@@ -384,7 +384,9 @@ def test_ids_in_configs_within_a_config_are_numbered_anew():
 def test_a_token_that_a_config_names_is_never_taken_for_another():
     model = build("llama-tied")
     model.generation_config.suppress_tokens = [5, 94]
-    with pytest.raises(StructPruneError, match="GenerationConfig names the token 94, which is none of the 34"):
+    with pytest.raises(
+        StructPruneError, match="`suppress_tokens` of the GenerationConfig names the token 94, .* 34 kept"
+    ):
         drop_tokens_(model, describe(model), KEEP)
     assert model.config.vocab_size == VOCAB and model.generation_config.suppress_tokens == [5, 94]
     assert same_weights(model, build("llama-tied"))

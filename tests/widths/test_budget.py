@@ -95,7 +95,7 @@ def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
     with pytest.raises(StructPruneError, match="encoder_mlp, decoder_mlp can give: at most .* parameters; lower it.$"):
         widths_of(config(sparsity=0.7), describe(bart), bart)
     assert with_tokens(asking("parameters", 0.9), ModelInfo.of(bloom)).targets == ("vocab",)
-    with pytest.raises(StructPruneError, match="bloom model has no space 'mlp' to prune.* Known: layer, vocab"):
+    with pytest.raises(StructPruneError, match="type 'bloom' has no space 'mlp' to prune.* Known: layer, vocab"):
         widths_of(config(sparsity=0.2), describe(bloom), bloom)
     with pytest.raises(StructPruneError, match="no space 'vocab' to prune: transformers runs it only with a cache"):
         widths_of(asking("parameters", 0.9, targets=("vocab",)), describe(build("zamba2")), build("zamba2"))

@@ -231,7 +231,7 @@ def test_settings_are_read_from_a_text():
 
 def test_names_of_the_plug_in_are_known_and_others_refused():
     assert StructPruneConfig(sparsity=0.2, refit="slope").refit == "slope"
-    with pytest.raises(StructPruneError, match="'refit' has to name a registered refit.*Did you mean 'slope'"):
+    with pytest.raises(StructPruneError, match="`refit` must be a registered refit.*Did you mean 'slope'"):
         StructPruneConfig(sparsity=0.2, refit="slop")
 
 

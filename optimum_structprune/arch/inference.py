@@ -1,0 +1,101 @@
+"""Forward passes of any type of model over token ids or images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .hooks import in_fast_dtype
+from .meta import beside_text, positions_of, random_image, reads_images
+from .modules import blocks
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device of a model's inputs: the CPU where accelerate has put weights on the meta device."""
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
+    """Run a forward pass and return its outputs.
+
+    An encoder-decoder model reads `ids` as the input of its encoder and of its decoder. A model with two towers runs
+    the text tower. Other required inputs are random.
+
+    Args:
+        model: The model.
+        ids: Token ids, shape `(batch, seq_length)`, or pixels, shape `(batch, channels, height, width)`.
+        options: Further arguments of the model.
+    """
+    config = model.config
+    ids = ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
+    if config.is_encoder_decoder:
+        options |= {"decoder_input_ids": ids, "use_cache": False}
+    elif hasattr(config.get_text_config(), "use_cache"):
+        options |= {"use_cache": False}
+
+    with in_fast_dtype(blocks(model)):
+        if hasattr(model, "get_text_features"):
+            return model.get_text_features(ids)
+
+        other_inputs = {} if ids.is_floating_point() else beside_text(model, ids)
+        if not other_inputs:
+            return model(ids, **options)
+        if not config.is_encoder_decoder:
+            options |= {"input_ids": ids}
+        return model(**other_inputs, **options)
+
+
+def last_states(model: Any, ids: Tensor) -> Tensor:
+    """Return the last hidden states of a batch.
+
+    An encoder-decoder model reads `ids` as the input of its encoder and of its decoder.
+
+    Args:
+        model: The model.
+        ids: Token ids, shape `(batch, tokens)`, or pixels, shape `(batch, channels, height, width)`.
+
+    Returns:
+        The hidden states of shape `(batch, tokens, channels)`.
+    """
+    if not model.config.is_encoder_decoder:
+        return run_model(model.base_model, ids)[0]
+
+    # The output of T5's classes is logits, and they have no base model inside them.
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    while decoder.get_decoder() is not decoder:  # Florence-2 returns the whole language model
+        decoder = decoder.get_decoder()
+
+    ids = ids.to(input_device(model))
+    with in_fast_dtype(blocks(model)):
+        states = encoder(input_ids=ids)[0]
+        return decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False)[0]
+
+
+def random_inputs(model: PreTrainedModel, length: int = 16) -> Tensor:
+    """Return a random image, or random tokens with a token at the end that ends a sequence.
+
+    Args:
+        model: The model that reads the inputs.
+        length: The number of tokens; fewer if the model has fewer positions.
+
+    Returns:
+        Pixels of shape `(1, channels, height, width)`, or token ids of shape `(1, length)`; of shape `(1, 1, length)`
+        for a head that chooses among sequences.
+    """
+    config = model.config
+    if reads_images(model) and hasattr(config, "image_size"):
+        return random_image(config).to(model.dtype)
+
+    text = config.get_text_config()
+    length = int(min(length, positions_of(model)))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+    # Some heads for classification look for the end of the sequence.
+    end = getattr(text, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < text.vocab_size:
+        ids[0, -1] = end
+    return ids[None] if type(model).__name__.endswith("ForMultipleChoice") else ids
