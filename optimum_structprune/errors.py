@@ -19,6 +19,10 @@ class InPlaceError(StructPruneError, RuntimeError):
     """Pruning stopped after a model that was to be changed in place had begun to change: load the model again."""
 
 
+class SeenTextWarning(UserWarning):
+    """The text of an evaluation was used to prune or to train the model, so its figures may be too good."""
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside of this package that has led here, whatever lies between."""
     package = __name__.partition(".")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,48 +16,197 @@ from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
-from .forward.metrics import evaluating, own_settings
+from .forward.metrics import own_settings
 from .pruning.measure import Comparison
 from .pruning.memory import check_memory
-from .pruning.request import ask, check_arguments, check_config_kind
-from .pruning.run import UNITS, Run, Step, prune_units_
+from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
-from .record.report import PruneResult, Report
+from .record.report import PruneRecords, Report
+from .record.summary import request_line
+from .saving.save import save_pruned
+from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
+from .steps.base import RunState, Step, refusing_half_pruned
+from .steps.experts import DropExperts
+from .steps.hidden import NarrowHidden
+from .steps.layers import DropLayers
+from .steps.units import ShrinkLayers
+from .steps.vocabulary import TrimVocabulary
 from .system.fingerprint import checksums
+from .widths.schedule import round_widths
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model with everything that belongs to it.
+
+    Attributes:
+        model: The pruned model.
+        tokenizer: Its tokenizer. It is a new one if the vocabulary has become smaller, and None if `prune` got none.
+        records: The config, the plan, the report and the manifest, which `save` writes beside the model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    records: PruneRecords
+
+    @property
+    def config(self) -> StructPruneConfig:
+        """The config, with the general text that was read."""
+        return self.records.config
+
+    @property
+    def plan(self) -> Plan:
+        """The kept units of the dense model."""
+        return self.records.plan
+
+    @property
+    def report(self) -> Report:
+        """The figures of the run."""
+        return self.records.report
+
+    @property
+    def manifest(self) -> Manifest:
+        """The text of the run, and of the runs that the dense model comes from."""
+        return self.records.manifest
+
+    def save(
+        self,
+        save_directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        overwrite: bool = False,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """Save the model, its tokenizer and the records.
+
+        The folder appears only after plain `from_pretrained` has loaded it and computed the same logits.
+
+        Args:
+            save_directory: The folder to write to. It is created if it does not exist.
+            tokenizer: Another tokenizer to save than the one of this result. It may have additional tokens, as long
+                as the model has rows for them. The dense model's tokenizer stands for the new one if the vocabulary
+                has become smaller.
+            overwrite: Whether an existing folder is replaced.
+            model: The pruned model after further training, if that is another object.
+
+        Raises:
+            StructPruneError: If the model has other shapes, the tokenizer has other tokens than the one of the run,
+                the folder exists, or the saved model does not load with the same outputs.
+        """
+        model = model or self.model
+        self._check_shapes(model)
+        save_pruned(model, save_directory, self.records, self._tokenizer_to_save(tokenizer), overwrite)
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Raise if a model does not have the shapes of the pruned one."""
+        shapes = {name: checksum[1] for name, checksum in self.records.checksums.items()}
+        if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
+            raise StructPruneError(
+                f"This {type(model).__name__} does not have the shapes of the pruned model. Pass the model of this "
+                "result, or a trained copy of it."
+            )
+
+    def _tokenizer_to_save(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer that fits the model."""
+        if tokenizer is None:
+            return self.tokenizer
+        kept = self.plan.keep.get((MODEL, VOCAB))
+        if kept is None or self.tokenizer is None:
+            return tokenizer
+
+        # The ids of the new tokenizer's tokens in the dense model. Rows that only a config names have no tokens.
+        tokens = self.tokenizer.get_vocab()
+        dense_ids = {token: kept[number] for token, number in tokens.items() if number < len(kept)}
+        is_dense = dense_ids.items() <= tokenizer.get_vocab().items()
+        return self.tokenizer if is_dense else tokenizer
 
 
 class StructPruner:
     """Prunes a model by calibration, scoring, removal and refit, in one step or several.
 
     Args:
-        config: What to remove and how.
-        options: How the machine does it; None stands for the defaults.
+        config: What is removed, and how.
+        options: Runtime options. None stands for the defaults.
 
     Attributes:
-        used_config: The config, which says after a run what general text has been read.
-        report: The numbers of the last run; None before there was one.
-        plan: The units of the dense model that the last run kept.
-        manifest: The text that the last run used, and what its dense model comes from.
-        tokenizer: The tokenizer of what the last run returned: a new one where the vocabulary has become smaller.
-        result: All of these, as the model that the last run returned carries them.
+        result: The result of the last run, or None before the first one.
 
     Raises:
-        StructPruneError: If `config` is no `StructPruneConfig`, or `options` are no `RunOptions`.
+        StructPruneError: If `config` is not a `StructPruneConfig`, or `options` are not `RunOptions`.
     """
+
+    # Whether a run that trims the vocabulary measures languages that the config does not name.
+    measures_any_language = True
 
     def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
         check_config_kind(config, options)
-        self.config = self.used_config = config
-        self.on_trial = False  # set by a search for a size: languages that are not to keep are not measured
+        self.config = config
         self.options = options or RunOptions()
-        self.report: Report | None = None
-        self.plan: Plan | None = None
-        self.manifest: Manifest | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.result: PruneResult | None = None
 
     @own_settings()
+    def prune(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inplace: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
+        earlier: Manifest | None = None,
+    ) -> PruneResult:
+        """Prune a model.
+
+        Args:
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
+                model is unpacked first, where transformers can, unless only tokens are removed.
+            tokenizer: The tokenizer of the model, which reads the calibration domains.
+            inplace: Whether `model` itself is changed, layer by layer, which saves the memory of a copy. Otherwise
+                `model` stays as it is.
+            inputs: Calibration inputs by domain instead of the text of the config: pixels, or samples of token ids,
+                shape `(samples, ...)`. A part of each is held out.
+            earlier: The text that earlier runs of the model have used. By default it is read from the model's folder.
+
+        Returns:
+            The pruned model with its tokenizer and its records.
+
+        Raises:
+            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little free
+                memory. Nothing has changed then.
+            InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
+        """
+        check_arguments(model, tokenizer, inputs, inplace)
+        info = ModelInfo.of(model, self.config.arch_file)
+        request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
+        if LOSS in (self.config.budget or {}):
+            raise StructPruneError(
+                f"`budget={{{LOSS!r}: …}}` needs prunings on trial. Call `prune(model, config, tokenizer)`, or give a "
+                "size, such as `budget={'parameters': 0.9}`."
+            )
+        check_memory(request, inplace)
+
+        earlier = earlier or Manifest.seen_by(model)
+        report = Report(info.arch.model_type, request.config.scored_by)
+        with report.timed("domains"):
+            data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
+        state = RunState.start(model, info.arch, data, tokenizer, inplace, report, earlier)
+
+        with refusing_half_pruned(state):
+            state.plan = Plan.of(state.model, state.arch)
+            report.start(state.model, state.arch)
+            comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
+            teacher = self._teacher(state)
+            if request.tokens is not None:
+                TrimVocabulary(request.tokens, comparison.set_tokenizer).apply(state)
+            widths = final_widths(request, state)
+            for step in self.steps(state.arch, state.model, widths):
+                self.apply_step_(state, step)
+            comparison.finish()
+            if teacher is not None:
+                recover_(state, teacher)
+            if report.languages:
+                comparison.finish_languages()
+            self.result = self._finish(state)
+        return self.result
+
     def prune_model(
         self,
         model: PreTrainedModel,
@@ -65,129 +214,90 @@ class StructPruner:
         inplace: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
-        """Prune a model.
+        """Prune a model and return it; `result` has its tokenizer and its records. See `prune`."""
+        return self.prune(model, tokenizer, inplace, inputs).model
 
-        Args:
-            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
-                model is unpacked first, where transformers can, unless nothing but tokens goes.
-            tokenizer: The tokenizer of the model, which reads the calibration domains.
-            inplace: Whether `model` itself is changed and returned, layer by layer, which saves the memory of a copy.
-                Otherwise `model` is left as it is and a new one is returned.
-            inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or samples of
-                token ids, shape `(samples, ...)`; a part of each is held out.
+    @property
+    def report(self) -> Report | None:
+        """The report of the last run."""
+        return None if self.result is None else self.result.report
 
-        Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, or the device has too little memory
-                free; nothing has changed then.
-            InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
-        """
-        check_arguments(model, tokenizer, inputs, inplace)
-        model_info = ModelInfo.of(model, self.config.arch_file)
-        request = ask(self.config, model_info, tokenizer, inputs, options=self.options)
-        if LOSS in (self.config.budget or {}) and tokenizer is not None:
-            from .search.loss import prune_within_loss
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last run."""
+        return None if self.result is None else self.result.plan
 
-            return prune_within_loss(self, request, model, tokenizer, inplace)
-        check_memory(request, inplace)
-        config, arch, widths, tokens = request.config, model_info.arch, request.widths, request.tokens
-        report = Report(arch.model_type, config.scored_by)
-        with report.timed("domains"):
-            data = CalibrationData.read(config, model, tokenizer, inputs, self.options)
-        with Run(model, arch, data, tokenizer, inplace, report) as run:
-            run.start()
-            comparison = Comparison(run, tokens is not None, self.on_trial)
-            teacher = run.dense_model or deepcopy(run.model) if run.config.recovery is not None else None
-            if tokens is not None:
-                from .steps.vocabulary import prune_vocabulary_
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the last run."""
+        return None if self.result is None else self.result.manifest
 
-                widths = prune_vocabulary_(run, tokens, comparison)
-            if widths and run.config.allocation != "uniform":
-                from .search.search import choose_shape
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of the model that the last run returned."""
+        return None if self.result is None else self.result.tokenizer
 
-                widths = choose_shape(run)
-            for step in self.steps(run.arch, run.model, widths) if widths else ():  # or only tokens go
-                self.apply_step_(run, step)
-            comparison.finish()
-            if run.config.recovery is not None:
-                run.recover(teacher)
-            if report.languages:
-                comparison.finish_languages()
-            # It says what general text was read, and names tokens only where the caller did.
-            self.used_config = data.config if tokens is None else replace(data.config, targets=self.config.targets)
-            self._remember(run)
-        return run.model
+    def _teacher(self, state: RunState) -> PreTrainedModel | None:
+        """Return the dense model if the pruned one is trained afterwards."""
+        if state.config.recovery is None:
+            return None
+        return state.dense_model if state.dense_model is not None else deepcopy(state.model)
 
-    def _remember(self, run: Run) -> None:
-        """Complete the records of a run, keep them here and with its model, and warn of a target that was missed."""
-        from .record.remarks import target_summary
+    def _finish(self, state: RunState) -> PruneResult:
+        """Complete the records of a run, and warn if the target was missed."""
+        report = state.report
+        report.finish(state.model, state.arch, state.dense_arch, state.plan)
+        report.target = state.config.sparsity
+        manifest = state.manifest()
+        # Evaluations and later runs ask the models for these.
+        if state.dense_model is not None:
+            remember_text(state.dense_model, state.dense_tokenizer)
+        remember_text(state.model, state.tokenizer, manifest)
 
-        run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
-        run.report.target = run.config.sparsity
-        if run.dense_model is not None:
-            remember_text(run.dense_model, run.dense_tokenizer)
-        self.plan, self.report, self.manifest, self.tokenizer = run.plan, run.report, run.manifest(), run.tokenizer
-        remember_text(run.model, run.tokenizer, self.manifest)  # for evaluations and further runs
-        tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
-        records = self.used_config, self.plan, self.report, self.manifest
-        vars(run.model)["prune_result"] = self.result = PruneResult(*records, tokenizer, checksums(run.model))
-        if (summary := target_summary(self.report.to_dict())).startswith("warning: "):
-            warn(summary.removeprefix("warning: "))
+        request = request_line(report)
+        if request.startswith("warning: "):
+            warn(request.removeprefix("warning: "))
+        # The record names tokens as a target only where the caller did.
+        config = replace(state.config, targets=self.config.targets)
+        records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))
+        return PruneResult(state.model, state.tokenizer, records)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
-        """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
-        residual stream, then units inside the layers.
+        """Return the steps to the final widths: layers first, then experts, hidden channels, and units in the layers.
 
         Args:
-            arch: The description of the dense model, or once tokens have gone, of the model without them.
-            model: The model that `arch` describes; only steps of subclasses may depend on it.
+            arch: The description of the dense model. If tokens were removed, it describes the model without them.
+            model: The model that `arch` describes. Only steps of subclasses may depend on it.
             widths: The final widths.
         """
         steps: list[Step] = []
         if LAYER in widths:
-            from .widths.schedule import round_widths
-
-            steps += [Step(LAYER, each) for each in round_widths(self.config, arch, {LAYER: widths[LAYER]})]
-        steps += [Step(kind, {kind: widths[kind]}) for kind in (EXPERT, HIDDEN) if kind in widths]
+            goals = round_widths(self.config, arch, {LAYER: widths[LAYER]})
+            steps += [DropLayers(goal) for goal in goals]
+        if EXPERT in widths:
+            steps.append(DropExperts({EXPERT: widths[EXPERT]}))
+        if HIDDEN in widths:
+            steps.append(NarrowHidden({HIDDEN: widths[HIDDEN]}))
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside:
-            steps.append(Step(UNITS, inside))
+            steps.append(ShrinkLayers(inside))
         return steps
 
-    def apply_step_(self, run: Run, step: Step) -> None:
-        """Prune the model of a run by one step, and add to its plan what is kept."""
-        step = step._replace(widths={name: width for name, width in step.widths.items() if run.arch.of(name)})
-        if not step.widths:  # all that it names went with whole layers
-            return
-        if step.kind == UNITS and run.config.languages:
-            run.data = run.data.with_languages(run.tokenizer)
-        with evaluating(run.model):
-            if step.kind == UNITS:
-                kept = prune_units_(run, step)
-            elif step.kind == LAYER:
-                from .steps.layers import remove_layers_
-
-                kept = remove_layers_(run, step)
-            elif step.kind == EXPERT:
-                from .steps.experts import remove_experts_
-
-                kept = remove_experts_(run, step)
-            else:
-                from .steps.hidden import remove_channels_
-
-                kept = remove_channels_(run, step)
-            run.plan = run.plan.then(kept)
-        run.arch = describe(run.model, run.config.arch_file)
+    def apply_step_(self, state: RunState, step: Step) -> None:
+        """Prune the model of a run by one step. A subclass may measure before or after it, or skip it."""
+        step.apply(state)
 
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
-        """Prune a model in place to legal widths, unmeasured and without recovery; it returns the plan."""
+        """Prune a model in place to legal widths, without measurements and recovery, and return the plan."""
         if VOCAB in widths:
-            raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
+            raise StructPruneError(f"{VOCAB!r} needs text and its tokenizer, not samples. Use prune_model.")
         arch = describe(model, self.config.arch_file)
-        with Run(model, arch, CalibrationData(self.config, domains, self.options)) as run:
+        state = RunState.start(model, arch, CalibrationData(self.config, domains, self.options))
+        with refusing_half_pruned(state):
             for step in self.steps(arch, model, widths):
-                self.apply_step_(run, step)
-        return run.plan
+                self.apply_step_(state, step)
+        return state.plan
 
     def save(
         self,
@@ -196,49 +306,36 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan, the report and the manifest of the run that returned it.
-
-        The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
+        """Save the model that the last run returned; see `PruneResult.save`.
 
         Args:
-            model: What `prune_model` returned.
-            save_directory: The folder to write to; it is made if need be.
-            tokenizer: The tokenizer that is saved beside the model; where the vocabulary has become smaller, that of
-                the dense model and None stand for the new one. It may have tokens that the run's own has not, as long
-                as the model has rows for them.
-            overwrite: Whether a folder that exists is replaced.
+            model: The model that the last run returned. It may have been trained since.
+            save_directory: The folder to write to.
+            tokenizer: The tokenizer to save, by default the one of the result.
+            overwrite: Whether an existing folder is replaced.
 
         Raises:
-            StructPruneError: If no pruning returned the model, the tokenizer has other tokens than the one of the run,
-                the folder exists, or what is saved does not come back the same.
+            StructPruneError: If the last run did not return the model, or `PruneResult.save` raises.
         """
-        from .saving.save import save_pruned
-
-        result: PruneResult | None = vars(model).get("prune_result")
-        if result is None:
+        if self.result is None or model is not self.result.model:
             raise StructPruneError(
-                f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
-                "pass the model that it returned, or the model itself after inplace=True."
+                f"This {type(model).__name__} is not what prune_model returned last. Pass that model, or save a copy "
+                "of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
             )
-        if result.tokenizer is not None:
-            # Rows that only a config names have no tokens.
-            kept, tokens = result.plan.keep[MODEL, VOCAB], result.tokenizer.get_vocab().items()
-            dense = {token: kept[number] for token, number in tokens if number < len(kept)}
-            if tokenizer is None or dense.items() <= tokenizer.get_vocab().items():
-                tokenizer = result.tokenizer
-        save_pruned(model, save_directory, result, tokenizer, overwrite)
+        self.result.save(save_directory, tokenizer, overwrite)
 
 
-def prune_model(
-    model: PreTrainedModel,
-    config: StructPruneConfig,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    inplace: bool = False,
-    inputs: Mapping[str, Tensor] | None = None,
-    options: RunOptions | None = None,
-) -> PreTrainedModel:
-    """Prune a model in one call; see `StructPruner.prune_model`."""
-    pruned = StructPruner(config, options).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
-    if vars(pruned)["prune_result"].tokenizer is not None:
-        warn("The model has a smaller vocabulary, and so another tokenizer: `model.prune_result.tokenizer`.")
-    return pruned
+def recover_(state: RunState, teacher: PreTrainedModel) -> None:
+    """Train the pruned model with the dense model as its teacher, as the config says."""
+    # Training libraries take seconds to import, and most runs do without.
+    from .recovery.recover import Recovery
+    from .system.processes import unshared
+
+    assert state.config.recovery is not None
+    with state.report.timed("recovery"), unshared():
+        remember_text(state.model, manifest=state.manifest())
+        recovery = Recovery(state.config.recovery, state.config)
+        recovery.recover_model(state.model, state.tokenizer, teacher, teacher_tokenizer=state.dense_tokenizer)
+        assert recovery.report is not None
+        state.report.recovery = recovery.report
+        state.entries += recovery.entries

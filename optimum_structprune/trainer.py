@@ -24,15 +24,15 @@ from .domains.load import load_domains
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .pruner import StructPruner
-from .pruning.request import TRAINER, ask, check_arguments, check_config_kind, check_reads_text
+from .pruning.request import TRAINER, check_arguments, check_config_kind, check_reads_text, resolve_request
 from .record.plan import Plan
 from .steps.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
 from .widths.schedule import legal_round_widths, removal_steps
 
 
-# Under which name checkpoints hold the plan. It is no name of a callback, in whose place transformers would put a new
-# one, without the text in memory; it says of names that it does not know that it ignores them.
+# The key of the plan in the state of a Trainer. It is not the name of a callback, because transformers would replace
+# that callback by a new one without its text. Of other names transformers warns that it ignores them.
 PLAN = "plan of structprune, which its callback reads itself"
 
 
@@ -45,30 +45,37 @@ class RecentText:
     _rows: deque[Tensor] = field(default_factory=deque)
 
     def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in the token ids of a call of the model, without those that a mask leaves out."""
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        """Add the token ids of a call of the model, without masked tokens."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             return
-        real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
-        self._rows.append(real.detach().flatten().cpu())
-        most = self.num_samples * self.seq_length
-        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= most:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape == ids.shape:
+            ids = ids[mask.bool()]
+        self._rows.append(ids.detach().flatten().cpu())
+
+        needed = self.num_samples * self.seq_length
+        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= needed:
             self._rows.popleft()
 
     def __len__(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return sum(map(len, self._rows))
 
     def of_all_processes(self) -> RecentText:
-        """The text of all processes, call by call, as one process would have seen it."""
-        by_process = gather_objects([*self._rows])
-        calls = range(-min(map(len, by_process)), 0)
-        return replace(self, _rows=deque(rows[call] for call in calls for rows in by_process))
+        """Return the text of all processes, call by call, in the order in which one process would have seen it."""
+        by_process = gather_objects(list(self._rows))
+        num_calls = min(len(rows) for rows in by_process)
+        ordered: deque[Tensor] = deque()
+        for call in range(-num_calls, 0):
+            ordered.extend(rows[call] for rows in by_process)
+        return replace(self, _rows=ordered)
 
     def domain(self) -> Domain:
-        """The tokens as one domain, of which nothing is held out."""
+        """Return the tokens as one domain without held-out text."""
         tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
-        samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
+        incomplete = len(tokens) % self.seq_length
+        samples = tokens[incomplete:].view(-1, self.seq_length)[-self.num_samples :]
         if len(samples) < self.num_samples:
             warn(
                 f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
@@ -81,24 +88,24 @@ class RecentText:
 class StructPruneCallback(TrainerCallback):
     """Prunes the model that a Trainer trains, at some of its steps, with its optimizer's state.
 
-    Every checkpoint is an ordinary one of the width of its step. Where a run is resumed from one, the model takes the
-    checkpoint's widths before its weights are loaded. With `load_best_model_at_end`, only models since the last
-    removal compete, because wider ones are nearly always better. After training, `plan` says what was kept.
+    A checkpoint is an ordinary checkpoint with the widths of its step. When a run is resumed, the model takes the
+    widths of the checkpoint before weights are loaded. With `load_best_model_at_end`, only models since the last
+    removal compete, because wider models are nearly always better. After training, `plan` has the kept units.
 
-    A Trainer asks its callbacks in order, and those of `report_to` stand before those in `callbacks=[…]`. So
-    TensorBoard and the like see the widths only where `attach_pruner` has put this callback before them. It also tells
-    what a Trainer puts around a model, DDP or torch.compile, of each removal.
+    Use `attach_pruner`, which puts this callback before all others. A Trainer calls callbacks in order, and callbacks
+    of `report_to` come before the callbacks in `callbacks=[…]`, so TensorBoard would miss the widths. `attach_pruner`
+    also adapts DDP or torch.compile, which a Trainer puts around a model, at each removal.
 
     Args:
-        config: What to remove and how. Its `rounds` is the number of removals unless `every` is given.
-        start: The step after which the first units are removed; a float from 0.0 to 1.0 is a share of all steps.
-        end: The step after which the last units are removed, or a share; None removes everything at `start`.
-        every: The number of steps from one removal to the next, none of which lies beyond `end`.
-        calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
-        options: The settings of the machine; None stands for the defaults.
+        config: The widths to prune to, and the method. `rounds` is the number of removals, unless `every` is given.
+        start: The step after which the first units are removed. A float from 0.0 to 1.0 is a share of all steps.
+        end: The step after which the last units are removed, or a share. None removes all units at `start`.
+        every: The number of steps between two removals. No removal comes after `end`.
+        calibration: "batches" scores units on the latest training text, "domains" on the domains of `config`.
+        options: The settings of the machine. None stands for the defaults.
 
     Raises:
-        StructPruneError: If the config asks for what a Trainer cannot do.
+        StructPruneError: If a Trainer does not support the config.
     """
 
     def __init__(
@@ -127,24 +134,25 @@ class StructPruneCallback(TrainerCallback):
         self.trainer: Trainer | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
+        """Record the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
         self.begin(model)
         self.hooks.close()
         self.hooks.enter_context(self.resizing(model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
+        """Check the run, and schedule its removals. A checkpoint has been loaded by now."""
         self.hooks.close()
         _check_run(args, model, self.trainer)
-        # What is trained a second time goes on from its dense widths.
         arch = describe(model, self.config.arch_file)
-        if self._dense is None or state.global_step == 0 and arch == self._dense[0]:
+        is_restart = state.global_step == 0 and self._dense is not None and arch == self._dense[0]
+        if self._dense is None or is_restart:
             self.begin(model)
-        _adapt_(self._wrapped(model))  # where the same Trainer has resumed from other widths
+        _adapt_(self._wrapped(model))  # the same Trainer may have resumed from other widths
         check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
             self.plan = self._resumed(state)
         assert self._dense is not None and self.plan is not None
+
         dense, widths = self._dense
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
         in_rounds = replace(self.config, rounds=len(numbers))
@@ -152,12 +160,13 @@ class StructPruneCallback(TrainerCallback):
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            check_arguments(model, tokenizer := kwargs["processing_class"])
+            tokenizer = kwargs["processing_class"]
+            check_arguments(model, tokenizer)
             with across_processes():
                 self._domains = load_domains(self.config, tokenizer, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Watch the next batch, if it may be calibrated on."""
+        """Record the next batch, if units may be scored on it."""
         if self.calibration == "batches" and self._due:
             self.hooks.callback(before_next_call(self._wrapped(model), self.text.add_call).remove)
 
@@ -166,19 +175,13 @@ class StructPruneCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
+        """Prune, if a removal is due. It waits until training has shown enough text for one sample."""
         self.hooks.close()
         for step in [step for step in self._due if step <= state.global_step]:
             # Another callback may have pruned since.
             self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
             with across_processes():
-                if not self._domains and len(text := self.text.of_all_processes()) < self.config.seq_length:
-                    if step == state.global_step:
-                        warn(
-                            f"The removal at step {step} is put off: it takes a sample of seq_length="
-                            f"{self.config.seq_length} tokens, and training has shown {len(text)} so far; start "
-                            "later, lower seq_length, or use calibration='domains'."
-                        )
+                if not self._domains and not self._has_sample(is_first=step == state.global_step, step=step):
                     return
                 pruned = self.prune_(model, getattr(optimizer, "optimizer", optimizer), self._due.pop(step))
             if pruned:
@@ -187,22 +190,36 @@ class StructPruneCallback(TrainerCallback):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
                 control.should_log = True
 
+    def _has_sample(self, is_first: bool, step: int) -> bool:
+        """Return whether training has shown a whole sample. If not, warn at the step of a removal."""
+        text = self.text.of_all_processes()
+        if len(text) >= self.config.seq_length:
+            return True
+        if is_first:
+            warn(
+                f"The removal at step {step} is put off: it takes a sample of seq_length={self.config.seq_length} "
+                f"tokens, and training has shown {len(text)} so far; start later, lower seq_length, or use "
+                "calibration='domains'."
+            )
+        return False
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Log the number of parameters and the widths, but leave the returned metrics alone."""
+        """Log the number of parameters and the widths. The metrics that `train` returns do not change."""
         arch = describe(model, self.config.arch_file)
-        names = next(iter(self.steps.values()), {})
-        values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}
+        values = {}
+        for name in next(iter(self.steps.values()), {}):
+            values[f"structprune/width/{name}"] = fmean(space.width for space in arch.of(name))
         values["structprune/params"] = model.num_parameters()
         state.log_history[-1].update(values)
         if logs is not None and "loss" in logs:
             logs.update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks off, drop the text, and say what has not been removed."""
+        """Remove the hooks, release the text, and warn of removals that were not made."""
         self.hooks.close()
-        self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])  # with what other callbacks have removed
+        self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])  # with the removals of other callbacks
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
         if self._due:
             warn(
@@ -211,20 +228,23 @@ class StructPruneCallback(TrainerCallback):
             )
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Inside `with`, a model takes the widths of every state dict that is loaded into it."""
-        return before_load(
-            model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state)
-        )
+        """Give a model the widths of every state dict that is loaded into it inside `with`."""
+
+        def adapt(module: Any, state: Any) -> None:
+            resize_(module, describe(module, self.config.arch_file), state)
+
+        return before_load(model, adapt)
 
     def begin(self, model: PreTrainedModel) -> None:
-        """Remember a dense model's widths, once it can be pruned as the config says."""
-        request = ask(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
+        """Record the widths of a dense model. Raise `StructPruneError` if the config does not fit it."""
+        request = resolve_request(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
         self._dense = request.model_info.arch, request.widths
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """Read the plan of a checkpoint: the removals from the model that its run began with."""
-        here, plan = f"The checkpoint of step {state.global_step}", Plan.from_dict(state.stateful_callbacks[PLAN])
+        """Return the plan of a checkpoint: the units kept of the model that its run began with."""
+        here = f"The checkpoint of step {state.global_step}"
+        plan = Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
                 f"{here} is of a run that began with a model of widths {dict(plan.sizes)}, and this model has "
@@ -235,40 +255,44 @@ class StructPruneCallback(TrainerCallback):
         return plan
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
-        """Prune a model to widths with its optimizer's state, in place; whether anything was removed."""
+        """Prune a model and the state of its optimizer in place. Return whether units were removed."""
         arch = describe(model, self.config.arch_file)
-        wide = {space.kind for space in arch.spaces if space.width_in(widths) < space.width}
-        smaller = {name: width for name, width in widths.items() if name in wide}
+        wider = {space.kind for space in arch.spaces if space.width_in(widths) < space.width}
+        smaller = {name: width for name, width in widths.items() if name in wider}
         if not smaller:
             return False
+
         pruner = StructPruner(replace(self.config, rounds=1), self.options)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         domains = self._domains or [self.text.of_all_processes().domain()]
         plan = broadcast_object(pruner.prune_to_(model, domains, smaller))
         for tensor in model.state_dict().values():
-            broadcast_(tensor)  # devices may round in other ways, and DDP does not compare weights again
-        first = self.plan is None or not self.plan.keep
-        if not cut_state_(optimizer, model, arch, plan, shapes) and first:
+            # Devices may round differently, and DDP does not compare weights again.
+            broadcast_(tensor)
+
+        is_first = self.plan is None or not self.plan.keep
+        has_state = cut_state_(optimizer, model, arch, plan, shapes)
+        if is_first and not has_state:
             warn(
-                f"The state of {type(optimizer).__name__} cannot be cut, so it begins anew for each parameter that is "
-                "cut; optim='adamw_torch' keeps it for the weights that stay."
+                f"The state of {type(optimizer).__name__} cannot be cut, so it starts again for each parameter that "
+                "is pruned; optim='adamw_torch' keeps it for the kept weights."
             )
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
-        """The model inside DDP or torch.compile as the Trainer holds it; the model itself if no Trainer is known."""
+        """Return the model inside DDP or torch.compile, as the Trainer holds it, or the model without a Trainer."""
         return model if self.trainer is None else self.trainer.model_wrapped
 
 
 def attach_pruner(
     trainer: Trainer, config: StructPruneConfig, start: int | float = 0.1, **schedule: Any
 ) -> StructPruneCallback:
-    """Make a Trainer prune while it trains, by a callback before all others, so that they see its logs.
+    """Make a Trainer prune while it trains, by a callback in front of all others, so that they log the widths.
 
     Args:
         trainer: Any Trainer, before `train`.
-        config: What to remove and how.
+        config: The widths to prune to, and the method.
         start: The step after which the first units are removed; see `StructPruneCallback`.
         schedule: `end`, `every`, `calibration` and `options`; see `StructPruneCallback`.
 
@@ -303,19 +327,25 @@ def attach_pruner(
 
 
 def _adapt_(wrapped: nn.Module) -> None:
-    """Make the torch.compile or DDP around a model go by the present shapes of its parameters."""
+    """Adapt the torch.compile or DDP around a model to the present shapes of its parameters."""
     if hasattr(wrapped, "_orig_mod"):
-        torch.compiler.reset()  # or it would compile for the first few shapes alone
+        torch.compiler.reset()  # torch.compile stops compiling after a few shapes
     elif isinstance(wrapped, DistributedDataParallel):
-        # A static graph is learnt anew; without that, each process would keep its gradients to itself.
+        # A static graph is recorded again. Otherwise the processes would not exchange their gradients.
         state = {**wrapped.__getstate__(), "_static_graph_delay_allreduce_enqueued": False}
-        # Autograd keeps to the old shapes for as long as the old reducer waits for gradients.
+        # Autograd uses the old shapes as long as the old reducer waits for gradients.
         del wrapped.reducer, wrapped.logger
         wrapped.__setstate__(state)
 
 
 def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer | None) -> None:
-    check_no_adapter(model)  # which may have come after the callback
+    """Raise `StructPruneError` if parameters cannot change their shapes in this run."""
+    try:
+        check_no_adapter(model)  # an adapter may have been added after the callback
+    except StructPruneError as error:
+        raise StructPruneError(
+            f"{error} Or prune first (`structprune prune`), then train an adapter with `attach_teacher`."
+        ) from error
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {
@@ -323,14 +353,20 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
         "DeepSpeed": bool(args.deepspeed),
         "torch.compile before the Trainer, or on several devices,": hasattr(model, "_orig_mod")
         or (args.torch_compile and several),
-        "training on several devices without DDP (which `evaluate` before `train` keeps away)": several and not ddp,
     }
     for what, present in reasons.items():
         if present:
             raise StructPruneError(
-                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it: prune first "
-                "(`structprune prune`), then train the pruned model with it."
+                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it. Prune first "
+                "(`structprune prune`), then train the pruned model with `attach_teacher`, see "
+                "docs/recovery_many_gpus.md."
             )
+    if several and not ddp:
+        raise StructPruneError(
+            "The Trainer uses several devices without DDP, and a model cannot be pruned under `nn.DataParallel`. "
+            "Start the script with `torchrun`, or set CUDA_VISIBLE_DEVICES to one device. Under `torchrun`, call "
+            "`train` before `evaluate`."
+        )
     if trainer is None and (args.torch_compile or several):
         raise StructPruneError(
             "A callback does not reach what torch.compile or DDP puts around the model; use attach_pruner(trainer, "
@@ -339,7 +375,7 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
 
 
 def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None:
-    """Refuse what a Trainer cannot do between its steps, with any model."""
+    """Raise `StructPruneError` if a Trainer does not support a config, whatever the model."""
     checkpoints = options is not None and options.checkpoint_dir is not None
     for name, is_set, reason in (
         ("checkpoint_dir", checkpoints, "spans the layers of one pruning, and a Trainer prunes in steps of its own"),

@@ -18,8 +18,9 @@ from .errors import StructPruneError, one_line, warn
 
 
 LIST_NAME = "written_files.json"
-# The version of the form of every file that this package writes.
+# The schema version of the files of settings, and of the files of measurements.
 FORMAT_VERSION = 1
+RECORD_VERSION = 2
 VERSION_KEY = "format_version"
 
 
@@ -105,17 +106,23 @@ def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
         warn(f"{output} gets no {name}: {one_line(error)}")
 
 
-def versioned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the version of their form before some fields."""
-    return {VERSION_KEY: FORMAT_VERSION, **values}
+def versioned(values: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Return fields with the schema version in front of them."""
+    return {VERSION_KEY: version, **values}
 
 
-def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the version of the form of some fields, and take it out."""
-    version = values.get(VERSION_KEY, FORMAT_VERSION)
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        known = f"is not known here, where {FORMAT_VERSION} is the latest"
-        raise StructPruneError(f"{VERSION_KEY} {version!r} {known}; a newer optimum-structprune reads it.")
+def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Return fields without the schema version.
+
+    Raises:
+        StructPruneError: If the version is later than `latest`.
+    """
+    version = values.get(VERSION_KEY, 1)
+    if type(version) is not int or not 1 <= version <= latest:
+        raise StructPruneError(
+            f"{VERSION_KEY} {version!r} is not known here, where {latest} is the latest; a newer optimum-structprune "
+            "reads it."
+        )
     return {name: value for name, value in values.items() if name != VERSION_KEY}
 
 

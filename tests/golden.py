@@ -24,8 +24,6 @@ RUNS = {
     "uniform": ("trained", {"sparsity": 0.2}),
     "attention": ("trained", {"widths": BOTH}),
     "sensitivity": ("trained", {"sparsity": 0.3, "allocation": "sensitivity"}),
-    "search": ("trained", {"sparsity": 0.3, "allocation": "search"}),
-    "search_uniform": ("trained", {"sparsity": 0.3, "allocation": "search_uniform"}),
     "by_layer": ("trained", {"widths": {"mlp": {0: 64, 2: 100}}}),
     "skipped": ("trained", {"sparsity": 0.2, "skip_layers": (0, 3)}),
     "budget": ("trained", {"budget": {"parameters": 0.8}, "round_to": 8, "targets": ("mlp", "attention")}),
@@ -35,7 +33,7 @@ RUNS = {
     "vocab": ("trained", {"widths": {"vocab": 300, "mlp": 96}}),
     "vocab_against_mlp": (
         "trained",
-        {"budget": {"parameters": 0.9}, "targets": ("vocab", "mlp"), "allocation": "search"},
+        {"budget": {"parameters": 0.9}, "targets": ("vocab", "mlp"), "allocation": "sensitivity"},
     ),
     "rounds": ("trained", {"widths": BOTH, "rounds": 3}),
     "no_feedback": ("trained", {"sparsity": 0.3, "error_feedback": 0.0}),

@@ -39,9 +39,10 @@ from optimum_structprune.method.layers import InMemory, NotSequentialError, run_
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.measure import Comparison
-from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
+from optimum_structprune.steps.base import RunState
+from optimum_structprune.system.stages import model_bytes
 
 
 KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
@@ -160,16 +161,17 @@ def weighed(*shares) -> CalibrationData:
     return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares])
 
 
-def pruned_on(data, model, widths) -> Run:
+def pruned_on(data, model, widths) -> RunState:
     """The finished run that brings a copy of a model to `widths` on given data."""
-    with Run(deepcopy(model), describe(model), data) as run:
-        run.start()
-        comparison = Comparison(run)
-        for step in StructPruner(data.config).steps(run.arch, run.model, widths):
-            StructPruner(data.config).apply_step_(run, step)
-        comparison.finish()
-        run.report.finish(run.model, run.arch, run.dense_arch, run.plan)
-    return run
+    state = RunState.start(deepcopy(model), describe(model), data)
+    state.plan = Plan.of(state.model, state.arch)
+    state.report.start(state.model, state.arch)
+    comparison = Comparison(state)
+    for step in StructPruner(data.config).steps(state.arch, state.model, widths):
+        step.apply(state)
+    comparison.finish()
+    state.report.finish(state.model, state.arch, state.dense_arch, state.plan)
+    return state
 
 
 def mixture_of(moments, shares, weight) -> Moments:
@@ -212,7 +214,7 @@ def assert_as_said(outcome, model, small, cache_known=True) -> None:
             assert (width if isinstance(width, dict) else dict.fromkeys(by_layer, width)) == by_layer
         assert getattr(outcome.parameters, when) == that.num_parameters()
         assert getattr(outcome.layer_parameters, when) == sum(arch.layer_params)
-        assert getattr(outcome.memory, when) == sum(parameter.nbytes for parameter in that.parameters())
+        assert getattr(outcome.memory, when) == model_bytes(that)
         if not cache_known:
             assert outcome.cache_per_token is None
         else:
@@ -324,7 +326,7 @@ def recovery_config(**fields) -> RecoveryConfig:
     other = Path(OTHER_WORDS.name, "other.jsonl")
     if not other.exists():
         write_texts(other, documents(20, seed=9))
-    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True, "bf16": False}
     defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(other), **RECOVERY_TEXT}
     training = {key: value for key, value in {**training, **fields.get("training", {})}.items() if value is not None}
     return RecoveryConfig(**{**defaults, **fields, "training": training})

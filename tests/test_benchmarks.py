@@ -96,7 +96,7 @@ SMALL = {
     ),
     "benchmark_domains": (
         f"run {TINY} {DATA} grid.json --domains stories --removed 50 --seeds 0 --samples 4 --eval-samples 1 --cells "
-        "'mix, one-shot, wanda' 'mix, one-shot, obs by search_uniform + refit'",
+        "'mix, one-shot, wanda' 'mix, one-shot, obs by sensitivity + refit'",
         [],
     ),
     "benchmark_peers": (

@@ -36,17 +36,17 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 # Pages whose outputs are those of today: the same lines and words, whatever the numbers.
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
-# Notes that depend on the size of the model.
+# Lines that depend on the size of the model.
 BY_SIZE = re.compile(
-    "verdict: |^# smaller; |by script: |languages that the dense|answers to # short|tokens have # of|has no GPTQ|"
-    "has no llama|errs|loops|were calibrated on"
+    "^Verdict: |^Next: |^Languages checked|^# test questions|^Words now split|tokens have # of|has no GPTQ|"
+    "has no llama|significantly more|were calibrated on"
 )
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
     "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",
     "plan": "--num-samples 6 --seq-length 64",
-    "recover": "--tokens 200 --training per_device_train_batch_size=2",
+    "recover": "--tokens 400 --seq-length 32 --training per_device_train_batch_size=2",
 }
 UNKNOWN = "flint"  # a model type that no family describes
 # The console scripts that have our commands, as functions that read `sys.argv`.
@@ -70,12 +70,15 @@ def with_output(page: Path) -> list[tuple[str, str, str]]:
 
 def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
-    text = re.sub(r" rough\b|warning: |; a smaller .*| in steps of \d+|, each begun with .*", "", text)
-    text = re.sub("model-written|built-in|, which is simpler than most", "", text)  # by the number of samples
+    text = re.sub(r" \(few documents\)|; few documents: .*|warning: |; a smaller .*| in steps of \d+", "", text)
+    text = re.sub(r"Requested|requested", "requested", text).replace("model).", "model)")
+    text = re.sub(r"\(sampled from the original model\)|\(built-in\)", "", text)  # by the number of samples
+    text = re.sub(r"documents\.$", "documents", text, flags=re.M)
+    text = re.sub(r" in (bfloat16|float32)$", "", text, flags=re.M)
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
-    text = re.sub(", (calibrated on|other text)", "", text)  # fewer samples may share no document
+    text = re.sub(r" \((calibration domain|unseen)\)", "", text)  # fewer samples may share no document
     text = re.sub(r"(\d+ h )?(\d+ min )?(\d+(\.\d+)?) s\b", r"\3 s", text)
-    text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?%?(?: [kMG]i?B)?", "#", text)
+    text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?[%×]?(?: [kMG]i?B)?", "#", text)
     lines = [re.sub(r"#[-, #]*#", "#", " ".join(line.split())) for line in text.splitlines() if line.strip()]
     return [line for line in lines if not BY_SIZE.search(line)]
 
@@ -223,7 +226,10 @@ def test_python_lines_inside_sentences_take_their_flags():
         for line in re.findall(r"`((?:\w+=\w+ )?(?:python|bash) examples/[^`]*)`", page.read_text()):
             words = shlex.split(line)
             words = words[1:] if "=" in words[0] else words
-            script = ["python", "examples/prune_and_recover.py"] if words[0] == "bash" else words[:2]
+            script = words[:2]
+            if words[0] == "bash":
+                name = "recover_sft" if words[2] == "sft" else "prune_and_recover"
+                script = ["python", f"examples/{name}.py"]
             assert (ROOT / words[1]).exists() and not unknown_flags([*script, *words[2:]]), f"{page.name}: {line}"
 
 

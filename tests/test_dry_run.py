@@ -5,13 +5,14 @@ import time
 from copy import deepcopy
 
 import pytest
-from helpers import assert_as_said, config_of
-from models import build, config, tokenizer
+from helpers import assert_as_said, config_of, error_line, save_with_tokenizer
+from models import build, config, real_text_model, tokenizer
 from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from optimum_structprune import StructPruneConfig, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.commands.cli import main
+from optimum_structprune.system.stages import model_bytes
 
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -85,7 +86,7 @@ def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_al
     packed.quantization_config = {"quant_method": "gptq", "bits": 4}
     before = deepcopy(plain.to_dict())
     ours, theirs = (dry_run(one, config()) for one in (packed, plain))
-    assert ours.memory == theirs.memory and "it is unpacked before" in str(ours) and theirs.notes == ()
+    assert ours.memory == theirs.memory and "sizes are those after unpacking" in str(ours) and theirs.notes == ()
     assert plain.to_dict() == before and plain._attn_implementation != "eager"
 
 
@@ -99,3 +100,28 @@ def test_grams_of_experts_stay_small():
     assert whole.need.weights == whole.memory.before and whole.dtype == "bfloat16"
     dense.dtype = "float32"
     assert dry_run(dense, settings, cost=True).need.weights == 2 * whole.need.weights
+
+
+def test_it_refuses_the_numbers_of_tokens_and_the_tokenizers_that_pruning_refuses(tmp_path, capsys):
+    model, reader = real_text_model()
+    save_with_tokenizer(model, tmp_path / "model", reader)
+    model.save_pretrained(tmp_path / "alone")
+    save_with_tokenizer(build("llama-tied"), tmp_path / "words", tokenizer())
+    for name, width, expected in (
+        ("model", "vocab=3", "vocab=3 is no number of tokens that this model can keep"),
+        ("words", "vocab=50", "The tokenizer is of the kind WordLevel"),
+    ):
+        errors = set()
+        for command in (["plan", str(tmp_path / name)], ["prune", str(tmp_path / name), str(tmp_path / "out")]):
+            assert main([*command, "--width", width, "--seq-length", "48", "--quiet"]) == 2
+            errors.add(error_line(capsys))
+        assert len(errors) == 1 and expected in errors.pop()
+    assert main(["plan", str(tmp_path / "model"), "--width", "vocab=390"]) == 0
+    assert main(["plan", str(tmp_path / "alone"), "--width", "vocab=3"]) == 0, "a config alone has no tokenizer"
+
+
+def test_buffers_that_are_saved_count_as_bytes():
+    model = build("bart")
+    outcome = dry_run(config_of(model), config(widths={"vocab": model.config.vocab_size - 10}))
+    assert outcome.memory.before == model_bytes(model) == 4 * (model.num_parameters() + model.config.vocab_size)
+    assert outcome.memory.after == 4 * (outcome.parameters.after + model.config.vocab_size - 10)

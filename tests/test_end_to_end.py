@@ -39,9 +39,9 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     assert count_hooks(small) == count_hooks(model) == 0
     # Gemma 4 cannot be run without weights, so that the size of its cache is not known.
     assert_as_said(outcome, model, small, cache_known=not case.startswith("gemma4"))
-    assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
-    measured, kind = (pruner.report.perplexity, "perplexity") if arch.causal else (pruner.report.embeddings, "cosine")
-    assert {*measured} == {"a", "b"} and f"{kind} a" in str(pruner.report)
+    assert small.num_parameters() == pruner.report.pruned.parameters < pruner.report.dense.parameters
+    assert {*pruner.report.domains} == {"a", "b"}
+    assert ("Perplexity relative" if arch.causal else "cosine") in str(pruner.report)
     if case in ONCE:  # page, card and records do not depend on the family
         pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     else:
@@ -62,7 +62,7 @@ def test_pixels_are_given_as_inputs(dtype, tmp_path):
     pruner = StructPruner(config(widths={"mlp": 12, "attention": 2}))
     small = pruner.prune_model(model, inputs={"pixels": torch.randn(8, 3, 8, 8)})
     assert small.config.intermediate_size == 12 and small.config.num_attention_heads == 2
-    assert 0.5 < pruner.report.embeddings["pixels"]["after"]["cosine"] < 1
+    assert 0.5 < pruner.report.domains["pixels"].vectors.cosine.pruned < 1
     pruner.save(small, tmp_path / "out")
     again = described("vit")[0].from_pretrained(tmp_path / "out", dtype=dtype)
     assert again.config.intermediate_size == 12 and torch.equal(outputs(again), outputs(small))
@@ -103,7 +103,7 @@ def test_a_refit_brings_vectors_nearer_to_the_dense_ones():
     for refit in ("none", "least_squares"):
         pruner = StructPruner(config(refit=refit))
         pruner.prune_model(build("bert").train(), tokenizer())
-        cosines.append(sum(of["after"]["cosine"] for of in pruner.report.embeddings.values()))
+        cosines.append(sum(domain.vectors.cosine.pruned for domain in pruner.report.domains.values()))
     assert cosines[0] < cosines[1] < 2
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -43,7 +44,7 @@ def test_prune_with_flags_and_with_a_file(desk, capsys):
     more = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
     domains = ["--domains", "prose=builtin:prose", f"notes={desk / 'notes.jsonl'}"]
     main_of("prune")([*arguments, *domains, "--pruning", json.dumps(more)])
-    assert width(desk / "flags") < 1536 and "perplexity notes" in capsys.readouterr().out
+    assert width(desk / "flags") < 1536 and "\nnotes " in capsys.readouterr().out
     values = {"model": str(desk / "model"), "output": str(desk / "file")}
     fields = {"num_samples": 6, "seq_length": 64, "widths": {"mlp": 1024}}
     (desk / "run.yaml").write_text(json.dumps({**values, "pruning": fields}))  # YAML reads JSON too
@@ -107,9 +108,24 @@ def test_several_processes_train_what_one_does(desk):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
         shown = ran([*command, *flags], env=environment, timeout=300)
-        assert "recovery: 4,064 tokens, 16 steps" in shown and shown.count("; step 16 is kept") == 1
+        assert "recovery: 4,096 tokens" in shown and shown.count("; step 16 is kept") == 1
     alone, shared = (load_file(desk / f"of-{number}" / "model.safetensors") for number in (1, 2))
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+def test_recover_sft(desk, capsys):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    small = json.dumps({"num_samples": 6, "seq_length": 64})
+    folders = ["--model", str(desk / "model"), "--output", str(desk / "pruned-for-sft")]
+    main_of("prune")([*folders, "--sparsity", "0.6", "--pruning", small])
+    flags = ["--teacher", str(desk / "model"), "--steps", "8", "--seq-length", "64", "--batch-size", "2"]
+    pruned, out = str(desk / "pruned-for-sft"), str(desk / "recovered-by-sft")
+    main_of("recover_sft")([pruned, out, *flags, "--accumulation", "2", "--learning-rate", "1e-3"])
+    first, last = re.findall(r"(\d+\.\d+) in the", capsys.readouterr().out)
+    assert 0 < float(last) < 10 and 0 < float(first) < 10
+    assert (desk / "recovered-by-sft" / "adapter_config.json").is_file()
 
 
 @pytest.mark.slow

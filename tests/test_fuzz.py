@@ -22,7 +22,7 @@ from optimum_structprune.domains.sources import documents, resolve
 
 CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)
 NAMES = sorted({field.name for config in CONFIGS for field in fields(config)})
-WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "search", "none", "chat"]
+WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "sensitivity", "none", "chat"]
 
 
 def examples(number):

@@ -93,8 +93,8 @@ def test_the_report_adds_up():
     assert calibrated == {"a": 4 * 24, "b": 4 * 24}
     assert {"domains", "perplexity", "round 1"} <= set(report.seconds)
     table = str(report)
-    assert "width mlp" in table and "-50.0%" in table and "geometric mean" in table
-    assert json.loads(json.dumps(report.to_dict()))["sparsity"] == report.sparsity
+    assert "FFN channels: 40 → 20 (-50.0%)" in table and "mean over the calibration domains" in table
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))).sparsity == report.sparsity
 
 
 def test_perplexities_come_with_the_margins_that_an_evaluation_finds():
@@ -107,22 +107,22 @@ def test_perplexities_come_with_the_margins_that_an_evaluation_finds():
     ratio = float((after - before).mean().exp())
     margin = ratio * max(margin_of_error(after - before, numbers), UNSEEN / len(numbers.unique()))
     margin = hypot(margin, PARTS_DIFFER * (ratio - 1))
-    assert pruner.report.perplexity_margin["a"]["ratio"] == pytest.approx(margin)
-    assert pruner.report.perplexity_documents["a"] == len(numbers.unique()) >= 5
-    assert pruner.report.perplexity["a"]["after"] == pytest.approx(float(after.mean().exp()))
-    assert f"perplexity a ({heldout[:, 1:].numel()} tokens)" in str(pruner.report)
+    assert pruner.report.domains["a"].perplexity.margin == pytest.approx(margin)
+    assert pruner.report.domains["a"].documents == len(numbers.unique()) >= 5
+    assert pruner.report.domains["a"].perplexity.pruned == pytest.approx(float(after.mean().exp()))
+    assert pruner.report.domains["a"].tokens == heldout[:, 1:].numel()
 
 
 def test_what_was_asked_and_what_was_removed_are_said(recwarn):
     near = StructPruner(config(sparsity=0.2))
     near.prune_model(build("llama-untied"), tokenizer())
-    assert near.report.sparsity == pytest.approx(0.2, abs=0.01) and "warning: asked" not in str(near.report)
-    assert f"asked 20.0%, removed {near.report.sparsity:.1%}" in str(near.report)
+    assert near.report.sparsity == pytest.approx(0.2, abs=0.01) and "warning: requested" not in str(near.report)
+    assert f"Requested 20.0% of the layer parameters, removed {near.report.sparsity:.1%}" in str(near.report)
     far = StructPruner(config(sparsity=0.1, round_to=32, targets=("mlp",)))
-    with pytest.warns(UserWarning, match=r"asked 10\.0%, removed .*; a smaller round_to") as warned:
+    with pytest.warns(UserWarning, match=r"requested 10\.0% .*, removed .*; a smaller round_to") as warned:
         far.prune_model(build("llama-untied"), tokenizer())
     assert {warning.filename for warning in warned} == {__file__}, "at the line that has called the package"
-    assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["target"] == 0.1
+    assert "warning: requested 10.0%" in str(far.report) and far.report.to_dict()["target"] == 0.1
 
 
 @pytest.mark.parametrize(("case", "weight", "message"), [

@@ -36,7 +36,7 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
         return prune(self, *args, **kwargs)
 
     monkeypatch.setattr(StructPruner, "prune_model", counted)
-    more = ["--allocation", "search"]
+    more = ["--allocation", "sensitivity"]
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 130
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 0
     assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again
@@ -48,8 +48,8 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
         small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size}")
         report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
         assert curve["parameters"][size] == small.num_parameters() == values[size]
-        for name, when in (("dense", "before"), (size, "after")):
-            assert curve["perplexity"]["a"][name] == pytest.approx(report["perplexity"]["a"][when])
+        for name, when in (("dense", "dense"), (size, "pruned")):
+            assert curve["perplexity"]["a"][name] == pytest.approx(report["domains"]["a"]["perplexity"][when])
 
 
 def test_only_the_curve_and_sizes_that_coincide(folder, capsys):

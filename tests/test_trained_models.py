@@ -1,6 +1,5 @@
 """What only trained models and real text can show."""
 
-import json
 import subprocess
 import sys
 from math import log
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.record.report import Report
 from optimum_structprune.search import search, trials
 
 
@@ -78,12 +78,11 @@ def test_the_demo_trims_a_real_model_and_talks_to_it(smollm2, tmp_path):
     assert smollm2.exists()
     shown = ran([sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out"], timeout=1500)
     assert shown.count("What is the capital of France? The capital of France is Paris") == 2, shown
-    assert "verdict: use it on the kinds of text" in shown and "report.html" in shown
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["parameters"]["after"] <= 0.97 * report["parameters"]["before"]
+    assert "Verdict: usable on your calibration domains" in shown and "report.html" in shown
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.pruned.parameters <= 0.97 * report.dense.parameters
     # Measured: prose 0.996, code 1.017, math 0.998, general 0.97, other text 1.07.
-    ratios = [values["after"] / values["before"] for values in report["perplexity"].values()]
+    ratios = [domain.perplexity.ratio for domain in report.domains.values()]
     assert geometric_mean(ratios) < 1.05 and max(ratios) < 1.1, ratios
-    other = report["other"]["perplexity"]
-    assert other["after"] / other["before"] < 1.2
+    assert report.unseen.perplexity.ratio < 1.2
     assert (tmp_path / "out-Q8_0.gguf").stat().st_size < 141e6

@@ -36,8 +36,7 @@ def loss_ratio(stories, **fields) -> float:
     if key not in RATIOS:
         pruner = StructPruner(config)
         pruner.prune_model(*stories)
-        values = pruner.report.perplexity["stories"]
-        RATIOS[key] = values["after"] / values["before"]
+        RATIOS[key] = pruner.report.domains["stories"].perplexity.ratio
     return RATIOS[key]
 
 

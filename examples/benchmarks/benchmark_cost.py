@@ -32,9 +32,9 @@ from optimum_structprune import RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import WRITTEN, load_domains
 from optimum_structprune.domains.packing import Domain
-from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import choose_shape
+from optimum_structprune.search.sensitivity import choose_shape
 from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.base import RunState
 from optimum_structprune.widths.allocation import widths_of
 
 
@@ -159,10 +159,10 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
 
     reset_high_water_mark()
     start = clock()
-    run = Run(model, arch, CalibrationData(settings, domains))
+    state = RunState.start(model, arch, CalibrationData(settings, domains))
     chosen = widths_of(settings, arch, model)
     if settings.allocation != "uniform":
-        chosen = choose_shape(run)
+        chosen = choose_shape(state, settings)
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

@@ -49,7 +49,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import BUILTIN
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.sources import builtin_kinds
-from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
 
 
@@ -97,11 +96,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "refit": "least_squares",
         "allocation": "sensitivity",
     },
-    "obs by search + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "search"},
-    "obs by search_uniform + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "search_uniform"},
 }
-# These choose what else shrinks beside the FFN, down to as many parameters.
-EVERY_SPACE = ("search", "search_uniform")
 # Sources that are left out together with a domain: `prose` is the docstrings of the files that `code` is made of.
 NEAR = {
     "wiki": ("encyclopedia", "countries", "self:prose"),
@@ -145,16 +140,12 @@ def keys(results: dict[str, Any]) -> set[tuple]:
 
 
 def config_of(
-    args: Namespace, cell: dict[str, Any], width: int, seed: int, left_out: str | None = None, most: int | None = None
+    args: Namespace, cell: dict[str, Any], width: int, seed: int, left_out: str | None = None
 ) -> StructPruneConfig:
-    """The whole config of one run; `most` are the parameters of the whole model with this width of the FFN."""
+    """Return the whole config of one run."""
     # A cell has the text that its name says, and no other beside it.
-    fields = {"num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
+    fields = {"num_samples": args.samples, "seq_length": args.seq_length, "seed": seed, "widths": {"mlp": width}}
     cell = {"general_share": 0.0, **cell}
-    if cell.get("allocation") in EVERY_SPACE:
-        fields |= {"budget": {"parameters": most or 1}}
-    else:
-        fields["widths"] = {"mlp": width}
     config = StructPruneConfig.from_dict({**cell, **fields, "domains": calibration(args, cell["domains"])})
     return config if left_out is None else without(args, config, left_out)
 
@@ -221,8 +212,7 @@ def run(args: Namespace) -> None:
         if (name, removed, seed, left) in keys(results):
             continue
         width = 8 * round(size * (100 - removed) / 100 / 8)
-        most = dry_run(model.config, StructPruneConfig(widths={"mlp": width})).parameters.after
-        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed, left, most))
+        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed, left))
         about = {"cell": name, "removed": removed, "width": width, "seed": seed, "parameters": pruned.num_parameters()}
         row = {**about, "seconds": seconds, **measured(pruned)}
         row |= {} if left is None else {"left_out": left}

@@ -44,8 +44,8 @@ from optimum_structprune.commands.loading import Loading
 
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
 LIBRARIES = ("optimum-structprune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
-# A kind of text that no pruning and no training here reads.
-UNSEEN = "builtin:countries"
+# The text of the evaluation. "warnings" of the result say which of its documents the pruning or the training has read.
+EVALUATED = DomainConfig(name="countries", source="builtin:countries")
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 640,
@@ -116,9 +116,9 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     pruner = StructPruner(pruning)
     with stages.stage("prune"):
         small = pruner.prune_model(model, tokenizer, inplace=True)
-    result["parameters"] = pruner.report.parameters
+    result["parameters"] = {"dense": pruner.report.dense.parameters, "pruned": pruner.report.pruned.parameters}
     result["pruning_seconds"] = pruner.report.seconds
-    result["perplexity"] = pruner.report.perplexity
+    result["domains"] = pruner.report.to_dict()["domains"]
     del model
 
     with stages.stage("save"):
@@ -133,23 +133,17 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     result["recovery"] = {
         "tokens": recovery.report.tokens,
         "steps": recovery.report.steps,
-        "perplexity": recovery.report.perplexity,
-        "divergence": recovery.report.divergence,
+        "domains": recovery.report.to_dict()["domains"],
     }
     with stages.stage("save recovered"):
         recovery.save(small, recovered, tokenizer=tokenizer)
 
     with stages.stage("evaluate"):
-        unseen = DomainConfig(name="unseen", source=UNSEEN)
         size = {"seq_length": args.seq_length, "num_samples": args.eval_samples}
-        evaluation = evaluate(small, tokenizer, [unseen], dense, **size)
-    result["unseen"] = {
-        "perplexity": evaluation.perplexity["unseen"],
-        "perplexity_margin": evaluation.perplexity_margin["unseen"],
-        "divergence": evaluation.divergence["unseen"],
-        "agreement": evaluation.agreement["unseen"],
-        "warnings": evaluation.warnings,
-    }
+        evaluation = evaluate(small, tokenizer, [EVALUATED], dense, **size)
+    text = EVALUATED.name
+    figures = evaluation.to_dict()["domains"][text]
+    result["evaluation"] = {"text": text, **figures, "warnings": evaluation.warnings}
 
     with stages.stage("speed"):
         speed = measure_speed(
@@ -159,7 +153,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
             new_tokens=args.new_tokens,
             repeats=args.repeats,
         )
-    result["speed"] = {"prefill": speed.prefill, "decode": speed.decode, "run_bytes": speed.run_memory}
+    result["speed"] = speed.to_dict()
 
 
 def compare_with_cpu(device: str) -> dict[str, float]:
@@ -217,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-samples", type=int, default=128, help="Calibration samples.")
     parser.add_argument("--seq-length", type=int, default=512, help="Tokens in a sample.")
     parser.add_argument("--tokens", type=int, default=100_000, help="Tokens of the recovery.")
-    parser.add_argument("--eval-samples", type=int, default=16, help="Samples of unseen text.")
+    parser.add_argument("--eval-samples", type=int, default=16, help="Samples of the evaluation.")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="Batch sizes of the decoding.")
     parser.add_argument("--prompt", type=int, default=512, help="Tokens in each prompt.")
     parser.add_argument("--new-tokens", type=int, default=64, help="Tokens to decode.")

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.pruning.memory import estimate_memory
-from optimum_structprune.pruning.request import Request
+from optimum_structprune.pruning.request import PruningRequest
 
 
 def run(args: Namespace) -> None:
@@ -30,7 +30,7 @@ def run(args: Namespace) -> None:
     model = model.eval().to(getattr(torch, args.dtype))
     config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
     inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    found = estimate_memory(Request(config, ModelInfo.of(model), inputs=inputs))
+    found = estimate_memory(PruningRequest(config, ModelInfo.of(model), inputs=inputs))
     before = resident("VmRSS")
     reset_high_water_mark()
     StructPruner(config).prune_model(model, inputs=inputs, inplace=True)

@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.recovery.text import sample_length
 
 
 # What the rows train, and by what.
@@ -48,18 +49,19 @@ class Curve(TrainerCallback):
     Args:
         marks: Training tokens after which to measure.
         measure: Gets the model, the tokens seen and the seconds of training so far.
-        places: The number of tokens that count in each sample.
+        seq_length: The number of tokens in each sample.
     """
 
-    def __init__(self, marks: list[int], measure: Callable[[torch.nn.Module, int, float], None], places: int):
-        self.marks, self.measure, self.places = sorted(marks), measure, places
+    def __init__(self, marks: list[int], measure: Callable[[torch.nn.Module, int, float], None], seq_length: int):
+        self.marks, self.measure, self.seq_length = sorted(marks), measure, seq_length
         self.measuring = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        seen = state.global_step * args.train_batch_size * self.places
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen = state.global_step * per_step * self.seq_length
         if not self.marks or seen < self.marks[0]:
             return
         self.marks = [mark for mark in self.marks if mark > seen]
@@ -116,12 +118,13 @@ def run(args: Namespace) -> dict[str, dict]:
     pruned = prune_model(model, pruning, tokenizer)
     row("pruned", pruned)
     for way in args.ways:
+        settings = recovery_config(args, way)
         curve = Curve(
             args.tokens[:-1],
             lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds),
-            min(args.seq_length, 128) - 1,
+            sample_length(settings, pruned),
         )
-        recovery = Recovery(recovery_config(args, way), pruning, [curve])
+        recovery = Recovery(settings, pruning, [curve])
         recovered = recovery.recover_model(deepcopy(pruned), tokenizer, None if way == "LoRA" else model)
         row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds - curve.measuring)
         print(recovery.report)
@@ -132,7 +135,9 @@ def recovery_config(args: Namespace, way: str) -> RecoveryConfig:
     """The defaults, and what the flags say."""
     given = {"learning_rate": args.learning_rate, "lr_scheduler_type": args.schedule}
     training = {name: value for name, value in given.items() if value is not None}
-    training |= {"per_device_train_batch_size": args.batch_size, "bf16": args.bf16, "disable_tqdm": True}
+    training |= {"bf16": args.bf16, "disable_tqdm": True}
+    if args.batch_size is not None:
+        training["per_device_train_batch_size"] = args.batch_size
     return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **WAYS[way])
 
 
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-samples", type=int, default=24, help="samples per evaluation file")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, help="samples in a step; by default it grows with the tokens")
     parser.add_argument("--seed", type=int)
     parser.add_argument(
         "--bf16", action="store_true", help="train and measure in bfloat16; the weights stay as loaded"

@@ -32,7 +32,7 @@ def runs(width: int) -> dict[str, Mapping[str, object]]:
     return {
         "uniform": three_quarters,
         "sensitivity": {**three_quarters, "allocation": "sensitivity"},
-        "tokens": {"budget": {"parameters": 0.5}, "targets": ("vocab", "mlp"), "allocation": "search"},
+        "tokens": {"budget": {"parameters": 0.5}, "targets": ("vocab", "mlp"), "allocation": "sensitivity"},
     }
 
 

@@ -120,7 +120,7 @@ def results(args: Namespace, group: list[Cell]) -> Iterator[tuple[Cell, dict[str
             measured, size = read(file), file.stat().st_size
         losses = {name: (row_losses(measured, rows) / (SEQ_LENGTH - 1)).tolist() for name, rows in texts.items()}
         asked = read_questions() if args.answers and tokenizer.chat_template else []
-        right = [answer["right"] for answer in ask(measured, tokenizer, asked, 120)] if asked else []
+        right = [answer.right for answer in ask(measured, tokenizer, asked, 120)] if asked else []
         about = {"parameters": model.num_parameters(), "bytes": size, "seconds": seconds, "unseen": unseen}
         yield cell, {**about, "losses": losses, "right": right}
 

@@ -87,7 +87,7 @@ def row(args: Namespace, model, tokenizer, number: int, texts, dense) -> dict:
         torch.set_num_threads(1)
         speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, repeats=5)
         ((_, decode),) = speed.decode.items()
-        figures["speed"] = decode["small"]["speedup"]["median"]
+        figures["speed"] = decode["small"].speedup.median
     return figures
 
 

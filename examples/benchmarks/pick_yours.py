@@ -16,9 +16,7 @@ from __future__ import annotations
 import json
 import shlex
 from argparse import ArgumentParser, Namespace
-from math import exp, log
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_structprune import evaluate, export_gguf, measure_speed
 from optimum_structprune.commands.arguments import domain
 from optimum_structprune.commands.cli import main as structprune
+from optimum_structprune.record.figures import known_languages, mean_ratio, ratios_of
+from optimum_structprune.record.report import Report
 
 
 ROWS = ("--target vocab --budget parameters=0.9 --num-samples 24",)
@@ -43,21 +43,16 @@ def loaded(folder: str | Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
-def mean_ratio(perplexity: dict[str, dict[str, float]], after: str, before: str) -> float:
-    """The geometric mean over the kinds of text of one perplexity as a multiple of another."""
-    return exp(fmean(log(of[after] / of[before]) for of in perplexity.values()))
-
-
 def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
     """The figures of one row, whose model is in a folder or is put there."""
     dense, reader = loaded(args.model)
-    model, tokenizer, report = dense, reader, {}
+    model, tokenizer, report = dense, reader, None
     if flags:
         command = ["prune", args.model, str(small), *shlex.split(flags)]
         if not small.exists() and (code := structprune(command)):
             raise SystemExit(code)
         model, tokenizer = loaded(small)
-        report = json.loads((small / "report.json").read_text())
+        report = Report.load(small / "report.json")
     file = export_gguf(model, f"{small}.gguf", tokenizer, overwrite=True, dtype="q8_0")
     row = {"parameters": model.num_parameters(), "bytes": file.bytes}
     if not flags:
@@ -72,16 +67,17 @@ def measured(args: Namespace, flags: str, small: Path) -> dict[str, Any]:
         answers="builtin",
         limit=args.questions,
     )
-    right = [{name: answer["right"] for name, answer in item["answers"].items()} for item in found.answers]
-    known = [of["after"] / of["before"] for of in report.get("languages", {}).values() if of.get("known")]
+    assert report is not None and found.answers is not None
+    right = [item for item in found.answers.questions if item.first.right]
+    known = dict(known_languages(report.languages))
     return {
         **row,
         "before": dense.num_parameters(),
-        "same": mean_ratio(report["perplexity"], "after", "before"),
-        "kept": sum(of["model"] for of in right if of["dense"]),
-        "of": sum(of["dense"] for of in right),
-        "other": mean_ratio(found.perplexity, "model", "dense"),
-        "lost": sum(ratio > LOST for ratio in known),
+        "same": mean_ratio(ratios_of(report.domains).values())[0],
+        "kept": sum(item.last.right for item in right),
+        "of": len(right),
+        "other": mean_ratio(ratios_of(found.domains).values())[0],
+        "lost": sum(ratio > LOST for ratio in known.values()),
         "known": len(known),
     }
 
@@ -92,7 +88,7 @@ def time_(rows: list[Row], places: list[str | Path]) -> None:
     torch.set_num_threads(1)
     ((_, speeds),) = measure_speed(models, new_tokens=16, repeats=9, clock="cpu").decode.items()
     for (_, _, row), speed in zip(rows, speeds.values(), strict=True):
-        row["tokens_per_second"] = speed["tokens_per_second"]
+        row["tokens_per_second"] = speed.tokens_per_second
 
 
 def cells(model: str, flags: str, row: dict[str, Any]) -> list[str]:

@@ -25,10 +25,12 @@ from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import StructPruner
-from optimum_structprune.pruning.checkpoint import run_key
-from optimum_structprune.pruning.request import ask, check_arguments
-from optimum_structprune.record.table import as_text, side_by_side
+from optimum_structprune.pruning.request import check_arguments, resolve_request
+from optimum_structprune.record.report import Report
+from optimum_structprune.record.table import aligned, number
+from optimum_structprune.record.verdict import judged_domains
 from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.checkpoint import run_key
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_index
 from optimum_structprune.system.resume import Resume
@@ -46,7 +48,7 @@ def sweep(args: Namespace) -> Result:
             finished.save(0, {})  # so that a sweep which is killed at once goes on too
         with finished.readable():
             known = {} if saved is None else saved.values
-            reports = {name: {**report, "parameters": {**report["parameters"]}} for name, report in known.items()}
+            reports = {name: Report.from_dict(values, name) for name, values in known.items()}
             record = _curve(reports)
         for sparsity, config in configs.items():
             name, folder = str(sparsity), output / f"sparsity-{sparsity}"
@@ -56,17 +58,38 @@ def sweep(args: Namespace) -> Result:
                 note(args, f"sparsity {name}")
                 reports[name] = _pruned(args, config, None if args.no_save else folder)
                 reports = {size: reports[size] for size in sorted(reports, key=float)}
-                finished.save(len(reports), reports)
+                finished.save(len(reports), {size: report.to_dict() for size, report in reports.items()})
                 record = _curve(reports)
             if process_index() == 0:
                 replace_json(output / "curve.json", record)
-    lines = [as_text(record), *_coinciding([*reports], record), f"saved to {args.output}"]
+    lines = [aligned(_table(record)), *_coinciding([*reports], record), f"saved to {args.output}"]
     return Result("\n".join(lines), {**record, "output": args.output})
 
 
-def _curve(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is known of the dense model and of each size, in one record."""
-    return side_by_side((report, {"before": "dense", "after": size}) for size, report in reports.items())
+def _curve(reports: Mapping[str, Report]) -> dict[str, Any]:
+    """Return the sizes, the widths and the perplexities of the dense model and of each size, by their names."""
+    record: dict[str, Any] = {"parameters": {}, "widths": {}, "perplexity": {}}
+    for size, report in reports.items():
+        record["parameters"] |= {"dense": report.dense.parameters, size: report.pruned.parameters}
+        for kind, by_layer in report.widths.items():
+            widths = record["widths"].setdefault(kind, {"dense": [report.dense_widths[kind]]})
+            widths[size] = [*by_layer.values()]
+        for name, domain in judged_domains(report).items():
+            if domain.perplexity is not None and domain.perplexity.ratio is not None:
+                curve = record["perplexity"].setdefault(name, {"dense": domain.perplexity.dense})
+                curve[size] = domain.perplexity.last
+    return record
+
+
+def _table(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return the curve as a table with one column for each size."""
+    models = list(record["parameters"])
+    rows = [["", *models], ["parameters", *map(number, record["parameters"].values())]]
+    for kind, widths in record["widths"].items():
+        rows.append([f"width {kind}", *(number(widths.get(model)) for model in models)])
+    for name, values in record["perplexity"].items():
+        rows.append([f"perplexity {name}", *(number(values.get(model), 2) for model in models)])
+    return rows
 
 
 def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
@@ -92,13 +115,13 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     check_arguments(model, tokenizer, None)
-    ask(config, ModelInfo.of(model, config.arch_file), tokenizer)
+    resolve_request(config, ModelInfo.of(model, config.arch_file), tokenizer)
     any_size = replace(CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5))
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 
 
-def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> dict[str, Any]:
-    """Prune to one size, and save the model if there is a folder; the report, with the perplexity after a training."""
+def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> Report:
+    """Prune to one size, save the model if there is a folder, and return the report."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     options = run_options(args)
     if config.allocation != "uniform" and config.rounds == 1:  # losses are measured once for all sizes
@@ -111,11 +134,7 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
         # A model without a place on the curve is left from a sweep that was killed.
         pruner.save(pruned, folder, tokenizer, overwrite=True)
     assert pruner.report is not None
-    report = pruner.report.to_dict()
-    for domain, ppl in ((report["recovery"] or {}).get("perplexity") or {}).items():
-        dense = ppl.get("dense", report["perplexity"].get(domain, {}).get("before"))
-        report["perplexity"][domain] = {"before": dense, "after": ppl["recovered"]}
-    return report
+    return pruner.report
 
 
 def _coinciding(sizes: Sequence[str], record: Mapping[str, Any]) -> Iterator[str]:

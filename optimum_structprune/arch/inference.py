@@ -16,7 +16,9 @@ from .modules import blocks
 def input_device(model: Any) -> torch.device:
     """Return the device of a model's inputs: the CPU where accelerate has put weights on the meta device."""
     device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
+    if device.type == "meta":
+        return torch.device("cpu")
+    return device
 
 
 def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
@@ -31,7 +33,11 @@ def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
         options: Further arguments of the model.
     """
     config = model.config
-    ids = ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
+    is_text = not ids.is_floating_point()
+    ids = ids.to(input_device(model))
+    if not is_text:
+        ids = ids.to(model.dtype)
+
     if config.is_encoder_decoder:
         options |= {"decoder_input_ids": ids, "use_cache": False}
     elif hasattr(config.get_text_config(), "use_cache"):
@@ -41,12 +47,14 @@ def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
         if hasattr(model, "get_text_features"):
             return model.get_text_features(ids)
 
-        other_inputs = {} if ids.is_floating_point() else beside_text(model, ids)
+        other_inputs = beside_text(model, ids) if is_text else {}
         if not other_inputs:
             return model(ids, **options)
+
+        options |= other_inputs
         if not config.is_encoder_decoder:
             options |= {"input_ids": ids}
-        return model(**other_inputs, **options)
+        return model(**options)
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
@@ -98,4 +106,6 @@ def random_inputs(model: PreTrainedModel, length: int = 16) -> Tensor:
     end = getattr(text, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < text.vocab_size:
         ids[0, -1] = end
-    return ids[None] if type(model).__name__.endswith("ForMultipleChoice") else ids
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        return ids[None]
+    return ids

@@ -1,4 +1,4 @@
-"""From a model to its `ArchSpec`: the family's templates, filled in and checked against the weights' shapes."""
+"""Describe a model by its family: templates, filled in and checked against the shapes of the weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
+from ..system.placement import check_devices
 from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of
 from .meta import check_plain, is_offloaded, is_quantized, meta_model, reads_forward, skeleton
 from .spaces import TensorShapes, meets, residual_of, spaces_of, vocabulary_of
@@ -21,46 +22,85 @@ from .trial import UnsuitedError, tried_vocabulary
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
-    """Finds the spaces of a model. Tokens can go from any model that embeds them; other spaces take a description."""
+    """Return the description of a model: its spaces, and the parameters that depend on them.
+
+    Tokens can be removed from any model that embeds them. All other spaces need the description of a family.
+
+    Args:
+        model: The model, with or without weights.
+        arch_file: A file with descriptions of further families.
+
+    Raises:
+        UndescribedError: If the layers of the model are not described, and it does not embed tokens.
+    """
     if is_quantized(model):
         model = skeleton(model, model.config)
+    try:
+        arch, config = _with_layers(model, arch_file)
+    except UndescribedError as error:
+        return _without_layers(model, error)
+
+    arch = replace(arch, causal=arch.causal and reads_forward(model))
+    if VOCAB not in dict(arch.missing):
+        vocabulary = vocabulary_of(model, config)
+        if vocabulary is not None:
+            arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
+    if config is not model.config:
+        arch = replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
+    return arch
+
+
+def _with_layers(model: PreTrainedModel, arch_file: str | Path | None) -> tuple[ArchSpec, PretrainedConfig]:
+    """Return the description of a model by its family, without tokens, and the config of its text part."""
     config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
-    try:
+    family = family_of(config.model_type, arch_file)
+    if family.text is not None:
+        config = config.get_text_config()
+        prefix = f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
-        if family.text is not None:
-            config, prefix = config.get_text_config(), f"{prefix}{family.text}."
-            family = family_of(config.model_type, arch_file)
-            reason = "what is not text writes to the residual stream too"
-            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
-        if family.hidden is not None and model.get_output_embeddings() is None:
-            reason = "the model has no head that predicts tokens, and what reads the residual stream is not described"
-            family = replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        arch = resolve(family, config, shapes, prefix)
-    except UndescribedError as error:  # a model without described layers may embed tokens
-        if (vocabulary := vocabulary_of(model, model.config.get_text_config())) is None:
-            raise
-        missing = {name: str(error) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER)}
-        kind, causal = model.config.model_type, reads_forward(model)
-        arch = ArchSpec(kind, (), (), (), tuple(missing.items()), causal, (vocabulary,), uniform=UNDESCRIBED)
-        try:
-            return replace(arch, model_spaces=(tried_vocabulary(model, arch),))
-        except UnsuitedError as unsuited:
-            missing[VOCAB] = str(unsuited)
-            return replace(arch, model_spaces=(), missing=tuple(missing.items()))
-    arch = replace(arch, causal=arch.causal and reads_forward(model))
-    if VOCAB not in family.missing and (vocabulary := vocabulary_of(model, config)) is not None:
-        arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
-    if config is model.config:
-        return arch
-    return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
+        family = _without_hidden(family, "what is not text writes to the residual stream too")
+    if family.hidden is not None and model.get_output_embeddings() is None:
+        reason = "the model has no head that predicts tokens, and what reads the residual stream is not described"
+        family = _without_hidden(family, reason)
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return resolve(family, config, shapes, prefix), config
+
+
+def _without_hidden(family: Family, reason: str) -> Family:
+    """Return a family whose residual stream is not offered, for a reason."""
+    return replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
+
+
+def _without_layers(model: PreTrainedModel, error: UndescribedError) -> ArchSpec:
+    """Return the description of a model of which only tokens can be removed. Raise the error if it embeds none."""
+    vocabulary = vocabulary_of(model, model.config.get_text_config())
+    if vocabulary is None:
+        raise error
+
+    missing = {name: str(error) for name in ("mlp", "attention", EXPERT, HIDDEN, LAYER)}
+    arch = ArchSpec(
+        model_type=model.config.model_type,
+        stacks=(),
+        layer_params=(),
+        spaces=(),
+        missing=tuple(missing.items()),
+        causal=reads_forward(model),
+        model_spaces=(vocabulary,),
+        uniform=UNDESCRIBED,
+    )
+    try:
+        return replace(arch, model_spaces=(tried_vocabulary(model, arch),))
+    except UnsuitedError as unsuited:
+        missing[VOCAB] = str(unsuited)
+        return replace(arch, model_spaces=(), missing=tuple(missing.items()))
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts that are asked of a model alone, once, before it is used."""
+    """The facts about a model that do not depend on a config, collected once before it is used."""
 
     arch: ArchSpec
     plain_model: PreTrainedModel  # the model itself; for a quantized one the shapes that it has unpacked, no weights
@@ -70,14 +110,16 @@ class ModelInfo:
 
     @property
     def name(self) -> str:
-        """The name of the model's class."""
+        """Return the name of the model's class."""
         return type(self.plain_model).__name__
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
-        """Describe a model, and refuse what cannot be pruned whatever is asked for."""
+        """Describe a model, and raise if it cannot be pruned whatever the config."""
         check_plain(model)
-        quantized, offloaded = is_quantized(model), is_offloaded(model)
+        check_devices(model)
+        quantized = is_quantized(model)
+        offloaded = is_offloaded(model)
         plain_model = model
         if quantized:
             plain_model = skeleton(model, model.config)
@@ -97,18 +139,19 @@ class ModelInfo:
         device: torch.device | None = None,
         offloaded: bool = False,
     ) -> ModelInfo:
-        """Describe the model of a config, whose weights are to be on a `device`."""
-        saved = dtype or getattr(config, "dtype", None) or torch.float32  # what is no config is refused next
+        """Describe the model of a config, whose weights will be on a `device`."""
+        # An argument that is not a config is refused by `meta_model`.
+        saved = dtype or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, saved) if isinstance(saved, str) else saved
         model = meta_model(config, arch_file, dtype, trust_remote_code)
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
 
 
 def _check_generation(model: PreTrainedModel) -> None:
-    """Refuse a generation config that could not be saved."""
+    """Raise if the generation config could not be saved."""
     try:
         if model.can_generate() and model.generation_config is not None:
-            # As transformers does at save: what is as it was loaded is only warned of.
+            # transformers only warns at save if the generation config is as it was loaded.
             loaded = getattr(model.generation_config, "_original_object_hash", None)
             model.generation_config.validate(strict=loaded != hash(model.generation_config))
     except ValueError as error:
@@ -119,7 +162,7 @@ def _check_generation(model: PreTrainedModel) -> None:
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, prefix: str = "") -> ArchSpec:
-    """Fill in a family's templates for one model."""
+    """Return the description of a model with a config and shapes, by the templates of its family."""
     stacks: list[tuple[str, int]] = []
     layer_params: list[int] = []
     spaces: list[Space] = []
@@ -127,21 +170,27 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
         full_path = f"{prefix}{path}"
         params_here = _layer_params(full_path, shapes)
         for index in range(len(params_here)):
+            layer = len(layer_params) + index
+            layer_config = config.per_layer_config[layer] if config.is_heterogeneous else config
             for name, template in family.spaces.items():
                 if template.within in (None, path):
-                    layer = len(layer_params) + index
-                    layer_config = config.per_layer_config[layer] if config.is_heterogeneous else config
                     spaces += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, layer_config)
-        if params_here:  # half of an encoder-decoder has one list of the two
+        # Half of an encoder-decoder has one of the two lists of layers.
+        if params_here:
             stacks.append((full_path, len(params_here)))
         layer_params += params_here
     if not stacks:
         raise UndescribedError(
             f"A model of type {config.model_type!r} has its layers at {full_path!r}; nothing is there."
         )
-    places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
-    residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
-    whole_layers = _depth(family.layer, config, layer_params, places, shapes)
+
+    layers = [f"{path}.{index}." for path, count in stacks for index in range(count)]
+    model_spaces = list(_depth(family.layer, config, layer_params, layers, shapes))
+    residual = None
+    if family.hidden is not None:
+        residual = residual_of(family.hidden, shapes, config, prefix, layers)
+        model_spaces.append(residual.space)
+    uniform = "" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED
     return ArchSpec(
         model_type=config.model_type,
         stacks=tuple(stacks),
@@ -149,25 +198,34 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
         spaces=tuple(spaces),
         missing=(*family.missing.items(), *_refused(family, config)),
         causal=family.causal,
-        model_spaces=(*whole_layers, *([residual.space] if residual else [])),
+        model_spaces=tuple(model_spaces),
         residual=residual,
-        uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
+        uniform=uniform,
     )
 
 
 def _depth(
     template: Template | None, config: PretrainedConfig, params: list[int], layers: Sequence[str], shapes: TensorShapes
 ) -> Iterator[Space]:
+    """Yield the space of whole layers, if the family offers it."""
     if template is None or not meets(config, template):
         return
-    # A model needs a layer with each of the modules in `kinds`: among `least` layers, one always has it.
-    having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
-    least = max((len(layers) - count + 1 for count in having if count), default=1)
-    mean, keys = round(sum(params) / len(layers)), ((template.size, 1),)
-    yield Space(LAYER, MODEL, len(layers), (), (), keys, (), mean, min_size=least, unit=LAYER, uniform=ONE_PER_MODEL)
+
+    # A model needs a layer with each of the modules in `kinds`. Among `least` layers there always is one.
+    least = 1
+    for module in template.kinds:
+        count = sum(f"{layer}{module}.weight" in shapes for layer in layers)
+        if count:
+            least = max(least, len(layers) - count + 1)
+    mean_params = round(sum(params) / len(layers))
+    keys = ((template.size, 1),)
+    yield Space(
+        LAYER, MODEL, len(layers), (), (), keys, (), mean_params, min_size=least, unit=LAYER, uniform=ONE_PER_MODEL
+    )
 
 
 def _layer_params(layer_path: str, shapes: TensorShapes) -> list[int]:
+    """Return the number of parameters of each layer in a list of layers."""
     sizes: Counter[int] = Counter()
     for name, shape in shapes.items():
         index = name.removeprefix(f"{layer_path}.").partition(".")[0]
@@ -177,10 +235,14 @@ def _layer_params(layer_path: str, shapes: TensorShapes) -> list[int]:
 
 
 def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:
-    return [
-        (name, f"it takes {key} = {' or '.join(map(str, values))}, and this config has {getattr(config, key, None)}")
-        for name, template in (*family.spaces.items(), (LAYER, family.layer))
-        if template is not None
-        for key, values in template.requires.items()
-        if getattr(config, key, None) not in values
-    ]
+    """Return the spaces that the config of this model rules out, each with the reason."""
+    refused = []
+    for name, template in (*family.spaces.items(), (LAYER, family.layer)):
+        if template is None:
+            continue
+        for key, values in template.requires.items():
+            value = getattr(config, key, None)
+            if value not in values:
+                expected = " or ".join(map(str, values))
+                refused.append((name, f"it takes {key} = {expected}, and this config has {value}"))
+    return refused

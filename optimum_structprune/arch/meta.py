@@ -1,4 +1,4 @@
-"""Models without weights, and models whose weights are no plain parameters: adapters and quantization."""
+"""Models without weights, models with adapters or quantized weights, and the inputs that a model reads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
+from ..system.placement import check_devices
 from .family import family_of
 from .modules import TASK, embedding_of, module_files
 from .per_layer import heterogeneous
@@ -29,19 +30,24 @@ from .token_space import first_position
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
-    """Finds the class that loads a model: the one that it was saved as, and the causal language model of its type."""
+    """Return the class that loads a model: a causal language model where its type has one, or else the saved class."""
     saved = getattr(transformers, (config.architectures or [""])[0], None)
     try:
         family = family_of(config.model_type, arch_file)
     except StructPruneError:
         return saved or AutoModelForCausalLM
+
     if not family.causal or family.text is not None:
         return saved or AutoModel
     if saved is not None and not saved.can_generate():
         return saved
-    # The modules of sentence-transformers read states, but for those of a reranker that reads logits.
+
+    # The modules of sentence-transformers read hidden states, except those of a reranker that reads logits.
     files = module_files(config)
-    return AutoModel if files and '"text-generation"' not in files.get(TASK, "") else AutoModelForCausalLM
+    reads_logits = '"text-generation"' in files.get(TASK, "")
+    if files and not reads_logits:
+        return AutoModel
+    return AutoModelForCausalLM
 
 
 def meta_model(
@@ -50,10 +56,22 @@ def meta_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model that a config describes, on the meta device: names and shapes, but no memory."""
+    """Build the model that a config describes on the meta device: names and shapes, but no memory.
+
+    Args:
+        config: The config.
+        arch_file: A file that describes further model types.
+        dtype: The dtype of the model; by default the dtype in the config.
+        trust_remote_code: Whether code that comes with the model is run.
+
+    Raises:
+        StructPruneError: If the config describes no model.
+    """
     if not isinstance(config, PretrainedConfig):
         raise StructPruneError(f"A config is needed, got {type(config).__name__}; AutoConfig.from_pretrained has it.")
-    kind, config = model_class(config, arch_file), deepcopy(config)
+
+    kind = model_class(config, arch_file)
+    config = deepcopy(config)
     try:
         with torch.device("meta"), heterogeneous():
             if hasattr(kind, "from_config"):
@@ -65,26 +83,38 @@ def meta_model(
         raise StructPruneError(
             f"A model of type {config.model_type!r} cannot be built from its config: {reason}"
         ) from error
-    return model.eval() if dtype is None else model.eval().to(dtype)
+
+    model.eval()
+    if dtype is not None:
+        model.to(dtype)
+    return model
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> PreTrainedModel:
-    """A model of the same class with another config, on the meta device: shapes without memory."""
-    if isinstance(config.dtype, str):  # what transformers leaves in the config of a model that it has saved
+    """Build a model of the same class with another config on the meta device: shapes without memory.
+
+    Args:
+        model: The model whose class is used.
+        config: The config of the new model.
+        buffers: Whether the buffers get their values, on the CPU.
+    """
+    # transformers leaves the name of the dtype in the config of a model that it has saved.
+    if isinstance(config.dtype, str):
         config.dtype = getattr(torch, config.dtype)
-    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"), heterogeneous():
+    without_memory = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    with without_memory, heterogeneous():
         return type(model)(config)
 
 
 def shrunk_skeleton(model: PreTrainedModel, arch: ArchSpec, widths: Widths) -> PreTrainedModel:
-    """The skeleton of a model with other widths; see `shrunk_config`."""
+    """Build the skeleton of a model with other widths; see `shrunk_config`."""
     return skeleton(model, shrunk_config(model.config, arch, widths))
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are not its own parameters. A quantized model passes, see `dequantized`.
+    """Raise if the weights of a model are not its own plain parameters. A quantized model passes.
 
-    It has to run before the model is described, because an adapter changes the names of the parameters.
+    This check runs before the model is described, because an adapter changes the names of the parameters.
     """
     check_no_adapter(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -92,12 +122,13 @@ def check_plain(model: PreTrainedModel) -> None:
             f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
         )
-    packed = (type(each).__name__ for each in model.parameters() if is_traceable_wrapper_subclass(each))
-    if not is_quantized(model) and (kind := next(packed, None)):
-        raise StructPruneError(
-            f"Weights of this {type(model).__name__} are of the class {kind}, as one that quantizes makes them; prune "
-            "the model first."
-        )
+    if not is_quantized(model):
+        for parameter in model.parameters():
+            if is_traceable_wrapper_subclass(parameter):
+                raise StructPruneError(
+                    f"Weights of this {type(model).__name__} are of the class {type(parameter).__name__}, as one that "
+                    "quantizes makes them; prune the model first."
+                )
     if any(parameter.is_meta for parameter in model.parameters()):
         check_reachable(model)
     _check_stock(model)
@@ -177,24 +208,28 @@ def _check_shared_weights(model: PreTrainedModel, stock: PreTrainedModel) -> Non
 
 
 def check_changeable(model: Any) -> None:
-    """Refuse a model whose weights cannot change: it is compiled, has an adapter, or was made for inference alone."""
+    """Raise if the weights of a model cannot change: it is compiled, has an adapter, or is for inference alone."""
     check_no_adapter(model)
+    check_devices(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise StructPruneError("model was made inside torch.inference_mode; to change it, pass copy.deepcopy(model).")
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
-    """Refuse a compiled model, a PEFT model and a model that an adapter was injected into."""
+    """Raise if a model is compiled, is a PEFT model, or has an adapter injected into it."""
     if hasattr(model, "_orig_mod"):
         raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
-    # An adapter can only exist where PEFT has been imported, and most runs do without.
+
+    # An adapter needs PEFT, which most runs do not import.
     peft = sys.modules.get("peft")
     if peft is None:
         return
+
     name = type(model).__name__
     if isinstance(model, peft.PeftModel):
-        prompts = model.active_peft_config.is_prompt_learning
-        line = "model.get_base_model()" if prompts else "model.merge_and_unload()"
+        line = "model.merge_and_unload()"
+        if model.active_peft_config.is_prompt_learning:  # prompts cannot be merged
+            line = "model.get_base_model()"
         raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise StructPruneError(
@@ -204,41 +239,56 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Tells if transformers regards the model as quantized."""
+    """Return whether transformers regards a model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Tells if accelerate keeps weights of a model elsewhere between the calls of its modules."""
+    """Return whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     return hooked and any(parameter.is_meta for parameter in model.parameters())
 
 
 def stays_packed(model: PreTrainedModel, space: Space) -> bool:
-    """Tells if a quantized model can lose units of a space as it is.
+    """Return whether units of a space can be removed from a quantized model without unpacking it.
 
-    They have to be rows of plain weights, and its packed tensors such as can be saved, other than torchao's.
+    The units must be rows of plain weights. torchao's packed tensors cannot be saved.
     """
     tensors = model.state_dict(keep_vars=True)
-    rows = [tensors.get(axis.param, torch.empty(0, dtype=torch.int8)) for axis in space.axes]
-    kinds = (nn.Parameter, torch.Tensor)
-    plain = all(type(row) in kinds and row.is_floating_point() and row.itemsize > 1 for row in rows)
-    return plain and not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values())
+    if any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values()):
+        return False
+
+    for axis in space.axes:
+        weight = tensors.get(axis.param)
+        is_plain = type(weight) in (nn.Parameter, torch.Tensor)
+        if weight is None or not is_plain or not weight.is_floating_point() or weight.itemsize == 1:
+            return False
+    return True
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
-    """A quantized model with its weights unpacked; any other model as it is."""
+    """Unpack the weights of a quantized model; any other model is returned as it is.
+
+    Args:
+        model: The model.
+        inplace: Whether the model itself is unpacked, and not a copy.
+
+    Raises:
+        StructPruneError: If transformers cannot undo the quantization.
+    """
     if not is_quantized(model):
         return model
+
     check_no_adapter(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "an unknown method")
     problem = f"{type(model).__name__} is quantized with {getattr(method, 'value', method)}"
     if quantizer is None:
         raise StructPruneError(f"{problem} and has no quantizer to undo it; load it without quantization.")
+
     plain = model if inplace else deepcopy(model)
-    if _unpacked(plain):
-        # A GGUF file is unpacked while it is loaded; all that remains is the flag of a quantized model.
+    if _is_unpacked(plain):
+        # A GGUF file is unpacked while it is loaded, and only the flag of a quantized model remains.
         quantizer.remove_quantization_config(plain)
         return plain
     try:
@@ -249,25 +299,34 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
         ) from error
 
 
-def _unpacked(model: PreTrainedModel) -> bool:
-    """Tells if a model has the modules and shapes of one that was never quantized."""
+def _is_unpacked(model: PreTrainedModel) -> bool:
+    """Return whether a model has the modules and shapes of a model that was never quantized."""
+    plain = skeleton(model, model.config)
+    return _module_types(model) == _module_types(plain) and _weight_types(model) == _weight_types(plain)
 
-    def parts(whole: nn.Module) -> tuple[dict[str, type], dict[str, Any]]:
-        weights = {name: (type(part), part.shape, part.is_floating_point()) for name, part in whole.named_parameters()}
-        return {name: type(part) for name, part in whole.named_modules()}, weights
 
-    return parts(model) == parts(skeleton(model, model.config))
+def _module_types(model: nn.Module) -> dict[str, type]:
+    """Return the class of each module."""
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def _weight_types(model: nn.Module) -> dict[str, tuple[type, torch.Size, bool]]:
+    """Return the class and the shape of each parameter, and whether it is floating-point."""
+    types: dict[str, tuple[type, torch.Size, bool]] = {}
+    for name, weight in model.named_parameters():
+        types[name] = (type(weight), weight.shape, weight.is_floating_point())
+    return types
 
 
 def predicts_next(model: Any) -> bool:
-    """Tells if a model predicts the next token of a text."""
+    """Return whether a model predicts the next token of a text."""
     return model.can_generate() and not model.config.is_encoder_decoder and reads_text(model)
 
 
 def reads_forward(model: PreTrainedModel) -> bool:
-    """Tells whether a model predicts each token from those before it alone, as causal language models do."""
-    sees_all = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
-    return predicts_next(model) and sees_all not in (True, "all")
+    """Return whether a model predicts each token from the earlier tokens alone, as causal language models do."""
+    bidirectional = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+    return predicts_next(model) and bidirectional not in (True, "all")
 
 
 def predicts_gaps(model: Any) -> bool:
@@ -280,32 +339,38 @@ def predicts_gaps(model: Any) -> bool:
 
 
 def reads_text(model: PreTrainedModel) -> bool:
-    """Tells whether a model, or one of its two towers, reads text alone."""
+    """Return whether a model, or one of its two towers, reads text alone."""
     return model.main_input_name == "input_ids" or hasattr(model, "get_text_features")
 
 
 def reads_images(model: Any) -> bool:
-    """Tells if a model reads images alone."""
-    images = getattr(model, "main_input_name", "") == "pixel_values"
-    return images and not isinstance(embedding_of(model), nn.Embedding)
+    """Return whether a model reads images alone."""
+    is_main_input = getattr(model, "main_input_name", "") == "pixel_values"
+    return is_main_input and not isinstance(embedding_of(model), nn.Embedding)
 
 
 def random_image(config: Any, images: int = 1) -> torch.Tensor:
-    """Gives random images as a config describes them, shape `(images, channels, size, size)`."""
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    shape = (images, getattr(config, "num_channels", 3), size, size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    """Return random images of the size in a config, shape `(images, channels, size, size)`."""
+    size = config.image_size
+    if not isinstance(size, int):
+        size = size[0]
+    return _random(images, getattr(config, "num_channels", 3), size, size)
 
 
 def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
-    """Random inputs beside token ids for a model that needs some: images, or outputs of its encoder."""
+    """Return random inputs for a model that needs more than token ids: images, or outputs of its encoder."""
     if reads_text(model):
         return {}
     if not model.config.is_encoder_decoder:
-        return {"pixel_values": random_image(model.config.vision_config, len(ids)).to(ids.device, model.dtype)}
-    shape = (len(ids), 16, model.get_encoder().config.hidden_size)
-    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(ids.device, model.dtype)
-    return {"encoder_outputs": BaseModelOutput(states)}
+        images = random_image(model.config.vision_config, len(ids))
+        return {"pixel_values": images.to(ids.device, model.dtype)}
+    states = _random(len(ids), 16, model.get_encoder().config.hidden_size)
+    return {"encoder_outputs": BaseModelOutput(states.to(ids.device, model.dtype))}
+
+
+def _random(*shape: int) -> torch.Tensor:
+    """Return a tensor of random numbers, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def positions_of(model: PreTrainedModel) -> float:
@@ -319,7 +384,18 @@ def positions_of(model: PreTrainedModel) -> float:
 
 
 def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: int = 0) -> None:
-    """Refuses more tokens in a row than a model reads; `num_taken` positions are taken by others."""
-    if tokens + num_taken > (longest := positions_of(model)):
-        rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most" if num_taken else ""
-        raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")
+    """Raise if a model reads fewer tokens in a row.
+
+    Args:
+        model: The model.
+        tokens: The number of tokens.
+        what: The name of the text in the error.
+        num_taken: The number of positions that another text takes.
+    """
+    longest = positions_of(model)
+    if tokens + num_taken <= longest:
+        return
+    rest = ""
+    if num_taken:
+        rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most"
+    raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")

@@ -40,8 +40,11 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     modules = [layer for layers in lists.values() for layer in layers]
     output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = None if output_embeddings is None else output_embeddings()
-    return modules if head is None else [*modules, head]
+    if output_embeddings is not None:
+        head = output_embeddings()
+        if head is not None:
+            modules.append(head)
+    return modules
 
 
 def replace_(model: nn.Module, path: str, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
@@ -133,7 +136,7 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
     )
     expected = _shapes(smaller, packed)
     shapes = _shapes(model, packed)
-    for name in sorted({*expected, *shapes}):
+    for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise StructPruneError(
                 f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}. "
@@ -197,7 +200,9 @@ def module_files(config: PretrainedConfig) -> dict[str, str]:
         modules = json.loads(Path(str(find(MODULES))).read_text("utf-8"))
         folders = [module["path"] for module in modules if module["path"]]
         texts: dict[str, str] = {}
-        for file in (MODULES, TASK, PROMPTS, *(f"{folder}/config.json" for folder in folders)):
+        files = [MODULES, TASK, PROMPTS]
+        files += [f"{folder}/config.json" for folder in folders]
+        for file in files:
             path = find(file)
             if path:
                 texts[file] = Path(path).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Fills in the templates of a family: the spaces of one layer, and the residual stream of a model."""
+"""Fill in the templates of a family: the spaces of one layer, and the residual stream of a model."""
 
 from __future__ import annotations
 
@@ -21,36 +21,48 @@ TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 class Heads(NamedTuple):
-    """The attention heads of a config: how many there are, in how many KV groups, and the channels of each."""
+    """The attention heads of a config."""
 
-    heads: int
-    groups: int
-    head_dim: int
+    heads: int  # query heads
+    groups: int  # KV groups
+    head_dim: int  # channels of each head
 
 
 class Dims(NamedTuple):
-    """The dimensions of a projection's parameters: rows and columns of the weight, and rows of the bias."""
+    """The dimensions of a projection's parameters."""
 
-    rows: int
-    columns: int
+    rows: int  # of the weight
+    columns: int  # of the weight
     bias_rows: int
 
 
-# How weights are stored: (out, in) as in `nn.Linear`, (in, out) as in GPT-2, and both stacked over experts.
-LINEAR, TRANSPOSED = Dims(0, 1, 0), Dims(1, 0, 0)
-STACKED, STACKED_TRANSPOSED = Dims(1, 2, 1), Dims(2, 1, 1)
-# The words of templates that stand for numbers of heads.
+# Weights are stored (out, in) as in `nn.Linear`, or (in, out) as in GPT-2. Both may be stacked over experts.
+LINEAR = Dims(0, 1, 0)
+TRANSPOSED = Dims(1, 0, 0)
+STACKED = Dims(1, 2, 1)
+STACKED_TRANSPOSED = Dims(2, 1, 1)
+# The words of templates that depend on the attention heads.
 HEAD_WORDS = {"heads", "kv", "q", "q_gate"}
 
 
 def spaces_of(
     name: str, template: Template, layer: int, prefix: str, shapes: TensorShapes, config: PretrainedConfig
 ) -> Iterator[Space]:
-    """The spaces that a template makes of one layer: none, one, or one per expert."""
+    """Yield the spaces of one layer by a template: none, one, or one per expert.
+
+    Args:
+        name: The kind of space.
+        template: The template of the family.
+        layer: The index of the layer.
+        prefix: The prefix of the layer's parameters, with the dot.
+        shapes: The shapes of all parameters.
+        config: The config of the layer.
+    """
     if not meets(config, template):
         return
+
     units = rows_per_unit(config, template)
-    rows = {part for parts in template.producers.values() for part in parts}
+    words = {word for parts in template.producers.values() for word in parts}
     base = Space(
         name=name,
         layer=layer,
@@ -61,8 +73,8 @@ def spaces_of(
         pins=tuple((key, units["kv"]) for key in template.pin),
         unit_params=0,
         scale=number(config, template.times) if template.times else 1,
-        min_size=(getattr(config, template.min_size, None) if template.min_size else None) or 1,
-        unit=CHANNEL if rows <= {"unit", "pair"} else GROUP,
+        min_size=_min_size(config, template),
+        unit=CHANNEL if words <= {"unit", "pair"} else GROUP,
         experts=f"{prefix}{template.experts}" if template.experts else None,
         uniform=template.uniform,
     )
@@ -74,22 +86,30 @@ def spaces_of(
         yield from _inside_layer(base, template, prefix, shapes, units)
 
 
+def _min_size(config: PretrainedConfig, template: Template) -> int:
+    """Return the smallest width that the config allows."""
+    if template.min_size is None:
+        return 1
+    return getattr(config, template.min_size, None) or 1
+
+
 def meets(config: PretrainedConfig, template: Template) -> bool:
-    """Tells if a config has the values that a template requires."""
+    """Return whether a config has the values that a template requires."""
     return all(getattr(config, key, None) in values for key, values in template.requires.items())
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
-    """The attention heads of a config; fields that it lacks are derived as transformers does."""
+    """Return the attention heads of a config. Missing fields are derived as transformers does."""
     heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
     if groups > heads:
         raise StructPruneError(f"num_key_value_heads={groups} is more than num_attention_heads={heads}.")
-    return Heads(heads, groups, getattr(config, "head_dim", None) or number(config, "hidden_size") // heads)
+    head_dim = getattr(config, "head_dim", None) or number(config, "hidden_size") // heads
+    return Heads(heads, groups, head_dim)
 
 
 def number(config: PretrainedConfig, key: str) -> int:
-    """A whole number in a config."""
+    """Return a positive whole number of a config, or raise if the field holds something else."""
     value = getattr(config, key, None)
     if not isinstance(value, int) or value < 1:
         raise StructPruneError(
@@ -100,25 +120,43 @@ def number(config: PretrainedConfig, key: str) -> int:
 
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """The rows of a weight that a unit owns, by the words of the template."""
-    described = (*template.producers.values(), *template.consumers.values(), *template.also_cut.values())
-    words = {part for parts in described for part in parts}
-    words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}
-    # A config of a model without attention need not have any heads.
-    heads, groups, head_dim = heads_of(config) if words & HEAD_WORDS else Heads(1, 1, 1)
-    per_group = heads // groups
-    units = {"unit": 1, "pair": 2, "heads": per_group, "kv": head_dim, "q": head_dim * per_group}
-    units["q_gate"] = 2 * units["q"]
-    return {word: units.get(word) or sum(number(config, key) for key in word.split("+")) for word in words}
+    """Return the rows of a weight that belong to one unit, by the words of a template.
+
+    `families/README.md` explains the words.
+    """
+    words = {"unit"}
+    for named in (template.producers, template.consumers, template.also_cut):
+        for parts in named.values():
+            words.update(parts)
+    if template.also:
+        words.add("heads")
+    if template.pin:
+        words.add("kv")
+
+    rows = {"unit": 1, "pair": 2}
+    # The config of a model without attention need not have any heads.
+    if words & HEAD_WORDS:
+        heads, groups, head_dim = heads_of(config)
+        heads_per_group = heads // groups
+        rows["heads"] = heads_per_group
+        rows["kv"] = head_dim
+        rows["q"] = head_dim * heads_per_group
+        rows["q_gate"] = 2 * rows["q"]
+    for word in words - rows.keys():
+        rows[word] = sum(number(config, key) for key in word.split("+"))
+    return {word: rows[word] for word in words}
 
 
 def _inside_layer(
     base: Space, template: Template, prefix: str, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Iterator[Space]:
-    names = f"{prefix}{{}}.weight", f"{prefix}{{}}.bias"
-    space = _with_projections(base, template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
+    """Yield the space of one layer, if the layer has its first producer."""
+    names = (f"{prefix}{{}}.weight", f"{prefix}{{}}.bias")
+    dims = TRANSPOSED if template.transposed else LINEAR
+    space = _with_projections(base, template, names, dims, shapes, units)
     if space is None:
         return
+
     producers = list(space.producers)
     for param, parts in template.also_cut.items():
         if f"{prefix}{param}" in shapes:
@@ -127,66 +165,84 @@ def _inside_layer(
 
 
 def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorShapes) -> Iterator[Space]:
-    """One unit per expert: index 0 of every tensor of the router and of the experts, index 1 of a single row."""
+    """Yield the space whose units are the experts of one layer, if the layer has a router.
+
+    An expert is index 0 of every tensor of the router and of the experts, or index 1 of a tensor with one row.
+    """
     router = f"{prefix}{template.router}"
     if f"{router}.weight" not in shapes:
         return
+
     size = shapes[f"{router}.weight"][0]
     names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
     names += [f"{prefix}{param}" for param in template.also_cut if f"{prefix}{param}" in shapes]
-    dims = {name: int(len(shapes[name]) > 1 and shapes[name][0] == 1 < size) for name in names}
-    axes = (axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1}))
+    axes: list[Axis] = []
+    for name in names:
+        shape = shapes[name]
+        has_one_row = len(shape) > 1 and shape[0] == 1 < size
+        axes += _axes(name, 1 if has_one_row else 0, ["unit"], size, shapes, {"unit": 1})
     yield _counted(replace(base, size=size, unit=EXPERT, producers=tuple(axes)), shapes)
 
 
 def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units: dict[str, int]) -> Iterator[Space]:
-    """One space per expert, in parameters that stack the experts' matrices."""
-    names = f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias"
+    """Yield one space per expert, in parameters that stack the matrices of the experts."""
+    names = (f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias")
     dims = STACKED_TRANSPOSED if template.transposed else STACKED
     space = _with_projections(base, template, names, dims, shapes, units)
     if space is None:
         return
-    for expert in range(shapes[space.producers[0].param][0]):
-        producers, consumers = (
-            tuple(replace(axis, part=expert) for axis in axes) for axes in (space.producers, space.consumers)
+
+    num_experts = shapes[space.producers[0].param][0]
+    for expert in range(num_experts):
+        own_space = replace(
+            space,
+            name=f"{base.name}/{expert}",
+            producers=tuple(replace(axis, part=expert) for axis in space.producers),
+            consumers=tuple(replace(axis, part=expert) for axis in space.consumers),
         )
-        yield _counted(replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers), shapes)
+        yield _counted(own_space, shapes)
 
 
 def _with_projections(
     base: Space, template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Space | None:
-    """A space with its size and axes; None where the first producer is not there."""
-    weight, bias = (name.format for name in names)
-    first, parts = next(iter(template.producers.items()))
-    if weight(first) not in shapes:
+    """Return a space with its size and axes, or None if its first producer does not exist."""
+    weight_name, bias_name = names
+    first, first_parts = next(iter(template.producers.items()))
+    first_weight = weight_name.format(first)
+    if first_weight not in shapes:
         return None
-    size = shapes[weight(first)][dims.rows] // sum(units[part] for part in parts)
-    producers, consumers = list[Axis](), list[Axis]()
+
+    size = shapes[first_weight][dims.rows] // sum(units[part] for part in first_parts)
+    producers: list[Axis] = []
     for name, parts in template.producers.items():
-        producers += _axes(weight(name), dims.rows, parts, size, shapes, units)
-        if bias(name) in shapes:
-            producers += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
+        producers += _axes(weight_name.format(name), dims.rows, parts, size, shapes, units)
+        if bias_name.format(name) in shapes:
+            producers += _axes(bias_name.format(name), dims.bias_rows, parts, size, shapes, units)
+    consumers: list[Axis] = []
     for name, parts in template.consumers.items():
-        consumers += _axes(weight(name), dims.columns, parts, size, shapes, units)
+        consumers += _axes(weight_name.format(name), dims.columns, parts, size, shapes, units)
     return replace(base, size=size, producers=tuple(producers), consumers=tuple(consumers))
 
 
 def _counted(space: Space, shapes: TensorShapes) -> Space:
-    """A space with the number of parameters that go with each unit; one without units is refused."""
+    """Return a space with the number of parameters per unit. Raise if it has no units."""
     if not space.size:
         name = space.producers[0].param
         raise StructPruneError(f"Layer {space.layer} has no {space.name}: {name} is {shapes[name]}.")
+
     unit_params = 0
     for axis in space.axes:
         shape = shapes[axis.param]
-        unit_params += prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
+        entries = prod(shape if axis.part is None else shape[1:])
+        unit_params += entries // shape[axis.dim] * axis.per_unit
     return replace(space, unit_params=unit_params)
 
 
 def _axes(
     param: str, dim: int, parts: list[str], size: int, shapes: TensorShapes, units: Mapping[str, int]
 ) -> list[Axis]:
+    """Return one axis for each part of a packed parameter. Raise if its shape does not fit the number of units."""
     if param not in shapes:
         raise StructPruneError(f"{param} is missing; the description of this family expects it.")
     rows = [units[part] for part in parts]
@@ -195,32 +251,50 @@ def _axes(
             f"{param}: dimension {dim} is {shapes[param][dim]}, but {size} units of {sum(rows)} make "
             f"{size * sum(rows)}. The description of this family does not fit this model."
         )
-    offsets = [size * sum(rows[:i]) for i in range(len(rows))]
-    return [Axis(param, dim, per_unit, offset) for per_unit, offset in zip(rows, offsets, strict=True)]
+
+    axes = []
+    offset = 0
+    for per_unit in rows:
+        axes.append(Axis(param, dim, per_unit, offset))
+        offset += size * per_unit
+    return axes
 
 
 def residual_of(
     template: ResidualTemplate, shapes: TensorShapes, config: PretrainedConfig, prefix: str, layers: Sequence[str]
 ) -> ResidualStream:
-    """The residual stream of a model."""
+    """Return the residual stream of a model.
+
+    Args:
+        template: The template of the family.
+        shapes: The shapes of all parameters.
+        config: The config of the model.
+        prefix: The prefix of the base model's parameters, with the dot.
+        layers: The prefixes of the layers' parameters, with the dots.
+
+    Raises:
+        StructPruneError: If a parameter is missing, or does not have as many channels as the residual stream.
+    """
     size = number(config, template.size)
-    embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
-    names = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
-    norms = [name for name in names if name in shapes]
+    embed = f"{prefix}{template.embed}.weight"
+    final = f"{prefix}{template.final}.weight"
+    norms = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
+    writers = [
+        axis for layer in layers for name in template.producers for axis in _writers(layer + name, template, shapes)
+    ]
     reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
-    modules = [layer + module for layer in layers for module in template.producers]
-    writers = [axis for module in modules for axis in _writers(module, template, shapes)]
-    producers = [Axis(embed, 1), *writers, *(Axis(name, 0) for name in [*norms, final])]
+
+    producers = [Axis(embed, 1), *writers]
+    producers += [Axis(name, 0) for name in norms if name in shapes]
+    producers.append(Axis(final, 0))
     consumers = [axis for read in reads for axis in read.readers]
     if f"{template.head}.weight" in shapes:
         consumers.append(Axis(f"{template.head}.weight", 1))
+
     for axis in (*producers, *consumers):
-        if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
-            found = f"has shape {shapes[axis.param]}" if axis.param in shapes else "is missing"
-            raise StructPruneError(
-                f"{axis.param} {found}; the description of {config.model_type!r} says that its dimension {axis.dim} "
-                f"is the {size} channels of {template.size}."
-            )
+        _check_channels(axis, size, template, shapes, config)
+
+    # Only parameters inside the layers count, because `sparsity` is a share of these.
     inside = [axis for axis in (*producers, *consumers) if axis.param.startswith(tuple(layers))]
     space = Space(
         HIDDEN,
@@ -230,7 +304,6 @@ def residual_of(
         tuple(consumers),
         config=((template.size, 1),),
         pins=tuple((key, heads_of(config).head_dim) for key in template.pin),
-        # Only the parameters inside the layers count, because `sparsity` is a share of those.
         unit_params=sum(prod(shapes[axis.param]) // size for axis in inside),
         uniform=ONE_PER_MODEL,
     )
@@ -239,54 +312,98 @@ def residual_of(
     return ResidualStream(space, embed, written, tuple(reads), template.norm_offset, template.scaled_embedding)
 
 
+def _check_channels(
+    axis: Axis, size: int, template: ResidualTemplate, shapes: TensorShapes, config: PretrainedConfig
+) -> None:
+    """Raise if a parameter does not have the channels of the residual stream."""
+    shape = shapes.get(axis.param)
+    if shape is not None and shape[axis.dim] == size:
+        return
+    problem = "is missing" if shape is None else f"has shape {shape}"
+    raise StructPruneError(
+        f"{axis.param} {problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
+        f"{size} channels of {template.size}."
+    )
+
+
 def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: TensorShapes) -> Iterator[Read]:
+    """Yield the places where a layer reads the residual stream."""
     for tap, modules in template.consumers.items():
-        axes = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
-        if axes:
-            yield Read(layer, prefix + tap, tuple(axes), norm=tap in template.norms)
+        readers = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
+        if readers:
+            yield Read(layer, prefix + tap, tuple(readers), norm=tap in template.norms)
 
 
 def _writers(module: str, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
+    """Yield the axes of a module's weight and bias that write to the residual stream."""
     yield from _matrix(module, -2, template, shapes)
-    for bias, dim in ((f"{module}.bias", 0), (f"{module}_bias", 1)):
-        if bias in shapes:
-            yield Axis(bias, dim)
+    if f"{module}.bias" in shapes:
+        yield Axis(f"{module}.bias", 0)
+    if f"{module}_bias" in shapes:
+        yield Axis(f"{module}_bias", 1)
 
 
 def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
-    """The axis of a module's weight, or of a parameter that stacks the experts' matrices, if there is one."""
+    """Yield the axis of a module's weight, or of a parameter that stacks the matrices of experts, if there is one."""
     if f"{module}.weight" in shapes:
         yield Axis(f"{module}.weight", 2 + dim)
     elif module in shapes:
-        yield Axis(module, (-dim if template.transposed else 3 + dim))
+        yield Axis(module, -dim if template.transposed else 3 + dim)
 
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
-    """The vocabulary of a model with this text config; None if no rows belong to tokens."""
-    size, embedding, head = getattr(config, VOCAB_SIZE, None), embedding_of(model), model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if head is None:  # BLIP does not name its own
-        linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-        head = next((linear for linear in linears if linear.weight is weight), None)
-    tensors = model.state_dict(keep_vars=True)
-    rows = {id(weight) for part in (embedding, head) if isinstance(weight := getattr(part, "weight", None), Tensor)}
-    axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
-    if size is None or not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
+    """Return the vocabulary of a model with this text config, or None if no rows belong to tokens."""
+    size = getattr(config, VOCAB_SIZE, None)
+    if size is None:
         return None
-    if head is not None:  # biases of the logits, one number per token, in the head or beside it
-        path = next(name for name, module in model.named_modules() if module is head)
-        for name, tensor in tensors.items():
-            is_beside = name.rpartition(".")[0] in (path, path.rpartition(".")[0])
-            if is_beside and tensor.shape[-1] == tensor.numel() == size:
-                axes.append(Axis(name, tensor.ndim - 1))
-    per_layer = getattr(config, VOCAB_SIZE_PER_LAYER, None)
-    axes += [
-        Axis(f"{name}.weight", 0)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings == per_layer and id(module.weight) not in rows
-    ]
-    owned = {
-        id(tensor): tensor.numel() // size for axis in axes if isinstance(tensor := tensors[axis.param], nn.Parameter)
-    }
+    embedding = embedding_of(model)
+    head = _head_of(model, getattr(embedding, "weight", None))
+    tensors = model.state_dict(keep_vars=True)
+
+    weights = [getattr(part, "weight", None) for part in (embedding, head)]
+    rows = {id(weight) for weight in weights if isinstance(weight, Tensor)}
+    axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
+    if not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
+        return None
+
+    if head is not None:
+        axes += _logit_biases(model, head, tensors, size)
+    axes += _tables_per_layer(model, config, rows)
+
+    # Tied weights count once.
+    owned: dict[int, int] = {}
+    for axis in axes:
+        tensor = tensors[axis.param]
+        if isinstance(tensor, nn.Parameter):
+            owned[id(tensor)] = tensor.numel() // size
     keys = ((VOCAB_SIZE, 1),)
     return Space(VOCAB, MODEL, size, tuple(axes), (), keys, (), sum(owned.values()), unit=TOKEN, uniform=ONE_PER_MODEL)
+
+
+def _head_of(model: PreTrainedModel, embedding: Tensor | None) -> nn.Module | None:
+    """Return the head that predicts tokens. BLIP does not name its own, which shares the weight of the embedding."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return head
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is embedding:
+            return module
+    return None
+
+
+def _logit_biases(model: PreTrainedModel, head: nn.Module, tensors: Mapping[str, Tensor], size: int) -> Iterator[Axis]:
+    """Yield the axes of biases of the logits, one number per token, in the head or beside it."""
+    path = next(name for name, module in model.named_modules() if module is head)
+    for name, tensor in tensors.items():
+        owner = name.rpartition(".")[0]
+        is_near = owner in (path, path.rpartition(".")[0])
+        if is_near and tensor.shape[-1] == tensor.numel() == size:
+            yield Axis(name, tensor.ndim - 1)
+
+
+def _tables_per_layer(model: PreTrainedModel, config: PretrainedConfig, rows: set[int]) -> Iterator[Axis]:
+    """Yield the axes of further embeddings with a row for each token, which some models have for every layer."""
+    size = getattr(config, VOCAB_SIZE_PER_LAYER, None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == size and id(module.weight) not in rows:
+            yield Axis(f"{name}.weight", 0)

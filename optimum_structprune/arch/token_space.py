@@ -30,13 +30,14 @@ TOKEN_IDS = re.compile(
     r"(\w+_)?(id|ids|idx|index|indices)"
     r"|(begin_)?suppress_tokens"
     r"|sequence_bias"
-    r"|vocabulary_map"
+    r"|(\w+_)?(token|map|mapping)"
 )
 # The names that `TOKEN_IDS` matches although the numbers are something else:
 OTHER_NUMBERS = re.compile(
     r"\w*(layer|block|channel|hidden_state|hook)\w*"  # places in the model,
     r"|\w*out_indices|head_in_index|encoder_projection_indices|decode_index|eval_idx|merge_index|altup_active_idx"
-    r"|\w*ignore_index|no_aggregation_label_index"  # labels,
+    r"|\w*ignore_index|\w*label\w*"  # labels,
+    r"|\w*per_token|(auto|device|attribute)_map"  # numbers per token, classes and devices,
     r"|lang_id|default_prompt_id|max_initial_timestamp_index"  # languages, prompts and steps of time,
     r"|(codec|codebook|audio_stream|t2u|vocoder|subs|tag)_\w*"  # and entries of another vocabulary.
 )
@@ -72,7 +73,7 @@ def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool 
     new_ids = {old: new for new, old in enumerate(keep)}
     last = len(keep) - 1
 
-    for fields, name in [*_token_fields(config, size)]:
+    for fields, name in list(_token_fields(config, size)):
 
         def new_id(old: int, name: str = name) -> int:
             if old in new_ids or not 0 <= old < size:
@@ -98,7 +99,7 @@ def resize_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
         keep: The ids of the kept tokens, ascending.
         size: The number of rows of the original vocabulary.
     """
-    for fields in [*_sections(config, size)]:
+    for fields in list(_sections(config, size)):
         for name, value in list(fields.items()):
             if type(value) is not int:
                 continue

@@ -96,16 +96,23 @@ def _one_less(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 
 class _WithoutProducts(TorchDispatchMode):
-    """Return zeros in place of the products with weights of zero, which take most of the time of a pass."""
+    """Returns zeros in place of the products with weights of zero, which take most of the time of a pass.
+
+    Weights that a model changes in a pass, as RWKV rescales them, stay zero: they share one number in memory, which
+    torch does not write to.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in MATRIX_PRODUCTS:
-            return func(*args, **(kwargs or {}))
+        if func in MATRIX_PRODUCTS:
+            first, second = args[-2:]
+            if first.shape[1] != second.shape[0]:
+                raise RuntimeError(f"a matrix of shape {tuple(first.shape)} is multiplied by {tuple(second.shape)}")
+            return first.new_zeros(first.shape[0], second.shape[1])
 
-        first, second = args[-2:]
-        if first.shape[1] != second.shape[0]:
-            raise RuntimeError(f"a matrix of shape {tuple(first.shape)} is multiplied by {tuple(second.shape)}")
-        return first.new_zeros(first.shape[0], second.shape[1])
+        # The names of operations that write to their first argument end in an underscore.
+        if func.overloadpacket.__name__.endswith("_") and set(args[0].stride()) == {0}:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

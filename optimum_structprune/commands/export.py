@@ -42,6 +42,6 @@ def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
     file = gguf_file(args.output, args.gguf)
     written = to_gguf(replace(loading, dtype="auto"), args.output, file, args.gguf, args.overwrite)
-    size = f"{written.size}; the dense model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
-    text = f"{result.text}\nsaved to {file} for llama.cpp: {size}"
+    size = f"{written.size}; the original model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
+    text = f"{result.text}\nSaved to {file} for llama.cpp: {size}"
     return replace(result, text=text, values={**result.values, "gguf": {**asdict(written), "output": file}})

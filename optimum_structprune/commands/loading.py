@@ -23,10 +23,11 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
-from ..pruning.request import Request, ask, check_reads_text
+from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
 from ..system.disk import unchanging
 from ..system.offloading import check_reachable
+from ..system.placement import check_float64
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ SPREAD_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass
 class Loading:
-    """Loads models as the arguments say. It is checked when it is made, and registers families of a file."""
+    """Loads models by the flags of a command.
+
+    The flags are checked at construction, which also registers the families of `arch_file`.
+    """
 
     dtype: str = "auto"
     device: str | None = None
@@ -49,9 +53,10 @@ class Loading:
 
     @classmethod
     def of(cls, args: Namespace, **values: Any) -> Loading:
-        """Makes it of the flags of a command, and of values of a config."""
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-        return cls(**{**given, **values})
+        """Construct it from the flags of a command; `values` take precedence."""
+        flags = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+        flags |= values
+        return cls(**flags)
 
     def __post_init__(self) -> None:
         self.device = usable_device(self.device)
@@ -63,29 +68,34 @@ class Loading:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype that `--dtype` names; None for `auto`."""
-        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.dtype == "auto":
+            return None
+        return getattr(torch, self.dtype)
 
     def model_and_tokenizer(
         self, name: str, scratch: Path | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model and its tokenizer; layers that no file holds as they are go to the `scratch` folder."""
+        """Load a model and its tokenizer; see `model`."""
         with unchanging(name):
             tokenizer = self.tokenizer(name)
             return self.model(name, scratch), tokenizer
 
     def model(self, name: str, scratch: Path | None = None) -> PreTrainedModel:
-        """A model without its tokenizer."""
+        """Load a model in eval mode.
+
+        Args:
+            name: Its id or folder.
+            scratch: A folder for offloaded layers that no file holds in the form of the model.
+
+        Raises:
+            StructPruneError: If the model cannot be loaded, or its weights are not all those of its files.
+        """
         config = self.config(name)
         places: str | dict[str, str] | None = self.device
         if self.offload is not None:
-            older = next(Path(name).glob("*.bin"), None) if Path(name).is_dir() else None
-            if older is not None and not _weight_files(name):
-                raise StructPruneError(
-                    f"{older} is no safetensors file, and only these are read a layer at a time; convert it where it "
-                    f"fits: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
-                )
+            _check_safetensors(name)
             places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
-        torch.manual_seed(0)  # what the files lack, as a pooler, is the same in each run
+        torch.manual_seed(0)  # a pooler that the files lack is the same in each run
         try:
             model, loaded = model_class(config, self.arch_file).from_pretrained(
                 name,
@@ -95,18 +105,22 @@ class Loading:
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 attn_implementation=self.attn_implementation,
-                ignore_mismatched_sizes=True,  # they are refused below, with both shapes
+                ignore_mismatched_sizes=True,  # `_check_weights` refuses them, with both shapes
             )
         except torch.OutOfMemoryError as error:
             raise StructPruneError(f"The model cannot be put on --device {self.device}: {_line(error)}") from error
-        except Exception as error:  # whatever a damaged file or an odd config makes of the code that reads it
+        except Exception as error:  # a damaged file or an odd config raises errors of many kinds
             raise _cannot_load(name, error) from error
         _check_weights(name, loaded)
         check_reachable(model)
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """A model's tokenizer, which is read once."""
+        """Return a model's tokenizer, which is read once.
+
+        Raises:
+            StructPruneError: If it cannot be loaded, or the model does not read text.
+        """
         try:
             if name not in self.tokenizers:
                 read = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
@@ -114,15 +128,20 @@ class Loading:
                     raise OSError("it has no files there; save the model's own beside it")
                 self.tokenizers[name] = read
             return self.tokenizers[name]
-        except Exception as error:  # tokenizers raises a bare one
-            check_reads_text(self.without_weights(name))  # says more where the config is at fault
+        except Exception as error:  # tokenizers raises a bare Exception
+            # Its errors are more exact where the config is at fault.
+            check_reads_text(self.without_weights(name))
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
 
     def config(self, name: str) -> PretrainedConfig:
-        """A model's config."""
+        """Return a model's config.
+
+        Raises:
+            StructPruneError: If it cannot be read.
+        """
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # whatever an odd value makes of the code that reads it
+        except Exception as error:  # an odd value raises errors of many kinds
             raise _cannot_load(name, error) from error
 
     def check_attention(self, name: str) -> None:
@@ -142,18 +161,25 @@ class Loading:
         self.check_attention(name)
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> Request:
-        """Gives the request of a pruning, or refuses it as the pruning would."""
+    def ask(self, name: str, config: StructPruneConfig, options: RunOptions | None = None) -> PruningRequest:
+        """Resolve the request of a pruning without weights.
+
+        Raises:
+            StructPruneError: If the pruning would refuse it.
+        """
         self.check_attention(name)
-        model_config, known = self.config(name), self.device not in SPREAD_DEVICES
+        model_config = self.config(name)
+        is_one_device = self.device not in SPREAD_DEVICES
+        device = torch.device(str(self.device)) if is_one_device else None
+        offloaded = self.offload is not None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself says them
-            device, offloaded = torch.device(str(self.device)) if known else None, self.offload is not None
+            warnings.simplefilter("ignore")  # the run itself repeats the warnings
             info = ModelInfo.without_weights(
                 model_config, config.arch_file, self.torch_dtype, self.trust_remote_code, device, offloaded
             )
-            request = ask(config, info, self.tokenizer(name), options=options)
-        if request.widths and known and (self.torch_dtype or model_config.dtype):
+            request = resolve_request(config, info, self.tokenizer(name), options=options)
+        has_dtype = self.torch_dtype or model_config.dtype
+        if request.widths and is_one_device and has_dtype:
             check_memory(request, inplace=True)
         return request
 
@@ -168,7 +194,10 @@ def usable_device(name: str | None) -> str:
     try:
         if torch.device(name).type == "meta":
             raise ValueError("it holds no weights")
+        check_float64(name)
         torch.empty(0, device=name)
+    except StructPruneError:
+        raise
     except Exception as error:  # torch raises an AssertionError, a RuntimeError or a NotImplementedError
         have = "cpu" + ("".join(f", cuda:{index}" for index in range(torch.cuda.device_count())))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -177,34 +206,50 @@ def usable_device(name: str | None) -> str:
 
 
 def weights_bytes(name: str) -> int:
-    """The size of the safetensors files in a model's folder."""
+    """Return the bytes of the safetensors files in a model's folder."""
     return sum(path.stat().st_size for path in _weight_files(name))
 
 
+def _check_safetensors(name: str) -> None:
+    """Raise an error if a folder has weights in another format alone, which are not read a layer at a time."""
+    if not Path(name).is_dir() or _weight_files(name):
+        return
+    older = next(Path(name).glob("*.bin"), None)
+    if older is not None:
+        raise StructPruneError(
+            f"{older} is no safetensors file, and only these are read a layer at a time; convert it where it "
+            f"fits: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
+        )
+
+
 def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
-    """Refuse a model whose weights are not all those of its files."""
+    """Raise an error if weights are missing from the files of a model, or have other shapes."""
     poolers = {key for key in loaded["missing_keys"] if key.startswith("pooler.")}
-    if poolers:  # sentence-transformers reads none, so that many of its models come without
+    if poolers:  # sentence-transformers reads no pooler, so many of its models lack one
         logger.warning("%r has no pooler; one that is random and that nobody reads is saved.", name)
-    if missing := sorted({*loaded["missing_keys"]} - poolers):
+    missing = sorted({*loaded["missing_keys"]} - poolers)
+    if missing:
         raise StructPruneError(
             f"{name!r} lacks weights that its config asks for, which would be random: {some_of(missing)}. The config "
             "and the weights have to be of the same model."
         )
-    if mismatched := sorted(loaded["mismatched_keys"]):
-        key, there, here = mismatched[0]
-        more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+    mismatched = sorted(loaded["mismatched_keys"])
+    if mismatched:
+        key, file_shape, config_shape = mismatched[0]
+        rest = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
         raise StructPruneError(
-            f"{name!r} has weights of other shapes than its config says: {key} is {tuple(there)} in the file and "
-            f"{tuple(here)} by the config{more}."
+            f"{name!r} has weights of other shapes than its config says: {key} is {tuple(file_shape)} in the file and "
+            f"{tuple(config_shape)} by the config{rest}."
         )
-    if unexpected := sorted(loaded["unexpected_keys"]):
+    unexpected = sorted(loaded["unexpected_keys"])
+    if unexpected:
         logger.warning("%r has weights that the model does not use, which are dropped: %s.", name, some_of(unexpected))
 
 
 def _cannot_load(name: str, error: Exception) -> StructPruneError:
-    """The error that says why a model cannot be loaded: which of its files is damaged, or what transformers says."""
-    if damaged := next(_damaged_files(name), None):
+    """Return the error of a model that cannot be loaded: it names a damaged file, or repeats that of transformers."""
+    damaged = next(_damaged_files(name), None)
+    if damaged is not None:
         return StructPruneError(f"{damaged} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
     if name.endswith(".gguf"):
         return StructPruneError(f"{name} is a GGUF file, which is not pruned; name the model that it was made of.")
@@ -215,11 +260,14 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
 
 
 def _weight_files(name: str) -> list[Path]:
-    return sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    """Return the safetensors files of a folder; none of an id."""
+    if not Path(name).is_dir():
+        return []
+    return sorted(Path(name).glob("*.safetensors"))
 
 
 def _damaged_files(name: str) -> Iterator[Path]:
-    """The safetensors files of a folder that cannot be read, and their index."""
+    """Yield the index files and the safetensors files of a folder that cannot be read."""
     for path in Path(name).glob("*.safetensors.index.json"):
         try:
             "".join(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
@@ -234,5 +282,5 @@ def _damaged_files(name: str) -> Iterator[Path]:
 
 
 def _line(error: Exception) -> str:
-    """The message of an error in one line, as far as a sentence."""
+    """Return the first 300 characters of an error's message, in one line."""
     return one_line(error)[:300] or type(error).__name__

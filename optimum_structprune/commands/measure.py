@@ -1,4 +1,4 @@
-"""`structprune evaluate`: how large, how good and how fast models are."""
+"""`structprune evaluate`: measures the size, the quality and the speed of models."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import Evaluation, check_evaluation
+from ..evaluation.evaluate import check_evaluation
 from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import cache_name
-from ..record.remarks import measurements_text
-from ..record.table import side_by_side
-from ..saving.card import EVALUATION_NAME, SPEED_NAME
-from ..saving.page import PAGE_NAME, check_result, write_report
+from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
+from ..record.figures import PRUNED, SizeResult
+from ..record.measured import measurement_lines
+from ..saving.names import EVALUATION_NAME, PAGE_NAME, SPEED_NAME
+from ..saving.page import check_result, write_report
 from ..system.disk import check_folder, unchanging
 from ..system.fingerprint import vocabulary_hash
 from ..system.stages import model_bytes
@@ -37,46 +38,61 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(args: Namespace) -> Result:
-    """Check all models by their configs, measure them, and write the files that are asked for."""
-    is_judged = bool(args.domain or args.answers or args.pairs)
+    """Check all models by their configs, measure them, and write the requested files."""
+    measures_quality = bool(args.domain or args.answers or args.pairs)
     if args.html:
-        _check_page(args, is_judged)
-    loading, paths = Loading.of(args), _paths(args)
+        _check_page(args, measures_quality)
+    loading = Loading.of(args)
+    paths = _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
-    settings, notes = _check_quality(args, loading, paths) if is_judged else ({}, [])
+    settings: dict[str, Any] = {}
+    notes: list[str] = []
+    if measures_quality:
+        settings, notes = _check_quality(args, loading, paths)
     if args.mteb:
         check_tasks(args.mteb)
-    if args.html and not (is_judged or args.speed or args.mteb):
-        return _with_page(args, "", {})
+    if args.html and not (measures_quality or args.speed or args.mteb):
+        return _with_page(args, [], {})
+
     # For speed, all models are in memory together, and none is loaded twice.
     load = cache(loading.model) if args.speed else loading.model
-    record, evaluations = _measured(args, loading, load, paths, settings)
-    # The sizes of one result are known from its pruning.
-    shown = evaluations[0].to_dict() if len(evaluations) == 1 else record
-    if args.html and is_judged:
-        evaluations[0].save(Path(args.models[0], EVALUATION_NAME))
+    measurement = _measured(args, loading, load, paths, settings)
     if args.speed:
-        speed = measure_speed({name: load(path) for name, path in paths.items()}, **speed_settings)
-        shown = {**shown, **speed.to_dict()}
-        if args.html:
-            speed.save(Path(args.models[0], SPEED_NAME))
+        measurement.speed = measure_speed({name: load(path) for name, path in paths.items()}, **speed_settings)
     if args.mteb:
-        shown = {**shown, "tasks": task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)}
-    notes = notes if shown.get("perplexity") else []  # of an encoder's vectors there is nothing to say
-    values = {**record, **shown, "notes": notes}
-    text = "\n".join([measurements_text(shown), *notes])
-    return _with_page(args, text, values) if args.html else Result(text, values)
+        scores = task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)
+        for task, by_model in scores.items():
+            for name, score in by_model.items():
+                measurement.models[name].tasks[task] = score
+
+    # The vectors of encoders do not depend on the tokenizer.
+    evaluations = measurement.evaluations
+    has_loss = any(domain.perplexity for evaluation in evaluations.values() for domain in evaluation.domains.values())
+    notes = notes if has_loss else []
+    values = {**measurement.to_dict(), "notes": notes}
+    lines = [*measurement_lines(measurement), *notes]
+    if not args.html:
+        return Result("\n".join(lines), values)
+
+    folder = Path(args.models[0])
+    for evaluation in evaluations.values():
+        evaluation.save(folder / EVALUATION_NAME)
+    if measurement.speed is not None:
+        measurement.speed.save(folder / SPEED_NAME)
+    return _with_page(args, lines, values)
 
 
 def _paths(args: Namespace) -> dict[str, str]:
-    """The models by name, the dense one first."""
+    """Return the models by name, the original one first."""
     if args.against and len(args.models) == 1:
-        return {"dense": args.against, "model": args.models[0]}
-    models = [*filter(None, [args.against]), *args.models]
-    return dict(zip(names_of(models), models, strict=True)) if len(models) > 1 else {"model": models[0]}
+        return {ORIGINAL: args.against, PRUNED: args.models[0]}
+    models = [args.against, *args.models] if args.against else list(args.models)
+    if len(models) == 1:
+        return {"model": models[0]}
+    return dict(zip(names_of(models), models, strict=True))
 
 
-def _check_page(args: Namespace, is_judged: bool) -> None:
+def _check_page(args: Namespace, measures_quality: bool) -> None:
     """Refuse a page that cannot be written, before a model is loaded in vain."""
     if len(args.models) > 1:
         raise StructPruneError(f"--html writes the page of one result, and {len(args.models)} models are named.")
@@ -85,87 +101,119 @@ def _check_page(args: Namespace, is_judged: bool) -> None:
     (folder,) = args.models
     check_result(folder)
     check_folder(folder)
-    written = {PAGE_NAME: True, EVALUATION_NAME: is_judged, SPEED_NAME: args.speed}
-    check_unchanged(*(Path(folder, name) for name, is_due in written.items() if is_due))
+    names = [PAGE_NAME]
+    names += [EVALUATION_NAME] if measures_quality else []
+    names += [SPEED_NAME] if args.speed else []
+    check_unchanged(*(Path(folder, name) for name in names))
 
 
-def _with_page(args: Namespace, text: str, values: Mapping[str, object]) -> Result:
+def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
+    """Return a result with the page about it."""
     page = write_report(args.models[0], dense=args.against or "")
-    return Result("\n\n".join([*filter(None, [text]), f"the report is {page}"]), {**values, "report": str(page)})
+    return Result("\n".join([*lines, f"Report: {page}"]), {**values, "report": str(page)})
 
 
 def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Refuse a measurement that cannot be made. Gives the settings of `evaluate`, and notes on tokenizers."""
-    first, dense_tokenizer, notes = next(iter(paths.values())), None, []
+    """Refuse a measurement that cannot be made.
+
+    Returns:
+        The settings of `evaluate`, and notes on tokenizers.
+    """
+    first = next(iter(paths.values()))
+    dense_tokenizer = None
+    notes = []
     if len(paths) > 1:
         tokenizers = [loading.tokenizer(model) for model in args.models]
         try:
             dense_tokenizer = loading.tokenizer(first)
         except StructPruneError as error:
-            logger.warning("%s The dense model reads with the tokenizer of the model that it is compared with.", error)
-        if dense_tokenizer is not None and len({*map(vocabulary_hash, [dense_tokenizer, *tokenizers])}) > 1:
-            notes = [f"vocabularies differ: perplexity is per token of {first}."]
-    dense = {"dense": loading.without_weights(args.against)} if args.against else {}
+            logger.warning("%s The tokenizer of the compared model reads the text for the original one.", error)
+        readers = tokenizers if dense_tokenizer is None else [dense_tokenizer, *tokenizers]
+        if dense_tokenizer is not None and len({vocabulary_hash(reader) for reader in readers}) > 1:
+            notes = [f"The vocabularies differ; perplexity is per token of {first}."]
+
+    original = [loading.without_weights(args.against)] if args.against else []
     for model in args.models:
-        shapes = {**dense, "model": loading.without_weights(model)}
-        check_evaluation(shapes, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
+        models = [*original, loading.without_weights(model)]
+        check_evaluation(models, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
     names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
-    return {"dense_tokenizer": dense_tokenizer, **{name: vars(args)[name] for name in names}}, notes
+    settings = {name: getattr(args, name) for name in names}
+    return {**settings, "dense_tokenizer": dense_tokenizer}, notes
 
 
 def _measured(
-    args: Namespace, loading: Loading, load: Callable[[str], PreTrainedModel], paths: Mapping[str, str], settings: Any
-) -> tuple[dict[str, Any], list[Evaluation]]:
-    """The sizes of all models, and with settings the evaluations of all but the dense one; one is there at a time."""
-    records: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
-    dense, evaluations = None, []
-    for name, path in paths.items():
-        is_dense = bool(args.against) and not records
+    args: Namespace,
+    loading: Loading,
+    load: Callable[[str], PreTrainedModel],
+    paths: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Measurement:
+    """Measure the models one after the other.
+
+    Args:
+        args: The arguments of the command.
+        loading: Loads tokenizers.
+        load: Loads models.
+        paths: The models by name.
+        settings: The settings of `evaluate`; without any, only sizes are measured.
+    """
+    measurement = Measurement()
+    original = None
+    for number, (name, path) in enumerate(paths.items()):
+        is_original = bool(args.against) and number == 0
+        reads_text = bool(settings) and not is_original
         with unchanging(path):
-            tokenizer, model = loading.tokenizer(path) if settings and not is_dense else None, load(path)
-        records.append((_sizes(model, name, args.arch_file), {name: name}))
-        if is_dense:
-            dense = model
+            tokenizer = loading.tokenizer(path) if reads_text else None
+            model = load(path)
+        measured = _sizes(model, path, args.arch_file)
+        if is_original:
+            original = model
         elif tokenizer is not None:
-            evaluation = quality.evaluate(model, tokenizer, args.domain, dense, **settings)
-            evaluations.append(evaluation)
-            # Of several ratios to the dense model, the table shows the last one.
-            records.append((evaluation.to_dict(), {"dense": next(iter(paths)), "model": name, "ratio": "ratio"}))
+            measured.evaluation = quality.evaluate(model, tokenizer, args.domain, original, **settings)
+        measurement.models[name] = measured
+        # The next model is loaded after this one has left the memory.
         del model
-    return side_by_side(records), evaluations
+    return measurement
 
 
-def _sizes(model: PreTrainedModel, name: str, arch_file: str | None) -> dict[str, Any]:
-    """The sizes of a model as a record, in which it has this name."""
-    sizes: dict[str, Any] = {"parameters": model.num_parameters(), "weights": model_bytes(model)}
+def _sizes(model: PreTrainedModel, path: str, arch_file: str | None) -> MeasuredModel:
+    """Return the sizes of a model."""
+    size = SizeResult(model.num_parameters(), bytes=model_bytes(model))
     if predicts_next(model) and cache_name(model) is not None:
-        sizes["cache_per_token"] = cache_per_token(model)
-    widths = {}
-    with suppress(StructPruneError):  # a model that is not described has no widths that are known
+        size.cache_per_token = cache_per_token(model)
+    measured = MeasuredModel(path, size)
+    # The widths of a model that no file describes are unknown.
+    with suppress(StructPruneError):
         arch = describe(model, arch_file)
-        sizes["layers"] = arch.num_layers
-        widths = {kind: {name: [*arch.widths(kind).values()]} for kind in arch.names}
-    return {**{field: {name: size} for field, size in sizes.items()}, "widths": widths}
+        size.layers = arch.num_layers
+        size.layer_parameters = sum(arch.layer_params)
+        measured.widths = {kind: [*arch.widths(kind).values()] for kind in arch.names}
+    return measured
 
 
 def _checked_speed(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> dict[str, Any]:
-    """Gives the checked settings of `measure_speed`, by models without weights."""
+    """Return the checked settings of `measure_speed`, by models without weights."""
     if loading.device in SPREAD_DEVICES:
         raise StructPruneError(f"--device {args.device} spreads a model, and speed is that of one device: name one.")
-    settings = {name: vars(args)[name] for name in ("new_tokens", "repeats", "clock")}
-    # A default of argparse would stay beside what is given.
-    settings |= {"batch_sizes": [args.batch_size or 1], "prompts": args.prompt or [128]}
-    named = zip(names_of([*paths.values()]), paths.values(), strict=True)
-    shapes = {name: loading.without_weights(path) for name, path in named}
-    check_speed(shapes, **settings, device=str(loading.device))
+    settings = {
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+        "clock": args.clock,
+        "batch_sizes": [args.batch_size or 1],
+        # argparse would append the prompts to a default.
+        "prompts": args.prompt or [128],
+    }
+    names = names_of(list(paths.values()))
+    models = {name: loading.without_weights(path) for name, path in zip(names, paths.values(), strict=True)}
+    check_speed(models, **settings, device=str(loading.device))
     return settings
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too."""
+    """Return a short name for each model: the last part of its path, or the path, numbered where it occurs again."""
     names = told_apart([Path(path).name for path in paths], paths)
-    taken = [*names, "ratio"]  # what a margin of error may be of beside models
-    return [
-        f"{name} ({names[:number].count(name) + 1})" if taken.count(name) > 1 else name
-        for number, name in enumerate(names)
-    ]
+    numbered = []
+    for number, name in enumerate(names):
+        is_repeated = names.count(name) > 1
+        numbered.append(f"{name} ({names[:number].count(name) + 1})" if is_repeated else name)
+    return numbered

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import StructPruneError
+from ..errors import SeenTextWarning, StructPruneError, one_line
 from ..system.stages import logger as stages
 from ..written import to_json
 
@@ -26,10 +26,21 @@ MUTED_LOGGERS = ("transformers.integrations.heterogeneity.configuration_utils", 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a command, for people and as plain values for JSON."""
+    """The result of a command.
+
+    Attributes:
+        text: The printed form.
+        values: The plain values for JSON.
+        next_command: The command to run next; empty where none is suggested.
+    """
 
     text: str
     values: Mapping[str, Any]
+    next_command: str = ""
+
+    def __str__(self) -> str:
+        """Return the text with the suggested command as its last line."""
+        return f"{self.text}\nNext: {self.next_command}" if self.next_command else self.text
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:
@@ -42,7 +53,7 @@ def check_file(file: str, label: str, overwrite: bool = False) -> None:
 
 
 def visible(text: str) -> str:
-    """A text in which control codes, as in a name or an answer, are spelled out: a terminal would obey them."""
+    """Return a text with control characters escaped, because a terminal would obey them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda code: repr(code[0])[1:-1], text)
 
 
@@ -53,7 +64,7 @@ def show(result: Result, args: Namespace) -> None:
         Path(args.json).write_text(document + "\n", encoding="utf-8")
     try:
         encoding = sys.stdout.encoding or "utf-8"
-        text = document if args.json is True else visible(result.text)
+        text = document if args.json is True else visible(str(result))
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
@@ -62,7 +73,7 @@ def show(result: Result, args: Namespace) -> None:
 
 
 def note(args: Namespace, text: str) -> None:
-    """Tell how the work goes, unless `--quiet` is given."""
+    """Write a note on the progress to the standard error, unless `--quiet` is given."""
     if not args.quiet:
         sys.stderr.write(f"{visible(text)}\n")
 
@@ -89,8 +100,16 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell those who call them
+        # Libraries address these to programmers; the result of an evaluation repeats the others.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=SeenTextWarning)
+        warnings.showwarning = _show_warning
         yield
+
+
+def _show_warning(message: Warning | str, *place: Any, **options: Any) -> None:
+    """Write a warning as one line, without the file and the line of code that it comes from."""
+    sys.stderr.write(f"warning: {visible(one_line(message))}\n")
 
 
 def _hide_bars(reads_text: bool, stack: ExitStack) -> None:

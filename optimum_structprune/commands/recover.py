@@ -6,24 +6,21 @@ import sys
 import warnings
 from argparse import Namespace
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from shlex import join
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
-from ..record.answers import Items
-from ..record.remarks import judged, verdict
-from ..record.report import REPORT_NAME
-from ..recovery.recover import Recovery, check_recovery
+from ..record.report import REPORT_NAME, Report
+from ..record.summary import next_command, recovery_lines, report_lines
+from ..record.verdict import judge
+from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
-from ..recovery.trainer import NothingGainedWarning
-from ..saving.card import Records
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, unchanging, used_paths
@@ -31,10 +28,11 @@ from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
+from .saved import result_lines
 
 
 def recover(args: Namespace) -> Result:
-    """Train, save, and show what came of it."""
+    """Train, save, and show the result."""
     config, folder = recovery_config(args), Path(args.model)
     pruning = StructPruneConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     output = Output(args.output, args.overwrite, [args.teacher, args.arch_file, *used_paths(config, pruning)])
@@ -53,15 +51,15 @@ def recover(args: Namespace) -> Result:
 
 
 def pushed(args: Namespace, result: Result) -> Result:
-    """Pushes a result to the Hub if asked to, and gives it with the address."""
+    """Push a result to the Hub if the arguments ask for it, and return it with the address."""
     if args.push_to_hub is None or not is_first_rank():
         return result
     url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
-    return replace(result, text=f"{result.text}\npushed to {url}", values={**result.values, "pushed": url})
+    return replace(result, text=f"{result.text}\nPushed to {url}", values={**result.values, "pushed": url})
 
 
 def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneConfig | None) -> Recovery:
-    """Makes the training that the arguments of `recover` ask for; its checkpoints lie beside the output."""
+    """Return the training for the arguments of `recover`; its checkpoints lie beside the output."""
     training = {"output_dir": _checkpoints(args.output), **config.training}
     return Recovery(replace(config, training=training), pruning, pruned=args.model)
 
@@ -69,31 +67,47 @@ def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneCo
 def recover_and_save(
     args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Result:
-    """Trains and saves a model with the arguments of `recover`, and gives the report."""
-    earlier: Items = []
-    with suppress(StructPruneError):  # the pruning has no record, or one that cannot be read
-        earlier = read_json(Path(args.model, REPORT_NAME)).get("answers") or []
+    """Train and save a model with the arguments of `recover`, and return the report."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NothingGainedWarning)  # the report says it
+            # The report says it too.
+            warnings.simplefilter("ignore", NothingGainedWarning)
             recovered = recovery.recover_model(
                 model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
             )
     except KeyboardInterrupt:
         _say_how_to_go_on(args, Path(recovery.config.training["output_dir"]))
         raise
+
     report = recovery.report
     assert report is not None
+    pruning = _pruning_report(args.model)
     check = ShortCheck(tokenizer, report.tokens)
     check.ask("recovered", recovered)
-    report.answers = check.items(earlier)
+    report.answers = check.result(None if pruning is None else pruning.answers)
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)
-    if recovery.config.training["output_dir"] == (checkpoints := _checkpoints(args.output)):
+    checkpoints = _checkpoints(args.output)
+    if recovery.config.training["output_dir"] == checkpoints:
         remove_checkpoints(checkpoints)
-    saved = Records.read(args.output).report
-    lines = [str(report), *(verdict(saved) if judged(saved) is not saved else []), f"saved to {args.output}"]
-    return Result("\n".join(lines), {**asdict(report), "output": args.output})
+
+    lines = recovery_lines(report)
+    if pruning is not None:
+        pruning.recovery = report
+        lines = report_lines(pruning)
+    lines += result_lines(args.output, recovered.config, recovery.pruning.arch_file)
+    suggestion = ""
+    if pruning is not None:
+        dense = args.teacher or pruning.model.name or "ORIGINAL"
+        suggestion = next_command(judge(pruning), dense, args.output, is_recovered=True)
+    return Result("\n".join(lines), {**report.to_dict(), "output": args.output}, suggestion)
+
+
+def _pruning_report(folder: str) -> Report | None:
+    """Return the report of the pruning of a model, or None if it has no report that can be read."""
+    with suppress(StructPruneError):
+        return Report.load(Path(folder, REPORT_NAME))
+    return None
 
 
 def _say_how_to_go_on(args: Namespace, checkpoints: Path) -> None:
@@ -106,5 +120,5 @@ def _say_how_to_go_on(args: Namespace, checkpoints: Path) -> None:
 
 
 def _checkpoints(output: str) -> str:
-    """Gives the folder of checkpoints beside the output, however that is written, such as `a/..`."""
+    """Return the folder of checkpoints beside the output, whose path may be written as `a/..`."""
     return f"{resolved(output)}.checkpoints"

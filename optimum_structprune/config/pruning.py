@@ -19,8 +19,6 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields that say how much is removed. A config has exactly one of them.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The allocations that give all layers the same width.
-ONE_WIDTH = ("uniform", "search_uniform")
 # The built-in refits are in `method/refit.py`.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
 # The languages with built-in text, by their codes (ISO 639-1).
@@ -95,9 +93,8 @@ class StructPruneConfig(Config):
             experts is `reap`.
         refit: The method that updates the kept weights: `none`, `least_squares`, or a registered refit.
         rounds: The number of rounds of calibration, scoring and removal. Each round removes the same fraction.
-        allocation: The distribution of the removal over the layers. `uniform` gives all layers the same width. The
-            others use measured losses: `sensitivity` gives each layer a width of its own, `search` also tries one
-            shape for all layers, and `search_uniform` searches for the best widths that are the same in all layers.
+        allocation: The distribution of the removal over the layers. `uniform` gives all layers the same width.
+            `sensitivity` measures the loss of each layer and gives each layer a width of its own.
         round_to: Channel widths that `sparsity` or `budget` determines are multiples of this number. Explicit
             widths need not be. `auto` is the largest power of two up to 64 that reaches any target within 1 % of the
             layers' parameters: 64 in models of usual size, and less in small models.
@@ -178,7 +175,7 @@ class StructPruneConfig(Config):
         metadata={"help": "The method that updates the kept weights: `none`, `least_squares`, or a registered refit."},
     )
     rounds: int = field(default=1, metadata={"help": "The number of rounds of calibration, scoring and removal."})
-    allocation: Literal["uniform", "sensitivity", "search", "search_uniform"] = field(
+    allocation: Literal["uniform", "sensitivity"] = field(
         default="uniform", metadata={"help": "The distribution of the removal over the layers."}
     )
     round_to: int | Literal["auto"] = field(
@@ -311,11 +308,6 @@ class StructPruneConfig(Config):
             raise StructPruneError(
                 f"widths={self.widths} determines the width of every layer, so allocation={self.allocation!r} and "
                 f"skip_layers={skipped} have no effect. Remove them, or pass one number for each space."
-            )
-        if self.allocation == "search_uniform" and (self.widths is not None or skipped):
-            raise StructPruneError(
-                f"allocation='search_uniform' searches for one shape of all layers, which widths={self.widths} and "
-                f"skip_layers={skipped} contradict. Remove them, or pass allocation='search'."
             )
         if self.general_text is not None and self.general_share == 0:
             raise StructPruneError(

@@ -16,8 +16,6 @@ TRAINING = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
-    "logging_steps": 10,
-    "train_sampling_strategy": "sequential",
     "report_to": "none",
 }
 
@@ -31,10 +29,10 @@ class RecoveryConfig(Config):
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 
     Args:
-        tokens: The number of tokens to train on in all; those of prompts do not count. The domains give text by their
+        tokens: The number of tokens to read in all, prompts and answers included. The domains are read by their
             weights.
-        seq_length: The number of tokens in a training sample, of which those of prompts do not count. By default it is
-            that of the pruning, or 128 if that is less.
+        seq_length: The number of tokens in a training sample. By default 512 on a CPU and 1,024 on a GPU; less if the
+            model has fewer positions, or if the training would have fewer than 100 samples.
         domains: The training text, without the documents that the perplexity is measured on. None stands for the
             domains of the pruning, without what the model wrote beside them.
         train: What is trained: `lora` trains a low-rank adapter, `full` all weights.

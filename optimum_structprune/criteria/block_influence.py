@@ -36,7 +36,7 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
         leaving = batch.counted(first_of(output).double())
         # A layer of a model on several devices may return its output on another device.
         entering = batch.counted(inputs.pop(index).double()).to(leaving.device)
-        distances[index].append((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
+        distances[index].append((1 - cosine_similarity(entering.to(leaving.device), leaving, dim=-1)).sum())
 
     count = 0
     with intercept(layer_list(model, arch), before, after):

@@ -1,13 +1,13 @@
-"""Calibration text that the model writes itself (Williams et al., arXiv 2410.17170): answers and continuations, or
-text of any kind (`ANY`), which begins with a word that is drawn from the vocabulary (LLM-QAT, arXiv 2305.17888,
-section 3.1).
+"""Generate calibration text with the model itself.
+
+The model answers prompts or continues openings (Williams et al., 2024, arXiv:2410.17170). Text of any kind (`ANY`)
+begins with a random word of the vocabulary (LLM-QAT, Liu et al., 2023, arXiv:2305.17888, section 3.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil, inf, log
 from pathlib import Path
 from random import Random
@@ -33,19 +33,24 @@ from .templates import chat_text
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
-# The documents of a batch: 8 take as long as 16, and more at a time cost less each. The last batch has what is
-# missing, up to half as many again.
-MIN_BATCH, MAX_BATCH = 16, 64
-# The number of tokens in a document: at most, and at least if it is to be kept. Short ones take few steps.
-MAX_TOKENS, MIN_TOKENS = 64, 32
-EXPECTED_SHARE = 0.9  # of `MAX_TOKENS` that a document has, before any is written
-# A token is never drawn that is so much less likely than the likeliest. Text to judge models by needs rare words.
-MIN_P, OTHER_MIN_P = 0.02, 1e-4
-# A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
-RUN_TOKENS, MIN_DISTINCT_RUNS = 4, 0.5
-# So is one whose perplexity lies above or below the median of its batch by more than this factor.
+# Documents in a batch. 8 documents take as long as 16, and a larger batch is cheaper per document.
+MIN_BATCH = 16
+MAX_BATCH = 64
+# Tokens in a document. Shorter documents are dropped, and longer ones would take more steps.
+MIN_TOKENS = 32
+MAX_TOKENS = 64
+# The expected length of a document, as a share of `MAX_TOKENS`, before any has been generated.
+EXPECTED_SHARE = 0.9
+# Tokens whose probability is below this share of the highest one are never sampled. Unseen text needs rare words.
+MIN_P = 0.02
+OTHER_MIN_P = 1e-4
+# A document is dropped as repetitive unless this share of its runs of 4 tokens is distinct.
+RUN_TOKENS = 4
+MIN_DISTINCT_RUNS = 0.5
+# A document is dropped if its perplexity differs from the median of its batch by more than this factor.
 MAX_PERPLEXITY_RATIO = 4.0
-MAX_USELESS_DOCUMENTS = 120  # in a row, after which no more are written
+# After this number of dropped documents in a row, generation stops.
+MAX_USELESS_DOCUMENTS = 120
 
 
 def self_documents(
@@ -56,157 +61,283 @@ def self_documents(
     tokens: int,
     openings: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Yields documents that a model writes, the same for a seed and `tokens` needed, and kept on the disk.
+    """Yield documents that a model generates.
 
-    With the name `OTHER` they go on from openings of all kinds, or from `openings` that are given.
+    The documents are cached on the disk. They depend on the model, the seed and `tokens` only.
+
+    Args:
+        model: A causal language model.
+        tokenizer: The tokenizer of the model.
+        name: The kind of text: a kind of `seed_prompts.yaml`, `ANY`, or `OTHER` for unseen text.
+        seed: The seed.
+        tokens: The number of tokens that are needed, which decides the sizes of batches.
+        openings: The openings of unseen text. By default openings of all kinds are used.
+
+    Raises:
+        StructPruneError: If the kind is unknown, the model is not causal, or its documents are of no use.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY, OTHER):
-        raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
+        raise StructPruneError(f"A model cannot generate {name!r}.{did_you_mean(name, [*kinds, ANY])}")
     if not predicts_next(model):
-        raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
+        raise StructPruneError(
+            f"{SELF}{name} requires a causal language model, and {type(model).__name__} is not one."
+        )
+
+    # Unseen text must differ from the text that is generated for calibration.
+    if name == OTHER:
+        seed = Random(f"{name} {seed}").getrandbits(32)
+
     chats = bool(tokenizer.chat_template) and name in kinds
-    if name == ANY:
-        prompts = vocabulary_words(tokenizer)
-    elif name == OTHER:
-        prompts = [*openings] if openings else [text for kind in kinds.values() for text in _prompts(kind, "begin")]
-    else:
-        prompts = _prompts(kinds[name], "ask" if chats else "begin")
-    seed = Random(f"{name} {seed}").getrandbits(32) if name == OTHER else seed  # nothing that is written for others
+    prompts = _prompts_of(name, kinds, tokenizer, chats, openings)
     Random(seed).shuffle(prompts)
-    keeps = not chats or kinds[name].get("keep", False)
-    author = _TextGenerator(model, tokenizer, prompts, chats, keeps, seed, OTHER_MIN_P if name == OTHER else MIN_P)
-    kept = author.kept(name)
-    known = broadcast_object(kept.read())
-    written = have = idle = 0  # documents, tokens of those that are kept, documents since the last of them
+    generator = _TextGenerator(
+        model,
+        tokenizer,
+        prompts,
+        chats=chats,
+        keeps_prompt=not chats or kinds[name].get("keep", False),
+        seed=seed,
+        min_p=OTHER_MIN_P if name == OTHER else MIN_P,
+    )
+    yield from _documents(generator, name, tokens)
+
+
+def _prompts_of(
+    name: str,
+    kinds: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chats: bool,
+    openings: Sequence[str] | None,
+) -> list[str]:
+    """Return the prompts of a kind of text."""
+    if name == ANY:
+        return vocabulary_words(tokenizer)
+    if name != OTHER:
+        return _filled_prompts(kinds[name], "ask" if chats else "begin")
+    if openings:
+        return list(openings)
+
+    prompts = []
+    for kind in kinds.values():
+        prompts += _filled_prompts(kind, "begin")
+    return prompts
+
+
+def _filled_prompts(kind: Mapping[str, Any], form: str) -> list[str]:
+    """Return each prompt of a kind with each of its topics."""
+    prompts = []
+    for prompt in kind[form]:
+        prompts += [prompt.replace("{topic}", topic) for topic in kind["topics"]]
+    return prompts
+
+
+def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the words of a vocabulary that can begin a text, or all its tokens if it has no such words."""
+    special_ids = set(tokenizer.all_special_ids)
+    texts = set()
+    words = set()
+
+    for token_id in range(len(tokenizer)):
+        if token_id in special_ids:
+            continue
+
+        text = str(tokenizer.decode([token_id])).strip()
+        if text:
+            texts.add(text)
+        if len(text) > 1 and text.isalpha() and not text[0].islower():
+            words.add(text)
+
+    return sorted(words or texts)
+
+
+def _documents(generator: _TextGenerator, name: str, tokens: int) -> Iterator[str]:
+    """Yield useful documents, generating batches until there are enough tokens, and then one batch after another."""
+    cache = generator.cache(name)
+    batches_by_name = broadcast_object(cache.read())
+    num_generated = 0
+    num_tokens = 0
+    num_dropped = 0
+
     while True:
-        mean = have / written if have else EXPECTED_SHARE * MAX_TOKENS
-        batches = _batches(written, ceil((tokens - have) / mean))
+        mean_tokens = EXPECTED_SHARE * MAX_TOKENS
+        if num_tokens:
+            mean_tokens = num_tokens / num_generated
+
+        batches = _batches(num_generated, ceil((tokens - num_tokens) / mean_tokens))
+
         for index, batch in enumerate(batches):
-            if str(batch) not in known:
-                known |= _written(author, batches[index:], kept)
-            documents = known.pop(str(batch))
-            written, have = batch[-1] + 1, have + sum(len(tokenizer(text)["input_ids"]) for text in documents)
-            idle = 0 if documents else idle + len(batch)
-            if idle >= MAX_USELESS_DOCUMENTS:
+            if str(batch) not in batches_by_name:
+                batches_by_name.update(_generate(generator, batches[index:], cache))
+
+            documents = batches_by_name.pop(str(batch))
+            num_generated = batch[-1] + 1
+            num_tokens += sum(len(generator.tokenizer(text)["input_ids"]) for text in documents)
+            num_dropped = 0 if documents else num_dropped + len(batch)
+
+            if num_dropped >= MAX_USELESS_DOCUMENTS:
                 raise StructPruneError(
-                    f"{SELF}{name}: of {idle} documents that the model wrote, all are too short, repeat "
-                    "themselves or are unlikely; use other text for this model."
+                    f"{SELF}{name}: the last {num_dropped} documents of the model are too short, repetitive or "
+                    "unlikely. Use other text for this model."
                 )
             yield from documents
 
 
-def _prompts(kind: Mapping[str, Any], form: str) -> list[str]:
-    return [prompt.replace("{topic}", topic) for prompt in kind[form] for topic in kind["topics"]]
-
-
-def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives the words of a vocabulary that may begin a text, or all its tokens for lack of words."""
-    special = set(tokenizer.all_special_ids)
-    tokens = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special]
-    words = [token for token in tokens if len(token) > 1 and token.isalpha() and not token[0].islower()]
-    return sorted(set(words) or set(filter(None, tokens)))
-
-
 @dataclass(frozen=True)
 class _TextGenerator:
-    """A model that writes one kind of text behind prompts, one after the other.
+    """Generate one kind of text from a list of prompts.
 
-    They are questions where it `chats`, else openings or words. A document begins with its prompt where it `keeps` it.
+    Attributes:
+        model: The model.
+        tokenizer: The tokenizer of the model.
+        prompts: Questions if `chats`, else openings or words. Document i uses prompt `i % len(prompts)`.
+        chats: Whether the prompts go through the chat template.
+        keeps_prompt: Whether a document begins with its prompt.
+        seed: The seed.
+        min_p: The lowest sampled probability, relative to the highest one.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[str]
     chats: bool
-    keeps: bool
+    keeps_prompt: bool
     seed: int
     min_p: float
 
-    def kept(self, name: str) -> KeptText:
-        """Gives the file of what this model writes of a kind."""
-        settings = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
+    def cache(self, name: str) -> KeptText:
+        """Return the file of the documents of this generator."""
+        filters = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        return KeptText(name, fingerprint(self.model), *settings, *reader, self.prompts[:MAX_BATCH], self.seed)
+        return KeptText(name, fingerprint(self.model), *filters, *reader, self.prompts[:MAX_BATCH], self.seed)
 
-    def write(self, batch: range) -> list[str]:
-        """Writes the documents of these numbers, and gives those that pass the filters."""
-        prompts = [self.prompts[i % len(self.prompts)] for i in batch]
+    def generate(self, batch: range) -> list[str]:
+        """Generate the documents with these numbers, and return those that pass the filters."""
+        prompts = [self.prompts[number % len(self.prompts)] for number in batch]
         if self.chats:
-            asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
-            prompts = [chat_text(self.tokenizer, messages, add_generation_prompt=True) for messages in asked]
+            prompts = [self._chat_prompt(prompt) for prompt in prompts]
+
         with evaluating(self.model), stage("writing"):
-            written = zip(prompts, self._continued(prompts, batch[0]), strict=True)
-        of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
-        middle = median([loss for *_, loss in of_use] or [0.0])
-        usual = [(prompt, ids) for prompt, ids, loss in of_use if abs(loss - middle) <= log(MAX_PERPLEXITY_RATIO)]
-        texts = self.tokenizer.batch_decode([ids for _, ids in usual], skip_special_tokens=True)
-        return [prompt * self.keeps + text for (prompt, _), text in zip(usual, texts, strict=True)]
+            continuations_with_loss = self._continue(prompts, batch[0])
+
+        candidates = []
+        for prompt, (ids, loss) in zip(prompts, continuations_with_loss, strict=True):
+            if _is_varied(ids):
+                candidates.append((prompt, ids, loss))
+
+        median_loss = median([loss for *_, loss in candidates] or [0.0])
+        documents = []
+
+        for prompt, ids, loss in candidates:
+            if abs(loss - median_loss) > log(MAX_PERPLEXITY_RATIO):
+                continue
+
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            documents.append(prompt + text if self.keeps_prompt else text)
+
+        return documents
+
+    def _chat_prompt(self, question: str) -> str:
+        """Return a question in the chat template."""
+        return chat_text(self.tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
 
     @torch.no_grad()
-    def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:
-        """Gives the texts written behind prompts, as token ids up to the end of each, with the loss per token."""
-        if self.chats:  # the template has put the prefix
-            rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        else:
-            rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
-        longest, device = max(map(len, rows)), self.model.device
-        check_positions(self.model, 1, "Self-written text", longest)
-        room = int(min(MAX_TOKENS, positions_of(self.model) - longest))
-        bar = progress(range(room), desc=f"writing {len(rows)} documents", unit="token")
-        losses: list[Tensor] = []  # of the tokens in nats, shape `(rows, 1)` each
+    def _continue(self, prompts: Sequence[str], first_number: int) -> list[tuple[list[int], float]]:
+        """Return the continuation of each prompt as token ids, and its loss in nats per token."""
+        rows = []
+        for prompt in prompts:
+            if self.chats:
+                # The chat template has added the prefix.
+                rows.append(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            else:
+                rows.append(tokenize_with_prefix(prompt, self.tokenizer))
 
-        def draw(_: Tensor, scores: Tensor) -> Tensor:
+        longest = max(len(row) for row in rows)
+        check_positions(self.model, 1, "Generated text", longest)
+        max_new_tokens = int(min(MAX_TOKENS, positions_of(self.model) - longest))
+        bar = progress(range(max_new_tokens), desc=f"Generating {len(rows)} documents", unit="token")
+        # The losses of each step in nats, shape `(rows, 1)`.
+        losses: list[Tensor] = []
+
+        def sample(_: Tensor, scores: Tensor) -> Tensor:
             token = drawn(scores, self.min_p)
             losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
             next(bar, None)
-            return torch.full_like(scores, -inf).scatter(1, token, 0.0)  # which greedy search then takes
+            # Greedy search then selects the sampled token.
+            return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
+        device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed * 1_000_003 + number)
-            settings = {"max_new_tokens": room, "use_cache": True}
-            texts = continuations(self.model, self.tokenizer, rows, settings, [draw])
-        of_row = torch.cat(losses, 1)
-        return [(text, float(of_row[row, : len(text)].mean())) for row, text in enumerate(texts)]
+            torch.manual_seed(self.seed * 1_000_003 + first_number)
+            settings = {"max_new_tokens": max_new_tokens, "use_cache": True}
+            texts = continuations(self.model, self.tokenizer, rows, settings, [sample])
+
+        losses_by_row = torch.cat(losses, 1)
+        return [(text, float(losses_by_row[row, : len(text)].mean())) for row, text in enumerate(texts)]
 
 
 def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
-    """Draws a token for each row of logits, shape `(rows, 1)`, among those that `min_p` leaves.
+    """Sample a token for each row of logits, by inverse transform sampling, which is cheaper than `multinomial`.
 
-    It is the one on whose part of the cumulative sum a uniform number falls, which costs less than `multinomial`.
+    Args:
+        scores: Logits, shape `(rows, vocab_size)`.
+        min_p: Tokens whose probability is below this share of the highest one are excluded.
+
+    Returns:
+        Token ids, shape `(rows, 1)`.
     """
     highest = scores.max(1, keepdim=True).values
-    row, token = (~(scores < highest + log(min_p))).nonzero(as_tuple=True)  # what is NaN is left to later checks
+    # This condition keeps NaN, which later checks report.
+    candidates = ~(scores < highest + log(min_p))
+    row, token = candidates.nonzero(as_tuple=True)
+
+    # One cumulative sum over the candidates of all rows.
     sums = (scores[row, token] - highest[row, 0]).exp().double().cumsum(0)
-    last = row.bincount(minlength=len(scores)).cumsum(0) - 1
-    ends = sums[last]
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    at = torch.lerp(starts, ends, torch.rand_like(ends))
-    return token[torch.searchsorted(sums, at, right=True).minimum(last)].unsqueeze(1)
+    last_candidate = row.bincount(minlength=len(scores)).cumsum(0) - 1
+    row_ends = sums[last_candidate]
+    row_starts = torch.cat([row_ends.new_zeros(1), row_ends[:-1]])
+
+    threshold = torch.lerp(row_starts, row_ends, torch.rand_like(row_ends))
+    index = torch.searchsorted(sums, threshold, right=True).minimum(last_candidate)
+    return token[index].unsqueeze(1)
 
 
 def _batches(first: int, count: int) -> list[range]:
-    """Divides `count` documents, numbered from `first` on, into batches."""
-    ends = [first]
-    while count > 0 or len(ends) == 1:
+    """Divide `count` documents, numbered from `first`, into batches. The last batch may be larger than the rest."""
+    batches = []
+
+    while count > 0 or not batches:
         size = MAX_BATCH if count > 1.5 * MAX_BATCH else max(count, MIN_BATCH)
-        ends.append(ends[-1] + size)
+        batches.append(range(first, first + size))
+        first += size
         count -= size
-    return [range(*pair) for pair in pairwise(ends)]
+
+    return batches
 
 
-def _varied(ids: Sequence[int]) -> bool:
-    runs = [tuple(ids[i : i + RUN_TOKENS]) for i in range(len(ids) - RUN_TOKENS + 1)]
+def _is_varied(ids: Sequence[int]) -> bool:
+    """Return whether a document is long enough and not repetitive."""
+    runs = [tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1)]
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT_RUNS * len(runs)
 
 
-def _written(author: _TextGenerator, batches: Sequence[range], kept: KeptText) -> dict[str, list[str]]:
-    """Lets each process write one of the first batches, and keeps them on the disk."""
-    own = batches[process_index() : process_index() + 1]
+def _generate(generator: _TextGenerator, batches: Sequence[range], cache: KeptText) -> dict[str, list[str]]:
+    """Generate one of the first batches in each process, and add them to the cache.
+
+    Returns:
+        The documents of each generated batch, by its name.
+    """
+    own_batch = batches[process_index() : process_index() + 1]
     with unshared():
-        texts = [author.write(batch) for batch in own]
-    by_process = zip(batches, filter(None, gather_objects(texts)), strict=False)
-    written = {str(batch): documents for batch, (documents,) in by_process}
-    for batch, documents in written.items() if process_index() == 0 else ():
-        kept.add(batch, documents)
-    return written
+        own_documents = [generator.generate(batch) for batch in own_batch]
+
+    # A process without a batch has an empty list.
+    gathered = [documents for documents in gather_objects(own_documents) if documents]
+    generated = {}
+
+    for batch, (documents,) in zip(batches, gathered, strict=False):
+        generated[str(batch)] = documents
+        if process_index() == 0:
+            cache.add(str(batch), documents)
+
+    return generated

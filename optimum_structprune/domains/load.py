@@ -29,11 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 def calibration_domains(
-    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, writes: bool = True
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    writes: bool = True,
+    earlier: Manifest | None = None,
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """Loads the domains of a config and general text that the model writes; the new config says so."""
+    """Load the domains of a config and general text that the model writes; the new config names this text."""
     written = with_written_text(config) if can_write(model, tokenizer) else config
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=Manifest.seen_by(model), writes=writes)
+    seen = earlier or Manifest.seen_by(model)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
     try:
         return written, load(written)
     except StructPruneError as error:

@@ -34,7 +34,23 @@ COUNTED, JUDGED = "counted to choose tokens", "judged by"
 
 @dataclass
 class Entry:
-    """One domain of a manifest; its schema in `saving/schemas` has a sentence for each field."""
+    """One domain of a manifest.
+
+    Attributes:
+        name: The name of the domain.
+        origin: The config of the domain; empty where a program gave inputs.
+        weight: The share of the domain in the calibration text.
+        calibration_tokens: The number of tokens that were calibrated on, or trained on.
+        heldout_tokens: The number of tokens that were held out.
+        samples_sha256: The hash of the samples.
+        heldout_sha256: The hash of the held-out samples.
+        documents: The hashes of the documents in the samples.
+        heldout_documents: The hashes of the held-out documents.
+        probe_sha256: The hash of the samples that decided on widths; empty where there were none.
+        probe_documents: The hashes of the documents in these samples.
+        place_sha256: The hash of the path of a local source; empty for other sources.
+        use: The use of the text, such as "calibrated on" or "trained on".
+    """
 
     name: str
     origin: dict[str, Any]

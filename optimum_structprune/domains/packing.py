@@ -1,4 +1,4 @@
-"""Documents to token samples of equal length, and back to text."""
+"""Pack documents into token samples of equal length, and decode samples to text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from ..errors import StructPruneError
 from .templates import chat_text
 
 
-# What a document is for: one thing, in all domains and in all runs that a model comes from.
-HELDOUT, USED, PROBE = "held out", "used", "probe"
-MAX_PASSED_DOCUMENTS = 10_000  # in a row that are for something else, as a text may repeat itself forever
+# The role of a document. A document has one role in all domains, and in all earlier runs of a model.
+HELDOUT = "held out"
+USED = "used"
+PROBE = "probe"
+# After this number of documents with another role in a row, a stream counts as exhausted, because it may be endless.
+MAX_PASSED_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document as token ids, and the SHA-256 of its text."""
+    """A document as token ids, with the SHA-256 hash of its text."""
 
     ids: list[int]
     hash: str
@@ -33,7 +36,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """The length of a sample, the token at its head, and the one between two documents, if any."""
+    """Describe how documents are packed into samples.
+
+    Attributes:
+        seq_length: The number of tokens in a sample.
+        prefix: The first token of each sample; None if the tokenizer has none.
+        eos: The token between two documents; None if the tokenizer has none.
+    """
 
     seq_length: int
     prefix: int | None
@@ -41,124 +50,183 @@ class SampleFormat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> SampleFormat:
-        """Gives the format of a tokenizer's samples. A length that leaves nothing to predict is refused."""
+        """Return the format of a tokenizer's samples, or raise if `seq_length` is below 2."""
         if seq_length < 2:
-            raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
+            raise StructPruneError(f"`seq_length` must be at least 2, got {seq_length}.")
         return cls(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
 
     @property
     def body(self) -> int:
-        """Counts the tokens of text in a sample: all but the prefix."""
-        return self.seq_length - (self.prefix is not None)
+        """The number of tokens of text in a sample, without the prefix."""
+        return self.seq_length if self.prefix is None else self.seq_length - 1
 
-    def take(self, tokenised: Iterator[Tokens], need: int) -> list[Tokens]:
-        """Take documents until they have `need` tokens or more, or there are no others."""
-        taken: list[Tokens] = []
-        have, gap = 0, int(self.eos is not None)
-        while have < need and (document := next(tokenised, None)) is not None:
-            have += len(document.ids) + gap * bool(taken)
-            taken.append(document)
-        return taken
+    @property
+    def separator_length(self) -> int:
+        """The number of tokens between two documents."""
+        return 0 if self.eos is None else 1
+
+    def take(self, tokenized_texts: Iterator[Tokens], num_tokens: int) -> list[Tokens]:
+        """Take documents until they have at least `num_tokens` tokens, or until none are left."""
+        documents: list[Tokens] = []
+        length = 0
+
+        while length < num_tokens:
+            document = next(tokenized_texts, None)
+            if document is None:
+                break
+
+            if documents:
+                length += self.separator_length
+            length += len(document.ids)
+            documents.append(document)
+
+        return documents
 
     def length(self, documents: Sequence[Tokens]) -> int:
-        """Counts the tokens in documents, those between two of them included."""
-        between = max(len(documents) - 1, 0) * (self.eos is not None)
-        return sum(len(document.ids) for document in documents) + between
+        """Return the number of tokens in documents, including those between two documents."""
+        separators = max(len(documents) - 1, 0) * self.separator_length
+        return separators + sum(len(document.ids) for document in documents)
 
-    def pack(self, documents: Iterable[Tokens], most: int) -> tuple[Tensor, tuple[str, ...]]:
-        """Cut documents into full samples, `(at most so many, seq_length)`, and give the hashes in them."""
+    def pack(self, documents: Iterable[Tokens], max_samples: int) -> tuple[Tensor, tuple[str, ...]]:
+        """Cut documents into full samples.
+
+        Returns:
+            The samples, shape `(at most max_samples, seq_length)`, and the hashes of the documents in them.
+        """
         ids: list[int] = []
         starts: list[tuple[int, str]] = []
+
         for document in documents:
             if ids and self.eos is not None:
                 ids.append(self.eos)
             starts.append((len(ids), document.hash))
             ids += document.ids
-        count = min(most, len(ids) // self.body)
-        used = dict.fromkeys(name for start, name in starts if start < count * self.body)
-        samples = torch.tensor(ids[: count * self.body], dtype=torch.int64).view(count, self.body)
+
+        num_samples = min(max_samples, len(ids) // self.body)
+        num_tokens = num_samples * self.body
+        samples = torch.tensor(ids[:num_tokens], dtype=torch.int64).view(num_samples, self.body)
+
         if self.prefix is not None:
-            samples = torch.cat([samples.new_full((count, 1), self.prefix), samples], dim=1)
-        return samples, tuple(used)
+            prefixes = samples.new_full((num_samples, 1), self.prefix)
+            samples = torch.cat([prefixes, samples], dim=1)
+
+        # A dictionary keeps the order and removes repetitions.
+        hashes = dict.fromkeys(text_hash for start, text_hash in starts if start < num_tokens)
+        return samples, tuple(hashes)
 
 
 class DocumentPool:
-    """The documents of one domain, each for one use; `read` are all that have been looked at."""
+    """Assign the documents of one domain to roles.
+
+    Attributes:
+        read: All documents that have been read.
+    """
 
     def __init__(self, stream: Iterable[Tokens]):
         self.read: list[Tokens] = []
-        self._aside: set[str] = set()
-        self._rest = self._noted(stream)
+        self._set_aside: set[str] = set()
+        self._remaining = self._recorded(stream)
 
     def take(
-        self, frame: SampleFormat, need: int, use: str, uses: dict[str, str], longest: int | None = None
+        self, frame: SampleFormat, num_tokens: int, role: str, roles: dict[str, str], max_length: int | None = None
     ) -> list[Tokens]:
-        """Gives documents with `need` tokens for one use, each once, cut to `longest`; `uses` by hash grows."""
+        """Take documents for one role.
+
+        Args:
+            frame: The format of the samples.
+            num_tokens: The number of tokens to take.
+            role: The role of the documents.
+            roles: The roles of documents by their hashes. The taken documents are added.
+            max_length: Documents are cut to this number of tokens.
+        """
         passed: list[Tokens] = []
-        cut = (Tokens(text.ids[:longest], text.hash) for text in self._free(use, uses, passed))
-        taken = frame.take(cut, need)
-        self._rest = chain(passed, self._rest)
-        return taken
+        available = self._available(role, roles, passed)
+        documents = frame.take((Tokens(text.ids[:max_length], text.hash) for text in available), num_tokens)
+        self._remaining = chain(passed, self._remaining)
+        return documents
 
-    def _free(self, use: str, uses: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
-        missed = 0
-        for document in self._rest:
-            if uses.setdefault(document.hash, use) == use and document.hash not in self._aside:
-                missed = 0
-                self._aside |= {document.hash} if use != USED else set()
+    def _available(self, role: str, roles: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
+        """Yield documents that have a role or no role yet, and add the others to `passed`."""
+        num_passed_in_a_row = 0
+
+        for document in self._remaining:
+            has_role = roles.setdefault(document.hash, role) == role
+
+            if has_role and document.hash not in self._set_aside:
+                num_passed_in_a_row = 0
+                if role != USED:
+                    self._set_aside.add(document.hash)
                 yield document
-            else:
-                missed += 1
-                passed.append(document)
-                if missed == MAX_PASSED_DOCUMENTS:
-                    return
+                continue
 
-    def _noted(self, stream: Iterable[Tokens]) -> Iterator[Tokens]:
+            passed.append(document)
+            num_passed_in_a_row += 1
+            if num_passed_in_a_row == MAX_PASSED_DOCUMENTS:
+                return
+
+    def _recorded(self, stream: Iterable[Tokens]) -> Iterator[Tokens]:
+        """Yield the documents of a stream, and record them."""
         for document in stream:
             self.read.append(document)
             yield document
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Finds the token at the head of a text: the tokenizer's own, else its BOS, else its EOS, if any."""
-    special = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if special[:1] != plain[:1]:
-        return special[0]
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    """Return the first token of a text: the tokenizer's own, else its BOS, else its EOS, else None."""
+    ids = tokenizer("a")["input_ids"]
+    plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    if ids[:1] != plain_ids[:1]:
+        return ids[0]
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    return tokenizer.eos_token_id
 
 
 def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Gives the tokens of a text behind that at its head."""
-    prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Return the tokens of a text after the prefix."""
+    prefix = prefix_token(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if prefix is None else [prefix, *ids]
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Gives the tokens of a prompt: messages in the chat template, or an opening where there is none."""
+    """Return the tokens of messages in the chat template, or of an opening if the tokenizer has no template."""
     if not tokenizer.chat_template:
         return tokenize_with_prefix(opening, tokenizer)
+
     text = chat_text(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, at_once: int = 32) -> Iterator[Tokens]:
-    """Gives the tokens of documents. One that has none is left out."""
-    while batch := list(islice(texts, at_once)):
+def tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Iterator[Tokens]:
+    """Yield the tokens of documents. Documents without tokens are skipped."""
+    batch = list(islice(texts, batch_size))
+
+    while batch:
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        yield from (Tokens(ids, document_hash(text)) for ids, text in zip(encoded, batch, strict=True) if ids)
+
+        for text, ids in zip(batch, encoded, strict=True):
+            if ids:
+                yield Tokens(ids, document_hash(text))
+
+        batch = list(islice(texts, batch_size))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A calibration domain as token ids. Each document has one use, in all domains.
+    """A calibration domain as token ids. Each document has one role, in all domains.
 
     Attributes:
-        weight: The domain's share of all domains.
-        samples, heldout, probe: Samples that calibrate, that the report measures, and that choices are made on, each
-            of shape `(samples, seq_length)`.
-        origin: The config of the domain; None for inputs that were given.
-        documents, heldout_documents, probe_documents: The hashes of the documents of each use.
+        name: The name.
+        weight: The share of this domain.
+        samples: The samples for calibration, shape `(samples, seq_length)`.
+        heldout: The samples for the report.
+        origin: The config of the domain; None for inputs of a program.
+        documents: The hashes of the documents in `samples`.
+        heldout_documents: The hashes of the documents in `heldout`.
+        probe: The samples for choices; None if there are none.
+        probe_documents: The hashes of the documents in `probe`.
     """
 
     name: str
@@ -173,26 +241,30 @@ class Domain:
 
     @property
     def probe_or_heldout(self) -> Tensor:
-        """Gives the samples that a choice is made on, shape `(samples, seq_length)`."""
+        """The samples for choices, shape `(samples, seq_length)`."""
         return self.heldout if self.probe is None else self.probe
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
-    """Numbers the document of each token, shape `(samples, seq_length)`; without EOS, each sample is one."""
+    """Return the number of the document of each token, shape `(samples, seq_length)`.
+
+    Documents end at EOS tokens. Without an EOS token, each sample is one document.
+    """
     if eos is None:
         return torch.arange(len(samples))[:, None].expand_as(samples)
+
     ends = samples[:, 1:] == eos
     numbers = ends.flatten().cumsum(0).view_as(ends)
     return torch.cat([numbers[:, :1], numbers], 1)
 
 
 def document_hash(text: str) -> str:
-    """Hashes a text in UTF-8 by SHA-256, in hexadecimal digits."""
+    """Return the SHA-256 hash of a text in UTF-8, in hexadecimal digits."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Refuse token ids that a model does not have."""
+    """Raise `StructPruneError` if a token id is beyond the vocabulary of a model."""
     if vocab_size is not None and largest >= vocab_size:
         raise StructPruneError(
             f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}. If the model "
@@ -201,50 +273,83 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
 
 
 class Passages:
-    """The text of samples of token ids, each of shape `(seq_length,)`, and its `bytes`.
+    """Hold the text of samples.
 
-    The first token of a sample is context only, and left out. So is a character that the edge of a sample cuts in two.
+    The first token of a sample is only context, so it is left out. A character that the edge of a sample divides is
+    left out too.
+
+    Args:
+        samples: Token ids, each of shape `(seq_length,)`.
+        tokenizer: The tokenizer of the ids.
+
+    Attributes:
+        seq_length: The number of tokens in a sample.
+        texts: The texts of the documents in each sample.
+        bytes: The number of bytes of all texts.
     """
 
     def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):
         self.seq_length = len(samples[0])
-        self.texts = [_documents(ids[1:].tolist(), tokenizer) for ids in samples]
+        self.texts = [_document_texts(ids[1:].tolist(), tokenizer) for ids in samples]
         self.bytes = sum(len(text.encode()) for texts in self.texts for text in texts)
 
     def bits_per_byte(self, losses: Tensor) -> float:
-        """Gives the bits per byte of the samples, from the total loss of each in nats, shape `(samples,)`."""
-        return float(losses.mean()) * len(self.texts) / log(2) / self.bytes if self.bytes else nan
+        """Return the bits per byte, from the total loss of each sample in nats, shape `(samples,)`."""
+        if not self.bytes:
+            return nan
+        return float(losses.mean()) * len(self.texts) / log(2) / self.bytes
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:
-        """Spells the samples as ids of another tokenizer in packed text, each of shape `(tokens,)`."""
-        prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
+        """Return the samples as ids of another tokenizer, each of shape `(tokens,)`.
+
+        Raises:
+            StructPruneError: If the tokenizer has no token to begin a text, does not belong to the model, or a sample
+                has more tokens than the model has positions.
+        """
+        prefix = prefix_token(tokenizer)
         if prefix is None:
             raise StructPruneError(
-                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text; set its eos_token."
+                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text. Set its `eos_token`."
             )
-        every = [text for texts in self.texts for text in texts]
-        encoded = iter(tokenizer(every, add_special_tokens=False, verbose=False)["input_ids"])
-        rows = []
-        for texts in self.texts:
-            ids = [prefix, *next(encoded)]
-            for _ in texts[1:]:
-                ids += [*([] if eos is None else [eos]), *next(encoded)]
-            rows.append(torch.tensor(ids))
-        most, longest = max(map(len, rows)), positions_of(model)
+
+        rows = [torch.tensor([prefix, *ids]) for ids in self._joined_ids(tokenizer)]
         check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
-        if most > longest:
-            raise StructPruneError(
-                f"A sample of seq_length={self.seq_length} takes {most} tokens of the model's own tokenizer, and the "
-                f"model has {longest} positions; try seq_length={self.seq_length * longest // most}."
-            )
+        self._check_length(max(len(row) for row in rows), positions_of(model))
         return rows
 
+    def _joined_ids(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        """Yield the ids of each sample, with an EOS token between two documents."""
+        separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = list(chain.from_iterable(self.texts))
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
-def _documents(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    # The documents of a sample lie between EOS tokens.
-    ends = [-1, *(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id), len(ids)]
-    parts = [ids[before + 1 : end] for before, end in pairwise(ends)]
-    texts = [str(tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in parts]
+        for sample_texts in self.texts:
+            ids: list[int] = []
+            for number in range(len(sample_texts)):
+                if number > 0:
+                    ids += separator
+                ids += next(encoded)
+            yield ids
+
+    def _check_length(self, longest: int, positions: float) -> None:
+        """Raise if the longest sample has more tokens than a model has positions."""
+        if longest > positions:
+            raise StructPruneError(
+                f"A sample with `seq_length={self.seq_length}` has {longest} tokens of the model's own tokenizer, and "
+                f"the model has {positions} positions. Use `seq_length={self.seq_length * positions // longest}`."
+            )
+
+
+def _document_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts of the documents in a sample, which EOS tokens separate."""
+    ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    texts = []
+
+    for previous_end, end in pairwise([-1, *ends, len(ids)]):
+        part = ids[previous_end + 1 : end]
+        texts.append(str(tokenizer.decode(part, clean_up_tokenization_spaces=False)))
+
+    # The edges of a sample may divide a character.
     texts[0] = texts[0].lstrip("\ufffd")
     texts[-1] = texts[-1].rstrip("\ufffd")
     return texts

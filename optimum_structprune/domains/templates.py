@@ -1,4 +1,4 @@
-"""From a row of data to a document, and files of conversations."""
+"""Convert rows of data to documents, and read conversations."""
 
 from __future__ import annotations
 
@@ -19,29 +19,36 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
-# The two usual forms of a message: `role` and `content`, or `from` and `value` with other names of the roles.
+# Messages have the fields `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# What a message may hold beside its text: calls of tools, and what says to which one it is an answer.
+# The fields of tool calls and of their answers, which a message may have in addition to its text.
 TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
-# In place of the chat template of a model that has none.
+# The chat template for models without one.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
-# A template may write the date, and what is read must not depend on the day. These have each month and each day of the
-# week; the numbers in other dates are spelled by digits.
+# Chat templates may write the date, and calibration text must not depend on the day. These dates cover all months and
+# all days of the week.
 DATES = tuple(datetime(2024, month, 26) for month in range(1, 13))
 
 
 def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Gives the text that a row makes."""
+    """Return the text of a row."""
     if domain.template is None:
         return _text(row, domain.text_column, domain, "text_column")
+
     if domain.template != CHAT:
-        names = template_fields(domain.template)
-        return domain.template.format(**{name: _text(row, name, domain, "template") for name in names})
-    assert tokenizer is not None  # nothing is read without one
-    template = None if tokenizer.chat_template else TRANSCRIPT
+        columns = template_fields(domain.template)
+        values = {column: _text(row, column, domain, "template") for column in columns}
+        return domain.template.format(**values)
+
     messages = _messages(row, domain)
-    return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}") if messages else ""
+    if not messages:
+        return ""
+
+    # Chat domains are not read without a tokenizer.
+    assert tokenizer is not None
+    template = None if tokenizer.chat_template else TRANSCRIPT
+    return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}")
 
 
 def chat_text(
@@ -52,31 +59,57 @@ def chat_text(
     where: str = "",
     **options: Any,
 ) -> str:
-    """Renders a conversation by a chat template, by default that of the tokenizer, on a given date."""
+    """Render a conversation with a chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The messages.
+        template: The template. By default the tokenizer's own.
+        date: The date for templates that write one.
+        where: The place of the conversation, for errors.
+        options: Arguments of `apply_chat_template`.
+
+    Raises:
+        StructPruneError: If the template does not accept the conversation.
+    """
     chat = [dict(message) for message in messages]
+
     try:
         template = tokenizer.get_chat_template(template, options.get("tools"))
-        if "strftime_now" in template:  # a clock of the environment, in whose place no argument can stand
-            codes = sorted({*re.findall("(?<!{)%-?[A-Za-z]", template)})
-            written = "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
-            template = "{% macro strftime_now(form) %}{{ form" + written + " }}{% endmacro %}\n" + template
+        if "strftime_now" in template:
+            template = _with_fixed_date(template, date)
         return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
-    except Exception as error:  # a template raises whatever its author chose
+    except Exception as error:  # a template raises any exception
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        roles = ", ".join(message["role"] for message in chat)
         raise StructPruneError(
-            f"The chat template of {tokenizer.name_or_path or type(tokenizer).__name__!r} refuses a conversation of "
-            f"the roles {', '.join(message['role'] for message in chat)}{where}: {one_line(error)}; set "
-            "tokenizer.chat_template to one that takes it, or use other text."
+            f"The chat template of {name!r} does not accept a conversation with the roles {roles}{where}: "
+            f"{one_line(error)}. Set `tokenizer.chat_template` to one that accepts it, or use other text."
         ) from error
 
 
+def _with_fixed_date(template: str, date: datetime) -> str:
+    """Define `strftime_now` in a template, which transformers would define with the present date."""
+    replacements = ""
+
+    for code in sorted(set(re.findall("(?<!{)%-?[A-Za-z]", template))):
+        replacements += f".replace({code!r}, {date.strftime(code)!r})"
+
+    return "{% macro strftime_now(form) %}{{ form" + replacements + " }}{% endmacro %}\n" + template
+
+
 def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
-    names = [name for name in (domain.text_column, *CHAT_COLUMNS) if name in row]
-    conversation = next((row[name] for name in names if not isinstance(row[name], str)), None)
-    if not names or (conversation is None and any(row[name] for name in names)):
+    """Return the messages of a row, or an empty list if it has none."""
+    columns = [column for column in (domain.text_column, *CHAT_COLUMNS) if column in row]
+    conversations = [row[column] for column in columns if not isinstance(row[column], str)]
+    conversation = conversations[0] if conversations else None
+
+    if not columns or (conversation is None and any(row[column] for column in columns)):
         raise StructPruneError(
-            f"The domain {domain.name!r} has no column of messages; set text_column."
+            f"The domain {domain.name!r} has no column of messages. Set `text_column`."
             f"{did_you_mean(domain.text_column, row)}"
         )
+
     try:
         return messages_of(conversation)
     except StructPruneError as error:
@@ -84,66 +117,128 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
 
 
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
-    """Gives the messages of a conversation with `role` and `content`; parts of a content are joined."""
+    """Return the messages of a conversation with `role` and `content`.
+
+    Raises:
+        StructPruneError: If a message has no role or no text.
+    """
+    if conversation is None:
+        return []
+    if isinstance(conversation, Mapping) or not isinstance(conversation, Iterable):
+        conversation = [conversation]
+
     messages = []
-    single = isinstance(conversation, Mapping) or not isinstance(conversation, Iterable)
-    for item in () if conversation is None else [conversation] if single else conversation:
+    for item in conversation:
         fields: Row = item if isinstance(item, Mapping) else {}
-        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
-        if isinstance(content, list):  # of parts, whose text is what can be read
-            texts = [(part.get("text") if isinstance(part, Mapping) else part) or "" for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
-        if content is None and {"content", "value"} & set(fields):
-            content = ""
+        role = fields.get("role", fields.get("from"))
+        content = _content_of(fields)
+
         if not (isinstance(role, str) and isinstance(content, str)):
             raise StructPruneError(f"a message needs a role and a text, got {item!r:.60}.")
-        more = {name: fields[name] for name in TOOL_FIELDS if fields.get(name)}
-        messages.append({"role": ROLES.get(role, role), "content": content, **more})
+
+        message = {"role": ROLES.get(role, role), "content": content}
+        for name in TOOL_FIELDS:
+            if fields.get(name):
+                message[name] = fields[name]
+        messages.append(message)
+
     return messages
 
 
+def _content_of(fields: Row) -> Any:
+    """Return the text of a message. The texts of several parts are joined."""
+    content = fields.get("content", fields.get("value"))
+
+    if content is None and ("content" in fields or "value" in fields):
+        return ""
+    if not isinstance(content, list):
+        return content
+
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        texts.append(text or "")
+
+    if all(isinstance(text, str) for text in texts):
+        return "".join(texts)
+    return texts
+
+
 def question_messages(row: Any) -> list[dict[str, Any]]:
-    """Gives the messages of a row that asks something: its `messages`, or its `prompt`."""
-    messages = messages_of(row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}])
-    "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
+    """Return the messages of a row with `messages` or with a `prompt`."""
+    conversation = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    messages = messages_of(conversation)
+
+    # This raises `ValueError` for half a character, which no tokenizer reads.
+    "".join(message["content"] for message in messages).encode()
     return messages
 
 
 def read_lines(path: Path, parse: Callable[[str], T], form: str) -> list[T]:
-    """Parse each line of a file; a refusal says by `form` what a line has to be."""
+    """Parse each line of a file that is not empty.
+
+    Args:
+        path: The file.
+        parse: The function that parses a line.
+        form: A description of a line, for errors.
+
+    Raises:
+        StructPruneError: If the file cannot be read or a line cannot be parsed.
+    """
     try:
         lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise StructPruneError(f"{path} cannot be read: {one_line(error)}") from error
-    parsed = []
+
+    values = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+
         try:
-            parsed += [parse(line)] if line.strip() else []
+            values.append(parse(line))
         except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
             reason = f"{type(error).__name__}: {error}"
             raise StructPruneError(f"{path}, line {number}, {form}; {reason}; got {line:.80}") from error
-    return parsed
+
+    return values
 
 
 def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
+    """Return the text in a column; `field` is the field of the domain that names it."""
     if column not in row:
-        is_chat = any(name in row and not isinstance(row[name], str) for name in CHAT_COLUMNS)
-        field, needed = ("template", CHAT) if is_chat else (field, "…")
-        flag = f" (--domain '{{name: {domain.name}, source: {domain.source}, {field}: {needed}}}')"
-        flag *= isinstance(domain.source, str)
-        raise StructPruneError(
-            f"The domain {domain.name!r} has no column {column!r}; set {field}{flag}.{did_you_mean(column, row)}"
-        )
+        raise StructPruneError(_missing_column(row, column, domain, field))
+
     value = row[column]
-    return "" if value is None else string(value, domain, f"the column {column!r}")
+    if value is None:
+        return ""
+    return string(value, domain, f"the column {column!r}")
+
+
+def _missing_column(row: Row, column: str, domain: DomainConfig, field: str) -> str:
+    """Return the error message for a column that a row does not have."""
+    value = "…"
+    if any(name in row and not isinstance(row[name], str) for name in CHAT_COLUMNS):
+        field = "template"
+        value = CHAT
+
+    example = ""
+    if isinstance(domain.source, str):
+        example = f" (--domain '{{name: {domain.name}, source: {domain.source}, {field}: {value}}}')"
+
+    suggestion = did_you_mean(column, row)
+    return f"The domain {domain.name!r} has no column {column!r}. Set `{field}`{example}.{suggestion}"
 
 
 def string(value: Any, domain: DomainConfig, where: str) -> str:
-    """Gives back a value, which has to be a string."""
-    if not isinstance(value, str):
-        advice = f"; messages take template={CHAT!r}" * isinstance(value, list)
-        raise StructPruneError(
-            f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "
-            f"{str(value):.60}{advice}."
-        )
-    return value
+    """Return a value, or raise `StructPruneError` if it is not a string."""
+    if isinstance(value, str):
+        return value
+
+    advice = ""
+    if isinstance(value, list):
+        advice = f" Use `template={CHAT!r}` for messages."
+    raise StructPruneError(
+        f"The domain {domain.name!r} must contain strings, and {where} holds the {type(value).__name__} "
+        f"{str(value):.60}.{advice}"
+    )

@@ -6,12 +6,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, predicts_next
@@ -19,34 +16,42 @@ from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
-from ..forward.metrics import evaluating, margin_of_share
-from ..record.answers import Items
+from ..forward.metrics import evaluating
+from ..record.figures import Answer, AnsweredQuestion, AnswersResult
 from ..system.stages import progress, stage
 from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 BUILTIN = "builtin"
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
-# The figures of an answer that are true or false.
-FIGURES = ("right", "stopped", "loops")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
-# An answer loops that has the same run of so many tokens more often than this.
-RUN_TOKENS, MAX_REPEATS = 4, 3
+# An answer loops if the same run of tokens occurs more often than this.
+RUN_TOKENS = 4
+MAX_REPEATS = 3
 # The form of a line of a file of questions, for a refusal.
 FORM = 'is no question, which has a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
 AT_ONCE = 32  # answers that are written together at least
-# The short check of `prune` and `recover`: the first questions, the tokens of an answer, and those that a run reads at
-# least: one that reads fewer is a trial of the command, and would mostly answer.
-SHORT_CHECK_QUESTIONS, SHORT_CHECK_TOKENS, SHORT_CHECK_MIN_READ = 16, 64, 4_096
+# The short check of `prune` and `recover` asks the first questions. A run that reads fewer tokens is a trial of the
+# command and asks nothing, because it would spend most of its time on answers.
+SHORT_CHECK_QUESTIONS = 16
+SHORT_CHECK_TOKENS = 64
+SHORT_CHECK_MIN_READ = 4_096
 
 
-# The text and tokens of an answer, the figures, and the number of tokens.
-Answer = dict[str, Any]
+@dataclass
+class WrittenAnswer(Answer):
+    """An answer with its token ids, which no record holds."""
+
+    ids: list[int] = field(default_factory=list)
+
+    def record(self) -> Answer:
+        """Return the answer without its token ids."""
+        return Answer(self.text, self.right, self.loops, self.stopped, self.tokens)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, as messages and as an opening for a base model, each with a pattern for what is right."""
+    """A question, as messages and as an opening for a base model, each with a pattern for correct answers."""
 
     kind: str
     messages: tuple[Mapping[str, str], ...]
@@ -56,11 +61,11 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The question as people read it."""
+        """Return the text of the question."""
         return self.messages[-1]["content"]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens that a model answers."""
+        """Return the token ids of the prompt."""
         return prompt_ids(self.messages, self.opening, tokenizer)
 
 
@@ -94,96 +99,111 @@ def ask(
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int = AT_ONCE,
-) -> list[Answer]:
-    """The greedy answers of a model."""
+) -> list[WrittenAnswer]:
+    """Return the greedy answers of a model."""
     prompts = [question.ids(tokenizer) for question in questions]
     check_positions(model, max_new_tokens, f"max_new_tokens={max_new_tokens}", max(map(len, prompts)))
-    answers: list[list[int]] = [[] for _ in prompts]
+
+    # Prompts of similar length run together, so that little is padded.
+    ids: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
     with evaluating(model), stage("answers"):
         for start in progress(range(0, len(order), batch_size), desc="answering"):
             batch = order[start : start + batch_size]
-            settings = {**GREEDY, "max_new_tokens": max_new_tokens}
-            texts = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
-            for number, ids in zip(batch, texts, strict=True):
-                answers[number] = ids
-    chats, decoded = bool(tokenizer.chat_template), tokenizer.batch_decode(answers, skip_special_tokens=True)
-    rows = zip(questions, answers, decoded, strict=True)
-    return [_judged(question, ids, text, len(ids) < max_new_tokens, chats) for question, ids, text in rows]
+            continued = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            for number, tokens in zip(batch, continued, strict=True):
+                ids[number] = tokens
+
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    is_chat = bool(tokenizer.chat_template)
+    return [
+        _judged(question, tokens, text, len(tokens) < max_new_tokens, is_chat)
+        for question, tokens, text in zip(questions, ids, texts, strict=True)
+    ]
 
 
-def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats: bool) -> Answer:
-    """The answer as records hold it, with its tokens: of what goes on from an opening, the first line is judged."""
-    pattern, judged = (question.right, text) if chats else (question.continues, text.strip().partition("\n")[0])
-    right = pattern.search(judged.strip())
+def _judged(question: Question, ids: list[int], text: str, stopped: bool, is_chat: bool) -> WrittenAnswer:
+    """Return an answer with its figures. If a base model continues an opening, only the first line is judged."""
+    if is_chat:
+        match = question.right.search(text.strip())
+    else:
+        match = question.continues.search(text.strip().partition("\n")[0].strip())
+
     runs = Counter(tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1))
-    flags = {"right": right is not None, "stopped": stopped, "loops": max(runs.values(), default=0) > MAX_REPEATS}
-    return {"text": text, "ids": ids, "tokens": len(ids), **flags}
-
-
-def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """The figures of a model: shares with their standard errors, and the median length."""
-    figures: dict[str, float] = {}
-    for name in FIGURES:
-        values = torch.tensor([float(answer[name]) for answer in answers])
-        figures |= {name: float(values.mean()), f"{name}_margin": margin_of_share(values)}
-    return {**figures, "tokens": float(median(answer["tokens"] for answer in answers))}
+    loops = max(runs.values(), default=0) > MAX_REPEATS
+    return WrittenAnswer(text, match is not None, loops, stopped, len(ids), ids)
 
 
 def answer_divergence(
     dense: PreTrainedModel,
     model: PreTrainedModel,
     parts: TokenAlignment,
-    prompts: list[list[int]],
-    answers: Sequence[Answer],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[WrittenAnswer],
 ) -> float:
-    """Gives the mean KL(dense‖model) in nats per token of the dense model's answers, in the tokens that are left."""
-    rows = [[*prompt, *answer["ids"]] for prompt, answer in zip(prompts, answers, strict=True)]
-    written = [(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True) if len(row) > len(prompt)]
-    if not written:
+    """Return the mean KL(dense‖model) in nats per token of the original model's answers."""
+    rows = []
+    starts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer.ids:
+            rows.append([*prompt, *answer.ids])
+            starts.append(len(prompt))
+    if not rows:
         return 0.0
+
     with evaluating(dense, model):
-        far = divergence_from_dense(parts, dense, model, *zip(*written, strict=True))
-    return float(far.sum()) / sum(len(row) - begin for row, begin in written)
+        total = float(divergence_from_dense(parts, dense, model, rows, starts).sum())
+    return total / sum(len(row) - start for row, start in zip(rows, starts, strict=True))
 
 
-def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
-    """Questions with the answers of each model, as records hold them."""
-
-    def kept(answer: Answer) -> Answer:
-        return {name: value for name, value in answer.items() if name != "ids"}
-
+def answers_result(questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]]) -> AnswersResult:
+    """Return questions with the answers of each model."""
     items = []
     for number, question in enumerate(questions):
-        written = {which: kept(given[number]) for which, given in answers.items()}
-        items.append({"kind": question.kind, "prompt": question.prompt, "answers": written})
-    return items
+        by_model = {name: written[number].record() for name, written in answers.items()}
+        items.append(AnsweredQuestion(question.kind, question.prompt, by_model))
+    return AnswersResult(items)
 
 
 class ShortCheck:
-    """Asks the models of a run that reads so many tokens the same few questions, until one cannot answer."""
+    """Asks the models of a run the same few questions.
+
+    Args:
+        tokenizer: The tokenizer of the model that is asked next.
+        tokens: The number of tokens that the run reads. With fewer than `SHORT_CHECK_MIN_READ`, nothing is asked.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
         self.tokenizer = tokenizer
         count = SHORT_CHECK_QUESTIONS if tokens >= SHORT_CHECK_MIN_READ else 0
         self.questions = read_questions(tokenizers=[tokenizer])[:count]
-        self._answers: dict[str, list[Answer]] = {}
+        self._answers: dict[str, list[WrittenAnswer]] = {}
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
-        """Ask one more model; a failure only gives a warning."""
-        if not (self.questions and predicts_next(model)):
+        """Ask one model. An error only causes a warning, and no further model is asked."""
+        if not self.questions or not predicts_next(model):
             return
         try:
             self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT_CHECK_TOKENS)
-        except Exception as error:  # hours of work are not given up for a few answers
+        except Exception as error:  # a few answers are not worth hours of work
             self.questions = []
-            if not isinstance(error, StructPruneError):  # it has too few positions
+            if not isinstance(error, StructPruneError):  # a model with too few positions needs no warning
                 warn(f"There are no answers of the {name} model: {one_line(error)}")
 
-    def items(self, earlier: Items = ()) -> Items:
-        """The questions with the answers of all models, behind those of an earlier run to the same questions."""
-        items = items_of(self.questions, self._answers) if self.questions and self._answers else []
-        if [item["prompt"] for item in earlier] != [item["prompt"] for item in items]:
-            return items
-        pairs = zip(earlier, items, strict=True)
-        return [{**item, "answers": {**before["answers"], **item["answers"]}} for before, item in pairs]
+    def result(self, earlier: AnswersResult | None = None) -> AnswersResult | None:
+        """Return the answers of all models, or None if none was asked.
+
+        Args:
+            earlier: The answers of an earlier run, which come first if its questions are the same.
+        """
+        if not self.questions or not self._answers:
+            return None
+        result = answers_result(self.questions, self._answers)
+        prompts = [question.prompt for question in result.questions]
+        if earlier is None or [question.prompt for question in earlier.questions] != prompts:
+            return result
+
+        for before, question in zip(earlier.questions, result.questions, strict=True):
+            question.answers = {**before.answers, **question.answers}
+        return result

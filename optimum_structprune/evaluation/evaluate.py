@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +14,17 @@ from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import prefix_token
 from ..domains.sources import resolve
-from ..errors import StructPruneError, warn
+from ..errors import SeenTextWarning, StructPruneError, warn
 from ..forward.metrics import own_settings
 from ..pruning.embeddings import Embeddings, passages_of
-from ..record.answers import paired
-from ..record.remarks import measurements_text
-from ..record.report import enter_figures
+from ..record.evaluation import Evaluation
+from ..record.figures import DENSE, PRUNED, AnswersResult, language_costs
 from ..system.fingerprint import vocabulary_hash
+from ..system.placement import check_devices
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
-from ..written import Record
-from .answers import AT_ONCE, FIGURES, Answer, Question, answer_divergence, ask, figures_of, items_of, read_questions
-from .heldout import Heldout, Judged, read_heldout, read_pairs
-
-
-@dataclass
-class Evaluation(Record):
-    """The numbers that `evaluate` measured; `str` of it is a table.
-
-    Attributes:
-        model: The name or the folder of the model.
-        dense: The name or the folder of the dense model that it is compared with; None where there is none.
-        seq_length: The number of tokens in a sample. The first is context only, the others are predicted.
-        prefix: The token at the head of each sample; None where the tokenizer has none.
-        perplexity: The perplexities per token of the dense tokenizer, `{domain: {"dense": …, "model": …}}`; "dense"
-            only where there is a dense model.
-        perplexity_margin: Their margins of error, and with a dense model that of "ratio": the truth lies within them
-            nine times in ten, on other documents of the kind; NaN on one document.
-        perplexity_tokens: The number of tokens that they were measured on, by domain.
-        perplexity_documents: The number of documents that these begin in, by domain.
-        bits_per_byte: The losses per byte of the text in bits, `{domain: {"dense": …, "model": …}}`.
-        calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
-        divergence: The mean KL(dense‖model) per token of the dense tokenizer in nats, by domain; where the model has
-            lost tokens, in the tokens that it has (`TokenAlignment`); absent where its tokens are unrelated.
-        agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
-            both have the same tokens.
-        embeddings: How near the vectors of an encoder are to the dense model's, by domain and model.
-        languages: The same of an encoder with another tokenizer, in 30 languages, with the tokens that a text takes.
-        warnings: The reasons why these numbers may be too good.
-        shared: The domains that share something with what the model was calibrated on; None where that is not known.
-        answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`.
-        figures: The figures of all answers, `{"model": {"right": …, "right_margin": …, …}, "dense": {…}}`.
-        paired: How the figures differ from the dense model's on the same questions, by figure.
-    """
-
-    model: str
-    dense: str | None = None
-    seq_length: int = 0
-    prefix: str | None = None
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_tokens: dict[str, int] = field(default_factory=dict)
-    perplexity_documents: dict[str, int] = field(default_factory=dict)
-    bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
-    calibrated: list[str] | None = None
-    divergence: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)
-    embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    languages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    shared: list[str] | None = None
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    paired: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """A table of all figures, some answers, and the warnings."""
-        return measurements_text(self.to_dict())
+from .answers import AT_ONCE, Question, answer_divergence, answers_result, ask, read_questions
+from .heldout import EvaluationText, Heldout, read_heldout, read_pairs
 
 
 @own_settings()
@@ -128,133 +71,182 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     named = resolve(as_domain(domain) for domain in domains)
-    models = {"model": model} if dense is None else {"dense": dense, "model": model}
-    readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    for which, reader in readers.items():
-        check_kinds(models.get(which, model), reader)
-    check_evaluation(models, named, answers, seq_length, dense_tokenizer, pairs)
-    for which, each in models.items():
-        check_tokens(each, readers[which])
-    numbers = {"num_samples": num_samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}
-    for label, number in numbers.items():
-        if number is not None and number < 1:
-            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
+    models = {PRUNED: model} if dense is None else {DENSE: dense, PRUNED: model}
+    tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
+    for name, reader in tokenizers.items():
+        check_kinds(models.get(name, model), reader)
+    check_evaluation(list(models.values()), named, answers, seq_length, dense_tokenizer, pairs)
+    for name, checked in models.items():
+        check_devices(checked)
+        check_tokens(checked, tokenizers[name])
+    _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
+
     # Everything is read before anything is computed, so that a mistake shows at once.
-    texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
-    sizes = {each.config.get_text_config().vocab_size for each in models.values()}
-    differ = len(sizes) > 1 or len(set(map(vocabulary_hash, readers.values()))) > 1
+    texts = [read_heldout(domain, tokenizers[DENSE], seq_length, num_samples) for domain in named]
+    translations = read_pairs(pairs)
+    questions = [] if answers is None else read_questions(answers, tokenizers.values())[:limit]
+
+    tokens_differ = _tokens_differ(models, tokenizers)
     causal = predicts_next(model)
-    parts = _parts(models, readers) if causal and len(models) > 1 else None
-    judged = {text.domain.name: Judged(text.samples, models, readers, differ, parts) for text in texts if causal}
-    translated = read_pairs(pairs)
-    questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
-    names = {which: each.name_or_path or type(each).__name__ for which, each in models.items()}
-    prefix = prefix_token(readers["dense"])
-    head = None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix))
-    evaluation = Evaluation(names["model"], names.get("dense"), seq_length, head)
-    if (manifest := manifest or Manifest.seen_by(model)) is not None:
-        _compare_with(evaluation, manifest, texts)
-    for name, text in judged.items():
-        enter_figures(evaluation, name, text.figures(batch_size))
+    parts = _parts(models, tokenizers) if causal and dense is not None else None
+    # Models of other kinds cannot read some text, which is refused here.
+    judged: dict[str, EvaluationText] = {}
+    if causal:
+        for text in texts:
+            judged[text.domain.name] = EvaluationText(text.samples, models, tokenizers, tokens_differ, parts)
+
+    prefix = prefix_token(tokenizers[DENSE])
+    evaluation = Evaluation(
+        model=_name(model),
+        original=None if dense is None else _name(dense),
+        seq_length=seq_length,
+        prefix=None if prefix is None else str(tokenizers[DENSE].convert_ids_to_tokens(prefix)),
+    )
+    manifest = manifest or Manifest.seen_by(model)
+    if manifest is not None:
+        _compare_text(evaluation, manifest, texts)
+
+    for name, evaluation_text in judged.items():
+        evaluation.domains[name] = evaluation_text.measure(batch_size)
     if not causal:
-        _compare_vectors(evaluation, models, readers, texts, translated, differ)
+        _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:
-        how = max_new_tokens, max(batch_size or 0, AT_ONCE)
-        written = {which: ask(each, readers[which], questions, *how) for which, each in models.items()}
-        _answer(evaluation, models, parts, questions, written, readers["dense"])
+        evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
     return evaluation
 
 
-def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
-    """Enter the kinds that were calibrated on, and warn of text that shares sentences with them."""
-    # They have the name of one that was calibrated on, or were read from the same place.
-    domains, entries = [text.domain for text in texts], manifest.domains
-    known = [one for one in domains if any(entry.name == one.name or entry.uses(one) for entry in entries)]
-    evaluation.calibrated = [domain.name for domain in known]
-    overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
-    if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
+def _name(model: PreTrainedModel) -> str:
+    """Return the name or the folder of a model, or its class."""
+    return model.name_or_path or type(model).__name__
+
+
+def _check_counts(**counts: int | None) -> None:
+    """Refuse numbers below 1."""
+    for label, number in counts.items():
+        if number is not None and number < 1:
+            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
+
+
+def _tokens_differ(models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> bool:
+    """Return whether the models or their tokenizers have different vocabularies."""
+    sizes = {model.config.get_text_config().vocab_size for model in models.values()}
+    hashes = {vocabulary_hash(tokenizer) for tokenizer in tokenizers.values()}
+    return len(sizes) > 1 or len(hashes) > 1
+
+
+def _compare_text(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
+    """Enter the domains that the model was calibrated on, and warn of text that it has seen."""
+    evaluation.calibrated = []
+    overlaps: dict[str, list[str]] = {}
+    for text in texts:
+        domain = text.domain
+        # A calibration domain has the same name or was read from the same place.
+        if any(entry.name == domain.name or entry.uses(domain) for entry in manifest.domains):
+            evaluation.calibrated.append(domain.name)
+        overlaps[domain.name] = list(manifest.overlaps(domain, text.documents))
+
+    # A manifest without calibration text does not record everything that was seen.
+    if manifest.of_use(CALIBRATED):
         evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
-    evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
+    for name, sentences in overlaps.items():
+        evaluation.warnings += [f"The domain {name!r}: {sentence}." for sentence in sentences]
     for warning in evaluation.warnings:
-        warn(warning)
+        warn(warning, SeenTextWarning)
 
 
 def _compare_vectors(
     evaluation: Evaluation,
     models: Mapping[str, PreTrainedModel],
-    readers: Mapping[str, PreTrainedTokenizerBase],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
     texts: Sequence[Heldout],
     pairs: Mapping[str, Sequence[str]],
     tokens_differ: bool,
 ) -> None:
-    """Enter how near the vectors of an encoder are to the dense model's."""
-    by_domain = {text.domain.name: passages_of(text.samples, readers["dense"]) for text in texts}
-    measured = Embeddings(models["dense"], {**by_domain, **pairs}, readers["dense"], tokens_differ, pairs)
-    measured.read_by(readers["model"], models["model"])
+    """Enter how near the vectors of an encoder are to the vectors of the original model."""
+    by_domain = {text.domain.name: passages_of(text.samples, tokenizers[DENSE]) for text in texts}
+    measured = Embeddings(models[DENSE], {**by_domain, **pairs}, tokenizers[DENSE], tokens_differ, pairs)
+    measured.read_by(tokenizers[PRUNED], models[PRUNED])
     if measured.spoken:
-        evaluation.languages = with_costs_after(costs_before(None, readers["dense"], ()), None, readers["model"])
-    measured.enter(evaluation, models["model"], "dense", "model")
+        costs = with_costs_after(costs_before(None, tokenizers[DENSE], ()), None, tokenizers[PRUNED])
+        evaluation.languages = language_costs(costs)
+    measured.enter(evaluation, models[PRUNED])
 
 
 def _parts(
-    models: Mapping[str, PreTrainedModel], readers: Mapping[str, PreTrainedTokenizerBase]
+    models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]
 ) -> TokenAlignment | None:
-    """Gives the parts of the dense model's tokens; None where the model cannot spell them all.
+    """Return the tokens of the original model as parts of the remaining ones.
 
-    It cannot either where it has tokens of its own, or in another order.
+    It is None if the model cannot spell them all, such as a model with tokens of its own or in another order.
     """
     with suppress(StructPruneError):
-        parts = TokenAlignment.between(models["dense"], readers["dense"], models["model"], readers["model"])
-        return parts if all(parts.spellings[: len(readers["dense"])]) else None
+        parts = TokenAlignment.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
+        return parts if all(parts.spellings[: len(tokenizers[DENSE])]) else None
     return None
 
 
-def _answer(
-    evaluation: Evaluation,
+def _answers(
     models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
     parts: TokenAlignment | None,
     questions: Sequence[Question],
-    answers: Mapping[str, Sequence[Answer]],
-    dense_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Enter what the models have answered, the dense one first."""
-    evaluation.answers = items_of(questions, answers)
-    evaluation.figures = figures = {which: figures_of(given) for which, given in answers.items()}
-    if "dense" in models:
-        if parts is not None:
-            prompts = [question.ids(dense_tokenizer) for question in questions]
-            distance = answer_divergence(models["dense"], models["model"], parts, prompts, answers["dense"])
-            figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
-        evaluation.paired = {name: paired(evaluation.answers, name) for name in FIGURES}
+    max_new_tokens: int,
+    batch_size: int | None,
+) -> AnswersResult:
+    """Return the answers of the models, those of the original model first."""
+    batch_size = max(batch_size or 0, AT_ONCE)
+    written = {
+        name: ask(model, tokenizers[name], questions, max_new_tokens, batch_size) for name, model in models.items()
+    }
+    result = answers_result(questions, written)
+    if parts is not None:
+        prompts = [question.ids(tokenizers[DENSE]) for question in questions]
+        result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, written[DENSE])
+    return result
 
 
 def check_evaluation(
-    models: Mapping[str, PreTrainedModel],
+    models: Sequence[PreTrainedModel],
     domains: Sequence[DomainConfig | Mapping[str, Any]],
     answers: str | Path | None,
     seq_length: int,
     dense_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
-    """Refuse an evaluation that cannot be made; the models may be without weights."""
+    """Refuse an evaluation that cannot be made.
+
+    Args:
+        models: The original model, where there is one, and the model; they may be without weights.
+        domains: The text.
+        answers: The questions.
+        seq_length: The number of tokens in a sample.
+        dense_tokenizer: The tokenizer of the original model, where it differs.
+        pairs: The files with translations.
+    """
     if not domains and answers is None and not pairs:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
-    encoders = [model for model in models.values() if not predicts_next(model)]
-    for kind, reads in ((type(one).__name__, one.main_input_name) for one in encoders if not reads_text(one)):
-        raise StructPruneError(f"{kind} reads {reads}, and this measures text alone; measure it on what it is for.")
+
+    encoders = [model for model in models if not predicts_next(model)]
+    for model in encoders:
+        if not reads_text(model):
+            raise StructPruneError(
+                f"{type(model).__name__} reads {model.main_input_name}, and this measures text alone; measure it on "
+                "what it is for."
+            )
     if encoders and (len(encoders) < 2 or answers is not None):
         raise StructPruneError(
             f"{type(encoders[0]).__name__} does not predict the next token: its vectors of text (domains, pairs) are "
             "compared with those of the dense one (--against), which is of this kind too, and nothing else."
         )
     if pairs and not encoders:
-        raise StructPruneError(f"{type(models['model']).__name__} predicts the next token; pairs are for encoders.")
-    for model in models.values():
-        if domains:
+        raise StructPruneError(f"{type(models[-1]).__name__} predicts the next token; pairs are for encoders.")
+
+    if domains:
+        for model in models:
             check_positions(model, seq_length, f"seq_length={seq_length}")
-    sizes = [model.config.get_text_config().vocab_size for model in models.values()]
+    sizes = [model.config.get_text_config().vocab_size for model in models]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[1]}, the dense one of {sizes[0]}; name its tokenizer "
+            f"The model has a vocabulary of {sizes[-1]}, the dense one of {sizes[0]}; name its tokenizer "
             "(dense_tokenizer)."
         )

@@ -1,4 +1,4 @@
-"""Held-out text for evaluation: a source in its own order, cut into samples, and what each model makes of them."""
+"""Held-out text for evaluation: reads a source in its own order, cuts it into samples and measures models on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +17,20 @@ from ..domains.packing import Passages, SampleFormat, check_vocabulary, document
 from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
 from ..errors import StructPruneError
-from ..forward.metrics import compare, evaluating, perplexity_figures, row_losses, sample_losses
+from ..forward.metrics import compare, evaluating, row_losses, sample_losses
+from ..record.figures import DENSE, PRUNED, DomainResult, Figure, perplexity_result
 from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """The first samples of a domain, shape `(num_samples, seq_length)`, with the SHA-256 of each document in them."""
+    """The first samples of a domain.
+
+    Attributes:
+        domain: The domain.
+        samples: The token ids, shape `(num_samples, seq_length)`.
+        documents: The SHA-256 of each document in the samples.
+    """
 
     domain: DomainConfig
     samples: Tensor
@@ -34,89 +40,133 @@ class Heldout:
 def read_heldout(
     domain: DomainConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, num_samples: int | None = None
 ) -> Heldout:
-    """Read a domain in the order of its source and cut it into samples; what does not fill the last is left out."""
+    """Read a domain in the order of its source and cut it into samples.
+
+    The text after the last full sample is left out.
+
+    Raises:
+        StructPruneError: If the domain has no known end and `num_samples` is None, or it has too little text.
+    """
     if num_samples is None and endless(domain):
         raise StructPruneError(
             f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "
             "(num_samples)."
         )
-    frame = SampleFormat.of(tokenizer, seq_length)
-    most = sys.maxsize if num_samples is None else num_samples
-    texts = frame.take(tokenised(documents(domain, None, tokenizer), tokenizer), most * frame.body)
+
+    sample_format = SampleFormat.of(tokenizer, seq_length)
+    max_samples = sys.maxsize if num_samples is None else num_samples
+    rows = tokenised(documents(domain, None, tokenizer), tokenizer)
+    texts = sample_format.take(rows, max_samples * sample_format.body)
     if not texts:
         raise StructPruneError(f"The domain {domain.name!r} is empty; name text that holds documents.")
-    if frame.length(texts) < frame.body:
+    if sample_format.length(texts) < sample_format.body:
         raise StructPruneError(
             f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a sample takes "
-            f"{frame.body}; choose a smaller seq_length."
+            f"{sample_format.body}; choose a smaller seq_length."
         )
-    return Heldout(domain, *frame.pack(texts, most))
+    samples, names = sample_format.pack(texts, max_samples)
+    return Heldout(domain, samples, names)
 
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
-    """The texts of files with a text and its translation in each line of JSON, by name; all translations come last."""
-    found = dict[str, list[str]]()
-    for path, name in zip(paths, told_apart([Path(path).stem for path in paths], paths), strict=True):
+    """Return the texts of files with a text and its translation in each line of JSON, by name.
+
+    The translations follow all the texts.
+    """
+    names = told_apart([Path(path).stem for path in paths], paths)
+    texts_by_name: dict[str, list[str]] = {}
+    for path, name in zip(paths, names, strict=True):
         pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
         if not pairs:
             raise StructPruneError(f"The file {path} has no pairs of texts.")
-        found[f"pairs {name}"] = [text for texts in zip(*pairs, strict=True) for text in texts]
-    return found
+        texts = [first for first, _ in pairs]
+        translations = [second for _, second in pairs]
+        texts_by_name[f"pairs {name}"] = texts + translations
+    return texts_by_name
 
 
 def told_apart(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
-    """Gives names, and the path in place of each that another has too."""
+    """Return names, and the path in place of each name that occurs more than once."""
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _pair(line: str) -> tuple[str, str]:
+    """Return the two texts in a line of JSON."""
     row = json.loads(line)
     first, second = map(str.strip, row.values() if isinstance(row, dict) else row)
-    if not (first.encode() and second.encode()):  # half a character is refused too
+    # Encoding refuses half of a surrogate pair too.
+    if not first.encode() or not second.encode():
         raise ValueError("a text is empty")
     return first, second
 
 
-class Judged:
-    """A text in samples of the dense tokenizer, shape `(samples, seq_length)`, that models are judged on. `rows` has
-    them as each model reads them where the tokenizers differ, and `parts` what is left of the dense tokens then.
+class EvaluationText:
+    """One domain of an evaluation, which each model reads with its own tokenizer.
+
+    Args:
+        samples: The token ids of the original tokenizer, shape `(samples, seq_length)`.
+        models: The models, by `pruned` and, where there is one, `dense`.
+        tokenizers: Their tokenizers; `dense` is always there.
+        tokens_differ: Whether the tokenizers differ.
+        parts: The tokens of the original model as parts of the remaining ones; None if the model cannot spell them.
     """
 
     def __init__(
         self,
         samples: Tensor,
         models: Mapping[str, PreTrainedModel],
-        readers: Mapping[str, PreTrainedTokenizerBase],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase],
         tokens_differ: bool,
         parts: TokenAlignment | None = None,
     ):
-        self.samples, self.parts = samples, parts
-        self.documents = document_numbers(samples, readers["dense"].eos_token_id)[:, 0]
-        self.pair = {which: models[which] for which in ("model", "dense") if which in models}
-        self.passages = Passages([*samples], readers["dense"])
+        self.samples = samples
+        self.models = models
+        self.parts = parts
+        self.documents = document_numbers(samples, tokenizers[DENSE].eos_token_id)[:, 0]
+        self.passages = Passages([*samples], tokenizers[DENSE])
         self.rows: dict[str, list[Tensor]] = {}
         if tokens_differ:
-            self.rows = {which: self.passages.rows(readers[which], model) for which, model in models.items()}
+            self.rows = {name: self.passages.rows(tokenizers[name], model) for name, model in models.items()}
         else:
-            check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
+            check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
 
-    def figures(self, batch_size: int | None = None) -> dict[str, Any]:
-        """The figures of one domain for an `Evaluation`, by its fields, as far as models and vocabularies allow."""
-        models, predicted, close = [*self.pair.values()], self.samples.shape[1] - 1, dict[str, float]()
+    def measure(self, batch_size: int | None = None) -> DomainResult:
+        """Return the figures of this domain that the models and their vocabularies allow."""
+        losses, divergence, agreement = self._losses(batch_size)
+        # The figures of a domain name the original model first.
+        ordered = {name: losses[name] for name in (DENSE, PRUNED) if name in losses}
+
+        predicted = self.samples.shape[1] - 1
+        result = perplexity_result(ordered, self.samples[:, 1:].numel(), self.documents)
+        bits = {name: self.passages.bits_per_byte(loss * predicted) for name, loss in ordered.items()}
+        result.bits_per_byte = Figure.of(bits)
+        if divergence is not None:
+            result.divergence = Figure(pruned=divergence)
+        if agreement is not None:
+            result.agreement = Figure(pruned=agreement)
+        return result
+
+    def _losses(self, batch_size: int | None) -> tuple[dict[str, Tensor], float | None, float | None]:
+        """Return the mean loss per token of each sample by model, the divergence and the agreement."""
+        model = self.models[PRUNED]
+        dense = self.models.get(DENSE)
+        predicted = self.samples.shape[1] - 1
         if self.rows:
-            losses = {which: row_losses(self.pair[which], rows) / predicted for which, rows in self.rows.items()}
-            if self.parts is not None:
-                rows = self.samples.tolist()
-                with evaluating(*models):
-                    far = divergence_from_dense(self.parts, models[1], models[0], rows, repeat(1, len(rows)))
-                close = {"divergence": float(far.sum()) / self.samples[:, 1:].numel()}
-        elif len(models) == 1:
-            losses = {"model": sample_losses(models[0], self.samples, batch_size)}
-        else:
-            losses, pair = compare(models[0], models[1], self.samples, batch_size)
-            close = dict(zip(("divergence", "agreement"), pair, strict=True))
-        return {
-            **perplexity_figures(losses, self.samples[:, 1:].numel(), self.documents),
-            "bits_per_byte": {which: self.passages.bits_per_byte(loss * predicted) for which, loss in losses.items()},
-            **close,
-        }
+            losses = {name: row_losses(self.models[name], rows) / predicted for name, rows in self.rows.items()}
+            return losses, self._divergence_in_parts(), None
+        if dense is None:
+            return {PRUNED: sample_losses(model, self.samples, batch_size)}, None, None
+
+        by_model, (divergence, agreement) = compare(model, dense, self.samples, batch_size)
+        return {DENSE: by_model["dense"], PRUNED: by_model["model"]}, divergence, agreement
+
+    def _divergence_in_parts(self) -> float | None:
+        """Return the divergence per token of the original model, whose tokens the model spells in parts."""
+        if self.parts is None:
+            return None
+        rows = self.samples.tolist()
+        model = self.models[PRUNED]
+        dense = self.models[DENSE]
+        with evaluating(model, dense):
+            divergences = divergence_from_dense(self.parts, dense, model, rows, repeat(1, len(rows)))
+        return float(divergences.sum()) / self.samples[:, 1:].numel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import median, quantiles
@@ -22,48 +21,13 @@ from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..record.remarks import measurements_text
-from ..written import Record
+from ..record.speed import Speed, Spread, Timing
 
 
 # The clock of torch waits for the accelerator. CPU time does not pass while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
 PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
-
-
-@dataclass(frozen=True)
-class Speed(Record):
-    """The figures of `measure_speed`; `str` of it is a table.
-
-    Attributes:
-        prefill: How fast prompts are read and the first token chosen, by shape (such as "batch 1, prompt 128") and
-            model: `{shape: {model: {"seconds": […], "tokens_per_second": …, "speedup": {"median": …, "low": …,
-            "high": …}}}}`. The seconds are those of each repeat, the tokens per second those of all sequences by the
-            median of the seconds, and the speed-up is over the first model, with quartiles over the pairs.
-        decode: How fast the other tokens are written, in the same form.
-        run_memory: The bytes that `memory_is` names, by shape and model.
-        new_tokens: The number of tokens written after each prompt.
-        repeats: The number of times that each model ran, in turns with the others.
-        threads: The number of threads of torch.
-        clock: What the seconds are: `wall` is time that passes, `cpu` is time of the processor, over all threads.
-        device: The device of the first model.
-        memory_is: What `run_memory` stands for.
-    """
-
-    prefill: dict[str, dict[str, Any]]
-    decode: dict[str, dict[str, Any]]
-    run_memory: dict[str, dict[str, int]]
-    new_tokens: int
-    repeats: int
-    threads: int
-    clock: str
-    device: str
-    memory_is: str
-
-    def __str__(self) -> str:
-        """Return a table of tokens per second, speed-ups and memory, and their meaning."""
-        return measurements_text(self.to_dict())
 
 
 def measure_speed(
@@ -117,8 +81,8 @@ def measure_speed(
                 for run in runs.values():
                     run.repeat()
 
-            prefill[shape] = _figures({name: run.prefill_seconds for name, run in runs.items()}, ids.numel())
-            decode[shape] = _figures({name: run.decode_seconds for name, run in runs.items()}, batch_size * new_tokens)
+            prefill[shape] = _timings({name: run.prefill_seconds for name, run in runs.items()}, ids.numel())
+            decode[shape] = _timings({name: run.decode_seconds for name, run in runs.items()}, batch_size * new_tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
 
     device = input_device(next(iter(models.values())))
@@ -214,26 +178,22 @@ class _Runs:
         self.decode_seconds.append(self._decode.timeit(1).median)
 
 
-def _figures(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Return the seconds of each model, its tokens per second, and its speed-up over the first model by repeat."""
-    first_seconds = next(iter(seconds.values()))
-    figures: dict[str, dict[str, Any]] = {}
-    for name, own_seconds in seconds.items():
-        ratios = [first / own for first, own in zip(first_seconds, own_seconds, strict=True)]
-        figures[name] = {
-            "seconds": own_seconds,
-            "tokens_per_second": tokens / median(own_seconds),
-            "speedup": spread(ratios),
-        }
-    return figures
+def _timings(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Timing]:
+    """Return the timing of each model, with its speed-up over the first model in each pair of runs."""
+    first = next(iter(seconds.values()))
+    timings = {}
+    for name, durations in seconds.items():
+        speedups = [baseline / duration for baseline, duration in zip(first, durations, strict=True)]
+        timings[name] = Timing(list(durations), tokens / median(durations), spread(speedups))
+    return timings
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Return the median and the quartiles of one number or more."""
     if len(values) == 1:
-        return {"median": values[0], "low": values[0], "high": values[0]}
+        return Spread(values[0], values[0], values[0])
     low, middle, high = quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
+    return Spread(middle, low, high)
 
 
 def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[..., Any]) -> int:

@@ -72,10 +72,19 @@ def continuations(
         mask.append([0] * gap + [1] * len(prompt))
 
     device = input_device(model)
+    # A model may have more rows than its tokenizer has tokens.
+    tokens = set(tokenizer.get_vocab().values())
+    rows = range(model.config.get_text_config().vocab_size)
+    without_token = [row for row in rows if row not in tokens]
+
+    generation_config = GenerationConfig(**settings)
+    generation_config.pad_token_id = padding
+    generation_config.eos_token_id = ends or None
+    generation_config.suppress_tokens = without_token or None
     generate: Any = model.generate
     # Transformers would take settings that are missing here from the model.
     own_config = model.generation_config
-    model.generation_config = GenerationConfig(**{**settings, "pad_token_id": padding, "eos_token_id": ends or None})
+    model.generation_config = generation_config
     try:
         with in_fast_dtype(blocks(model)):
             output = generate(

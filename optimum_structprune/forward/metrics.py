@@ -1,12 +1,12 @@
-"""Measures of a model on held-out text: perplexity, and its distance from the dense model."""
+"""Losses, perplexity and divergence of a model on held-out text, and their margins of error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
-from math import hypot, nan
+from math import nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -15,35 +15,38 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..arch.hooks import in_fast_dtype
+from ..arch.hooks import in_fast_dtype, intercept
 from ..arch.inference import input_device, random_inputs, run_model
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..method.devices import rows_at_once
+from ..method.layers import equal
 from ..system.offloading import check_reachable
 from ..system.stages import progress
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # whose import takes as long as that of torch
+    from peft import PeftModel  # its import takes as long as the import of torch
 
-# The number of tokens whose logits a loss takes at a time on a CPU, as the loss copies them in fp32.
+# The number of tokens whose logits a loss takes at a time on a CPU. The loss copies them in fp32.
 TOKENS_AT_ONCE = 128
 FP32_BYTES = 4
-MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, of all kinds together
-# The documents over which a margin of error is not wide, and those over which it is not rough.
+MEASURED_TOKENS = 4000  # tokens on which a run measures perplexity, over all domains
+# Margins over fewer documents than the first number are wide, and over fewer than the second they are rough.
 MIN_DOCUMENTS, MANY_DOCUMENTS = 5, 12
-STUDENT_T = {1: 6.31, 2: 2.92}  # by degrees of freedom, where its expansion is off by more than 2 %
-UNSEEN = 0.12  # least margin of a ratio, over the documents: what few of a kind lose may be in none that was read
-# The shares of what is lost by which people's kinds of text lose more or less than other text, and whole texts than
-# their beginnings.
+# Quantiles of Student's t at 0.95, by degrees of freedom, where the expansion in `margin_of_error` is off by over 2 %.
+STUDENT_T = {1: 6.31, 2: 2.92}
+# Lower bound of the margin of a ratio, divided by the number of documents: the sample may miss rare documents.
+UNSEEN = 0.12
+# Relative spread of the loss: between kinds of text, and between whole documents and their first tokens.
 KINDS_DIFFER, PARTS_DIFFER = 0.5, 0.25
-HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
+HEAD_TOKENS = 8  # tokens on which `plain_head` runs a model
 
 
 def outputs_of(output: Any) -> Tensor:
-    """The main tensor of a model's output: the logits where there are some, the last hidden states otherwise."""
-    return output.logits if getattr(output, "logits", None) is not None else output[0]
+    """Return the main tensor of a model's output: the logits if there are any, else the last hidden states."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits
 
 
 def tokens_at_once(device: torch.device, vocabulary: int) -> int:
@@ -62,179 +65,242 @@ def samples_per_pass(model: PreTrainedModel | PeftModel, seq_length: int) -> int
 
 
 def _vocabulary(model: PreTrainedModel | PeftModel) -> int:
-    """Return the number of tokens in the vocabulary of a model."""
     return int(model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> float:
-    """The perplexity over samples: e to the mean loss per predicted token. The first token of each is context only.
+    """Return the perplexity over samples: e to the mean loss per predicted token.
+
+    The first token of each sample is context only.
 
     Args:
-        model: A causal language model; its training mode is left as it was.
+        model: A causal language model. Its training mode is restored afterwards.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: The number of samples in a forward pass; by default 1 on a CPU, and on a GPU up to 16, as long as
-            their logits fill at most 1/64 of its memory.
+        batch_size: The number of samples per forward pass. The default is 1 on a CPU, and up to 16 on a GPU, as long
+            as their logits fill at most 1/64 of its memory.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or the samples leave nothing to predict.
     """
-    if not predicts_next(model):  # what the tokens themselves tell it would count as foreseen
+    if not predicts_next(model):  # a bidirectional model sees the token that it would predict
         raise StructPruneError(f"{type(model).__name__} does not predict the next token, and has no perplexity.")
     return float(sample_losses(model, samples, batch_size).mean().exp())
 
 
-def perplexity_figures(
-    losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, differs: float = 0.0
-) -> dict[str, Any]:
-    """Gives the perplexities of models on a text, their margins of error, and counts, by the fields of a record.
-
-    With several models, "ratio" is that of the last perplexity divided by the first. `losses` are those of the same
-    samples of `tokens` tokens in all, and `documents` numbers the document of each, shape `(samples,)`; by default all
-    differ. What they stand for may lose more or less, by the share `differs` of what is lost; the margin counts that.
-    """
-    first, *others = losses.values()
-    perplexity = {name: float(each.mean().exp()) for name, each in losses.items()}
-    # The margin of e to a mean is that of the mean, relative to it.
-    margins = {name: perplexity[name] * margin_of_error(each, documents) for name, each in losses.items()}
-    count = len(first if documents is None else documents.unique())
-    if others:
-        more = others[-1] - first
-        ratio, margin = float(more.mean().exp()), max(margin_of_error(more, documents), UNSEEN / count)
-        margins["ratio"] = hypot(ratio * margin, differs * (ratio - 1))
-    counts = {"perplexity_tokens": tokens, "perplexity_documents": count}
-    return {"perplexity": perplexity, "perplexity_margin": margins, **counts}
-
-
 @torch.no_grad()
 def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int | None = None) -> Tensor:
-    """The mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU; see `perplexity`."""
+    """Return the mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU.
+
+    See `perplexity` for the arguments.
+    """
     if samples.dim() != 2 or not samples[:, 1:].numel():
         raise StructPruneError(
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
     seq_length = samples.shape[1]
     batch_size = batch_size or samples_per_pass(model, seq_length)
-    return row_losses(model, [*samples], tokens=batch_size * seq_length) / (seq_length - 1)
+    losses = row_losses(model, list(samples), tokens=batch_size * seq_length)
+    return losses / (seq_length - 1)
 
 
 @torch.no_grad()
 def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], tokens: int = 1) -> Tensor:
-    """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
-    The first token of a row is context only. Rows of equal length run together, up to so many `tokens`.
+    """Return the total loss in nats of each row, shape `(rows,)`, fp64, on the CPU.
+
+    Args:
+        model: A causal language model.
+        rows: Token ids, shape `(seq_length,)` each; lengths may differ. The first token of a row is context only.
+        tokens: The most tokens in a forward pass. Neighbouring rows of equal length run together.
     """
-    rows, batches = [*rows], list[Tensor]()
-    for length, same in groupby(rows, len):
-        batches += torch.stack([*same]).split(max(tokens // length, 1))
+    rows = list(rows)
+    batches: list[Tensor] = []
+    for length, same_length in groupby(rows, len):
+        stacked = torch.stack(list(same_length))
+        batches += stacked.split(max(tokens // length, 1))
+
+    losses = []
     with evaluating(model):
-        losses = torch.cat([_losses(logits, targets) for targets, logits in _predictions([model], batches)])
-    return torch.stack([part.sum() for part in losses.cpu().split([len(row) - 1 for row in rows])])
+        for targets, logits in _predictions([model], batches):
+            losses.append(_losses(logits, targets))
+
+    predicted = [len(row) - 1 for row in rows]
+    return torch.stack([part.sum() for part in torch.cat(losses).cpu().split(predicted)])
 
 
 @torch.no_grad()
 def expected_shares(model: PreTrainedModel, samples: Tensor) -> Tensor:
-    """Gives how much a model expects each token in samples, as shares of the vocabulary, `(vocab,)`, fp64, on the CPU.
+    """Return the share of each token in the predictions of a model, shape `(vocab,)`, fp64, on the CPU.
 
-    The samples have the shape `(samples, seq_length)`. Square roots of probabilities are summed up, which favours what
-    is rare here and may be frequent in other text.
+    Square roots of probabilities are added up. They favour tokens that are rare in these samples, shape
+    `(samples, seq_length)`, and may be frequent in other text.
     """
-    # The sums stay on the device, so that the host waits once.
-    total: Tensor | float = 0.0
     batches = samples.split(samples_per_pass(model, samples.shape[1]))
+    total: Tensor | float = 0.0
     with evaluating(model):
         for _, logits in _predictions([model], batches):
+            # The sum stays on the device, so that the host waits once.
             total = total + logits.float().softmax(-1).sqrt().sum(0).double()
     shares = torch.as_tensor(total).cpu()
     return shares / shares.sum()
 
 
 def divergence(logits: Tensor, teacher: Tensor, mean: bool = True) -> Tensor:
-    """Gives KL(teacher‖model) in nats of logits `(..., vocab)`, as the mean or of each position, fp32."""
-    student_log, teacher_log = (values.float().log_softmax(-1) for values in (logits, teacher.detach()))
-    each = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
-    return each.mean() if mean else each
+    """Return KL(teacher‖model) in nats, fp32: the mean, or one value per position.
+
+    Args:
+        logits: The logits of the model, shape `(..., vocab)`.
+        teacher: The logits of the teacher, of the same shape. No gradient reaches them.
+        mean: Whether to return the mean, shape `()`, or the values of all positions, shape `(...)`.
+    """
+    student_log = logits.float().log_softmax(-1)
+    teacher_log = teacher.detach().float().log_softmax(-1)
+    by_position = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+    return by_position.mean() if mean else by_position
 
 
 def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
-    """Gives what the mean of values, shape `(values,)`, is off by at most nine times in ten; NaN on one document.
+    """Return the half-width of the 90 % confidence interval of a mean; NaN for a single document.
 
-    Beside Student's t, whose quantile is expanded in 1/n (Abramowitz and Stegun 26.7.5), it counts in how skewed the
-    documents are (Johnson, JASA 1978, 73:536), as a few may lose much. `documents` has the number of each value's
-    document, shape `(values,)`, and they are independent; by default each value has its own.
+    The interval is Student's t, whose quantile is expanded in 1/n (Abramowitz and Stegun 26.7.5), plus a correction
+    for skewed documents (Johnson, JASA 1978, 73:536), because a few documents may lose much.
+
+    Args:
+        values: The values, shape `(values,)`.
+        documents: The number of each value's document, shape `(values,)`. Documents are independent. By default each
+            value has its own document.
     """
-    off, count = values.double() - values.double().mean(), len(values)
-    if documents is not None:  # the parts that documents have in the mean, where they are of equal size their means
-        index = documents.unique(return_inverse=True)[1].to(off.device)
-        off = off.new_zeros(int(index.max()) + 1).index_add(0, index, off)
-        off, count = off * len(off) / count, len(off)
+    deviations = values.double() - values.double().mean()
+    count = len(values)
+    if documents is not None:
+        # The part that each document has in the mean: its own mean, where all documents have equally many values.
+        index = documents.unique(return_inverse=True)[1].to(deviations.device)
+        sums = deviations.new_zeros(int(index.max()) + 1).index_add(0, index, deviations)
+        deviations = sums * len(sums) / count
+        count = len(sums)
     if count < 2:
         return nan
-    z, free = NormalDist().inv_cdf(0.95), count - 1
-    t = STUDENT_T.get(free, z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2))
-    skewed = (off.pow(3).mean() / off.var()).nan_to_num(0.0, 0.0, 0.0).abs() * (1 + 2 * t**2) / (6 * count)
-    return float(t * off.std() / count**0.5 + skewed)
+
+    freedom = count - 1
+    z = NormalDist().inv_cdf(0.95)
+    expansion = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t = STUDENT_T.get(freedom, expansion)
+    third_moment = (deviations.pow(3).mean() / deviations.var()).nan_to_num(0.0, 0.0, 0.0).abs()
+    skewness = third_moment * (1 + 2 * t**2) / (6 * count)
+    return float(t * deviations.std() / count**0.5 + skewness)
 
 
 def margin_of_share(values: Tensor) -> float:
-    """Gives the margin of error of a share; where all values are alike, those that were not read may still differ."""
-    return max(margin_of_error(values), 1 - 0.05 ** (1 / len(values)))  # what none of so many leaves likely
+    """Return the margin of error of a share. Where all values agree, documents that were not read may still differ."""
+    unseen = 1 - 0.05 ** (1 / len(values))  # the largest share of which a sample of this size likely shows none
+    return max(margin_of_error(values), unseen)
 
 
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
-    """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
+    """Return the sum of next-token losses over a batch, shape `(batch, seq_length)`, of one forward pass."""
     size = tokens_at_once(input_device(model), _vocabulary(model))
-    pairs = zip(ids[:, 1:].flatten().split(size), _next_token_logits(model, ids, size), strict=True)
-    return float(sum(_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs))
+    targets = ids[:, 1:].flatten().split(size)
+    total: Tensor | int = 0
+    for part, logits in zip(targets, _next_token_logits(model, ids, size), strict=True):
+        total = total + _losses(logits, part.to(logits.device)).sum()
+    return float(total)
 
 
 @torch.no_grad()
 def compare(
     model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int | None = None
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """Compares a model with the dense one on the same text, in one pass of each.
+    """Compare a model with the dense model on the same text, in one pass of each.
 
-    It gives the mean losses per predicted token in each sample, shape `(samples,)`, as "dense" and "model"; then the
-    mean KL(dense‖model) per predicted token in nats, and the share of these tokens for which both find the same one
-    likeliest. The logits and probabilities of a few tokens by both models are in memory at a time (`tokens_at_once`);
-    where a model caps or scales its logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
+    In memory are the logits and probabilities of few tokens by both models; see `tokens_at_once`. Where a model caps
+    or scales its logits, the logits of a whole batch are.
+
+    Args:
+        model: The model.
+        dense: The dense model.
+        samples: Token ids, shape `(samples, seq_length)`.
+        batch_size: The number of samples per forward pass; see `perplexity`.
+
+    Returns:
+        The mean losses per predicted token of each sample, shape `(samples,)`, as "dense" and "model"; then the mean
+        KL(dense‖model) per predicted token in nats, and the share of tokens that both models predict alike.
     """
-    found = list[tuple[Tensor, ...]]()
     batch_size = batch_size or samples_per_pass(dense, samples.shape[1])
+    losses, dense_losses, distances, agreements = [], [], [], []
     with evaluating(model, dense):
-        for targets, mine, theirs in _predictions([model, dense], samples.split(batch_size)):
-            closeness = divergence(mine, theirs, mean=False), mine.argmax(-1) == theirs.argmax(-1)
-            found.append((_losses(mine, targets), _losses(theirs, targets), *closeness))
-    by_token = (torch.cat(parts).double() for parts in zip(*found, strict=True))
-    mine, theirs, distance, agreed = (each.reshape(samples[:, 1:].shape).mean(1).cpu() for each in by_token)
-    return {"dense": theirs, "model": mine}, (float(distance.mean()), float(agreed.mean()))
+        for targets, logits, dense_logits in _predictions([model, dense], samples.split(batch_size)):
+            losses.append(_losses(logits, targets))
+            dense_losses.append(_losses(dense_logits, targets))
+            distances.append(divergence(logits, dense_logits, mean=False))
+            agreements.append(logits.argmax(-1) == dense_logits.argmax(-1))
+
+    def by_sample(parts: list[Tensor]) -> Tensor:
+        by_token = torch.cat(parts).double().reshape(samples[:, 1:].shape)
+        return by_token.mean(1).cpu()
+
+    distance = float(by_sample(distances).mean())
+    agreement = float(by_sample(agreements).mean())
+    return {"dense": by_sample(dense_losses), "model": by_sample(losses)}, (distance, agreement)
 
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Use torch's own defaults inside `with` or a decorated function, whatever the caller has set: fp32 as the default
-    dtype, new tensors on the CPU, no autocast, no inference mode, and gradients on.
+    """Use torch's defaults inside `with` or in a decorated function, whatever the caller has set.
+
+    These are fp32 as the default dtype, new tensors on the CPU, no autocast, no inference mode, gradients, and fp32
+    products in full precision. The caller's settings return afterwards.
     """
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
-            stack.enter_context(torch.autocast(device, enabled=False))
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_full_precision())
         yield
 
 
 @contextmanager
-def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Put models in eval mode inside `with`; afterwards every module is back in the mode that it was in.
+def _full_precision() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32 inside `with`: TF32 and bf16 have 10 and 7 bits, too few for Gram matrices."""
+    # torch 2.9 has a setting for each backend beside the older one for all, and reading the older one fails where a
+    # caller has used the new settings.
+    precisions: list[tuple[Any, str]] = []
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    for backend in backends:
+        if hasattr(backend, "fp32_precision"):
+            precisions.append((backend, backend.fp32_precision))
+    try:
+        former = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        former = None
 
-    A model without weights, which would run in no time and give nothing, is refused. A module that has taken another's
-    place inside `with` is put in the mode of that one, and a module at a new place in the mode of the model.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if former is not None:
+            torch.set_float32_matmul_precision(former)
+        for backend, precision in precisions:
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Put models in eval mode inside `with`, and restore the mode of every module afterwards.
+
+    A module that has replaced another inside `with` takes the mode of the former module, and a module at a new place
+    takes the mode of the model.
+
+    Raises:
+        StructPruneError: If a model has no weights.
     """
-    modes_by_name = [{name: module.training for name, module in model.named_modules()} for model in models]
+    modes_by_model = [{name: module.training for name, module in model.named_modules()} for model in models]
     try:
         for model in models:
             if any(parameter.is_meta for parameter in model.parameters()):
@@ -242,38 +308,46 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        for model, modes in zip(models, modes_by_name, strict=True):
+        for model, modes in zip(models, modes_by_model, strict=True):
             for name, module in model.named_modules():
                 module.training = modes.get(name, modes[""])
 
 
 def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gives targets, `(tokens,)`, and the logits of each model, `(tokens, vocab)`, a few tokens at a time.
+    """Yield the targets, shape `(tokens,)`, and the logits of each model, shape `(tokens, vocab)`.
 
-    `batches` have the shape `(batch, seq_length)`.
+    They are of few tokens at a time. `batches` have the shape `(batch, seq_length)`.
     """
     first = batches[0][:1, :HEAD_TOKENS]
-    # None unless the head alone makes the logits.
-    heads = [
-        partial(_head_logits, model.get_output_embeddings()) if plain_head(model, first) else None for model in models
-    ]
+    heads: list[Callable[[Tensor], Tensor] | None] = []
+    for model in models:
+        is_plain = plain_head(model, first)
+        heads.append(partial(_head_logits, model.get_output_embeddings()) if is_plain else None)
+
     size = min(tokens_at_once(input_device(model), _vocabulary(model)) for model in models)
     for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
         targets = ids[:, 1:].flatten().split(size)
-        logits = [_next_token_logits(model, ids, size, head) for model, head in zip(models, heads, strict=True)]
-        for target, *some in zip(targets, *logits, strict=True):
-            yield [tensor.to(some[0].device) for tensor in (target, *some)]
+        pairs = zip(models, heads, strict=True)
+        logits_by_model = [_next_token_logits(model, ids, size, head) for model, head in pairs]
+        for target, *logits in zip(targets, *logits_by_model, strict=True):
+            device = logits[0].device
+            yield [target.to(device), *(values.to(device) for values in logits)]
 
 
 def _next_token_logits(
     model: Any, ids: Tensor, size: int, head: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[Tensor]:
-    """Compute the logits for all tokens of a batch but the first of each row, for `size` tokens at a time."""
+    """Yield the logits of all tokens but the last of each row, for `size` tokens at a time.
+
+    `head` computes them from the last hidden states; None takes the logits of the whole batch from the model.
+    """
     if head is None:
-        yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(size)
+        logits = run_model(model, ids).logits[:, :-1]
+        yield from logits.flatten(0, 1).split(size)
         return
-    hidden = run_model(model.base_model, ids)[0][:, :-1].flatten(0, 1)
-    yield from map(head, hidden.split(size))
+    hidden = run_model(model.base_model, ids)[0][:, :-1]
+    for part in hidden.flatten(0, 1).split(size):
+        yield head(part)
 
 
 def _head_logits(head: Any, hidden: Tensor) -> Tensor:
@@ -281,24 +355,47 @@ def _head_logits(head: Any, hidden: Tensor) -> Tensor:
         return head(hidden.to(head.weight.device))
 
 
+@torch.no_grad()
 def plain_head(model: Any, ids: Tensor) -> bool:
-    """Tries on a few tokens if the head alone makes logits, so that it need not run on all at once."""
+    """Return whether the head alone turns the last hidden states into logits, so that it can run on few tokens.
+
+    All tensors are of one forward pass over `ids`, shape `(1, tokens)`. Two passes need not agree bit for bit: on a
+    GPU, experts add their outputs in any order.
+    """
     head, base = model.get_output_embeddings(), model.base_model
     if base is model or head is None or head.weight.is_meta or model.config.is_encoder_decoder:
         return False
-    hidden = run_model(base, ids)[0]
-    if hidden.shape[-1] != head.weight.shape[-1]:
+    modules = [base, head]
+    inputs: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[index] = args[0] if args else None
+
+    def after(index: int, output: Any) -> None:
+        outputs[index] = output
+
+    with intercept(modules, before, after):
+        logits = run_model(model, ids).logits
+    if len(outputs) < len(modules) or not isinstance(inputs[1], Tensor):
         return False
-    return torch.equal(_head_logits(head, hidden), run_model(model, ids).logits)
+
+    # The model may change hidden states in front of the head, or logits behind it.
+    is_input = equal(inputs[1], outputs[0][0])
+    is_output = equal(logits, outputs[1].to(logits.dtype))
+    return is_input and is_output
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each token, shape `(tokens,)`, fp64. It stays on its device, so that nothing waits for a GPU."""
+    """Return the loss of each token, shape `(tokens,)`, fp64, on the device of the logits: the host need not wait."""
     return cross_entropy(logits.float(), targets, reduction="none").double()
 
 
 @torch.no_grad()
 def outputs_for(model: PreTrainedModel, inputs: Tensor | None = None) -> Tensor:
-    """The outputs for inputs, by default `random_inputs`, shape `(1, tokens, vocab)` or `(1, tokens, channels)`."""
+    """Return the outputs of a model for inputs, by default `random_inputs`.
+
+    The shape is `(1, tokens, vocab)` for logits, and `(1, tokens, channels)` for hidden states.
+    """
     with evaluating(model):
         return outputs_of(run_model(model, random_inputs(model) if inputs is None else inputs))

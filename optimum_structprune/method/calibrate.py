@@ -1,4 +1,4 @@
-"""Calibration: running statistics of the inputs of one consumer, and the mixture of the domains."""
+"""Running statistics of the inputs of a consumer, by domain and mixed over the domains."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .devices import rows_at_once
 
 # The least number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
+# Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
+MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 # The number of tokens that are in memory in fp64 at a time on a CPU.
 TOKENS_AT_ONCE = 256
 FP64_BYTES = 8
@@ -23,25 +25,35 @@ FP64_BYTES = 8
 class Moments:
     """Count, mean and second moment of the inputs of a consumer, in one domain or in the mixture of several.
 
-    Kept as running *means*, not sums, so that fp32 does not lose digits however many tokens there are.
+    All are running *means*, not sums, so that fp32 does not lose precision with the number of tokens.
+
+    Attributes:
+        count: The number of tokens.
+        mean: E[x], shape `(n,)`, fp64.
+        square: The second moment E[x²] of each component, shape `(n,)`, fp64.
+        gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None if only its diagonal is gathered.
+        prior: The criterion's prior of each component, shape `(n,)`; see `Criterion.prior`.
+        energy: E‖W x‖² with the consumer's dense weight W, shape `()`, fp64; None if the outputs were not observed.
+        error_mean: The mean E[e] of the error e that error feedback corrects, shape `(out,)`, fp32; None without it.
+        error_cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32; None without error feedback.
     """
 
-    count: int  # the number of tokens seen
-    mean: Tensor  # E[x], shape `(n,)`, fp64
-    square: Tensor  # the second moment E[x²] of each component, shape `(n,)`, fp64
-    gram: Tensor | None = None  # the Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only its diagonal is kept
-    prior: Tensor | None = None  # what the criterion knows of each component, shape `(n,)`; see `Criterion.prior`
-    energy: Tensor | None = None  # E‖W x‖² with the consumer's dense weight W, shape `()`, fp64, where it was seen
-    # The mean E[e], shape `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, of the error e that error feedback asks
-    # the consumer to make up for, in fp32; None where there is none.
+    count: int
+    mean: Tensor
+    square: Tensor
+    gram: Tensor | None = None
+    prior: Tensor | None = None
+    energy: Tensor | None = None
     error_mean: Tensor | None = None
     error_cross: Tensor | None = None
 
     @classmethod
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
-        """Moments of no tokens; of the error too where there are `out` outputs."""
-        mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
-        moments = cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None)
+        """Return the moments of no tokens; with those of the error if `out`, the number of outputs, is above 0."""
+        mean = torch.zeros(size, dtype=torch.float64, device=device)
+        moments = cls(0, mean, torch.zeros_like(mean))
+        if gram:
+            moments.gram = torch.zeros(size, size, device=device)
         if out:
             moments.error_mean = torch.zeros(out, device=device)
             moments.error_cross = torch.zeros(out, size, device=device)
@@ -49,23 +61,33 @@ class Moments:
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
-        """Take in inputs, and return these moments. `x` has the shape `(..., n)`, the others `(..., out)`."""
+        """Add inputs to the running means, and return these moments.
+
+        Args:
+            x: Inputs of the consumer, shape `(..., n)`.
+            error: The error of the layer's output to correct, shape `(..., out)`.
+            output: The outputs of the consumer with its dense weight, shape `(..., out)`.
+        """
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
             return self
         self.count += len(x)
         share = len(x) / self.count
         x = x.to(self.mean.device)
-        if not (x.is_cuda and x.dtype == torch.bfloat16):  # whose products are exact in fp32 there
+        # Products of bfloat16 are exact in fp32 on CUDA.
+        if not (x.is_cuda and x.dtype == torch.bfloat16):
             x = x.float()
-        mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+
+        mean = x.new_zeros(x.shape[1], dtype=torch.float64)
+        square = torch.zeros_like(mean)
         for part in x.split(rows_at_once(x.device, FP64_BYTES * x.shape[1], TOKENS_AT_ONCE)):
             precise = part.double()
-            share_of_each = precise.new_full((len(part),), 1 / len(x))
-            mean.add_(share_of_each @ precise)
-            square.add_(share_of_each @ precise.square_())
+            token_weights = precise.new_full((len(part),), 1 / len(x))
+            mean.add_(token_weights @ precise)
+            square.add_(token_weights @ precise.square_())
         self.mean.lerp_(mean, share)
         self.square.lerp_(square, share)
+
         if self.gram is not None:
             update_gram_(self.gram, x, share)
         if error is not None and self.error_mean is not None and self.error_cross is not None:
@@ -78,13 +100,16 @@ class Moments:
         return self
 
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
-        """The moments of some components only."""
+        """Return the moments of some components."""
         index = torch.as_tensor(columns, device=self.mean.device)
-        gram = None if self.gram is None else submatrix(self.gram, index, index)
-        prior = None if self.prior is None else self.prior[index]
-        cross = None if self.error_cross is None else self.error_cross[:, index]
-        mean, square = self.mean[index], self.square[index]
-        return Moments(self.count, mean, square, gram, prior, error_mean=self.error_mean, error_cross=cross)
+        selected = Moments(self.count, self.mean[index], self.square[index], error_mean=self.error_mean)
+        if self.gram is not None:
+            selected.gram = submatrix(self.gram, index, index)
+        if self.prior is not None:
+            selected.prior = self.prior[index]
+        if self.error_cross is not None:
+            selected.error_cross = self.error_cross[:, index]
+        return selected
 
     @property
     def variance(self) -> Tensor:
@@ -92,17 +117,26 @@ class Moments:
         return (self.square - self.mean.square()).clamp(min=0)
 
     def full_gram(self) -> Tensor:
-        """The Gram matrix, where it was gathered; a ValueError otherwise."""
+        """Return the Gram matrix. Raise a ValueError if it was not gathered."""
         if self.gram is None:
             raise ValueError("these moments were gathered without a Gram matrix")
         return self.gram
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that were gathered, by the name of their field."""
+        """Return the gathered tensors by the name of their field."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "prior"}
 
     def checked(self, module: str, domain: int, may_be_empty: bool = False) -> Moments:
-        """These moments of the input of a module in a domain; NaN and infinity are refused, and no tokens at all."""
+        """Return these moments after a check.
+
+        Args:
+            module: The module whose inputs these are, for errors.
+            domain: The number of the domain, for errors.
+            may_be_empty: Whether there may be no tokens.
+
+        Raises:
+            StructPruneError: If there are no tokens, or a moment is NaN or infinite.
+        """
         if not (self.count or may_be_empty):
             raise StructPruneError(f"{module} never ran during calibration in domain {domain}.")
         # One check of both, since each makes the host wait for a GPU.
@@ -115,9 +149,9 @@ class Moments:
 
 
 def output_energy(weight: Tensor, moments: Moments) -> float:
-    """E‖W x‖² of a consumer, from its outputs if they were seen, else from the Gram matrix or second moments.
+    """Compute E‖W x‖² of a consumer, from its outputs if observed, else from the Gram matrix or the second moments.
 
-    Second moments alone stand for components that are uncorrelated. `weight` has the shape `(out, n)`.
+    With second moments alone, components are taken to be uncorrelated. `weight` has the shape `(out, n)`.
     """
     if moments.energy is not None:
         return float(moments.energy)
@@ -131,47 +165,66 @@ def output_energy(weight: Tensor, moments: Moments) -> float:
 class Mixer:
     """Mixes the moments of one consumer over the domains, one after the other.
 
-    In memory are those of the mixture and of the present domain. Each domain is divided by its output energy, so that
-    one with large activations does not outweigh the others. `weight` has the shape `(out, n)`.
+    In memory are the moments of the mixture and of the present domain. Each domain is divided by its output energy, so
+    that a domain with large activations does not outweigh the others.
+
+    Args:
+        weight: The dense weight of the consumer, shape `(out, n)`.
     """
 
     def __init__(self, weight: Tensor):
         self.weight = weight
         self._sums: dict[str, Tensor] = {}
-        self._total, self._count, self._energy = 0.0, 0, 0.0
-        # True if any domain so far had tokens; and true if its outputs were not all zero.
+        self._total = 0.0
+        self._count = 0
+        self._energy = 0.0
+        # Whether any domain so far had tokens, and whether any had outputs that are not all zero.
         self._seen = (False, False)
 
     @torch.no_grad()
     def add(self, moments: Moments, share: float) -> None:
-        """Take in a domain with its share of the mixture; its matrices are let go."""
+        """Add a domain with its share of the mixture, and free its matrices."""
         energy = output_energy(self.weight, moments)
-        # Not every expert gets tokens of every domain, and a domain without output needs no unit: such a domain counts
-        # only where all are like it.
+        # Not every expert gets tokens of every domain, and a domain without output needs no unit. Such a domain counts
+        # only if all domains are like it.
         seen = (moments.count > 0, energy > 0)
         if seen > self._seen:
-            self._sums, self._total, self._count = {}, 0.0, 0
-            self._energy, self._seen = energy, seen
+            self._sums = {}
+            self._total = 0.0
+            self._count = 0
+            self._energy = energy
+            self._seen = seen
         if seen != self._seen:
             return
+
         weight = share * self._energy / energy if energy > 0 else share
-        self._total, self._count = self._total + weight, self._count + moments.count
+        self._total += weight
+        self._count += moments.count
         for name, tensor in moments.tensors().items():
             if name in self._sums:
                 self._sums[name].add_(tensor, alpha=weight)
-            else:  # the largest tensor is not copied
-                self._sums[name] = tensor.mul_(weight) if name == "gram" else tensor * weight
-        moments.gram = moments.error_cross = None
+            elif name == "gram":  # the largest tensor is not copied
+                self._sums[name] = tensor.mul_(weight)
+            else:
+                self._sums[name] = tensor * weight
+        moments.gram = None
+        moments.error_cross = None
 
     def moments(self) -> Moments:
-        """The moments of the mixture, to be called once, after the last `add`."""
+        """Return the moments of the mixture. Call it once, after the last `add`."""
         means = {name: tensor.div_(self._total) for name, tensor in self._sums.items()}
         self._sums = {}
         return Moments(self._count, **means)
 
 
 def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weights: Sequence[Tensor]) -> list[Moments]:
-    """Mixes the moments of the domains for each consumer, whose dense weights have the shape `(out, n)`."""
+    """Mix the moments of the domains for each consumer.
+
+    Args:
+        by_domain: The moments of all consumers by domain.
+        shares: The share of each domain in the mixture.
+        weights: The dense weight of each consumer, shape `(out, n)`.
+    """
     mixers = [Mixer(weight) for weight in weights]
     for share, all_moments in zip(shares, by_domain, strict=True):
         for mixer, moments in zip(mixers, all_moments, strict=True):
@@ -181,29 +234,36 @@ def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weigh
 
 @torch.no_grad()
 def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
-    """Take tokens into a running Gram matrix E[x xᵀ]. `gram` has the shape `(n, n)`, `x` `(tokens, n)`."""
-    # It is symmetric, so only what is right of the diagonal is computed, in 8 panels at most: smaller ones cost more.
+    """Add tokens to a running Gram matrix E[x xᵀ].
+
+    Args:
+        gram: The matrix, shape `(n, n)`, which changes.
+        x: The inputs, shape `(tokens, n)`.
+        share: The share of these tokens among all tokens so far.
+    """
+    # The matrix is symmetric, so only the part right of the diagonal is computed, in at most 8 panels.
     step = max(PANEL_ROWS, -(-len(gram) // 8))
     for start in range(0, len(gram), step):
-        rows, right = slice(start, min(start + step, len(gram))), slice(start, len(gram))
+        rows = slice(start, min(start + step, len(gram)))
+        right = slice(start, len(gram))
         add_product_(gram[rows, right], x[:, rows], x[:, right], share)
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
 
 
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
-    """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32. `total` has the shape `(m, n)`."""
-    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
+    """Add `leftᵀ right`, a sum over tokens, to a running mean in fp32, `total` of shape `(m, n)`."""
+    if MM_TAKES_OUT_DTYPE and left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         product = left.T.float() @ right.float()
-    # Not added by the product itself, which would lose the digits of few tokens beside many.
+    # Adding the product directly would lose precision when few tokens follow many.
     total.lerp_(product.div_(len(left)), share)
 
 
 @torch.no_grad()
 def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Copies some rows and columns of a matrix, `(m, n)`, without a copy of whole rows."""
+    """Copy some rows and columns of a matrix, shape `(m, n)`, without a copy of whole rows."""
     part = matrix.new_empty(len(rows), len(columns))
     for target, panel in zip(part.split(PANEL_ROWS), rows.split(PANEL_ROWS), strict=True):
         target.copy_(matrix[panel].index_select(1, columns))

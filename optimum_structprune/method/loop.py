@@ -1,19 +1,19 @@
-"""The method: calibrate, score, choose, refit and shrink, one layer after the other.
+"""Prune layer by layer: calibrate, score, choose, refit and shrink.
 
-Lifecycle of `prune_layers_`, for each layer in turn:
+`prune_layers_` takes these steps for each layer in turn:
 
-- `source.advance_dense` takes the dense residual stream through the layer (layers.py), for error feedback.
-- For each space of the layer that gets smaller, in the order of the description:
-    - calibrate: `source.moments` runs the layer on every batch; `mixed` makes one set of moments of the domains
+- `source.advance_dense` runs the dense residual stream through the layer (layers.py), for error feedback.
+- For each space of the layer that becomes smaller, in the order of the description:
+    - calibrate: `source.moments` runs the layer on every batch, and `mixed` combines the moments of the domains
       (calibrate.py).
     - score: the criterion scores the units by the weights that read them and by the moments (`Criterion`).
-    - choose: the units with the highest scores stay.
-    - refit: the columns of the kept units make up for the removed ones and for the error of the layers in front
-      (refit.py); the columns of the others are masked, which means that they become zero.
-- Where the layer is cut, `shrink_layer_` replaces it by a smaller one (shrink.py), and `source.same_outputs` compares
-  the two. A round before the last, and a pruning on trial, leave it masked.
-- `source.advance` takes the hidden states of the samples through it, to the next layer.
-- `on_layer` is told; that is where progress, records and checkpoints hang.
+    - choose: the units with the highest scores are kept.
+    - refit: new values of the kept columns make up for the removed columns and for the error of the layers in front
+      (refit.py). The removed columns are masked: they become zero.
+- `shrink_layer_` replaces the layer by a smaller one (shrink.py), and `source.same_outputs` compares their outputs. In
+  a round before the last and in a trial, the layer stays masked.
+- `source.advance` runs the hidden states of the samples through the layer, to the next one.
+- `on_layer` is called. Progress and checkpoints are attached there.
 """
 
 from __future__ import annotations
@@ -37,15 +37,24 @@ from .shrink import Masks, Values, read_consumer, shrink_layer_, units_to_column
 
 @dataclass(frozen=True)
 class Method:
-    """The criterion and the refit, with all that they read beside the moments."""
+    """The criterion and the refit, with their inputs other than the moments.
+
+    Args:
+        criterion: The criterion.
+        parameters: A function from the index of a layer to the criterion's keyword arguments there.
+        refit: A function such as `refit.least_squares`.
+        shares: The weights of the domains, which sum to 1.
+        damping: The ridge of the refit; see `refit.ridge_strength`.
+        gram: Whether Gram matrices are collected.
+        statistics: The result of the criterion's passes through the whole model, by module, shape `(n,)` each.
+    """
 
     criterion: Criterion
-    parameters: Callable[[int], Mapping[str, Any]]  # the criterion's keyword arguments in a layer, by its index
-    refit: Callable[..., Values]  # a function such as `refit.least_squares`
-    shares: tuple[float, ...]  # the weights of the domains, which sum to 1
-    damping: float  # the ridge of the refit; see `refit.ridge_strength`
-    gram: bool  # whether Gram matrices are gathered
-    # What the criterion made of passes through the whole model, by module, shape `(n,)`.
+    parameters: Callable[[int], Mapping[str, Any]]
+    refit: Callable[..., Values]
+    shares: tuple[float, ...]
+    damping: float
+    gram: bool
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -58,24 +67,38 @@ def prune_layers_(
     layers: Iterable[int] | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
-    """Bring every layer of a model, or some `layers`, to their widths.
+    """Prune the layers of a model to their widths.
 
-    Each is fitted to its inputs behind the pruned layers before it. `masks` hold the model, and get the units that are
-    kept. Without a `smaller` model all others are only masked. With one, which has no weights, its layers take the
-    places of those of the model. `on_layer` is called with the index of each layer that is finished.
+    Each layer is fitted to its inputs behind the pruned layers in front of it.
+
+    Args:
+        masks: The masks of the model. The kept units are added to them.
+        source: The source of activations.
+        method: The criterion and the refit.
+        widths: The widths after pruning.
+        smaller: The model with these widths and without weights. Its layers replace those of the model. Without it,
+            the removed units are only masked.
+        layers: The indices of the layers; None stands for all layers.
+        on_layer: A function that is called with the index of each finished layer.
     """
-    model, arch = masks.model, masks.arch
-    for layer in range(arch.num_layers) if layers is None else layers:
+    arch = masks.arch
+    if layers is None:
+        layers = range(arch.num_layers)
+    for layer in layers:
         with source.at(layer, changes=True):
-            with masks.lifted([axis for space in arch.at(layer) for axis in space.consumers]):
+            consumers = [axis for space in arch.at(layer) for axis in space.consumers]
+            with masks.lifted(consumers):
                 source.advance_dense(layer, widths.keys())
+
             for space in arch.at(layer):
-                if (width := space.width_in(widths) * space.scale) < space.size:
+                width = space.width_in(widths) * space.scale
+                if width < space.size:
                     prune_space_(masks, source, method, space, width)
+
             if smaller is not None:
                 masks.lost = True
                 with source.same_outputs(layer):
-                    shrink_layer_(model, arch, layer, masks.keep, smaller)
+                    shrink_layer_(masks.model, arch, layer, masks.keep, smaller)
             source.advance(layer)
             on_layer(layer)
 
@@ -83,35 +106,50 @@ def prune_layers_(
 def prune_space_(masks: Masks, source: Source, method: Method, space: Space, width: int) -> None:
     """Choose units of one space to keep, refit the columns that read them, and mask all others.
 
-    Every refit starts from the dense weights, so no error of an earlier round is fitted again. Scores are those of the
-    present weights, in which a kept unit already makes up for units that an earlier round has masked.
+    Every refit starts from the dense weights, so that the error of an earlier round is not fitted again. Scores are
+    computed from the present weights, in which kept units already make up for the units that an earlier round masked.
     """
     dense, moments = calibrate(masks, source, method, space)
-    weights, left, present = [weight for weight, _ in dense], moments, masks.keep.get(space.key, range(space.size))
+    present: Sequence[int] = range(space.size)
+    weights = [weight for weight, _ in dense]
+    present_moments = moments
     if space.key in masks.keep:
-        weights = [read_consumer(masks.model, axis)[0] for axis in space.consumers]
-        pairs = zip(space.consumers, weights, strict=True)
-        columns = [units_to_columns(present, axis, weight.device) for axis, weight in pairs]
-        weights = [weight[:, kept] for weight, kept in zip(weights, columns, strict=True)]
-        left = [own_moments.select(kept) for own_moments, kept in zip(moments, columns, strict=True)]
-    scores = torch.stack(consumer_scores(method, space, weights, left)).sum(0)
+        present = masks.keep[space.key]
+        weights, present_moments = _present_values(masks, space, moments)
+
+    scores = torch.stack(consumer_scores(method, space, weights, present_moments)).sum(0)
     keep = tuple(present[unit] for unit in best_units(scores, width))
-    for axis, refitted in zip(space.consumers, refit_consumers(method, space, keep, dense, moments), strict=True):
-        masks.write_(axis, *refitted)
+    refitted = refit_consumers(method, space, keep, dense, moments)
+    for axis, (columns, weight, bias) in zip(space.consumers, refitted, strict=True):
+        masks.write_(axis, columns, weight, bias)
     masks.keep[space.key] = keep
 
 
+def _present_values(masks: Masks, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
+    """Return the present weights of the consumers of a space, and their moments, without the masked columns."""
+    weights = []
+    selected = []
+    for axis, own_moments in zip(space.consumers, moments, strict=True):
+        weight, _ = read_consumer(masks.model, axis)
+        columns = units_to_columns(masks.keep[space.key], axis, weight.device)
+        weights.append(weight[:, columns])
+        selected.append(own_moments.select(columns))
+    return weights, selected
+
+
 def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tuple[list[Values], list[Moments]]:
-    """The dense values of the consumers of a space, and the moments of what they read, in the domain mixture."""
-    model, arch, criterion, statistics = masks.model, masks.arch, method.criterion, method.statistics
+    """Return the dense values of the consumers of a space, and the moments of their inputs over all domains."""
     dense = [masks.dense(axis) for axis in space.consumers]
-    # A refit starts from the dense weights, so error feedback has to see the error that these leave.
+    weights = [weight for weight, _ in dense]
+    criterion = method.criterion
+
+    # A refit starts from the dense weights, so that error feedback has to measure the error of the dense weights.
     with masks.lifted(space.consumers):
         by_domain = source.moments(space.layer, space, method.gram)
-        moments = mixed(by_domain, method.shares, [weight for weight, _ in dense])
-        prior = None if criterion.prior is None else criterion.prior(model, arch, space)
+        moments = mixed(by_domain, method.shares, weights)
+        prior = None if criterion.prior is None else criterion.prior(masks.model, masks.arch, space)
     for axis, own_moments in zip(space.consumers, moments, strict=True):
-        own_moments.prior = statistics.get(axis.module, prior)
+        own_moments.prior = method.statistics.get(axis.module, prior)
     return dense, moments
 
 
@@ -129,12 +167,13 @@ def consumer_scores(method: Method, space: Space, weights: list[Tensor], moments
 def refit_consumers(
     method: Method, space: Space, keep: Sequence[int], dense: Sequence[Values], moments: Sequence[Moments]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias."""
+    """Return the kept columns, the refitted weight, shape `(out, columns)`, and the bias of each consumer."""
     refitted = []
     for axis, (weight, bias), own_moments in zip(space.consumers, dense, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
         ridge = ridge_strength(method.damping, len(columns), own_moments.count)
-        refitted.append((columns, *method.refit(weight, bias, own_moments, columns, ridge)))
+        new_weight, new_bias = method.refit(weight, bias, own_moments, columns, ridge)
+        refitted.append((columns, new_weight, new_bias))
     return refitted
 
 
@@ -190,12 +229,12 @@ class Criterion:
 
 
 def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
-    """The units with the highest scores, ascending. `scores` has the shape `(units,)`."""
+    """Return the units with the highest scores, ascending. `scores` has the shape `(units,)`."""
     return tuple(scores.topk(width).indices.sort().values.tolist())
 
 
 def check_scores(scores: object, count: int, name: str, where: str) -> None:
-    """Refuse what a criterion gave, unless it is one finite number for each unit."""
+    """Raise `StructPruneError` if scores are not one finite number for each unit."""
     if isinstance(scores, Tensor) and scores.shape == (count,) and bool(torch.isfinite(scores).all()):
         return
     shape = f", of the shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""

@@ -1,4 +1,4 @@
-"""New values of the kept weights that make up for the removed ones, by linear algebra with a ridge."""
+"""Compute new weights for the kept columns of a layer, so that they make up for the removed columns."""
 
 from __future__ import annotations
 
@@ -18,89 +18,126 @@ logger = logging.getLogger(__name__)
 MIN_MOMENT_SHARE = 1e-6
 # The number of rows of a matrix product or of a right side that are in memory a second time.
 ROWS_AT_ONCE = 1024
+# The number of tokens per column with which the noise of a Gram matrix doubles the ridge.
+TOKENS_PER_COLUMN = 20
+# The number of factorisations, each with ten times the ridge of the one before.
+MAX_ATTEMPTS = 6
 
 
 def no_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Leave the kept columns as they are; see `least_squares` for the arguments."""
+    """Return the kept columns and the bias unchanged; see `least_squares` for the arguments."""
     return weight[:, keep], bias
 
 
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Refit the kept weights so that they give the dense output with the least squared error.
+    """Refit the kept columns to the dense output by ridge regression toward their original weights.
 
-    The new weights W' minimise `E‖W x + e − W' x_S‖² + λ tr(Δ D Δᵀ)` with Δ = W' − W_S and D = diag(H_SS), where H =
-    E[x xᵀ] and R are the removed columns. With error feedback, e is the error of the residual stream so far that the
-    refit makes up for as well, of which the moments hold E[e] and E[e xᵀ]. Without, e is 0. The ridge pulls toward the
-    original kept weights, so the solution is these plus the best linear prediction of the output of the removed
-    columns and of e from the kept components: `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ D)⁻¹`. With a bias the fit
-    is affine: H and the cross moments are centred, and the bias makes up for the difference of the means. `weight` has
-    the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`, W' `(out, kept)`.
+    The new weights W' minimise
+
+        E‖W x + e − W' x_S‖² + λ tr(Δ D Δᵀ),   Δ = W' − W_S,   D = diag(H_SS),   H = E[x xᵀ],
+
+    where S are the kept and R the removed columns, and e is the error of the residual stream that error feedback adds
+    (0 without it). The solution is
+
+        W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ D)⁻¹:
+
+    the original weights plus the best linear prediction of the output of the removed columns, and of e, from the kept
+    components. With a bias, H and the cross moments are centred, and the new bias is b + W E[x] + E[e] − W' E[x_S].
+
+    Args:
+        weight: The dense weight W, shape `(out, n)`.
+        bias: The dense bias b, shape `(out,)`, or None.
+        moments: The moments of the input x, with their Gram matrix, and of e.
+        keep: The indices of the kept columns, shape `(kept,)`.
+        damping: The strength λ of the ridge; see `ridge_strength`.
+
+    Returns:
+        The weight W', shape `(out, kept)`, and the bias.
+
+    Raises:
+        StructPruneError: If the Gram matrix cannot be factorised even with a strong ridge.
     """
+    is_centred = bias is not None
     gram = moments.full_gram()
-    mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
-    if bias is not None:
+    mean = moments.mean.to(gram)
+    diagonal = gram.diagonal()[keep]
+    if is_centred:
         variance = diagonal - mean[keep].square()
         # The variance of a component that does not vary, as with a single token, is a rounding error.
         diagonal = torch.where(variance > MIN_MOMENT_SHARE * diagonal, variance, 0.0)
 
-    def kept(dtype: torch.dtype) -> Tensor:
+    def kept_gram(dtype: torch.dtype) -> Tensor:
         square = submatrix(gram, keep, keep)
-        if bias is not None:
+        if is_centred:
             square.addr_(mean[keep], mean[keep], alpha=-1)
         return square.to(dtype)
 
-    missing = _missing(weight, bias is not None, moments, keep)
-    refitted = weight[:, keep] + solve_damped(kept, diagonal, missing, damping)
-    if bias is not None:
-        bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
-        bias = bias if moments.error_mean is None else bias + moments.error_mean.to(bias)
-    return refitted, bias
+    missing = _missing_output(weight, is_centred, moments, keep)
+    refitted = weight[:, keep] + solve_damped(kept_gram, diagonal, missing, damping)
+    if bias is None:
+        return refitted, None
+
+    new_bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
+    if moments.error_mean is not None:
+        new_bias = new_bias + moments.error_mean.to(bias)
+    return refitted, new_bias
 
 
-def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> Tensor:
-    """`W_R H_RS + E[e x_Sᵀ]`, what the kept columns are to make up for, shape `(out, kept)`."""
-    gram, mean = moments.full_gram(), moments.mean.to(weight)
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
-    removed[keep] = False
-    removed = removed.nonzero().squeeze(1)
+def _missing_output(weight: Tensor, is_centred: bool, moments: Moments, keep: Tensor) -> Tensor:
+    """Return W_R H_RS + E[e x_Sᵀ], the cross moment of the missing output and the kept components, `(out, kept)`."""
+    gram = moments.full_gram()
+    mean = moments.mean.to(weight)
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
+    is_removed[keep] = False
+    removed = is_removed.nonzero().squeeze(1)
+
     missing = weight.new_zeros(len(weight), len(keep))
     for panel in removed.split(ROWS_AT_ONCE):
         missing.addmm_(weight[:, panel], submatrix(gram, panel, keep).to(weight))
-    if centred:
+    if is_centred:
         missing.addr_(weight[:, removed] @ mean[removed], mean[keep], alpha=-1)
+
     if moments.error_mean is not None and moments.error_cross is not None:
         missing.add_(moments.error_cross[:, keep].to(weight))
-        if centred:
+        if is_centred:
             missing.addr_(moments.error_mean.to(weight), mean[keep], alpha=-1)
     return missing
 
 
 def ridge_strength(damping: float, columns: int, tokens: int) -> float:
-    """The λ of a refit or a score, larger with less text: `damping (1 + 20 n / N)`.
+    """Return the strength λ of the ridge of a refit or of a score: `damping · (1 + 20 n / N)`.
 
-    The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other
-    text. The 20 was chosen by leaving kinds of text out; examples/benchmarks/LOG.md has the figures.
+    The noise of a Gram matrix of n `columns` from N `tokens` grows as n / N, and so does the λ that loses least on
+    other text. The 20 was chosen by leaving kinds of text out; see examples/benchmarks/LOG.md.
     """
-    return damping * (1 + 20 * columns / max(tokens, 1))
+    return damping * (1 + TOKENS_PER_COLUMN * columns / max(tokens, 1))
 
 
 def with_damped_factor(
     matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, damping: float, use: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The result of `use` for the Cholesky factor of `M + λ D`, where D is the diagonal of a matrix M.
+    """Return `use(L)` for the lower Cholesky factor L of M + λ D, where D is the diagonal of M.
 
-    The ridge is relative to every component's own second moment, so that it does not depend on the scale of a
-    component: every correlation is lowered by the factor 1 / (1 + λ). The factorisation is tried in fp32, then in
-    fp64, then with ten times the damping, and so on, until the result is finite. It happens in place, so that M is in
-    memory only once more. `matrix` has the shape `(n, n)`, `diagonal` `(n,)`, `use` `(n, n)`.
+    The ridge is relative to the second moment of each component, so that the scale of a component does not matter:
+    every correlation shrinks by the factor 1 / (1 + λ). The factorisation is tried in fp32, then in fp64, then with
+    ten times the λ, until the result is finite. It overwrites its copy of M, so that there is only one copy.
+
+    Args:
+        matrix: A function that returns a copy of M in a dtype, shape `(n, n)`.
+        diagonal: The diagonal of M, shape `(n,)`.
+        damping: The strength λ.
+        use: A function of the factor, shape `(n, n)`.
+
+    Raises:
+        StructPruneError: If no attempt gives a finite result.
     """
     # A component that is always zero would get no ridge, and the matrix would stay singular.
     scale = diagonal.clamp(min=MIN_MOMENT_SHARE * float(diagonal.mean()))
-    for attempt in range(6):
+    for attempt in range(MAX_ATTEMPTS):
         ridge = max(damping, 1e-8) * 10.0**attempt
         for dtype in (torch.float32, torch.float64):
             result = _factored(matrix(dtype), scale, ridge, use)
@@ -113,8 +150,9 @@ def with_damped_factor(
 
 
 def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Factorise a matrix in place, with a ridge; return None if that fails or the result is not finite."""
     damped.diagonal().add_(scale.to(damped), alpha=ridge)
-    # LAPACK counts by columns, and would have to copy what is stored by rows. The matrix is symmetric.
+    # LAPACK stores matrices by columns, and would copy a matrix that is stored by rows. This one is symmetric.
     factor = damped.mT
     info = torch.empty((), dtype=torch.int32, device=damped.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
@@ -125,14 +163,22 @@ def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor
 
 
 def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, right: Tensor, damping: float) -> Tensor:
-    """Solve `X (M + λ D) = right`, with the ridge of `with_damped_factor`. `matrix` has the shape `(n, n)`, `diagonal`
-    `(n,)`, `right` and the result `(m, n)`; the result is zero for a matrix of zeros.
+    """Solve X (M + λ D) = B with the ridge of `with_damped_factor`. The solution is zero if M is zero.
+
+    Args:
+        matrix: A function that returns a copy of M in a dtype, shape `(n, n)`.
+        diagonal: The diagonal of M, shape `(n,)`.
+        right: B, shape `(m, n)`.
+        damping: The strength λ.
+
+    Returns:
+        X, shape `(m, n)`.
     """
     if float(diagonal.sum()) <= 0:
         return torch.zeros_like(right)
 
     def solve(factor: Tensor) -> Tensor:
-        # In two steps, because `cholesky_solve` copies the factor.
+        # Two triangular solves, because `cholesky_solve` copies the factor.
         solutions = []
         for rows in right.split(ROWS_AT_ONCE):
             half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).T, upper=False)

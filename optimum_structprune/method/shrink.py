@@ -121,15 +121,19 @@ class Masks:
     def lifted(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
         """Restore the dense values of consumers inside `with`."""
         values = {axis: self._dense[axis] for axis in axes if axis in self._dense}
-        return self.holding(values) if values else nullcontext()
+        if not values:
+            return nullcontext()
+        return self.holding(values)
 
     def undo_(self, at: Callable[[int], AbstractContextManager[None]]) -> None:
         """Restore the dense values of every consumer, unless some are lost; `at` loads the weights of a layer."""
-        for layer in () if self.lost else range(self.arch.num_layers):
-            prefix = self.arch.layer_prefix(layer)
-            if values := {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}:
-                with at(layer):
-                    self._put_(values)
+        if not self.lost:
+            for layer in range(self.arch.num_layers):
+                prefix = self.arch.layer_prefix(layer)
+                values = {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}
+                if values:
+                    with at(layer):
+                        self._put_(values)
         self._dense = {}
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Compares the vectors that an encoder makes of texts with the dense model's, each read with its own tokenizer."""
+"""Vectors of texts by encoders, compared with the vectors of the original model."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, groupby, islice, zip_longest
 from math import inf
@@ -19,52 +19,155 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import last_states
 from ..arch.meta import positions_of
-from ..arch.modules import MODULES, module_files
+from ..arch.modules import MODULES, PROMPTS, module_files
 from ..arch.spec import ArchSpec
-from ..config.domains import written_by_model
+from ..config.domains import DomainConfig, written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share, perplexity_figures
-from ..record.report import Report, enter_figures
+from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
+from ..record.evaluation import Evaluation
+from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
+from ..record.report import Report
 from ..vocabulary.languages import texts as language_texts
 
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
 MOST_SENTENCES = 128  # of a domain
-SET_ASIDE = 8  # one of so many documents that nothing else reads is judged by
+SENTENCE_LENGTH = 200  # characters; longer sentences are divided
+SET_ASIDE = 8  # one of 8 documents that nothing else reads is for evaluation
 NUM_NEIGHBOURS = 10  # neighbours of a text
-# Few sentences lose most of the cosine, and those that were read may be none of them: so many times the usual margin,
-# and at least so much over the documents, hold nine in ten of what was measured on other text.
-COSINE_SPREAD, COSINE_UNSEEN = 2, 0.002
-# How states of shape `(texts, tokens, channels)` become vectors, by the names of sentence-transformers. All others
-# divide the sum over tokens by a number, which changes no cosine.
-POOLING: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "cls": lambda states: states[:, 0],
-    "lasttoken": lambda states: states[:, -1],
-    "max": lambda states: states.amax(1),
-    "weightedmean": lambda states: torch.arange(1.0, states.shape[1] + 1).to(states) @ states,
+MOST_TOKENS = 256  # of a text
+# A few sentences lose most of the cosine, and the measured sentences may contain none of them. Twice the usual margin,
+# and at least this margin divided by the number of documents, contain 9 of 10 values that were measured on other text.
+COSINE_SPREAD = 2
+COSINE_UNSEEN = 0.002
+# The prompt of the texts that are searched, by the usual names.
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+def _cls(states: Tensor, start: int) -> Tensor:
+    return states[:, 0]
+
+
+def _last_token(states: Tensor, start: int) -> Tensor:
+    return states[:, -1]
+
+
+def _max(states: Tensor, start: int) -> Tensor:
+    return states[:, start:].amax(1)
+
+
+def _mean(states: Tensor, start: int) -> Tensor:
+    return states[:, start:].mean(1)
+
+
+def _weighted_mean(states: Tensor, start: int) -> Tensor:
+    weights = torch.arange(start + 1.0, states.shape[1] + 1).to(states)
+    return weights @ states[:, start:]
+
+
+# From states of shape `(texts, tokens, channels)` and the first token that counts to vectors, by the names of
+# sentence-transformers. Its other names divide the sum over tokens by another number, which changes no cosine.
+POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "cls": _cls,
+    "lasttoken": _last_token,
+    "max": _max,
+    "weightedmean": _weighted_mean,
 }
 
 
 class Texts(NamedTuple):
-    """Texts, or inputs in their place, and the number of the document that each is from."""
+    """Texts, or inputs in their place, and the number of the document of each."""
 
     texts: Sequence[str] | Tensor
     documents: Sequence[int]
 
     @classmethod
     def one_each(cls, texts: Sequence[str] | Tensor) -> Texts:
-        """Takes each text for a document."""
+        """Return texts that are a document each."""
         return cls(texts, range(len(texts)))
 
 
-class Embeddings:
-    """Compares vectors of texts by domain, and of the same text in 30 languages.
+class Pooling(NamedTuple):
+    """How sentence-transformers makes the vector of a text.
 
-    Those of the dense model are computed at once, and it is not kept. In the texts that `pairs` names, the second half
-    are translations of the first.
+    Attributes:
+        modes: The names of the ways to pool the hidden states; several vectors are concatenated.
+        prompt: The prompt before each text.
+        includes_prompt: Whether the tokens of the prompt are pooled.
+    """
+
+    modes: Sequence[str] = ("mean",)
+    prompt: str = ""
+    includes_prompt: bool = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Pooling:
+        """Read the pooling and the prompt from the files around a model; the mean without a prompt by default."""
+        files = module_files(model.config)
+        prompt = _prompt_in(files)
+        with suppress(Exception):  # of files that are missing, or that somebody has changed
+            # Other modules, such as SPLADE's, do not make one vector of the states.
+            modules = json.loads(files[MODULES])
+            path = next(module["path"] for module in modules if module["type"].endswith(".Pooling"))
+            config = json.loads(files[f"{path}/config.json"])
+            return cls(_modes_in(config), prompt, config.get("include_prompt", True))
+        return cls(prompt=prompt)
+
+    def vectors(self, states: Tensor, start: int) -> Tensor:
+        """Return vectors of shape `(texts, channels)` of states of shape `(texts, tokens, channels)`.
+
+        Args:
+            states: The hidden states.
+            start: The number of tokens of the prompt.
+        """
+        if self.includes_prompt:
+            start = 0
+        return torch.cat([POOLING.get(mode, _mean)(states, start) for mode in self.modes], 1)
+
+    def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
+        """Return the number of tokens of the prompt, with the special tokens before it."""
+        if tokenizer is None or not self.prompt:
+            return 0
+        ids = tokenizer(self.prompt)["input_ids"]
+        return len(ids) - (ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id))
+
+
+def _modes_in(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the ways to pool in the config of a pooling module of any version."""
+    if "pooling_mode" not in config:
+        older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
+        return [re.sub("pooling_mode_|_tokens?$", "", key) for key in older]
+    modes = config["pooling_mode"]
+    if isinstance(modes, str):
+        return [modes]
+    return list(modes)
+
+
+def _prompt_in(files: Mapping[str, str]) -> str:
+    """Return the prompt for texts: the default prompt, or else the prompt for documents."""
+    with suppress(Exception):  # of a file that is missing, or that somebody has changed
+        config = json.loads(files[PROMPTS])
+        prompts = config["prompts"]
+        for name in (config.get("default_prompt_name"), *DOCUMENT_PROMPTS):
+            if name in prompts:
+                return str(prompts[name])
+    return ""
+
+
+class Embeddings:
+    """Compares the vectors of texts with those of the original model, by domain and for one text in 30 languages.
+
+    The vectors of the original model are computed at once, and the model is not kept.
+
+    Args:
+        model: The original model.
+        texts: The texts by domain.
+        tokenizer: Its tokenizer; None for inputs that are not text.
+        languages: Whether the texts in 30 languages are compared.
+        pairs: The domains whose second half translates the first half.
     """
 
     def __init__(
@@ -75,211 +178,371 @@ class Embeddings:
         languages: bool,
         pairs: Collection[str] = (),
     ):
-        self.texts = {name: each if isinstance(each, Texts) else Texts.one_each(each) for name, each in texts.items()}
-        self.tokenizer, self.pairs = tokenizer, pairs
-        by_code = language_texts() if languages and tokenizer is not None else {}
-        self.spoken = {code: Texts.one_each(sentences([text]).texts) for code, text in by_code.items()}
-        self.pooling = pooling_of(model)
+        self.texts: dict[str, Texts] = {}
+        for name, domain_texts in texts.items():
+            if not isinstance(domain_texts, Texts):
+                domain_texts = Texts.one_each(domain_texts)
+            self.texts[name] = domain_texts
+        self.tokenizer = tokenizer
+        self.pairs = pairs
+
+        self.spoken: dict[str, Texts] = {}
+        if languages and tokenizer is not None:
+            for code, text in language_texts().items():
+                self.spoken[code] = Texts.one_each(sentences([text]).texts)
+
+        self.pooling = Pooling.of(model)
         self.dense = self._vectors(model)
-        self.gaps: dict[str, Gaps] = {}
-        if tokenizer is not None and fills_gaps(model, tokenizer):
-            for name, texts_of in self.texts.items():
-                if isinstance(texts_of.texts, Tensor):
-                    continue
-                both, half = texts_of.texts, len(texts_of.texts) // 2
-                translated = model.config.is_encoder_decoder and name in pairs
-                parts = (both[:half], both[half:]) if translated else (both, None)
-                self.gaps[name] = Gaps(parts[0], model, tokenizer, parts[1])
+        self.gaps = self._gaps(model)
         self.dense_losses = self._losses(model)
 
+    def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
+        """Return the gaps in the texts of each domain, where the model fills gaps."""
+        if self.tokenizer is None or not fills_gaps(model, self.tokenizer):
+            return {}
+
+        gaps: dict[str, Gaps] = {}
+        for name, (texts, _) in self.texts.items():
+            if isinstance(texts, Tensor):
+                continue
+            if model.config.is_encoder_decoder and name in self.pairs:
+                half = len(texts) // 2
+                gaps[name] = Gaps(texts[:half], model, self.tokenizer, texts[half:])
+            else:
+                gaps[name] = Gaps(texts, model, self.tokenizer)
+        return gaps
+
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Read from now on with another tokenizer."""
+        """Read the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
-        """Put the figures of the smaller model into the report."""
-        self.enter(report, model, "before", "after")
+        """Enter the figures of the pruned model into the report."""
+        self.enter(report, model)
 
-    def enter(self, record: Any, model: PreTrainedModel, before: str, after: str) -> None:
-        """Put the figures of the smaller model into a record of both; perplexity only where a head predicts tokens."""
-        record.embeddings, by_language = self.figures(model, before, after)
+    def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
+        """Enter the figures of the pruned model into a record; perplexity only where a head predicts tokens."""
+        by_domain, by_language = self.figures(model)
+        for name, vectors in by_domain.items():
+            record.domains[name] = DomainResult(vectors=vectors)
+
         for name, losses in self._losses(model).items():
-            both, tokens = {before: self.dense_losses[name], after: losses}, int(self.gaps[name].tokens.sum())
+            tokens = int(self.gaps[name].tokens.sum())
             documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
-            enter_figures(record, name, perplexity_figures(both, tokens, documents))
-        record.languages = {code: {**old, **by_language.get(code, {})} for code, old in record.languages.items()}
+            result = perplexity_result({DENSE: self.dense_losses[name], PRUNED: losses}, tokens, documents)
+            result.vectors = by_domain[name]
+            record.domains[name] = result
+        for code, language in record.languages.items():
+            language.vectors = by_language.get(code)
 
-    def figures(
-        self, model: PreTrainedModel, before: str, after: str
-    ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-        """Gives `embedding_figures` of a smaller model by domain, under the names of both models, and by language.
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
+        """Compare the vectors of the pruned model with those of the original one, by domain and by language.
 
-        The neighbours of a text are those of all domains, but for its own document.
+        The neighbours of a text are the texts of all domains, but for its own document.
         """
-        (ours, ours_spoken), (theirs, theirs_spoken) = self._vectors(model), self.dense
-        by_domain = dict[str, dict[str, dict[str, float]]]()
+        vectors, spoken = self._vectors(model)
+        dense_vectors, dense_spoken = self.dense
+        by_domain = {}
         for name, texts in self.texts.items():
-            others = [other for other in self.texts if other != name]
-            more, dense_more = (torch.cat([by[name][:0], *map(by.__getitem__, others)]) for by in (ours, theirs))
-            figures = embedding_figures(ours[name], theirs[name], more, dense_more, texts.documents)
-            by_domain[name] = {before: {}, after: figures}
-            for which, by in ((after, ours), (before, theirs)) if name in self.pairs else ():
-                shares = retrieved(*by[name].chunk(2))
-                found = {"retrieval": float(shares.mean()), "retrieval_margin": margin_of_share(shares)}
-                by_domain[name][which] |= found
-        return by_domain, {
-            code: embedding_figures(ours_spoken[code], dense, dense[:0], dense[:0])
-            for code, dense in theirs_spoken.items()
-        }
+            others = _vectors_of_other_domains(vectors, name)
+            dense_others = _vectors_of_other_domains(dense_vectors, name)
+            figures = embedding_figures(vectors[name], dense_vectors[name], others, dense_others, texts.documents)
+            by_domain[name] = VectorResult.of(figures)
+            if name in self.pairs:
+                by_domain[name].retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+
+        by_language = {}
+        for code, dense in dense_spoken.items():
+            none = dense[:0]
+            by_language[code] = VectorResult.of(embedding_figures(spoken[code], dense, none, none))
+        return by_domain, by_language
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        assert self.tokenizer is not None or not self.gaps
-        return {name: gaps.losses(model, self.tokenizer) for name, gaps in self.gaps.items() if self.tokenizer}
+        """Return the losses of a model in the gaps of each domain, shape `(texts,)`."""
+        if self.tokenizer is None:
+            return {}
+        return {name: gaps.losses(model, self.tokenizer) for name, gaps in self.gaps.items()}
 
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rows = [rows_of(each.texts, self.tokenizer, model) for each in (*self.texts.values(), *self.spoken.values())]
-        vectors = iter(embed(model, [*chain.from_iterable(rows)], self.pooling).split([*map(len, rows)]))
-        return dict(zip(self.texts, vectors, strict=False)), dict(zip(self.spoken, vectors, strict=True))
+        """Return the vectors of a model by domain and by language, shape `(texts, channels)`."""
+        prompt_tokens = self.pooling.prompt_tokens(self.tokenizer)
+        rows: list[Tensor] = []
+        sizes: list[int] = []
+        for group in chain(self.texts.values(), self.spoken.values()):
+            rows_of_group = rows_of(group.texts, self.tokenizer, model, self.pooling.prompt)
+            rows += rows_of_group
+            sizes.append(len(rows_of_group))
+
+        vectors = embed(model, rows, self.pooling, prompt_tokens).split(sizes)
+        number = len(self.texts)
+        by_domain = dict(zip(self.texts, vectors[:number], strict=True))
+        by_language = dict(zip(self.spoken, vectors[number:], strict=True))
+        return by_domain, by_language
+
+
+def _vectors_of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the vectors of all domains but one, shape `(texts, channels)`."""
+    others = [vectors[domain] for domain in vectors if domain != name]
+    return torch.cat([vectors[name][:0], *others])
 
 
 def judged_texts(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
 ) -> tuple[dict[str, Texts], list[Entry]]:
-    """Gives the sentences of domains to judge a model by, and the entries of the documents held out for them.
+    """Return the sentences of domains by which a model is judged.
 
-    Beside what a domain holds out, these are of more documents, as sentences of few say little of others.
+    The held-out text of a domain has few documents, so unused documents of its source are read too.
+
+    Args:
+        domains: The domains of the run.
+        tokenizer: The tokenizer; None for inputs that are not text.
+        seed: The seed of the order of documents.
+        earlier: The text of the runs that the model comes from, which is not used again.
+
+    Returns:
+        The sentences by domain, and the entries of the manifest for the documents that were read.
     """
-    used = {name for one in domains for name in (*one.documents, *one.heldout_documents, *one.probe_documents)}
-    used |= set() if earlier is None else earlier.uses().keys()
-    texts, entries = {}, []
+    used: set[str] = set() if earlier is None else set(earlier.uses())
     for domain in domains:
-        more = dict[str, str]()
-        if not (tokenizer is None or domain.origin is None or written_by_model(domain.origin)):
-            every = islice(documents(domain.origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE)
-            others = {name: text for text in every if (name := document_hash(text)) not in used}
-            more = dict(islice(others.items(), 0, None, SET_ASIDE))
+        used.update(domain.documents, domain.heldout_documents, domain.probe_documents)
+
+    texts: dict[str, Texts] = {}
+    entries: list[Entry] = []
+    for domain in domains:
+        unused: dict[str, str] = {}
+        if tokenizer is not None and domain.origin is not None and not written_by_model(domain.origin):
+            unused = _unused_documents(domain.origin, tokenizer, seed, used)
             none = domain.heldout[:0]
-            aside = Domain(domain.name, 0.0, none, none, origin=domain.origin, heldout_documents=(*more,))
+            aside = Domain(domain.name, 0.0, none, none, origin=domain.origin, heldout_documents=tuple(unused))
             entries.append(Entry.of(aside, JUDGED))
-        texts[domain.name] = passages_of(domain.heldout, tokenizer, more.values())
+        texts[domain.name] = passages_of(domain.heldout, tokenizer, unused.values())
     return texts, entries
 
 
+def _unused_documents(
+    origin: DomainConfig, tokenizer: PreTrainedTokenizerBase, seed: int, used: Collection[str]
+) -> dict[str, str]:
+    """Return one of `SET_ASIDE` documents of a source that nothing else reads, by hash."""
+    unused: dict[str, str] = {}
+    for text in islice(documents(origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE):
+        name = document_hash(text)
+        if name not in used:
+            unused[name] = text
+    return dict(islice(unused.items(), 0, None, SET_ASIDE))
+
+
 def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more: Iterable[str] = ()) -> Texts:
-    """Finds the sentences in samples of token ids and in more documents; inputs without any stay as they are."""
+    """Return the sentences in samples of token ids and in further documents.
+
+    Args:
+        samples: Samples of shape `(samples, ...)`; the result has them as they are if they are no text.
+        tokenizer: The tokenizer of the samples; None for inputs that are not text.
+        more: Further documents.
+    """
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
-    found = sentences([*chain.from_iterable(Passages([*samples], tokenizer).texts), *more])
-    return found if found.texts else Texts.one_each(samples)
+    passages = Passages(list(samples), tokenizer).texts
+    texts = sentences(list(chain(chain.from_iterable(passages), more)))
+    if not texts.texts:
+        return Texts.one_each(samples)
+    return texts
 
 
 def sentences(documents: Sequence[str]) -> Texts:
-    """Gives at most `MOST_SENTENCES` of documents, of each document as many as of others where it has them.
+    """Return up to `MOST_SENTENCES` sentences, balanced across documents and without repetitions.
 
-    A sentence is taken once, if it has 20 bytes, and a long one in parts of up to 200 characters.
+    A sentence has at least 20 bytes; a long one is divided into parts of up to 200 characters.
     """
-    seen, shuffled = set[str](), []
+    seen: set[str] = set()
+    by_document: list[list[tuple[int, str]]] = []
     for number, text in enumerate(documents):
-        parts = (part for sentence in SENTENCE_ENDS.split(text) for part in wrap(sentence, 200))
-        new = [*dict.fromkeys(part for part in parts if len(part.encode()) >= 20 and part not in seen)]
-        seen |= {*new}
-        shuffled.append([(number, part) for part in Random(number).sample(new, len(new))])
-    Random(0).shuffle(shuffled)
-    found = sorted(islice(filter(None, chain.from_iterable(zip_longest(*shuffled))), MOST_SENTENCES))
-    numbers = [number for number, _ in found]
-    if len({*numbers}) < MIN_DOCUMENTS:  # too few for a margin of error, so each run of sentences is taken for one
-        numbers = [number // 8 for number in range(len(found))]
-    return Texts([part for _, part in found], numbers)
+        new: dict[str, None] = {}
+        for sentence in SENTENCE_ENDS.split(text):
+            for part in wrap(sentence, SENTENCE_LENGTH):
+                if len(part.encode()) >= 20 and part not in seen:
+                    new[part] = None
+        seen.update(new)
+        shuffled = Random(number).sample(list(new), len(new))
+        by_document.append([(number, part) for part in shuffled])
+
+    Random(0).shuffle(by_document)
+    chosen = sorted(islice(_round_robin(by_document), MOST_SENTENCES))
+    numbers = [number for number, _ in chosen]
+    if len(set(numbers)) < MIN_DOCUMENTS:
+        # There are too few documents for a margin of error, so each run of 8 sentences counts as a document.
+        numbers = [place // 8 for place in range(len(chosen))]
+    return Texts([part for _, part in chosen], numbers)
+
+
+def _round_robin(lists: Sequence[Sequence[tuple[int, str]]]) -> Iterator[tuple[int, str]]:
+    """Yield the first items of all lists, then the second items, and so on."""
+    for items in zip_longest(*lists):
+        for item in items:
+            if item is not None:
+                yield item
 
 
 def rows_of(
-    texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, prompt: str = ""
 ) -> list[Tensor]:
-    """Gives texts as token ids with the special tokens around them, cut to the positions of the model and to 256."""
+    """Return texts as token ids with special tokens, cut to the positions of the model and to `MOST_TOKENS`.
+
+    Args:
+        texts: The texts, or inputs that are returned as they are.
+        tokenizer: The tokenizer of the model.
+        model: The model.
+        prompt: The prompt before each text.
+
+    Returns:
+        A tensor of shape `(tokens,)` for each text.
+    """
     if isinstance(texts, Tensor):
-        return [*texts]
+        return list(texts)
+
     assert tokenizer is not None
-    most = int(min(positions_of(model), 256))
-    return [torch.tensor(row[:most]) for row in tokenizer([*texts], verbose=False)["input_ids"]]
-
-
-def pooling_of(model: PreTrainedModel) -> list[str]:
-    """Reads how sentence-transformers pools the states of a model; "mean" where its folder does not say."""
-    files = module_files(model.config)
-    with suppress(Exception):  # of files that are not there, or that somebody has changed
-        # Others, such as SPLADE's, pool no states into one.
-        path = next(module["path"] for module in json.loads(files[MODULES]) if module["type"].endswith(".Pooling"))
-        config = json.loads(files[f"{path}/config.json"])
-        older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
-        found = config.get("pooling_mode", [re.sub("pooling_mode_|_tokens?$", "", key) for key in older])
-        return [found] if isinstance(found, str) else [*found]
-    return ["mean"]
+    most = int(min(positions_of(model), MOST_TOKENS))
+    encoded = tokenizer([prompt + text for text in texts], verbose=False)
+    return [torch.tensor(row[:most]) for row in encoded["input_ids"]]
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, rows: Sequence[Tensor], pooling: Sequence[str] = ("mean",)) -> Tensor:
-    """Gives the pooled last hidden states of rows of token ids or pixels, shape `(rows, channels)`, fp32, on the CPU.
+def embed(
+    model: PreTrainedModel, rows: Sequence[Tensor], pooling: Pooling | None = None, prompt_tokens: int = 0
+) -> Tensor:
+    """Return the vectors of inputs.
 
-    An encoder-decoder model reads a row on both sides. A row runs with others of its length, so nothing is padded.
+    Rows of the same length run together, so nothing is padded. An encoder-decoder model reads a row on both sides.
+
+    Args:
+        model: The model.
+        rows: Token ids of shape `(tokens,)`, or pixels.
+        pooling: The pooling of the hidden states; the mean over tokens by default.
+        prompt_tokens: The number of tokens of the prompt in each row.
+
+    Returns:
+        A tensor of shape `(rows, channels)` in fp32 on the CPU.
     """
-    order, parts = sorted(range(len(rows)), key=lambda n: rows[n].shape), []
+    pooling = pooling or Pooling()
+    order = sorted(range(len(rows)), key=lambda number: rows[number].shape)
+    parts: list[Tensor] = []
     with evaluating(model):
-        for _, same in groupby(order, lambda n: rows[n].shape):
-            for batch in torch.stack([rows[n] for n in same]).split(32):
+        for _, numbers in groupby(order, lambda number: rows[number].shape):
+            for batch in torch.stack([rows[number] for number in numbers]).split(32):
                 states = last_states(model, batch).float()
-                vectors = [POOLING.get(name, lambda states: states.mean(1))(states) for name in pooling]
-                parts.append(torch.cat(vectors, 1).cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+                parts.append(pooling.vectors(states, prompt_tokens).cpu())
+
+    sorted_vectors = torch.cat(parts)
+    return sorted_vectors[torch.tensor(order).argsort()]
 
 
 def embedding_figures(
-    vectors: Tensor, dense: Tensor, more: Tensor, dense_more: Tensor, documents: Sequence[int] | None = None
+    vectors: Tensor, dense: Tensor, rest: Tensor, dense_rest: Tensor, documents: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Compares the vectors of texts with the dense model's, each of shape `(texts, channels)`.
+    """Compare the vectors of texts with those of the original model.
 
-    The cosine (mean, 5th percentile, worst) is given if both have as many channels. The share of the 10 nearest
-    neighbours that stay is given if these texts and those in `more` are twice as many. They are of other `documents`.
+    Args:
+        vectors: The vectors of the pruned model, shape `(texts, channels)`.
+        dense: The vectors of the original model, shape `(texts, original channels)`.
+        rest: The vectors of further texts, among which neighbours are looked for too.
+        dense_rest: The vectors of the same texts by the original model.
+        documents: The number of the document of each text; its neighbours are texts of other documents.
+
+    Returns:
+        The number of `texts`; their `cosine`, with margin, 5th percentile and the worst, if both have as many
+        channels; the share of the 10 nearest `neighbours` that both have in common, with its margin, if there are at
+        least 20 texts of other documents.
     """
     figures: dict[str, float] = {"texts": len(vectors)}
-    numbers = torch.tensor([*range(len(vectors))] if documents is None else [*documents])
+    if documents is None:
+        documents = range(len(vectors))
+    numbers = torch.tensor(list(documents))
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
-        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), COSINE_UNSEEN / len(numbers.unique()))
-        figures |= {"cosine": float(cosines.mean()), "cosine_margin": margin}
-        figures |= {"cosine_p5": float(cosines.quantile(0.05)), "cosine_worst": float(cosines.min())}
-    if len(vectors) + len(more) - int(numbers.bincount().max()) >= 2 * NUM_NEIGHBOURS:
-        near = nearness(vectors, more, numbers), nearness(dense, dense_more, numbers)
-        figures |= {"neighbours": kept_share(*near), "neighbours_margin": kept_margin(*near, numbers)}
+        least = COSINE_UNSEEN / len(numbers.unique())
+        figures["cosine"] = float(cosines.mean())
+        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), least)
+        figures["cosine_p5"] = float(cosines.quantile(0.05))
+        figures["cosine_worst"] = float(cosines.min())
+
+    num_others = len(vectors) + len(rest) - int(numbers.bincount().max())
+    if num_others >= 2 * NUM_NEIGHBOURS:
+        near = nearness(vectors, rest, numbers)
+        dense_near = nearness(dense, dense_rest, numbers)
+        figures["neighbours"] = kept_share(near, dense_near)
+        figures["neighbours_margin"] = kept_margin(near, dense_near, numbers)
     return figures
 
 
-def nearness(vectors: Tensor, more: Tensor, documents: Tensor) -> Tensor:
-    """Gives the cosine of each vector to these and `more`, shape `(texts, all)`, -inf in its own document."""
-    near = normalize(torch.cat([vectors, more]).double())
-    cosines = near[: len(vectors)] @ near.T
+def nearness(vectors: Tensor, rest: Tensor, documents: Tensor) -> Tensor:
+    """Return the cosine of each vector to all vectors, and -inf to the vectors of its own document.
+
+    Args:
+        vectors: Vectors of shape `(texts, channels)`.
+        rest: Vectors of further texts.
+        documents: The number of the document of each text, shape `(texts,)`.
+
+    Returns:
+        A tensor of shape `(texts, texts + further texts)`.
+    """
+    every = normalize(torch.cat([vectors, rest]).double())
+    cosines = every[: len(vectors)] @ every.T
     cosines[:, : len(vectors)].masked_fill_(documents[:, None] == documents, -inf)
     return cosines
 
 
-def kept_share(ours: Tensor, theirs: Tensor) -> float:
-    """Gives the share of the 10 nearest that two models have in common, from the cosines of each, `(texts, all)`."""
-    first, second = ours.topk(NUM_NEIGHBOURS).indices, theirs.topk(NUM_NEIGHBOURS).indices
-    return float((first[:, :, None] == second[:, None]).any(2).double().mean())
+def kept_share(near: Tensor, dense_near: Tensor) -> float:
+    """Return the share of the 10 nearest texts that two models have in common.
 
-
-def kept_margin(ours: Tensor, theirs: Tensor, documents: Tensor) -> float:
-    """Estimates the margin of error of that share by leaving out each document in turn (jackknife).
-
-    A text is also a neighbour of others, so their shares are not independent.
+    Args:
+        near: The cosines of one model, shape `(texts, all texts)`.
+        dense_near: The cosines of the other model, of the same shape.
     """
-    shares = []
+    nearest = near.topk(NUM_NEIGHBOURS).indices
+    dense_nearest = dense_near.topk(NUM_NEIGHBOURS).indices
+    is_common = (nearest[:, :, None] == dense_nearest[:, None]).any(2)
+    return float(is_common.double().mean())
+
+
+def kept_margin(near: Tensor, dense_near: Tensor, documents: Tensor) -> float:
+    """Estimate the margin of error of `kept_share` by leaving out each document in turn (jackknife).
+
+    A text is also a neighbour of other texts, so the shares of texts are not independent.
+    """
+    shares: list[float] = []
     for number in documents.unique():
-        row, column = documents != number, (documents == number).nonzero().flatten()
-        shares.append(kept_share(*(near[row].index_fill(1, column, -inf) for near in (ours, theirs))))
+        rows = documents != number
+        columns = (documents == number).nonzero().flatten()
+        without = near[rows].index_fill(1, columns, -inf)
+        dense_without = dense_near[rows].index_fill(1, columns, -inf)
+        shares.append(kept_share(without, dense_without))
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
+def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+    """Return the share of texts and translations that find each other, with the margin of the pruned model.
+
+    Args:
+        vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
+        dense: The vectors of the original model in the same order.
+    """
+    shares = retrieved(*vectors.chunk(2))
+    dense_shares = retrieved(*dense.chunk(2))
+    values = {DENSE: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    return Figure.of(values, margin_of_share(shares))
+
+
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
-    """Scores how each of a pair of vectors, shape `(pairs, channels)`, finds the other: 0, 0.5 or 1, `(pairs,)`."""
-    cosines, right = normalize(texts) @ normalize(translations).T, torch.arange(len(texts))
-    return ((cosines.argmax(1) == right).double() + (cosines.argmax(0) == right).double()) / 2
+    """Return for each pair whether one is the nearest to the other: 0, 0.5 for one direction, or 1.
+
+    Args:
+        texts: Vectors of shape `(pairs, channels)`.
+        translations: Vectors of their translations, of the same shape.
+
+    Returns:
+        A tensor of shape `(pairs,)`.
+    """
+    cosines = normalize(texts) @ normalize(translations).T
+    own = torch.arange(len(texts))
+    finds_translation = (cosines.argmax(1) == own).double()
+    finds_text = (cosines.argmax(0) == own).double()
+    return (finds_translation + finds_text) / 2

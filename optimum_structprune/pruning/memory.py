@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..arch.spec import EXPERT, LAYER
 from ..criteria import CRITERIA
 from ..domains.load import texts_of
@@ -13,13 +15,14 @@ from ..errors import StructPruneError
 from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
 from ..method.calibrate import FP64_BYTES, TOKENS_AT_ONCE, Moments
 from ..method.devices import free_bytes, rows_at_once
+from ..system.placement import bytes_by_device
 from ..system.processes import process_count
 from ..system.stages import readable_size
 from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
 
 
 if TYPE_CHECKING:
-    from .request import Request
+    from .request import PruningRequest
 
 
 FP32_BYTES = 4
@@ -71,7 +74,7 @@ class CalibrationSize:
         return self.samples * self.seq_length
 
     @classmethod
-    def of(cls, request: Request) -> CalibrationSize:
+    def of(cls, request: PruningRequest) -> CalibrationSize:
         """Return the size of the text that a request names, or of its `inputs`."""
         config = request.config
         if request.inputs is None:
@@ -86,7 +89,7 @@ class CalibrationSize:
         return cls(sum(len(rows) for rows in domains), max(lengths), len(request.inputs))
 
 
-def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstimate:
+def estimate_memory(request: PruningRequest, offload: str | None = None) -> MemoryEstimate:
     """Estimate the peak memory of each process of a pruning.
 
     Args:
@@ -124,33 +127,52 @@ def estimate_memory(request: Request, offload: str | None = None) -> MemoryEstim
     )
 
 
-def check_memory(request: Request, inplace: bool) -> None:
-    """Raise `StructPruneError` if a pruning needs more memory than its device has free.
+def check_memory(request: PruningRequest, inplace: bool) -> None:
+    """Raise `StructPruneError` if a pruning needs more memory than its devices have free.
 
-    The estimate counts with the lower end of its error, so that no pruning that may fit is refused.
+    The hidden states of all samples move with the layers, so each device of a spread model must hold them. A copy of
+    the model has its weights where the model has them. The estimate counts with the lower end of its error, so that no
+    pruning that may fit is refused.
     """
-    config, info, options = request.config, request.model_info, request.options
-    device = info.device
+    info = request.model_info
     if info.offloaded and not inplace:
         raise StructPruneError(
             f"{info.name} is offloaded, and a copy of it would need as much memory again; pass inplace=True."
         )
 
-    free = free_bytes(device)
-    if free is None:
-        return
     estimate = estimate_memory(request)
-    copy = 0
-    if not inplace:
-        copy = info.plain_model.dtype.itemsize * info.plain_model.num_parameters()
-    needed = int(estimate.above * (1 - RELATIVE_ERROR)) + copy
-    if needed <= free:
-        return
+    above = int(estimate.above * (1 - RELATIVE_ERROR))
+    # Recovery learns from a copy of the dense model, where the model itself is pruned.
+    has_copy = not inplace or request.config.recovery is not None
+    for device, weights in _weights_by_device(request).items():
+        free = free_bytes(device)
+        copy = weights if has_copy else 0
+        if free is None or above + copy <= free:
+            continue
+        advice = " or ".join(_advice(request, estimate, device, can_prune_in_place=not inplace))
+        raise StructPruneError(
+            f"Pruning takes at least {readable_size(above + copy)} on {device} above the model (hidden states "
+            f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
+            f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {advice}."
+        )
 
+
+def _weights_by_device(request: PruningRequest) -> dict[torch.device, int]:
+    """Return the bytes of the weights on each device. Only a model in memory can be on several."""
+    info = request.model_info
+    sizes = {} if info.offloaded else bytes_by_device(info.plain_model)
+    return sizes or {info.device: info.plain_model.dtype.itemsize * info.plain_model.num_parameters()}
+
+
+def _advice(
+    request: PruningRequest, estimate: MemoryEstimate, device: torch.device, can_prune_in_place: bool
+) -> list[str]:
+    """List changes that take less memory."""
+    config, options = request.config, request.options
     suggestions = []
-    if copy:
+    if can_prune_in_place:
         suggestions.append("inplace=True")
-    if not info.offloaded:
+    if not request.model_info.offloaded:
         place = "disk" if device.type == "cpu" else "cpu or disk"
         suggestions.append(f"--offload {place}")
     if estimate.hidden:
@@ -159,27 +181,21 @@ def check_memory(request: Request, inplace: bool) -> None:
         suggestions.append(f"batch_size below {options.batch_size}")
     if config.refit == "least_squares":
         suggestions.append("criterion='wanda' with refit='none', which take no Gram matrix")
-    if not suggestions:
-        suggestions.append("a device with more memory")
-    raise StructPruneError(
-        f"Pruning takes at least {readable_size(needed)} on {device} above the model (hidden states "
-        f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
-        f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {' or '.join(suggestions)}."
-    )
+    return suggestions or ["a device with more memory"]
 
 
-def _channels(request: Request) -> int:
+def _channels(request: PruningRequest) -> int:
     # A custom config may lack the field.
     return getattr(request.model_info.plain_model.config.get_text_config(), "hidden_size", 0)
 
 
-def _vocabulary(request: Request) -> int:
+def _vocabulary(request: PruningRequest) -> int:
     if not request.model_info.arch.causal:
         return 0
     return request.model_info.plain_model.config.get_text_config().vocab_size
 
 
-def _weight_values(request: Request, offload: str | None) -> int:
+def _weight_values(request: PruningRequest, offload: str | None) -> int:
     """Count the weights on the device; of offloaded layers, the largest alone is there."""
     info = request.model_info
     layers = info.arch.layer_params
@@ -192,7 +208,7 @@ def _weight_values(request: Request, offload: str | None) -> int:
     return count
 
 
-def _hidden_state_values(request: Request, size: CalibrationSize) -> int:
+def _hidden_state_values(request: PruningRequest, size: CalibrationSize) -> int:
     """Count the hidden states of one process's samples.
 
     There is one copy of the pruned model, one of the dense model with error feedback, and one that holds the cached
@@ -202,14 +218,14 @@ def _hidden_state_values(request: Request, size: CalibrationSize) -> int:
     return _channels(request) * size.tokens * streams // process_count()
 
 
-def _trial_logit_values(request: Request) -> int:
+def _trial_logit_values(request: PruningRequest) -> int:
     """Count the dense logits of the trials that choose the widths of layers."""
     if request.config.allocation == "uniform":
         return 0
     return _vocabulary(request) * PROBE_TOKENS // STRIDE
 
 
-def _host_values(request: Request, offload: str | None, hidden_states: int) -> int:
+def _host_values(request: PruningRequest, offload: str | None, hidden_states: int) -> int:
     """Count the values in CPU memory: hidden states, and all layers or the one that is read from disk."""
     if offload is None:
         return 0
@@ -217,7 +233,7 @@ def _host_values(request: Request, offload: str | None, hidden_states: int) -> i
     return hidden_states + (sum(layers) if offload == "cpu" else max(layers))
 
 
-def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> int:
+def _loss_bytes(request: PruningRequest, size: CalibrationSize, is_offloaded: bool) -> int:
     """Return the bytes of logits: once in the model's dtype, and twice in fp32 for few tokens at a time.
 
     The head of an offloaded model runs on a whole sample.
@@ -232,7 +248,7 @@ def _loss_bytes(request: Request, size: CalibrationSize, is_offloaded: bool) -> 
     return _vocabulary(request) * per_entry
 
 
-def _measured_tokens(request: Request, size: CalibrationSize) -> int:
+def _measured_tokens(request: PruningRequest, size: CalibrationSize) -> int:
     """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
     info = request.model_info
     pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
@@ -241,14 +257,14 @@ def _measured_tokens(request: Request, size: CalibrationSize) -> int:
     return min(pass_tokens, heldout)
 
 
-def _measuring_bytes(request: Request, size: CalibrationSize) -> int:
+def _measuring_bytes(request: PruningRequest, size: CalibrationSize) -> int:
     """Return the bytes of the activations of held-out text on a GPU, where a pass has more tokens than on a CPU."""
     if request.model_info.device.type != "cuda" or not _vocabulary(request):
         return 0
     return _activation_bytes(request, _measured_tokens(request, size))
 
 
-def _activation_bytes(request: Request, batch_tokens: int) -> int:
+def _activation_bytes(request: PruningRequest, batch_tokens: int) -> int:
     """Return the bytes of the largest activations of a batch: both factors of a gated product, and the product."""
     channels = _channels(request)
     inputs = [space.size * axis.per_unit for space in request.model_info.arch.spaces for axis in space.consumers]
@@ -257,7 +273,7 @@ def _activation_bytes(request: Request, batch_tokens: int) -> int:
     return itemsize * batch_tokens * (3 * widest + 2 * channels)
 
 
-def _removed_bytes(request: Request) -> list[int]:
+def _removed_bytes(request: PruningRequest) -> list[int]:
     """Return the bytes of the removed weights, by layer."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
@@ -268,7 +284,7 @@ def _removed_bytes(request: Request) -> list[int]:
     return removed
 
 
-def _shrink_bytes(request: Request) -> int:
+def _shrink_bytes(request: PruningRequest) -> int:
     """Return the bytes of a pruned layer. It is made in CPU memory, so it adds to the dense layer there alone."""
     info = request.model_info
     if info.device.type != "cpu":
@@ -278,7 +294,7 @@ def _shrink_bytes(request: Request) -> int:
     return max((itemsize * size - removed for size, removed in pairs), default=0)
 
 
-def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+def _refit_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
     """Return the bytes of the largest refit: two sets of moments and two fp32 copies of the consumer.
 
     The moments of one domain and of the mixture are in memory together; later, the Gram matrix and its factor are.
@@ -310,7 +326,7 @@ def _refit_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> 
     return largest
 
 
-def _expert_refit_bytes(request: Request, inputs: int, tokens: int) -> int:
+def _expert_refit_bytes(request: PruningRequest, inputs: int, tokens: int) -> int:
     """Return the bytes that the refit of kept experts adds: targets, residuals and inputs, after the layer shrank."""
     info = request.model_info
     removed = _removed_bytes(request)
@@ -322,7 +338,7 @@ def _expert_refit_bytes(request: Request, inputs: int, tokens: int) -> int:
     return step
 
 
-def _expert_bytes(request: Request, size: CalibrationSize, batch_tokens: int) -> int:
+def _expert_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
     """Return the bytes of the inputs and targets of a layer's experts, while all experts are there."""
     if EXPERT not in request.widths:
         return 0
@@ -332,7 +348,7 @@ def _expert_bytes(request: Request, size: CalibrationSize, batch_tokens: int) ->
     return per_value * size.tokens * _channels(request) + _activation_bytes(request, batch_tokens)
 
 
-def _consumers(request: Request) -> list[tuple[int, bool]]:
+def _consumers(request: PruningRequest) -> list[tuple[int, bool]]:
     """List the refitted consumers as pairs: the number of input components, and whether an expert holds it."""
     config, widths = request.config, request.widths
     refits_layers = bool(config.feedback_share) and LAYER in widths

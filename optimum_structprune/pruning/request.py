@@ -1,9 +1,8 @@
-"""Requests: the widths and tokens that a config asks of a model, computed once and from shapes alone.
+"""Resolve a config for a model: the widths and tokens that are asked of it, computed once and from shapes alone.
 
-A request that cannot be met is refused here, before any text is read or any weight is touched.
-
-A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. What an
-optional room cannot do, it refuses itself: see `sources.offloaded`, `recovery.recover` and `trainer`.
+A request that cannot be met is refused here, before any text is read or any weight is touched. A config that
+contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. Optional parts refuse
+themselves what they cannot do: see `sources.offloaded`, `recovery.recover` and `trainer`.
 """
 
 from __future__ import annotations
@@ -35,33 +34,46 @@ if TYPE_CHECKING:
 
 
 # What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
-PRUNE, DRY_RUN, TRAINER = "prune", "dry run", "trainer"
+PRUNE = "prune"
+DRY_RUN = "dry run"
+TRAINER = "trainer"
+# The budget of a request while prunings on trial have not found the size for a loss.
+SIZE_TO_BE_FOUND = {"parameters": 0.999}
 
 
 @dataclass(frozen=True)
-class Request:
-    """Says what is to go from a model, by its config and its shapes; each answer is computed once."""
+class PruningRequest:
+    """What is asked of a model, from a config and the shapes of the model.
 
-    config: StructPruneConfig  # with the spaces that the model takes
+    Attributes:
+        config: The resolved config, which also names spaces that the user's config leaves open.
+        model_info: The facts about the model.
+        use: What the model is used for: `PRUNE`, `DRY_RUN` or `TRAINER`.
+        tokenizer: The tokenizer of the model.
+        inputs: Calibration inputs by domain instead of text.
+        options: Runtime options.
+    """
+
+    config: StructPruneConfig
     model_info: ModelInfo
     use: str = PRUNE
     tokenizer: PreTrainedTokenizerBase | None = None
-    inputs: Mapping[str, Tensor] | None = None  # for calibration, by domain, in place of text
+    inputs: Mapping[str, Tensor] | None = None
     options: RunOptions = field(default_factory=RunOptions)
 
     @cached_property
     def widths(self) -> Widths:
-        """The final widths; where calibration will choose them, others of the same total stand for them."""
+        """The final widths. If calibration chooses them, these are other widths of the same total."""
         config, arch, model = self.config, self.model_info.arch, self.model_info.plain_model
         if config.removes_tokens:
-            from ..vocabulary.amount import widths_with_tokens  # which most runs do without
+            from ..vocabulary.amount import widths_with_tokens  # most runs remove no tokens
 
             return widths_with_tokens(config, arch, model)
         return widths_of(config, arch, model)
 
     @cached_property
     def tokens(self) -> VocabularyRequest | None:
-        """The tokens that may go; None if all stay, or without a tokenizer."""
+        """The tokens that may be removed, or None if all are kept or there is no tokenizer."""
         if VOCAB not in self.widths or self.tokenizer is None:
             return None
         from ..vocabulary.choose import VocabularyRequest
@@ -75,7 +87,7 @@ class Request:
         return shrunk_skeleton(model, arch, self.widths)
 
     def check(self) -> None:
-        """Refuse what cannot be met, before text is read; options without effect are warned of."""
+        """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
         config, info, widths = self.config, self.model_info, self.widths
         if self.use != DRY_RUN:
             self._check_model()
@@ -90,20 +102,24 @@ class Request:
             from ..recovery.recover import check_recovery  # training libraries take seconds to import
 
             check_recovery(config.recovery, config, info.plain_model)
-        if self.use != TRAINER and (unused := [*without_effect(config, widths)]):
+
+        unused = list(without_effect(config, widths))
+        if unused and self.use != TRAINER:
             warn(f"These options have no effect here: {'; '.join(unused)}.")
-        if ahead := layers_ahead(info.plain_model.config.get_text_config()):
+        ahead = layers_ahead(info.plain_model.config.get_text_config())
+        if ahead:
             warn(
                 f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so "
                 "the result has none, and its config says 0."
             )
-        if is_offloaded(info.plain_model):  # last, as it runs the model on a few tokens
+        # Last, because it runs the model on a few tokens.
+        if is_offloaded(info.plain_model):
             from ..sources.offloaded import check_sequential
 
             check_sequential(info.plain_model, info.arch)
 
     def _check_model(self) -> None:
-        """Refuse weights unfit for a Trainer, unreadable text, and a head with more inputs than tokens."""
+        """Raise if the use does not fit the weights, the text cannot be read, or the model needs more than tokens."""
         info, model, use = self.model_info, self.model_info.plain_model, self.use
         if use == TRAINER and info.quantized:
             raise StructPruneError(f"{info.name} is quantized; prune `model.dequantize()`, or load it unquantized.")
@@ -115,7 +131,8 @@ class Request:
             )
         if self.inputs is None:
             check_positions(model, self.config.seq_length, f"seq_length={self.config.seq_length}")
-            if use == PRUNE and [*self.widths] != [VOCAB]:  # whose text is counted, not run
+            # Where only tokens are removed, text is counted and does not run through the model.
+            if use == PRUNE and list(self.widths) != [VOCAB]:
                 check_reads_text(model)
             if use == PRUNE and self.tokenizer is None:
                 raise StructPruneError("The domains are text; reading them takes a tokenizer: pass the model's own.")
@@ -130,7 +147,7 @@ class Request:
                 ) from error
 
     def _check_spaces(self) -> None:
-        """Refuse a criterion, a refit or an allocation that does not go with the spaces or the type of model."""
+        """Raise if the criterion, the refit or the allocation does not fit the spaces or the type of the model."""
         config, arch, widths = self.config, self.model_info.arch, self.widths
         criterion = CRITERIA.get(config.scored_by)
         if criterion.check is not None:
@@ -168,34 +185,58 @@ class Request:
                 )
 
 
-def ask(
+def resolve_request(
     config: StructPruneConfig,
     model_info: ModelInfo,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     use: str = PRUNE,
     options: RunOptions | None = None,
-) -> Request:
-    """Gives what is asked of a model once it can be met; see `Request.check`."""
+) -> PruningRequest:
+    """Return what is asked of a model. Its config is the one to use from here on.
+
+    Args:
+        config: The user's config.
+        model_info: The facts about the model.
+        tokenizer: Its tokenizer, which reads the calibration text.
+        inputs: Calibration inputs by domain instead of text.
+        use: What the model is used for: `PRUNE`, `DRY_RUN` or `TRAINER`.
+        options: Runtime options.
+
+    Raises:
+        StructPruneError: If the request cannot be met; see `PruningRequest.check`.
+    """
     if LOSS in (config.budget or {}):
-        is_judged = inputs is None and (model_info.arch.causal or reads_text(model_info.plain_model))
-        if use != PRUNE or not is_judged:
-            text = "inputs are not" if inputs is not None else "this model does not read alone"
-            reason = f"they are judged on text, which {text}" if use == PRUNE else f"a {use} has none"
-            raise StructPruneError(
-                f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
-            )
-        config = replace(config, budget={"parameters": 0.999})  # which stands for a size that is not found yet
-    reads_text_of_user = inputs is None and (use == DRY_RUN or tokenizer is not None)
-    if config.may_remove_tokens and reads_text_of_user:
-        from ..vocabulary.amount import with_tokens  # which most runs do without
+        _check_loss_budget(model_info, inputs, use)
+        config = replace(config, budget=SIZE_TO_BE_FOUND)
+
+    has_text = inputs is None and (use == DRY_RUN or tokenizer is not None)
+    if config.may_remove_tokens and has_text:
+        from ..vocabulary.amount import with_tokens  # most runs remove no tokens
 
         config = with_tokens(config, model_info, tokenizer)
-    request = Request(config, model_info, use, tokenizer, inputs, options or RunOptions())
+
+    request = PruningRequest(config, model_info, use, tokenizer, inputs, options or RunOptions())
     request.check()
     if use != TRAINER:
-        _ = request.tokens  # what cannot stay is refused now
+        # Computed now, because it raises if the number of tokens is not possible.
+        _ = request.tokens
     return request
+
+
+def _check_loss_budget(model_info: ModelInfo, inputs: Mapping[str, Tensor] | None, use: str) -> None:
+    """Raise if no prunings on trial can find the size of a model with a certain loss."""
+    if use != PRUNE:
+        reason = f"a {use} has none"
+    elif inputs is not None:
+        reason = "they are judged on text, which inputs are not"
+    elif not model_info.arch.causal and not reads_text(model_info.plain_model):
+        reason = "they are judged on text, which this model does not read alone"
+    else:
+        return
+    raise StructPruneError(
+        f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
+    )
 
 
 def check_config_kind(config: Any, options: Any = None) -> None:
@@ -237,6 +278,7 @@ def check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
+    """Raise if the inputs of a domain are not what the model reads."""
     if not isinstance(name, str):
         raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, Tensor):
@@ -259,11 +301,12 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         )
     check_positions(model, samples.shape[1], f"A sample of inputs[{name!r}], {samples.shape[1]} tokens,")
     vocab_size = model.config.get_text_config().vocab_size
-    least, most = (int(samples.min()), int(samples.max())) if len(samples) else (0, 0)
-    if not 0 <= least <= most < vocab_size:
+    smallest = int(samples.min()) if len(samples) else 0
+    largest = int(samples.max()) if len(samples) else 0
+    if smallest < 0 or largest >= vocab_size:
         raise StructPruneError(
-            f"inputs[{name!r}] holds token ids from {least} to {most}, and those of this model lie between 0 and "
-            f"{vocab_size - 1}."
+            f"inputs[{name!r}] holds token ids from {smallest} to {largest}, and those of this model lie between 0 "
+            f"and {vocab_size - 1}."
         )
 
 
@@ -284,17 +327,21 @@ def _check_folder(folder: str, rounds: int) -> None:
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
-    """The options that are set and have no effect beside the others, each with the reason."""
-    default = {field.name: field.default for field in fields(config)}
-    explicit = config.widths is not None
-    reasons = {
-        "targets": (explicit, "widths names the spaces"),
-        "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
-        "languages": ({*names} <= {LAYER, EXPERT, HIDDEN}, "neither tokens go nor units inside the layers"),
-        "round_to": (explicit and config.allocation == "uniform", "widths are taken as they are"),
-        "error_feedback": (config.refit != "least_squares", f"refit={config.refit!r} makes up for no error"),
-    }
-    for name, (idle, reason) in reasons.items():
+    """Yield the options that are set and have no effect with the others, each with the reason."""
+    reasons = {}
+    if config.widths is not None:
+        reasons["targets"] = "widths names the spaces"
+        if config.allocation == "uniform":
+            reasons["round_to"] = "widths are taken as they are"
+    if VOCAB not in names:
+        reasons["keep_tokens"] = f"no tokens go; name {VOCAB!r} in targets or widths"
+    if set(names) <= {LAYER, EXPERT, HIDDEN}:
+        reasons["languages"] = "neither tokens go nor units inside the layers"
+    if config.refit != "least_squares":
+        reasons["error_feedback"] = f"refit={config.refit!r} makes up for no error"
+
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, reason in reasons.items():
         value = getattr(config, name)
-        if idle and value != default[name]:
+        if value != defaults[name]:
             yield f"{name}={value!r}, because {reason}"

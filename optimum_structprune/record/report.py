@@ -1,172 +1,272 @@
-"""The numbers of a run and of a training, and all that a run leaves beside its model."""
+"""The reports of a pruning and of a training, and the records that a run leaves beside its model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Manifest
+from ..errors import StructPruneError
 from ..system.stages import model_bytes, stage
-from ..written import Record
+from ..written import RECORD_VERSION, VERSION_KEY, replace_json, unversioned, versioned
+from .fields import decode, encode
+from .figures import AnswersResult, DomainResult, LanguageResult, SizeResult, TrimResult, UnseenResult
 from .plan import Plan
 
 
 REPORT_NAME = "report.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
-PERPLEXITY = "KL says whether the model does as the dense one does, perplexity only how well the text is predicted"
+AnyResult = TypeVar("AnyResult", bound="ResultRecord")
+
+
+class ResultRecord:
+    """Base of the dataclasses that hold the measurements of a run and are saved as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; fields that are None are left out."""
+        values: dict[str, Any] = encode(self)
+        return values
+
+    @classmethod
+    def from_dict(cls: type[AnyResult], values: Mapping[str, Any], name: str = "The record") -> AnyResult:
+        """Return the record with these plain values.
+
+        Raises:
+            StructPruneError: If a field is missing, unknown, or of another type.
+        """
+        return decode(cls, values, name)
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON. A number that is not finite becomes null."""
+        replace_json(path, versioned(self.to_dict(), RECORD_VERSION))
+
+    @classmethod
+    def load(cls: type[AnyResult], path: str | Path) -> AnyResult | None:
+        """Return the record in a file, or None if there is no file or an earlier version wrote it.
+
+        Raises:
+            StructPruneError: If the file cannot be read, or a later version wrote it.
+        """
+        if not Path(path).is_file():
+            return None
+        document = read_mapping(Path(path), json.loads)
+        try:
+            values = unversioned(document, RECORD_VERSION)
+        except StructPruneError as error:
+            raise StructPruneError(f"{path}: {error}") from error
+        if document.get(VERSION_KEY, 1) < RECORD_VERSION:
+            return None
+        return cls.from_dict(values, str(path))
 
 
 @dataclass
-class RecoveryReport:
-    """The numbers of a training after pruning; see `saving/schemas/report.schema.json`."""
+class CurvePoint:
+    """The validation loss at one point of a training.
+
+    Attributes:
+        tokens: The number of training tokens up to this point.
+        kl: The mean KL divergence from the teacher on validation text, in nats per token.
+    """
+
+    tokens: int
+    kl: float
+
+
+@dataclass
+class RecoveryReport(ResultRecord):
+    """The measurements of a training after pruning.
+
+    Attributes:
+        tokens: The number of training tokens.
+        steps: The number of optimizer steps.
+        seconds: The duration of the training.
+        domains: The results by domain; `validation text` and `answers` have the divergence alone.
+        unseen: The results on unseen text; None where it was not measured.
+        kept_step: The optimizer step whose checkpoint was kept; 0 if no checkpoint was better than the pruned model.
+        stopped: The reason why training ended early; empty where it did not.
+        answers: The answers of the models to test questions; None where no questions were asked.
+        learning_rate: The initial learning rate.
+        teacher: The name or folder of the teacher; empty where there was none.
+        earlier: The configs of previous trainings of this model, the first one first.
+        curve: The validation loss during training.
+    """
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_tokens: dict[str, int] = field(default_factory=dict)
-    perplexity_documents: dict[str, int] = field(default_factory=dict)
-    divergence: dict[str, dict[str, float]] = field(default_factory=dict)
-    other: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, DomainResult] = field(default_factory=dict)
+    unseen: UnseenResult | None = None
     kept_step: int = 0
     stopped: str = ""
-    answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    answers: AnswersResult | None = None
     learning_rate: float = 0.0
     teacher: str = ""
-    earlier: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        """Perplexity and KL to the teacher by kind of text, as a table, and the cost."""
-        from .answers import remark  # what makes text is imported where text is asked for
-        from .table import as_text
-
-        cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s; {self.kept}"
-        lines = [as_text(asdict(self)), PERPLEXITY * bool(self.divergence), *remark(self.answers), cost, self.stopped]
-        return "\n".join(filter(None, lines))
+    def domain(self, name: str) -> DomainResult:
+        """Return the result of a domain, which is added if it is new."""
+        return self.domains.setdefault(name, DomainResult())
 
     @property
     def kept(self) -> str:
-        """States which step of the training is kept."""
+        """Say which step of the training was kept."""
         if not self.kept_step:
-            return "no checkpoint was better than the pruned model, which is kept"
-        return f"step {self.kept_step} is kept"
+            return "no checkpoint was better than the pruned model, so the pruned model is kept"
+        last = " (last)" if self.kept_step == self.steps else ""
+        return f"best checkpoint: step {self.kept_step}{last}"
+
+    @property
+    def has_dense(self) -> bool:
+        """Return whether the original model was measured beside the trained one."""
+        perplexities = [domain.perplexity for domain in self.domains.values() if domain.perplexity is not None]
+        return bool(perplexities) and all(figure.dense is not None for figure in perplexities)
+
+    def __str__(self) -> str:
+        """Return the printed form: a table and the cost of the training."""
+        from .summary import recovery_lines
+
+        return "\n".join(recovery_lines(self))
 
 
 @dataclass
-class Report(Record):
-    """The numbers of a pruning. Each field has its sentence in `saving/schemas/report.schema.json`."""
+class DenseModel:
+    """The original model of a run.
+
+    Attributes:
+        name: Its id on the Hub, or its folder.
+        dtype: The dtype in which it was pruned.
+        base_model: Its id on the Hub, where the user has named it.
+        license: Its license, where the user has named it.
+    """
+
+    name: str = ""
+    dtype: str = ""
+    base_model: str = ""
+    license: str = ""
+
+
+@dataclass
+class Report(ResultRecord):
+    """The measurements of a pruning.
+
+    Attributes:
+        model_type: The model type.
+        criterion: The criterion that scored the units inside layers.
+        model: The original model.
+        dense: The size of the original model.
+        pruned: The size of the pruned model.
+        widths: The number of kept units, by kind of space and layer of the original model.
+        dense_widths: The full width, by kind of space.
+        removed_layers: The layers of the original model that were removed, from 0.
+        target: The share of the layer parameters that was requested; None where no share was requested.
+        domains: The results by calibration domain.
+        unseen: The results on unseen text; None where there was none.
+        languages: The results by language code, where tokens were removed or languages were named.
+        answers: The answers of the models to test questions; None where no questions were asked.
+        trimmed: What vocabulary trimming removed; None where it removed nothing.
+        shapes: The widths that were tried, for allocations that measure losses.
+        wish: For a size that was found by its loss: the requested `loss`, the losses on text that was held out from
+            the trials (`measured`), the expected loss with 5% fewer parameters (`next`), and the `trials`.
+        recovery: The training after pruning; None where there was none.
+        seconds: The duration by stage.
+        changed: Whether the saved weights differ from the measured ones.
+        resumed: Whether the run continued an interrupted one, so that `seconds` covers only the rest.
+    """
 
     model_type: str
     criterion: str
-    parameters: dict[str, int] = field(default_factory=dict)
-    layer_parameters: dict[str, int] = field(default_factory=dict)
+    model: DenseModel = field(default_factory=DenseModel)
+    dense: SizeResult = field(default_factory=SizeResult)
+    pruned: SizeResult = field(default_factory=SizeResult)
     widths: dict[str, dict[int, int]] = field(default_factory=dict)
     dense_widths: dict[str, int] = field(default_factory=dict)
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_margin: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity_tokens: dict[str, int] = field(default_factory=dict)
-    perplexity_documents: dict[str, int] = field(default_factory=dict)
-    bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
+    removed_layers: list[int] = field(default_factory=list)
     target: float | None = None
-    recovery: RecoveryReport | None = None
-    embeddings: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    domains: dict[str, DomainResult] = field(default_factory=dict)
+    unseen: UnseenResult | None = None
+    languages: dict[str, LanguageResult] = field(default_factory=dict)
+    answers: AnswersResult | None = None
+    trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
     wish: dict[str, Any] = field(default_factory=dict)
-    answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    languages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    scripts: dict[str, int] = field(default_factory=dict)
-    trimmed: dict[str, Any] = field(default_factory=dict)
-    other: dict[str, Any] = field(default_factory=dict)
+    recovery: RecoveryReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     changed: bool = False
-    model: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
-    removed_layers: list[int] = field(default_factory=list)
     resumed: bool = False
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
-        """Enter the sizes of the dense model."""
-        if is_offloaded(model):  # what is tied has come apart there, and would count twice
-            model = skeleton(model, model.config).eval().to(model.dtype)
-        self.parameters["before"], self.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
-        self.model = {"name": model.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}
-        self.weights["before"] = model_bytes(model)
+        """Enter the size of the original model."""
+        self.dense = _size(model, arch)
+        self.model = DenseModel(model.name_or_path or "", str(model.dtype).removeprefix("torch."))
 
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense_arch: ArchSpec, plan: Plan) -> None:
-        """Enter the sizes and widths of the smaller model."""
-        if is_offloaded(model):
-            model = skeleton(model, model.config).eval().to(model.dtype)
-        self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
-        self.weights["after"] = model_bytes(model)
-        kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense_arch.num_layers))}
+        """Enter the size and the widths of the pruned model."""
+        self.pruned = _size(model, arch)
+        kept_layers = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense_arch.num_layers))}
         for name, widths in plan.widths().items():
             full = dense_arch.widths(name)
-            self.widths[name] = {**{layer: width for layer, width in full.items() if layer in kept}, **widths}
+            by_layer = {layer: width for layer, width in full.items() if layer in kept_layers}
+            by_layer.update(widths)
+            self.widths[name] = by_layer
             self.dense_widths[name] = max(full.values())
-        self.removed_layers = sorted({*range(dense_arch.num_layers)} - kept)
+        self.removed_layers = sorted(set(range(dense_arch.num_layers)) - kept_layers)
 
     def timed(self, name: str) -> AbstractContextManager[None]:
-        """Add the time spent inside `with` to a stage, without that of stages inside it."""
+        """Add the time spent inside `with` to a stage, without the time of nested stages."""
         return stage(name, self.seconds)
 
     @property
     def sparsity(self) -> float:
-        """The share of the layers' parameters that was removed."""
-        before = self.layer_parameters["before"]  # 0 where the layers are not described
-        return 1 - self.layer_parameters["after"] / before if before else 0.0
+        """Return the share of the layer parameters that was removed."""
+        dense = self.dense.layer_parameters
+        return 1 - self.pruned.layer_parameters / dense if dense else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {**super().to_dict(), "sparsity": self.sparsity}
+    @property
+    def removed(self) -> float:
+        """Return the share of all parameters that was removed."""
+        dense = self.dense.parameters
+        return 1 - self.pruned.parameters / dense if dense else 0.0
 
     def __str__(self) -> str:
-        """Widths, parameters and perplexity per domain, as a table, what else there is to say, and a verdict."""
-        from .answers import remark
-        from .remarks import remarks, verdict
-        from .table import as_text
+        """Return the printed form: sizes, losses on each domain, answers, and a verdict."""
+        from .summary import report_lines
 
-        values = self.to_dict()
-        recovery = [] if self.recovery is None else ["", str(self.recovery)]
-        return "\n".join([as_text(values), *remarks(values), *remark(self.answers), *recovery, *verdict(values)])
+        return "\n".join(report_lines(self))
 
 
-def enter_figures(record: Any, text: str, figures: Mapping[str, Any], is_other: bool = False) -> None:
-    """Enter the figures of a text into a record by their fields, or those of other text into the field `other`."""
-    for field_name, value in figures.items():
-        if is_other:
-            record.other[field_name.removeprefix("perplexity_")] = value
-        else:
-            getattr(record, field_name)[text] = value
+def _size(model: PreTrainedModel, arch: ArchSpec) -> SizeResult:
+    """Return the size of a model."""
+    if is_offloaded(model):
+        # Offloading separates tied weights, which would count twice.
+        model = skeleton(model, model.config).eval().to(model.dtype)
+    return SizeResult(model.num_parameters(), sum(arch.layer_params), model_bytes(model))
 
 
-class PruneResult(NamedTuple):
-    """The records of a pruning, which the model carries as `model.prune_result`.
+class PruneRecords(NamedTuple):
+    """The records of a pruning, which are saved beside the model.
 
     Attributes:
-        config: The config, which says what general text has been read.
-        plan: The units of the dense model that are kept.
-        report: The numbers of the run.
-        manifest: The text that was used, and what the dense model comes from.
-        tokenizer: The tokenizer of the model, where its vocabulary has become smaller; None where it is as before.
-        checksums: The dtype, shape and CRC-32 of each weight that the report speaks of, by name.
+        config: The config, with the general text that was read.
+        plan: The kept units of the original model.
+        report: The measurements of the run.
+        manifest: The text that was used, by this run and by earlier ones.
+        checksums: The dtype, the shape and two checksums of each measured weight, by name.
     """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase | None
     checksums: Mapping[str, Any]
-
-    def __deepcopy__(self, memo: Any) -> PruneResult:
-        """Give these records to the copy of a model too: text that a program makes cannot be copied."""
-        return self

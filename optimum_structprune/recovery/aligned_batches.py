@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
-from .live_teacher import Predictions
+from .teacher import Predictions
 
 
 IGNORED = -100

@@ -1,149 +1,179 @@
-"""Answers that a recovery trains on: the prompts, and a model that writes behind them."""
+"""Answers of a teacher to prompts, which are written once, kept on the disk, and packed into training samples."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
-from itertools import count, islice, product, zip_longest
+from itertools import islice
 from pathlib import Path
-from random import Random
+from typing import Any
 
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
-from ..config.domains import template_fields
-from ..config.fields import read_yaml
-from ..domains.packing import prompt_ids
-from ..domains.templates import question_messages, read_lines
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
 from ..system.fingerprint import KeptText
-from ..system.processes import is_first_rank
-from ..system.stages import stage
-from ..vocabulary.languages import tokens_by_language
-from ..written import whole_lines
-from .samples import Sample, answer_samples
+from ..system.stages import progress
+from .samples import Sample, SamplePacker
 
 
-QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
-# The tokens of an opening, with which a model without a chat template begins, and of a prompt at most.
-OPENING_TOKENS, MAX_PROMPT_TOKENS = 24, 128
-# An equal share of the training has answers of up to so many tokens each: short ones first, which hardly go astray.
+# The largest number of tokens in an answer. An equal share of the samples has each of them: short answers come first,
+# because they seldom go astray.
 ANSWER_TOKENS = (16, 32, 64, 128)
 TEMPERATURE = 0.7
-PROMPTS_AT_ONCE = 32
-# Writes behind prompts of token ids, so many tokens at most, by a seed.
+PROMPTS_PER_BATCH = 32
+# Each prompt is answered at most this number of times, because further answers teach little.
+MAX_ANSWERS_PER_PROMPT = 4
+
+# Write answers of at most `length` tokens to prompts of token ids, by a seed.
 Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 
 
-def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives the built-in prompts in languages that take few tokens, of all kinds in turn."""
-    spelt, kinds = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}, []
-    for entry in read_yaml(Path(__file__).with_name("prompts.yaml")).values():
-        if spelt[entry.get("language", "en")] <= 1.6 * spelt["en"]:
-            slots = [(form, dict.fromkeys(template_fields(form))) for form in entry["ask"]]
-            rows = [(form, names, values) for form, names in slots for values in product(*(entry[n] for n in names))]
-            Random(0).shuffle(rows)
-            kinds.append([form.format(**dict(zip(names, values, strict=True))) for form, names, values in rows[:400]])
-    return list(dict.fromkeys(prompt for turn in zip_longest(*kinds) for prompt in turn if prompt is not None))
-
-
-def read_prompts(path: str) -> list[list[dict[str, str]]]:
-    """Reads the conversations of a file: JSON lines with `messages` or a `prompt`, else lines of questions."""
-    is_json = path.endswith((".jsonl", ".json"))
-
-    def conversation(line: str) -> list[dict[str, str]]:
-        messages = question_messages(json.loads(line) if is_json else {"prompt": line})
-        while messages and messages[-1]["role"] == "assistant":  # what is to be answered comes last
-            messages.pop()
-        return messages
-
-    form = 'is no prompt, which has a "prompt" or "messages"'
-    conversations = [*filter(None, read_lines(Path(path), conversation, form))]
-    if not conversations:
-        raise StructPruneError(f"The file {path} has no prompts.")
-    return conversations
-
-
-def prompts_of(
-    path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Tensor, seed: int
-) -> list[list[int]]:
-    """Gives the token ids of prompts in an order that the seed chooses; none is like a built-in question.
-
-    They are those of a file, built in, or without a chat template openings of `texts`, shape `(samples, seq_length)`.
-    """
-    if path is None and not tokenizer.chat_template:
-        rows = [row.tolist() for sample in texts for row in sample.split(OPENING_TOKENS)]
-        read = [(str(tokenizer.decode(row)), [*texts[0, :1].tolist(), *row][:OPENING_TOKENS]) for row in rows]
-    else:
-        builtin = [] if path else [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
-        conversations = read_prompts(path) if path else builtin
-        asking = [(messages, messages[-1]["content"]) for messages in conversations]
-        read = [(text, prompt_ids(messages, text, tokenizer)) for messages, text in asking]
-    questions, fields = whole_lines(QUESTIONS), ("prompt", "opening")
-    asked = [_words(question[name]) for question in questions for name in fields if name in question]
-    longest = min(MAX_PROMPT_TOKENS, positions_of(model) // 2)
-    kept = [ids for text, ids in read if 1 < len(ids) <= longest and not _is_like(_words(text), asked)]
-    kept = [list(ids) for ids in dict.fromkeys(map(tuple, kept))]
-    if not kept:
-        raise StructPruneError(
-            f"Of {len(read)} prompts none can be trained on: they have more than {longest} tokens, or are like the "
-            "built-in questions; add others, or leave answers out (answer_share=0)."
-        )
-    Random(seed).shuffle(kept)
-    return kept
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def _is_like(words: set[str], questions: Sequence[set[str]]) -> bool:
-    return any(len(words & asked) >= 0.7 * len(words | asked) for asked in questions)  # the Jaccard index
-
-
 def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Write:
-    """Makes the function by which a model writes behind prompts, without a gradient."""
+    """Return a function that writes answers with a model."""
 
     def write(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-        room = int(min(length, positions_of(model) - max(map(len, prompts))))
-        with evaluating(model), stage("writing"):
+        longest = max(len(prompt) for prompt in prompts)
+        room = int(min(length, positions_of(model) - longest))
+        with evaluating(model):
             return sampled_continuations(model, tokenizer, prompts, room, TEMPERATURE, seed)
 
     return write
 
 
-class Answers:
-    """Asks a writer prompts, `PROMPTS_AT_ONCE` at a time, and keeps its answers for the next time."""
+class AnswerFile:
+    """Batches of answers in a file of JSON lines. Only the places of the batches are in memory.
 
-    def __init__(self, prompts: Sequence[Sequence[int]], write: Write, kept: KeptText, seed: int):
-        self.prompts, self.write, self.kept, self.seed = prompts, write, kept, seed
-        self.known = kept.read()
+    A process that was killed may have left half a line, so each batch begins a new line.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._places: dict[str, int] = {}
+        self._read_places()
+
+    def _read_places(self) -> None:
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            while line := file.readline():
+                place = file.tell() - len(line)
+                try:
+                    name, _ = json.loads(line)
+                except ValueError:
+                    continue
+                self._places.setdefault(name, place)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether the file has a batch."""
+        return name in self._places
+
+    def read(self, name: str) -> list[list[int]]:
+        """Read a batch."""
+        with self.path.open("rb") as file:
+            file.seek(self._places[name])
+            answers: list[list[int]] = json.loads(file.readline())[1]
+        return answers
+
+    def add(self, batches: dict[str, list[list[int]]]) -> None:
+        """Add batches to the file, in the first process of each machine.
+
+        Raises:
+            StructPruneError: If the file cannot be written.
+        """
+        state = PartialState()
+        if state.is_local_main_process:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    for name, answers in batches.items():
+                        file.write(f"\n{json.dumps([name, answers])}\n")
+            except OSError as error:
+                raise StructPruneError(
+                    f"Answers cannot be kept in {self.path.parent} ({error}). Set HF_HOME to another folder."
+                ) from error
+        state.wait_for_everyone()
+        self._places = {}
+        self._read_places()
+
+
+class Answers:
+    """The answers of a teacher to prompts, in batches that are written when they are first needed.
+
+    Args:
+        prompts: Prompts of token ids.
+        write: Write answers to prompts.
+        file: The file that keeps them.
+        seed: The seed of the answers.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], write: Write | None, file: AnswerFile, seed: int):
+        self.prompts = prompts
+        self.write = write
+        self.file = file
+        self.seed = seed
+
+    def batch_prompts(self, length: int, number: int) -> list[Sequence[int]]:
+        """Return the prompts of a batch. Each length begins with other prompts."""
+        first = ANSWER_TOKENS.index(length) * len(self.prompts) // len(ANSWER_TOKENS)
+        first += number * PROMPTS_PER_BATCH
+        return [self.prompts[place % len(self.prompts)] for place in range(first, first + PROMPTS_PER_BATCH)]
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """Give prompts and answers of so many tokens at most, without end."""
-        start = ANSWER_TOKENS.index(length) * len(self.prompts) // len(ANSWER_TOKENS)
-        for number in count():
-            places = range(start + number * PROMPTS_AT_ONCE, start + (number + 1) * PROMPTS_AT_ONCE)
-            prompts, key = [self.prompts[place % len(self.prompts)] for place in places], f"{length}/{number}"
-            if key not in self.known:
-                seed = int(sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12], 16)
-                self.known[key] = self.write(prompts, length, seed)
-                if is_first_rank():
-                    self.kept.add(key, self.known[key])
-            yield from zip(prompts, self.known[key], strict=True)
+        """Yield prompts and answers of at most `length` tokens, until each prompt was answered often enough."""
+        share = MAX_ANSWERS_PER_PROMPT / len(ANSWER_TOKENS)
+        batches = max(1, round(share * len(self.prompts) / PROMPTS_PER_BATCH))
+        for number in range(batches):
+            name = f"{length}/{number}"
+            if name not in self.file:
+                self._write(length, number)
+            yield from zip(self.batch_prompts(length, number), self.file.read(name), strict=True)
 
-    def samples(self, number: int, places: int) -> Iterator[Sample]:
-        """Give so many samples, each with `places` tokens of answers, which grow; see `answer_samples`."""
-        ends = [number * part // len(ANSWER_TOKENS) for part in range(len(ANSWER_TOKENS) + 1)]
-        for length, start, end in zip(ANSWER_TOKENS, ends, ends[1:], strict=False):
-            yield from islice(answer_samples(self.conversations(length), places), end - start)
+    def _write(self, length: int, number: int) -> None:
+        """Write the next batches, one in each process."""
+        assert self.write is not None
+        state = PartialState()
+        mine = number + state.process_index
+        name = f"{length}/{mine}"
+        digest = sha256(f"{self.seed}/{name}".encode()).hexdigest()
+        answers = self.write(self.batch_prompts(length, mine), length, int(digest[:12], 16))
+        self.file.add(dict(gather_object([(name, answers)])))
+
+    def samples(self, packer: SamplePacker, counts: Sequence[int]) -> Iterator[Sample]:
+        """Yield packed samples: for each length of `ANSWER_TOKENS`, at most as many as `counts` has for it."""
+        for length, most in zip(ANSWER_TOKENS, counts, strict=True):
+            yield from islice(packer.conversations(self.conversations(length)), most)
 
 
-def kept_answers(weights: str, ends: Sequence[int], prompts: Sequence[Sequence[int]], seed: int) -> KeptText:
-    """Names the file with the answers of the model of these weights (a `fingerprint`), for all trainings."""
-    return KeptText("answers", weights, ANSWER_TOKENS, TEMPERATURE, PROMPTS_AT_ONCE, seed, ends, prompts)
+def write_answers(answers: Answers, packer: SamplePacker, num_samples: int) -> list[int]:
+    """Write the answers for `num_samples` samples, and return the number of samples by length.
+
+    There are fewer samples than asked for if each prompt was answered often enough.
+    """
+    counts = []
+    bar = progress(range(num_samples), desc="Generating teacher answers", unit="sample")
+    for index, length in enumerate(ANSWER_TOKENS):
+        most = num_samples * (index + 1) // len(ANSWER_TOKENS) - num_samples * index // len(ANSWER_TOKENS)
+        found = 0
+        packed = packer.conversations(answers.conversations(length))
+        while found < most and next(packed, None) is not None:
+            found += 1
+            next(bar, None)
+        counts.append(found)
+
+    if sum(counts) < num_samples:
+        warn(
+            f"{len(answers.prompts):,} prompts are answered at most {MAX_ANSWERS_PER_PROMPT} times each, which makes "
+            f"{sum(counts):,} of {num_samples:,} samples. The others are text; `prompts` takes a file with more."
+        )
+    return counts
+
+
+def answer_file(*depends_on: Any) -> AnswerFile:
+    """Return the file for answers that depend on these values."""
+    return AnswerFile(KeptText("answers", *depends_on).path)

@@ -19,7 +19,7 @@ from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from .aligned_batches import AlignedCollator, AlignedTargets
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
-from .live_teacher import Predictions, Teacher, load_teacher
+from .teacher import Predictions, Teacher, accepted_inputs, load_teacher
 
 
 # The target of a position whose next token does not count, as everywhere in torch.
@@ -203,6 +203,7 @@ class TeacherLoss:
                 predictions = self.teacher.predict(aligned.teacher_inputs, aligned.teacher_positions)
 
         student_inputs = _without(inputs, (*LOSS_INPUTS, *AlignedTargets.INPUTS))
+        student_inputs = accepted_inputs(bare_model(model), student_inputs)
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
         self._add("train" if model.training else "eval", losses)
@@ -281,10 +282,11 @@ class TeacherLoss:
         returned: list[Tensor] = []
 
         def losses_for(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            states = hidden.flatten(0, -2)
-            places = batch.positions.to(hidden.device)
+            device = _device_of(head, hidden.device)
+            states = hidden.flatten(0, -2).to(device)
+            places = batch.positions.to(device)
             losses = self._in_chunks(states[places], project, 0, batch, _is_trained(project, states[:1]))
-            by_place = torch.zeros(len(states), device=hidden.device).index_put((places,), losses.loss)
+            by_place = torch.zeros(len(states), device=device).index_put((places,), losses.loss)
             computed.append(losses)
             returned.append(by_place.view(*hidden.shape[:-1], 1))
             return returned[-1]
@@ -366,6 +368,14 @@ def _is_trained(project: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return project(hidden.detach()).requires_grad
+
+
+def _device_of(head: nn.Module, default: torch.device) -> torch.device:
+    """Return the device of a head's weights. A model may be spread over devices, or its head be offloaded."""
+    weight = next(head.parameters(), None)
+    if weight is None or weight.is_meta:
+        return default
+    return weight.device
 
 
 def _without(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,61 +1,63 @@
-"""Trains a pruned model on the recovery domains, with or without a teacher, and saves it."""
+"""Train a pruned model with the dense model as its teacher, and save it: `Recovery` and `recover`."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from ..arch.meta import check_changeable, check_positions, is_offloaded, predicts_next
+from ..arch.meta import check_changeable, positions_of
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import texts_of
-from ..domains.manifest import MANIFEST_NAME, TRAINED, Entry, Manifest, check_kinds, check_tokens, remember_text
-from ..domains.packing import Domain
-from ..domains.sources import documents
+from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, check_tokens, remember_text
 from ..errors import StructPruneError, warn
-from ..forward.metrics import own_settings
+from ..forward.metrics import evaluating, own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, save_checked
-from ..sources.other import OtherText, other_text
-from ..system.disk import check_folder, used_paths
-from ..system.processes import check_launch
+from ..system.disk import used_paths
 from ..system.stages import stage
 from ..written import replace_json
-from .adapter import check_fits, lora_config, trainable
-from .answers import read_prompts
+from .adapter import lora_config, trainable
+from .arguments import TrainingSize, training_arguments
+from .checks import check_recovery, trains_on_cpu
+from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
+from .measure import enter_curve, enter_measurements, measure_all, validation_loss
+from .memory import check_recovery_memory
 from .resume import TrainingInputs
+from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
-from .text import VALIDATION, text_config, training_text, validation_text
-from .trainer import DistillTrainer, NothingGainedWarning, enter_measurements, training_arguments
-from .training_data import TrainingData
+from .text import sample_length
+from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
+from .training_data import ANSWERS, VALIDATION, RecoveryData
+
+
+__all__ = ["NothingGainedWarning", "Recovery", "check_recovery", "recover"]
 
 
 class Recovery:
-    """Trains a pruned causal language model.
+    """Train a pruned causal language model.
 
-    After `recover_model`, `report` holds the numbers of the run, and `entries` the text that it used.
+    After `recover_model`, `report` has the figures of the run, and `entries` the text that it used.
 
     Args:
         config: How the model is trained.
-        pruning: How the model was pruned. It gives the domains, the sample length and the seed that `config` leaves
-            open, and says which documents were held out.
+        pruning: How the model was pruned. It has the domains, the sample length and the seed that `config` leaves
+            open, and its seed decides which documents are held out.
         callbacks: Further callbacks for the Trainer.
-        pruned: The folder of the pruned model, whose pruning config, plan, report and manifest `save` copies where it
-            has them, as they are when the recovery is made.
+        pruned: The folder of the pruned model. `save` copies its pruning config, plan, report and manifest, as they
+            are when the `Recovery` is made.
 
     Raises:
-        StructPruneError: If `config` is no `RecoveryConfig`.
+        StructPruneError: If `config` is not a `RecoveryConfig`.
     """
 
     def __init__(
@@ -66,18 +68,28 @@ class Recovery:
         pruned: str | Path | None = None,
     ):
         if not isinstance(config, RecoveryConfig):
-            raise StructPruneError(f"A recovery takes a RecoveryConfig, got {type(config).__name__}.")
-        self.config, self.callbacks = config, callbacks
-        self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
+            raise StructPruneError(f"`config` must be a RecoveryConfig, got {type(config).__name__}.")
+        self.config = config
+        self.callbacks = callbacks
+        self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # the amount is not used
         self.entries: list[Entry] = []
-        self._manifest: Manifest | None = None
-        names = [name for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()]
-        self._records = {name: Path(str(pruned), name).read_bytes() for name in names}
-        self._pruned = pruned
-        self._earlier: list[Mapping[str, Any]] = []
-        if pruned and (before := Path(pruned, RECOVERY_REPORT_NAME)).is_file():
-            self._earlier = [*read_json(before).get("earlier", ()), read_json(Path(pruned, RECOVERY_CONFIG_NAME))]
         self.report: RecoveryReport | None = None
+        self._manifest: Manifest | None = None
+        self._pruned = pruned
+        self._records: dict[str, bytes] = {}
+        self._earlier: list[dict[str, Any]] = []
+        if pruned is not None:
+            self._read_records(Path(pruned))
+
+    def _read_records(self, folder: Path) -> None:
+        for name in RECORD_NAMES:
+            if (folder / name).is_file():
+                self._records[name] = (folder / name).read_bytes()
+        path = folder / RECOVERY_REPORT_NAME
+        if path.is_file():
+            report = RecoveryReport.load(path)
+            self._earlier = [] if report is None else list(report.earlier)
+            self._earlier.append(dict(read_json(folder / RECOVERY_CONFIG_NAME)))
 
     @own_settings()
     def recover_model(
@@ -95,79 +107,114 @@ class Recovery:
         check_changeable(model)
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
-        taught_by = None
-        if teacher is not None:
-            taught_by = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
-        name = None if taught_by is None or taught_by.model is None else taught_by.model.name_or_path or ""
-        seen = Manifest.seen_by(model)
-        if seen is None and MANIFEST_NAME in self._records:
-            seen = Manifest.load(str(self._pruned))
+        seq_length = sample_length(config, model)
+        size = TrainingSize(config.tokens // seq_length, seq_length)
         seed = self.pruning.seed if config.seed is None else config.seed
-        inputs = TrainingInputs.of(replace(config, seed=seed), model, name)
+        seen = self._seen_by(model)
+        dense = teacher if isinstance(teacher, PreTrainedModel) else model
+        check_recovery_memory(config, dense, model, loaded=True)
+
         with nullcontext("") if "output_dir" in config.training else tempfile.TemporaryDirectory() as scratch:
-            arguments = training_arguments(config, seed, model.device.type == "cpu", scratch)
-            arguments.output_dir = broadcast_object_list([arguments.output_dir])[0]  # all read what the first writes
-            checkpoint = inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
+            # Making the arguments starts the communication of several processes, which write answers together.
+            arguments = training_arguments(config, size, seed, trains_on_cpu(model), scratch)
+            loaded = None
+            if teacher is not None:
+                dtype = torch.bfloat16 if arguments.bf16 and isinstance(teacher, (str, Path)) else None
+                loaded = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code, dtype)
+            name = None if loaded is None else loaded.model.name_or_path or ""
+            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
+            folder = broadcast_object_list([arguments.output_dir])[0]  # all processes use the first one's folder
+            checkpoint = inputs.last_checkpoint(str(folder)) if resume else None
+
             with stage("domains", {}):
-                domains, validation, other = self._texts(model, tokenizer, taught_by, seen)
-                seeds = seed, self.pruning.seed
-                data = TrainingData(config, domains, validation, other.rows, model, taught_by, seeds, arguments)
-            recovered, outcome = self._trained(model, seed, data, arguments, inputs, checkpoint)
+                data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, seen)
+            size = replace(size, num_validation=len(data.validation))
+            arguments = training_arguments(config, size, seed, trains_on_cpu(model), str(folder))
+            arguments.output_dir = folder
+            if "output_dir" not in config.training:
+                arguments.save_only_model = True
+            with evaluating(*([] if loaded is None else [loaded.model])):
+                recovered, outcome = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
             wait_for_everyone()
-        self.report = replace(outcome, teacher=name or "", earlier=self._earlier)
-        self.report.other |= {"source": other.source} if other.rows else {}
-        self.entries = [*(Entry.of(domain, TRAINED) for domain in domains), *other.entries]
-        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)
-        remember_text(recovered, tokenizer, self._manifest)
+
+        self._record(recovered, tokenizer, data, replace(outcome, teacher=name or "", earlier=self._earlier), seen)
         if outcome.stopped or not outcome.kept_step:
             warn(outcome.stopped or outcome.kept, NothingGainedWarning)
         return recovered
 
-    def _texts(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        teacher: Teacher | None,
-        seen: Manifest | None,
-    ) -> tuple[list[Domain], Tensor | None, OtherText]:
-        # A teacher reads in its own tokens, also where the model has lost some. It writes the text of a domain that is
-        # written, which is better then, and which the pruning has kept.
-        config, pruning = self.config, self.pruning
-        if teacher is None or teacher.model is None or teacher.tokenizer is None:
-            return training_text(config, pruning, tokenizer, model, seen), None, OtherText("")
-        domains = training_text(config, pruning, teacher.tokenizer, teacher.model, seen)
-        other = other_text(text_config(config, pruning), teacher.model, teacher.tokenizer, domains)
-        trained = {name for domain in domains for name in domain.documents}
-        return domains, validation_text(config, pruning, teacher.tokenizer, trained), other
+    def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
+        """Return the text that the model has seen, from memory or from the folder of the pruned model."""
+        seen = Manifest.seen_by(model)
+        if seen is None and MANIFEST_NAME in self._records:
+            seen = Manifest.load(str(self._pruned))
+        return seen
 
     def _trained(
         self,
         model: PreTrainedModel,
         seed: int,
-        data: TrainingData,
+        data: RecoveryData,
+        teacher: Teacher | None,
         arguments: TrainingArguments,
         inputs: TrainingInputs,
         checkpoint: str | None,
     ) -> tuple[PreTrainedModel, RecoveryReport]:
-        # The model has the values of the best checkpoint in the end, or those of before if these are better.
+        """Train a model. In the end it has the weights of the best checkpoint, or its weights before if no checkpoint
+        is better.
+        """
         config = self.config
-        before = data.measure(model)
-        fewer_tokens = data.teacher is not None and data.teacher.parts is not None
-        adapter = None if config.train == "full" else lora_config(config, model, fewer_tokens)
-        set_seed(seed)  # of the adapter's values
+        alignment = None if teacher is None else teacher.alignment
+        collator = SampleCollator(alignment, positions_of(model))
+        adapter = None if config.train == "full" else lora_config(config, model, alignment is not None)
+        stopper = StopAtNaN()
+        set_seed(seed)  # for the values of the adapter
         with trainable(model, adapter) as (trained, take_back):
-            trainer = DistillTrainer(trained, arguments, data, [*self.callbacks, inputs])
-            # Trials keep all activations, for which there may be no room where some are computed anew.
-            tries = "learning_rate" not in config.training and not arguments.gradient_checkpointing
-            done = trainer.train(resume_from_checkpoint=checkpoint, take_back=take_back if tries else None)
-            outcome = trainer.outcome(done.metrics["train_runtime"])
-            if data.validation_loss(trained) >= data.loss_in(before):
+            trainer = recovery_trainer(trained, arguments, data, collator, teacher, [*self.callbacks, inputs, stopper])
+            before = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            # Trial steps keep all activations, and activation checkpointing means that there is no room for them.
+            if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
+                samples = [sample for sample, _ in zip(data.stream, range(NUM_TRIAL_SAMPLES), strict=False)]
+                lower_learning_rate_(trainer, [collator([sample]) for sample in samples], take_back)
+            seconds = train(trainer, checkpoint)
+
+            after = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
+            value = "loss" if teacher is None else "kl"
+            gained = validation_loss(after, kinds, value) < validation_loss(before, kinds, value)
+            if not gained:  # also if a loss is NaN
                 take_back()
-                outcome.kept_step = 0
+                after = before
         if adapter is not None:
             trained = trained.merge_and_unload()
-        enter_measurements(outcome, before, data.measure(trained) if outcome.kept_step else before)
-        return trained, outcome
+
+        steps = trainer.state.global_step
+        report = RecoveryReport(
+            tokens=steps * _samples_per_step(arguments) * data.stream.text.config.seq_length,
+            steps=steps,
+            seconds=seconds,
+            kept_step=(trainer.state.best_global_step or steps) if gained else 0,
+            stopped=stopper.message,
+            learning_rate=arguments.learning_rate,
+        )
+        enter_measurements(report, before, after, {VALIDATION, ANSWERS})
+        enter_curve(report, trainer.state.log_history)
+        return trained, report
+
+    def _record(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        data: RecoveryData,
+        report: RecoveryReport,
+        seen: Manifest | None,
+    ) -> None:
+        self.report = report
+        if self.report.unseen is not None:
+            self.report.unseen.source = data.other.source
+        self.entries = data.entries
+        manifest = seen or Manifest.of(self.pruning, [], tokenizer)
+        self._manifest = manifest.with_entries(self.entries)
+        remember_text(model, tokenizer, self._manifest)
 
     def save(
         self,
@@ -176,23 +223,25 @@ class Recovery:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save what `recover_model` returned, with the config and the report of the run.
+        """Save the model that `recover_model` returned, with the config and the report of the run.
 
         Args:
             model: The recovered model.
-            save_directory: The folder to write to; it appears only after the result has been read back.
+            save_directory: The folder to write to. It appears only after the result has been read back.
             tokenizer: The tokenizer that is saved beside the model.
-            overwrite: Whether a folder that exists is replaced.
+            overwrite: Whether an existing folder is replaced.
 
         Raises:
-            StructPruneError: If the folder exists, this has not trained the model, the tokenizer has other tokens than
-                the one that read the text, or the result does not come back the same.
+            StructPruneError: If the folder exists, this `Recovery` has not trained the model, the tokenizer has other
+                tokens than the one that read the text, or the saved model differs from the model in memory.
         """
         report = self.report
         if report is None or Manifest.seen_by(model) is not self._manifest:
-            raise StructPruneError("Only what recover_model returned can be saved; call it, and pass that.")
+            raise StructPruneError(
+                "`save` takes the model that `recover_model` returned. Call `recover_model`, and pass its result."
+            )
 
-        from ..saving.card import leave_card  # only what saves pays for it
+        from ..saving.card import leave_card  # imported here because its libraries take long to import
 
         def write(folder: Path) -> None:
             for name, record in self._records.items():
@@ -200,10 +249,15 @@ class Recovery:
             if self._manifest is not None:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
-            replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
+            report.save(folder / RECOVERY_REPORT_NAME)
             leave_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
+
+
+def _samples_per_step(arguments: TrainingArguments) -> int:
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_process * arguments.world_size
 
 
 def recover(
@@ -216,78 +270,33 @@ def recover(
     trust_remote_code: bool = False,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Train a pruned model in one call. `Recovery` does the same, keeps the numbers and saves.
+    """Train a pruned model in one call. `Recovery` does the same, keeps the figures and saves.
 
     Args:
-        pruned: A causal language model. It is trained itself and comes back; after a failure it is as it was.
+        pruned: A causal language model. It is trained itself and returned; a failure leaves it as it was.
         tokenizer: The model's tokenizer, which reads the domains.
         config: How the model is trained.
-        teacher: A model, or its id or folder, that the trained one should agree with; usually the dense model.
-        domains: The training text where the config names none.
-        resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`. The model,
-            the text, the teacher and the settings have to be those that it began with.
+        teacher: A model, or its id or folder, whose predictions the model learns; usually the dense model.
+        domains: The training text if the config has no domains.
+        resume: Whether to resume from the last checkpoint in the `output_dir` of `config.training`. The model, the
+            text, the teacher and the settings must be those that the training began with.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
-        teacher_tokenizer: The tokenizer of the teacher, by default the one that it was pruned with or that lies where
-            it was loaded from. Where there is none, a teacher of as many tokens is taken to have the same ones.
+        teacher_tokenizer: The tokenizer of the teacher. By default it is the tokenizer that the teacher was pruned
+            with, or the tokenizer in its folder. Without any, a teacher with as many tokens has the same tokens.
 
     Returns:
         The model, with the adapter merged.
 
     Raises:
-        StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
-            has other tokens or is the model itself, peft cannot place the adapter, the loss was never finite, or there
-            is nothing to resume.
+        StructPruneError: If the config cannot be followed (see `check_recovery`), there is too little text, the
+            teacher has other tokens or is the model itself, peft cannot place the adapter, or there is no checkpoint
+            to resume from.
 
     Warns:
-        NothingGainedWarning: If no checkpoint was nearer to the teacher than the model was before, so that the model
-            comes back as it was, or if the training ended early.
+        NothingGainedWarning: If no checkpoint is nearer to the teacher than the pruned model, which is then returned
+            as it was, or if the training ended early.
     """
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
     return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
-
-
-def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:
-    """Refuse a recovery that would fail later."""
-    check_launch()
-    for name in ("fsdp", "deepspeed"):  # before transformers sets up anything for them
-        if config.training.get(name):
-            raise StructPruneError(
-                f"training's {name} is not supported: every process holds the whole model; leave it out."
-            )
-    text = text_config(config, pruning)
-    _check_model(model, config, text.seq_length)
-    if config.prompts is not None:
-        read_prompts(config.prompts)
-    validation = [] if config.validation is None else [DomainConfig(name=VALIDATION, source=config.validation)]
-    for domain in [*texts_of(text), *validation]:
-        # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
-        documents(domain, text.seed, None, lambda name, seed: iter(()))
-    if config.train == "lora":
-        check_fits(model, lora_config(config, model))
-    # A model without weights will be on the GPU, if there is one.
-    on_cpu = model.device.type == "cpu" or not torch.cuda.is_available()
-    training_arguments(config, text.seed, on_cpu, tempfile.gettempdir())
-    if "output_dir" in config.training:
-        check_folder(config.training["output_dir"])
-
-
-def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
-    name = type(model).__name__
-    if not predicts_next(model):
-        raise StructPruneError(
-            f"Recovery trains causal language models, and {name} is none; train it with a Trainer and its own loss, "
-            "as docs/recovery.md does with a classifier."
-        )
-    if is_offloaded(model):
-        raise StructPruneError(
-            f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
-            "smaller model."
-        )
-    check_positions(model, seq_length, f"The recovery's seq_length={seq_length}")
-    if config.train == "full" and model.dtype == torch.float16:
-        raise StructPruneError(
-            f"train='full' moves the weights of {name} in their own float16, which is too coarse for an optimizer; "
-            "load the model in float32, or train='lora'."
-        )

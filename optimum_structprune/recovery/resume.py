@@ -1,4 +1,4 @@
-"""Remembers how a training began, so that it never goes on from a checkpoint of another one."""
+"""Record how a training began, so that it is never resumed from a checkpoint of another training."""
 
 from __future__ import annotations
 
@@ -19,26 +19,34 @@ from ..written import plain
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
-    """The config, model and teacher of a training, by name; a Trainer keeps them in each checkpoint."""
+    """The config, model and teacher of a training by name. A Trainer saves them in each checkpoint.
+
+    Args:
+        inputs: The values by name.
+    """
 
     def __init__(self, inputs: Mapping[str, Any]):
         self.inputs = inputs
 
     @classmethod
     def of(cls, config: RecoveryConfig, model: PreTrainedModel, teacher: str | None) -> TrainingInputs:
-        """The inputs of a training of a model that has no adapter yet."""
-        models = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
-        return cls(plain({**models, **config.without_output_dir().to_dict()}))
+        """Return the inputs of a training, for a model without an adapter."""
+        values: dict[str, Any] = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
+        values.update(config.without_output_dir().to_dict())
+        return cls(plain(values))
 
     def state(self) -> dict[str, Any]:
-        """Give the Trainer what it writes into a checkpoint; see `ExportableState`."""
+        """Return the values that the Trainer writes into a checkpoint; see `ExportableState`."""
         return {"args": {"inputs": self.inputs}, "attributes": {}}
 
     def last_checkpoint(self, folder: str) -> str:
-        """Find the last whole checkpoint of this training in a folder.
+        """Return the last complete checkpoint of this training in a folder.
 
-        The Trainer writes its state last, so a checkpoint that a kill or a full disk cut short has none that can be
-        read, and is passed over.
+        The Trainer writes its state last. A checkpoint that a kill or a full disk interrupted has no readable state,
+        and is skipped.
+
+        Raises:
+            StructPruneError: If there is none, or the last one belongs to another training.
         """
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
@@ -47,11 +55,17 @@ class TrainingInputs(TrainerCallback, ExportableState):
             except (StructPruneError, LookupError, TypeError) as error:
                 warn(f"{checkpoint} is passed over: {error}.")
                 continue
-            if different := [name for name, value in self.inputs.items() if stored.get(name) != value]:
-                values = (f"{name} {stored.get(name)} there and {self.inputs[name]} here" for name in different)
-                raise StructPruneError(
-                    f"{checkpoint} belongs to another training: {'; '.join(values)}. Resume with what it began with, "
-                    "or start without resuming."
-                )
+            self._check(checkpoint, stored)
             return checkpoint
-        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
+        raise StructPruneError(f"There is no checkpoint in {folder} to resume from. Start without resuming.")
+
+    def _check(self, checkpoint: str, stored: Mapping[str, Any]) -> None:
+        differences = []
+        for name, value in self.inputs.items():
+            if stored.get(name) != value:
+                differences.append(f"{name} {stored.get(name)} there and {value} here")
+        if differences:
+            raise StructPruneError(
+                f"{checkpoint} belongs to another training: {'; '.join(differences)}. Resume with the same inputs, or "
+                "start without resuming."
+            )

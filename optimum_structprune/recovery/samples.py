@@ -1,125 +1,105 @@
-"""Samples of a recovery: token ids, the places that count, and what a model predicts there."""
+"""Training samples: token ids, positions and labels of equal length, and their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from inspect import signature
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
-from ..method.layers import input_device
+from ..errors import StructPruneError
 from ..vocabulary.token_alignment import TokenAlignment
+from .aligned_batches import IGNORED, align_document, join_documents, pad_samples
 
 
-# The target of a place whose next token does not count, as everywhere in torch.
-IGNORED = -100
-# Token ids and their positions, each of shape `(tokens,)`, and the targets: the next token of a place, or `IGNORED`.
-# `states` are the teacher's last hidden states at the places that count, shape `(places, channels)`. In a sample for a
-# model with fewer tokens, `taught` is the same text in the teacher's, and `rows` and `nodes` say what that expects of
-# the targets, see `TokenAlignment.align`.
-Sample = dict[str, Any]
+# `input_ids`, `position_ids` and `labels`, lists of equal length. Positions begin at 0 with each conversation, so that
+# models tell packed conversations apart. Labels are -100 where a token does not count.
+Sample = dict[str, list[int]]
 
 
-def text_sample(ids: Tensor) -> Sample:
-    """Makes the sample of a text of token ids, shape `(seq_length,)`, in which every next token counts."""
-    return {"input_ids": ids[:-1], "position_ids": torch.arange(len(ids) - 1), "targets": ids[1:]}
+def text_sample(ids: Sequence[int] | Tensor) -> Sample:
+    """Return the sample of a text, in which every token counts."""
+    tokens = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    return {"input_ids": tokens, "position_ids": list(range(len(tokens))), "labels": list(tokens)}
 
 
-def answer_samples(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], places: int) -> Iterator[Sample]:
-    """Packs prompts and answers as token ids into samples with `places` tokens of answers, which count.
+@dataclass(frozen=True)
+class SamplePacker:
+    """Pack prompts and answers into samples.
 
-    The last answer is cut off. Positions begin anew with each prompt, by which models tell conversations apart.
+    Attributes:
+        seq_length: The number of tokens in a sample.
+        counts_prompts: Whether the tokens of prompts count in the loss too. They are read anyway, and the teacher's
+            predictions for them are as good as for any other text.
     """
-    packed: list[list[Tensor]] = []
-    room = places
-    for prompt, answer in conversations:
-        kept = [*answer[:room]]
-        ids = torch.tensor([*prompt, *kept])
-        targets = ids[1:].clone()
-        targets[: len(prompt) - 1] = IGNORED
-        packed.append([ids[:-1], torch.arange(len(ids) - 1), targets])
-        room -= len(kept)
-        if not room:
-            columns = [torch.cat(column) for column in zip(*packed, strict=True)]
-            yield dict(zip(("input_ids", "position_ids", "targets"), columns, strict=True))
-            packed, room = [], places
+
+    seq_length: int
+    counts_prompts: bool = True
+
+    def conversations(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Sample]:
+        """Yield full samples of prompts and answers as token ids. A conversation that does not fit is cut."""
+        sample: Sample = {"input_ids": [], "position_ids": [], "labels": []}
+        for prompt, answer in pairs:
+            labels = [IGNORED, *prompt[1:]] if self.counts_prompts else [IGNORED] * len(prompt)
+            ids = [*prompt, *answer]
+            room = self.seq_length - len(sample["input_ids"])
+            sample["input_ids"] += ids[:room]
+            sample["position_ids"] += list(range(len(ids)))[:room]
+            sample["labels"] += [*labels, *answer][:room]
+            if len(sample["input_ids"]) == self.seq_length:
+                yield sample
+                sample = {"input_ids": [], "position_ids": [], "labels": []}
 
 
-def in_parts(sample: Sample, parts: TokenAlignment) -> Sample:
-    """Spells a sample of the teacher's tokens as a model reads it that has fewer."""
-    positions, ids, targets = (sample[name].tolist() for name in ("position_ids", "input_ids", "targets"))
-    begins = [at for at, position in enumerate(positions) if not position]
-    columns: list[list[list[int]]] = []
-    seen = 0
-    for start, end in pairwise([*begins, len(ids)]):
-        counted = [target != IGNORED for target in targets[start:end]]
-        text = [*ids[start:end], *(targets[end - 1 : end] if counted[-1] else [])]
-        spelled = parts.align(text, [False, *counted][: len(text)], seen)
-        seen += sum(counted)
-        columns.append([
-            [now[0], place, following[0] if following[1] >= 0 else IGNORED, *following[1:]]
-            for place, (now, following) in enumerate(pairwise(spelled))
-        ])  # fmt: skip
-    names = ("input_ids", "position_ids", "targets", "rows", "nodes")
-    values = torch.tensor([row for rows in columns for row in rows]).unbind(1)
-    return {**dict(zip(names, values, strict=True)), "taught": sample}
+class SampleCollator:
+    """Make batches of samples, in the tokens of the student and, with an alignment, of the teacher too.
+
+    Args:
+        alignment: The spelling of the teacher's tokens if the student lacks some of them.
+        max_positions: The number of positions of the student.
+    """
+
+    aligns_tokens = True
+
+    def __init__(self, alignment: TokenAlignment | None, max_positions: float):
+        self.alignment = alignment
+        self.max_positions = max_positions
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch of tensors, each of shape `(batch, longest)`."""
+        if self.alignment is None:
+            return pad_samples([dict(sample) for sample in samples])
+
+        batch = pad_samples([aligned_sample(sample, self.alignment) for sample in samples])
+        longest = 1 + int(batch["position_ids"].max())
+        if longest > self.max_positions:
+            length = max(len(sample["input_ids"]) for sample in samples)
+            possible = int(length * self.max_positions // longest)
+            raise StructPruneError(
+                f"A sample of `seq_length`={length} takes {longest} of the kept tokens, and the model has "
+                f"{self.max_positions:.0f} positions. Set `seq_length` to {possible}."
+            )
+        return batch
 
 
-def collate(samples: Sequence[Sample]) -> Sample:
-    """Makes a batch of samples of equally many tokens that count, with padding behind the shorter ones."""
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    batch: Sample = {
-        name: torch.stack([pad(sample[name], (0, longest - len(sample[name])), value=value) for sample in samples])
-        for name, value in {"input_ids": 0, "position_ids": 0, "targets": IGNORED, "rows": 0, "nodes": 0}.items()
-        if name in samples[0]
-    }
-    if "states" in samples[0]:
-        batch["states"] = torch.stack([sample["states"] for sample in samples])
-    if "taught" in samples[0]:
-        batch["taught"] = collate([sample["taught"] for sample in samples])
-        batch["rows"] += torch.arange(len(samples))[:, None] * tokens_in(samples[0])
-    return batch
+def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
+    """Spell a sample of the teacher's tokens in the student's tokens too; see `align_document`."""
+    ids = sample["input_ids"]
+    counted = [label != IGNORED for label in sample["labels"]]
+    begins = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+    documents = []
+    for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
+        documents.append(align_document(alignment, ids[begin:end], counted[begin:end]))
+    return join_documents(documents)
 
 
-def tokens_in(sample: Sample) -> int:
-    """Counts the tokens of a sample in the loss, in those of the teacher."""
-    return int((sample.get("taught", sample)["targets"] != IGNORED).sum())
+def counted_tokens(sample: Mapping[str, Any]) -> int:
+    """Count the tokens of a sample in the loss."""
+    return sum(label != IGNORED for label in sample["labels"][1:])
 
 
-def counted_targets(batch: Sample, logits: Tensor) -> Tensor:
-    """Gives the targets of a batch that count, shape `(places,)`, on the device of the logits."""
-    return batch["targets"][batch["targets"] != IGNORED].to(logits.device)
-
-
-def by_token(values: Tensor, batch: Sample) -> Tensor:
-    """Sums values of the places of a batch that count over the parts of each token of the teacher."""
-    if "taught" not in batch:
-        return values
-    rows = batch["rows"][batch["targets"] != IGNORED].to(values.device)
-    return values.new_zeros(tokens_in(batch)).index_add(0, rows, values)
-
-
-def logits_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Gives the logits of a model for the places of a batch that count, shape `(places, vocab)`."""
-    bare: Any = getattr(model, "module", model)  # without what several processes put around it
-    bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-    inputs, counts = model_inputs(bare, batch), batch["targets"] != IGNORED
-    if "logits_to_keep" not in signature(bare.forward).parameters:
-        logits = model(**inputs).logits
-        return logits[counts.to(logits.device)]
-    columns = counts.any(0).nonzero()[:, 0]
-    logits = model(**inputs, logits_to_keep=columns.to(input_device(bare))).logits
-    return logits[counts[:, columns.to(counts.device)].to(logits.device)]
-
-
-def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Gives the inputs of a causal language model for a batch; positions tell conversations apart."""
-    device, known = input_device(model), signature(model.forward).parameters
-    names = [name for name in ("input_ids", "position_ids") if name in known]
-    return {**{name: batch[name].to(device) for name in names}, "use_cache": False}
+def to_tensors(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack samples of equal length."""
+    return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,25 +1,25 @@
-"""The teacher of a recovery: its predictions, and the KL of another model from them."""
+"""The teacher of a recovery: a frozen causal language model and its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
-from ..forward.metrics import HEAD_TOKENS, TOKENS_AT_ONCE, divergence, evaluating, plain_head, random_inputs
 from ..method.layers import input_device
-from ..system.fingerprint import fingerprint
-from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
-from .samples import IGNORED, Sample, by_token, collate, counted_targets, logits_at, model_inputs
+from .placement import check_device, is_sharded, place_teacher, reshard
 
 
 def load_teacher(
@@ -28,27 +28,67 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | int | None = None,
 ) -> Teacher:
-    """Makes a teacher for a model; from an id or folder, it is loaded as the model is."""
-    same = teacher is model
+    """Return the teacher of a model.
+
+    Args:
+        teacher: A causal language model, or its id or folder.
+        model: The model that is trained.
+        tokenizer: The tokenizer of `model`.
+        teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
+        trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+        dtype: The dtype of the teacher's weights. None keeps the dtype of a model in memory; a teacher that is loaded
+            gets the dtype of `model`.
+        device: The device of the teacher; see `place_teacher`.
+
+    Raises:
+        StructPruneError: If the teacher cannot be loaded, is not a causal language model, is `model` itself, or has
+            tokens that `model` cannot spell.
+    """
+    check_device(device)
     if isinstance(teacher, (str, Path)):
-        try:
-            teacher = AutoModelForCausalLM.from_pretrained(
-                teacher, dtype=model.dtype, device_map=model.device, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
-        same = fingerprint(teacher) == fingerprint(model)
-    teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled one
+        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+    elif dtype is not None and isinstance(teacher, nn.Module):
+        teacher = teacher.to(dtype)  # type: ignore[arg-type]
+
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled teacher
     if not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
-        kind = type(teacher).__name__
-        raise StructPruneError(f"teacher takes a causal language model, or its id or folder, got {kind}.")
-    if same:
         raise StructPruneError(
-            "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
-            "or leave the teacher out."
+            f"`teacher` must be a causal language model, or its id or folder, got {type(teacher).__name__}."
         )
-    return Teacher(teacher, *tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code))
+    if teacher is model or _same_weights(teacher, model):
+        raise StructPruneError(
+            "`teacher` and the trained model are the same model. Pass the dense model, or leave the teacher out."
+        )
+
+    reader, alignment = tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
+    return Teacher(teacher, reader, alignment, device)
+
+
+def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
+    return model
+
+
+def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
+    """Return whether two models have the same weights. The comparison ends at the first difference."""
+    theirs = dict(teacher.named_parameters())
+    ours = dict(model.named_parameters())
+    if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
+        return False
+    for name, weight in ours.items():
+        if weight.is_meta or theirs[name].is_meta:
+            return False
+        if not torch.equal(weight.detach().float().cpu(), theirs[name].detach().float().cpu()):
+            return False
+    return True
 
 
 def tokens_of_teacher(
@@ -58,95 +98,144 @@ def tokens_of_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedTokenizerBase | None, TokenAlignment | None]:
-    """Gives the tokenizer of a teacher, and the parts of its tokens if the model lacks some.
+    """Return the tokenizer of a teacher, and the alignment of its tokens if the model lacks some of them.
 
-    A teacher of other tokens is refused, and as many unknown ones are taken for the model's. No weights are needed.
+    The models need no weights. If neither tokenizer is known, equal sizes of the vocabularies stand for equal tokens.
+
+    Raises:
+        StructPruneError: If the teacher has other tokens, or its tokens are not known.
     """
-    taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
+    taught_size = teacher.config.get_text_config().vocab_size
+    size = model.config.get_text_config().vocab_size
     reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
-    if taught == learnt and None in (reader, tokenizer):
+    if taught_size == size and (reader is None or tokenizer is None):
         return tokenizer, None
+
     if reader is None or tokenizer is None:
         raise StructPruneError(
-            f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, and nothing says which "
-            "are the same; save its tokenizer into its folder, or pass it (teacher_tokenizer)."
+            f"The teacher has a vocabulary of {taught_size} tokens and the model one of {size}, and the tokenizer of "
+            "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
         )
-    parts = TokenAlignment.between(teacher, reader, model, tokenizer)
-    return (tokenizer, None) if parts.is_identity() else (reader, parts)
+    alignment = TokenAlignment.between(teacher, reader, model, tokenizer)
+    if alignment.is_identity():
+        return tokenizer, None
+    return reader, alignment
+
+
+@dataclass
+class Predictions:
+    """The next-token predictions of a teacher at some positions.
+
+    Attributes:
+        values: Hidden states in front of the head, or logits, shape `(positions, features)`.
+        head: Compute logits from hidden states; None if `values` are logits.
+    """
+
+    values: Tensor
+    head: nn.Module | None = None
+
+    def logits(self, start: int, end: int, device: torch.device) -> Tensor:
+        """Return the logits of the positions `start` to `end`, shape `(end - start, vocab)`, on a device."""
+        values = self.values[start:end]
+        if self.head is not None:
+            values = self.head(values)
+        return values.to(device)
+
+
+def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the inputs that a model's `forward` takes, and turn its cache off.
+
+    transformers only tells packed documents apart where there is no cache.
+    """
+    parameters = signature(type(model).forward).parameters
+    takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
+    selected = {**inputs, "use_cache": False}
+    if takes_all:
+        return selected
+    return {name: value for name, value in selected.items() if name in parameters}
 
 
 class Teacher:
-    """Predicts samples of text in its own tokens, and with `parts` in those of a model that lacks some.
+    """Predict next tokens with a frozen causal language model.
 
-    Where its head makes the logits of its last hidden states alone, these are computed once and kept, and the rest
-    of the teacher is needed no more; else it runs each time.
+    Attributes:
+        model: The teacher.
+        tokenizer: Its tokenizer, or the tokenizer of the trained model if both have the same tokens.
+        alignment: The spelling of the teacher's tokens if the trained model lacks some of them.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        parts: TokenAlignment | None = None,
+        alignment: TokenAlignment | None = None,
+        device: str | torch.device | int | None = None,
     ):
-        self.model: PreTrainedModel | None = model
-        self.tokenizer, self.parts = tokenizer, parts
-        few = random_inputs(model)[:, :HEAD_TOKENS].to(input_device(model))
-        self.head: Any = model.get_output_embeddings() if plain_head(model, few) else None
+        self.model = model
+        self.tokenizer = tokenizer
+        self.alignment = alignment
+        self.device = device
+        self._placed: Any = None
+        self._sharded = False
+        # Whether the head's output is the model's output; None before the first forward pass.
+        self._plain_head: bool | None = None
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Place the teacher beside the model that an Accelerator trains; see `place_teacher`."""
+        if self._placed is None:
+            self._sharded = is_sharded(accelerator)
+            self._placed = place_teacher(self.model, accelerator, self.device)
 
     @torch.no_grad()
-    def keep_states(self, samples: Sequence[Sample], dtype: torch.dtype | None = None, mixed: bool = False) -> None:
-        """Add the `states` to samples in a dtype, by default the teacher's; `mixed` computes them in bfloat16."""
-        if self.head is None or self.model is None:
-            return
-        base: Any = self.model.base_model
-        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed)
-        with evaluating(self.model), stage("teacher"), autocast:
-            for sample in samples:
-                batch = {name: value[None] for name, value in sample.items()}
-                # The base of some models is a wrapper that does not say what it takes.
-                hidden = base(**model_inputs(self.model, batch))[0]
-                counts = batch["targets"] != IGNORED
-                sample["states"] = hidden[counts.to(hidden.device)].to("cpu", dtype or self.model.dtype)
+    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> Predictions:
+        """Predict the next tokens of a batch.
 
-    @torch.no_grad()
-    def logits(self, batch: Sample) -> Tensor:
-        """Gives the logits for the tokens of a batch that count, shape `(tokens, vocab)`."""
-        batch = batch.get("taught", batch)
-        if self.head is None:
-            assert self.model is not None
-            return logits_at(self.model, batch)
-        weight = self.head.weight
-        return self.head(batch["states"].flatten(0, 1).to(weight.device, weight.dtype))
+        Args:
+            inputs: The inputs of the teacher in its own tokens, each of shape `(batch, seq_length)`.
+            positions: The indices of the positions to predict from, in the flattened batch.
+        """
+        caller = self.model if self._placed is None else self._placed
+        arguments = self._arguments(inputs)
+        head: Any = self.model.get_output_embeddings()
+        # The weights of a sharded head are only gathered while the model runs.
+        if self._sharded or head is None or self._plain_head is False:
+            return self._logits(caller, arguments, positions)
 
-    def kl(self, logits: Tensor, taught: Tensor, batch: Sample) -> Tensor:
-        """Gives the KL(teacher‖model) in nats of each token of a batch that counts, from the logits of both."""
-        if self.parts is None:
-            return divergence(logits, taught, mean=False)
-        counts = batch["targets"] != IGNORED
-        return self.parts.divergence(logits, taught, batch["rows"][counts], batch["nodes"][counts])
+        hidden: list[Tensor] = []
+
+        def keep_hidden(states: Tensor, *_: Any, **__: Any) -> Tensor:
+            hidden.append(states)
+            return states[..., :1]
+
+        with replaced_forward(head, keep_hidden):
+            output = caller(**arguments).logits
+        if self._plain_head is None:
+            self._plain_head = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            if not self._plain_head:
+                return self._logits(caller, arguments, positions)
+        states = hidden[0].flatten(0, 1)
+        return Predictions(states[positions.to(states.device)], head)
+
+    def _logits(self, caller: Any, arguments: dict[str, Any], positions: Tensor) -> Predictions:
+        logits = caller(**arguments).logits.flatten(0, 1)
+        predictions = Predictions(logits[positions.to(logits.device)])
+        if self._sharded:
+            reshard(self.model)
+        return predictions
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Select the inputs that the teacher's `forward` takes, on its device."""
+        arguments = accepted_inputs(self.model, inputs)
+        if self._sharded:
+            return arguments
+        device = input_device(self.model)
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                arguments[name] = value.to(device)
+        return arguments
 
 
-@torch.no_grad()
-def measure_samples(model: Any, samples: Sequence[Sample], teacher: Teacher | None) -> dict[str, Tensor]:
-    """Measures a model on each sample: the number of counted `tokens` and the mean `loss` over them.
-
-    With a teacher also its own loss, as `teacher`, and the mean KL(teacher‖model) in nats, as `kl`. Each has the shape
-    `(samples,)`, fp64, on the CPU. Tokens are the teacher's where it has others.
-    """
-    found: dict[str, list[Tensor]] = {}
-    at_once = max(1, TOKENS_AT_ONCE // max(len(sample["input_ids"]) for sample in samples))
-    with evaluating(model):
-        for start in range(0, len(samples), at_once):
-            batch = collate(samples[start : start + at_once])
-            logits = logits_at(model, batch).float()
-            losses = by_token(cross_entropy(logits, counted_targets(batch, logits), reduction="none"), batch)
-            values = {"loss": losses, "tokens": torch.ones_like(losses)}
-            if teacher is not None:
-                taught = teacher.logits(batch).to(logits.device).float()
-                targets = counted_targets(batch.get("taught", batch), logits)
-                values["teacher"] = cross_entropy(taught, targets, reduction="none")
-                values["kl"] = teacher.kl(logits, taught, batch)
-            for name, value in values.items():
-                by_sample = value.double().view(len(batch["targets"]), -1).cpu()
-                found.setdefault(name, []).append(by_sample.sum(1) if name == "tokens" else by_sample.mean(1))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+def _is_same(output: Any, expected: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    return bool(torch.equal(output.float(), expected.to(output.device).float()))

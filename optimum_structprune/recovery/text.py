@@ -1,88 +1,243 @@
-"""The text that a pruned model is trained on, and the validation text."""
+"""The text of a recovery: a stream of training samples, held-out text, and validation text."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import BUILTIN, GENERAL, DomainConfig
+from ..arch.meta import positions_of
+from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_beside, load_domains, texts_of
-from ..domains.manifest import Manifest
-from ..domains.packing import Domain, SampleFormat, tokenised
-from ..domains.sources import documents, resolve
-from ..errors import StructPruneError
+from ..domains.load import WRITTEN, builtin_beside, load_domains, split_samples, texts_of
+from ..domains.manifest import TRAINED, Entry, Manifest
+from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
+from ..domains.sources import documents, endless, resolve
+from ..errors import StructPruneError, warn
 
 
-# Tokens of each kind of text, and of answers, that a model is measured on at most; of validation text more, since
-# checkpoints are compared by it.
-HELDOUT_TOKENS, VALIDATION_TOKENS = 1_024, 2_048
-VALIDATION, OTHER_TEXT = "validation text", "other text"
-# The kind that is kept for validation where the training text is of all built-in kinds.
+# The largest number of tokens of each kind of text that a model is measured on.
+HELDOUT_TOKENS = 1_024
+VALIDATION_TOKENS = 2_048
+VALIDATION = "validation text"
+OTHER_TEXT = "other text"
+# The kind of text that validates where the training text is of all built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
+# Text is read at most this number of times; more passes teach little (Muennighoff et al., 2023, arXiv 2305.16264).
+MAX_PASSES = 4
+# The default length of a sample by the kind of device.
+SEQ_LENGTHS = {"cpu": 512, "gpu": 1_024}
+# A training has at least this number of samples, unless they would be shorter than the minimum.
+MIN_SAMPLES = 100
+MIN_SEQ_LENGTH = 64
 
 
-def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
-    """Says what to read for the training, by the seed of the pruning: it decides what is held out."""
-    # Short samples give more steps to a small number of tokens.
-    seq_length = config.seq_length or min(pruning.seq_length, 128)
+def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
+    """Return the number of tokens in a sample: as set, or by the device, the positions and the number of tokens."""
+    if config.seq_length is not None:
+        return config.seq_length
+    kind = "cpu" if model.device.type in ("cpu", "meta") and not torch.cuda.is_available() else "gpu"
+    length = min(SEQ_LENGTHS[kind], max(MIN_SEQ_LENGTH, config.tokens // MIN_SAMPLES // 32 * 32))
+    return int(min(length, positions_of(model)))
+
+
+def text_config(config: RecoveryConfig, pruning: StructPruneConfig, seq_length: int) -> StructPruneConfig:
+    """Return the config that reads the training text, in samples of `seq_length` tokens.
+
+    The seed of the pruning decides which documents are held out.
+
+    Raises:
+        StructPruneError: If the tokens do not give each domain a sample.
+    """
     no_general_text: dict[str, Any] = {"general_share": 0.0, "general_text": None}
-    if pruning.general_text == WRITTEN:  # which takes the model long and won nothing (benchmarks/LOG.md)
+    if pruning.general_text == WRITTEN:  # the model needs long to write it, and it helped nothing (benchmarks/LOG.md)
         pruning = replace(pruning, **no_general_text)
     domains = resolve(config.domains or texts_of(pruning))
     if config.validation is None and _is_mixed(domains):
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
-        domains = [replace(each, source=f"{each.source}{without}") if _is_mixed([each]) else each for each in domains]
+        domains = [
+            replace(domain, source=f"{domain.source}{without}") if _is_mixed([domain]) else domain
+            for domain in domains
+        ]
     samples = config.tokens // seq_length
     if samples < len(domains):
         raise StructPruneError(
-            f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
-            f"tokens; {seq_length * len(domains)} is enough."
+            f"`tokens`={config.tokens} gives less than one sample of {seq_length} tokens to each of the "
+            f"{len(domains)} domains. Set `tokens` to at least {seq_length * len(domains)}."
         )
-    # Nothing is chosen, so no text is set aside for it.
-    alone = {**no_general_text, "allocation": "uniform"}
-    return replace(pruning, domains=domains, num_samples=samples, seq_length=seq_length, **alone)
-
-
-def training_text(
-    config: RecoveryConfig,
-    pruning: StructPruneConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    seen: Manifest | None = None,
-) -> list[Domain]:
-    """Reads the text to train on and held-out text; neither has had the other's use in what was `seen`."""
-    text = text_config(config, pruning)
-    heldout = max(1, min(8, HELDOUT_TOKENS // text.seq_length))
-    return load_domains(text, tokenizer, model, heldout, seen)
-
-
-def validation_text(
-    config: RecoveryConfig,
-    pruning: StructPruneConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    trained: Collection[str] = (),
-) -> Tensor:
-    """Reads text of a kind that is not trained on, without `trained` documents, shape `(samples, seq_length)`."""
-    text = text_config(config, pruning)
-    domains = text.domains or []
-    source = config.validation or (OTHER_KIND if _is_mixed(domains) else builtin_beside(domains))
-    frame = SampleFormat.of(tokenizer, text.seq_length)
-    read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
-    new = (document for document in read if document.hash not in trained)
-    samples, _ = frame.pack(frame.take(new, VALIDATION_TOKENS), max(1, VALIDATION_TOKENS // text.seq_length))
-    if not len(samples):
-        raise StructPruneError(
-            f"validation={source!r} has less text than a sample of {text.seq_length} tokens that is not trained on; "
-            "add some."
-        )
-    return samples
+    # No text is set aside for choices, because nothing is chosen.
+    fixed = {**no_general_text, "allocation": "uniform"}
+    return replace(pruning, domains=domains, num_samples=samples, seq_length=seq_length, **fixed)
 
 
 def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)
+
+
+class TextStream:
+    """A stream of training samples from domains, by their weights. Documents are tokenized when they are needed.
+
+    Held-out documents are skipped. A domain that ends is read again, at most `MAX_PASSES` times in all.
+
+    Args:
+        config: The config of the text; see `text_config`.
+        tokenizer: The tokenizer that reads it.
+        model: The model that writes domains of its own text.
+        seen: The text that an earlier run has used.
+
+    Attributes:
+        heldout: The held-out samples of each domain, and a first sample of the training text.
+    """
+
+    def __init__(
+        self,
+        config: StructPruneConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        seen: Manifest | None = None,
+    ):
+        domains = config.domains or []
+        heldout = max(1, min(8, HELDOUT_TOKENS // config.seq_length))
+        first = replace(config, num_samples=len(domains))
+        self.heldout: list[Domain] = load_domains(first, tokenizer, model, heldout, seen)
+        assert tokenizer is not None  # or the domains could not be read
+        self.config = config
+        self.domains = domains
+        self.tokenizer = tokenizer
+        self.model = model
+        self.frame = SampleFormat.of(tokenizer, config.seq_length)
+        self.vocab_size = model.config.get_text_config().vocab_size
+        # The hashes of the documents that were read, by domain.
+        self.documents: dict[str, dict[str, None]] = {domain.name: {} for domain in domains}
+        self._skipped: set[str] = set()
+        for domain in self.heldout:
+            self._skipped.update(domain.heldout_documents)
+        if seen is not None:
+            self._skipped.update(name for name, use in seen.uses().items() if use == HELDOUT)
+
+    def skip(self, hashes: Iterable[str]) -> None:
+        """Leave out documents that are used otherwise."""
+        self._skipped.update(hashes)
+
+    def entries(self) -> list[Entry]:
+        """Return the manifest's entries of the domains, with the documents that were read so far."""
+        weights = [domain.weight for domain in self.domains]
+        counts = split_samples(self.config.num_samples, weights)
+        entries = []
+        for domain, count in zip(self.heldout, counts, strict=True):
+            documents = tuple(self.documents[domain.name])
+            entry = Entry.of(replace(domain, documents=documents), TRAINED)
+            entry.calibration_tokens = count * self.config.seq_length
+            entries.append(entry)
+        return entries
+
+    def check_enough(self, num_samples: int) -> None:
+        """Raise `StructPruneError` if a domain has too little text for `MAX_PASSES` passes, and warn of repeats.
+
+        Text from the Hub and text that a model writes are not counted, because they may not end.
+        """
+        weights = [domain.weight for domain in self.domains]
+        for domain in self.domains:
+            need = ceil(num_samples * domain.weight / sum(weights))
+            if endless(domain) or written_by_model(domain):
+                continue
+            found = 0
+            for _ in self._one_pass(domain, 0):
+                found += 1
+                if found == need:
+                    break
+            if found * MAX_PASSES < need:
+                possible = int(found * MAX_PASSES * sum(weights) / domain.weight) * self.config.seq_length
+                raise StructPruneError(
+                    f"The domain {domain.name!r} has {found:,} samples of {self.config.seq_length} tokens to train "
+                    f"on, and {need:,} are needed, which is more than {MAX_PASSES} passes. Add text to it, or set "
+                    f"`tokens` to at most {possible}."
+                )
+            if found < need:
+                warn(f"The text of the domain {domain.name!r} is read {-(-need // found)} times.")
+
+    def samples(self, num_samples: int) -> Iterator[list[int]]:
+        """Yield samples of token ids; the domains take turns by their weights."""
+        streams = [self._repeated(domain) for domain in self.domains]
+        weights = [domain.weight for domain in self.domains]
+        counts = [0] * len(streams)
+        for _ in range(num_samples):
+            # The next sample is of the domain that is furthest behind its weight.
+            index = min(range(len(streams)), key=lambda place: (counts[place] + 0.5) / weights[place])
+            counts[index] += 1
+            yield next(streams[index])
+
+    def _repeated(self, domain: DomainConfig) -> Iterator[list[int]]:
+        for number in range(MAX_PASSES):
+            yield from self._one_pass(domain, number)
+        raise StructPruneError(
+            f"The text of the domain {domain.name!r} ended after {MAX_PASSES} passes. Add text to it, or lower "
+            "`tokens`."
+        )
+
+    def _one_pass(self, domain: DomainConfig, number: int) -> Iterator[list[int]]:
+        """Yield the samples of one pass over a domain, in another order each time."""
+        write = None
+        if written_by_model(domain):
+            from ..domains.generated import self_documents
+
+            need = self.config.num_samples * self.config.seq_length
+            write = partial(self_documents, self.model, self.tokenizer, tokens=need)
+        texts = documents(domain, self.config.seed + number, self.tokenizer, write)
+        prefix = [] if self.frame.prefix is None else [self.frame.prefix]
+        buffer: list[int] = []
+        for document in tokenised(texts, self.tokenizer):
+            if document.hash in self._skipped:
+                continue
+            check_vocabulary(max(document.ids), self.vocab_size)
+            self.documents[domain.name][document.hash] = None
+            if buffer and self.frame.eos is not None:
+                buffer.append(self.frame.eos)
+            buffer += document.ids
+            start = 0
+            while len(buffer) - start >= self.frame.body:
+                yield [*prefix, *buffer[start : start + self.frame.body]]
+                start += self.frame.body
+            del buffer[:start]
+
+
+def validation_text(
+    config: RecoveryConfig,
+    text: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Collection[str],
+    num_samples: int,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Read text of a kind that is not trained on.
+
+    Args:
+        config: The config of the recovery.
+        text: The config of the training text.
+        tokenizer: The tokenizer that reads it.
+        trained: The hashes of documents that are used otherwise.
+        num_samples: The number of samples.
+
+    Returns:
+        Samples of token ids, shape `(samples, seq_length)`, and the hashes of their documents.
+    """
+    domains = text.domains or []
+    source = config.validation
+    if source is None:
+        source = OTHER_KIND if _is_mixed(domains) else builtin_beside(domains)
+    frame = SampleFormat.of(tokenizer, text.seq_length)
+    read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
+    unused = (document for document in read if document.hash not in trained)
+    samples, names = frame.pack(frame.take(unused, num_samples * frame.body), num_samples)
+    if not len(samples):
+        raise StructPruneError(
+            f"`validation`={source!r} has less than one sample of {text.seq_length} tokens that is not trained on. "
+            "Add text to it."
+        )
+    return samples, names

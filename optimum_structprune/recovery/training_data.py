@@ -1,133 +1,178 @@
-"""The data of a recovery: texts and answers to train on, and what checkpoints are compared by."""
+"""The data of a recovery: a stream of training samples, and the samples that measure the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from math import inf, isfinite
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.packing import Domain
-from ..errors import StructPruneError
+from ..domains.manifest import Entry, Manifest
 from ..forward.generation import end_tokens
+from ..sources.other import OtherText, other_text
 from ..system.fingerprint import fingerprint
-from .answers import Answers, kept_answers, prompts_of, writer_of
-from .samples import Sample, answer_samples, in_parts, text_sample
-from .teacher import Teacher, measure_samples
-from .text import HELDOUT_TOKENS, OTHER_TEXT, VALIDATION
+from .answers import ANSWER_TOKENS, PROMPTS_PER_BATCH, TEMPERATURE, Answers, answer_file, write_answers, writer_of
+from .prompts import MAX_PROMPT_TOKENS, prompts_of
+from .samples import Sample, SamplePacker, text_sample
+from .teacher import Teacher
+from .text import OTHER_TEXT, VALIDATION, VALIDATION_TOKENS, TextStream, text_config, validation_text
 
 
 ANSWERS = "answers"
+# The largest length of the answers that a model is measured on.
+MEASURED_ANSWER_TOKENS = 64
+MAX_MEASURED_PROMPTS = 32
+# Samples of text whose openings are prompts for a model without a chat template.
+MAX_OPENING_SAMPLES = 512
+# Of so many training tokens, one is a token of validation text, between the minimum and `VALIDATION_TOKENS`.
+TRAINING_PER_VALIDATION = 50
+MIN_VALIDATION_TOKENS = 512
 
 
-class TrainingData:
-    """The `samples` of a recovery in order, and by kind of text the `measured` ones, which no step reads.
+class SampleStream(IterableDataset[Sample]):
+    """The training samples in order: text, and answers evenly between them.
 
-    Batches of `batch_size` texts or answers take turns. `weights` are the shares of the kinds in the validation loss.
+    Every iteration reads the text and the answers again, from the first sample.
+    """
+
+    def __init__(self, text: TextStream, answers: Answers | None, packer: SamplePacker, answer_counts: Sequence[int]):
+        self.text = text
+        self.answers = answers
+        self.packer = packer
+        self.answer_counts = answer_counts
+        self.num_samples = text.config.num_samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        num_answers = sum(self.answer_counts)
+        texts = self.text.samples(self.num_samples - num_answers)
+        answers: Iterator[Sample] = iter(())
+        if self.answers is not None:
+            answers = self.answers.samples(self.packer, self.answer_counts)
+        for number in range(self.num_samples):
+            before = number * num_answers // self.num_samples
+            after = (number + 1) * num_answers // self.num_samples
+            if after > before:
+                yield next(answers)
+            else:
+                yield text_sample(next(texts))
+
+
+class RecoveryData:
+    """The data of a recovery.
+
+    Args:
+        config: How the model is trained.
+        pruning: How it was pruned.
+        seq_length: The number of tokens in a sample.
+        model: The model.
+        tokenizer: Its tokenizer.
+        teacher: The teacher, or None.
+        seen: The text that an earlier run has used.
+        counts_prompts: See `SamplePacker`.
+
+    Attributes:
+        stream: The training samples.
+        measured: The samples that measure the model, by kind of text; no training step reads them.
+        validation: The samples that checkpoints are compared by: validation text and answers by their shares of the
+            training, or without a teacher, held-out text.
+        other: Other text, by which nothing is chosen.
     """
 
     def __init__(
         self,
         config: RecoveryConfig,
-        domains: Sequence[Domain],  # with held-out text of the same kinds
-        validation: Tensor | None,  # another kind of text, shape `(samples, seq_length)`; None without a teacher
-        other: Sequence[Tensor],  # rows of text by which nothing is chosen, each of shape `(tokens,)`
+        pruning: StructPruneConfig,
+        seq_length: int,
         model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
         teacher: Teacher | None,
-        seeds: tuple[int, int],  # the first orders the samples, and the second chooses the text
-        arguments: TrainingArguments,
+        seen: Manifest | None,
+        counts_prompts: bool = True,
     ):
+        text = text_config(config, pruning, seq_length)
         self.teacher = teacher
-        order_seed, text_seed = seeds
-        answer_share = 0.0 if teacher is None else float(config.answer_share)
-        counts = [round((1 - answer_share) * len(domain.samples)) for domain in domains]
-        texts = torch.cat([domain.samples[:count] for domain, count in zip(domains, counts, strict=True)])
-        replaced = torch.cat([domain.samples[count:] for domain, count in zip(domains, counts, strict=True)])
+        # The teacher reads and writes in its own tokens, also if the student has lost some.
+        reader: Any = model if teacher is None else teacher.model
+        reader_tokenizer = tokenizer if teacher is None else teacher.tokenizer
+        stream = TextStream(text, reader_tokenizer, reader, seen)
+        self.measured: dict[str, list[Sample]] = {}
+        for domain in stream.heldout:
+            self.measured[domain.name] = [text_sample(ids) for ids in domain.heldout]
+        self.validation: list[Sample] = [sample for kind in self.measured.values() for sample in kind]
+        self.other = OtherText("")
 
-        most = max(1, HELDOUT_TOKENS // texts.shape[1])
-        rows: dict[str, Any] = {domain.name: domain.heldout[:most] for domain in domains}
-        weights = {name: len(heldout) for name, heldout in rows.items()}
-        if validation is not None:
-            rows |= {VALIDATION: validation, **({OTHER_TEXT: other} if other else {})}
-            weights = {VALIDATION: len(texts), ANSWERS: len(replaced)}
-        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
-        self.measured = {name: [text_sample(ids) for ids in of_kind] for name, of_kind in rows.items()}
-
-        answers: list[Sample] = []
-        if teacher is not None and len(replaced):
-            aside, asked = _answers_of(teacher, config.prompts, replaced, text_seed)
-            self.measured[ANSWERS], answers = [*islice(aside, most)], [*asked]
-        shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(order_seed))
-        # Of all processes, which read one batch between them; of 0 or less, the Trainer says what is wrong.
-        self.batch_size = max(1, arguments.train_batch_size) * arguments.world_size
-        self.samples = _mixed([text_sample(ids) for ids in texts[shuffled]], answers, self.batch_size)
+        answers: Answers | None = None
+        counts: Sequence[int] = [0] * len(ANSWER_TOKENS)
+        packer = SamplePacker(seq_length, counts_prompts)
         if teacher is not None:
-            self._take_from(teacher, model, arguments.bf16)
+            assert reader_tokenizer is not None  # `TextStream` has read text with it
+            self._add_validation(config, text, stream, teacher, reader_tokenizer)
+            if config.answer_share > 0:
+                answers, counts = self._add_answers(config, text, stream, packer)
 
-    def _take_from(self, teacher: Teacher, model: PreTrainedModel, mixed: bool) -> None:
-        # All samples are spelled as the model reads them.
-        teacher.keep_states(self.samples, torch.bfloat16, mixed)  # which takes half of the memory
-        teacher.keep_states([sample for samples in self.measured.values() for sample in samples])
-        if teacher.head is not None:  # which makes logits of the states that are kept
-            teacher.model = None
-        if (parts := teacher.parts) is None:
-            return
-        seq_length = 1 + max(len(sample["input_ids"]) for sample in self.measured[VALIDATION])
-        self.samples = [in_parts(sample, parts) for sample in self.samples]
-        self.measured = {name: [in_parts(each, parts) for each in samples] for name, samples in self.measured.items()}
-        every = [*self.samples, *(sample for samples in self.measured.values() for sample in samples)]
-        longest = 1 + max(int(sample["position_ids"].max()) for sample in every)
-        if longest > (room := positions_of(model)):
-            raise StructPruneError(
-                f"A sample of seq_length={seq_length} takes {longest} of the tokens that stay, and the model has "
-                f"{room:.0f} positions; lower seq_length to {seq_length * room // longest:.0f}."
-            )
+        stream.check_enough(text.num_samples - sum(counts))
+        self.stream = SampleStream(stream, answers, packer, counts)
 
-    def measure(self, model: Any) -> dict[str, dict[str, Tensor]]:
-        """Measure a model on each kind of text; see `measure_samples`."""
-        return {name: measure_samples(model, samples, self.teacher) for name, samples in self.measured.items()}
+    @property
+    def entries(self) -> list[Entry]:
+        """The used text, for the manifest. Documents are known once they were read."""
+        return [*self.stream.text.entries(), *self.other.entries]
 
-    def validation_loss(self, model: Any) -> float:
-        """Measure the loss by which checkpoints are compared; see `loss_in`."""
-        return self.loss_in({name: measure_samples(model, self.measured[name], self.teacher) for name in self.weights})
+    def _add_validation(
+        self,
+        config: RecoveryConfig,
+        text: StructPruneConfig,
+        stream: TextStream,
+        teacher: Teacher,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        tokens = max(MIN_VALIDATION_TOKENS, min(VALIDATION_TOKENS, config.tokens // TRAINING_PER_VALIDATION))
+        count = max(2, tokens // text.seq_length)
+        self.num_measured_answers = round(config.answer_share * count)
+        used: set[str] = set()
+        for domain in stream.heldout:
+            used.update(domain.documents, domain.heldout_documents)
+        num_texts = max(1, count - self.num_measured_answers)
+        samples, names = validation_text(config, text, tokenizer, used, num_texts)
+        stream.skip(names)
+        self.measured[VALIDATION] = [text_sample(ids) for ids in samples]
+        self.validation = self.measured[VALIDATION]
 
-    def loss_in(self, found: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Give the validation loss in what `measure` found, or infinity if it is not finite.
+        self.other = other_text(text, teacher.model, tokenizer, stream.heldout)
+        if self.other.rows:
+            for entry in self.other.entries:
+                stream.skip(entry.heldout_documents)
+            self.measured[OTHER_TEXT] = [text_sample(ids) for ids in self.other.rows]
 
-        It is the mean KL to the teacher on validation text and along answers, by their shares of the training; without
-        a teacher, the mean loss on held-out text.
-        """
-        value = "loss" if self.teacher is None else "kl"
-        mean = sum(weight * float(found[name][value].mean()) for name, weight in self.weights.items())
-        return mean if isfinite(mean) else inf
+    def _add_answers(
+        self, config: RecoveryConfig, text: StructPruneConfig, stream: TextStream, packer: SamplePacker
+    ) -> tuple[Answers, list[int]]:
+        """Write the answers. Those to some prompts are set aside and measure the model."""
+        assert self.teacher is not None and self.teacher.tokenizer is not None
+        model, tokenizer = self.teacher.model, self.teacher.tokenizer
+        num_samples = max(1, round(config.answer_share * text.num_samples))
+        openings = list(stream.samples(min(num_samples, MAX_OPENING_SAMPLES)))
+        max_tokens = min(MAX_PROMPT_TOKENS, text.seq_length // 2)
+        prompts = prompts_of(config.prompts, model, tokenizer, openings, text.seed, max_tokens)
+        aside_count = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)
+        write = writer_of(model, tokenizer)
+        depends_on = [
+            fingerprint(model), ANSWER_TOKENS, TEMPERATURE, PROMPTS_PER_BATCH, text.seed, end_tokens(model, tokenizer)
+        ]  # fmt: skip
 
+        def answers_to(part: Sequence[list[int]]) -> Answers:
+            return Answers(part, write, answer_file(*depends_on, part), text.seed)
 
-def _answers_of(
-    teacher: Teacher, prompts_file: str | None, texts: Tensor, seed: int
-) -> tuple[Iterator[Sample], Iterator[Sample]]:
-    """Makes samples of a teacher's answers: to measure on, without end, and one in place of each text."""
-    dense, tokenizer = teacher.model, teacher.tokenizer
-    assert dense is not None and tokenizer is not None  # it has read the text
-    prompts, places = prompts_of(prompts_file, dense, tokenizer, texts, seed), texts.shape[1] - 1
-    write, weights, ends = writer_of(dense, tokenizer), fingerprint(dense), end_tokens(dense, tokenizer)
-    count = min(32, len(prompts) // 2)  # whose answers are measured
-    parts = prompts[:count], prompts[count:]
-    aside, asked = (Answers(part, write, kept_answers(weights, ends, part, seed), seed) for part in parts)
-    return answer_samples(aside.conversations(64), places), asked.samples(len(texts), places)
+        aside = answers_to(prompts[:aside_count])
+        most = max(1, self.num_measured_answers)
+        counts = [most if length == MEASURED_ANSWER_TOKENS else 0 for length in ANSWER_TOKENS]
+        measured = list(aside.samples(SamplePacker(packer.seq_length, counts_prompts=False), counts))
+        if measured:
+            self.measured[ANSWERS] = measured
+            self.validation = measured if config.answer_share == 1 else [*self.measured[VALIDATION], *measured]
 
-
-def _mixed(texts: Sequence[Sample], answers: Sequence[Sample], batch_size: int) -> list[Sample]:
-    """Mixes texts and answers evenly, in batches of one kind; those that are not full come last."""
-    # With its prompts, a sample of answers is several times as long as a text, which would be padded beside it.
-    batches: list[tuple[bool, float, Sequence[Sample]]] = []
-    for samples in (texts, answers):
-        for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            batches.append((len(batch) < batch_size, start / len(samples), batch))
-    return [sample for *_, batch in sorted(batches, key=lambda each: each[:2]) for sample in batch]
+        asked = answers_to(prompts[aside_count:])
+        return asked, write_answers(asked, packer, num_samples)

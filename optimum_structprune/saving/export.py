@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..errors import StructPruneError
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, Report
 from ..steps.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
@@ -106,7 +105,7 @@ def _copy_records(source: Path, target: Path) -> None:
 def _dense_parameters(folder: str | None) -> int | None:
     """Return the number of parameters of the original model, from the report in a folder, or None without a report."""
     try:
-        report = json.loads(Path(folder or "", REPORT_NAME).read_text(encoding="utf-8"))
-        return int(report["parameters"]["before"])
-    except (OSError, ValueError, KeyError, TypeError):
+        report = Report.load(Path(folder or "", REPORT_NAME))
+    except StructPruneError:
         return None
+    return None if report is None else report.dense.parameters

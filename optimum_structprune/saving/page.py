@@ -1,47 +1,81 @@
-"""Writes the page of a result: the Markdown of its card as HTML that needs nothing else."""
+"""Writes the page of a result, an HTML file that needs no other file and no network."""
 
 from __future__ import annotations
 
 import re
-from html import escape
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
-from jinja2 import UndefinedError
-from markdown_it import MarkdownIt
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .. import __version__
 from ..errors import StructPruneError
 from ..record.report import REPORT_NAME
+from ..record.verdict import judge
 from ..system.processes import is_first_rank
 from ..written import check_unchanged, replace_text, warn_on_error
-from .card import Records, chart, result_text, short_name
+from .chart import NARROW, WIDE, curve_chart, loss_chart, widths_chart
+from .names import PAGE_NAME
+from .records import Records
+from .view import short_name, view_of
 
 
-PAGE_NAME = "report.html"
-ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TEMPLATES = Environment(
+    loader=PackageLoader("optimum_structprune.saving", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in two widths, for wide and for narrow windows; empty where there is nothing to draw."""
+
+    wide: str
+    narrow: str
+
+    @classmethod
+    def of(cls, draw: Callable[[int], str]) -> Chart:
+        """Return the chart that a function draws with a width in pixels."""
+        return cls(draw(WIDE), draw(NARROW))
 
 
 def check_result(folder: str | Path) -> None:
-    """Refuse a folder without the report of a pruning."""
+    """Raise `StructPruneError` if a folder has no report of a pruning."""
     if not Path(folder, REPORT_NAME).is_file():
         raise StructPruneError(f"{folder} has no {REPORT_NAME}; name a folder that `structprune prune` wrote.")
 
 
 def page(folder: str | Path, dense: str = "") -> str:
-    """Render the page of one result."""
+    """Return the page of one result as HTML.
+
+    Args:
+        folder: The folder of the result.
+        dense: The original model; by default the one in the report.
+    """
     check_result(folder)
-    records, title = Records.read(folder, dense), Path(folder).absolute().name
-    try:
-        named = (records.report.get("model") or {}).get("base_model") or short_name(records.dense)
-        dense = named if ID.fullmatch(named) else records.dense or "DENSE"
-        text = result_text(records, title, named, dense, str(folder), f"{folder}-again")
-    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
-        raise StructPruneError(f"{folder}: a record is not what this package writes: {error!r}.") from error
-    markdown = MarkdownIt("js-default")  # without HTML of others
-    markdown.add_render_rule("image", lambda *_: chart(records.report))
-    body = re.sub(r"<tr>\n<td>(.*)</td>", r'<tr>\n<th scope="row">\1</th>', markdown.render(text))
-    shell = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return shell.substitute(title=escape(title), body=body)
+    records = Records.read(folder, dense)
+    report = records.report
+    curve = [] if report.recovery is None else report.recovery.curve
+
+    name = report.model.base_model or short_name(records.dense)
+    dense_path = name if HUB_ID.fullmatch(name) else records.dense or "ORIGINAL"
+    title = Path(folder).absolute().name
+    view = view_of(records, title, name, dense_path, str(folder), f"{folder}-again")
+    verdict = judge(report, None if records.evaluation is None else records.evaluation.answers)
+    return TEMPLATES.get_template("page.html.jinja").render(
+        view=view,
+        level="" if verdict is None else int(verdict.level),
+        losses=Chart.of(lambda width: loss_chart(report, width)),
+        widths=Chart.of(lambda width: widths_chart(report, width)),
+        curve=Chart.of(lambda width: curve_chart(curve, width)),
+        dense_path=dense_path,
+        version=__version__,
+    )
 
 
 def write_report(folder: str | Path, dense: str = "") -> Path:
@@ -49,14 +83,14 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
 
     Args:
         folder: The folder of a pruned model.
-        dense: The name of the dense model; by default what the run has noted.
+        dense: The name of the original model; by default the one in the report.
 
     Returns:
         The path of the page.
 
     Raises:
-        StructPruneError: If the folder has no report, a record cannot be read, or the page that is there is another
-            program's or has been changed.
+        StructPruneError: If the folder has no report, a record cannot be read, or the existing page was not written
+            by this package or has been changed.
     """
     path = Path(folder, PAGE_NAME)
     check_unchanged(path)
@@ -65,7 +99,7 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
 
 
 def write_page_or_warn(output: str | Path) -> None:
-    """Write the page of a saved result; if it cannot be made, only warn."""
+    """Write the page of a saved result; an error only causes a warning."""
     if is_first_rank() and Path(output, REPORT_NAME).is_file():
         with warn_on_error(output, PAGE_NAME):
             write_report(output)

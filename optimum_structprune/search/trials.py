@@ -1,9 +1,9 @@
-"""Measures what a model loses when one layer alone gives up a part of its units."""
+"""Measure the loss of a model when units of one layer alone are removed, on trial."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.inference import run_model
 from ..arch.spec import ArchSpec, Axis, Space
 from ..forward.generation import last_logits_only
 from ..forward.metrics import divergence, tokens_at_once
 from ..method.calibrate import output_energy
-from ..method.layers import Batch, InMemory, Source, run_model
+from ..method.layers import Batch, InMemory, Source
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
 from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
 from ..sources.data import CalibrationData, batches_of, source_of
+from ..system.placement import is_spread
 from ..system.processes import all_reduce_, process_count, process_index
 from ..system.resume import Resume
 from ..system.stages import progress
 
 
-# The shares of a space that are removed in the trials. The loss is measured with the last, and follows from the errors
-# of the outputs with the other. A third trial, at a half, changes the predicted loss by 2 %.
+# The shares of a space that are removed in the trials. The loss is measured at the larger share, and follows from the
+# errors of the outputs at the smaller one. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
-# What is pruned on trial in more than one layer is so on so many calibration tokens at most.
+# The most calibration tokens of a trial that prunes several layers.
 TRIAL_TOKENS = 2048
-# A trial runs so many held-out tokens. What is pruned on trial in all layers runs on `PROBE_TOKENS`.
+# The held-out tokens of a trial of one layer. A trial that prunes all layers runs on `PROBE_TOKENS`.
 LAYER_TOKENS = PROBE_TOKENS // 2
 Key = tuple[int, str]  # a layer and a kind of space
-# What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
+# The loss of the model in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
 Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
@@ -44,29 +46,35 @@ Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
 
 
 class Probe:
-    """Text set aside that runs through the model from one layer on, and the dense model's predictions for it.
+    """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
 
-    Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
-    hidden states and the dense logits of one token in four. Each of several processes holds all of the text.
+    Where layers pass on hidden states alone, the layers before the present one do not run again. In memory are the
+    hidden states and the dense logits of one token in four. Each process holds all of the text.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
-        self.model, self.batches, self.layer = model, batches, 0
+        self.model = model
+        self.batches = batches
+        self.layer = 0  # the first layer that runs
         self.source = source_of(model, arch, batches)
-        self.keeps_some = last_logits_only(model)
+        # accelerate moves the index of a spread model to its first device, and the head may be on another.
+        self.takes_index = last_logits_only(model) and not is_spread(model)
         self.dense_logits = [self._logits(index) for index in range(len(batches))]
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
-        """Gives a probe of so many tokens: the beginnings of samples, as many tokens of each domain."""
+        """Return a probe of about `tokens` tokens: the beginnings of samples, equally many of each domain."""
         per_domain = ceil(tokens / len(data.domains))
-        # Each sample has 128 tokens: the first ones, with little in front of them, say less.
-        counts = [min(max(per_domain // 128, 1), len(domain.probe_or_heldout)) for domain in data.domains]
-        # Each length takes a record of its own of how the layers are called.
+        # A sample has 128 tokens, because the first tokens of a text have little context.
+        wanted = max(per_domain // 128, 1)
+        counts = [min(wanted, len(domain.probe_or_heldout)) for domain in data.domains]
+        # All samples have one length, because calls of layers are recorded for each length.
         length = ceil(per_domain / max(counts))
-        pairs = zip(data.domains, counts, strict=True)
-        samples = [replace(domain, samples=domain.probe_or_heldout[:count, :length]) for domain, count in pairs]
-        return cls(model, arch, batches_of(samples, data.options.batch_size))
+
+        domains = []
+        for domain, count in zip(data.domains, counts, strict=True):
+            domains.append(replace(domain, samples=domain.probe_or_heldout[:count, :length]))
+        return cls(model, arch, batches_of(domains, data.options.batch_size))
 
     def advance(self) -> None:
         """Go on to the next layer."""
@@ -74,49 +82,63 @@ class Probe:
         self.layer += 1
 
     def losses(self, model: PreTrainedModel | None = None) -> Tensor:
-        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
-        total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
-        for index, batch in [*enumerate(self.batches)][process_index() :: process_count()]:
-            all_logits, all_dense = self._logits(index, model), self.dense_logits[index]
-            size = tokens_at_once(all_logits.device, all_logits.shape[1])
-            for logits, dense in zip(all_logits.split(size), all_dense.split(size), strict=True):
-                total[batch.domain] += float(divergence(logits, dense)) * len(dense)
-                count[batch.domain] += len(dense)
+        """Return the mean KL(dense‖model) in nats per token of each domain, shape `(domains,)`."""
+        num_domains = 1 + max(batch.domain for batch in self.batches)
+        total = torch.zeros(num_domains)
+        count = torch.zeros(num_domains)
+        for index in range(process_index(), len(self.batches), process_count()):
+            domain = self.batches[index].domain
+            logits = self._logits(index, model)
+            size = tokens_at_once(logits.device, logits.shape[1])
+            pairs = zip(logits.split(size), self.dense_logits[index].split(size), strict=True)
+            for part, dense_part in pairs:
+                total[domain] += float(divergence(part, dense_part)) * len(dense_part)
+                count[domain] += len(dense_part)
         all_reduce_([total, count])
         return total / count
 
     @torch.no_grad()
     def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
-        """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        skips, ids = model is None and isinstance(self.source, InMemory), self.batches[index].ids
-        options = {"logits_to_keep": torch.arange(0, ids.shape[1], STRIDE)} if self.keeps_some else {}
-        with skipping_layers(self.source, self.layer, index) if skips else nullcontext():  # type: ignore[arg-type]
+        """Return the logits of every fourth token of a batch, shape `(tokens, vocab)`."""
+        ids = self.batches[index].ids
+        options = {}
+        if self.takes_index:
+            options["logits_to_keep"] = torch.arange(0, ids.shape[1], STRIDE)
+
+        skipping: AbstractContextManager[None] = nullcontext()
+        if model is None and isinstance(self.source, InMemory):
+            skipping = skipping_layers(self.source, self.layer, index)
+        with skipping:
             logits = run_model(model or self.model, ids, **options).logits
-        return (logits if options else logits[:, ::STRIDE]).flatten(0, 1)
+        if not self.takes_index:
+            logits = logits[:, ::STRIDE]
+        return logits.flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class LayerTrials:
-    """Measures the model's loss when one layer alone gives up a part of its units."""
+    """Measures the model's loss when units of one layer alone are removed."""
 
-    masks: Masks  # those that each trial puts on and takes off
+    masks: Masks  # each trial sets them and restores them
     data: CalibrationData
     probe: Probe
-    spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, as experts of one layer share their width
+    spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, because experts of one layer share their width
 
     def losses(self) -> Losses:
-        """The losses of all trials; those that an earlier run has saved are not measured again."""
+        """Return the losses of all trials. Losses that an earlier run has saved are not measured again."""
         store = self._store()
         saved = None if store is None else store.load()
         losses: Losses = {}
-        for layer, name, by_units in [] if saved is None else saved.values["losses"]:
-            losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+        if saved is not None:
+            for layer, name, by_units in saved.values["losses"]:
+                losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+
         if not losses.keys() >= self.spaces.keys():
             self._measure_(losses, store)
         return {key: losses[key] for key in self.spaces}
 
     def _store(self) -> Resume | None:
-        """The file of losses, for other targets of the same model and text; None where no folder is named."""
+        """Return the file of losses of this model and text, or None without a `checkpoint_dir`."""
         config, folder = self.data.config, self.data.options.checkpoint_dir
         if folder is None:
             return None
@@ -126,64 +148,82 @@ class LayerTrials:
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
-        """Add the losses that are missing."""
-        masks, model, arch = self.masks, self.masks.model, self.masks.arch
-        method = self.data.method(model, arch)
-        # A trial has no errors that error feedback could see.
-        source = source_of(model, arch, self.data.own_batches, fixed=True)
+        """Add the missing losses, and save all losses after each layer."""
+        masks, arch = self.masks, self.masks.arch
+        method = self.data.method(masks.model, arch)
+        # A trial changes one layer, so there are no errors of earlier layers for error feedback.
+        source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
         for layer in progress(range(arch.num_layers), desc="measuring losses"):
             with source.at(layer):
-                for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
-                    losses[key] = trial_losses(masks, candidates(masks, self.spaces[key], source, method), self.probe)
+                for key, spaces in self.spaces.items():
+                    if key[0] == layer and key not in losses:
+                        losses[key] = trial_losses(masks, candidates(masks, spaces, source, method), self.probe)
                 source.advance(layer)
                 self.probe.advance()
             if store is not None:
-                rows = [
-                    (layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()})
-                    for (layer, name), by_units in losses.items()
-                ]
-                store.save(layer + 1, {"losses": rows})
+                store.save(layer + 1, {"losses": _rows(losses)})
 
     def curves(self, losses: Losses) -> Curves:
-        """The loss of the model by the number of units that a layer gives up, in the mean over the domains."""
-        config, shares = self.data.config, torch.tensor(self.data.shares)
-        # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
-        # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
-        feedback, last = config.feedback_share, max(self.masks.arch.num_layers - 1, 1)
-        price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
-        each: dict[Key, Tensor] = {}
+        """Return the loss of the model, the mean over domains, by the number of units removed from a layer."""
+        config = self.data.config
+        shares = torch.tensor(self.data.shares)
+        # Error feedback in later layers makes up for part of an error, and for more of an error in an early layer. A
+        # trial does not see this, because it prunes one layer alone. No correction and twice the slope both measured
+        # worse (benchmarks/LOG.md).
+        last = max(self.masks.arch.num_layers - 1, 1)
+        prices = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
+
+        loss_by_unit: dict[Key, Tensor] = {}
         for key, by_units in losses.items():
-            stays = 1 - feedback * (1 - key[0] / last)
-            totals = {units: stays * float(by_domain @ shares) for units, by_domain in by_units.items()}
-            each[key] = unit_losses(self.spaces[key][0].width, totals)
-        highest = max((float((each[key] / price[key]).max()) for key in each), default=0.0)
-        for key, unit_loss in each.items():  # units beyond the last trial go after all that a trial has measured
-            unit_loss[max(losses[key], default=len(unit_loss)) :] += highest * price[key]
-        return {key: [0.0, *unit_loss.double().cumsum(0).tolist()] for key, unit_loss in each.items()}
+            remaining = 1 - config.feedback_share * (1 - key[0] / last)
+            totals = {units: remaining * float(by_domain @ shares) for units, by_domain in by_units.items()}
+            loss_by_unit[key] = unit_losses(self.spaces[key][0].width, totals)
+
+        # Units beyond the last trial cost more than all measured units, so that they are removed last.
+        per_parameter = [float((values / prices[key]).max()) for key, values in loss_by_unit.items()]
+        highest = max(per_parameter, default=0.0)
+        for key, values in loss_by_unit.items():
+            measured = max(losses[key], default=len(values))
+            values[measured:] += highest * prices[key]
+        return {key: [0.0, *values.double().cumsum(0).tolist()] for key, values in loss_by_unit.items()}
+
+
+def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
+    """Return losses as JSON takes them."""
+    rows = []
+    for (layer, name), by_units in losses.items():
+        rows.append((layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()}))
+    return rows
 
 
 def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> Candidates:
-    """Removes units of one kind of space in one layer on trial; the experts of a layer share their width."""
+    """Return consumers with units of one kind of space in one layer removed. Experts of a layer share their width."""
     made: dict[int, tuple[Mapping[Axis, Values], float]] = {}
     for space in spaces:
         dense, moments = calibrate(masks, source, method, space)
-        width, weights = space.width, [weight for weight, _ in dense]
+        weights = [weight for weight, _ in dense]
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
-        for units in sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0}):
-            keep = best_units(scores, (width - units) * space.scale)
+        for units in _trial_units(space.width):
+            keep = best_units(scores, (space.width - units) * space.scale)
             values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
-            others, error = made.get(units, ({}, 0.0))
-            for axis, before, own_moments in zip(space.consumers, weights, moments, strict=True):
-                change = before - values[axis][0].float()
+            earlier_values, error = made.get(units, ({}, 0.0))
+            for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
+                change = weight - values[axis][0].float()
                 error += output_energy(change, replace(own_moments, energy=None)) * own_moments.count
-            made[units] = {**others, **values}, error
+            made[units] = {**earlier_values, **values}, error
     return made
+
+
+def _trial_units(width: int) -> list[int]:
+    """Return the numbers of units that the trials of a space remove, in rising order."""
+    numbers = {min(max(round(share * width), 1), width - 1) for share in SHARES}
+    return sorted(numbers - {0})
 
 
 def values_on_trial(
     masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Mapping[Axis, Values]:
-    """The values of the consumers of a space with these columns, in the model's dtype; the model is left as it is."""
+    """Return the values of consumers with refitted columns, in the model's dtype. The model does not change."""
     with masks.holding(masks.present(space.consumers)):
         for axis, columns in zip(space.consumers, refitted, strict=True):
             write_consumer_(masks.model, axis, *columns)
@@ -191,35 +231,50 @@ def values_on_trial(
 
 
 def trial_losses(masks: Masks, made: Candidates, probe: Probe) -> dict[int, Tensor]:
-    """The losses by domain, shape `(domains,)`, by the number of units removed.
+    """Return the losses by domain, shape `(domains,)`, by the number of units removed.
 
-    They are measured where most go. With fewer gone they are in proportion to the energy of the outputs' error, since
-    for small changes the divergence is a square of them.
+    The loss is measured with the most units removed. With fewer it is in proportion to the energy of the outputs'
+    error, because the divergence is quadratic in small changes.
     """
-    most = max(made, default=0)
-    if not most:
+    largest = max(made, default=0)
+    if not largest:
         return {}
-    values, largest = made[most]
+
+    values, largest_error = made[largest]
     with masks.holding(values):
         measured = probe.losses()
-    return {units: measured * (error / largest if largest else 1.0) for units, (_, error) in made.items()}
+    losses = {}
+    for units, (_, error) in made.items():
+        share = error / largest_error if largest_error else 1.0
+        losses[units] = measured * share
+    return losses
 
 
 def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
-    """The loss that each unit of a space adds, shape `(width,)`: the cheapest first up to the last trial, and beyond.
+    """Return the loss that each unit of a space adds, shape `(width,)`, the cheapest units first.
 
-    The loss as a function of the units removed is a power law between two trials, and goes on with the last one's
-    exponent beyond them. Up to the first trial the exponent is at least 1, or else the first units would cost most.
+    The loss as a function of the units removed is a power law between two trials. Beyond the last trial it goes on
+    with the last exponent. Up to the first trial the exponent is at least 1, or the first units would cost most. Units
+    are sorted up to the last trial, and again beyond it.
+
+    Args:
+        width: The number of units.
+        losses: The loss of each trial, by the number of units removed, in rising order.
     """
     if not losses:
         return torch.zeros(width)
     x = torch.tensor([float(units) for units in losses]).log()
-    y = torch.tensor(list(losses.values())).clamp(min=1e-9).cummax(0).values.log()  # less is noise
+    # A loss that falls with more units removed is noise.
+    y = torch.tensor(list(losses.values())).clamp(min=1e-9).cummax(0).values.log()
     slopes = y.diff() / x.diff() if len(x) > 1 else torch.ones(1)
     slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
+
     units = torch.arange(1, width + 1).log()
     segment = torch.bucketize(units, x)  # the first trial with as many units or more
     left = (segment - 1).clamp(min=0)
-    total = (y[left] + slopes[segment.clamp(max=len(slopes) - 1)] * (units - x[left])).exp()
-    each, measured = total.diff(prepend=torch.zeros(1)), max(losses)
-    return torch.cat([each[:measured].sort().values, each[measured:].sort().values])
+    exponent = slopes[segment.clamp(max=len(slopes) - 1)]
+    total = (y[left] + exponent * (units - x[left])).exp()
+
+    increments = total.diff(prepend=torch.zeros(1))
+    measured = max(losses)
+    return torch.cat([increments[:measured].sort().values, increments[measured:].sort().values])

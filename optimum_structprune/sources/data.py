@@ -1,4 +1,4 @@
-"""Holds the calibration data of a run, which is made once and handed to all that needs samples or moments."""
+"""The calibration data of a run, and the source of activations for a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, parameters_of
 from ..domains.load import calibration_domains, given_domains, texts_of
-from ..domains.manifest import Entry
+from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
 from ..method.calibrate import Moments
 from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
@@ -27,13 +27,14 @@ from ..system.fingerprint import fingerprint, json_hash
 from ..system.processes import all_reduce_, broadcast_, every_process_runs, process_count, process_index, shard
 
 
-for _name, _refit in (("none", no_refit), ("least_squares", least_squares)):
-    REFITS.register(_name)(_refit)
+REFITS.register("none")(no_refit)
+REFITS.register("least_squares")(least_squares)
 
 if TYPE_CHECKING:
     from .whole_model import WholeModel
 
-LANGUAGES_WEIGHT = 0.1  # of text of the languages to keep, beside all domains
+# The weight of text in the languages to keep, beside all domains.
+LANGUAGES_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CalibrationData:
     config: StructPruneConfig
     domains: Sequence[Domain]
     options: RunOptions = field(default_factory=RunOptions)
-    # What registered criteria remember during the run, by a name of their own.
+    # Values that registered criteria keep during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -54,23 +55,30 @@ class CalibrationData:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         options: RunOptions | None = None,
+        earlier: Manifest | None = None,
     ) -> CalibrationData:
-        """Read the text that a config names; the config of the data says which general text was read."""
-        if any(map(written_by_model, texts_of(config))):  # in a copy: a run may yet end for lack of text
-            model = dequantized(model, inplace=False)
+        """Read the text of a config. Documents of `earlier` runs keep their use.
+
+        The config of the result is the config of the run from there on: it also names the general text that was read.
+        """
+        options = options or RunOptions()
         if inputs is not None:
-            read = config, given_domains(inputs, config.holdout, config.allocation != "uniform")
-        else:
-            read = calibration_domains(config, model, tokenizer)
-        return cls(*read, options or RunOptions())
+            domains = given_domains(inputs, config.holdout, probe=config.allocation != "uniform")
+            return cls(config, domains, options)
+
+        if any(written_by_model(domain) for domain in texts_of(config)):
+            # A copy is unpacked, because the run may still be refused for lack of text.
+            model = dequantized(model, inplace=False)
+        config, domains = calibration_domains(config, model, tokenizer, earlier=earlier)
+        return cls(config, domains, options)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Give the weight of each domain; they sum to 1."""
+        """Return the weights of the domains, which sum to 1."""
         return tuple(domain.weight for domain in self.domains)
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
-        """Add a domain of text in the languages to keep, of which none is held out."""
+        """Return the data with a further domain of text in the languages to keep. None of it is held out."""
         from ..vocabulary.languages import samples_of
 
         codes = self.config.languages or ()
@@ -78,15 +86,15 @@ class CalibrationData:
             return self
         rows = samples_of(tokenizer, codes, self.config.seq_length)
         domain = Domain(f"languages {','.join(codes)}", LANGUAGES_WEIGHT, rows, rows[:0])
-        others = [replace(other, weight=(1 - LANGUAGES_WEIGHT) * other.weight) for other in self.domains]
-        return replace(self, domains=[*others, domain])
+        domains = [replace(given, weight=(1 - LANGUAGES_WEIGHT) * given.weight) for given in self.domains]
+        return replace(self, domains=[*domains, domain])
 
     def mean(self, by_domain: Tensor) -> Tensor:
-        """Average values of shape `(domains, ...)` by the weights of the domains; the result has shape `(...)`."""
+        """Return the mean of values, shape `(domains, ...)`, by the weights of the domains, shape `(...)`."""
         return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)
 
     def combined(self, contributions: Tensor) -> Tensor:
-        """Average contributions of shape `(domains, units)` to one score per unit, shape `(units,)`.
+        """Return the mean of contributions, shape `(domains, units)`, by the weights of the domains, shape `(units,)`.
 
         Each domain is divided by its mean, so that one with large activations does not outweigh the others.
         """
@@ -95,20 +103,23 @@ class CalibrationData:
 
     @property
     def own_batches(self) -> list[Batch]:
-        """Batch the samples that this process runs, one domain after the other."""
+        """Return the samples that this process runs in batches, one domain after the other."""
         domains = [replace(domain, samples=shard(domain.samples)) for domain in self.domains]
-        # What every process runs counts in the first one alone.
-        counts = [process_index() == 0 or not every_process_runs(domain.samples) for domain in self.domains]
+        # Samples that every process runs count in the first process alone.
+        is_first = process_index() == 0
+        counts = [is_first or not every_process_runs(domain.samples) for domain in self.domains]
         batches = batches_of(domains, self.options.batch_size)
         return [replace(batch, counts=counts[batch.domain]) for batch in batches]
 
     def portion(self, tokens: int) -> CalibrationData:
-        """Cut the data to at most `tokens` tokens, with as many samples in each domain."""
-        most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
-        return replace(self, domains=[replace(domain, samples=domain.samples[:most]) for domain in self.domains])
+        """Return the data with at most `tokens` tokens, and with the same number of samples in each domain."""
+        seq_length = self.domains[0].samples.shape[1]
+        count = max(1, tokens // len(self.domains) // seq_length)
+        domains = [replace(domain, samples=domain.samples[:count]) for domain in self.domains]
+        return replace(self, domains=domains)
 
     def method(self, model: PreTrainedModel, arch: ArchSpec) -> Method:
-        """Describe how units are scored and refitted; some criteria run the whole model for that."""
+        """Return how units are scored and refitted. Some criteria run the whole model for that."""
         config, criterion = self.config, CRITERIA.get(self.config.scored_by)
         whole = criterion.whole_model_statistics
         by_domain = {} if whole is None else whole(model, arch, self)
@@ -124,7 +135,7 @@ class CalibrationData:
         )
 
     def key(self, model: PreTrainedModel, *more: Any) -> str:
-        """Hash a dense model, the text, and what `more` a result depends on, by SHA-256."""
+        """Return the SHA-256 of a dense model, the text, and further values that a result depends on."""
         entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
         return json_hash([fingerprint(model), entries, *more])
 
@@ -139,7 +150,8 @@ class AcrossProcesses(OneProcess):
         all_reduce_([totals])
         moments.count = int(totals[0])
         if moments.energy is None and totals[1]:
-            moments.energy = moments.mean.new_zeros(())  # no token came here, and every process has to take part
+            # No token came to this process, but every process has to take part in the sum.
+            moments.energy = moments.mean.new_zeros(())
         tensors = list(moments.tensors().values())
         for tensor in tensors:
             tensor.mul_(local_count / max(moments.count, 1))
@@ -151,14 +163,14 @@ class AcrossProcesses(OneProcess):
 
 
 def ranks() -> OneProcess:
-    """Give what sums moments over the processes that share the samples."""
+    """Return the object that sums moments over the processes that share the samples."""
     return AcrossProcesses() if process_count() > 1 else OneProcess()
 
 
 def source_of(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
 ) -> InMemory | WholeModel:
-    """Give a source that runs the layers of a model one by one, or the whole model if it does not allow that."""
+    """Return a source that runs the layers of a model one by one, or the whole model if they cannot run alone."""
     source: InMemory | WholeModel
     if is_offloaded(model):
         from .offloaded import Offloaded
@@ -180,7 +192,7 @@ def source_of(
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Cut the samples of every domain into batches; no batch holds two domains."""
+    """Return the samples of every domain in batches. No batch holds samples of two domains."""
     return [
         Batch(index, domain.samples[start : start + batch_size])
         for index, domain in enumerate(domains)

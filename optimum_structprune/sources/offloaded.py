@@ -1,7 +1,7 @@
-"""Brings in the weights of one layer at a time, wherever accelerate keeps those of the others.
+"""A source of activations for models that accelerate has offloaded: one layer at a time is in memory.
 
-Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
-whatever shape it has by then goes back.
+Pruning runs a layer once for each batch, so a layer is loaded once and stays in memory until it is pruned. Its new
+weights, of whatever shape, replace the offloaded weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..criteria import CRITERIA
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..method.layers import Batch, InMemory, NotSequentialError
-from ..system.offloading import bring_in, compute_device, put_back
+from ..system.offloading import bring_in, put_back
 from ..system.stages import give_back_free_memory
 
 
@@ -35,79 +35,94 @@ def layer_device_map(
     arch_file: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """Build a `device_map` for `from_pretrained` that puts the layers elsewhere than everything around them.
+    """Return a `device_map` for `from_pretrained` that offloads the layers, and nothing else.
 
     Args:
         config: The config of the model.
-        device: The device that computes, and that holds what is no layer: embeddings, the last norm, the head.
-        layers: Where the layers are while they do not run: `disk`, or `cpu` for its memory.
-        arch_file: A file with descriptions of your own; see `arch/families`.
+        device: The device that computes. It holds all modules around the layers: embeddings, the last norm, the head.
+        layers: Where layers are kept while they do not run: "disk", or "cpu" for its memory.
+        arch_file: A file with your own descriptions of architectures; see `arch/families`.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         StructPruneError: If the model type is unknown, or transformers cannot build the model.
     """
     model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
-    lists = {path for path, _ in describe(model, arch_file).stacks}
+    stacks = {path for path, _ in describe(model, arch_file).stacks}
+    places: dict[str, str] = {}
 
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-        if name in lists:
-            yield name, layers
-        elif not any(path.startswith(f"{name}." if name else "") for path in lists):
-            yield name, device
-        else:
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for leaf, child in [*tensors, *module.named_children()]:
-                path = f"{name}.{leaf}" if name else leaf
-                yield from walk(path, child) if isinstance(child, nn.Module) else [(path, device)]
+    def walk(name: str, module: nn.Module) -> None:
+        prefix = f"{name}." if name else ""
+        if name in stacks:
+            places[name] = layers
+            return
+        if not any(path.startswith(prefix) for path in stacks):
+            places[name] = device
+            return
 
-    return dict(walk("", model))
+        # The module holds layers, so each of its parts has a place of its own.
+        for leaf, _ in module.named_parameters(recurse=False):
+            places[f"{prefix}{leaf}"] = device
+        for leaf, _ in module.named_buffers(recurse=False):
+            places[f"{prefix}{leaf}"] = device
+        for child, part in module.named_children():
+            walk(f"{prefix}{child}", part)
+
+    walk("", model)
+    return places
 
 
 class Offloaded(InMemory):
-    """Runs layers that accelerate keeps elsewhere; the hidden states of the samples are in the CPU's memory."""
+    """Runs layers that accelerate has offloaded. The hidden states of the samples are in CPU memory."""
 
     keep_on = torch.device("cpu")
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, *more: Any):
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, *options: Any):
         try:
-            super().__init__(model, arch, *more)
+            super().__init__(model, arch, *options)
         except NotSequentialError as error:
-            advice = f"load the {arch.model_type} model in memory, or over several devices"
-            reason = f"{error}, so the layers cannot be brought in one by one"
-            raise StructPruneError(f"{reason}; {advice}.") from error
-
-    @property
-    def device(self) -> torch.device:
-        return compute_device(self.model)
+            raise StructPruneError(
+                f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, "
+                "or over several devices."
+            ) from error
 
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:
-        finished, hooks = False, []
+        is_finished = False
+        hooks: list[Any] = []
         try:
             hooks = bring_in(layer_list(self.model, self.arch)[layer])
             yield
-            finished = True
+            is_finished = True
         finally:
-            put_back(self.model, layer_list(self.model, self.arch)[layer], hooks, store=changes and finished)
+            # The layer may have been replaced, so it is looked up again.
+            put_back(self.model, layer_list(self.model, self.arch)[layer], hooks, store=changes and is_finished)
         give_back_free_memory()
 
 
 def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
-    """Refuse what takes all weights of an offloaded model at once."""
-    name, advice = described.name, "load the model in memory, or over several devices"
+    """Raise `StructPruneError` if a pruning needs all weights of an offloaded model at once."""
+    name = described.name
+    advice = "load the model in memory, or over several devices"
     if described.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
+
     if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
-        reason = f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once"
-        raise StructPruneError(f"{reason}; choose criterion='obs' or 'wanda', or {advice}.")
-    if space := next((space for space in (HIDDEN, VOCAB) if space in widths), None):
-        reason = f"{name} is offloaded, and {space!r} changes weights all over it at once"
-        raise StructPruneError(f"{reason}; prune inside the layers, or {advice}.")
+        raise StructPruneError(
+            f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once; choose "
+            f"criterion='obs' or 'wanda', or {advice}."
+        )
+
+    for space in (HIDDEN, VOCAB):
+        if space in widths:
+            raise StructPruneError(
+                f"{name} is offloaded, and {space!r} changes weights all over it at once; prune inside the layers, "
+                f"or {advice}."
+            )
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse an offloaded model whose layers cannot run one by one."""
+    """Raise `StructPruneError` if the layers of an offloaded model cannot run one by one."""
     if model.main_input_name != "input_ids":
         return
     texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]

@@ -1,4 +1,4 @@
-"""Other text: a run neither chooses by it nor counts it, and judges the model on it beside the named kinds."""
+"""Other text: no choice of a run depends on it, and the model is evaluated on it beside the named domains."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ from ..system.fingerprint import KeptText
 from ..system.processes import broadcast_object, process_index
 
 
-MAX_TOKENS = 4096  # of other text, of all documents together
-READ_PER_TOKEN = 10  # tokens that calibrate for each one of other text, so that it takes less than a fifth of the run
-DOCUMENT_TOKENS = 57  # that are read of each document, which gives one row, as the margin of error is over documents
-MIN_TOKENS_READ = 4096  # a run that calibrates on fewer is a trial, and no model writes for it
-TRIES_PER_DOCUMENT = 4  # documents of which one is long enough
-HUB_SECONDS = 3.0  # in which the Hub answers, or other text does without
+# The tokens of other text, of all documents together.
+MAX_TOKENS = 4096
+# One token of other text is read for so many calibration tokens, so that it takes less than a fifth of the run.
+CALIBRATION_PER_TOKEN = 10
+# Tokens of each document. It makes one row, because the margin of error is over documents.
+DOCUMENT_TOKENS = 57
+# A run that calibrates on fewer tokens is a trial, and no model writes text for it.
+MIN_TOKENS_READ = 4096
+# One in so many documents is long enough.
+TRIES_PER_DOCUMENT = 4
+# The seconds in which the Hub must answer.
+HUB_SECONDS = 3.0
+# Tokens that the model writes in each document beyond the row.
+WRITTEN_MARGIN = 8
 HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
 
 
 class OtherText(NamedTuple):
-    """The source of other text, the beginnings of its documents, and its entries in a manifest.
+    """Other text.
 
-    A beginning has the shape `(tokens,)`, behind a prefix. By the entries, nothing counts or reads the documents.
+    Attributes:
+        source: Where it comes from.
+        rows: The first tokens of each document, shape `(tokens,)`, with a prefix in front.
+        entries: Its entries in a manifest, by which no later run calibrates on these documents.
     """
 
     source: str
@@ -53,41 +64,84 @@ def other_text(
     domains: Sequence[Domain],
     seen: Manifest | None = None,
 ) -> OtherText:
-    """Gives other text from the first of Hub, model and built-in with enough; without rows if none has."""
-    used = {name for each in domains for name in (*each.documents, *each.heldout_documents, *each.probe_documents)}
-    used |= set() if seen is None else seen.uses().keys()
-    read = sum(domain.samples.numel() for domain in domains)
-    row = min(DOCUMENT_TOKENS, config.seq_length)
-    count = max(min(MAX_TOKENS, read // READ_PER_TOKEN) // (row - 1), MIN_DOCUMENTS)
+    """Return other text from the first source with enough documents: the Hub, the model itself, or built-in text.
+
+    The result has no rows if no source has enough.
+
+    Args:
+        config: The config of the run.
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        domains: The domains of the run, whose documents do not count as other text.
+        seen: The text of earlier runs, whose documents do not count either.
+    """
+    used = _used_documents(domains, seen)
+    calibration_tokens = sum(domain.samples.numel() for domain in domains)
+    length = min(DOCUMENT_TOKENS, config.seq_length)
+    most_tokens = min(MAX_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
+    count = max(most_tokens // (length - 1), MIN_DOCUMENTS)
+
+    for source, documents_of in _sources(config, model, tokenizer, calibration_tokens, length, count).items():
+        rows: dict[str, Tensor] = {}
+        # A source fails without a network, or if the model writes nothing useful. What it gave before still counts.
+        with suppress(StructPruneError):
+            for name, row in _rows(islice(documents_of(), TRIES_PER_DOCUMENT * count), tokenizer, used, length):
+                rows[name] = row
+                if len(rows) == count:
+                    break
+        if len(rows) >= min(count, MIN_DOCUMENTS):
+            samples = torch.stack(list(rows.values()))
+            domain = Domain(OTHER, 0.0, samples[:0], samples, heldout_documents=tuple(rows))
+            return OtherText(source, list(samples), [Entry.of(domain, JUDGED)])
+    return OtherText(BUILTIN)
+
+
+def _used_documents(domains: Sequence[Domain], seen: Manifest | None) -> set[str]:
+    """Return the hashes of the documents of this run and of earlier runs."""
+    used = set() if seen is None else set(seen.uses())
+    for domain in domains:
+        used.update(domain.documents, domain.heldout_documents, domain.probe_documents)
+    return used
+
+
+def _sources(
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration_tokens: int,
+    length: int,
+    count: int,
+) -> dict[str, Callable[[], Iterator[str]]]:
+    """Return the sources of other text for a run, in the order in which they are tried."""
     sources: dict[str, Callable[[], Iterator[str]]] = {}
-    if read >= MIN_TOKENS_READ:
-        if not (config.languages or constants.HF_HUB_OFFLINE):
+    if calibration_tokens >= MIN_TOKENS_READ:
+        if not config.languages and not constants.HF_HUB_OFFLINE:
             sources[HUB] = partial(_from_hub, count)
         if can_write(model, tokenizer):
-            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (row + 8))
+            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (length + WRITTEN_MARGIN))
+
     named = [text for text in texts_of(config) if not is_general(text)]
-    beside = builtin_beside(named, bool(config.removes_tokens) and not config.languages)
-    sources[BUILTIN] = partial(documents, DomainConfig(name=OTHER, source=beside), config.seed + 1, tokenizer)
-    for where, texts in sources.items():
-        found: dict[str, Tensor] = {}  # the beginnings of those that are long enough, by the hash of the document
-        with suppress(StructPruneError):  # no network, or a model that writes nothing of use
-            for text in islice(texts(), TRIES_PER_DOCUMENT * count):
-                ids, name = tokenize_with_prefix(text, tokenizer), document_hash(text)
-                if len(ids) >= row and name not in used:
-                    found[name] = torch.tensor(ids[:row])
-                if len(found) == count:
-                    break
-        if len(found) >= min(count, MIN_DOCUMENTS):
-            together = torch.stack([*found.values()])
-            entry = Entry.of(Domain(OTHER, 0.0, together[:0], together, heldout_documents=tuple(found)), JUDGED)
-            return OtherText(where, [*together], [entry])
-    return OtherText(BUILTIN)
+    trims_languages = bool(config.removes_tokens) and not config.languages
+    domain = DomainConfig(name=OTHER, source=builtin_beside(named, trims_languages))
+    sources[BUILTIN] = partial(documents, domain, config.seed + 1, tokenizer)
+    return sources
+
+
+def _rows(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, used: set[str], length: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the hash and the first `length` tokens of each unused document that has so many, shape `(length,)`."""
+    for text in texts:
+        ids = tokenize_with_prefix(text, tokenizer)
+        name = document_hash(text)
+        if len(ids) >= length and name not in used:
+            yield name, torch.tensor(ids[:length])
 
 
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """Yields text that the dense model writes behind words in the named languages, or English openings."""
+    """Return text that the dense model continues from words in the named languages, or from English openings."""
     from ..domains.generated import self_documents
     from ..vocabulary.languages import openings
 
@@ -96,17 +150,19 @@ def _written(
 
 
 def _from_hub(count: int) -> Iterator[str]:
-    """The first rows of data sets of many kinds, which are kept on the disk."""
+    """Return the first rows of data sets of many kinds, which are cached on the disk."""
     parts = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
-    kept = KeptText(OTHER, count, [part.to_dict() for part in parts])
-    texts = kept.read().get(OTHER, [])
+    cache = KeptText(OTHER, count, [part.to_dict() for part in parts])
+    texts = cache.read().get(OTHER, [])
     if not texts and process_index() == 0:
-        with suppress(Exception):  # of the network, of the Hub, or of the disk
+        # Whatever the network, the Hub or the disk raises.
+        with suppress(Exception):
             from huggingface_hub import HfApi
 
             HfApi().dataset_info(parts[0].source, timeout=HUB_SECONDS)
-            texts = [text for part in parts for text in islice(documents(part, None), 2 * ceil(count / len(parts)))]
-            kept.add(OTHER, texts)
+            rows_per_part = 2 * ceil(count / len(parts))
+            texts = [text for part in parts for text in islice(documents(part, None), rows_per_part)]
+            cache.add(OTHER, texts)
     texts = broadcast_object(texts)
     if not texts:
         raise StructPruneError("No text of the Hub can be read.")
@@ -116,7 +172,7 @@ def _from_hub(count: int) -> Iterator[str]:
 def respelled(
     texts: Sequence[Sequence[str]], before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
 ) -> float:
-    """The share of the words of texts that are spelled by other tokens after a trimming."""
+    """Return the share of the words of texts that a smaller tokenizer splits into other tokens."""
     words = [f" {word}" for parts in texts for text in parts for word in text.split()]
-    spelled = zip(*([reader.tokenize(word) for word in words] for reader in (before, after)), strict=True)
-    return sum(old != new for old, new in spelled) / max(len(words), 1)
+    changed = sum(before.tokenize(word) != after.tokenize(word) for word in words)
+    return changed / max(len(words), 1)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,8 @@ from ..system.stages import progress, say
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Ranking, VocabularyRequest
 from ..widths.allocation import widths_of
+from .base import RunState
 from .resize import drop_tokens_
-
-
-if TYPE_CHECKING:
-    from ..pruning.run import Run
 
 
 # The numbers of tokens that a trial is calibrated and measured on.
@@ -60,7 +57,7 @@ class Trial:
     total: float
 
 
-def divide_budget(run: Run, request: VocabularyRequest, ranking: Ranking) -> int:
+def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking) -> int:
     """Return the number of tokens to keep where tokens and units inside the layers share a budget.
 
     The budget is met by tokens alone first, if that is possible. The second division removes half as large a share of
@@ -75,63 +72,70 @@ def divide_budget(run: Run, request: VocabularyRequest, ranking: Ranking) -> int
     removed_shares = ranking.removed_shares
     first = candidates[0]
     alone_is_free = float(removed_shares[first]) == 0 and request.budget.is_met_by({VOCAB: first})
-    if len(candidates) == 1 or alone_is_free or not _is_inside_layers(run, request.budget.smallest):
-        return _filled_up(run, request, first)
+    if len(candidates) == 1 or alone_is_free or not _is_inside_layers(state, request.budget.smallest):
+        return settled(state, request, first).number
 
-    with evaluating(run.model):
-        division = Division(run, request, ranking)
+    with evaluating(state.model):
+        division = Division(state, request, ranking)
         trials = [division.trial(first)]
         goal = float(removed_shares[first]) / 2
-        half = next((number for number in candidates[1:] if float(removed_shares[number]) <= goal), candidates[-1])
-        trials.append(division.trial(half))
+        fewer_removed = [number for number in candidates[1:] if float(removed_shares[number]) <= goal]
+        trials.append(division.trial(fewer_removed[0] if fewer_removed else candidates[-1]))
         if trials[1].total < trials[0].total:
-            trials.append(division.trial(division.cheapest(trials[1])))
+            cheapest = settled(state, request, division.cheapest(trials[1]))
+            if cheapest.number not in [trial.number for trial in trials]:
+                trials.append(division.trial(cheapest.number))
     best = min(trials, key=lambda trial: trial.total)
     return best.number
 
 
-def _is_inside_layers(run: Run, names: Mapping[str, object]) -> bool:
+def _is_inside_layers(state: RunState, names: Mapping[str, object]) -> bool:
     """Return whether all spaces consist of units inside the layers."""
-    spaces = [run.arch.of(name)[0] for name in names]
+    spaces = [state.arch.of(name)[0] for name in names]
     return all(space.inside and space.layer != MODEL for space in spaces)
 
 
-def _other_widths(run: Run, request: VocabularyRequest, number: int) -> Widths:
-    """Return the widths of the other spaces beside a number of tokens, none if tokens alone meet the budget."""
+class Share(NamedTuple):
+    """The widths of a division: the number of tokens, and the widths of the other spaces, none if they are dense."""
+
+    number: int
+    others: Widths
+
+
+def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
+    """Return the widths of a division with about so many tokens.
+
+    The other spaces take the largest widths that meet the budget. Their steps are coarser than the steps of tokens, so
+    that more tokens may fit beside them.
+    """
     assert request.budget is not None
     if request.budget.is_met_by({VOCAB: number}):
-        return {}
-    config = without_tokens(run.config, request.budget.budget.limit)
+        return Share(number, {})
+
+    config = without_tokens(state.config, request.budget.budget.limit)
     assert config is not None
-    skeleton = shrunk_skeleton(run.model, run.arch, {VOCAB: number})
-    arch = describe(skeleton, run.config.arch_file)
-    return widths_of(replace(config, allocation="uniform"), arch, skeleton)
-
-
-def _filled_up(run: Run, request: VocabularyRequest, number: int) -> int:
-    """Return the largest number of tokens beside the widths of the other spaces, whose steps are coarser."""
-    assert request.budget is not None
-    widths = _other_widths(run, request, number)
-    return max(number, request.budget.largest(widths))
+    skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
+    arch = describe(skeleton, state.config.arch_file)
+    others = widths_of(replace(config, allocation="uniform"), arch, skeleton)
+    return Share(max(number, request.budget.largest(others)), others)
 
 
 class Division:
     """Trials of divisions on the model of a run, which is dense again after each of them."""
 
-    def __init__(self, run: Run, request: VocabularyRequest, ranking: Ranking):
-        self.run = run
+    def __init__(self, state: RunState, request: VocabularyRequest, ranking: Ranking):
+        self.state = state
         self.request = request
         self.ranking = ranking
-        self.text = HeldOutText(run, request.vocabulary.tokenizer)
+        self.text = HeldOutText(state, request.vocabulary.tokenizer)
 
     def trial(self, number: int) -> Trial:
         """Measure a division with about so many tokens."""
-        widths = _other_widths(self.run, self.request, number)
-        number = _filled_up(self.run, self.request, number)
+        number, widths = settled(self.state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
-        smaller = _copy_with_shared_weights(self.run.model)
-        drop_tokens_(smaller, self.run.arch, keep)
+        smaller = _copy_with_shared_weights(self.state.model)
+        drop_tokens_(smaller, self.state.arch, keep)
 
         of_tokens = total = self.text.loss(smaller, tokenizer)
         if widths:
@@ -168,15 +172,13 @@ class Division:
     @contextmanager
     def _pruned(self, widths: Widths) -> Iterator[None]:
         """Prune the layers to some widths, on part of the calibration text, inside `with`."""
-        run = self.run
-        config = without_tokens(run.config)
-        assert config is not None
-        data = replace(run.data.portion(CALIBRATION_TOKENS), config=config)
-        masks = Masks(run.model, run.arch)
-        source = source_of(run.model, run.arch, data.own_batches, data.config.feedback_share)
-        layers = progress(range(run.arch.num_layers), desc="trial", unit="layer")
+        state = self.state
+        data = state.data.portion(CALIBRATION_TOKENS)
+        masks = Masks(state.model, state.arch)
+        source = source_of(state.model, state.arch, data.own_batches, data.config.feedback_share)
+        layers = progress(range(state.arch.num_layers), desc="trial", unit="layer")
         try:
-            prune_layers_(masks, source, data.method(run.model, run.arch), widths, layers=layers)
+            prune_layers_(masks, source, data.method(state.model, state.arch), widths, layers=layers)
             yield
         finally:
             masks.undo_(partial(source.at, changes=True))
@@ -194,18 +196,18 @@ class HeldOutText:
     another model is 1 less the cosine of its mean last hidden state to the dense model's, in the mean over pieces.
     """
 
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
-        self.data = run.data
-        self.causal = run.arch.causal
-        tokens = MEASURED_TOKENS // len(run.data.domains)
-        self.pieces = [_pieces(domain, tokens) for domain in run.data.domains]
+    def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
+        self.data = state.data
+        self.causal = state.arch.causal
+        tokens = MEASURED_TOKENS // len(state.data.domains)
+        self.pieces = [_pieces(domain, tokens) for domain in state.data.domains]
         self.passages = [Passages(list(pieces), tokenizer) for pieces in self.pieces]
         self.dense_losses = torch.zeros(len(self.passages))
         self.dense_states: list[Tensor] = []
         if self.causal:
-            self.dense_losses = self._losses(run.model, tokenizer)
+            self.dense_losses = self._losses(state.model, tokenizer)
         else:
-            self.dense_states = self._states(run.model, tokenizer)
+            self.dense_states = self._states(state.model, tokenizer)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the loss of a smaller model, in the mean over the domains."""

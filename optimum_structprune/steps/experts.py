@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import observe
 from ..arch.shrink import shrunk_config
-from ..arch.spec import EXPERT, Axis, Space
+from ..arch.spec import EXPERT, Axis, Space, Widths
 from ..criteria import criterion_of
 from ..method.calibrate import Moments
 from ..method.layers import Gain, InMemory, OneProcess
@@ -22,39 +22,39 @@ from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, source_of
 from ..sources.experts import contributions, experts_of, inner_activations, route
+from ..sources.whole_model import WholeModel
 from ..system.processes import all_reduce_
 from ..system.stages import progress
+from .base import RunState, Step
 from .resize import rebuilding_
 
 
-if TYPE_CHECKING:
-    from ..pruning.run import Run, Step
-    from ..sources.whole_model import WholeModel
-
-
-def remove_experts_(run: Run, step: Step) -> Plan:
+class DropExperts(Step):
     """Remove the experts with the smallest contributions from every layer, and refit the others.
 
     An expert cannot be masked: a router is a softmax over logits, and no weight makes one of them minus infinity. So
-    this is one step before the rounds, and the layers shrink at once.
+    this step comes before the rounds, and the layers shrink at once.
     """
-    with run.report.timed("experts"):
-        model, arch = run.model, run.arch
+
+    def prune_(self, state: RunState, widths: Widths) -> Plan:
+        """Prune every layer to a number of experts, and return the kept experts."""
+        model, arch = state.model, state.arch
         keep: dict[tuple[int, str], tuple[int, ...]] = {}
-        criterion = criterion_of(run.config.scored_by, EXPERT)
-        source = source_of(model, arch, run.data.own_batches, run.config.feedback_share)
-        with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
-            for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
-                with source.at(layer, changes=True):
-                    source.advance_dense(layer, step.widths)
-                    _remove_from_layer_(run, step, source, layer, criterion, keep, smaller)
-                    source.advance(layer)
-    return Plan(arch.model_type, keep)
+        with state.report.timed("experts"):
+            criterion = criterion_of(state.config.scored_by, EXPERT)
+            source = source_of(model, arch, state.data.own_batches, state.config.feedback_share)
+            with rebuilding_(model, shrunk_config(model.config, arch, widths)) as smaller:
+                for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
+                    with source.at(layer, changes=True):
+                        source.advance_dense(layer, widths)
+                        _remove_from_layer_(state, widths, source, layer, criterion, keep, smaller)
+                        source.advance(layer)
+        return Plan(arch.model_type, keep)
 
 
 def _remove_from_layer_(
-    run: Run,
-    step: Step,
+    state: RunState,
+    widths: Widths,
     source: InMemory | WholeModel,
     layer: int,
     criterion: Criterion,
@@ -62,17 +62,18 @@ def _remove_from_layer_(
     smaller: PreTrainedModel,
 ) -> None:
     """Remove experts from one layer, add the kept ones to `keep`, and refit these."""
-    spaces = [space for space in run.arch.at(layer) if space.kind in step.widths]
+    spaces = [space for space in state.arch.at(layer) if space.kind in widths]
     refits: dict[tuple[int, str], ExpertRefit] = {}
-    if run.config.refit == "least_squares":
-        refits = {space.key: ExpertRefit(source, space, run.data) for space in spaces}
+    if state.config.refit == "least_squares":
+        refits = {space.key: ExpertRefit(source, space, state.data) for space in spaces}
 
     for space in spaces:
         see = refits[space.key].see_dense if refits else None
-        scores = run.data.combined(contributions(source, space, criterion, see))
-        keep[space.key] = best_units(scores, space.width_in(step.widths))
-    run.changed = True
-    shrink_layer_(run.model, run.arch, layer, keep, smaller)
+        scores = state.data.combined(contributions(source, space, criterion, see))
+        keep[space.key] = best_units(scores, space.width_in(widths))
+
+    state.changed = True
+    shrink_layer_(state.model, state.arch, layer, keep, smaller)
     for key, refit in refits.items():
         refit.fit_(len(keep[key]))
 

@@ -1,11 +1,11 @@
-"""The step that takes out whole layers."""
+"""The step that removes whole layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import adding, observe
 from ..arch.load import describe
-from ..arch.spec import LAYER, MODEL, ArchSpec, Axis
+from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Widths
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import criterion_of
 from ..forward.metrics import outputs_for, random_inputs
@@ -25,29 +25,33 @@ from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_
+from .base import RunState, Step
 from .resize import drop_layers_
 
 
-if TYPE_CHECKING:
-    from ..pruning.run import Run, Step
+class DropLayers(Step):
+    """Remove the layers with the lowest scores, by the config's criterion for layers or block influence."""
+
+    def prune_(self, state: RunState, widths: Widths) -> Plan:
+        """Prune the model to a number of layers, and return the kept layers."""
+        model, arch, data = state.model, state.arch, state.data
+        with state.report.timed("layers"):
+            criterion = criterion_of(state.config.scored_by, LAYER)
+            scores_by_domain = []
+            for _, batches in groupby(data.own_batches, lambda batch: batch.domain):
+                scores = criterion.score(model, arch, list(batches))
+                check_scores(scores, arch.num_layers, criterion.name, arch.layer_path)
+                scores_by_domain.append(scores)
+            scores = broadcast_(data.combined(torch.stack(scores_by_domain)))
+            keep = best_units(scores, arch.of(LAYER)[0].width_in(widths))
+
+            state.changed = True
+            remove_layers_(model, arch, data, keep)
+        return Plan(arch.model_type, {(MODEL, LAYER): keep})
 
 
-def remove_layers_(run: Run, step: Step) -> Plan:
-    """Take out the layers that matter least now, by the config's criterion for layers or block influence."""
-    with run.report.timed("layers"):
-        criterion, scores_by_domain = criterion_of(run.config.scored_by, LAYER), []
-        for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
-            scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
-            check_scores(scores_by_domain[-1], run.arch.num_layers, criterion.name, run.arch.layer_path)
-        scores = broadcast_(run.data.combined(torch.stack(scores_by_domain)))
-        keep = best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
-        run.changed = True
-        take_out_layers_(run.model, run.arch, run.data, keep)
-    return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
-
-
-def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
-    """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
+def remove_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
+    """Remove all layers but those in `keep`. With error feedback, the layer before each gap is refitted."""
     share = data.config.feedback_share
     source = source_of(model, arch, data.own_batches, share) if share else None
     if isinstance(source, InMemory):
@@ -69,7 +73,7 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
 
 
 def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
-    """Runs layers one after the other on a few tokens, or the whole model where they cannot run so."""
+    """Return the outputs of some layers on a few tokens, or of the whole model if layers cannot run alone."""
     source = source_of(model, arch, [Batch(0, random_inputs(model))])
     if not isinstance(source, InMemory):
         return outputs_for(model)
@@ -81,32 +85,39 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
 
 
 def _refit_before_gap_(data: CalibrationData, layer: int, source: InMemory) -> None:
-    """Refit the last matrix of a layer that writes to the residual stream to the dense stream behind the gap.
+    """Refit the last matrix of a layer that writes to the residual stream, to the dense residual stream after the gap.
 
-    ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) does so with a map behind that matrix.
+    ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) inserts a linear map after this matrix instead.
     """
-    model, spaces = source.model, source.arch.at(layer)
-    writers = (space for space in spaces if space.experts is None and len(space.consumers) == 1)
-    paths = [(space, path) for space in writers if (path := source.residual_path(layer, space.consumers[0].module))]
+    model = source.model
+    paths = []
+    for space in source.arch.at(layer):
+        if space.experts is None and len(space.consumers) == 1:
+            path = source.residual_path(layer, space.consumers[0].module)
+            if path:
+                paths.append((space, path))
     if not paths:
         return
+
     space, path = paths[-1]
-    (axis,), weight = space.consumers, read_consumer(model, space.consumers[0])[0]
+    axis = space.consumers[0]
+    weight, _ = read_consumer(model, axis)
     (moments,) = mixed(source.moments(layer, space, True), data.shares, [weight])
     refitted = refit_consumer_(model, data.config, axis, moments, torch.arange(weight.shape[1]))
-    if isinstance(path, Norm):  # which would make the outputs as large as they were
+    if isinstance(path, Norm):
+        # The norm would undo a change in the size of the outputs, so its weight takes it over.
         energy = output_energy(refitted, replace(moments, energy=None))
         size = (energy / output_energy(weight, moments)) ** 0.5
         model.get_parameter(f"{path.module}.weight").data.add_(path.weight, alpha=size - 1)
 
 
 def size_of(x: Tensor) -> Tensor:
-    """The root of the mean square of each token, shape `(..., 1)`, fp32."""
+    """Return the root of the mean square of each token, shape `(..., 1)`, fp32."""
     return x.float().square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Tokens relative to their size, fp32. `x` has the shape `(..., channels)`."""
+    """Return tokens divided by their size, fp32. `x` has the shape `(..., channels)`."""
     return x.float() / size_of(x)
 
 
@@ -158,7 +169,7 @@ class Norm(NamedTuple):
 def refit_consumer_(
     model: nn.Module, config: StructPruneConfig, axis: Axis, moments: Moments, columns: Tensor
 ) -> Tensor:
-    """Give a consumer refitted columns and zeros elsewhere, and return the columns, shape `(out, columns)`."""
+    """Refit some columns of a consumer, set all others to zero, and return the former, shape `(out, columns)`."""
     weight, bias = read_consumer(model, axis)
     columns = columns.to(weight.device)
     ridge = ridge_strength(config.damping, len(columns), moments.count)

@@ -1,4 +1,4 @@
-"""Reads and replaces weights that accelerate has offloaded to the CPU's memory or the disk."""
+"""Read and replace weights that accelerate has offloaded to CPU memory or to the disk."""
 
 from __future__ import annotations
 
@@ -21,19 +21,40 @@ from ..errors import StructPruneError, one_line, some_of
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Map each module to its device, or to the disk if it is offloaded, as a `device_map`."""
-    devices: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
-            devices[name] = "disk" if any(hook.offload for hook in _hooks_of(module)) else str(tensor.device)
-    return devices
+    """Return the `device_map` of a model: the device of each module, or "disk" for offloaded modules.
+
+    It names the topmost modules whose tensors are in one place. accelerate moves inputs to the device of every module
+    that a map names, so a map of leaf modules separates tensors that a layer uses together.
+    """
+    found: dict[str, str] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        inside = {place for part in module.modules() for place in _own_places(part).values()}
+        if not inside:
+            return
+        if name and len(inside) == 1:
+            found[name] = inside.pop()
+            return
+        prefix = f"{name}." if name else ""
+        found.update({f"{prefix}{leaf}": place for leaf, place in _own_places(module).items()})
+        for child, part in module.named_children():
+            walk(f"{prefix}{child}", part)
+
+    walk("", model)
+    return found
+
+
+def _own_places(module: nn.Module) -> dict[str, str]:
+    """Return the place of each tensor that a module holds itself."""
+    is_offloaded = any(hook.offload for hook in _hooks_of(module))
+    return {name: "disk" if is_offloaded else str(tensor.device) for name, tensor in named_module_tensors(module)}
 
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
     """Set the `hf_device_map` of an offloaded model inside `with`, as transformers reads it."""
     former: Any = getattr(model, "hf_device_map", None)
-    if {"cpu", "disk"} & set((former or {}).values()):
+    if former is not None and not {"cpu", "disk"}.isdisjoint(former.values()):
         yield
         return
     model.hf_device_map = places(model)  # type: ignore[assignment]  # typed as Tensor | Module
@@ -46,34 +67,38 @@ def declared(model: nn.Module) -> Iterator[None]:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Find the device of the first weights of a model, or the one that accelerate brings them to."""
+    """Return the device of a model's first weights, or the device that accelerate brings them to."""
     for module in model.modules():
         for hook in _hooks_of(module):
             if hook.offload and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
-        if (tensor := next(module.parameters(recurse=False), None)) is not None:
-            return tensor.device
+        parameter = next(module.parameters(recurse=False), None)
+        if parameter is not None:
+            return parameter.device
     return torch.device("cpu")
 
 
 def check_reachable(model: nn.Module) -> None:
-    """Refuse a model without weights."""
-    held = {
-        f"{name}.{leaf}" if name else leaf
-        for name, module, hook in _offloading(model)
-        for leaf, _ in named_module_tensors(module, recurse=hook.place_submodules)
-    }
-    if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in held]:
+    """Raise `StructPruneError` if weights of a model are neither in memory nor offloaded."""
+    offloaded = set()
+    for name, module, hook in _offloading(model):
+        prefix = f"{name}." if name else ""
+        for leaf, _ in named_module_tensors(module, recurse=hook.place_submodules):
+            offloaded.add(f"{prefix}{leaf}")
+
+    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in offloaded]
+    if missing:
         count = f"{len(missing)} parameters of this {type(model).__name__}"
         raise StructPruneError(f"{count} have no weights: {some_of(missing)}. Load the model with from_pretrained.")
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Read a parameter or buffer of a model; an offloaded one is read from where accelerate keeps it."""
+    """Return a parameter or buffer of a model. An offloaded tensor is read from where accelerate keeps it."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     if not tensor.is_meta:
         return tensor
+
     parts = path.split(".")
     for length in range(len(parts), -1, -1):
         owner = ".".join(parts[:length])
@@ -84,31 +109,34 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
+    """Return the hooks by which accelerate places a module."""
     hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
 def _offloading(model: nn.Module) -> Iterator[tuple[str, nn.Module, AlignDevicesHook]]:
-    """Iterate over the modules with offloaded weights, by their names and with the hooks that load these."""
+    """Yield the modules with offloaded weights: their names, the modules, and the hooks that load the weights."""
     for name, module in model.named_modules():
-        yield from ((name, module, hook) for hook in _hooks_of(module) if hook.offload)
+        for hook in _hooks_of(module):
+            if hook.offload:
+                yield name, module, hook
 
 
 def _unprefixed(weights: Any, name: str = "") -> tuple[Any, str]:
-    """Find what holds some weights, and the whole name of one of them there."""
+    """Return the innermost store of offloaded weights, and the full name of a weight in it."""
     while isinstance(weights, PrefixedDataset):
-        weights, name = weights.dataset, f"{weights.prefix}{name}"
+        name = f"{weights.prefix}{name}"
+        weights = weights.dataset
     return weights, name
 
 
 def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
-    """Name the tensors of a module that its hook offloads."""
-    return dict(
-        named_module_tensors(
-            module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
-        )
+    """Return the tensors of a module that its hook offloads, by name."""
+    tensors = named_module_tensors(
+        module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
     )
+    return dict(tensors)
 
 
 def _read(weights: Any, name: str) -> Tensor:
@@ -120,16 +148,19 @@ def _read(weights: Any, name: str) -> Tensor:
 
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Load the offloaded weights of a layer, and return their hooks, which then keep them in memory."""
+    """Load the offloaded weights of a layer, and return their hooks, which keep the weights in memory from now on."""
     offloading = [(module, hook) for _, module, hook in _offloading(layer)]
-    # Copies, on the CPU too: a layer may be changed in place, and the stored weights must not be. What accelerate has
-    # read from the disk onto another device is a copy, and of a large tensor there must not be two.
-    fetched = [
-        (module, name, held.to(hook.execution_device, copy=held.device.type == "cpu"))
-        for module, hook in offloading
-        for name in _tensors_of(module, hook)
-        for held in [_read(hook.weights_map, name)]
-    ]
+
+    # All weights are read before the first is set, so that an error leaves the layer as it was.
+    fetched = []
+    for module, hook in offloading:
+        for name in _tensors_of(module, hook):
+            stored = _read(hook.weights_map, name)
+            # On the CPU the layer gets a copy, because it may change and the stored weights must not. A tensor that
+            # accelerate has read from the disk onto another device is a copy already, and may be large.
+            copied = stored.to(hook.execution_device, copy=stored.device.type == "cpu")
+            fetched.append((module, name, copied))
+
     for module, name, value in fetched:
         set_module_tensor_to_device(module, name, value.device, value=value)
     for _, hook in offloading:
@@ -138,26 +169,29 @@ def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
-    """Offload a layer again; `store` replaces what is kept of it."""
+    """Offload a layer again. With `store`, its present weights replace the stored weights."""
     on_disk: dict[str, Tensor] = {}
-    index: dict[str, Any] = {}
+    loaders: dict[str, OffloadedWeightsLoader] = {}
     for module in layer.modules():
-        for hook in filter(hooks.__contains__, _hooks_of(module)):
+        for hook in _hooks_of(module):
+            if hook not in hooks:
+                continue
             for name, tensor in _tensors_of(module, hook).items():
                 if store:
-                    index |= _store(hook.weights_map, name, tensor.detach().cpu(), on_disk)
+                    loaders.update(_store(hook.weights_map, name, tensor.detach().cpu(), on_disk))
                 set_module_tensor_to_device(module, name, "meta")
             hook.offload = True
+
     if on_disk:
         path = str(_next_file(model))
         save_file(on_disk, path)
-        for key, loader in index.items():
-            entry = {"safetensors_file": path, "weight_name": key, "dtype": str(on_disk[key].dtype)[len("torch.") :]}
-            loader.index[key] = entry
+        for key, loader in loaders.items():
+            dtype = str(on_disk[key].dtype).removeprefix("torch.")
+            loader.index[key] = {"safetensors_file": path, "weight_name": key, "dtype": dtype}
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Put a tensor in the place of the former one: in memory, or `on_disk`; return the readers of those."""
+    """Replace a stored tensor. One that is read from a file is added to `on_disk`, and its reader is returned."""
     weights, name = _unprefixed(weights, name)
     if not isinstance(weights, OffloadedWeightsLoader):
         weights[name] = tensor
@@ -172,13 +206,20 @@ def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) 
 
 
 def _next_file(model: Any) -> Path:
-    """Name a new file in a folder that goes when the model does."""
+    """Return the path of a new file, in a folder that is deleted with the model."""
     folder = getattr(model, "_structprune_folder", None)
     if folder is None:
-        # Where accelerate offloads to, if that exists.
-        held = (_unprefixed(hook.weights_map)[0] for _, _, hook in _offloading(model))
-        folders = (getattr(weights, "save_folder", None) for weights in held)
-        scratch = next((place for place in folders if place is not None and Path(place).is_dir()), None)
-        folder = model._structprune_folder = tempfile.mkdtemp(prefix="structprune-", dir=scratch)
+        folder = tempfile.mkdtemp(prefix="structprune-", dir=_offload_folder(model))
+        model._structprune_folder = folder
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder) / f"{sum(1 for _ in Path(folder).iterdir())}.safetensors"
+    return Path(folder) / f"{len(list(Path(folder).iterdir()))}.safetensors"
+
+
+def _offload_folder(model: Any) -> str | None:
+    """Return the folder that accelerate offloads the weights of a model to, if it exists."""
+    for _, _, hook in _offloading(model):
+        weights, _ = _unprefixed(hook.weights_map)
+        folder = getattr(weights, "save_folder", None)
+        if folder is not None and Path(folder).is_dir():
+            return folder
+    return None

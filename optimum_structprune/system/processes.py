@@ -96,16 +96,35 @@ def shard(samples: T) -> T:
 
 def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes. The processes wait for each other here."""
-    if _together:
-        for tensor in tensors:
-            _dist().all_reduce(tensor.detach())
+    if not _together:
+        return
+    for tensor in tensors:
+        with _on_backend(tensor) as carried:
+            _dist().all_reduce(carried)
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor with its values in the first process, and return it."""
     if _together:
-        _dist().broadcast(tensor.detach(), 0)
+        with _on_backend(tensor) as carried:
+            _dist().broadcast(carried, 0)
     return tensor
+
+
+@contextmanager
+def _on_backend(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor that the backend can send, and take its values over afterwards.
+
+    NCCL sends tensors of GPUs alone, so a tensor on the CPU is sent as a copy on the GPU of the process.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu" or _dist().get_backend() != "nccl":
+        yield tensor
+        return
+    device = import_module("torch").cuda.current_device()
+    carried = tensor.to(f"cuda:{device}")
+    yield carried
+    tensor.copy_(carried)
 
 
 def broadcast_object(value: V) -> V:

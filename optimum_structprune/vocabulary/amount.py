@@ -14,7 +14,9 @@ from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from ..widths import allocation
+from ..widths.allocation import widths_of
+from ..widths.budget import Budget, budget_of, check_reach
+from ..widths.legal import check_may_differ, choices, legal_widths, smallest_widths
 from .tokens import Vocabulary
 
 
@@ -56,13 +58,17 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
     """Return the config of the other spaces, or None if there are none. `limit` replaces the limit of the budget."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
-        return replace(config, widths=widths) if widths else None
+        if not widths:
+            return None
+        return replace(config, widths=widths)
 
     targets = tuple(name for name in config.targets_or_default if name != VOCAB)
     if not targets:
         return None
-    budget = config.budget if limit is None else dict.fromkeys(config.budget or {}, limit)
-    return replace(config, targets=targets, budget=budget)
+    if limit is None:
+        return replace(config, targets=targets)
+    (figure,) = config.budget or {}
+    return replace(config, targets=targets, budget={figure: limit})
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
@@ -86,7 +92,7 @@ def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrai
 
     undecided: dict[str, Width] = {VOCAB: budget.rows}
     if budget.is_met_by(budget.smallest):
-        return undecided | dict(allocation.widths_of(others, arch, model))
+        return undecided | dict(widths_of(others, arch, model))
     return undecided | dict(budget.smallest)
 
 
@@ -94,11 +100,11 @@ def _given_widths(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMo
     """Return the widths that a config states."""
     assert config.widths is not None
     number = cast("int", config.widths[VOCAB])
-    allocation.legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # raises if it is illegal
+    legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # raises if it is illegal
     widths: dict[str, Width] = {VOCAB: number}
     others = without_tokens(config)
     if others is not None:
-        widths.update(allocation.widths_of(others, arch, model))
+        widths.update(widths_of(others, arch, model))
     return widths
 
 
@@ -115,6 +121,13 @@ def _advice_against_sparsity(config: StructPruneConfig, arch: ArchSpec) -> str:
     )
 
 
+def _with_tokens(widths: Widths, number: int) -> Widths:
+    """Return widths of other spaces with a number of tokens."""
+    all_widths = dict(widths)
+    all_widths[VOCAB] = number
+    return all_widths
+
+
 @dataclass(frozen=True)
 class VocabBudget:
     """A budget in which tokens have a part.
@@ -126,7 +139,7 @@ class VocabBudget:
         rows: The number of tokens of the dense model.
     """
 
-    budget: allocation.Budget
+    budget: Budget
     numbers: Sequence[int]
     smallest: Widths
     rows: int
@@ -140,27 +153,26 @@ class VocabBudget:
         Raises:
             StructPruneError: If the smallest widths do not meet the budget, or it limits what tokens have no part in.
         """
-        legal = allocation.legal_widths(replace(config, targets=(VOCAB,)), arch, model.config)[VOCAB]
+        legal = legal_widths(replace(config, targets=(VOCAB,)), arch, model.config)[VOCAB]
         if CACHE in (config.budget or {}):
             raise StructPruneError(f"Tokens have no part in the {CACHE}. Leave {VOCAB!r} out of `targets`.")
 
         rows = arch.of(VOCAB)[0].size
-        numbers = [
-            number for number in allocation.choices(config, arch, VOCAB, legal) if allowed is None or number in allowed
-        ]
+        numbers = [number for number in choices(config, arch, VOCAB, legal) if allowed is None or number in allowed]
         if not numbers:
             numbers = [rows]
 
         smallest: Widths = {}
         others = without_tokens(config)
         if others is not None:
-            legal_others = allocation.legal_widths(others, arch, model.config)
-            allocation.check_may_differ(others, arch, list(legal_others))
-            smallest = allocation.smallest_widths(others, arch, legal_others)
+            legal_others = legal_widths(others, arch, model.config)
+            check_may_differ(others, arch, list(legal_others))
+            smallest = smallest_widths(others, arch, legal_others)
 
-        budget = allocation.budget_of(config, arch, model, list(smallest))
-        least = budget.cost({**smallest, VOCAB: numbers[0]})
-        allocation.check_reach(config, budget, least, [VOCAB, *smallest], arch)
+        budget = budget_of(config, arch, model, list(smallest))
+        least = budget.cost(_with_tokens(smallest, numbers[0]))
+        names = [VOCAB] + list(smallest)
+        check_reach(config, budget, least, names, arch)
         return cls(budget, numbers, smallest, rows)
 
     @property
@@ -174,10 +186,12 @@ class VocabBudget:
 
     def largest(self, widths: Widths) -> int:
         """Return the largest number of tokens that meets the budget beside other widths, else the smallest number."""
-        place = bisect_right(
-            self.numbers, self.budget.limit, key=lambda number: self.budget.cost({**widths, VOCAB: number})
-        )
-        return self.numbers[max(place - 1, 0)]
+
+        def cost(number: int) -> float:
+            return self.budget.cost(_with_tokens(widths, number))
+
+        num_fitting = bisect_right(self.numbers, self.budget.limit, key=cost)
+        return self.numbers[max(num_fitting - 1, 0)]
 
     @property
     def candidates(self) -> list[int]:

@@ -97,10 +97,14 @@ class VocabularyRequest:
         request = cls(config, vocabulary, rows, frozenset(required), number)
         if config.budget is not None:
             budget = VocabBudget.of(config, described.arch, model, request.allowed)
-            return replace(request, budget=budget, number=None if budget.is_shared else number)
+            if budget.is_shared:
+                return replace(request, budget=budget, number=None)
+            return replace(request, budget=budget)
 
         if number not in request.allowed:
-            reason = f", since it counts positions from the id of its padding, {padding}" if below_padding else ""
+            reason = ""
+            if below_padding:
+                reason = f", since it counts positions from the id of its padding, {padding}"
             raise StructPruneError(
                 f"vocab={number:,} is no number of tokens that this model can keep: "
                 f"{request.allowed.start:,} of {rows:,} always stay{reason}."
@@ -119,7 +123,7 @@ class VocabularyRequest:
         """
         by_score = torch.argsort(scores, descending=True, stable=True).tolist()
         order = dict[int, None]()
-        for token in [*sorted(self.required), *by_score]:
+        for token in sorted(self.required) + by_score:
             self._append_with_parts(order, token)
 
         # Rows without a token come last.
@@ -175,7 +179,7 @@ def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[i
     if codes is None:
         return vocabulary.letters
     note_missing_words()
-    scripts = {"", "LATIN", *scripts_in(codes)}
+    scripts = {"", "LATIN"} | scripts_in(codes)
     return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
 
 
@@ -317,7 +321,9 @@ def _prior_shares(
     if codes:
         prior_of_scripts = _sum_by_script(vocabulary, tokenizer_prior).clamp_min(1e-38)
         shares = shares * (script_shares / prior_of_scripts)
-    weight = PRIOR_WEIGHT_BESIDE_WORDS if any(map(has_words, codes)) else PRIOR_WEIGHT
+    weight = PRIOR_WEIGHT
+    if any(has_words(code) for code in codes):
+        weight = PRIOR_WEIGHT_BESIDE_WORDS
     shares = shares * (weight / shares.sum())
 
     is_other_letter = is_letter & ~is_shown

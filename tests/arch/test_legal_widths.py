@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, dry_run
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.arch.spec import HIDDEN
-from optimum_structprune.widths.allocation import multiples
+from optimum_structprune.widths.legal import multiples
 
 
 @pytest.mark.parametrize("case", STRUCTURES)
@@ -53,7 +53,7 @@ def test_legal_widths_follow_the_config_class():
         assert [*legal_sizes(model.config, describe(model), name)] == legal
 
 
-@pytest.mark.parametrize("size", [10**8, 10**12])
+@pytest.mark.parametrize("size", [10**8, 10**11])
 def test_widths_are_not_listed_one_by_one(size):
     """As a config may hold any number, mistyped or hostile."""
     model_config = LlamaConfig(**{**GROUPED, "intermediate_size": size})

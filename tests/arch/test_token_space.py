@@ -41,7 +41,7 @@ NO_TOKEN_IDS = {
     ),
     "languages and prompts by number": "default_prompt_id lang_id",
     "other names of fields": "attribute_map",
-    "numbers of clusters": "num_centroids",
+    "numbers of clusters, and of atoms per token": "num_centroids max_atoms_per_token",
     "seconds of audio, by number": "max_initial_timestamp_index",
 }
 
@@ -98,6 +98,11 @@ def test_ids_are_renumbered_in_numbers_lists_and_mappings_of_any_name():
             "unk_index": -1,
             "eos_index": 12,
             "boundary_id": 5,
+            "image_token": 5,
+            "end_token": "</s>",
+            "speaker_token_map": {"Anna": 3},
+            "device_map": {"": 1},
+            "label_map": {"cat": 1},
             "lang_id": 3,
             "eos_token_id": [1, 5],
             "bad_words_ids": [[3, 1]],
@@ -110,6 +115,8 @@ def test_ids_are_renumbered_in_numbers_lists_and_mappings_of_any_name():
         }
     )
     assert (changed.pad_index, changed.unk_index, changed.eos_index, changed.boundary_id) == (1, -1, 12, 2)
+    assert (changed.image_token, changed.end_token, changed.speaker_token_map) == (2, "</s>", {"Anna": 1})
+    assert (changed.device_map, changed.label_map) == ({"": 1}, {"cat": 1})
     assert changed.lang_id == 3 and changed.t2u_lang_code_to_id == {"deu": 5} and changed.label2id == {"person_id": 3}
     assert (changed.eos_token_id, changed.bad_words_ids, changed.begin_suppress_tokens) == ([0, 2], [[1, 0]], (2,))
     assert changed.text_decoder_lang_to_code_id == {"deu": 2}

@@ -8,11 +8,10 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers import error_line, save_desk
 from models import build, config, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from optimum_structprune import Recovery, StructPruner
 from optimum_structprune.commands.cli import main
-from optimum_structprune.recovery.trainer import DistillTrainer
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +59,13 @@ def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folde
     assert main([*line, "--config", str(folder / "bad.yaml"), "--overwrite", "--json"]) == 0
     shown = capsys.readouterr()
     values = json.loads(shown.out)
-    assert values["perplexity"]["a"]["after"] > 0 and values["recovery"]["kept_step"] == 0
-    assert f"the pruned model is saved to {folder / 'kept'}" in shown.err
+    assert values["domains"]["a"]["perplexity"]["pruned"] > 0 and values["recovery"]["kept_step"] == 0
+    assert f"The pruned model is saved to {folder / 'kept'}" in shown.err
     assert files(folder / "kept")["model.safetensors"] == pruned
     assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
 
 
-@pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (DistillTrainer, "train")])
+@pytest.mark.parametrize(("owner", "name"), [(AutoTokenizer, "from_pretrained"), (Trainer, "train")])
 def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, capsys, monkeypatch, owner, name):
     """Another model takes its place while it is loaded, or trained."""
     pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
@@ -90,7 +89,7 @@ def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, c
     assert {"recovery_report.json", "recovery_config.json"} <= out.keys()
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", "out"}, "checkpoints are gone"
     shown = capsys.readouterr().out
-    assert "perplexity a" in shown and "recovered" in shown and "recovery: " in shown
+    assert "Perplexity relative to the pruned model after training: a " in shown and "Recovery: " in shown
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
@@ -98,7 +97,9 @@ def test_a_card_repeats_the_last_pruning_and_no_training_without_those_before(fo
     once, twice, smaller = (tmp_path / name for name in ("once", "twice", "smaller"))
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
     assert main(["prune", str(folder / "model"), str(once), "--width", "mlp=24", *text, "--recovery-tokens=240"]) == 0
-    assert "\nverdict: " in capsys.readouterr().out.rpartition("\nrecovery: ")[2], "it is that of what was trained"
+    shown = capsys.readouterr().out
+    assert shown.count("Verdict: ") == shown.count("Perplexity relative to the original") == 1
+    assert f"Report: {once}/report.html" in shown and "Next: structprune evaluate " in shown
     assert main([str(once) if word == str(folder / "pruned") else word for word in command(folder, output=twice)]) == 0
     assert main(["prune", str(once), str(smaller), "--width", "mlp=16", *text]) == 0
     earlier = json.loads((twice / "recovery_report.json").read_text())["earlier"]
@@ -106,7 +107,7 @@ def test_a_card_repeats_the_last_pruning_and_no_training_without_those_before(fo
     for result, repeats in ((once, {"prune", "recover"}), (twice, set()), (smaller, {"prune"})):
         card = (result / "README.md").read_text()
         assert {name for name in ("prune", "recover") if f"\nstructprune {name}" in card} == repeats
-        assert ("settings that `recovery_report.json` has" in card) == (result is twice)
+        assert ("## Recovery" in card) == (result is not smaller)
 
 
 def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(folder, capsys, monkeypatch):

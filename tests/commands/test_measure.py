@@ -15,7 +15,6 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.measure import names_of
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.record.remarks import measurements_text
 from optimum_structprune.system.stages import model_bytes
 
 
@@ -47,22 +46,27 @@ def test_models_side_by_side(folder, capsys):
     found = json.loads((folder / "c.json").read_text())
     for name in ("dense", "small"):
         model = Loading().model(str(folder / name))
-        assert found["parameters"][name] == model.num_parameters()
-        assert found["widths"]["mlp"][name] == [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        measured = found["models"][name]
+        assert measured["size"]["parameters"] == model.num_parameters()
+        assert measured["widths"]["mlp"] == [layer.mlp.down_proj.in_features for layer in model.model.layers]
         heads = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
-        assert found["cache_per_token"][name] == 2 * 4 * heads
-        assert found["figures"][name]["right"] == 0.25
-        assert [item["answers"][name]["right"] for item in found["answers"]] == [True, False, False, False]
+        assert measured["size"]["cache_per_token"] == 2 * 4 * heads
+        questions = measured["evaluation"]["answers"]["questions"]
+        assert [item["answers"]["pruned"]["right"] for item in questions] == [True, False, False, False]
         assert f"{model.num_parameters():,}" in shown
     samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
-    assert found["perplexity"]["a"]["dense"] == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
+    dense = found["models"]["dense"]["evaluation"]["domains"]["a"]["perplexity"]["pruned"]
+    assert dense == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
+    assert "1 of 4" in shown
 
 
 def test_a_dense_folder_without_a_tokenizer_is_read_with_that_of_the_model(folder, caplog):
     build("llama-tied").save_pretrained(folder / "bare")
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     assert main(["evaluate", str(folder / "small"), "--against", str(folder / "bare"), *text]) == 0
-    assert "bare' cannot be loaded" in caplog.text and "reads with the tokenizer of the model" in caplog.text
+    assert (
+        "bare' cannot be loaded" in caplog.text and "The tokenizer of the compared model reads the text" in caplog.text
+    )
 
 
 def test_several_models_against_the_dense_one(folder, capsys):
@@ -70,23 +74,23 @@ def test_several_models_against_the_dense_one(folder, capsys):
     models, text = [str(folder / "dense"), str(folder / "small")], ["--domain", f"a={folder / 'a.jsonl'}"]
     how = [*text, "--seq-length", "24", "--device", "cpu", "--quiet", "--json"]
     assert main(["evaluate", *models, "--against", models[0], *how]) == 0
-    every = json.loads(capsys.readouterr().out)
-    dense, twin, small = every["perplexity"]["a"]
-    assert every["perplexity"]["a"][dense] == every["perplexity"]["a"][twin]
-    far = every["divergence"]["a"]
-    assert far[twin] == pytest.approx(0, abs=1e-6) and far.keys() == {small, twin}
+    every = json.loads(capsys.readouterr().out)["models"]
+    dense, twin, small = every
+    assert "evaluation" not in every[dense]
+    domains = {name: every[name]["evaluation"]["domains"]["a"] for name in (twin, small)}
+    assert domains[twin]["perplexity"]["dense"] == domains[twin]["perplexity"]["pruned"]
+    assert domains[twin]["divergence"]["pruned"] == pytest.approx(0, abs=1e-6)
     assert main(["evaluate", models[1], "--against", models[0], *how]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert far[small] == found["divergence"]["a"] > 1e-3
-    assert every["perplexity"]["a"][small] == found["perplexity"]["a"]["model"]
-    assert every["perplexity_margin"]["a"]["ratio"] == found["perplexity_margin"]["a"]["ratio"] > 0
-    assert measurements_text(every).endswith("samples of 24 tokens, each begun with '<s>'")
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert [*found] == ["original", "pruned"]
+    assert found["pruned"]["evaluation"]["domains"]["a"] == domains[small]
+    assert domains[small]["divergence"]["pruned"] > 1e-3 and domains[small]["perplexity"]["margin"] > 0
 
 
 def test_bytes_are_those_that_a_pruning_reports(tmp_path, capsys):
     save_with_tokenizer(build("bart"), tmp_path)  # with a bias that is a buffer
     assert main(["evaluate", str(tmp_path), "--device", "cpu", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["weights"]["model"] == model_bytes(build("bart"))
+    assert json.loads(capsys.readouterr().out)["models"]["model"]["size"]["bytes"] == model_bytes(build("bart"))
 
 
 def test_each_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
@@ -110,14 +114,15 @@ def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
     assert main([*line, "--dtype", "bfloat16", "--clock", "cpu", "--json", "--quiet"]) == 0
     values = json.loads(capsys.readouterr().out)
     names = [f"{dense} (1)", "small", f"{dense} (2)"]
-    assert [*values["parameters"]] == names and values["clock"] == "cpu"
+    models, speed = values["models"], values["speed"]
+    assert [*models] == names and speed["clock"] == "cpu"
     for stage in ("prefill", "decode"):
-        assert [*values[stage]] == ["batch 3, prompt 8", "batch 3, prompt 4"]
-        assert all([*of] == names for of in values[stage].values())
+        assert [*speed[stage]] == ["batch 3, prompt 8", "batch 3, prompt 4"]
+        assert all([*of] == names for of in speed[stage].values())
     assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
     assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
-    assert names_of(["ratio", "c"]) == ["ratio (1)", "c"], "which beside models means their ratio"
-    assert values["weights"][names[0]] == values["weights"][names[2]] == 2 * values["parameters"][names[0]]
+    first, last = (models[name]["size"] for name in (names[0], names[2]))
+    assert first["bytes"] == last["bytes"] == 2 * first["parameters"]
 
 
 def test_a_clock_that_does_not_see_a_device_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
@@ -132,6 +137,6 @@ def test_memory_on_cuda_is_that_of_one_model(folder, capsys):
     line = ["evaluate", str(folder / "dense"), str(folder / "dense"), *SHORT[:-2], "--device", "cuda", "--json"]
     assert main(line) == 0
     values = json.loads(capsys.readouterr().out)
-    one, two = (bytes for of in values["run_memory"].values() for bytes in of.values())
+    one, two = (bytes for of in values["speed"]["run_memory"].values() for bytes in of.values())
     weights = next(iter(values["weights"].values()))
     assert "CUDA" in values["memory_is"] and weights < one < 100 * weights and one == two

@@ -32,10 +32,10 @@ def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, c
     line = ["evaluate", small, *against, *domains, "--seq-length", "24", "--num-samples", "4"]
     assert main([*line, "--json", "--quiet"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["shared"] == ["a"] and values["report"].endswith("report.html")
+    assert values["models"]["pruned"]["evaluation"]["shared"] == ["a"] and values["report"].endswith("report.html")
     text = page(folder)
     later = text.index("Measured later")
-    for row in ("perplexity a, calibrated on (", "perplexity b, other text ("):
+    for row in ("perplexity, a (calibration domain)", "perplexity, b (unseen)"):
         assert f'<th scope="row">{row}' in text[later:]
 
 

@@ -136,14 +136,14 @@ def test_conversations_of_every_form(tmp_path):
 def test_rows_and_fields_that_will_not_do():
     needs = "'d': a message needs a role and a text, got "
     for row, template, message in (
-        ({"a": 1}, "chat", "no column of messages; set text_column.* Known: a"),
+        ({"a": 1}, "chat", "no column of messages. Set `text_column`.* Known: a"),
         ({"messages": [{"role": "user"}]}, "chat", needs + "{'role': 'user'}"),
         ({"messages": ["hello"]}, "chat", needs + "'hello'"),
         ({"messages": 5}, "chat", needs + "5"),
         ({"messages": [{"role": "user", "content": [3]}]}, "chat", needs + r"{'role': 'user', 'content': \[3"),
-        ({"q": "x"}, "{q} {answer}", "no column 'answer'; set template"),
+        ({"q": "x"}, "{q} {answer}", "no column 'answer'. Set `template`"),
         ({"q": 3}, "{q}", r"the column 'q' holds the int 3\.$"),
-        ({"q": []}, "{q}", r"the column 'q' holds the list \[\]; messages take template='chat'"),
+        ({"q": []}, "{q}", r"the column 'q' holds the list \[\]. Use `template='chat'`"),
         (None, "no field", "'chat' or to hold column names"),
         (None, "{a.b}", "column's name, got 'a.b'"),
         (None, "{a!r}", "column's name"),
@@ -251,9 +251,9 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         lambda: next(self_documents(model, reader, "dialogue", 0, tokens=64)),
         lambda: read_questions()[0].ids(reader),
     ):
-        with pytest.raises(StructPruneError, match="chat template of 'some/model' refuses") as caught:
+        with pytest.raises(StructPruneError, match="chat template of 'some/model' does not accept") as caught:
             render()
-        assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
+        assert "\n" not in str(caught.value) and "Set `tokenizer.chat_template`" in str(caught.value)
 
 
 @pytest.mark.parametrize("template", [

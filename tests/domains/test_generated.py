@@ -138,7 +138,7 @@ def writing(model, rows: list[list[int]], monkeypatch) -> None:
 @pytest.mark.parametrize("ids", [[5, 6] * 8, [*range(5, 11)]], ids=["repeats itself", "short"])
 def test_documents_of_no_use_are_dropped(ids, monkeypatch):
     writing(MODEL, [ids], monkeypatch)
-    with pytest.raises(StructPruneError, match="self:math: of 120 documents that the model wrote, all are too short"):
+    with pytest.raises(StructPruneError, match="self:math: the last 120 documents of the model are too short"):
         first(WRITER, 1)
 
 
@@ -168,8 +168,8 @@ def test_the_model_and_the_callers_random_numbers_are_left_as_they_were_and_the_
 
 def test_models_kinds_and_folders_that_will_not_do(cache):
     for case, name, message in (
-        ("llama-tied", "maths", "does not write 'maths' itself. Did you mean 'math'"),
-        ("bert", "math", "self:math takes a causal language model, and BertForMaskedLM is none"),
+        ("llama-tied", "maths", "cannot generate 'maths'. Did you mean 'math'"),
+        ("bert", "math", "self:math requires a causal language model, and BertForMaskedLM is not one"),
     ):
         with pytest.raises(StructPruneError, match=message):
             first((build(case), READER), 1, name)
@@ -244,7 +244,7 @@ def test_general_text_is_left_out_where_it_has_no_place_or_something_is_said_of_
     for fields in ({"num_samples": 2}, {"general_share": 0}, {"general_text": "builtin:general"}):
         said = pruning_of(*pair, **fields)
         assert with_written_text(said) is said
-    with pytest.raises(StructPruneError, match="general_share=0; set general_share=0.2"):
+    with pytest.raises(StructPruneError, match="general_share=0. Pass general_share=0.2"):
         pruning_of(*pair, general_share=0, general_text="self:any")
 
 
@@ -254,7 +254,7 @@ def test_a_model_writes_a_fifth_beside_the_domains(tmp_path):
     entries = {entry.name: entry for entry in pruner.manifest.of_use(CALIBRATED)}
     sizes = {name: entry.calibration_tokens for name, entry in entries.items()}
     assert sizes == {"general": 2 * 24, "own": 8 * 24} and entries["general"].origin["source"] == "self:any"
-    assert pruner.config is BESIDE and pruner.used_config == replace(BESIDE, general_text="self:any")
+    assert pruner.config is BESIDE and pruner.result.config == replace(BESIDE, general_text="self:any")
     pruner.save(pruned, tmp_path / "out", READER)
     saved = StructPruneConfig.from_pretrained(tmp_path / "out")
     other = StructPruner(replace(BESIDE, general_share=0.5))

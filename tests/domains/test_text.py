@@ -234,10 +234,10 @@ def test_a_hub_dataset(monkeypatch):
     ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
     ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
-    ("other.jsonl", "set text_column .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
-    ("chat.jsonl", "set template .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
-    ("headless.csv", r"\A.*no column 'text'; set text_column.* Known: One w1 w2 w3 .{47}\.\Z"),
-    ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
+    ("other.jsonl", "Set `text_column` .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
+    ("chat.jsonl", "Set `template` .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
+    ("headless.csv", r"\A.*no column 'text'. Set `text_column`.* Known: One w1 w2 w3 .{47}\.\Z"),
+    ("numbers.csv", "must contain strings, and the column 'text' holds the int 1"),
     ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
     ("link.jsonl", "'d': .*link.jsonl leads to no regular file; write its text to one"),
@@ -267,7 +267,7 @@ def test_patterns_of_a_shell_are_patterns_and_an_address_is_none(tmp_path):
 
 def test_what_is_no_text():
     for source, message in ((["a", 3], "item 1 holds the int 3"), ([{"text": "a"}], "item 0 .* dict")):
-        with pytest.raises(StructPruneError, match=f"'d' has to give strings; {message}"):
+        with pytest.raises(StructPruneError, match=f"'d' must contain strings, and {message}"):
             read(source)
     saved = DomainConfig("d", TEXTS).to_dict()
     with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*set its source again"):
@@ -328,7 +328,7 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
     ({"source": iter(())}, "The domain 'd' is empty; a generator gives its text only once[.]"),
     ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Give it more documents"),
-    ({"source": numbered(), "seq_length": 1}, "seq_length=1 leaves nothing"),
+    ({"source": numbered(), "seq_length": 1}, "`seq_length` must be at least 2, got 1"),
     ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2 .* 3 domains .* 3 is the least"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip
 def test_text_that_makes_no_samples(fields, message):

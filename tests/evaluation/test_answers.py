@@ -1,6 +1,5 @@
 """Answers: patterns, greedy writing, figures, the short check of a run, and the command."""
 
-import json
 import re
 from copy import deepcopy
 
@@ -15,7 +14,9 @@ from optimum_structprune import StructPruneError, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
-from optimum_structprune.record.answers import sample_items
+from optimum_structprune.record.answers import sample_questions
+from optimum_structprune.record.figures import AnswersResult
+from optimum_structprune.record.report import Report
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
@@ -102,16 +103,16 @@ def test_answers_are_greedy_whatever_is_written_together(batch_size):
     written = ask(MODEL, READER, asked, 12, batch_size)
     for question, answer in zip(asked, written, strict=True):
         expected = alone(MODEL, question.ids(READER), 12, READER.eos_token_id)
-        assert (answer["ids"], answer["stopped"]) == (expected, len(expected) < 12)
-        assert answer["text"] == READER.decode(expected, skip_special_tokens=True)
+        assert (answer.ids, answer.stopped) == (expected, len(expected) < 12)
+        assert answer.text == READER.decode(expected, skip_special_tokens=True)
 
 
 def test_an_answer_ends_where_the_model_ends_it():
     model, asked = deepcopy(MODEL), questions(2)
-    third = ask(model, READER, asked, 6)[0]["ids"][2]
+    third = ask(model, READER, asked, 6)[0].ids[2]
     model.generation_config.eos_token_id = [third]
     written = ask(model, READER, asked, 6)
-    assert written[0]["stopped"] and third not in written[0]["ids"] and len(written[0]["ids"]) <= 2
+    assert written[0].stopped and third not in written[0].ids and len(written[0].ids) <= 2
 
 
 def test_the_settings_of_the_model_have_no_say_and_stay():
@@ -126,8 +127,8 @@ def test_the_settings_of_the_model_have_no_say_and_stay():
 
 def test_an_answer_loops_that_repeats_a_run():
     for answer in ask(MODEL, READER, questions(), 40):
-        runs = [run for run in zip(*(answer["ids"][start:] for start in range(4)), strict=False)]
-        assert answer["loops"] == (max(map(runs.count, runs), default=0) > 3)
+        runs = [run for run in zip(*(answer.ids[start:] for start in range(4)), strict=False)]
+        assert answer.loops == (max(map(runs.count, runs), default=0) > 3)
 
 
 def test_more_tokens_than_positions_are_refused():
@@ -142,9 +143,9 @@ def test_a_model_without_a_template_goes_on_from_openings():
     question, ids = openings[0], openings[0].ids(tokenizer)
     assert tokenizer.decode(ids[1:]) == question.opening and ids[0] == tokenizer.bos_token_id
     evaluation = evaluate(model, tokenizer, answers="builtin", max_new_tokens=2, limit=5)
-    assert [item["prompt"] for item in evaluation.answers] == [of.prompt for of in openings[:5]]
+    assert [item.prompt for item in evaluation.answers.questions] == [of.prompt for of in openings[:5]]
     assert len(openings) >= 60 and all(of.opening for of in openings)
-    assert str(evaluation).count("± covers the truth nine times in ten, over questions") == 1
+    assert "answers correct" in str(evaluation) and " of 5" in str(evaluation)
 
 
 def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():
@@ -155,13 +156,13 @@ def test_divergence_is_its_definition_and_counts_tokens_that_are_gone():
     prompts = [question.ids(READER) for question in asked]
     total = tokens = 0
     for prompt, answer in zip(prompts, written, strict=True):
-        row = torch.tensor([[*prompt, *answer["ids"]]])
+        row = torch.tensor([[*prompt, *answer.ids]])
         with torch.no_grad():
             ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, MODEL))
-        total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer["ids"])
+        total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer.ids)
     parts = TokenAlignment.between(MODEL, READER, other, READER)
     assert answer_divergence(MODEL, other, parts, prompts, written) == pytest.approx(total / tokens, rel=1e-4)
-    assert max(token for answer in written for token in answer["ids"]) >= 300
+    assert max(token for answer in written for token in answer.ids) >= 300
     few, reader = with_tokens(MODEL, READER, [*range(300)])
     parts = TokenAlignment.between(MODEL, READER, few, reader)
     assert answer_divergence(MODEL, few, parts, prompts, written) > 1e-3
@@ -172,23 +173,24 @@ def test_a_run_is_checked_unless_it_reads_next_to_nothing(monkeypatch):
         check = ShortCheck(READER, tokens)
         check.ask("dense", MODEL)
         check.ask("pruned", MODEL)
-        items = check.items()
-        assert len(items) == asked and all([*of["answers"]] == ["dense", "pruned"] for of in items)
+        result = check.result()
+        assert (0 if result is None else len(result.questions)) == asked
+    assert result.models == ["dense", "pruned"]
     later = ShortCheck(READER, 10**9)
     later.ask("recovered", MODEL)
-    assert [*later.items(items)[0]["answers"]] == ["dense", "pruned", "recovered"]
-    assert [*later.items(items[:3])[0]["answers"]] == ["recovered"]
+    assert later.result(result).models == ["dense", "pruned", "recovered"]
+    assert later.result(AnswersResult(result.questions[:3])).models == ["recovered"]
     monkeypatch.setattr(answers, "continuations", lambda *rest: 1 / 0)
     with pytest.warns(UserWarning, match="no answers of the dense model: division"):
         later.ask("dense", MODEL)
-    assert later.items() == []
+    assert later.result() is None
 
 
 @pytest.mark.parametrize("case", ["bert", "t5-gated"])
 def test_what_does_not_write_is_not_asked(case):
     check = ShortCheck(READER, 10**9)
     check.ask("dense", build(case))
-    assert check.items() == []
+    assert check.result() is None
 
 
 def test_prune_ends_with_answers_and_shows_them(tmp_path, capsys, monkeypatch):
@@ -197,9 +199,10 @@ def test_prune_ends_with_answers_and_shows_them(tmp_path, capsys, monkeypatch):
     text = ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
     assert main(command) == 0
-    assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
+    assert "16 test questions: correct " in capsys.readouterr().out
     paths = (tmp_path / "out" / name for name in ("report.json", "report.html", "README.md"))
     report, page, card = (path.read_text() for path in paths)
-    prompts = [of["prompt"].partition("\n")[0][:20] for of in sample_items(json.loads(report)["answers"])]
-    assert len(prompts) == len(re.findall(r"<li>(?:right|wrong)[^<]* \(dense\)", page)) == 3
+    answered = Report.load(tmp_path / "out" / "report.json").answers
+    prompts = [question.prompt.partition("\n")[0][:20] for question in sample_questions(answered)]
+    assert len(prompts) == len(re.findall(r"<b>original: (?:right|wrong)", page)) == 3
     assert "## Answers" in card and all(prompt in card for prompt in prompts)

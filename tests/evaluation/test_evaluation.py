@@ -50,14 +50,15 @@ def test_evaluate(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     found = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
     losses, close = compare(MODEL, DENSE, read_heldout(domain, tokenizer(), 24, 4).samples)
-    assert found.perplexity_tokens == {"a": 4 * 23} and found.prefix == "<s>"
+    domain_result = found.domains["a"]
+    assert domain_result.tokens == 4 * 23 and found.prefix == "<s>"
     both = {name: float(of.mean().exp()) for name, of in losses.items()}
-    assert found.perplexity == {"a": both}
-    assert (found.divergence["a"], found.agreement["a"]) == close
+    assert domain_result.perplexity.by_model() == {"dense": both["dense"], "pruned": both["model"]}
+    assert (domain_result.divergence.pruned, domain_result.agreement.pruned) == close
     alone = evaluate(MODEL, tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
-    assert alone.perplexity == {"a": {"model": pytest.approx(both["model"], rel=1e-9)}}
-    assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
-    assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
+    assert alone.domains["a"].perplexity.by_model() == {"pruned": pytest.approx(both["model"], rel=1e-9)}
+    assert alone.domains["a"].divergence is None and "KL" not in str(alone) and "KL" in str(found)
+    assert str(alone).endswith("Samples have 24 tokens, each begins with '<s>'.")
 
 
 def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
@@ -87,11 +88,12 @@ def test_margins_of_perplexities_are_those_of_the_documents():
     found = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=40, batch_size=4)
     heldout = read_heldout(domain, tokenizer(), 24, 40)
     samples, numbers = heldout.samples, document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
-    assert found.perplexity_documents["a"] == len(numbers.unique()) <= len(heldout.documents) < 40
+    assert found.domains["a"].documents == len(numbers.unique()) <= len(heldout.documents) < 40
     mine, theirs = (torch.stack([sample_losses(one, row[None])[0] for row in samples]) for one in (MODEL, DENSE))
-    for which, losses in (("model", mine), ("dense", theirs), ("ratio", mine - theirs)):
+    alone = evaluate(MODEL, tokenizer(), [domain], seq_length=24, num_samples=40, batch_size=4)
+    for result, losses in ((found, mine - theirs), (alone, mine)):
         expected = float(losses.mean().exp()) * margin_of_error(losses, numbers)
-        assert found.perplexity_margin["a"][which] == pytest.approx(expected, rel=1e-6)
+        assert result.domains["a"].perplexity.margin == pytest.approx(expected, rel=1e-6)
     assert " ± " in str(found).splitlines()[1]
     assert "±" not in str(evaluate(MODEL, tokenizer(), [domain], seq_length=24, num_samples=1)).splitlines()[1]
 
@@ -101,9 +103,9 @@ def test_calibrated_kinds_stand_apart():
     domains = [DomainConfig(name, documents(10, seed)) for seed, name in enumerate(("law", "prose", "poems"))]
     found = evaluate(build("llama-tied"), tokenizer(), domains, seq_length=24, num_samples=2, manifest=manifest)
     assert found.calibrated == ["prose"]
-    first = [line.strip().split(" (")[0].split("  ")[0] for line in str(found).splitlines()]
-    kinds = ["prose, calibrated on", "law, other text", "poems, other text"]
-    assert first[1:5] == [*map("perplexity {}".format, kinds), "geometric mean, other text"]
+    labels = [line.split("  ")[0] for line in str(found).splitlines()[1:4]]
+    kinds = ["law (unseen)", "prose (calibration domain)", "poems (unseen)"]
+    assert labels == [f"perplexity, {kind}" for kind in kinds]
 
 
 def test_a_part_of_the_vocabulary():
@@ -112,22 +114,25 @@ def test_a_part_of_the_vocabulary():
     small, coarse = with_tokens(model, reader, list(range(300)))
     both = {"dense": model, "dense_tokenizer": reader, **size}
     found = evaluate(small, coarse, [domain], **both)
-    assert found.divergence["a"] > 1e-2  # it knows the dense model's words less well, whose tokens it has lost
-    ppl, bits = found.perplexity["a"], found.bits_per_byte["a"]
-    assert ppl["model"] > ppl["dense"]  # it spells words in more tokens
+    assert (
+        found.domains["a"].divergence.pruned > 1e-2
+    )  # it knows the dense model's words less well, whose tokens it has lost
+    ppl, bits = (found.domains["a"].perplexity.by_model(), found.domains["a"].bits_per_byte.by_model())
+    assert ppl["pruned"] > ppl["dense"]  # it spells words in more tokens
     text = "".join(reader.decode(row[1:]) for row in read_heldout(DomainConfig(**domain), reader, 40, 3).samples)
-    for which in ("model", "dense"):
+    for which in ("pruned", "dense"):
         assert bits[which] == pytest.approx(log(ppl[which], 2) * 117 / len(text.encode()), rel=1e-6)
-    assert f"{bits['model']:.3f}" in str(found)
+    assert f"{bits['pruned']:.3f}" in str(found)
     # Per token of the same tokenizer without the dense model too, and closer to it than another model is.
     alone = evaluate(small, coarse, [domain], dense_tokenizer=reader, **size)
-    assert alone.perplexity["a"] == {"model": pytest.approx(ppl["model"])}
+    assert alone.domains["a"].perplexity.by_model() == {"pruned": pytest.approx(ppl["pruned"])}
     for parameter in small.model.layers.parameters():
         parameter.data.mul_(1.3)
-    assert evaluate(small, coarse, [domain], **both).divergence["a"] > found.divergence["a"]
+    damaged = evaluate(small, coarse, [domain], **both)
+    assert damaged.domains["a"].divergence.pruned > found.domains["a"].divergence.pruned
     # Where vocabularies have little in common, outputs cannot be compared.
     found = evaluate(model, reader, [domain], dense=build("llama-tied"), dense_tokenizer=tokenizer(), **size)
-    assert found.divergence == {} and "KL" not in str(found)
+    assert found.domains["a"].divergence is None and "KL" not in str(found)
 
 
 def test_the_command_reads_another_vocabulary_with_its_own_tokenizer(tmp_path, capsys):
@@ -143,17 +148,21 @@ def test_the_command_reads_another_vocabulary_with_its_own_tokenizer(tmp_path, c
     line += [str(tmp_path / "out.json"), "--answers", str(tmp_path / "questions.jsonl"), "--max-new-tokens", "4"]
     assert main(["evaluate", models[0], "--against", models[1], *line]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
-    assert found["divergence"] == found["agreement"] == {}  # by the same ids they mean other tokens
-    assert [(of["difference"], of["items"], of["verdict"]) for of in found["paired"].values()] == [(0, 4, "alike")] * 3
-    texts = [[of["text"] for of in item["answers"].values()] for item in found["answers"]]
+    evaluation = found["models"]["pruned"]["evaluation"]
+    domain = evaluation["domains"]["a"]
+    assert domain["perplexity"]["pruned"] == pytest.approx(domain["perplexity"]["dense"], rel=1e-6)
+    assert not {"divergence", "agreement"} & domain.keys()  # by the same ids they mean other tokens
+    texts = [[of["text"] for of in item["answers"].values()] for item in evaluation["answers"]["questions"]]
     assert len(texts) == 4 and all(dense == model != "" for dense, model in texts)
     assert main(["evaluate", *models, *line, "--overwrite"]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     for field in ("perplexity", "bits_per_byte"):
-        assert record[field]["a"]["other"] == pytest.approx(record[field]["a"]["dense"], rel=1e-6)
+        first, second = (
+            record["models"][name]["evaluation"]["domains"]["a"][field]["pruned"] for name in ("other", "dense")
+        )
+        assert first == pytest.approx(second, rel=1e-6)
     shown = capsys.readouterr().out
-    assert f"vocabularies differ: perplexity is per token of {models[0]}" in shown and "bits per byte" in shown
+    assert f"The vocabularies differ; perplexity is per token of {models[0]}." in shown and "bits per byte" in shown
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +181,15 @@ def test_an_encoder_is_its_own_equal_and_another_is_not(encoders):
     fields = {"dense": build("bert", 0), "seq_length": 48, "pairs": pairs}
     for seed in (0, 1):
         found = evaluate(build("bert", seed), tokenizer(), [text], **fields)
-        assert not found.perplexity and not found.languages and not found.warnings
-        figures.append(found.embeddings)
+        assert not found.languages and not found.warnings
+        assert all(domain.perplexity is None for domain in found.domains.values())
+        figures.append({name: domain.vectors for name, domain in found.domains.items()})
     (same, pairs), (other, other_pairs) = (of.values() for of in figures)
-    assert same["model"]["cosine"] == pytest.approx(1) and same["model"]["neighbours"] == 1
-    assert other["model"]["cosine"] < 0.99 and 0 <= other["model"]["neighbours"] < 1
-    assert pairs["dense"]["retrieval"] == pairs["model"]["retrieval"] == other_pairs["dense"]["retrieval"]
-    assert 0 <= other_pairs["model"]["retrieval"] <= 1 and pairs["model"]["texts"] == 24
-    assert "cosine a" in str(found) and "translations found pairs xx" in str(found)
+    assert same.cosine.pruned == pytest.approx(1) and same.neighbours.pruned == 1
+    assert other.cosine.pruned < 0.99 and 0 <= other.neighbours.pruned < 1
+    assert pairs.retrieval.dense == pairs.retrieval.pruned == other_pairs.retrieval.dense
+    assert 0 <= other_pairs.retrieval.pruned <= 1 and pairs.texts == 24
+    assert "cosine, a" in str(found) and "translations found, pairs xx" in str(found)
 
 
 def test_the_command_shows_several_encoders_side_by_side(encoders, capsys, monkeypatch):
@@ -192,9 +202,12 @@ def test_the_command_shows_several_encoders_side_by_side(encoders, capsys, monke
     line += [word for file in files for word in ("--pairs", str(file))]
     assert main([*line, "--device", "cpu", "--quiet", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert "cache_per_token" not in values and values["notes"] == []
-    assert all([*by_model] == ["dense", "small", "smaller"] for by_model in values["embeddings"].values())
-    assert [*values["embeddings"]] == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
+    assert "cache_per_token" not in values["models"]["dense"]["size"] and values["notes"] == []
+    assert [*values["models"]] == ["dense", "small", "smaller"]
+    for name in ("small", "smaller"):
+        domains = values["models"][name]["evaluation"]["domains"]
+        assert [*domains] == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
+        assert all("vectors" in domain for domain in domains.values())
 
 
 def test_what_evaluate_refuses(encoders):

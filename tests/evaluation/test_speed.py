@@ -1,6 +1,5 @@
 """Speed: bytes against their definition, cached writing against plain passes, and what is refused."""
 
-import json
 from statistics import median
 
 import pytest
@@ -11,6 +10,7 @@ from models import build, token_ids
 from optimum_structprune import Speed, StructPruneError, measure_speed
 from optimum_structprune.evaluation.speed import cache_per_token, spread
 from optimum_structprune.forward.generation import cache_bytes, read_prompt, write_tokens
+from optimum_structprune.record.speed import Spread
 
 
 SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
@@ -50,12 +50,12 @@ def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pair
         for shape, batch_size in sizes.items():
             first, other = (of[shape][name] for name in ("dense", "half"))
             for one in (first, other):
-                assert len(one["seconds"]) == 2 and min(one["seconds"]) > 0
-                assert one["tokens_per_second"] == pytest.approx(batch_size * tokens / median(one["seconds"]))
-            ratios = [a / b for a, b in zip(first["seconds"], other["seconds"], strict=True)]
-            assert other["speedup"] == spread(ratios) and set(first["speedup"].values()) == {1}
-    assert set(spread([2.0]).values()) == {2}
-    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3, "low": 2, "high": 4}, "the median and the quartiles"
+                assert len(one.seconds) == 2 and min(one.seconds) > 0
+                assert one.tokens_per_second == pytest.approx(batch_size * tokens / median(one.seconds))
+            ratios = [a / b for a, b in zip(first.seconds, other.seconds, strict=True)]
+            assert other.speedup == spread(ratios) and first.speedup == Spread(1, 1, 1)
+    assert spread([2.0]) == Spread(2, 2, 2)
+    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4), "the median and the quartiles"
 
 
 def test_memory_is_counted_numbers_are_saved_and_models_and_torch_are_left_as_they_were(speed, tmp_path):
@@ -72,8 +72,7 @@ def test_memory_is_counted_numbers_are_saved_and_models_and_torch_are_left_as_th
     assert found.run_memory == {"batch 1, prompt 8": {"a": weights + 11 * cache_per_token(model)}}
     assert all(of["half"] < of["dense"] for of in speed.run_memory.values())
     found.save(tmp_path / "speed.json")
-    saved = json.loads((tmp_path / "speed.json").read_text())
-    assert saved == {"format_version": 1, **json.loads(json.dumps(found.to_dict()))}
+    assert Speed.load(tmp_path / "speed.json") == found
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -43,8 +43,10 @@ def test_scores_stand_in_the_table_by_model_and_task(tmp_path, capsys, monkeypat
     monkeypatch.setattr("optimum_structprune.evaluation.tasks.find_spec", lambda name: name)
     command = ["evaluate", folders["slim"], "--against", folders["dense"], "--device", "cpu", "--mteb"]
     assert main([*command, "STS12", "--mteb", "SciFact", "--json"]) == 0
-    expected = {"dense": len(folders["dense"]) + 2, "model": len(folders["slim"]) + 2}
-    assert json.loads(capsys.readouterr().out)["tasks"] == {"STS12": expected, "SciFact": expected}
+    expected = {"original": len(folders["dense"]) + 2, "pruned": len(folders["slim"]) + 2}
+    models = json.loads(capsys.readouterr().out)["models"]
+    for task in ("STS12", "SciFact"):
+        assert {name: model["tasks"][task] for name, model in models.items()} == expected
     for page in ([], ["--html"]):
         assert main([*command, "STS12", *page]) == 0
         assert "MTEB STS12" in capsys.readouterr().out

@@ -33,10 +33,10 @@ def test_a_model_is_its_own_equal_in_any_numbers_of_tokens_and_a_damaged_one_is_
     losses, fewer = [], [*range(300), 400]
     for other, its_own in ((model, reader), with_tokens(model, reader, order), with_tokens(model, reader, fewer)):
         found = evaluate(other, its_own, KINDS, dense=model, dense_tokenizer=reader, seq_length=48, num_samples=8)
-        assert found.perplexity.keys() == found.embeddings.keys() == {"math", "prose"}
-        losses.append([of["model"] / of["dense"] for of in found.perplexity.values()])
+        assert found.domains.keys() == {"math", "prose"} and all(domain.vectors for domain in found.domains.values())
+        losses.append([domain.perplexity.ratio for domain in found.domains.values()])
     assert losses[0] == [1.0, 1.0] and losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert min(losses[2]) > 1.1 and "what is missing in text" in str(found)
+    assert min(losses[2]) > 1.1 and "Missing text: perplexity" in str(found)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,10 +67,11 @@ def test_a_run_reports_the_loss_and_its_verdict_follows(tmp_path):
     model, reader = wide("bert"), masking()
     pruner = StructPruner(config(domains=KINDS, seq_length=48, num_samples=16, widths={"vocab": 300}))
     small = pruner.prune_model(model, reader)
-    assert {*pruner.report.perplexity} == {*pruner.report.embeddings} == {"math", "prose"}
-    assert "perplexity math (" in str(pruner.report) and "; what is missing in text x " in str(pruner.report)
+    domains = pruner.report.domains
+    assert {*domains} == {"math", "prose"} and all(domain.perplexity and domain.vectors for domain in domains.values())
+    assert "missing text" in str(pruner.report)
     pruner.save(small, tmp_path / "out")
-    assert "| perplexity math " in (tmp_path / "out" / "README.md").read_text()
+    assert "| missing text |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_model_without_such_a_head_or_mask_has_vectors_only():

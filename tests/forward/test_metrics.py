@@ -22,9 +22,10 @@ from optimum_structprune.forward.metrics import (
     expected_shares,
     margin_of_error,
     margin_of_share,
-    perplexity_figures,
+    plain_head,
     row_losses,
 )
+from optimum_structprune.record.figures import perplexity_result
 
 
 class State:
@@ -35,6 +36,7 @@ class State:
         self.grad = torch.is_grad_enabled()
         self.bars = logging.is_progress_bar_enabled(), logging.get_verbosity()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.precision = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
         self.attention = model.config._attn_implementation
         self.cache = model.config.use_cache
         self.hooks, self.modes = count_hooks(model), modes(model)
@@ -133,10 +135,62 @@ def test_recovery_and_evaluation_are_too():
                 stack.enter_context(MODES[name]())
             small = StructPruner(settings(recovery=recovery_config(tokens=96))).prune_model(model, tokenizer())
             figures = evaluate(small, tokenizer(), settings().domains, num_samples=4, seq_length=24)
-            results.append((small, figures.to_dict()["perplexity"]))
+            results.append((small, figures.to_dict()["domains"]))
             torch.set_default_dtype(torch.float32)
     for small, figures in results[1:]:
         assert same_weights(small, results[0][0]) and figures == results[0][1]
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_fp32_products_have_full_precision_and_the_callers_setting_returns(is_new, monkeypatch):
+    if is_new and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 brought a setting of each backend")
+    precisions = []
+
+    def read(*args, **kwargs):
+        precisions.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
+        raise StructPruneError("read")
+
+    monkeypatch.setattr("optimum_structprune.pruner.CalibrationData.read", read)
+    if is_new:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(StructPruneError, match="read"):
+            StructPruner(config()).prune_model(build("llama-tied"), tokenizer())
+        assert precisions == [("highest", False)]
+        if is_new:
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        else:
+            assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class Unsteady(torch.nn.Module):
+    """A part of a layer whose output differs from call to call, as on a GPU that adds in any order."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs) * (1 + 1e-4 * self.calls)
+
+
+@pytest.mark.parametrize(("case", "is_plain"), [("llama-tied", True), ("llama-untied", True), ("gemma2", False)])
+def test_one_pass_shows_if_the_head_alone_makes_the_logits(case, is_plain):
+    model, ids = build(case), token_ids(1, 8)
+    assert plain_head(model, ids) is is_plain
+    for layer in model.model.layers:
+        layer.mlp = Unsteady(layer.mlp)
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert plain_head(model, ids) is is_plain
+    assert [layer.mlp.calls for layer in model.model.layers] == [3, 3]
+    assert count_hooks(model) == count_hooks(build(case))
 
 
 def test_the_settings_are_back_after_an_error():
@@ -186,8 +240,8 @@ def test_values_of_one_document_count_as_one_in_any_order(values, random):
 def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of():
     values = torch.randn(40)
     assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
-    found = perplexity_figures({"before": values, "after": values + 1}, 40, torch.arange(40) // 40)
-    assert all(map(isnan, found["perplexity_margin"].values())) and found["perplexity_documents"] == 1
+    result = perplexity_result({"dense": values, "pruned": values + 1}, 40, torch.arange(40) // 40)
+    assert result.perplexity.margin is None and result.documents == 1
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95, 1.0])
@@ -199,12 +253,12 @@ def test_the_margin_of_a_share_covers_it_where_all_answers_are_alike_too(share):
 
 def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_stands_for_other_kinds():
     before, numbers = torch.randn(12, dtype=torch.float64), torch.arange(12)
-    same = perplexity_figures({"before": before, "after": before}, 12, numbers)["perplexity_margin"]["ratio"]
-    assert same == pytest.approx(UNSEEN / 12)
+    same = perplexity_result({"dense": before, "pruned": before}, 12, numbers)
+    assert same.perplexity.margin == pytest.approx(UNSEEN / 12)
     for more in (0.1, 0.5):
-        losses = {"before": before, "after": before + more}
-        both = (perplexity_figures(losses, 12, numbers, differs) for differs in (0.0, KINDS_DIFFER))
-        own, other = (figures["perplexity_margin"]["ratio"] for figures in both)
+        losses = {"dense": before, "pruned": before + more}
+        both = [perplexity_result(losses, 12, numbers, spread) for spread in (0.0, KINDS_DIFFER)]
+        own, other = (result.perplexity.margin for result in both)
         assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
 
 

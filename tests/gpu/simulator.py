@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -95,11 +96,15 @@ class Gpus:
 
     def waits_in(self, file: str) -> int:
         """Count the waits that lines of a file of the package caused, such as `vocabulary/parts.py`."""
-        return sum(number for (_, line), number in self.waits.items() if line.startswith(f"{file}:"))
+        return self._in(file, self.waits)
 
     def copies_in(self, file: str) -> int:
         """Count the copies between devices that lines of a file of the package caused."""
-        return sum(number for (_, line), number in self.copies.items() if line.startswith(f"{file}:"))
+        return self._in(file, self.copies)
+
+    def _in(self, file: str, counts: Counter[tuple[str, str]]) -> int:
+        assert (Path(__file__).parents[2] / f"{PACKAGE}{file}".strip("/")).is_file(), f"There is no {file}."
+        return sum(number for (_, line), number in counts.items() if line.startswith(f"{file}:"))
 
     def hold(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Count a tensor's storage as allocated, until the last tensor that uses it is gone."""

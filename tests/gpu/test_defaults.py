@@ -16,7 +16,7 @@ from optimum_structprune.forward.metrics import compare, expected_shares, perple
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
 from optimum_structprune.pruning.memory import RELATIVE_ERROR, UNCOUNTED_BYTES, estimate_memory
-from optimum_structprune.pruning.request import Request
+from optimum_structprune.pruning.request import PruningRequest
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
@@ -100,7 +100,7 @@ def test_the_memory_estimate_counts_the_larger_parts():
     settings = StructPruneConfig(widths={"mlp": 64}, num_samples=8, seq_length=64)
 
     def working(device):
-        return estimate_memory(Request(settings, ModelInfo(describe(model), model, device))).working
+        return estimate_memory(PruningRequest(settings, ModelInfo(describe(model), model, device))).working
 
     with simulated_gpus():
         tokens = tokens_at_once(CUDA, 30_000)
@@ -118,7 +118,7 @@ def test_a_pruning_on_a_gpu_takes_what_is_estimated():
     with simulated_gpus() as gpus:
         model.cuda()
         info = ModelInfo(describe(model), model, model.device)
-        expected = estimate_memory(Request(settings, info, inputs=inputs)).above - UNCOUNTED_BYTES
+        expected = estimate_memory(PruningRequest(settings, info, inputs=inputs)).above - UNCOUNTED_BYTES
         gpus.reset_peak()
         before = gpus.allocated()
         prune_model(model, settings, inputs=inputs, inplace=True)

@@ -59,7 +59,7 @@ def test_a_forgotten_tensor_is_named():
     with pytest.raises(StructPruneError, match="mlp"):
         shrink_layer_(deepcopy(model), arch, 1, plan.keep, smaller)
     shrink_layer_(model, arch, 0, plan.keep, smaller)
-    with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.*the description of 'llama' is incomplete"):
+    with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.*The description of 'llama' is incomplete"):
         adopt_config_(model, smaller)
 
 

@@ -1,5 +1,6 @@
 """The vectors that an encoder's report compares: of which text, by which tokenizer, and what is counted."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -12,16 +13,17 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForMaskedLM
 
 from optimum_structprune import StructPruner
+from optimum_structprune.arch.modules import PROMPTS
 from optimum_structprune.pruning.embeddings import (
     COSINE_UNSEEN,
     MOST_SENTENCES,
     NUM_NEIGHBOURS,
     Embeddings,
+    Pooling,
     embed,
     embedding_figures,
     kept_share,
     nearness,
-    pooling_of,
     retrieved,
     sentences,
 )
@@ -36,17 +38,19 @@ def pruned(**fields):
 
 def test_lost_tokens_are_no_longer_reported_as_no_loss(tmp_path):
     pruner, small, model, reader = pruned(widths={"vocab": 300})
-    figures = {name: of["after"] for name, of in pruner.report.embeddings.items()}
-    assert figures.keys() == {"math", "prose"} and all(0 < of["cosine"] < 0.9999 for of in figures.values())
-    assert all(of["cosine_worst"] <= of["cosine_p5"] <= of["cosine"] for of in figures.values())
-    assert all(0 < of["neighbours"] < 1 for of in figures.values())
-    spoken = [of["cosine"] for of in pruner.report.languages.values()]
+    vectors = {name: domain.vectors for name, domain in pruner.report.domains.items()}
+    assert vectors.keys() == {"math", "prose"}
+    for result in vectors.values():
+        assert 0 < result.cosine.pruned < 0.9999
+        assert result.cosine_worst <= result.cosine_p5 <= result.cosine.pruned
+        assert 0 < result.neighbours.pruned < 1
+    spoken = [of.vectors.cosine.pruned for of in pruner.report.languages.values()]
     assert len(spoken) == 30 and 0 < min(spoken) < max(spoken) <= 1
     text = str(pruner.report)
-    assert "cosine, worst, math" in text and "neighbours kept prose" in text and "verdict: " in text
+    assert "neighbours kept" in text and "Verdict: " in text
     pruner.save(small, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| neighbours kept prose |" in card and "**Verdict: " in card and "--speed" not in card
+    assert "| neighbours kept |" in card and "**Verdict: " in card and "--speed" not in card
     # The text is what decides: sentences in the same tokens have the same vector.
     keep, same = pruner.plan.keep[-1, "vocab"], []
     for line in ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given."):
@@ -62,15 +66,16 @@ def test_the_figures_are_those_of_the_two_models_as_they_are():
     texts = {"greetings": ["Good morning to all of you!", "Guten Morgen!", "See you later, alligator."]}
     for tokens_go in (True, False):
         measured = Embeddings(model, texts, reader, tokens_go)
-        assert measured.figures(model, "before", "after")[0]["greetings"]["after"]["cosine"] == pytest.approx(1)
+        assert measured.figures(model)[0]["greetings"].cosine.pruned == pytest.approx(1)
         measured.read_by(pruner.tokenizer, small)
-        by_domain, by_language = measured.figures(small, "before", "after")
-        assert 0 < by_domain["greetings"]["after"]["cosine"] < 0.9999
+        by_domain, by_language = measured.figures(small)
+        assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
         for code, figures in by_language.items():
-            assert figures["cosine"] == pytest.approx(pruner.report.languages[code]["cosine"])
+            expected = pruner.report.languages[code].vectors.cosine.pruned
+            assert figures.cosine.pruned == pytest.approx(expected)
         assert len(by_language) == 30 * tokens_go
-    assert pruner.report.languages["de"]["wanted"] and "tokens in the languages to keep: German" in str(pruner.report)
-    assert pruned(widths={"mlp": 24}, languages=["de"])[0].report.languages["de"]["cosine"] < 1
+    assert pruner.report.languages["de"].wanted and "Wanted languages (tokens): German" in str(pruner.report)
+    assert pruned(widths={"mlp": 24}, languages=["de"])[0].report.languages["de"].vectors.cosine.pruned < 1
 
 
 @given(st.lists(st.text("ab .!?\n。é", max_size=600), max_size=5))
@@ -108,7 +113,7 @@ def test_vectors_are_those_of_sentence_transformers(mode, tmp_path):
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").train()
     texts = [text[: 20 + 4 * number] for number, text in enumerate(documents(9))]
     rows = [torch.tensor(row) for row in tokenizer()(texts)["input_ids"]]
-    ours = embed(model, rows, pooling_of(model))
+    ours = embed(model, rows, Pooling.of(model))
     assert model.training and len({len(row) for row in rows}) > 1
     expected = torch.tensor(theirs.encode(texts))  # of which a mean may be the sum here
     torch.testing.assert_close(normalize(ours), normalize(expected), atol=1e-5, rtol=1e-4)
@@ -116,10 +121,41 @@ def test_vectors_are_those_of_sentence_transformers(mode, tmp_path):
 
 def test_a_folder_without_pooling_takes_the_mean(tmp_path):
     build("bert").save_pretrained(tmp_path)
-    assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
+    assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
     for modules in ("{", '[{"path": "1_SpladePooling", "type": "a.SpladePooling"}]'):
         put_into(tmp_path, {"modules.json": modules, "1_SpladePooling/config.json": '{"pooling_strategy": "max"}'})
-        assert pooling_of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == ["mean"]
+        assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
+
+
+PROMPTED = {"prompts": {"query": "find: ", "document": "text of: "}, "default_prompt_name": None}
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"), [(None, "text of: "), ("query", "find: "), ("other", "text of: ")], ids=str
+)
+def test_vectors_are_made_behind_the_prompt_of_the_model(default, expected, tmp_path):
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    put_into(tmp_path, {"modules.json": json.dumps(modules)})
+    put_into(tmp_path, {"1_Pooling/config.json": json.dumps({"pooling_mode": "mean", "include_prompt": False})})
+    put_into(tmp_path, {PROMPTS: json.dumps({**PROMPTED, "default_prompt_name": default})})
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    pooling = Pooling.of(model)
+    assert pooling == (["mean"], expected, False)
+
+    texts, reader = documents(3), tokenizer()
+    measured = Embeddings(model, {"a": texts}, reader, languages=False)
+    start = pooling.prompt_tokens(reader)
+    for text, vector in zip(texts, measured.dense[0]["a"], strict=True):
+        ids = reader(expected + text, return_tensors="pt")["input_ids"]
+        assert (
+            0 < start < ids.shape[1]
+            and reader.decode(ids[0, :start]).strip() == reader.decode(reader(expected)["input_ids"][:start]).strip()
+        )
+        states = model.base_model(ids)[0][0, start:]
+        torch.testing.assert_close(vector, states.mean(0))
+    assert Pooling.of(build("bert")).prompt == ""
 
 
 def test_an_encoder_decoder_has_the_vector_of_its_decoder():

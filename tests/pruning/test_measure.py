@@ -42,9 +42,9 @@ def test_each_document_has_a_row_before_one_has_two(lengths, tokens):
 def test_a_short_run_is_judged_by_many_documents_of_each_kind_and_no_more_is_measured_than_is_asked_for():
     pruner = StructPruner(config(num_samples=96))
     pruner.prune_model(build("llama-tied"), tokenizer())
-    measured = pruner.report.perplexity_tokens
-    assert 0 < sum(measured.values()) <= max(96 * 24 / 8, MANY_DOCUMENTS * 23 * len(measured))
+    measured = [domain.tokens for domain in pruner.report.domains.values()]
+    assert 0 < sum(measured) <= max(96 * 24 / 8, MANY_DOCUMENTS * 23 * len(measured))
     texts = [DomainConfig(name, documents(60, seed)) for seed, name in enumerate("abc")]
     few = StructPruner(config(domains=texts, num_samples=30))
     few.prune_model(build("llama-tied"), tokenizer())
-    assert all(isfinite(of["ratio"]) for of in few.report.perplexity_margin.values())
+    assert all(isfinite(domain.perplexity.margin) for domain in few.report.domains.values())

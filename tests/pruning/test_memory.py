@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same_weights
+from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.pruning.memory import RELATIVE_ERROR, estimate_memory, free_bytes
-from optimum_structprune.pruning.request import Request
+from optimum_structprune.pruning.memory import RELATIVE_ERROR, check_memory, estimate_memory, free_bytes
+from optimum_structprune.pruning.request import PruningRequest
 
 
 STATUS = Path("/proc/self/status")
@@ -26,7 +26,9 @@ def llama(wide=3072):
 
 def estimated(config, model_config, offload=None, inputs=None, dtype=torch.float32):
     model = meta_model(model_config, dtype=dtype)
-    return estimate_memory(Request(config, ModelInfo(describe(model), model, model.device), inputs=inputs), offload)
+    return estimate_memory(
+        PruningRequest(config, ModelInfo(describe(model), model, model.device), inputs=inputs), offload
+    )
 
 
 def half(wide=3072, **fields):
@@ -69,7 +71,7 @@ def test_only_a_cpu_holds_a_smaller_layer_beside_the_whole_one():
     described = ModelInfo(describe(model), model, model.device)
     on_cpu = replace(described, device=torch.device("cpu"))
     smaller = 4 * 48 * 3 * 1024 * 512
-    card, cpu = (estimate_memory(Request(config, info)).working for info in (described, on_cpu))
+    card, cpu = (estimate_memory(PruningRequest(config, info)).working for info in (described, on_cpu))
     assert card < smaller < cpu < 2 * smaller
 
 
@@ -111,3 +113,35 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     found = free_bytes(torch.device("cpu"))
     assert found is None or 0 < found < 2**60
     assert free_bytes(torch.device("meta")) is None
+
+
+def test_each_device_of_a_spread_model_takes_its_part_of_a_copy(monkeypatch):
+    model = build("llama-untied")
+    request = PruningRequest(config(), ModelInfo(describe(model), model, model.device))
+    above = int(estimate_memory(request).above * (1 - RELATIVE_ERROR))
+    devices = [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr(
+        "optimum_structprune.pruning.memory.bytes_by_device", lambda model: dict(zip(devices, (30, 70), strict=True))
+    )
+
+    def check(free, inplace=False):
+        monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: free[device.index])
+        check_memory(request, inplace)
+
+    check([above + 30, above + 70])
+    check([above, above], inplace=True)
+    with pytest.raises(StructPruneError, match="on cuda:0"):
+        check([above + 29, above + 70])
+    with pytest.raises(StructPruneError, match="on cuda:1"):
+        check([above + 30, above + 69])
+
+
+def test_a_recovery_takes_a_copy_of_the_dense_model(monkeypatch):
+    model = build("llama-tied")
+    info = ModelInfo(describe(model), model, model.device)
+    plain, recovering = (PruningRequest(config(recovery=recovery), info) for recovery in (None, recovery_config()))
+    above = int(estimate_memory(plain).above * (1 - RELATIVE_ERROR))
+    monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: above)
+    check_memory(plain, inplace=True)
+    with pytest.raises(StructPruneError, match=r"a copy of the model \d"):
+        check_memory(recovering, inplace=True)

@@ -12,7 +12,7 @@ from helpers import recovery_config, same_weights, unread
 from models import build, config, token_ids, tokenizer
 from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
-from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune_model
+from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune, prune_model
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.criteria import CRITERIA, register_criterion
@@ -20,7 +20,7 @@ from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.forward.metrics import perplexity
-from optimum_structprune.pruning.request import DRY_RUN, ask, without_effect
+from optimum_structprune.pruning.request import DRY_RUN, resolve_request, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
 
 
@@ -33,7 +33,7 @@ def training(**fields) -> RecoveryConfig:
     return recovery_config(domains=[DomainConfig(name="x", source=unread())], **fields)
 
 
-UNIFORM = {"allocation": "search_uniform", "round_to": 4}
+MEASURED = {"allocation": "sensitivity", "round_to": 4}
 ONLY_LAYERS = "judges whole layers, and nothing else"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
@@ -66,9 +66,12 @@ REFUSED = [
     ("phi3", {"widths": {"attention": [2, 4]}}, "'attention' of a phi3.*number of heads"),
     ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
     ("llava", {"skip_layers": [0]}, "only a text model by itself"),
-    ("llama-tied", {"sparsity": 0.1, **UNIFORM, "targets": ["layer"]}, "'layer' is none of"),
-    ("bert", {"sparsity": 0.2, **UNIFORM, "targets": ["mlp"]}, "makes none; use allocation='unif"),
-    ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "search"}, "belongs to the whole model"),
+    ("llama-tied", {"sparsity": 0.1, **MEASURED, "targets": ["layer"]}, "which 'layer' of a llama model cannot have"),
+    (
+        "llama-tied",
+        {"sparsity": 0.2, "targets": ("hidden",), "allocation": "sensitivity"},
+        "belongs to the whole model",
+    ),
     ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
     # the criterion
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
@@ -105,7 +108,7 @@ def test_the_text_is_what_a_run_reads_next():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "search"}, "measures what the dense model loses"),
+    ({"allocation": "sensitivity"}, "measures what the dense model loses"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -138,6 +141,11 @@ def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_
         prune_model(build("llama-tied"), blind(rounds=2), tokenizer(), options=RunOptions(checkpoint_dir="run"))
 
 
+def test_losses_are_measured_of_models_that_predict_tokens():
+    with pytest.raises(StructPruneError, match="makes none; use allocation='uniform'"):
+        prune_model(build("llama-tied").model, blind(**MEASURED), tokenizer())
+
+
 # --- options without effect
 def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
     model = build("glm4_moe")
@@ -150,12 +158,12 @@ def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
 def test_check_warns_once_of_all_of_them():
     dense = ModelInfo.of(build("llama-tied"))
     with pytest.warns(UserWarning, match="have no effect here: keep_tokens='a', .*; round_to=8, because") as caught:
-        ask(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
+        resolve_request(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ask(blind(error_feedback=0.2), dense, use=DRY_RUN)
-        ask(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
+        resolve_request(blind(error_feedback=0.2), dense, use=DRY_RUN)
+        resolve_request(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
@@ -164,7 +172,7 @@ def test_check_warns_once_of_all_of_them():
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
     ("targets", ["attention"], {"sparsity": 0.2, "round_to": 4}, True),
     ("round_to", 8, {"widths": {"mlp": 21}}, False),
-    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "search"}, True),
+    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "sensitivity"}, True),
     ("round_to", 8, {"sparsity": 0.3}, True),
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),
@@ -213,8 +221,8 @@ def test_another_kind_is_refused():
 
 
 def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
-    small = prune_model(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
-    assert small.config.intermediate_size == 24 and small.prune_result.manifest.seq_length == 16
+    result = prune(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
+    assert result.model.config.intermediate_size == 24 and result.manifest.seq_length == 16
 
 
 def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
@@ -241,7 +249,7 @@ def test_odd_models(tmp_path):
     prune_model(fixed, config(), tokenizer())
     with pytest.raises(StructPruneError, match="pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
-    with pytest.raises(StructPruneError, match="nothing to predict"):
+    with pytest.raises(StructPruneError, match="`seq_length` must be at least 2"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
     for case in ("bert", "t5"):
         with pytest.raises(StructPruneError, match="(Bert|T5)For.* does not predict the next token"):

@@ -14,8 +14,8 @@ from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method import loop, shrink
 from optimum_structprune.method.layers import InMemory
 from optimum_structprune.method.shrink import Masks
-from optimum_structprune.pruning.run import Run
 from optimum_structprune.steps import experts, hidden, layers
+from optimum_structprune.steps.base import RunState, refusing_half_pruned
 
 
 def assert_refused(prune, model, message, folder):
@@ -51,9 +51,10 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
 
     def prune(model):
         data = data_of(config(refit=refit, rounds=2))
-        with Run(model, describe(model), data) as run:
-            for step in StructPruner(data.config).steps(run.arch, run.model, {"mlp": 24}):
-                StructPruner(data.config).apply_step_(run, step)
+        state = RunState.start(model, describe(model), data)
+        with refusing_half_pruned(state):
+            for step in StructPruner(data.config).steps(state.arch, state.model, {"mlp": 24}):
+                step.apply(state)
 
     assert_refused(prune, model, "NaN or infinite activations at model.layers.1.mlp", tmp_path)
     assert len(masked) == 1 and not same_weights(masked[0], model)

@@ -9,7 +9,7 @@ from optimum_structprune.arch.spec import MODEL
 
 @pytest.mark.parametrize(("content", "message"), [
     ("", "plan.json cannot be read"),
-    ("[]", "plan.json has to hold a mapping of fields, found list"),
+    ("[]", "plan.json must hold a mapping of fields, got list"),
     ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
     ('{"model_type": "llama", "keep": {"mlp": {"0": 3}}}', "plan.json is not a pruning plan"),
 ])  # fmt: skip

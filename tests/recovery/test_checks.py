@@ -14,12 +14,20 @@ from torch.distributed import HashStore, destroy_process_group, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, LlamaForCausalLM
 
-from optimum_structprune import Recovery, StructPruner, across_processes, export_gguf, prune_model, recover
+from optimum_structprune import (
+    Recovery,
+    RecoveryConfig,
+    StructPruner,
+    across_processes,
+    export_gguf,
+    prune_model,
+    recover,
+)
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.recovery.arguments import TrainingSize, computes_in_bf16, training_arguments
 from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.teacher import load_teacher
-from optimum_structprune.recovery.trainer import training_arguments
 
 
 def domain(**fields) -> dict:
@@ -27,14 +35,14 @@ def domain(**fields) -> dict:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is enough"),
+    ({"tokens": 40}, "`tokens`=40 gives less than one sample of 24 tokens to each of the 2 domains. Set .* least 48"),
     ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
-    ({"training": {"deepspeed": "zero3.json"}}, "deepspeed is not supported"),
-    ({"training": {"fsdp": True}}, "fsdp is not supported"),
+    ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
+    ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
     (domain(source="preset:nothing"), "There is no preset 'nothing'"),
     (domain(source="memory:list"), "set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
@@ -58,15 +66,44 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
         export_gguf(torch.compile(build("llama-tied"), backend="eager"), "nowhere.gguf", tokenizer())
 
 
+def arguments_of(config, samples=1_000, validation=4, on_cpu=True):
+    return training_arguments(config, TrainingSize(samples, 24, validation), 0, on_cpu, "scratch")
+
+
 def test_no_checkpoints_are_no_to_yaml_too():
-    arguments = training_arguments(recovery_config(training={"save_strategy": False}), 0, True, "scratch")
+    arguments = arguments_of(recovery_config(training={"save_strategy": False}))
     assert arguments.save_strategy == arguments.eval_strategy == "no" and not arguments.load_best_model_at_end
+
+
+def test_the_batch_grows_with_the_tokens_and_evaluations_take_a_tenth_of_the_time():
+    steps = {}
+    for samples in (20, 200, 2_000, 20_000, 200_000):
+        arguments = arguments_of(RecoveryConfig(), samples)
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        steps[samples] = arguments.max_steps
+        assert arguments.max_steps * batch >= samples and batch <= 64
+        # Samples of an evaluation cost half of a training sample.
+        evaluations = arguments.max_steps // arguments.eval_steps
+        assert evaluations == 1 or evaluations * 4 * 0.5 <= 0.1 * samples
+    assert steps[20] == 20 and 150 <= steps[2_000] <= 250 and steps[200_000] > 1_000
+
+
+def test_mixed_precision_is_the_default_where_the_cpu_computes_in_it(monkeypatch):
+    for supported in (True, False):
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda value=supported: value)
+        assert computes_in_bf16("cpu") is supported
+        assert arguments_of(RecoveryConfig()).bf16 is supported
+        assert not arguments_of(RecoveryConfig(training={"bf16": False})).bf16
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert not computes_in_bf16("cpu")
 
 
 @pytest.mark.parametrize("training", [
     {"report_to": "nothing"}, {"save_strategy": "best"}, {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
-    {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"remove_unused_columns": True},
-    {"torch_compile": True}, {"gradient_accumulation_steps": 0}, {"optim": "lomo", "learning_rate": None},
+    {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"gradient_accumulation_steps": 0},
+    {"optim": "lomo", "learning_rate": None},
 ])  # fmt: skip
 def test_what_other_libraries_refuse_leaves_the_model_as_it_was(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):
@@ -80,12 +117,12 @@ def test_only_causal_language_models_in_memory_are_trained():
             lambda model: recover(model, tokenizer(), recovery_config(**domain(source=unread()))),
             lambda model: check_recovery(recovery_config(), config(), model),
         ):
-            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For.* own loss"):
+            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For.*own loss"):
                 refused(build(case))
-    with pytest.raises(StructPruneError, match="takes a RecoveryConfig, got StructPruneConfig"):
+    with pytest.raises(StructPruneError, match="must be a RecoveryConfig, got StructPruneConfig"):
         recover(build("llama-tied"), tokenizer(), config())
     model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
-    with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded; leave recovery out, save, and"):
+    with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded. Prune without recovery, save, and"):
         check_recovery(recovery_config(), config(), model)
 
 
@@ -129,7 +166,7 @@ def test_a_teacher_is_refused_where_an_id_means_another_token(data):
     model, own = with_tokens(dense, tokenizer(), learnt)
     before = deepcopy(teacher)
     if learnt == taught:
-        assert load_teacher(teacher, model, own, theirs).parts is None
+        assert load_teacher(teacher, model, own, theirs).alignment is None
     else:  # a token that is no word of others cannot be spelled by them
         numbers = f"vocabulary of {len(taught)} tokens .* one of {len(learnt)}, and by"
         fewer = learnt == [token for token in taught if token in learnt]
@@ -143,8 +180,8 @@ def test_rows_without_a_token_make_no_difference():
     wide, narrow = build("llama-tied"), build("llama-tied")
     wide.resize_token_embeddings(128)
     narrow.resize_token_embeddings(104)
-    assert load_teacher(wide, narrow, tokenizer(), tokenizer()).parts.spellings[-1] == ()
-    assert load_teacher(narrow, wide, tokenizer(), tokenizer()).parts.size == 128
+    assert load_teacher(wide, narrow, tokenizer(), tokenizer()).alignment.spellings[-1] == ()
+    assert load_teacher(narrow, wide, tokenizer(), tokenizer()).alignment.size == 128
 
 
 def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(pruned, tmp_path):
@@ -166,7 +203,7 @@ def test_a_model_does_not_teach_itself(tmp_path):
     save_with_tokenizer(build("llama-tied"), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     for teacher in (model, str(tmp_path), tmp_path):
-        with pytest.raises(StructPruneError, match="The teacher is the model that is trained"):
+        with pytest.raises(StructPruneError, match="`teacher` and the trained model are the same model"):
             recover(model, tokenizer(), recovery_config(), teacher=teacher)
     model.model.norm.weight.data.mul_(1.1)  # the folder holds another model by then
     assert load_teacher(str(tmp_path), model, tokenizer()).model.name_or_path == str(tmp_path)
@@ -174,7 +211,7 @@ def test_a_model_does_not_teach_itself(tmp_path):
 
 def test_what_is_no_causal_language_model_is_no_teacher(pruned):
     for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
-        with pytest.raises(StructPruneError, match=f"teacher takes a causal .* got {type(teacher).__name__}"):
+        with pytest.raises(StructPruneError, match=f"`teacher` must be a causal .* got {type(teacher).__name__}"):
             recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
 
 
@@ -184,7 +221,7 @@ def test_a_teacher_whose_base_does_not_say_what_it_takes():
     teacher, student = (BartForCausalLM(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)) for _ in "12")
     recovery = Recovery(recovery_config(tokens=96))
     recovery.recover_model(student, tokenizer(), teacher)
-    assert recovery.report.divergence["a"]["recovered"] > 0
+    assert recovery.report.domains["a"].divergence.recovered > 0
 
 
 def test_a_compiled_teacher_is_the_model_in_it():

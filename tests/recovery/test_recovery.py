@@ -1,8 +1,8 @@
 """Recovery brings quality back, leaves an ordinary model, and says what is wrong with bad input."""
 
 import json
+import re
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from helpers import failing, logits, recovery_config, same_weights, with_long
 from models import CASES, build, config, documents, real_text_model, tokenizer
 from trained import needs_shared, stories_config, stories_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruner, evaluate, prune_model, recover
 from optimum_structprune.arch.load import describe
@@ -21,8 +21,8 @@ from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.recovery.adapter import adapted, lora_config
-from optimum_structprune.recovery.text import text_config, training_text, validation_text
-from optimum_structprune.recovery.trainer import DistillTrainer, NothingGainedWarning
+from optimum_structprune.recovery.text import TextStream, text_config, validation_text
+from optimum_structprune.recovery.training import NothingGainedWarning
 from optimum_structprune.system.fingerprint import computing
 
 
@@ -38,11 +38,12 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
     pruned = prune_model(dense, pruning, words)
     recovery = Recovery(RecoveryConfig(tokens=32_000, training={"learning_rate": 3e-3}), pruning)
     recovered = recovery.recover_model(pruned, words, dense)
-    far, ppl = recovery.report.divergence, recovery.report.perplexity["stories"]
-    assert far["stories"]["recovered"] < 0.6 * far["stories"]["pruned"]
-    assert far["answers"]["recovered"] < 0.8 * far["answers"]["pruned"]
-    assert far["validation text"]["recovered"] < far["validation text"]["pruned"] and recovery.report.kept_step
-    assert ppl["dense"] < ppl["recovered"] and type(recovered) is type(dense) and recovered is pruned
+    domains = recovery.report.domains
+    for name, share in (("stories", 0.6), ("answers", 0.8), ("validation text", 1.0)):
+        assert domains[name].divergence.recovered < share * domains[name].divergence.pruned
+    perplexity = domains["stories"].perplexity
+    assert recovery.report.kept_step
+    assert perplexity.dense < perplexity.recovered and type(recovered) is type(dense) and recovered is pruned
     assert recovery.report.tokens == pytest.approx(32_000, rel=0.02) and recovery.report.seconds > 0
     recovery.save(recovered, tmp_path / "out", words)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -70,7 +71,7 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
     assert recovered.training == small.training and recovered.lm_head.weight is recovered.model.embed_tokens.weight
     assert computing(recovered.config) == computing(small.config) and recovered.config.use_cache
     assert all(parameter.requires_grad and parameter.grad is None for parameter in recovered.parameters())
-    with pytest.raises(StructPruneError, match="Only what recover_model returned"):
+    with pytest.raises(StructPruneError, match="`save` takes the model that `recover_model` returned"):
         recovery.save(small, tmp_path / "out")
     recovered.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -105,12 +106,12 @@ def test_a_loss_that_is_no_number_keeps_the_best_checkpoint(pruned):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::optimum_structprune.recovery.trainer.NothingGainedWarning")
+@pytest.mark.filterwarnings("ignore::optimum_structprune.recovery.training.NothingGainedWarning")
 def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_back(pruned, monkeypatch):
     before, recovery = deepcopy(pruned), Recovery(recovery_config(), callbacks=[Spoiler(step=0)])
     assert same_weights(recovery.recover_model(pruned, tokenizer()), before)
     assert "loss of step 1 is nan" in recovery.report.stopped and recovery.report.kept_step == 0
-    original = DistillTrainer.training_step
+    original = Trainer.training_step
 
     def spoiled(self, model, inputs, *arguments, **more):
         loss = original(self, model, inputs, *arguments, **more)
@@ -118,7 +119,7 @@ def test_a_loss_that_never_was_a_number_and_a_last_step_that_is_none_are_taken_b
             next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
         return loss
 
-    monkeypatch.setattr(DistillTrainer, "training_step", spoiled)
+    monkeypatch.setattr(Trainer, "training_step", spoiled)
     recovery = Recovery(recovery_config())
     recovered = recovery.recover_model(pruned, tokenizer())
     assert 0 < recovery.report.kept_step < recovery.report.steps
@@ -134,22 +135,22 @@ def test_a_training_that_brings_nothing_gives_the_model_back(pruned, small, rate
     assert torch.equal(logits(recovered), logits(small)) and recovered is pruned
 
 
-@pytest.mark.filterwarnings("ignore::optimum_structprune.recovery.trainer.NothingGainedWarning")
+@pytest.mark.filterwarnings("ignore::optimum_structprune.recovery.training.NothingGainedWarning")
 def test_a_default_rate_whose_first_step_goes_too_far_is_lowered_and_another_is_as_if_it_were_named(
     pruned, monkeypatch
 ):
-    named, unnamed = (recovery_config(training={"learning_rate": rate}) for rate in (1e-4, None))
+    named, unnamed = (recovery_config(training={"learning_rate": rate}) for rate in (3e-3, None))
 
-    def trained(rate, config):
+    def trained(rate, config, seed):
         monkeypatch.setitem(LEARNING_RATES, "lora", rate)
         recovery = Recovery(config)
-        return recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied")), recovery.report
+        return recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied", seed=seed)), recovery.report
 
-    (model, report), (same, _) = (trained(1e-4, config) for config in (unnamed, named))
-    assert report.learning_rate == 1e-4 and report.kept_step and same_weights(model, same)
-    far, kept = (trained(10.0, config)[1].learning_rate for config in (unnamed, named))
-    assert 0.01 < far < 10 and kept == 1e-4
-    assert trained(1e18, unnamed)[1].learning_rate < 1e18  # behind which the loss is no number
+    (model, report), (same, _) = (trained(3e-3, config, 1) for config in (unnamed, named))
+    assert report.learning_rate == 3e-3 and report.kept_step and same_weights(model, same)
+    far, kept = (trained(10.0, config, 0)[1].learning_rate for config in (unnamed, named))
+    assert 0.01 < far < 10 and kept == 3e-3
+    assert trained(1e18, unnamed, 0)[1].learning_rate < 1e18  # behind which the loss is no number
 
 
 def test_a_pruned_model_is_saved_with_the_text_that_has_trained_it_since(tmp_path):
@@ -165,8 +166,8 @@ def test_other_text_is_measured_again_and_nothing_is_chosen_by_it(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
     report, text = recovery.report, [entry for entry in Manifest.seen_by(recovered).domains if entry.use == JUDGED]
-    assert report.other["source"] == "built-in" and "perplexity other text, built-in" in str(report)
-    assert [*report.other["perplexity"]] == ["dense", "pruned", "recovered"] and report.divergence["other text"]
+    assert report.unseen.source == "built-in" and "unseen text (built-in)" in str(report)
+    assert [*report.unseen.perplexity.by_model()] == ["dense", "pruned", "recovered"] and report.unseen.divergence
     trained = [entry for entry in recovery.entries if entry.use == TRAINED]
     used = {name for entry in trained for name in (*entry.documents, *entry.heldout_documents)}
     assert text and not used & {*text[0].heldout_documents}
@@ -180,14 +181,14 @@ def test_a_generator_gives_what_the_list_of_its_texts_gives():
         training = recovery_config(domains=None, tokens=96)
         pruner = StructPruner(config(domains=domains, recovery=training))
         model = pruner.prune_model(build("llama-tied"), tokenizer())
-        again = Recovery(training, pruner.used_config).recover_model(deepcopy(model), tokenizer())
+        again = Recovery(training, pruner.result.config).recover_model(deepcopy(model), tokenizer())
         found = evaluate(model, tokenizer(), domains, seq_length=24)
         results.append((model, again, pruner.prune_model(build("llama-tied"), tokenizer()), found, pruner.report))
     (*models, found, report), (*same, again, same_report) = results
     assert all(map(same_weights, models, same)) and same_weights(models[0], models[2])
-    assert found.perplexity == again.perplexity and found.perplexity_tokens == again.perplexity_tokens
-    assert report.perplexity == same_report.perplexity
-    assert report.recovery.perplexity == same_report.recovery.perplexity
+    assert found.domains == again.domains
+    assert report.domains == same_report.domains
+    assert report.recovery.domains == same_report.recovery.domains
 
 
 @pytest.mark.slow
@@ -254,27 +255,73 @@ def test_an_offloaded_teacher_teaches_the_same(pruned):
     assert (taught - expected).norm() < 0.01 * (expected - before).norm()
 
 
-def test_the_domains_give_tokens_by_their_weights_whatever_the_seed():
-    uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
-    text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))
-    assert [len(domain.samples) for domain in text] == [15, 5]
-    other = training_text(recovery_config(domains=uneven, seed=3), config(), tokenizer(), build("llama-tied"))
-    assert all(torch.equal(mine.samples, theirs.samples) for mine, theirs in zip(text, other, strict=True))
+def test_samples_are_of_the_domains_by_their_weights_and_read_lazily():
+    read = []
+
+    def texts(name):
+        for text in documents(400):
+            read.append(name)
+            yield text
+
+    uneven = [DomainConfig(name="a", source=texts("a"), weight=3.0), DomainConfig(name="b", source=documents(200, 1))]
+    config_of_text = text_config(recovery_config(domains=uneven), config(), 24)
+    stream = TextStream(config_of_text, tokenizer(), build("llama-tied"))
+    samples = list(stream.samples(20))
+    assert [len(sample) for sample in samples] == [24] * 20
+    again = TextStream(
+        text_config(recovery_config(domains=uneven, seed=3), config(), 24), tokenizer(), build("llama-tied")
+    )
+    assert list(again.samples(20)) == samples
+    by_domain = {entry.name: entry.calibration_tokens for entry in stream.entries()}
+    assert by_domain == {"a": 15 * 24, "b": 5 * 24}
+    held = {name for domain in stream.heldout for name in domain.heldout_documents}
+    trained = {name for entry in stream.entries() for name in entry.documents}
+    assert held and trained and not held & trained
+
+
+def test_text_that_ends_is_read_again_and_too_little_is_refused_before_training():
+    few = [DomainConfig(name="a", source=documents(30))]
+    text = text_config(recovery_config(domains=few, tokens=24 * 400), config(), 24)
+    stream = TextStream(text, tokenizer(), build("llama-tied"))
+    with pytest.raises(
+        StructPruneError, match=r"'a' has \d+ samples of 24 tokens .* more than 4 passes. Add"
+    ) as caught:
+        stream.check_enough(400)
+    with pytest.raises(StructPruneError, match="ended after 4 passes"):
+        list(stream.samples(400))
+    count = int(re.search(r"has (\d+) samples", str(caught.value))[1])
+    stream.check_enough(count)
+    with pytest.warns(UserWarning, match="'a' is read 2 times"):
+        stream.check_enough(count + 1)
+
+
+def test_the_text_of_a_recovery_is_the_text_of_the_pruning_without_what_the_model_wrote():
     follows = recovery_config(domains=None, validation=None)
     settings = config(general_share=None, general_text="builtin:general")
-    assert [domain.name for domain in text_config(follows, settings).domains] == ["a", "b", "general"]
-    assert str(text_config(follows, settings).domains[-1].source) == "builtin:general-news"
-    assert validation_text(follows, settings, real_text_model()[1]).shape[1] == 24
+    text = text_config(follows, settings, 24)
+    assert [domain.name for domain in text.domains] == ["a", "b", "general"]
+    assert str(text.domains[-1].source) == "builtin:general-news"
+    _, reader = real_text_model()
+    assert validation_text(follows, text, reader, (), 3)[0].shape == (3, 24)
     written = config(general_share=None, general_text="self:any")
     assert [domain.name for domain in texts_of(written)] == ["a", "b", "general"]
-    # Documents that are trained on do not validate, also where both are one file.
-    same = replace(follows, domains=[replace(uneven[0], source="builtin:math")], validation="builtin:math", tokens=96)
+    assert [domain.name for domain in text_config(follows, written, 24).domains] == ["a", "b"]
+
+
+def test_documents_that_validate_are_not_trained_on():
+    """Also if both are one file."""
     model, reader = real_text_model()
-    every = validation_text(same, settings, reader)
-    trained = training_text(same, settings, reader, model)[0].documents
-    assert trained and not torch.equal(validation_text(same, settings, reader, trained), every)
-    # What the model wrote beside the domains is not trained on.
-    assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
+    math = [DomainConfig(name="a", source="builtin:math")]
+    text = text_config(recovery_config(domains=math, tokens=96, validation="builtin:math"), config(), 24)
+    stream = TextStream(text, reader, model)
+    held = stream.heldout[0].heldout_documents
+    _, names = validation_text(recovery_config(validation="builtin:math"), text, reader, held, 8)
+    before = list(stream.samples(4))
+    stream.skip(names)
+    assert list(stream.samples(4)) != before
+    stream.documents["a"].clear()
+    list(stream.samples(4))
+    assert not {*names} & {*stream.entries()[0].documents}
 
 
 # --- adapters: what they train of a model, and what merging makes of them
@@ -299,7 +346,7 @@ def test_what_stops_a_training_takes_the_adapter_off(monkeypatch):
     model = build("llama-untied")
     before = deepcopy(model)
     lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
-    monkeypatch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 1, KeyboardInterrupt()))
+    monkeypatch.setattr(Trainer, "training_step", failing(Trainer.training_step, 1, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         recover(model, tokenizer(), recovery_config(tokens=96, lora=lora))
     assert [*model.state_dict()] == [*before.state_dict()] and torch.equal(logits(model), logits(before))

@@ -10,9 +10,9 @@ import torch
 from accelerate import cpu_offload
 from helpers import failing, logits, recovery_config, same_weights, unread
 from models import build, full_disk, tokenizer
+from transformers import Trainer
 
 from optimum_structprune import DomainConfig, StructPruneError, recover
-from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.fingerprint import fingerprint
 
 
@@ -46,13 +46,14 @@ def test_training_goes_on_from_the_one_before_a_checkpoint_cut_short(pruned, run
         (folder / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
     else:
         state.write_bytes(b"{}" if how == "empty object" else state.read_bytes()[:200])
-    steps, original = [], DistillTrainer.compute_loss
+    steps, original = [], Trainer.compute_loss
 
     def noted(self, *arguments, **more):
-        steps.append(self.state.global_step)
+        if self.model.training:
+            steps.append(self.state.global_step)
         return original(self, *arguments, **more)
 
-    monkeypatch.setattr(DistillTrainer, "compute_loss", noted)
+    monkeypatch.setattr(Trainer, "compute_loss", noted)
     with pytest.warns(UserWarning, match="checkpoint-8 is passed over: "):
         resumed = recover(deepcopy(pruned), tokenizer(), settings(folder), resume=True)
     assert steps == [6, 7]
@@ -110,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_what_an_uninterrupted_one_gives(pruned, t
     whole = recover(deepcopy(before), tokenizer(), settings(tmp_path / "whole", **fields), teacher)
     model = deepcopy(before)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
+        patch.setattr(Trainer, "training_step", failing(Trainer.training_step, 6, KeyboardInterrupt()))
         patch.setattr("tempfile.TemporaryDirectory", None)  # which a kill would leave behind
         recover(model, tokenizer(), settings(tmp_path / "half", **fields), teacher)
     assert same_weights(model, before) and [*model.state_dict()] == [*before.state_dict()]

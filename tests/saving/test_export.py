@@ -1,7 +1,5 @@
 """A non-uniform model with one width for all layers."""
 
-import json
-
 import pytest
 import torch
 from helpers import logits
@@ -10,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Manifest, Plan, StructPruneConfig, StructPruner, export_uniform
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.record.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     with pytest.raises(StructPruneError, match="pruned shares files with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
-    assert padding.dense == pruner.report.parameters["before"]
+    assert padding.dense == pruner.report.dense.parameters
     share = (padding.after - padding.before) / (padding.dense - padding.before)
     assert f"adds {padding.after - padding.before:,} zero parameters" in str(padding)
     assert f"{share:.1%} of the parameters that pruning had removed" in str(padding) and all(
@@ -44,8 +43,8 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["parameters"]["after"] == padding.before == model.num_parameters()
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.pruned.parameters == padding.before == model.num_parameters()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not again.config.is_heterogeneous and again.num_parameters() == padding.after
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)

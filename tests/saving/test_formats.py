@@ -1,28 +1,36 @@
 """The files of a result keep to their schemas, and those of later versions are refused."""
 
 import json
-from dataclasses import fields
 from functools import partial
-from importlib.resources import files
-from math import nan
+from math import inf, nan
 
 import pytest
+import results
+from helpers import recovery_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
-from models import build, config, tokenizer
+from models import build, config, documents, tokenizer
+from transformers import AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruner, write_report
-from optimum_structprune.domains.manifest import Entry, Manifest
+from optimum_structprune import (
+    DomainConfig,
+    Plan,
+    Recovery,
+    RecoveryConfig,
+    StructPruneConfig,
+    StructPruner,
+    evaluate,
+    write_report,
+)
+from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.record.report import RecoveryReport, Report
+from optimum_structprune.record.report import Report
+from optimum_structprune.saving.schemas import schemas, write_schemas
 from optimum_structprune.written import plain, to_json
 
 
-SCHEMAS = {
-    path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
-    for path in files("optimum_structprune.saving").joinpath("schemas").iterdir()
-}
+SCHEMAS = schemas()
 LOADERS = {
     "structprune_config": StructPruneConfig.from_pretrained,
     "calibration_manifest": Manifest.load,
@@ -41,12 +49,17 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_is_saved_keeps_to_its_schema(name, saved):
     Draft202012Validator.check_schema(SCHEMAS[name])
-    document = json.loads((saved[1] / f"{name}.json").read_text())
+    path = saved[1] / f"{name}.json"
+    if not path.exists():
+        assert name in ("recovery_report", "evaluation", "speed"), "a pruning alone does not write these"
+        return
+    document = json.loads(path.read_text())
     check = Draft202012Validator(SCHEMAS[name]).validate
     check(document)
-    assert document["format_version"] == 1
+    version = document["format_version"]
+    assert version == (2 if name == "report" else 1)
     check({field: value for field, value in document.items() if field != "format_version"})
-    for wrong in ({**document, "format_version": 2}, {**document, "unheard_of": 1}):
+    for wrong in ({**document, "format_version": version + 1}, {**document, "unheard_of": 1}):
         with pytest.raises(ValidationError):
             check(wrong)
 
@@ -66,22 +79,22 @@ def test_every_config_keeps_to_its_schema(fields, tmp_path):
     assert StructPruneConfig.from_pretrained(tmp_path) == settings
 
 
-def test_schemas_name_what_the_classes_have():
-    config_schema, report = SCHEMAS["structprune_config"], SCHEMAS["report"]
-    manifest = SCHEMAS["calibration_manifest"]
-    for cls, schema, besides in (
-        (StructPruneConfig, config_schema, {"format_version"}),
-        (DomainConfig, config_schema["$defs"]["DomainConfig"], set()),
-        (RecoveryConfig, config_schema["$defs"]["RecoveryConfig"], set()),
-        (Manifest, manifest, {"format_version"}),
-        (Entry, manifest["$defs"]["Entry"], set()),
-        (Report, report, {"format_version", "sparsity"}),
-        (RecoveryReport, report["$defs"]["RecoveryReport"], set()),
-    ):
-        assert set(schema["properties"]) == {field.name for field in fields(cls)} | besides, cls.__name__
-        said = " ".join(cls.__doc__.split())
-        for name, one in schema["properties"].items():
-            assert one["description"] and (f" {name}: " not in said or one["description"] in said), (cls, name)
+def test_every_field_is_described():
+    undescribed = []
+    for name, schema in SCHEMAS.items():
+        for owner, part in {name: schema, **schema.get("$defs", {})}.items():
+            properties = part["properties"].items()
+            undescribed += [
+                f"{owner}.{field}" for field, one in properties if "const" not in one and "description" not in one
+            ]
+    assert undescribed == []
+
+
+def test_the_module_writes_the_schemas(tmp_path):
+    write_schemas(tmp_path)
+    assert {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()} == {
+        f"{name}.schema.json": schema for name, schema in SCHEMAS.items()
+    }
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -116,13 +129,33 @@ def test_every_value_becomes_json_that_stays_as_it_is(value):
     assert strict(document) == plain(value) and to_json(strict(document)) == document
 
 
-def test_reports_write_null_for_what_is_no_number(tmp_path):
+def test_reports_write_null_for_numbers_that_are_not_finite(tmp_path):
     shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": nan, "loss": 1.5}
-    sizes = {"before": 4, "after": 2}
-    report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, shapes=[shape])
-    report.recovery = RecoveryReport(perplexity={"a": {"pruned": 2.0, "recovered": nan}})
+    report = results.report([1.5], unseen_ratio=inf, asked=results.answers(3))
+    report.shapes = [shape]
+    report.recovery = results.recovery((2.0, inf), answers=results.answers(3))
     report.save(tmp_path / "report.json")
     read = strict((tmp_path / "report.json").read_text())
     assert read["shapes"][0]["predicted_loss"] is None and read["shapes"][0]["loss"] == 1.5
-    assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
+    assert read["recovery"]["domains"]["domain 0"]["perplexity"] == {"dense": 10.0, "pruned": 20.0, "recovered": None}
+    assert read["unseen"]["perplexity"]["pruned"] is None
     Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
+    assert Report.load(tmp_path / "report.json").recovery == report.recovery
+
+
+def test_a_folder_of_an_earlier_version_is_recovered_and_measured(tmp_path):
+    pruner = StructPruner(config())
+    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(pruned, tmp_path / "old", tokenizer())
+    old = {"format_version": 1, "model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 2.0}}}
+    (tmp_path / "old" / "report.json").write_text(json.dumps(old))
+    (tmp_path / "old" / "recovery_report.json").write_text(json.dumps({"tokens": 3}))
+    (tmp_path / "old" / "recovery_config.json").write_text("{}")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert evaluate(model, tokenizer(), [DomainConfig("x", documents())], seq_length=24).domains["x"].perplexity
+    recovery = Recovery(recovery_config(tokens=96), pruned=tmp_path / "old")
+    recovered = recovery.recover_model(model, tokenizer(), build("llama-tied"))
+    recovery.save(recovered, tmp_path / "new", tokenizer())
+    assert "## Recovery" in (tmp_path / "new" / "README.md").read_text()
+    assert write_report(tmp_path / "new").exists()

@@ -17,10 +17,19 @@ from models import CASES, OTHERS, build, config, described, documents, token_ids
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, ViTConfig, WhisperTokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, evaluate, write_report
-from optimum_structprune.arch.spec import MODEL, VOCAB
+from optimum_structprune import (
+    DomainConfig,
+    Manifest,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    evaluate,
+    prune,
+    write_report,
+)
 from optimum_structprune.commands.cli import main
 from optimum_structprune.record.plan import PLAN_NAME, Plan
+from optimum_structprune.record.report import Report
 from optimum_structprune.saving.save import check_reload, copy_extra_files, settle
 from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.written import written_files
@@ -38,8 +47,8 @@ def test_everything_is_saved(run, tmp_path):
     pruner.save(model, tmp_path / "deep" / "out", tokenizer=tokenizer())
     out = tmp_path / "deep" / "out"
     assert StructPruneConfig.from_pretrained(out).widths == {"mlp": 24}
-    report = json.loads((out / "report.json").read_text())
-    assert (report["parameters"]["after"], report["model"]["dtype"]) == (model.num_parameters(), "float32")
+    report = Report.load(out / "report.json")
+    assert (report.pruned.parameters, report.model.dtype) == (model.num_parameters(), "float32")
     again = AutoModelForCausalLM.from_pretrained(out)
     assert again.generation_config.max_new_tokens == 7
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
@@ -59,11 +68,11 @@ def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_pa
         change(model)
     pruner.save(model, out, tokenizer())
     write_report(out)
-    sizes = json.loads((out / "report.json").read_text())["weights"]
-    assert sizes["after"] == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
-    assert sizes["after"] == pruner.report.weights["after"] or change is not None
-    report = json.loads((out / "report.json").read_text())
-    assert report["changed"] == (change is not None) and not pruner.report.changed
+    report = Report.load(out / "report.json")
+    size = report.pruned.bytes
+    assert size == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+    assert size == pruner.report.pruned.bytes or change is not None
+    assert report.changed == (change is not None) and not pruner.report.changed
     warned = " ".join(str(warning.message) for warning in recwarn)
     for text in (warned, (out / "README.md").read_text(), (out / "report.html").read_text()):
         assert (said in text.lower()) == (change is not None)
@@ -78,8 +87,9 @@ def test_an_existing_result_is_refused_and_overwritten_on_request_and_a_link_sta
     with pytest.raises(StructPruneError, match="link exists and is not empty"):
         pruner.save(model, link)
     assert (out / "tokenizer.json").exists()
+    (out / "tokenizer.json").unlink()
     pruner.save(model, link, overwrite=True)
-    assert not (out / "tokenizer.json").exists()
+    assert (out / "tokenizer.json").exists(), "the tokenizer of the run is the default"
     assert link.is_symlink() and (out / "config.json").is_file() and [*out.parent.iterdir()] == [out]
 
 
@@ -258,8 +268,7 @@ def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(t
     put_into(tmp_path / "dense", files)
     model.config.vocab_size, model.name_or_path = 64, str(tmp_path / "dense")
     model.config.save_pretrained(tmp_path / "out")
-    model.prune_result = SimpleNamespace(plan=Plan("bert", {(MODEL, VOCAB): (*range(62), 80, 95)}))
-    copy_extra_files(model, tmp_path / "out", None)
+    copy_extra_files(model, tmp_path / "out", None, kept_tokens=(*range(62), 80, 95))
     splade, mask = (json.loads((tmp_path / "out" / name).read_text()) for name in [*files][1:])
     assert splade == {"pooling_strategy": "max", "word_embedding_dimension": 64}
     assert mask == {"skiplist_words": [], "keep_only_token_ids": [2, 62, 63]}
@@ -311,28 +320,44 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
     dense, runs = [build("llama-tied", seed) for seed in (0, 1)], []
     pruners = [StructPruner(config(refit="none", **of)) for of in ({}, {"domains": [DomainConfig("c", documents())]})]
     for model, pruner in product(dense, pruners):
-        runs.append((model, pruner, pruner.prune_model(model, tokenizer()), pruner.report.to_dict(), pruner.manifest))
+        runs.append((model, pruner.prune(model, tokenizer())))
     for number in (1, 3, 0, 2):
-        model, pruner, small, report, manifest = runs[number]
+        model, result = runs[number]
         folder = tmp_path / str(number)
-        pruner.save(small, folder, tokenizer())
+        result.save(folder)
         saved = json.loads((folder / "report.json").read_text())
-        assert saved["perplexity"] == json.loads(json.dumps(report["perplexity"]))
-        assert type(manifest).load(folder) == manifest
+        assert saved["domains"] == json.loads(json.dumps(result.report.to_dict()["domains"]))
+        assert Manifest.load(folder) == result.manifest
         plan = Plan.load(folder / PLAN_NAME)
-        assert same_weights(without_refit(model, plan), small) and plan.sizes["mlp"] == 40
-        for other, _, other_small, *_ in runs:
-            assert (plan.dense == fingerprint(other)) == (other is model) and plan.dense != fingerprint(other_small)
-    pruner.save(deepcopy(small), tmp_path / "copy", tokenizer())  # a copy carries the result too
+        assert same_weights(without_refit(model, plan), result.model) and plan.sizes["mlp"] == 40
+        for other, other_result in runs:
+            assert (plan.dense == fingerprint(other)) == (other is model)
+            assert plan.dense != fingerprint(other_result.model)
+    result.save(tmp_path / "copy", model=deepcopy(result.model))
     assert Plan.load(tmp_path / "copy" / PLAN_NAME) == Plan.load(folder / PLAN_NAME)
-    for saver, other in ((pruner, model), (pruner, build("mistral")), (StructPruner(config()), model)):
-        with pytest.raises(StructPruneError, match="not what prune_model returned"):
-            saver.save(other, tmp_path / "dense")
     # The plan of a second pruning is for the once pruned model, and both together for the dense one.
-    second = StructPruner(config(widths={"mlp": 12}))
-    second.prune_model(small, tokenizer())
-    assert second.plan.dense == fingerprint(small) and second.plan.sizes["mlp"] == 24
+    second = prune(result.model, config(widths={"mlp": 12}), tokenizer())
+    assert second.plan.dense == fingerprint(result.model) and second.plan.sizes["mlp"] == 24
     assert plan.then(second.plan).dense == fingerprint(model)
+
+
+def test_a_model_of_another_run_is_not_saved(tmp_path):
+    pruner, dense = StructPruner(config(refit="none")), build("llama-tied")
+    first = pruner.prune_model(dense, tokenizer())
+    last = pruner.prune_model(dense, tokenizer())
+    assert pruner.result.model is last
+    for saver, other in ((pruner, dense), (pruner, first), (pruner, deepcopy(last)), (StructPruner(config()), last)):
+        with pytest.raises(StructPruneError, match="not what prune_model returned last"):
+            saver.save(other, tmp_path / "out")
+    with pytest.raises(StructPruneError, match="does not have the shapes of the pruned model"):
+        pruner.result.save(tmp_path / "out", model=dense)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_hung_on_the_model_but_its_text():
+    dense, before = build("llama-tied"), {*vars(build("llama-tied"))}
+    result = prune(dense, config(), tokenizer())
+    assert {*vars(result.model)} - before == {"text_record"}
 
 
 @pytest.mark.slow

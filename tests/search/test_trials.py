@@ -17,10 +17,10 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.loop import best_units, calibrate, consumer_scores, prune_layers_, refit_consumers
 from optimum_structprune.method.shrink import Masks, read_consumer
-from optimum_structprune.pruning.run import Run
-from optimum_structprune.search.search import Search, choose_shape
+from optimum_structprune.search.sensitivity import Search, choose_shape
 from optimum_structprune.search.trials import STRIDE, Probe, candidates, trial_losses, unit_losses, values_on_trial
 from optimum_structprune.sources.data import batches_of, source_of
+from optimum_structprune.steps.base import RunState
 
 
 def domains():
@@ -112,8 +112,9 @@ def test_units_together_cost_what_was_measured():
 def test_units_that_no_trial_has_removed_go_last(case):
     """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
-    arch, data = describe(model), data_of(config(allocation="sensitivity"), domains())
-    trials = Search(model, arch, data).trials()
+    settings = config(allocation="sensitivity")
+    arch, data = describe(model), data_of(settings, domains())
+    trials = Search(model, arch, data, settings).trials()
     trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
     curves = trials.curves(trials.losses())
     assert set(curves) == {(space.layer, "mlp") for space in arch.of("mlp")}
@@ -139,7 +140,7 @@ def test_a_layer_that_does_little_gives_up_more():
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for source in (whole_model_at_once(), nullcontext()):
         with source:
-            assert choose_shape(Run(model, arch, data_of(settings))) == found
+            assert choose_shape(RunState.start(model, arch, data_of(settings)), settings) == found
 
 
 def test_domains_of_few_and_of_many_samples_have_a_probe_of_one_length():

@@ -96,9 +96,10 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
     for _ in range(2):  # the hooks go on with what has gone back
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
-    for name, values in theirs.report.perplexity.items():
-        assert ours.report.perplexity[name] == pytest.approx(values, rel=1e-4)
-    assert (ours.report.parameters, ours.report.weights) == (theirs.report.parameters, theirs.report.weights)
+    for name, domain in theirs.report.domains.items():
+        expected = pytest.approx(domain.perplexity.by_model(), rel=1e-4)
+        assert ours.report.domains[name].perplexity.by_model() == expected
+    assert (ours.report.dense, ours.report.pruned) == (theirs.report.dense, theirs.report.pruned)
     ours.save(small, tmp_path / "small", tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)

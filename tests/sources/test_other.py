@@ -3,6 +3,7 @@
 from unittest.mock import Mock, patch
 
 import pytest
+import results
 import torch
 from models import real_text_model
 
@@ -10,7 +11,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import MIN_DOCUMENTS, UNSEEN
-from optimum_structprune.record.remarks import remarks
+from optimum_structprune.record.summary import details
 from optimum_structprune.sources import other
 from optimum_structprune.sources.other import other_text, respelled
 
@@ -60,12 +61,12 @@ def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(write
     model, tokenizer = writer
     pruner = StructPruner(settings(sparsity=None, widths={"mlp": model.config.intermediate_size}))
     pruner.prune_model(model, tokenizer)
-    measured, shown = pruner.report.other, str(pruner.report)
-    assert measured["perplexity"]["after"] == pytest.approx(measured["perplexity"]["before"], rel=1e-6)
-    assert (measured["source"], measured["documents"]) == ("model-written", MIN_DOCUMENTS)
-    assert measured["margin"]["ratio"] == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
-    tokens = MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
-    assert f"perplexity other text, model-written ({tokens} tokens)" in shown and "other text x 1.00" in shown
+    unseen = pruner.report.unseen
+    assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
+    assert (unseen.source, unseen.documents) == ("model-written", MIN_DOCUMENTS)
+    assert unseen.perplexity.margin == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
+    assert unseen.tokens == MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
+    assert "unseen text (sampled from the original model)  1.00×" in str(pruner.report)
 
 
 def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
@@ -80,10 +81,10 @@ def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
     used = manifest.domains
     (judged,) = ({*of.heldout_documents} for of in used if of.use == "judged by")
     assert judged and not any(judged & {*of.documents} for of in used)
-    assert 0 < with_text.other["respelled"] < 1 and "are spelled otherwise now" in str(with_text)
+    assert 0 < with_text.unseen.split_words < 1 and "Words now split into more tokens: " in str(with_text)
     assert respelled([["some words of a text"]], writer[1], writer[1]) == 0 == respelled([], writer[1], writer[1])
-    assert not without.other.get("tokens") and "was not measured" in str(without)
-    assert "other text x" not in str(without)
+    assert without.unseen is None and "unseen text" not in str(without)
+    assert "Unseen text was not measured, because none was available." in [*details(without)]
 
 
 def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
@@ -114,7 +115,7 @@ def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
     _, (where, rows, _) = read(writer)
     assert where == "built-in" and rows
-    assert any("simpler than most" in line for line in remarks({"other": {"source": where, "tokens": 5}}))
+    assert any("simpler than most" in line for line in details(results.report([1.0], unseen_ratio=1.0, source=where)))
 
 
 def test_what_a_model_writes_begins_in_the_languages_to_keep(writer):

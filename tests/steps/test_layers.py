@@ -20,7 +20,7 @@ from optimum_structprune.criteria.block_influence import block_influence
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.method.layers import Batch, InMemory
 from optimum_structprune.sources.data import CalibrationData, batches_of
-from optimum_structprune.steps.layers import take_out_layers_
+from optimum_structprune.steps.layers import remove_layers_
 from optimum_structprune.steps.resize import drop_layers_
 
 
@@ -146,7 +146,7 @@ def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
 
     def lost(keep, **fields):
         small = deepcopy(model)
-        take_out_layers_(small, describe(small), CalibrationData(config(**fields), domains), keep)
+        remove_layers_(small, describe(small), CalibrationData(config(**fields), domains), keep)
         return small, float((stream(small) - stream(model)).square().mean())
 
     plain = lost((0, 1, 2), refit="none")[1]

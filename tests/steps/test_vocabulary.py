@@ -12,7 +12,7 @@ from accelerate import cpu_offload
 from helpers import failing, recovery_config, same_weights, save_with_tokenizer, unread, with_long
 from models import GROUPED, PLAIN, build, config, documents, fewer_tokens, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from optimum_structprune import RunOptions, StructPruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.commands.cli import main
@@ -25,13 +25,12 @@ from optimum_structprune.errors import StructPruneError
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.pruning.measure import short_rows
 from optimum_structprune.recovery.teacher import load_teacher
-from optimum_structprune.recovery.trainer import DistillTrainer
 from optimum_structprune.system.resume import Resume
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
 
 
 READER = real_text_model()[1]
-JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_uniform", "round_to": 8}
+JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "sensitivity", "round_to": 8}
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED, positions=256):
@@ -68,16 +67,16 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         pruner.save(small, tmp_path / str(number), given)
         assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == pruner.tokenizer.decode(ids)
     card = (tmp_path / "1" / "README.md").read_text()
-    assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
-    assert 0 < pruner.report.scripts["LATIN"] <= 80
+    assert "has a tokenizer of its own" in card and "- Removed tokens by script: Latin " in card
+    assert 0 < pruner.report.trimmed.scripts["LATIN"] <= 80
     trimmed = pruner.report.trimmed
-    assert Counter(trimmed["reason_of_each"]) == {name[0]: of for name, of in trimmed["reasons"].items()}
+    assert Counter(trimmed.reason_of_each) == {name[0]: of for name, of in trimmed.reasons.items()}
     english = pruner.report.languages["en"]
-    assert english["known"] and not english["wanted"] and english["before"] > 0 < english["after"]
+    assert english.known and not english.wanted and english.cost.dense > 0 < english.cost.pruned
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
-    assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
-    with pytest.warns(UserWarning, match="another tokenizer"):
+    assert pruner.report.dense.parameters - pruner.report.pruned.parameters == 2 * 32 * 80
+    with pytest.warns(UserWarning, match="smaller vocabulary and needs a new tokenizer"):
         prune_model(model, fewer_tokens(), READER)
 
 
@@ -87,10 +86,10 @@ def test_the_languages_to_keep_take_fewer_tokens_and_the_report_says_what_each_c
     (without, _), (kept, small) = pruned(**fields), pruned(**fields, languages=["de-DE,fi"])
     less, more = (tokens_by_language(pruner.tokenizer) for pruner in (kept, without))
     assert len(less["de"] + less["fi"]) < len(more["de"] + more["fi"])
-    assert [code for code, of in kept.report.languages.items() if of["wanted"]] == ["de", "fi"]
-    assert "bits per byte in the languages to keep: German " in str(kept.report)
-    assert "languages to keep" not in str(without.report)
-    after = {code: of["after"] for code, of in kept.report.languages.items() if of["known"] or of["wanted"]}
+    assert [code for code, of in kept.report.languages.items() if of.wanted] == ["de", "fi"]
+    assert "Wanted languages (bits per byte): German " in str(kept.report)
+    assert "Wanted languages" not in str(without.report)
+    after = {code: of.cost.pruned for code, of in kept.report.languages.items() if of.known or of.wanted}
     assert after == pytest.approx(cost_by_language(small, kept.tokenizer, after))
 
 
@@ -103,7 +102,7 @@ def test_channels_are_calibrated_on_the_languages_to_keep_too_and_measured_witho
     assert of_languages.name == "languages de,fi" and of_languages.heldout_tokens == 0
     assert read - 48 < of_languages.calibration_tokens <= read
     assert [of.weight for of in texts] == pytest.approx([0.45, 0.45]) and of_languages.weight == pytest.approx(0.1)
-    assert kept.report.perplexity.keys() == without.report.perplexity.keys() == {"math", "prose"}
+    assert kept.report.domains.keys() == without.report.domains.keys() == {"math", "prose"}
     assert not same_weights(small, plain)
     assert kept.report.languages and not without.report.languages
     kept.save(small, tmp_path / "out")
@@ -133,11 +132,11 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
     limit = {"parameters": model.num_parameters() - 10 * 2 * 32}
     pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
     assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == READER.get_vocab()
-    assert pruner.report.trimmed["tokens"] == 16 and pruner.report.trimmed["respelled"] == 0
-    assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
+    assert pruner.report.trimmed.tokens == 16 and pruner.report.trimmed.respelled == 0
+    assert dry_run(model.config, pruner.result.config).widths == {"vocab": 448}
     joint, small = pruned(model, **JOINT, budget={"parameters": 0.97})  # they are no tokens to compare with channels
-    assert joint.report.trimmed["tokens"] == 464 - small.config.vocab_size > 0
-    assert joint.report.trimmed["respelled"] == 0
+    assert joint.report.trimmed.tokens == 464 - small.config.vocab_size > 0
+    assert joint.report.trimmed.respelled == 0
 
 
 @pytest.mark.parametrize("fields", [
@@ -147,7 +146,7 @@ def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
 ])  # fmt: skip
 def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fields):
     pruner, small = pruned(**fields)
-    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.used_config.widths == fields["widths"]
+    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.result.config.widths == fields["widths"]
     assert sum(width for widths in pruner.plan.widths().values() for width in widths.values()) > 320
     assert pruner.report.widths["vocab"] == {-1: fields["widths"]["vocab"]}
 
@@ -160,7 +159,7 @@ def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
     assert {*counted.documents} == every - {*calibrated.heldout_documents} and {*calibrated.documents} <= every
     assert calibrated.heldout_documents == counted.heldout_documents
     assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
-    assert pruner.used_config.domains == pruner.config.domains
+    assert pruner.result.config.domains == pruner.config.domains
 
 
 def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
@@ -191,7 +190,7 @@ def test_the_sizes_of_a_plan_are_those_of_the_models_and_keep_as_much_of_the_tex
     fields = {"languages": ["en", "de"], "domains": [DomainConfig("math", "builtin:math")]}
     pruner, small = pruned(model, widths={"vocab": size["tokens"]}, **fields)
     assert small.num_parameters() == size["parameters"] == size["bytes"] // 4
-    assert 1 - pruner.report.trimmed["respelled"] == pytest.approx(size["math"])
+    assert 1 - pruner.report.trimmed.respelled == pytest.approx(size["math"])
     assert max(found["tokens_in_use"].values()) == found["tokens_in_use"]["all"] <= 400
 
 
@@ -220,9 +219,8 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with all that may go from vocab"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
-    ({"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
-     "Tokens have no part in the cache_bytes_per_token"),
-    ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
+    ({**JOINT, "budget": {"cache_bytes_per_token": 9}}, "Tokens have no part in the cache_bytes_per_token"),
+    ({"allocation": "sensitivity"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
@@ -233,7 +231,7 @@ def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
 def test_ids_and_samples_are_refused():
     with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
         pruned(inputs={"a": torch.randint(400, (8, 12))})
-    with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
+    with pytest.raises(StructPruneError, match="'vocab' needs text and its tokenizer, not samples. Use prune_model"):
         StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
 
 
@@ -257,8 +255,9 @@ def test_the_dense_model_teaches_in_its_own_tokens_in_a_run_and_later(tmp_path):
     training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
     pruner, small = pruned(model, recovery=training, widths={"vocab": 320, "mlp": 24})
     report = pruner.report.recovery
-    assert {"dense", "pruned", "recovered"} == report.perplexity["a"].keys()
-    assert all(0 < far["recovered"] < far["pruned"] for far in report.divergence.values())
+    assert {"dense", "pruned", "recovered"} == report.domains["a"].perplexity.by_model().keys()
+    divergences = [domain.divergence for domain in report.domains.values()]
+    assert all(0 < divergence.recovered < divergence.pruned for divergence in divergences)
     keep = pruner.plan.keep[-1, "vocab"]
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
@@ -287,7 +286,7 @@ def test_a_training_of_rows_goes_on_after_a_kill(tmp_path, monkeypatch):
 
     whole = trained()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DistillTrainer, "training_step", failing(DistillTrainer.training_step, 6, KeyboardInterrupt()))
+        patch.setattr(Trainer, "training_step", failing(Trainer.training_step, 6, KeyboardInterrupt()))
         trained()
     assert same_weights(trained(resume=True), whole) and not same_weights(whole, small)
 
@@ -301,14 +300,14 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     rows = text.rows(pruner.tokenizer, small)
     assert sum(map(len, rows)) > heldout.numel()
     nats, report = float(row_losses(small, rows).sum()), pruner.report
-    assert report.perplexity["math"]["before"] == pytest.approx(perplexity(model, heldout), rel=1e-6)
-    assert report.perplexity["math"]["after"] == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
-    assert report.bits_per_byte["math"]["after"] == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
+    assert report.domains["math"].perplexity.dense == pytest.approx(perplexity(model, heldout), rel=1e-6)
+    assert report.domains["math"].perplexity.pruned == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
+    assert report.domains["math"].bits_per_byte.pruned == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("allocation", "share"),
-    with_long([("uniform", 0.75), ("search_uniform", 0.75)], ["uniform"]),
+    with_long([("uniform", 0.75), ("sensitivity", 0.75)], ["uniform"]),
 )
 def test_tokens_and_layers_share_one_budget(share, allocation):
     model, budget = text_model(), {"parameters": share}
@@ -316,11 +315,11 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     assert small.config.vocab_size == len(pruner.tokenizer) == 400 - len(gone)
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.used_config.budget == budget and pruner.report.trimmed["tokens"] == len(gone)
+    assert pruner.result.config.budget == budget and pruner.report.trimmed.tokens == len(gone)
     read = [load_domains(pruner.config, READER)[at].probe_or_heldout[:, 1:].flatten() for at in range(2)]
     shares = [sum(int(token) in gone for token in ids) / len(ids) for ids in read]
-    assert pruner.report.trimmed["respelled"] == pytest.approx(sum(shares) / 2)
-    assert f"{len(gone)} of 400 tokens go, which are " in str(pruner.report)
+    assert pruner.report.trimmed.respelled == pytest.approx(sum(shares) / 2)
+    assert f"Vocabulary: 400 → {400 - len(gone)} entries; the removed ones are " in str(pruner.report)
 
 
 def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
@@ -328,7 +327,7 @@ def test_a_budget_that_names_no_space_takes_tokens_where_they_are_many():
     pruner, small = pruned(model, **fields)
     named, alike = pruned(model, **fields, targets=("vocab", "mlp"))
     assert pruner.plan.keep == named.plan.keep and same_weights(small, alike)
-    assert pruner.used_config.targets is None and pruner.report.trimmed
+    assert pruner.result.config.targets is None and pruner.report.trimmed
     assert {choice.name for choice in dry_run(model.config, fewer_tokens(**fields)).spaces} == {"vocab", "mlp"}
     for kept in ({"targets": ("mlp",)}, {"inputs": {"a": torch.randint(400, (8, 12))}}):
         _, only_layers = pruned(model, **{**fields, **kept})
@@ -348,7 +347,7 @@ def test_of_an_encoder_the_tokens_go_that_its_text_does_not_use_and_channels_giv
     gone = {*range(400)} - {*pruner.plan.keep[-1, "vocab"]}
     used = gone & {*READER(texts[0])["input_ids"]}
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.report.trimmed["tokens"] == len(gone) and (pruner.report.trimmed["respelled"] > 0) == bool(used)
+    assert pruner.report.trimmed.tokens == len(gone) and (pruner.report.trimmed.respelled > 0) == bool(used)
     assert (small.config.intermediate_size < 160) == (share < 0.95) and bool(used) == (share < 0.75)
     assert f"text; {'channels give the rest' if share < 0.95 else 'nothing else goes'}" in str(pruner.report)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains import generated
+from optimum_structprune.record.report import Report
 
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ RUNS = {
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
     "deepseek_v2": {"widths": {"expert": 2}},
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
-    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
+    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "olmo2": {"criterion": "block_influence", "widths": {"layer": 1}},
@@ -152,11 +153,11 @@ def test_two_processes_find_what_one_finds(case, together):
         theirs = load_file(part / "weights")
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
-        report = json.loads((part / "report").read_text())
-        for name, values in pruner.report.perplexity.items():
-            assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
-            margins = pruner.report.perplexity_margin[name]
-            assert report["perplexity_margin"][name] == pytest.approx(margins, rel=1e-3, nan_ok=True)
+        report = Report.from_dict(json.loads((part / "report").read_text()))
+        for name, domain in pruner.report.domains.items():
+            perplexity = report.domains[name].perplexity
+            assert perplexity.by_model() == pytest.approx(domain.perplexity.by_model(), rel=1e-5)
+            assert perplexity.margin == pytest.approx(domain.perplexity.margin, rel=1e-3)
 
 
 def test_one_process_saves_and_all_get_its_outcome(together):
@@ -171,7 +172,7 @@ def test_one_process_saves_and_all_get_its_outcome(together):
 
 def test_the_command_gives_what_one_process_gives_and_says_it_once(together, tmp_path):
     folder, said, _ = together
-    assert said.count("width mlp") == said.count("saved to") == 1
+    assert said.count("FFN channels: ") == said.count("Saved to ") == 1
     assert [path.name for path in (folder / "printed").iterdir()] == ["out"]
     assert main(command(folder, tmp_path / "alone")) == 0
     ours, theirs = (at / "pruning_plan.json" for at in (folder / "printed" / "out", tmp_path / "alone"))

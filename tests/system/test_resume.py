@@ -9,7 +9,7 @@ from helpers import Killed, contents, data_of, dying, put_into, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import InPlaceError, RunOptions, StructPruneError, StructPruner
-from optimum_structprune.pruning.checkpoint import run_key
+from optimum_structprune.steps.checkpoint import run_key
 from optimum_structprune.system import resume
 from optimum_structprune.system.resume import Resume
 

@@ -145,7 +145,9 @@ def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_languag
     bits = cost_by_language(MODEL, READER, ["en", "de", "ta"])
     assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
     assert languages.known(bits) >= {"en"} == languages.known({"en": 1.0, "de": 3.0})
-    assert [*cost_by_language(MODEL, READER, ["en", "de"], most=len(tokens_by_language(READER)["en"]) + 1)] == ["en"]
+    assert [*cost_by_language(MODEL, READER, ["en", "de"], max_tokens=len(tokens_by_language(READER)["en"]) + 1)] == [
+        "en"
+    ]
     fit = {code for code, count in tokens.items() if count <= MODEL.config.max_position_embeddings}
     assert sum(tokens[code] for code in fit) > 4096 and languages.costs_before(MODEL, READER, fit).keys() == fit
     assert cost_by_language(None, READER, ["en", "ta"]) == {code: tokens[code] for code in ("en", "ta")}

@@ -13,7 +13,8 @@ from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.vocabulary.amount import with_tokens
-from optimum_structprune.widths.allocation import legal_widths, widths_of
+from optimum_structprune.widths.allocation import widths_of
+from optimum_structprune.widths.legal import legal_widths
 
 
 def asking(name, most, **fields):

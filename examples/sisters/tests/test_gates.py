@@ -209,7 +209,7 @@ DDP = {"criterion": "ddp"}
         ("llama-tied", {**DDP, "widths": {"hidden": 24}}, "gates on units inside the layers, and 'hidden' is none"),
         ("llama-tied", {**DDP, "widths": {"layer": 1}}, "gates on units inside the layers, and 'layer' is none"),
         ("mixtral", DDP, "criterion='ddp' learns gates on what a matrix reads, and the experts of 'mlp'"),
-        ("llama-tied", {**DDP, "allocation": "search", "round_to": 1}, "use allocation='uniform'"),
+        ("llama-tied", {**DDP, "allocation": "sensitivity", "round_to": 1}, "use allocation='uniform'"),
     ],
 )
 def test_what_has_no_gates_is_refused_before_anything_runs(case, fields, message, tmp_path, monkeypatch):

@@ -22,15 +22,23 @@ from models import (
 )
 from transformers import WhisperForConditionalGeneration
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, dry_run, prune_model
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    dry_run,
+    prune,
+    prune_model,
+)
 from optimum_structprune.arch.spec import MODEL, VOCAB
 from optimum_structprune.domains.manifest import EARLIER, Manifest
-from optimum_structprune.search.loss import LOSS_OF_COSINE, MOST_TRIALS, largest_cut
+from optimum_structprune.search.loss_budget import LOSS_OF_COSINE, MOST_TRIALS, largest_cut
 
 
 def pruned(model, limit, inplace=False, **fields):
-    pruner = StructPruner(config(**{"widths": None, "budget": {"loss": limit}, "targets": ("mlp",), **fields}))
-    return pruner, pruner.prune_model(model, tokenizer(), inplace=inplace)
+    asked = config(**{"widths": None, "budget": {"loss": limit}, "targets": ("mlp",), **fields})
+    return prune(model, asked, tokenizer(), inplace=inplace)
 
 
 @given(
@@ -53,18 +61,18 @@ def test_a_few_trials_come_near_the_largest_cut(power, limit, most, free, factor
 def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
     model = prune_model(build("llama-tied"), config(widths={"attention": 2}), tokenizer())
     before, seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}, Manifest.seen_by(model)
-    pruner, small = pruned(model, 0.05)
-    wish, report = pruner.report.wish, pruner.report
-    assert wish["loss"] == 0.05 and pruner.config.budget == {"loss": 0.05}
-    met = max(one["removed"] for one in wish["trials"] if max(one["your kinds"][0], one["other text"][0]) <= 0.05)
-    assert 1 - report.parameters["after"] / report.parameters["before"] == pytest.approx(met, abs=0.001)
-    chosen = {name for entry in pruner.manifest.of_use(EARLIER) for name in entry.probe_documents}
-    entries = [entry for entry in pruner.manifest.domains if entry.use != EARLIER]
+    result = pruned(model, 0.05)
+    report, wish = result.report, result.report.wish
+    assert wish["loss"] == 0.05
+    met = max(one["removed"] for one in wish["trials"] if max(one["your domains"][0], one["unseen text"][0]) <= 0.05)
+    assert 1 - report.pruned.parameters / report.dense.parameters == pytest.approx(met, abs=0.001)
+    chosen = {name for entry in result.manifest.of_use(EARLIER) for name in entry.probe_documents}
+    entries = [entry for entry in result.manifest.domains if entry.use != EARLIER]
     assert chosen and not chosen & {name for entry in entries for name in entry.heldout_documents}
     # What is saved names the size that was found.
-    (size,) = vars(small)["prune_result"].config.budget.values()
-    assert small.num_parameters() <= size
-    assert {pair for pair in seen.uses().items() if pair[0] not in chosen} <= {*pruner.manifest.uses().items()}
+    (size,) = result.config.budget.values()
+    assert result.model.num_parameters() <= size
+    assert {pair for pair in seen.uses().items() if pair[0] not in chosen} <= {*result.manifest.uses().items()}
     # The dense model is as it was, and has seen no more.
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert Manifest.seen_by(model) is seen
@@ -73,9 +81,10 @@ def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
 @pytest.mark.slow
 def test_tokens_go_in_place_and_their_trials_share_the_weights():
     model, reader = real_text_model()
-    pruner = StructPruner(fewer_tokens(widths=None, budget={"loss": 0.5}, targets=("vocab",), round_to=1))
-    assert pruner.prune_model(model, reader, inplace=True) is model
-    kept = pruner.plan.keep[MODEL, VOCAB]
+    asked = fewer_tokens(widths=None, budget={"loss": 0.5}, targets=("vocab",), round_to=1)
+    result = prune(model, asked, reader, inplace=True)
+    assert result.model is model
+    kept = result.plan.keep[MODEL, VOCAB]
     assert len(kept) == model.config.vocab_size < len(reader)
     # The rows that are left are the dense model's own, whatever the trials have cut.
     dense = real_text_model()[0].get_input_embeddings().weight
@@ -83,20 +92,20 @@ def test_tokens_go_in_place_and_their_trials_share_the_weights():
 
 
 def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
-    pruner, _ = pruned(build("bert"), 0.02)
-    cosines = [figures["after"]["cosine"] for figures in pruner.report.embeddings.values()]
-    assert pruner.report.wish["measured"]["your kinds"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
-    assert min(cosines) >= 0.99 and "asked: a loss of 2.0 %" in str(pruner.report)
+    report = pruned(build("bert"), 0.02).report
+    cosines = [domain.vectors.cosine.pruned for domain in report.domains.values()]
+    assert report.wish["measured"]["your domains"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
+    assert min(cosines) >= 0.99 and "Target loss 2.0%" in str(report)
 
 
 def test_a_wish_that_nothing_meets_names_the_smallest_loss():
     with pytest.raises(StructPruneError, match="loss=1e-12 cannot be met"):
         pruned(build("bert"), 1e-12)
-    # Each size is tried once, whatever share was asked for; the first call is the run's own.
-    trying = patch.object(StructPruner, "prune_model", autospec=True, side_effect=StructPruner.prune_model)
+    # Each size is tried once, whatever share was asked for.
+    trying = patch.object(StructPruner, "prune", autospec=True, side_effect=StructPruner.prune)
     with trying as tried, pytest.raises(StructPruneError, match=r"cut that was tried, 34\.18% of the parameters"):
         pruned(build("bert"), 1e-12, targets=("layer",))
-    assert tried.call_count == 2
+    assert tried.call_count == 1
 
 
 def test_text_of_one_document_meets_no_small_wish():
@@ -115,6 +124,8 @@ def test_what_measures_no_loss_on_text_is_refused():
     speech = random_model(WhisperForConditionalGeneration, "whisper", {**TOKENS, **BART})
     with pytest.raises(StructPruneError, match="which this model does not read alone"):
         prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
-    with pytest.raises(StructPruneError, match="below 1"):
+    with pytest.raises(StructPruneError, match=r"needs prunings on trial. Call `prune\("):
+        StructPruner(asked).prune_model(model, tokenizer())
+    with pytest.raises(StructPruneError, match="less than 1"):
         config(widths=None, budget={"loss": 2})
-    assert f"mean cosine of {1 - 0.02 / LOSS_OF_COSINE:g} " in str(StructPruneConfig.__doc__)
+    assert f"is at least {1 - 0.02 / LOSS_OF_COSINE:g}." in str(StructPruneConfig.__doc__)

@@ -1,0 +1,92 @@
+"""Train a pruned model towards the dense model in TRL's SFTTrainer, on one process or on many GPUs.
+
+    python examples/recover_sft.py PRUNED OUTPUT --teacher DENSE [--dataset ID_OR_FILE.jsonl] [--steps 500]
+    accelerate launch --config_file fsdp2.yaml examples/recover_sft.py PRUNED OUTPUT --teacher DENSE ...
+
+docs/recovery_many_gpus.md has the files for `accelerate launch`. Needs `pip install trl`.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from datasets import IterableDataset, load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from optimum_structprune import attach_teacher
+from optimum_structprune.domains.sources import builtin_documents
+
+
+def builtin_texts():
+    """Yield built-in text, where no dataset is named."""
+    for text in builtin_documents("general"):
+        yield {"text": text}
+
+
+def training_text(args: Namespace) -> IterableDataset:
+    """Stream the dataset, so that no more of it is read than is trained on."""
+    if args.dataset is None:
+        return IterableDataset.from_generator(builtin_texts)
+    if Path(args.dataset).is_file():
+        return load_dataset("json", data_files=args.dataset, split="train", streaming=True)
+    return load_dataset(args.dataset, split=args.split, streaming=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("pruned")
+    parser.add_argument("output")
+    parser.add_argument("--teacher", required=True, help="the dense model: an id or a folder")
+    parser.add_argument("--dataset", help="a dataset on the Hub, or JSON lines with a `text` or `messages` column")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seq-length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=4, help="samples at once in each process")
+    parser.add_argument("--accumulation", type=int, default=4, help="batches in each step")
+    parser.add_argument("--learning-rate", type=float, help="by default 1e-3 for LoRA and 1e-4 for all weights")
+    parser.add_argument("--full", action="store_true", help="train all weights in place of a LoRA adapter")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--task-weight", type=float, default=0.0, help="weight of the cross-entropy with the text")
+    args = parser.parse_args(argv)
+
+    on_gpu = torch.cuda.is_available()
+    # All weights are trained in float32, and the forward pass computes in bfloat16.
+    dtype = torch.float32 if args.full or not on_gpu else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.pruned)
+    adapter = None if args.full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=training_text(args),
+        peft_config=adapter,
+        args=SFTConfig(
+            args.output,
+            max_steps=args.steps,
+            max_length=args.seq_length,
+            packing=True,
+            packing_strategy="wrapped",
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulation,
+            learning_rate=args.learning_rate or (1e-4 if args.full else 1e-3),
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, args.steps // 20),
+            logging_steps=max(1, min(10, args.steps // 10)),
+            save_steps=max(1, args.steps // 4),
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            report_to="none",
+        ),
+    )
+    attach_teacher(trainer, args.teacher, temperature=args.temperature, task_weight=args.task_weight)
+    trainer.train()
+    trainer.save_model(args.output)
+    if trainer.accelerator.is_main_process:
+        kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+        print(f"saved to {args.output}; KL per token: {kl[0]:.5f} in the first logged steps, {kl[-1]:.5f} in the last")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""The printed result of a pruning and of a training: sizes, losses by domain, answers, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf, isfinite
+from shlex import join
+from typing import TYPE_CHECKING
+
+from ..arch.spec import LAYER, MODEL, VOCAB
+from ..config.pruning import LANGUAGES
+from ..forward.metrics import MANY_DOCUMENTS
+from .answers import answers_line, answers_warning
+from .figures import (
+    AnswersResult,
+    DomainResult,
+    Figure,
+    LanguageResult,
+    TrimResult,
+    UnseenResult,
+    known_languages,
+    mean_figure,
+    mean_ratio,
+    ratios_of,
+    technical_ratio,
+)
+from .table import UNKNOWN, aligned, byte_size, number, percent_change, times, with_margin
+from .verdict import LANGUAGE_LIMIT, Level, Verdict, judge, judged_domains, judged_unseen
+
+
+if TYPE_CHECKING:
+    from .report import RecoveryReport, Report
+
+# A removed share is warned of if it differs from the requested one by more than this part.
+MAX_DEVIATION = 0.1
+MAX_DOMAINS = 6
+MAX_SCRIPTS = 6
+# The units of each kind of space.
+UNITS = {
+    "mlp": "FFN channels",
+    "attention": "KV groups",
+    "expert": "experts",
+    "hidden": "hidden channels",
+    LAYER: "layers",
+    VOCAB: "vocabulary entries",
+}
+REASONS = {
+    "always": "special and byte tokens",
+    "needed": "required by other tokens",
+    "text": "seen in your text",
+    "language": "frequent in the languages",
+    "usual": "common in general text",
+}
+CHANGED = "the weights have changed since they were measured; these figures describe the weights before"
+INTERVAL = "±: 90% confidence interval over documents"
+FEW_DOCUMENTS = f"few documents: fewer than {MANY_DOCUMENTS}"
+MISSING_TEXT = "Missing text: perplexity of masked words, or of the text that follows, relative to the original."
+SIMPLE_TEXT = "Built-in text is simpler than most text, so unseen text may lose more."
+
+
+def report_lines(report: Report, answers: AnswersResult | None = None) -> list[str]:
+    """Return the printed form of a report.
+
+    Args:
+        report: The report of a pruning, with the training after it.
+        answers: Answers that were collected later; by default those in the report.
+    """
+    lines = [f"warning: {CHANGED}"] if report.changed else []
+    lines += size_lines(report)
+    lines += loss_lines(report)
+    lines += vocabulary_lines(report)
+    lines += language_lines(report.languages)
+
+    latest = answers or (report.recovery.answers if report.recovery is not None else None) or report.answers
+    if latest is not None:
+        lines.append(answers_line(latest))
+        lines += answers_warning(latest)
+    if report.recovery is not None:
+        lines.append(training_line(report.recovery))
+        lines += [report.recovery.stopped] if report.recovery.stopped else []
+    verdict = judge(report, answers)
+    if verdict is not None:
+        lines.append(f"Verdict: {verdict}.")
+    return lines
+
+
+def size_lines(report: Report) -> list[str]:
+    """Return the sizes before and after, and the requested share."""
+    lines = []
+    dense = report.dense
+    pruned = report.pruned
+    if dense.parameters:
+        change = percent_change(pruned.parameters / dense.parameters)
+        dtype = f" in {report.model.dtype}" if report.model.dtype else ""
+        lines.append(
+            f"Parameters: {dense.parameters:,} → {pruned.parameters:,} ({change}); "
+            f"weights {byte_size(dense.bytes)} → {byte_size(pruned.bytes)}{dtype}"
+        )
+    lines += [phrase for kind, phrase in width_phrases(report).items() if kind != VOCAB]
+    request = request_line(report)
+    return [*lines, request] if request else lines
+
+
+def width_phrases(report: Report) -> dict[str, str]:
+    """Return the removed share of each kind of space: `FFN channels: 1,536 → 1,152 (-25.0%) in each of 30 layers`."""
+    phrases = {}
+    for kind, by_layer in sorted(report.widths.items()):
+        full = report.dense_widths[kind]
+        widths = list(by_layer.values())
+        if all(width == full for width in widths):
+            continue
+
+        change = percent_change(sum(widths) / (full * len(widths)))
+        phrase = f"{UNITS.get(kind, kind)}: {full:,} → {number(widths)} ({change})"
+        phrase = phrase[:1].upper() + phrase[1:]
+        if kind == LAYER and report.removed_layers:
+            phrase += f": layers {', '.join(map(str, report.removed_layers))} removed"
+        elif MODEL not in by_layer:
+            phrase += f" in each of {len(widths)} layers"
+        phrases[kind] = phrase
+    return phrases
+
+
+def request_line(report: Report) -> str:
+    """Return the requested and the removed share, as a warning if they differ much; empty without a request."""
+    if report.wish:
+        return _loss_request(report)
+    if report.target is None or not report.dense.parameters:
+        return ""
+    return target_line(report.target, report.sparsity, report.removed)
+
+
+def target_line(target: float, sparsity: float, removed: float) -> str:
+    """Return the requested and the removed share, as a warning if they differ by more than a tenth.
+
+    Args:
+        target: The requested share of the layer parameters.
+        sparsity: The removed share of the layer parameters.
+        removed: The removed share of all parameters.
+    """
+    text = f"requested {target:.1%} of the layer parameters, removed {sparsity:.1%} ({removed:.1%} of the whole model)"
+    if abs(sparsity - target) <= MAX_DEVIATION * target:
+        return f"{text[:1].upper()}{text[1:]}."
+    return f"warning: {text}; a smaller round_to or other targets may come nearer"
+
+
+def _loss_request(report: Report) -> str:
+    """Return the loss that was requested and what the trials found."""
+    wish = report.wish
+    limit = wish["loss"]
+    losses = []
+    is_exceeded = False
+    for text, (loss, margin) in wish["measured"].items():
+        interval = "" if margin is None else f" ± {margin:.1%}"
+        losses.append(f"{loss:.1%}{interval} on {text}")
+        is_exceeded = is_exceeded or loss - (margin or 0.0) > limit
+
+    beyond = "more than 100%" if wish["next"] > 1 else f"about {wish['next']:.1%}"
+    start = "warning: target" if is_exceeded else "Target"
+    return (
+        f"{start} loss {limit:.1%}: {report.removed:.1%} smaller costs {' and '.join(losses)} "
+        f"({len(wish['trials'])} trials); removing another 5% would cost {beyond}"
+    )
+
+
+def loss_lines(report: Report) -> list[str]:
+    """Return the table of losses by domain, and the meaning of its intervals."""
+    table = loss_table(report)
+    lines = [aligned(table)] if table else []
+    lines += loss_notes(report)
+    return lines
+
+
+def size_table(report: Report) -> list[list[str]]:
+    """Return the sizes of the original and the pruned model with their changes."""
+    dense = report.dense
+    pruned = report.pruned
+    rows = []
+    for kind, by_layer in sorted(report.widths.items()):
+        full = report.dense_widths[kind]
+        widths = list(by_layer.values())
+        label = UNITS.get(kind, kind)
+        label = label if MODEL in by_layer else f"{label} per layer"
+        rows.append([label, number(full), number(widths), percent_change(sum(widths) / (full * len(widths)))])
+
+    sizes = [("parameters", dense.parameters, pruned.parameters)]
+    sizes.append(("parameters of the layers", dense.layer_parameters, pruned.layer_parameters))
+    rows += [[label, f"{old:,}", f"{new:,}", percent_change(new / old)] for label, old, new in sizes if old]
+    if dense.bytes:
+        change = percent_change(pruned.bytes / dense.bytes)
+        rows.append(["weights", byte_size(dense.bytes), byte_size(pruned.bytes), change])
+    return [["", "original", "pruned", "change"], *rows] if rows else []
+
+
+def loss_table(report: Report) -> list[list[str]]:
+    """Return the losses by domain relative to the original model, with one column for each model after it."""
+    if any(domain.vectors is not None for domain in report.domains.values()):
+        return _vector_table(report.domains)
+    recovery = report.recovery
+    has_recovered = recovery is not None and recovery.has_dense
+    return _ratio_table(judged_domains(report), judged_unseen(report), has_recovered)
+
+
+def loss_notes(report: Report) -> list[str]:
+    """Return the meaning of the intervals in the table of losses, and warnings of infinite losses."""
+    recovery = report.recovery
+    domains = report.domains
+    unseen = report.unseen
+    notes = []
+    if recovery is not None and recovery.has_dense:
+        domains = recovery.domains
+        unseen = recovery.unseen or unseen
+
+    if any(domain.vectors is not None for domain in domains.values()):
+        notes.append(f"Neighbours kept: share of the 10 nearest texts. {INTERVAL}.")
+        if any(domain.perplexity is not None for domain in domains.values()):
+            notes.append(MISSING_TEXT)
+    elif ratios_of(domains):
+        counts = [domain.documents for domain in domains.values()]
+        counts += [] if unseen is None else [unseen.documents]
+        has_few = any(0 < count < MANY_DOCUMENTS for count in counts)
+        notes.append(f"{INTERVAL}; {FEW_DOCUMENTS}." if has_few else f"{INTERVAL}.")
+        notes[0] += _spread_of(domains)
+    infinite = [name for name, figure in ratios_of(domains).items() if figure.ratio == inf]
+    if infinite:
+        notes.append(f"warning: the perplexity is infinite on {', '.join(infinite)}; the model cannot be used there")
+    if recovery is not None and not recovery.has_dense:
+        notes += _without_teacher(recovery)
+    return notes
+
+
+def _spread_of(domains: Mapping[str, DomainResult]) -> str:
+    """Return the lowest and the highest ratio of several domains as a sentence."""
+    ratios = [figure.ratio or 0.0 for figure in ratios_of(domains).values()]
+    if len(ratios) < 2:
+        return ""
+    return f" Domains differ: {min(ratios):.2f}× to {max(ratios):.2f}×."
+
+
+def _ratio_table(
+    domains: Mapping[str, DomainResult], unseen: UnseenResult | None, has_recovered: bool
+) -> list[list[str]]:
+    """Return perplexities relative to the original model.
+
+    Args:
+        domains: The results by domain.
+        unseen: The results on unseen text.
+        has_recovered: Whether there is a column for the recovered model.
+    """
+    figures = ratios_of(domains)
+    models = ["pruned", "recovered"] if has_recovered else ["pruned"]
+    rows = []
+    for name, figure in _worst_first(figures)[:MAX_DOMAINS]:
+        rows.append(_ratio_row(name, figure, domains[name].documents, has_recovered))
+    if len(figures) > MAX_DOMAINS:
+        rows.append([f"({len(figures) - MAX_DOMAINS} domains with lower losses)", *[""] * len(models)])
+    if len(figures) > 1:
+        rows.append(_mean_row(figures, has_recovered))
+
+    if unseen is not None and unseen.perplexity is not None:
+        has_value = has_recovered and unseen.perplexity.recovered is not None
+        row = _ratio_row(unseen_label(unseen), unseen.perplexity, unseen.documents, has_value)
+        rows.append(row if has_value or not has_recovered else [*row, UNKNOWN])
+    if has_recovered:
+        rows += _divergence_row(domains)
+    return [["Perplexity relative to the original", *models], *rows] if rows else []
+
+
+def _divergence_row(domains: Mapping[str, DomainResult]) -> list[list[str]]:
+    """Return the row of the mean KL divergence before and after training."""
+    divergences = [domain.divergence for domain in domains.values() if domain.perplexity is not None]
+    mean = mean_figure(figure for figure in divergences if figure is not None)
+    if mean.pruned is None or mean.recovered is None:
+        return []
+    return [["KL to the original, mean (nats per token)", f"{mean.pruned:.3f}", f"{mean.recovered:.3f}"]]
+
+
+def _worst_first(figures: Mapping[str, Figure]) -> list[tuple[str, Figure]]:
+    """Return the figures of domains in their order; if there are many, the largest ratios come first."""
+    items = list(figures.items())
+    if len(items) > MAX_DOMAINS:
+        items.sort(key=lambda item: -(item[1].ratio or 0.0))
+    return items
+
+
+def _ratio_row(label: str, figure: Figure, documents: int, has_recovered: bool) -> list[str]:
+    """Return the ratio of each model to the original one. Only the last one has an interval."""
+    last = times(figure.ratio or 0.0, figure.margin, documents)
+    if not has_recovered:
+        return [label, last]
+    pruned = figure.pruned_ratio
+    return [label, UNKNOWN if pruned is None else _like(pruned, figure.margin), last]
+
+
+def _like(ratio: float, margin: float | None) -> str:
+    """Return a ratio with as many decimal places as another one with this margin."""
+    return times(ratio, margin).partition(" ")[0]
+
+
+def _mean_row(figures: Mapping[str, Figure], has_recovered: bool) -> list[str]:
+    """Return the geometric mean over domains."""
+    label = "mean over the calibration domains"
+    mean, margin = mean_ratio(figures.values())
+    last = times(mean, margin)
+    if not has_recovered:
+        return [label, last]
+    before = [Figure(dense=figure.dense, pruned=figure.pruned) for figure in figures.values()]
+    return [label, _like(mean_ratio(before)[0], margin), last]
+
+
+def unseen_label(unseen: UnseenResult) -> str:
+    """Return the name of unseen text with its origin."""
+    origin = "sampled from the original model" if unseen.source == "model-written" else unseen.source
+    return f"unseen text ({origin})" if origin else "unseen text"
+
+
+def _without_teacher(recovery: RecoveryReport) -> list[str]:
+    """Return the effect of a training that was not measured against the original model."""
+    figures = ratios_of(recovery.domains)
+    shown = [f"{name} {times(figure.ratio or 0.0, figure.margin)}" for name, figure in figures.items()]
+    return [f"Perplexity relative to the pruned model after training: {', '.join(shown)}"] if shown else []
+
+
+def _vector_table(domains: Mapping[str, DomainResult]) -> list[list[str]]:
+    """Return how near the vectors of an encoder are to the original ones."""
+    has_loss = any(domain.perplexity is not None for domain in domains.values())
+    head = ["Vectors compared with the original", "cosine", "neighbours kept"]
+    rows = [[*head, "missing text"] if has_loss else head]
+    for name, domain in domains.items():
+        vectors = domain.vectors
+        if vectors is None:
+            continue
+        row = [name, _value(vectors.cosine), _value(vectors.neighbours)]
+        if has_loss:
+            figure = domain.perplexity
+            row.append(UNKNOWN if figure is None or figure.ratio is None else times(figure.ratio, figure.margin))
+        rows.append(row)
+    return rows
+
+
+def _value(figure: Figure | None) -> str:
+    """Return the last value of a figure with its interval."""
+    if figure is None or figure.last is None:
+        return UNKNOWN
+    return with_margin(figure.last, figure.margin)
+
+
+def vocabulary_lines(report: Report) -> list[str]:
+    """Return how many tokens were removed, and what share of words is split now."""
+    trimmed = report.trimmed
+    if trimmed is None:
+        return []
+
+    size = report.dense_widths[VOCAB]
+    line = f"Vocabulary: {size:,} → {size - trimmed.tokens:,} entries; the removed ones are "
+    lines = [f"{line}{trimmed.respelled:.2%} of the held-out tokens"]
+    unseen = report.unseen
+    if unseen is not None and unseen.split_words is not None:
+        lines.append(
+            f"Words now split into more tokens: {unseen.split_words:.1%} of unseen text; technical text may reach "
+            f"{technical_ratio(unseen.split_words):.2f}×"
+        )
+    if trimmed.unreadable:
+        lines.append(f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}")
+    if not report.domains:
+        lines.append("No loss was measured, because the model reads more than text.")
+    return lines
+
+
+def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
+    """Return the cost of the wanted languages, and the languages that got worse."""
+    measured = {code: result for code, result in languages.items() if result.is_measured}
+    if not measured:
+        return []
+
+    unit = "bits per byte" if any(result.known is not None for result in measured.values()) else "tokens"
+    known = dict(known_languages(measured))
+    wanted = [code for code, result in measured.items() if result.wanted]
+    worse = [code for code, ratio in known.items() if ratio > LANGUAGE_LIMIT]
+
+    lines = []
+    if wanted:
+        lines.append(f"Wanted languages ({unit}): {', '.join(_language(code, measured[code]) for code in wanted)}")
+    shown = [f"{LANGUAGES[code]} {known[code]:.2f}×" for code in worse[:MAX_SCRIPTS]]
+    details = f": {', '.join(shown)}" if shown else ""
+    limit = f"by more than {LANGUAGE_LIMIT - 1:.0%}"
+    lines.append(f"Languages checked: {len(known)}; {len(worse) or 'none'} got worse {limit} ({unit}){details}")
+    return lines
+
+
+def _language(code: str, result: LanguageResult) -> str:
+    """Return the name of a language with its relative cost."""
+    text = f"{LANGUAGES[code]} {times(result.cost.ratio or 0.0)}"
+    if not result.is_known:
+        text += " (not supported by the original model)"
+    if result.vectors is not None and result.vectors.cosine is not None:
+        text += f" (cosine {_value(result.vectors.cosine)})"
+    return text
+
+
+def training_line(recovery: RecoveryReport) -> str:
+    """Return the cost of a training, and the checkpoint that was kept."""
+    return (
+        f"Recovery: {recovery.tokens:,} tokens, {recovery.steps:,} steps, {recovery.seconds:,.0f} s; {recovery.kept}"
+    )
+
+
+def recovery_lines(recovery: RecoveryReport) -> list[str]:
+    """Return the printed form of a training whose pruning has no report."""
+    lines = _without_teacher(recovery)
+    if recovery.has_dense:
+        lines = [aligned(_ratio_table(recovery.domains, recovery.unseen, has_recovered=True)), f"{INTERVAL}."]
+    if recovery.answers is not None:
+        lines.append(answers_line(recovery.answers))
+        lines += answers_warning(recovery.answers)
+    lines.append(training_line(recovery))
+    return [*lines, recovery.stopped] if recovery.stopped else lines
+
+
+def next_command(verdict: Verdict | None, model: str, output: str, is_recovered: bool = False) -> str:
+    """Return the command that a user should run next.
+
+    Args:
+        verdict: The verdict on the result; None where no loss was measured.
+        model: The id or the folder of the original model.
+        output: The folder of the result.
+        is_recovered: Whether the result was already trained.
+    """
+    if verdict is not None and verdict.level in (Level.OWN_DOMAINS, Level.RECOVER) and not is_recovered:
+        return join(["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model])
+    words = join(["structprune", "evaluate", output, "--against", model])
+    return f"{words} --domain NAME=SOURCE"
+
+
+def details(report: Report) -> Iterator[str]:
+    """Yield the remarks that the page and the card have beside the printed lines."""
+    for kind, by_layer in sorted(report.widths.items()):
+        widths = list(by_layer.values())
+        if len(set(widths)) > 1:
+            yield f"{UNITS.get(kind, kind)} by layer: {' '.join(map(str, widths))}"
+    if report.unseen is None:
+        yield "Unseen text was not measured, because none was available."
+    elif report.unseen.source == "built-in":
+        yield SIMPLE_TEXT
+    if report.trimmed is not None:
+        yield from _trim_details(report.trimmed)
+    if len(report.shapes) > 1:
+        for shape in report.shapes:
+            yield _shape_line(shape)
+
+
+def _trim_details(trimmed: TrimResult) -> Iterator[str]:
+    """Yield the reasons for which tokens were kept, and the scripts of the removed ones."""
+    kept = [f"{REASONS.get(reason, reason)} {count:,}" for reason, count in sorted(trimmed.reasons.items())]
+    yield f"Tokens were kept because they are: {', '.join(kept)}."
+    if trimmed.scripts:
+        yield f"Removed tokens by script: {_by_count(trimmed.scripts)}."
+
+
+def _by_count(scripts: Mapping[str, int]) -> str:
+    """Return the scripts with the largest counts."""
+    largest = sorted(scripts.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name.title()} {count:,}" for name, count in largest[:MAX_SCRIPTS])
+    rest = len(largest) - MAX_SCRIPTS
+    return f"{shown} and {rest} others" if rest > 0 else shown
+
+
+def _shape_line(shape: Mapping[str, object]) -> str:
+    """Return one of the shapes that an allocation tried."""
+    widths = shape["widths"]
+    assert isinstance(widths, Mapping)
+    parts = []
+    for kind, width in widths.items():
+        values = [*width.values()] if isinstance(width, Mapping) else [width]
+        parts.append(f"{UNITS.get(kind, kind)} {number(values)}")
+    loss = shape["loss"]
+    is_finite = isinstance(loss, (int, float)) and isfinite(loss)
+    verb = "Chosen" if shape["chosen"] else "Tried"
+    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), KL {f'{loss:.4f}' if is_finite else 'not finite'}"

@@ -1,0 +1,115 @@
+"""The `TrainingArguments` of a recovery: the defaults for the hardware and the number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..config.fields import build
+from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
+
+
+# A training has about this number of steps, as far as the batch size allows.
+STEPS = 200
+# The largest number of samples in a step, and the number that run at once, by the kind of device.
+MAX_BATCH_SAMPLES = 64
+SAMPLES_AT_ONCE = {"cpu": 4, "gpu": 8}
+# Evaluations take at most a tenth of the time. A forward pass of both models takes about half of a training step.
+MAX_EVALUATIONS = 8
+EVALUATION_SHARE = 0.1
+EVALUATION_COST = 0.5
+
+
+def computes_in_bf16(device_type: str) -> bool:
+    """Return whether a kind of device has instructions for bfloat16, so that mixed precision is faster."""
+    if device_type == "cuda":
+        # torch also reports emulated support. NVIDIA has the instructions since Ampere.
+        return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+    if device_type != "cpu":
+        return False
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        supported = getattr(torch.cpu, name, None)  # not in all releases of torch
+        if supported is not None and supported():
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class TrainingSize:
+    """The number of samples of a training, their length, and the number of samples that are evaluated each time."""
+
+    num_samples: int
+    seq_length: int
+    num_validation: int = 1
+
+
+def training_arguments(
+    config: RecoveryConfig, size: TrainingSize, seed: int, on_cpu: bool, scratch: str
+) -> TrainingArguments:
+    """Return the arguments of the Trainer: `config.training` laid over the defaults.
+
+    Args:
+        config: How the model is trained.
+        size: The size of the training.
+        seed: The seed.
+        on_cpu: Whether the training runs on the CPU.
+        scratch: The folder for checkpoints if the config has no `output_dir`.
+    """
+    own = dict(config.training)
+    if own.get("save_strategy") is False:  # YAML reads `no` as False
+        own["save_strategy"] = "no"
+    kind = "cpu" if on_cpu else "gpu"
+    settings: dict[str, Any] = dict(TRAINING)
+    settings["learning_rate"] = LEARNING_RATES[config.train]
+    settings["seed"] = seed
+    settings["use_cpu"] = on_cpu
+    settings["bf16"] = not own.get("fp16") and computes_in_bf16("cpu" if on_cpu else "cuda")
+    # The columns of a sample are those of the collator, not of the model.
+    settings["remove_unused_columns"] = False
+    # Every process reads the stream and takes its part of each batch.
+    settings["accelerator_config"] = {"dispatch_batches": False}
+    settings["logging_nan_inf_filter"] = False
+
+    strategy = own.get("save_strategy", "steps")
+    interval = own.get("save_steps", 1)
+    settings.update(save_strategy=strategy, save_steps=interval, save_total_limit=1)
+    settings.update(eval_strategy=strategy, eval_steps=interval, load_best_model_at_end=strategy != "no")
+    if "output_dir" not in own:
+        # Nothing is resumed from a scratch folder.
+        settings.update(output_dir=scratch, save_only_model=True)
+    settings.update(own)
+    if "per_device_train_batch_size" not in own:
+        batch = batch_samples(size)
+        settings["per_device_train_batch_size"] = min(batch, SAMPLES_AT_ONCE[kind])
+    settings.setdefault("per_device_eval_batch_size", min(4, settings["per_device_train_batch_size"] or 1))
+
+    epochs = settings.pop("num_train_epochs", 1)
+    arguments = build(TrainingArguments, settings)
+    # `nn.DataParallel` would cut the batches of one process for several GPUs, and cannot train with a teacher.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    processes = max(1, arguments.world_size)
+    per_step = max(1, arguments.per_device_train_batch_size) * processes
+    if "gradient_accumulation_steps" not in own and "per_device_train_batch_size" not in own:
+        arguments.gradient_accumulation_steps = max(1, round(batch_samples(size) / per_step))
+    per_step *= max(1, arguments.gradient_accumulation_steps)
+    if arguments.max_steps <= 0:
+        arguments.max_steps = max(1, round(epochs * -(-size.num_samples // per_step)))
+    if "save_steps" not in own:
+        arguments.save_steps = arguments.eval_steps = max(1, arguments.max_steps // evaluations(size))
+    if "logging_steps" not in own:
+        arguments.logging_steps = max(1, min(10, arguments.max_steps // 20))
+    return arguments
+
+
+def batch_samples(size: TrainingSize) -> int:
+    """Return the number of samples in a step, which grows with the number of samples."""
+    return max(1, min(MAX_BATCH_SAMPLES, round(size.num_samples / STEPS)))
+
+
+def evaluations(size: TrainingSize) -> int:
+    """Return the number of evaluations of a training."""
+    affordable = EVALUATION_SHARE * size.num_samples / (EVALUATION_COST * max(1, size.num_validation))
+    return max(1, min(MAX_EVALUATIONS, int(affordable)))

@@ -1,0 +1,88 @@
+"""Refuse a recovery that would fail later, before any text is read."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from transformers import PreTrainedModel
+
+from ..arch.meta import check_positions, is_offloaded, predicts_next
+from ..config.domains import DomainConfig
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
+from ..domains.load import texts_of
+from ..domains.sources import documents
+from ..errors import StructPruneError
+from ..system.disk import check_folder
+from ..system.processes import check_launch
+from .adapter import check_fits, lora_config
+from .arguments import TrainingSize, training_arguments
+from .prompts import read_prompts
+from .text import VALIDATION, sample_length, text_config
+
+
+MANY_GPUS = "`attach_teacher` trains a pruned model with it, see docs/recovery_many_gpus.md"
+
+
+def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:
+    """Raise `StructPruneError` if a recovery cannot work.
+
+    Args:
+        config: How the model is trained.
+        pruning: How it was pruned.
+        model: The model, which may lie on the meta device.
+    """
+    check_launch()
+    for name in ("fsdp", "deepspeed"):  # before transformers sets up anything for them
+        if config.training.get(name):
+            raise StructPruneError(
+                f"`training` has {name}, but every process of a recovery holds the whole model. Leave it out; "
+                f"{MANY_GPUS}."
+            )
+    seq_length = sample_length(config, model)
+    _check_model(model, config, seq_length)
+    text = text_config(config, pruning, seq_length)
+    if config.prompts is not None:
+        read_prompts(config.prompts)
+
+    domains = texts_of(text)
+    if config.validation is not None:
+        domains = [*domains, DomainConfig(name=VALIDATION, source=config.validation)]
+    for domain in domains:
+        # Opening a source refuses a wrong name. Nothing is read before the first document.
+        documents(domain, text.seed, None, lambda name, seed: iter(()))
+    if config.train == "lora":
+        check_fits(model, lora_config(config, model))
+    size = TrainingSize(text.num_samples, seq_length)
+    training_arguments(config, size, text.seed, trains_on_cpu(model), tempfile.gettempdir())
+    if "output_dir" in config.training:
+        check_folder(config.training["output_dir"])
+
+
+def trains_on_cpu(model: PreTrainedModel) -> bool:
+    """Return whether a model will be trained on the CPU.
+
+    A model without weights will be loaded onto a GPU if there is one.
+    """
+    return model.device.type == "cpu" or not torch.cuda.is_available()
+
+
+def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
+    name = type(model).__name__
+    if not predicts_next(model):
+        raise StructPruneError(
+            f"Recovery trains causal language models, and {name} is not one. Train it with a Trainer and its own "
+            "loss, as docs/recovery.md does with a classifier."
+        )
+    if is_offloaded(model):
+        raise StructPruneError(
+            f"Recovery trains weights in memory, and {name} is offloaded. Prune without recovery, save, and recover "
+            "the smaller model."
+        )
+    check_positions(model, seq_length, f"The recovery's seq_length={seq_length}")
+    if config.train == "full" and model.dtype == torch.float16:
+        raise StructPruneError(
+            f"`train`='full' would change the weights of {name} in float16, which is too coarse for an optimizer. "
+            "Load the model in float32, or set `train` to 'lora'."
+        )

@@ -1,0 +1,76 @@
+"""Choose the learning rate of a recovery by trial steps, and lower it for the rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf, isnan
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import Trainer
+
+from ..forward.metrics import evaluating
+
+
+# Trial rates, as shares of the default rate.
+SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
+NUM_TRIAL_SAMPLES = 4
+# The rows of tokens are trained at this share of the rate of an adapter.
+TOKEN_ROW_SHARE = 0.3
+
+
+def lower_rate_of_token_rows_(trainer: Trainer) -> None:
+    """Create the optimizer of a Trainer, with a lower rate for the rows of tokens that an adapter trains."""
+    model: Any = trainer.model
+    optimizer = trainer.create_optimizer()
+    rows = {id(weight) for name, weight in model.named_parameters() if "trainable_tokens_delta" in name}
+    for group in list(optimizer.param_groups):
+        in_group = [weight for weight in group["params"] if id(weight) in rows]
+        if in_group:
+            group["params"] = [weight for weight in group["params"] if id(weight) not in rows]
+            optimizer.add_param_group({**group, "params": in_group, "lr": TOKEN_ROW_SHARE * group["lr"]})
+
+
+def lower_learning_rate_(
+    trainer: Trainer, batches: Sequence[dict[str, Tensor]], take_back: Callable[[], None]
+) -> None:
+    """Set the learning rate to the best of five shares of it, by the loss after one step on a few samples.
+
+    The first step of Adam moves every weight by the rate, in the direction of the gradient's sign. Small models bear
+    smaller steps.
+
+    Args:
+        trainer: The Trainer, with its optimizer.
+        batches: Batches of one sample each.
+        take_back: Restore the weights.
+    """
+    model: Any = trainer.model
+    assert trainer.optimizer is not None
+    groups = trainer.optimizer.param_groups
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        # The cache of autocast would keep the weights of an earlier trial.
+        with trainer.accelerator.autocast():
+            loss: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))  # type: ignore[assignment]
+        return loss
+
+    @torch.no_grad()
+    def loss_after_step(share: float) -> float:
+        for group in groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.sub_(weight.grad.sign(), alpha=share * group["lr"])
+        loss = sum(loss_of(batch).item() for batch in batches)
+        take_back()
+        return inf if isnan(loss) else loss
+
+    with evaluating(model):
+        for batch in batches:
+            loss_of(batch).backward()
+        best = broadcast_object_list([min(SHARES, key=loss_after_step)])[0]
+    model.zero_grad()
+    trainer.args.learning_rate *= best
+    for group in groups:
+        group["lr"] *= best

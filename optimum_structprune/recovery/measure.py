@@ -1,0 +1,185 @@
+"""Measure a model against its teacher on samples, and enter the figures into the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..forward.metrics import KINDS_DIFFER, divergence, evaluating
+from ..record.figures import DENSE, PRUNED, RECOVERED, DomainResult, Figure, perplexity_result, unseen_of
+from ..record.report import CurvePoint, RecoveryReport
+from ..system.stages import progress
+from .aligned_batches import AlignedTargets
+from .attach import IGNORED, bare_model, next_tokens
+from .chunked_loss import chunk_tokens
+from .samples import Sample, SampleCollator
+from .teacher import Teacher, accepted_inputs
+from .text import OTHER_TEXT
+
+
+# Values by sample, each of shape `(samples,)`, fp64, on the CPU: `tokens`, the number of counted tokens, and the means
+# over them of `loss`, and with a teacher of `teacher`, its own loss, and `kl`, in nats.
+Values = dict[str, Tensor]
+# Values by kind of text.
+Measurements = dict[str, Values]
+
+# Tokens in a batch by the kind of device.
+BATCH_TOKENS = {"cpu": 1_024, "gpu": 16_384}
+
+
+def measure_all(
+    model: Any,
+    measured: Mapping[str, Sequence[Sample]],
+    collator: SampleCollator,
+    teacher: Teacher | None,
+    accelerator: Accelerator,
+) -> Measurements:
+    """Measure a model on each kind of text."""
+    bar = progress(list(measured.items()), desc="Measuring the model", unit="text", leave=False)
+    return {kind: measure_samples(model, samples, collator, teacher, accelerator) for kind, samples in bar}
+
+
+@torch.no_grad()
+def measure_samples(
+    model: Any,
+    samples: Sequence[Sample],
+    collator: SampleCollator,
+    teacher: Teacher | None,
+    accelerator: Accelerator,
+) -> Values:
+    """Measure a model on samples, in the precision of the training.
+
+    Args:
+        model: The model.
+        samples: The samples, in the teacher's tokens.
+        collator: It makes batches of them.
+        teacher: The teacher, or None.
+        accelerator: The Accelerator of the training.
+    """
+    if teacher is not None:
+        teacher.place(accelerator)
+    kind = "cpu" if accelerator.device.type == "cpu" else "gpu"
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    batch_size = max(1, BATCH_TOKENS[kind] // longest)
+    found: dict[str, list[Tensor]] = {}
+    models = [model] if teacher is None else [model, teacher.model]
+    with evaluating(*models), accelerator.autocast():
+        for start in range(0, len(samples), batch_size):
+            batch = collator(samples[start : start + batch_size])
+            values = _measure_batch(model, batch, teacher, accelerator.device)
+            for name, value in values.items():
+                found.setdefault(name, []).append(value)
+    # One transfer for all batches, so that the device does not wait in between.
+    return {name: torch.cat(parts).double().cpu() for name, parts in found.items()}
+
+
+def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None, device: torch.device) -> Values:
+    batch = {name: value.to(device) for name, value in batch.items()}
+    targets = next_tokens(batch).flatten()
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    aligned = None
+    predictions = None
+    if teacher is not None:
+        if teacher.alignment is None:
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+            predictions = teacher.predict(inputs, positions)
+        else:
+            aligned = AlignedTargets.of(batch, positions)
+            predictions = teacher.predict(aligned.teacher_inputs, aligned.teacher_positions)
+
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    logits = model(**accepted_inputs(bare_model(model), inputs)).logits.flatten(0, 1)
+    logits = logits[positions.to(logits.device)]
+    targets = targets[positions].to(logits.device)
+
+    losses: dict[str, list[Tensor]] = {"loss": []}
+    size = chunk_tokens(logits.shape[-1], logits.device)
+    if aligned is not None and teacher is not None and teacher.alignment is not None:
+        aligned.split(teacher.alignment, size, logits.device)
+    for start in range(0, max(len(logits), 1), size):
+        end = min(start + size, len(logits))
+        values = logits[start:end].float()
+        losses["loss"].append(cross_entropy(values, targets[start:end], reduction="none"))
+        if predictions is None or teacher is None:
+            continue
+        if aligned is None:
+            taught = predictions.logits(start, end, values.device).float()
+            losses.setdefault("kl", []).append(divergence(values, taught, mean=False))
+            losses.setdefault("teacher", []).append(cross_entropy(taught, targets[start:end], reduction="none"))
+        else:
+            assert teacher.alignment is not None
+            kl = aligned.divergence(teacher.alignment, values.log_softmax(-1), predictions, 1.0, start // size)
+            losses.setdefault("kl", []).append(kl)
+
+    by_position = {name: torch.cat(parts).to(device) for name, parts in losses.items()}
+    samples = len(batch["input_ids"])
+    rows = positions // batch["input_ids"].shape[1]
+    if aligned is not None:
+        assert predictions is not None
+        by_position["teacher"] = aligned.teacher_losses(predictions, size).to(device)
+    return _means(by_position, rows, samples, aligned)
+
+
+def _means(by_position: dict[str, Tensor], rows: Tensor, samples: int, aligned: AlignedTargets | None) -> Values:
+    """Average values over the counted tokens of each sample; tokens are the teacher's if it has others."""
+    token_rows = rows if aligned is None else aligned.teacher_samples
+    tokens = torch.zeros(samples, device=rows.device).index_add(
+        0, token_rows, torch.ones_like(token_rows, dtype=torch.float32)
+    )
+    means = {"tokens": tokens}
+    for name, values in by_position.items():
+        value_rows = token_rows if name == "teacher" else rows
+        sums = torch.zeros(samples, device=rows.device).index_add(0, value_rows, values.float())
+        means[name] = sums / tokens.clamp(min=1)
+    return means
+
+
+def validation_loss(found: Measurements, kinds: Sequence[str], value: str) -> float:
+    """Return the mean of a value over all samples of some kinds of text."""
+    return float(torch.cat([found[kind][value] for kind in kinds]).mean())
+
+
+def enter_measurements(report: RecoveryReport, before: Measurements, after: Measurements, chosen: set[str]) -> None:
+    """Enter the figures of a model before and after a training into its report.
+
+    Args:
+        report: The report.
+        before: The measurements of the pruned model.
+        after: The measurements of the recovered model.
+        chosen: The kinds of text that checkpoints were compared by, which have no perplexity in the report.
+    """
+    for kind, pruned in before.items():
+        recovered = after[kind]
+        result = DomainResult()
+        if kind not in chosen:
+            losses = {PRUNED: pruned["loss"], RECOVERED: recovered["loss"]}
+            if "teacher" in pruned:
+                losses = {DENSE: pruned["teacher"], **losses}
+            spread = KINDS_DIFFER if kind == OTHER_TEXT else 0.0
+            result = perplexity_result(losses, int(pruned["tokens"].sum()), spread=spread)
+        if "kl" in pruned:
+            result.divergence = Figure(pruned=float(pruned["kl"].mean()), recovered=float(recovered["kl"].mean()))
+
+        if kind == OTHER_TEXT:
+            report.unseen = unseen_of(result, "")
+        elif result != DomainResult():
+            report.domains[kind] = result
+
+
+def enter_curve(report: RecoveryReport, log: Sequence[Mapping[str, Any]]) -> None:
+    """Enter the KL divergence from the teacher during a training into its report.
+
+    Args:
+        report: The report, with the tokens and the steps of the training.
+        log: The log of the Trainer.
+    """
+    for entry in log:
+        kl = entry.get("eval_kl")
+        if kl is not None:
+            tokens = report.tokens * entry["step"] / max(report.steps, 1)
+            report.curve.append(CurvePoint(round(tokens), float(kl)))

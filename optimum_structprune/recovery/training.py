@@ -1,0 +1,151 @@
+"""Run the Trainer of a recovery: any failure leaves the model as it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import isfinite
+from typing import Any
+
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ..errors import StructPruneError, one_line
+from ..system.disk import is_write_error
+from .adapter import LIBRARY_ERRORS
+from .attach import attach_loaded_teacher
+from .learning_rate import lower_rate_of_token_rows_
+from .samples import SampleCollator
+from .teacher import Teacher
+from .training_data import RecoveryData
+
+
+class NothingGainedWarning(UserWarning):
+    """A training brought a model no nearer to its teacher, or ended early."""
+
+
+class StopAtNaN(TrainerCallback):
+    """End a training whose loss is not finite, as soon as the loss is logged.
+
+    Attributes:
+        message: Why the training ended; empty if it did not end early.
+    """
+
+    def __init__(self) -> None:
+        self.message = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Look at the loss. All processes log the same mean loss, so that they end at the same step."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not isfinite(loss) and not self.message:
+            first = max(1, state.global_step - args.logging_steps + 1)
+            steps = (
+                f"step {state.global_step}"
+                if first >= state.global_step
+                else f"steps {first:.0f} to {state.global_step}"
+            )
+            self.message = (
+                f"The loss of {steps} is {loss:g}, and training stopped there. Lower `learning_rate` in `training`, "
+                "or train in float32 or bfloat16."
+            )
+            control.should_training_stop = True
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Evaluate after the last step too, so that it can be the best checkpoint."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for an evaluation and a checkpoint if the training ends."""
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if is_last and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
+            control.should_save = True
+
+
+def recovery_trainer(
+    model: Any,
+    arguments: TrainingArguments,
+    data: RecoveryData,
+    collator: SampleCollator,
+    teacher: Teacher | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """Return a Trainer for the data of a recovery, with the teacher attached.
+
+    Raises:
+        StructPruneError: If the Trainer refuses the arguments.
+    """
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.stream,  # type: ignore[arg-type]
+            eval_dataset=data.validation,  # type: ignore[arg-type]
+            data_collator=collator,
+            callbacks=[*callbacks, EvaluateLastStep()],
+        )
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer turns it off for good
+        if teacher is not None:
+            attach_loaded_teacher(trainer, teacher)
+        lower_rate_of_token_rows_(trainer)
+    except LIBRARY_ERRORS as error:
+        if isinstance(error, StructPruneError):
+            raise
+        raise StructPruneError(f"TrainingArguments: {one_line(error)}") from error
+    return trainer
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> float:
+    """Train, and return the number of seconds.
+
+    Args:
+        trainer: The Trainer.
+        checkpoint: The checkpoint to resume from, or None.
+
+    Raises:
+        StructPruneError: If the settings, the text, a checkpoint or the disk end the training.
+    """
+    model: Any = trainer.model
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if bare is model:
+        # The Trainer loads a checkpoint by the model's own names. The published format has other names for experts.
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        # A damaged checkpoint raises errors of many kinds.
+        if isinstance(error, StructPruneError) or not (checkpoint or isinstance(error, LIBRARY_ERRORS)):
+            raise
+        raise StructPruneError(_advice(error, trainer, checkpoint)) from error
+    finally:
+        vars(model).pop("save_pretrained", None)
+        # accelerate leaves a `forward` that computes in mixed precision on the model itself.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if trainer.args.gradient_checkpointing:
+            _end_checkpointing(bare)
+    return float(output.metrics["train_runtime"])
+
+
+def _advice(error: Exception, trainer: Trainer, checkpoint: str | None) -> str:
+    message = (
+        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {one_line(error)}. The model "
+        "is as it was."
+    )
+    if checkpoint:
+        message += f" If {checkpoint} is damaged, remove it to resume from the checkpoint before it."
+    if is_write_error(error):
+        message += (
+            f" If {trainer.args.output_dir} has no room for checkpoints, make some, or set `save_strategy` to 'no'."
+        )
+    return message
+
+
+def _end_checkpointing(model: Any) -> None:
+    """Turn off activation checkpointing, which the Trainer leaves on."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    model.disable_input_require_grads()

@@ -1,0 +1,9 @@
+"""The names of the files that describe a result."""
+
+from __future__ import annotations
+
+
+PAGE_NAME = "report.html"
+CHART_NAME = "chart.svg"
+EVALUATION_NAME = "evaluation.json"
+SPEED_NAME = "speed.json"

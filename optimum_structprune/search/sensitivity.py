@@ -1,0 +1,183 @@
+"""The allocation `sensitivity`: a width for each layer, chosen by measured losses and short prunings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from math import inf, isnan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.spec import ArchSpec, Space, Widths
+from ..config.pruning import StructPruneConfig
+from ..forward.metrics import evaluating
+from ..method.loop import prune_layers_
+from ..method.shrink import Masks
+from ..pruning.request import PruningRequest
+from ..sources.data import CalibrationData, source_of
+from ..steps.base import RunState
+from ..system.processes import broadcast_object
+from ..system.stages import progress
+from ..widths.allocation import widths_of
+from ..widths.budget import budget_of, removed_parameters
+from ..widths.legal import legal_widths
+from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
+
+
+class Candidate(NamedTuple):
+    """A shape that may be chosen."""
+
+    name: str  # where it comes from
+    widths: Widths
+    predicted_loss: float | None = None  # the sum of the measured losses of single layers
+
+
+def final_widths(request: PruningRequest, state: RunState) -> Widths:
+    """Return the final widths of all spaces but the tokens, after tokens have been removed."""
+    config = state.config
+    if request.tokens is not None:
+        from ..steps.vocabulary import config_of_the_rest  # most runs remove no tokens
+
+        rest = config_of_the_rest(request.tokens, state)
+        if rest is None:
+            return {}
+        config = rest
+
+    if config.allocation != "uniform":
+        return choose_shape(state, config)
+    if request.tokens is not None:
+        return widths_of(config, state.arch, state.model)
+    return request.widths
+
+
+def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
+    """Return the candidate with the smallest loss, and record all candidates in the report.
+
+    Each candidate is pruned in a short trial, all layers together. The loss is KL(dense‖pruned) on the probe, text
+    that is neither calibrated on nor held out.
+    """
+    with evaluating(state.model), state.report.timed("search"):
+        search = Search(state.model, state.arch, state.data, config)
+        trials = search.trials()
+        curves = trials.curves(trials.losses())
+        candidates = broadcast_object(search.candidates(curves))
+        losses = [0.0]
+        if len(candidates) > 1:
+            probe = Probe.of(state.model, state.arch, state.data)
+            losses = [search.loss(candidate.widths, probe) for candidate in candidates]
+
+    best = losses.index(min(losses))
+    for index, candidate in enumerate(candidates):
+        state.report.shapes.append(
+            {
+                "proposed_by": candidate.name,
+                "widths": candidate.widths,
+                "predicted_loss": candidate.predicted_loss,
+                "loss": losses[index],
+                "chosen": index == best,
+            }
+        )
+    chosen: Widths = candidates[best].widths
+    return chosen
+
+
+class Search:
+    """Proposes shapes that meet a config, and measures their losses.
+
+    Attributes:
+        plain: The widths of `allocation="uniform"`.
+        spaces: The spaces that may shrink, by layer and kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, config: StructPruneConfig):
+        self.model = model
+        self.arch = arch
+        self.data = data
+        self.config = config
+        self.legal = legal_widths(config, arch, model.config)
+        # The default targets depend on the allocation, so they are named here.
+        named = config if config.widths else replace(config, targets=tuple(self.legal))
+        self.plain = widths_of(replace(named, allocation="uniform"), arch, model)
+
+        self.spaces: dict[Key, list[Space]] = {}
+        for name in self.plain:
+            for layer, spaces in arch.by_layer(name).items():
+                if layer not in config.skip_layers:
+                    self.spaces[layer, name] = spaces
+
+    def trials(self) -> LayerTrials:
+        """Return the trials of single layers."""
+        masks = Masks(self.model, self.arch)
+        probe = Probe.of(self.model, self.arch, self.data, LAYER_TOKENS)
+        return LayerTrials(masks, self.data, probe, self.spaces)
+
+    def candidates(self, curves: Curves) -> list[Candidate]:
+        """Return different shapes: one ranking of all units by loss, halfway to one width, and one width."""
+        scores = {key: self._unit_scores(key, curve) for key, curve in curves.items()}
+        by_layer = widths_of(self.config, self.arch, self.model, scores)
+        halfway = widths_of(self.config, self.arch, self.model, self._halfway_scores(scores, by_layer))
+        proposed = [
+            Candidate("each layer", by_layer, predicted_loss(curves, by_layer)),
+            Candidate("halfway", halfway, predicted_loss(curves, halfway)),
+            Candidate("one width", self.plain),
+        ]
+        different: dict[str, Candidate] = {}
+        for candidate in proposed:
+            different.setdefault(repr(sorted(candidate.widths.items())), candidate)
+        return list(different.values())
+
+    def _unit_scores(self, key: Key, curve: Sequence[float]) -> Tensor:
+        """Return the loss by each unit per parameter, or per unit of what a budget limits, shape `(width,)`."""
+        params = sum(space.unit_params * space.scale for space in self.spaces[key])
+        saved_per_parameter = 1.0
+        if self.config.budget is not None:
+            budget = budget_of(self.config, self.arch, self.model, list(self.plain))
+            _, name = key
+            narrowest = {name: self.legal[name][0]}
+            saved = budget.dense - budget.cost(narrowest)
+            saved_per_parameter = saved / max(removed_parameters(self.arch, narrowest), 1)
+        return torch.tensor(curve, dtype=torch.float64).diff() / (saved_per_parameter * params)
+
+    def _halfway_scores(self, scores: dict[Key, Tensor], by_layer: Widths) -> dict[Key, Tensor]:
+        """Return scores by which units above the middle of two shapes are removed first.
+
+        The losses of single layers do not add up where much is removed, so the best ranking may go too far.
+        """
+        highest = max(float(unit_scores.max()) for unit_scores in scores.values())
+        halfway: dict[Key, Tensor] = {}
+        for key, unit_scores in scores.items():
+            space = self.spaces[key][0]
+            # The width once each unit is removed.
+            widths = torch.arange(len(unit_scores)).flip(0)
+            # Steps that end below the middle follow in the order of their scores.
+            is_below = 2 * widths < space.width_in(self.plain) + space.width_in(by_layer)
+            halfway[key] = (highest + unit_scores) * is_below
+        return halfway
+
+    def loss(self, widths: Widths, probe: Probe) -> float:
+        """Return the loss of a shape after a pruning on a few samples, which is undone. NaN counts as infinite."""
+        data = self.data.portion(TRIAL_TOKENS)
+        masks = Masks(self.model, self.arch)
+        source = source_of(self.model, self.arch, data.own_batches, data.config.feedback_share)
+        layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
+        try:
+            prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)
+            total = float(data.mean(probe.losses(self.model)))
+        finally:
+            masks.undo_(partial(source.at, changes=True))
+        return inf if isnan(total) else total
+
+
+def predicted_loss(curves: Curves, widths: Widths) -> float:
+    """Return the sum of the measured losses of the removed units over layers and kinds of space."""
+    total = 0.0
+    for (layer, name), curve in curves.items():
+        width = widths[name]
+        full = len(curve) - 1
+        kept = width if isinstance(width, int) else width.get(layer, full)
+        total += curve[max(full - kept, 0)]
+    return total

@@ -1,0 +1,57 @@
+"""Checkpoints of a pruning inside the layers: a run that was killed resumes at the next layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..arch.modules import layer_list
+from ..arch.spec import Widths
+from ..method.layers import Source
+from ..method.shrink import Masks, fill_layer_
+from ..record.plan import Plan
+from ..sources.data import CalibrationData
+from ..system.resume import Resume
+
+
+def run_key(data: CalibrationData, model: PreTrainedModel, widths: Widths) -> str:
+    """Return the hash that identifies a run: its config, the dense model, the text and the final widths."""
+    # The text is compared by its hashes.
+    settings = {**data.config.to_dict(), "domains": None}
+    return data.key(model, settings, widths)
+
+
+class LayerCheckpoint:
+    """The finished layers of one run, in a folder."""
+
+    def __init__(self, folder: str, key: str):
+        # Checkpoints of runs with other widths may lie in the same folder.
+        self.resume = Resume(Path(folder), key, f"layer-{key[:12]}")
+
+    def resume_from(self, masks: Masks, source: Source, smaller: PreTrainedModel) -> int:
+        """Load the layers that an earlier run has finished, with their kept units, and return their number."""
+        saved = self.resume.load()
+        if saved is None:
+            return 0
+
+        with self.resume.readable():
+            masks.keep |= Plan.from_dict(saved.values["plan"]).keep
+            passes = dict(saved.values["passes"])
+        masks.lost = masks.lost or saved.number > 0
+        for layer in range(saved.number):
+            with source.at(layer, changes=True):
+                fill_layer_(masks.model, masks.arch, layer, self.resume.tensors(layer + 1), smaller)
+        source.resume_(saved.local, passes)
+        return saved.number
+
+    def save(self, layer: int, masks: Masks, source: Source) -> None:
+        """Save a finished layer, with the hidden states that enter the next one."""
+        state = source.state()
+        if state is None:
+            return
+        hidden_states, passes = state
+        plan = Plan(masks.arch.model_type, dict(masks.keep))
+        values = {"plan": plan.to_dict(), "passes": passes}
+        weights = layer_list(masks.model, masks.arch)[layer].state_dict()
+        self.resume.save(layer + 1, values, weights, hidden_states)

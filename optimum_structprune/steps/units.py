@@ -1,0 +1,75 @@
+"""The step that removes units inside the layers, in one round or several."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..arch.meta import shrunk_skeleton
+from ..arch.modules import adopt_config_
+from ..arch.spec import Widths
+from ..method.layers import Source
+from ..method.loop import prune_layers_
+from ..method.shrink import Masks
+from ..record.plan import Plan
+from ..sources.data import source_of
+from ..system.stages import give_back_free_memory, progress
+from ..widths.schedule import round_widths
+from .base import RunState, Step
+from .checkpoint import LayerCheckpoint, run_key
+
+
+class ShrinkLayers(Step):
+    """Remove channels and KV groups inside the layers; see `method.loop.prune_layers_`."""
+
+    def prune_(self, state: RunState, widths: Widths) -> Plan:
+        """Prune all layers to the widths, and return the kept units."""
+        state.add_languages()
+        model, arch = state.model, state.arch
+        smaller = shrunk_skeleton(model, arch, widths)
+        rounds = round_widths(state.config, arch, widths)
+        checkpoint = _checkpoint_of(state, widths)
+        masks = Masks(model, arch, undoable=len(rounds) > 1)
+        source: Source | None = None
+
+        def on_layer(layer: int) -> None:
+            give_back_free_memory()
+            if checkpoint is not None and source is not None:
+                checkpoint.save(layer, masks, source)
+
+        try:
+            for number, goal in enumerate(rounds):
+                is_last = number + 1 == len(rounds)
+                with state.report.timed(f"round {number + 1}"):
+                    method = state.data.method(model, arch)
+                    source = source_of(model, arch, state.data.own_batches, state.config.feedback_share)
+                    finished = 0
+                    if checkpoint is not None:
+                        finished = checkpoint.resume_from(masks, source, smaller)
+                    layers = progress(
+                        range(finished, arch.num_layers),
+                        desc="pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}",
+                        # The bar counts the layers of all rounds, for the time that is left.
+                        initial=number * arch.num_layers + finished,
+                        total=len(rounds) * arch.num_layers,
+                        unit="layer",
+                    )
+                    prune_layers_(masks, source, method, goal, smaller if is_last else None, layers, on_layer)
+        except BaseException:  # also Ctrl-C
+            if source is not None:
+                masks.undo_(partial(source.at, changes=True))
+            raise
+        finally:
+            state.changed = state.changed or masks.lost
+
+        adopt_config_(model, smaller)
+        return Plan(arch.model_type, masks.keep)
+
+
+def _checkpoint_of(state: RunState, widths: Widths) -> LayerCheckpoint | None:
+    """Return the checkpoint of a run, if it has a folder for one, and record whether the run resumes from it."""
+    folder = state.data.options.checkpoint_dir
+    if folder is None:
+        return None
+    checkpoint = LayerCheckpoint(folder, run_key(state.data, state.model, widths))
+    state.report.resumed = checkpoint.resume.check() is not None
+    return checkpoint

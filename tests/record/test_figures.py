@@ -1,0 +1,102 @@
+"""Figures of several models, and the conversion of results to JSON and back."""
+
+import json
+from math import inf, nan
+
+import pytest
+import results
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.forward.metrics import margin_of_error
+from optimum_structprune.record.figures import DomainResult, Figure, LanguageResult, mean_ratio, perplexity_result
+from optimum_structprune.record.report import CurvePoint, RecoveryReport, Report
+from optimum_structprune.written import to_json
+
+
+numbers = st.none() | st.floats(0.1, 1e6) | st.just(inf)
+figures = st.builds(Figure, numbers, numbers, numbers, st.none() | st.floats(0, 9))
+languages = st.builds(LanguageResult, figures, st.booleans(), st.none() | st.booleans())
+domains = st.builds(DomainResult, figures, st.none() | figures, tokens=st.integers(0, 99), documents=st.integers(0, 9))
+recoveries = st.none() | st.builds(
+    RecoveryReport,
+    st.integers(0, 99),
+    domains=st.dictionaries(st.text(), domains, max_size=2),
+    curve=st.lists(st.builds(CurvePoint, st.integers(0, 99), st.floats(0, 9)), max_size=3),
+)
+reports = st.builds(
+    Report,
+    st.text(),
+    st.text(),
+    widths=st.dictionaries(st.text(), st.dictionaries(st.integers(-1, 9), st.integers(1, 9), max_size=3), max_size=2),
+    domains=st.dictionaries(st.text(), domains, max_size=3),
+    languages=st.dictionaries(st.sampled_from(["de", "fr"]), languages),
+    answers=st.none() | st.builds(results.answers, st.integers(0, 3), asked=st.just(3)),
+    recovery=recoveries,
+)
+
+
+@given(reports)
+def test_a_report_comes_back_from_json(report):
+    values = json.loads(to_json(report.to_dict()))
+    assert Report.from_dict(values) == report
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"criterion": "obs"}, "lacks the field 'model_type'"),
+    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "unknown field 'speed'"),
+    ({"model_type": 3, "criterion": "obs"}, "model_type must be of type str, got 3"),
+    ({"model_type": "llama", "criterion": "obs", "domains": []}, "domains must be an object, got list"),
+    ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: tokens must be of type int"),
+    ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "widths: mlp: invalid literal"),
+    ([], "must be an object, got list"),
+])  # fmt: skip
+def test_a_record_of_another_form_is_refused(values, message):
+    with pytest.raises(StructPruneError, match=message):
+        Report.from_dict(values)
+
+
+def test_a_report_of_an_earlier_version_counts_as_missing(tmp_path):
+    old = {"model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 1.0, "after": 2.0}}}
+    path = tmp_path / "report.json"
+    assert Report.load(path) is None
+    for document in (old, {"format_version": 1, **old}):
+        path.write_text(json.dumps(document))
+        assert Report.load(path) is None
+
+
+def test_the_ratio_compares_the_last_model_with_the_first():
+    assert Figure(10.0, 15.0).ratio == 1.5
+    assert Figure(10.0, 15.0, 12.0).ratio == 1.2
+    assert Figure(None, 15.0, 12.0).ratio == 0.8
+    assert Figure(10.0, inf).ratio == inf
+    assert Figure(pruned=3.0).ratio is None
+    assert Figure().ratio is None
+    assert Figure.of({"dense": 1.0, "pruned": 2.0}, nan).margin is None
+
+
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_the_margin_of_a_mean_is_the_margin_of_one_text_over_the_root_of_their_number(count):
+    mean, margin = mean_ratio([results.figure(2.0, margin=0.3)] * count)
+    assert mean == pytest.approx(2)
+    assert margin == pytest.approx(0.3 / count**0.5)
+    assert mean_ratio([results.figure(2.0, margin=0.3), results.figure(2.0)])[1] is None
+
+
+def test_a_perplexity_and_its_margin_are_those_of_the_losses():
+    torch.manual_seed(0)
+    dense = torch.rand(40, dtype=torch.float64)
+    pruned = dense + torch.rand(40, dtype=torch.float64)
+    result = perplexity_result({"dense": dense, "pruned": pruned}, 400)
+    ratio = float((pruned - dense).mean().exp())
+    assert result.perplexity.dense == pytest.approx(float(dense.mean().exp()))
+    assert result.perplexity.ratio == pytest.approx(ratio)
+    assert result.perplexity.margin == pytest.approx(ratio * margin_of_error(pruned - dense))
+    assert (result.tokens, result.documents) == (400, 40)
+
+    alone = perplexity_result({"pruned": pruned}, 400).perplexity
+    assert alone.margin == pytest.approx(float(pruned.mean().exp()) * margin_of_error(pruned))
+    wide = perplexity_result({"dense": dense, "pruned": pruned}, 400, spread=0.5)
+    assert wide.perplexity.margin > result.perplexity.margin
