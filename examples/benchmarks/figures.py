@@ -7,8 +7,8 @@
 `<!-- figures: NAME -->` and `<!-- figures: end -->`, and `render` replaces the lines in between. `--check` fails if a
 page differs.
 
-The protocol: the first 8 samples of 512 tokens of each file in DATA/heldout (the domains wiki, code, math, dialogue and
-web) and in DATA/unseen. Perplexity is relative to the original model, per token of the original tokenizer, as the
+The protocol: the first 8 samples of 512 tokens of each file in DATA/heldout (the domains wiki, code, math, dialogue
+and web) and in DATA/unseen. Perplexity is relative to the original model, per token of the original tokenizer, as the
 geometric mean over the files. KL is the mean over the files in nats per token. Answers are to the first 60 built-in
 questions. Speed is decoding at batch size 1 on one thread.
 """
