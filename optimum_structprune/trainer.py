@@ -177,6 +177,7 @@ class StructPruneCallback(TrainerCallback):
     ) -> None:
         """Prune, if a removal is due. It waits until training has shown enough text for one sample."""
         self.hooks.close()
+
         for step in [step for step in self._due if step <= state.global_step]:
             # Another callback may have pruned since.
             self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
@@ -195,6 +196,7 @@ class StructPruneCallback(TrainerCallback):
         text = self.text.of_all_processes()
         if len(text) >= self.config.seq_length:
             return True
+
         if is_first:
             warn(
                 f"The removal at step {step} is put off: it takes a sample of seq_length={self.config.seq_length} "
@@ -346,6 +348,7 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
         raise StructPruneError(
             f"{error} Or prune first (`structprune prune`), then train an adapter with `attach_teacher`."
         ) from error
+
     several = args.parallel_mode != ParallelMode.NOT_PARALLEL
     ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
     reasons = {

@@ -1,7 +1,4 @@
-"""Writes files in one step each, and lists the files of a result with their hashes.
-
-Nothing else that lies in the folder of a result, and nothing that has changed, is taken for a part of it.
-"""
+"""Write files in one step each, and keep a list of the files of a result."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +18,11 @@ LIST_NAME = "written_files.json"
 FORMAT_VERSION = 1
 RECORD_VERSION = 2
 VERSION_KEY = "format_version"
+PRESET = "preset:"  # before the file of a preset
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by a text in one step; the file becomes part of the result that it lies in."""
+    """Replace a file by a text in one step. The file becomes part of the result that it lies in."""
     _replace(path, text)
     add_to_result(path)
 
@@ -35,66 +32,38 @@ def _replace(path: Path, text: str) -> None:
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(path)
-    except OSError as error:  # of a full disk, it does not say which file
+    except OSError as error:  # the error of a full disk does not name the file
         new.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def written_files(folder: Path) -> dict[str, str]:
-    """Read the hashes of a result's files by their paths inside its folder; empty if it is no result."""
+def written_files(folder: Path) -> list[str]:
+    """Return the files of a result by their paths inside its folder, or an empty list for any other folder."""
     try:
-        files = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"]
-        return {name: str(files[name]) for name in files if not {"/", ".."} & set(Path(name).parts)}
+        names = list(json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
-        return {}
+        return []
+    return [name for name in names if isinstance(name, str) and not {"/", ".."} & set(Path(name).parts)]
 
 
 def write_file_list(folder: Path, paths: Iterable[Path]) -> None:
-    """Enter files into the list of a folder, which is a result from then on."""
-    new = {path.relative_to(folder).as_posix(): hash_of(path) for path in sorted(paths) if path.is_file()}
-    _replace(folder / LIST_NAME, to_json({"files": written_files(folder) | new}) + "\n")
+    """Add files to the list of a folder, which makes the folder a result."""
+    names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+    names.update(written_files(folder))
+    _replace(folder / LIST_NAME, to_json({"files": sorted(names)}) + "\n")
 
 
 def add_to_result(path: Path) -> None:
-    """Enter a new file into the list of its folder, if that is a result."""
+    """Add a new file to the list of its folder, if the folder is a result."""
     if written_files(path.parent):
         write_file_list(path.parent, [path])
 
 
-def hash_of(path: Path) -> str:
-    """Hash a whole file by SHA-256: weights that were trained in place have the size and header of the former."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_unchanged(path: Path) -> bool:
-    """Is true if a file has the hash that the list of its folder names."""
-    return path.is_file() and written_files(path.parent).get(path.name) == hash_of(path)
-
-
 def foreign_files(folder: Path) -> list[str]:
-    """Name the files and folders in a result that were not written with it or have changed since."""
-    files = written_files(folder)
-    folders = {parent.as_posix() for name in files for parent in Path(name).parents}
-
-    def is_ours(path: Path, name: str) -> bool:
-        if path.is_symlink() or path.is_dir():
-            return not path.is_symlink() and name in folders
-        return name == LIST_NAME or (name in files and path.is_file() and files[name] == hash_of(path))
-
-    named = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    inside = {name: path for name, path in named.items() if name.parent.as_posix() in folders}
-    return [name.as_posix() for name, path in inside.items() if not is_ours(path, name.as_posix())]
-
-
-def check_unchanged(*paths: Path) -> None:
-    """Refuse to replace files that are not as they were written with their result."""
-    for path in paths:
-        if path.exists() and not is_unchanged(path):
-            raise StructPruneError(f"{path} is not as structprune wrote it; move it elsewhere, or remove it.")
+    """Return the names of the files and folders directly in a result that were not written with it."""
+    names = {Path(name).parts[0] for name in written_files(folder)}
+    names.add(LIST_NAME)
+    return sorted(path.name for path in folder.iterdir() if path.name not in names)
 
 
 @contextmanager
@@ -142,6 +111,20 @@ def plain(value: Any) -> Any:
 def replace_json(path: str | Path, value: Any) -> None:
     """Replace a file by the JSON document of a value in one step."""
     replace_text(Path(path), to_json(value) + "\n")
+
+
+def without_folders(value: Any) -> Any:
+    """Return plain values with every absolute path replaced by its last part, since records may be published."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    prefix = PRESET if value.startswith(PRESET) else ""
+    parts = Path(value.removeprefix(prefix)).parts
+    is_path = len(parts) > 2 and Path(parts[0]).is_absolute() and Path(parts[0], parts[1]).exists()
+    return f"{prefix}{parts[-1]}" if is_path else value
 
 
 def to_json(value: Any) -> str:

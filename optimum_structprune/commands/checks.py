@@ -22,7 +22,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
-from ..system.disk import GGUF, GGUFOutput, Output
+from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .output import check_file
 
@@ -122,6 +122,7 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 
 def _check_model(name: str) -> None:
     """Refuse a name that is neither a model's folder nor a model of the Hub or its cache."""
+    check_regular_files(name)
     if not Path(name).is_dir():
         try:
             hf_hub_download(name, "config.json")

@@ -79,11 +79,6 @@ QUALITY: Flags = {
         "For encoders: a text and its translation in each line of JSON, which look for each other. Repeatable.",
         **{"action": "append", "default": []},
     ),
-    "--mteb": named(
-        "TASK",
-        "For encoders: a task of MTEB, such as STS12, which its package runs where it is installed. Repeatable.",
-        action="append",
-    ),
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
     "--seq-length": number("Tokens per sample (512).", default=512),
     "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),

@@ -25,7 +25,6 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
-from ..system.disk import unchanging
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
 
@@ -76,9 +75,8 @@ class Loading:
         self, name: str, scratch: Path | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer; see `model`."""
-        with unchanging(name):
-            tokenizer = self.tokenizer(name)
-            return self.model(name, scratch), tokenizer
+        tokenizer = self.tokenizer(name)
+        return self.model(name, scratch), tokenizer
 
     def model(self, name: str, scratch: Path | None = None) -> PreTrainedModel:
         """Load a model in eval mode.

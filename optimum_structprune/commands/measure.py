@@ -19,17 +19,15 @@ from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import check_evaluation
 from ..evaluation.heldout import told_apart
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
-from ..evaluation.tasks import check_tasks, task_scores
 from ..forward.generation import cache_name
 from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
 from ..record.figures import PRUNED, SizeResult
 from ..record.measured import measurement_lines
-from ..saving.names import EVALUATION_NAME, PAGE_NAME, SPEED_NAME
+from ..saving.names import EVALUATION_NAME, SPEED_NAME
 from ..saving.page import check_result, write_report
-from ..system.disk import check_folder, unchanging
+from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from ..system.stages import model_bytes
-from ..written import check_unchanged
 from .loading import SPREAD_DEVICES, Loading
 from .output import Result
 
@@ -41,7 +39,7 @@ def evaluate(args: Namespace) -> Result:
     """Check all models by their configs, measure them, and write the requested files."""
     measures_quality = bool(args.domain or args.answers or args.pairs)
     if args.html:
-        _check_page(args, measures_quality)
+        _check_page(args)
     loading = Loading.of(args)
     paths = _paths(args)
     speed_settings = _checked_speed(args, loading, paths) if args.speed else {}
@@ -49,9 +47,7 @@ def evaluate(args: Namespace) -> Result:
     notes: list[str] = []
     if measures_quality:
         settings, notes = _check_quality(args, loading, paths)
-    if args.mteb:
-        check_tasks(args.mteb)
-    if args.html and not (measures_quality or args.speed or args.mteb):
+    if args.html and not (measures_quality or args.speed):
         return _with_page(args, [], {})
 
     # For speed, all models are in memory together, and none is loaded twice.
@@ -59,11 +55,6 @@ def evaluate(args: Namespace) -> Result:
     measurement = _measured(args, loading, load, paths, settings)
     if args.speed:
         measurement.speed = measure_speed({name: load(path) for name, path in paths.items()}, **speed_settings)
-    if args.mteb:
-        scores = task_scores(paths, args.mteb, str(loading.device), loading.trust_remote_code)
-        for task, by_model in scores.items():
-            for name, score in by_model.items():
-                measurement.models[name].tasks[task] = score
 
     # The vectors of encoders do not depend on the tokenizer.
     evaluations = measurement.evaluations
@@ -92,7 +83,7 @@ def _paths(args: Namespace) -> dict[str, str]:
     return dict(zip(names_of(models), models, strict=True))
 
 
-def _check_page(args: Namespace, measures_quality: bool) -> None:
+def _check_page(args: Namespace) -> None:
     """Refuse a page that cannot be written, before a model is loaded in vain."""
     if len(args.models) > 1:
         raise StructPruneError(f"--html writes the page of one result, and {len(args.models)} models are named.")
@@ -101,10 +92,6 @@ def _check_page(args: Namespace, measures_quality: bool) -> None:
     (folder,) = args.models
     check_result(folder)
     check_folder(folder)
-    names = [PAGE_NAME]
-    names += [EVALUATION_NAME] if measures_quality else []
-    names += [SPEED_NAME] if args.speed else []
-    check_unchanged(*(Path(folder, name) for name in names))
 
 
 def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
@@ -162,9 +149,8 @@ def _measured(
     for number, (name, path) in enumerate(paths.items()):
         is_original = bool(args.against) and number == 0
         reads_text = bool(settings) and not is_original
-        with unchanging(path):
-            tokenizer = loading.tokenizer(path) if reads_text else None
-            model = load(path)
+        tokenizer = loading.tokenizer(path) if reads_text else None
+        model = load(path)
         measured = _sizes(model, path, args.arch_file)
         if is_original:
             original = model

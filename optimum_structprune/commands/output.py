@@ -20,8 +20,15 @@ from ..system.stages import logger as stages
 from ..written import to_json
 
 
-# Loggers whose warnings no user can act on: of widths that a config has for each layer too, and of the disk's clock.
-MUTED_LOGGERS = ("transformers.integrations.heterogeneity.configuration_utils", "transformers.trainer_utils")
+# Loggers of messages that help no user: that a config has widths for each layer too, that the clock of a disk differs,
+# and errors of `datasets` that our own error repeats.
+MUTED_LOGGERS = {
+    "transformers.integrations.heterogeneity.configuration_utils": logging.ERROR,
+    "transformers.trainer_utils": logging.ERROR,
+    "datasets.builder": logging.CRITICAL,
+    "datasets.load": logging.CRITICAL,
+    "datasets.packaged_modules": logging.CRITICAL,
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))
-        levels = dict.fromkeys(MUTED_LOGGERS, logging.ERROR)
+        levels = dict(MUTED_LOGGERS)
         if args.quiet or not sys.stderr.isatty():
             _hide_bars(args.command.reads_text, stack)
             # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.

@@ -23,7 +23,7 @@ from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
-from ..system.disk import Output, check_apart, remove_checkpoints, resolved, unchanging, used_paths
+from ..system.disk import Output, check_apart, remove_checkpoints, resolved, used_paths
 from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
@@ -39,14 +39,13 @@ def recover(args: Namespace) -> Result:
     output.check(weights_bytes(args.model))
     check_apart(args.output, config)
     with output.locked():
-        with unchanging(folder):
-            recovery = recovery_for(config, args, pruning)
-            loading = Loading.of(args)
-            small = loading.without_weights(args.model)
-            check_recovery(config, recovery.pruning, small)
-            if args.teacher is not None:
-                tokens_of_teacher(loading.without_weights(args.teacher), small, loading.tokenizer(args.model))
-            model, tokenizer = loading.model_and_tokenizer(args.model)
+        recovery = recovery_for(config, args, pruning)
+        loading = Loading.of(args)
+        small = loading.without_weights(args.model)
+        check_recovery(config, recovery.pruning, small)
+        if args.teacher is not None:
+            tokens_of_teacher(loading.without_weights(args.teacher), small, loading.tokenizer(args.model))
+        model, tokenizer = loading.model_and_tokenizer(args.model)
         return pushed(args, recover_and_save(args, recovery, model, tokenizer))
 
 

@@ -227,7 +227,10 @@ def compare(
         KL(dense‖model) per predicted token in nats, and the share of tokens that both models predict alike.
     """
     batch_size = batch_size or samples_per_pass(dense, samples.shape[1])
-    losses, dense_losses, distances, agreements = [], [], [], []
+    losses = []
+    dense_losses = []
+    distances = []
+    agreements = []
     with evaluating(model, dense):
         for targets, logits, dense_logits in _predictions([model, dense], samples.split(batch_size)):
             losses.append(_losses(logits, targets))
@@ -254,11 +257,13 @@ def own_settings() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
+
         for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
+
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_full_precision())

@@ -175,6 +175,7 @@ def _advice(
     if not request.model_info.offloaded:
         place = "disk" if device.type == "cpu" else "cpu or disk"
         suggestions.append(f"--offload {place}")
+
     if estimate.hidden:
         suggestions.append(f"num_samples below {config.num_samples}")
     if options.batch_size > 1:

@@ -63,14 +63,12 @@ class MeasuredModel:
         size: Its size; None where it was not measured.
         widths: The widths of the layers, by kind of space.
         evaluation: Its quality; None where it was not measured. The original model has none of its own.
-        tasks: Its scores in tasks of MTEB, by task.
     """
 
     path: str
     size: SizeResult | None = None
     widths: dict[str, list[int]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
-    tasks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

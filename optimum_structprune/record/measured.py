@@ -42,7 +42,6 @@ def measurement_table(measurement: Measurement) -> Rows:
     rows = [["", *columns]]
     rows += _size_rows(columns)
     rows += quality_rows(measurement)
-    rows += _task_rows(columns)
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
@@ -229,12 +228,6 @@ def _count(answers: AnswersResult, name: str, is_original: bool) -> str:
         return text
     comparison = paired(answers, name)
     return f"{text} ({comparison.verdict}, p = {comparison.p_value:.3f})"
-
-
-def _task_rows(columns: Mapping[str, MeasuredModel]) -> Rows:
-    """Return the scores in tasks of MTEB."""
-    tasks = dict.fromkeys(task for model in columns.values() for task in model.tasks)
-    return [[f"MTEB, {task}", *(number(model.tasks.get(task), 3) for model in columns.values())] for task in tasks]
 
 
 def speed_rows(speed: Speed) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from ..errors import StructPruneError
 from ..record.report import REPORT_NAME
 from ..record.verdict import judge
 from ..system.processes import is_first_rank
-from ..written import check_unchanged, replace_text, warn_on_error
+from ..written import replace_text, warn_on_error
 from .chart import NARROW, WIDE, curve_chart, loss_chart, widths_chart
 from .names import PAGE_NAME
 from .records import Records
 from .view import short_name, view_of
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATES = Environment(
     loader=PackageLoader("optimum_structprune.saving", "."),
     autoescape=True,
@@ -63,9 +61,9 @@ def page(folder: str | Path, dense: str = "") -> str:
     curve = [] if report.recovery is None else report.recovery.curve
 
     name = report.model.base_model or short_name(records.dense)
-    dense_path = name if HUB_ID.fullmatch(name) else records.dense or "ORIGINAL"
+    dense_path = name or "ORIGINAL"
     title = Path(folder).absolute().name
-    view = view_of(records, title, name, dense_path, str(folder), f"{folder}-again")
+    view = view_of(records, title, name, dense_path, title, f"{title}-again")
     verdict = judge(report, None if records.evaluation is None else records.evaluation.answers)
     return TEMPLATES.get_template("page.html.jinja").render(
         view=view,
@@ -89,11 +87,9 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
         The path of the page.
 
     Raises:
-        StructPruneError: If the folder has no report, a record cannot be read, or the existing page was not written
-            by this package or has been changed.
+        StructPruneError: If the folder has no report, or a record cannot be read.
     """
     path = Path(folder, PAGE_NAME)
-    check_unchanged(path)
     replace_text(path, page(folder, dense))
     return path
 

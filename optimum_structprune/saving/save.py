@@ -38,7 +38,7 @@ from ..system.offloading import declared, places
 from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
-from ..written import replace_json, written_files
+from ..written import replace_json, without_folders, written_files
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\
 SIZE_FIELD = re.compile(r'"(vocab_size|hidden_size)": *(\d+)')
 # The field of a module's config with the number of its inputs, which are channels or logits of the model.
 WIDTH_FIELD = re.compile(r'("(?:word_)?embedding_dimension": *)(\d+)')
+# The records of this package, which may name files of the user.
+RECORDS = re.compile(r"(structprune_config|recovery_config|report|recovery_report|calibration_manifest)\.json")
 # The files that are downloaded of a model on the Hub. Its weights may be there in several formats.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*_linear.pt", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
@@ -74,7 +76,8 @@ def save_pruned(
     """Save a pruned model with its records, card and tokenizer. The records say whether weights have changed since."""
     from .card import leave_card  # imported here, since only a save needs it
 
-    config, report = records.config, records.report
+    config = records.config
+    report = records.report
     used = [model.name_or_path, *used_paths(config)]
     if checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
@@ -123,6 +126,7 @@ def save_checked(
     with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
         if not is_first_rank():
             return
+
         _save_model(model, staging)
         if tokenizer is not None:
             if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads this field and does not write it
@@ -130,9 +134,11 @@ def save_checked(
             tokenizer.save_pretrained(staging)
         if model.name_or_path:
             copy_extra_files(model, staging, tokenizer, kept_tokens)
+
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             settle(staging / name, type(model.config))
         write(staging)
+        _remove_folders(staging)
         check_reload(like or model, staging)
 
 
@@ -257,6 +263,13 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
         if part is not None:
             kernels[key] = _kernels(part, name)
     return kernels
+
+
+def _remove_folders(staging: Path) -> None:
+    """Replace the absolute paths in the records of a result by names."""
+    for path in staging.glob("*.json"):
+        if RECORDS.fullmatch(path.name):
+            replace_json(path, without_folders(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def copy_extra_files(

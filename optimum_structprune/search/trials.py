@@ -135,6 +135,7 @@ class LayerTrials:
 
         if not losses.keys() >= self.spaces.keys():
             self._measure_(losses, store)
+
         return {key: losses[key] for key in self.spaces}
 
     def _store(self) -> Resume | None:
@@ -149,10 +150,12 @@ class LayerTrials:
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
         """Add the missing losses, and save all losses after each layer."""
-        masks, arch = self.masks, self.masks.arch
+        masks = self.masks
+        arch = masks.arch
         method = self.data.method(masks.model, arch)
         # A trial changes one layer, so there are no errors of earlier layers for error feedback.
         source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
+
         for layer in progress(range(arch.num_layers), desc="measuring losses"):
             with source.at(layer):
                 for key, spaces in self.spaces.items():
@@ -203,6 +206,7 @@ def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Me
         dense, moments = calibrate(masks, source, method, space)
         weights = [weight for weight, _ in dense]
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
+
         for units in _trial_units(space.width):
             keep = best_units(scores, (space.width - units) * space.scale)
             values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))

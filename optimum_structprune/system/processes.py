@@ -1,4 +1,4 @@
-"""Lets several processes share one pruning inside `across_processes`, each with a part of the samples."""
+"""Share one pruning among several processes inside `across_processes`. Each runs a part of the samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
-DONE = "done"  # what the first process says in the end
+DONE = "done"  # the outcome of the first process, if it raised no error
 _together = False
-# How often the first process has decided on something, by its name: all processes count alike.
+# The number of outcomes of the first process, by name. It is part of their keys in the store, so all processes count.
 _decisions: Counter[str] = Counter()
 
 
 @contextmanager
 def _sharing(together: bool) -> Iterator[None]:
     global _together
-    before, _together = _together, together
+    before = _together
+    _together = together
     try:
         yield
     finally:
@@ -39,20 +40,20 @@ def _sharing(together: bool) -> Iterator[None]:
 def across_processes() -> Iterator[None]:
     """Share the work inside `with` among the processes that `torchrun` or `accelerate launch` has started.
 
-    All of them have to do the same inside, with the same arguments. A process that is alone does everything itself.
+    All processes must make the same calls with the same arguments inside. A single process does all work itself.
 
     Raises:
-        StructPruneError: If they were started to shard the model; see `check_launch`.
+        StructPruneError: If the processes were started to shard the model; see `check_launch`.
     """
     check_launch()
-    if launched("WORLD_SIZE", 1) > 1:  # a process that is alone may yet choose its device
+    if launched("WORLD_SIZE", 1) > 1:  # a single process may still choose its device
         import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
     with _sharing(_initialized() and _dist().get_world_size() > 1):
         yield
 
 
 def launched(variable: str, default: int) -> int:
-    """Read a number from the environment of a launched process, such as `RANK`."""
+    """Return a number from the environment of a launched process, such as `RANK`."""
     text = os.environ.get(variable, str(default))
     if not (text.isascii() and text.isdecimal()):
         raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")
@@ -60,7 +61,7 @@ def launched(variable: str, default: int) -> int:
 
 
 def check_launch() -> None:
-    """Refuse a launch that shards models, as transformers then loads weights in one process alone."""
+    """Raise `StructPruneError` if the launch shards models. transformers loads weights in one process alone then."""
     for variable, flag in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
@@ -70,28 +71,30 @@ def check_launch() -> None:
 
 
 def unshared() -> AbstractContextManager[None]:
-    """Let every process do all the work inside `with`, for libraries that share it out themselves."""
+    """Let every process do all work inside `with`, for libraries that divide it among processes themselves."""
     return _sharing(False)
 
 
 def process_count() -> int:
-    """Count the processes that share the work."""
+    """Return the number of processes that share the work."""
     return _dist().get_world_size() if _together else 1
 
 
 def process_index() -> int:
-    """Number this process among them, from 0."""
+    """Return the number of this process, from 0."""
     return _dist().get_rank() if _together else 0
 
 
 def every_process_runs(samples: Sized) -> bool:
-    """Is true if all processes run the same samples, because there are fewer samples than processes."""
+    """Return whether all processes run the same samples, because there are fewer samples than processes."""
     return len(samples) < process_count()
 
 
 def shard(samples: T) -> T:
-    """Select the samples that this process runs: every N-th, or all if they are fewer than the processes."""
-    return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
+    """Return the samples that this process runs: every N-th, or all if there are fewer samples than processes."""
+    if every_process_runs(samples):
+        return samples
+    return samples[process_index() :: process_count()]
 
 
 def all_reduce_(tensors: Iterable[Tensor]) -> None:
@@ -144,49 +147,54 @@ def gather_objects(value: V) -> list[V]:
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come here."""
+    """Wait for all processes."""
     if _together:
         _dist().barrier()
 
 
 def is_first_rank() -> bool:
-    """Is true if this process saves: it is alone, or the first of several, whatever these share."""
-    return _rank_and_count()[0] == 0
+    """Return whether this process saves: it is a single process, or the first process of a launch."""
+    rank, _ = _rank_and_count()
+    return rank == 0
 
 
 @contextmanager
 def rank_zero_first(name: str) -> Iterator[bool]:
-    """Raise an error of the first process inside `with` in all others too, which wait for it.
+    """Yield True in the first process, and raise its error in all other processes, which wait for its outcome.
 
-    Only the first process gets True. It leaves its outcome in the store through which they found each other, so that
-    it may also come here alone.
+    The outcome is in the store of the launch, so the first process need not wait for the others.
     """
     rank, count = _rank_and_count()
     if count == 1:
         yield True
         return
     _decisions[name] += 1
-    store, key = _store(), f"structprune/{name}/{_decisions[name]}"
+    key = f"structprune/{name}/{_decisions[name]}"
+    store = _store()
     if rank == 0:
         try:
             yield True
         except BaseException as error:
-            store.set(key, str(error) if isinstance(error, StructPruneError) else f"{type(error).__name__}: {error}")
+            message = str(error)
+            if not isinstance(error, StructPruneError):
+                message = f"{type(error).__name__}: {error}"
+            store.set(key, message)
             raise
         store.set(key, DONE)
         return
+
     yield False
     try:
         store.wait([key], timedelta(hours=2))
         outcome = store.get(key).decode()
-    except RuntimeError as error:  # the store is gone, or has nothing after all the time
+    except RuntimeError as error:  # the store is gone, or the wait has timed out
         raise StructPruneError(f"The first process did not say what came of {name}.") from error
     if outcome != DONE:
         raise StructPruneError(outcome)
 
 
 def _dist() -> Any:
-    # Imported late: torch takes seconds, and the first checks of a command do without.
+    # Imported late, because torch takes seconds and the first checks of a command do not need it.
     return import_module("torch.distributed")
 
 
@@ -198,7 +206,7 @@ def _initialized() -> bool:
 def _rank_and_count() -> tuple[int, int]:
     if _initialized():
         return _dist().get_rank(), _dist().get_world_size()
-    # `torchrun`, or accelerate with it, keeps a store for the processes that it has started.
+    # `torchrun` keeps a store for the processes that it has started, also when accelerate calls it.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
@@ -208,7 +216,7 @@ def _store() -> Any:
     dist = _dist()
     if _initialized():
         return dist.distributed_c10d._get_default_store()
-    # Nothing in this run has needed the other processes so far, but `torchrun` has made a store for them.
+    # No part of this run has needed the other processes so far, but `torchrun` has a store for them.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     run = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return dist.PrefixStore(f"structprune/{run}", dist.TCPStore(address, port, is_master=False))

@@ -138,6 +138,20 @@ def test_what_a_config_refuses_is_refused_without_weights(folder, line, message,
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(("file", "message"), [
+    ("broken.jsonl", "line 2 is not JSON"),
+    ("broken.csv", "line 3 has more fields"),
+    ("broken.parquet", "cannot be read"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_line_on_stderr(folder, file, message, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    contents = {"jsonl": '{"text": "a"}\n{"te', "csv": "text\na\nb,c\n", "parquet": "PAR1"}
+    (folder / file).write_text(contents[file.partition(".")[2]])
+    assert main(split(f"{SHARE} --quiet --seq-length 24 --text {file}")) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"structprune: error: The domain 'broken': {file} cannot be read: ") and message in line
+
+
 SCRIPT = """
 import json, os, sys
 from contextlib import redirect_stderr

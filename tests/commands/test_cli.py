@@ -46,13 +46,13 @@ def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_the_attention_of_a_flag_runs(folder, name, capsys, monkeypatch):
     used = []
-    prune_model = StructPruner.prune_model
+    prune = StructPruner.prune
 
     def noting(pruner, model, *args, **kwargs):
         used.append(model.config._attn_implementation)
-        return prune_model(pruner, model, *args, **kwargs)
+        return prune(pruner, model, *args, **kwargs)
 
-    monkeypatch.setattr(StructPruner, "prune_model", noting)
+    monkeypatch.setattr(StructPruner, "prune", noting)
     assert main(command(folder, "--width", "mlp=24", "--attn-implementation", name, "--overwrite")) == 0
     assert used == [name]
 

@@ -144,9 +144,9 @@ def test_rows_and_fields_that_will_not_do():
         ({"q": "x"}, "{q} {answer}", "no column 'answer'. Set `template`"),
         ({"q": 3}, "{q}", r"the column 'q' holds the int 3\.$"),
         ({"q": []}, "{q}", r"the column 'q' holds the list \[\]. Use `template='chat'`"),
-        (None, "no field", "'chat' or to hold column names"),
-        (None, "{a.b}", "column's name, got 'a.b'"),
-        (None, "{a!r}", "column's name"),
+        (None, "no field", "'chat' or hold column names"),
+        (None, "{a.b}", "field 'a.b' of the template .* is not a column name"),
+        (None, "{a!r}", "is not a column name"),
     ):
         with pytest.raises(StructPruneError, match=message):
             domain = DomainConfig.from_dict({"name": "d", "source": "a.txt", "template": template})

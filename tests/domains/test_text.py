@@ -174,6 +174,34 @@ def test_a_text_file_is_one_document_unless_it_is_large(tmp_path):
     assert sorted(piece for part in parts for piece in part.split("\n\n")) == sorted(paragraphs)
 
 
+@pytest.mark.parametrize("texts", [["2024-01-01", "2024-01-02"], ["12:30", "1e5"], ["true", "null"]])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_text_that_looks_like_dates_or_numbers_is_read_as_text(tmp_path, suffix, texts):
+    assert sorted(read(write(tmp_path / f"a{suffix}", texts))) == sorted(texts)
+
+
+def test_columns_other_than_the_text_do_no_harm(tmp_path):
+    deep = "[" * 500 + "]" * 500
+    lines = ['{"text": "one", "other": 1}', '{"other": "x"}', f'{{"text": "two", "deep": {deep}}}', '{"text": null}']
+    put_into(tmp_path, {"a.jsonl": "\n\n".join(lines), "pretty.json": '\n [\n {"text": "one"},\n {"other": 2}\n ]'})
+    assert sorted(read(tmp_path / "a.jsonl")) == ["one", "two"]
+    assert read(tmp_path / "pretty.json") == ["one"]
+
+
+@pytest.mark.parametrize("source", [
+    lambda folder, texts: write(folder / "a.jsonl", texts),
+    lambda folder, texts: write(folder / "a.csv", texts),
+    lambda folder, texts: texts,
+    lambda folder, texts: datasets.Dataset.from_dict({"text": texts}),
+], ids=["jsonl", "csv", "list", "dataset"])  # fmt: skip
+def test_a_long_row_is_cut_before_it_is_tokenized(tmp_path, source):
+    words = " ".join(itertools.islice(itertools.cycle(WORDS), 100_000))
+    parts = read(source(tmp_path, [*TEXTS, words]))
+    assert len(parts) > 100 + len(TEXTS) and max(map(len, parts)) <= 2 * sources.SECTION_CHARACTERS
+    cut = [part for part in parts if part not in TEXTS]
+    assert sorted(" ".join(cut).split()) == sorted(words.split())
+
+
 def test_globs_and_folders_read_all_kinds_and_nothing_else(tmp_path):
     folder = tmp_path / ".hidden" / "a[b]"
     blank = '{"n": 0, "text": null}\n{"n": 0, "text": ""}\n'
@@ -237,8 +265,13 @@ def test_a_hub_dataset(monkeypatch):
     ("other.jsonl", "Set `text_column` .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("chat.jsonl", "Set `template` .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
     ("headless.csv", r"\A.*no column 'text'. Set `text_column`.* Known: One w1 w2 w3 .{47}\.\Z"),
-    ("numbers.csv", "must contain strings, and the column 'text' holds the int 1"),
-    ("broken.jsonl", "broken.jsonl cannot be read: JSON.*; each row has to be an object"),
+    ("numbers.jsonl", "must contain strings, and the column 'text' holds the int 1"),
+    ("broken.jsonl", "broken.jsonl cannot be read: line 2 is not JSON: Expecting value"),
+    ("cut.jsonl", "cut.jsonl cannot be read: line 2 is not JSON: Unterminated string"),
+    ("plain.jsonl", "plain.jsonl cannot be read: line 1 must be an object, such as .*, got 'text'"),
+    ("list.json", "list.json cannot be read: item 2 must be an object, such as .*, got 'b'"),
+    ("bottomless.jsonl", "bottomless.jsonl cannot be read: line 1 is nested too deeply"),
+    ("long.csv", "long.csv cannot be read: line 2 has more fields than the header"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
     ("link.jsonl", "'d': .*link.jsonl leads to no regular file; write its text to one"),
 ])  # fmt: skip
@@ -246,10 +279,22 @@ def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
     (tmp_path / "empty").mkdir()
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "none.jsonl")
-    put_into(tmp_path, {"notes.md": "notes", "other.jsonl": '{"id": 1, "body": "x"}\n', "numbers.csv": "text\n1\n1\n"})
+    put_into(
+        tmp_path,
+        {
+            "notes.md": "notes",
+            "other.jsonl": '{"id": 1, "body": "x"}\n',
+            "numbers.jsonl": '{"text": 1}\n',
+            "long.csv": "text\na,b\n",
+        },
+    )
     put_into(tmp_path, {"chat.jsonl": '{"id": 1, "messages": [{"role": "user", "content": "x"}]}\n'})
     put_into(tmp_path, {"headless.csv": '"One\n' + " ".join(f"w{i}" for i in range(1, 99)) + '"\ntwo\n'})
-    put_into(tmp_path, {"broken.jsonl": '{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")})
+    put_into(tmp_path, {"cut.jsonl": '{"text": "a"}\n{"text": "b', "plain.jsonl": '"text"\n'})
+    put_into(tmp_path, {"list.json": '[{"text": "a"}, "b"]', "bottomless.jsonl": '{"a": ' + "[" * 10**6})
+    put_into(
+        tmp_path, {"broken.jsonl": '{"text": "a"}\n{"text": broken', "utf16.csv": "text\ncafé\n".encode("utf-16")}
+    )
     with pytest.raises(StructPruneError, match=message):
         read(str(tmp_path / name))
 

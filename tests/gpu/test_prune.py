@@ -9,6 +9,7 @@ from models import build, config, fewer_tokens, real_text_model, three_layers, t
 from quantized import Reversible, quantized
 
 from optimum_structprune import RunOptions, StructPruner
+from optimum_structprune.arch.load import describe
 from optimum_structprune.steps.checkpoint import LayerCheckpoint
 
 
@@ -147,3 +148,16 @@ def test_the_whole_model_as_a_source():
             return pruned(config(widths={"mlp": 24, "attention": 2}))(model)
 
     assert_same_on_gpus(work, lambda: build("llama-untied"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["modernbert", "t5-gated", "bart"])
+def test_the_figures_of_encoders(case):
+    def work(model):
+        space = next(space.kind for space in describe(model).spaces if "mlp" in space.kind)
+        pruner = StructPruner(config(widths={space: 24}))
+        small = pruner.prune_model(model, tokenizer())
+        report = pruner.report.to_dict()
+        return {"weights": weights(small), "embeddings": report["embeddings"], "perplexity": report["perplexity"]}
+
+    assert_same_on_gpus(work, lambda: build(case), 2)

@@ -31,7 +31,7 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     (pruner, _), (folder, model) = run, pruned
     for name in (of_training := ("recovery_config.json", "recovery_report.json")):
         (folder / name).write_text("{}")
-    with pytest.raises(StructPruneError, match="pruned shares files with .*pruned, which this run"):
+    with pytest.raises(StructPruneError, match="pruned overlaps with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.dense.parameters

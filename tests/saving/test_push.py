@@ -4,22 +4,25 @@ import base64
 import json
 import re
 import shutil
-import tempfile
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import huggingface_hub.constants as constants
 import pytest
-from helpers import contents, put_into, save_desk, user_files, write_texts
-from hypothesis import HealthCheck, example, given, settings
+from helpers import contents, put_into, save_desk, write_texts
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub, write_report
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    push_to_hub,
+    write_report,
+)
 from optimum_structprune.commands.cli import main
-from optimum_structprune.written import LIST_NAME, replace_text
+from optimum_structprune.written import LIST_NAME, without_folders
 
 
 TOKEN = "hf_right"
@@ -129,61 +132,29 @@ def test_a_result_arrives_whole_in_one_commit(run, hub):
     repo = hub.repos["ann/slim"]
     assert repo["private"] and repo["commits"] == 1
     assert set(repo["files"]) == {path.name for path in folder.iterdir()} >= {"README.md", "model.safetensors"}
-    listed = json.loads(repo["files"][LIST_NAME])["files"]
-    hashes = {name: sha256(content).hexdigest() for name, content in repo["files"].items()}
-    assert listed == {name: digest for name, digest in hashes.items() if name != LIST_NAME}
+    assert json.loads(repo["files"][LIST_NAME])["files"] == sorted(name for name in repo["files"] if name != LIST_NAME)
     for name, content in repo["files"].items():
-        if name not in ("README.md", "report.html", LIST_NAME):  # they name folders of this machine
-            assert content == (folder / name).read_bytes(), name
-    card = repo["files"]["README.md"].decode()
-    assert 'name = "ann/slim"' in card and 'name = "slim"' in (folder / "README.md").read_text()
+        assert content == (folder / name).read_bytes(), name
+    assert 'name = "ann/slim"' in repo["files"]["README.md"].decode()
+    push_to_hub(folder, "ann/again")
+    assert 'name = "ann/again"' in hub.repos["ann/again"]["files"]["README.md"].decode()
 
 
-def test_a_card_that_is_not_ours_stays(run, hub, tmp_path):
-    _, folder = run
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_a_push_uploads_what_was_written_with_the_result_and_nothing_else(run, hub, tmp_path):
+    copy = shutil.copytree(run[1], tmp_path / "copy")
+    put_into(copy, {"notes.txt": "mine", "drafts/thesis.txt": "mine", ".cache/x": "", "report.json": "{}"})
     (copy / "README.md").write_text("my own words")
     push_to_hub(copy, "ann/copy")
     files = hub.repos["ann/copy"]["files"]
-    assert files["README.md"] == b"my own words"
-    push_to_hub(folder, "ann/copy")  # the card there is not ours, so it stays
-    assert files["README.md"] == b"my own words" and hub.repos["ann/copy"]["commits"] == 2
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example({"README.md": b"\x80"})
-@given(user_files())
-def test_a_push_uploads_what_was_written_with_the_result_and_nothing_else(run, hub, files):
-    with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(run[1], Path(place, "copy"))
-        put_into(copy, files)
-        hub.repos.clear()
-        try:
-            files.get("README.md", b"").decode()
-        except UnicodeDecodeError:
-            with pytest.raises(StructPruneError, match="README.md is no UTF-8 text"):
-                push_to_hub(copy, "ann/copy")
-            return
-        push_to_hub(copy, "ann/copy")
-    uploaded, written = hub.repos["ann/copy"]["files"], contents(run[1])
-    assert uploaded.keys() == written.keys()
-    for name in files.keys() & written.keys():
-        assert uploaded[name] == files[name], "a file of the result that was changed is pushed as it is"
-
-
-def test_a_card_that_only_a_push_has_changed_is_replaced_by_the_next(run, hub, tmp_path):
-    push_to_hub(run[1], "ann/twice")
-    again = shutil.copytree(run[1], tmp_path / "again")
-    replace_text(again / "README.md", "a newer card of the package")
-    push_to_hub(again, "ann/twice")
-    assert hub.repos["ann/twice"]["files"]["README.md"] == b"a newer card of the package"
+    assert files.keys() == contents(run[1]).keys()
+    assert files["README.md"] == b"my own words" and files["report.json"] == b"{}", "as they are now"
 
 
 @pytest.mark.parametrize(("repo_id", "fields", "message"), [
     ("ann/open", {"private": True}, "ann/open is public"),
     ("bob/slim", {}, "may not write to bob/slim.*complete in .*slim"),
-    ("slim", {}, "names no owner"),
-    ("ann/a b", {}, "is no name of a repository"),
+    ("slim", {}, "has no owner"),
+    ("ann/a b", {}, "is not a repository"),
     ("ann/slim", {"token": "hf_wrong"}, "does not know the token"),
 ])  # fmt: skip
 def test_what_the_hub_refuses_is_said_and_nothing_is_pushed(run, hub, repo_id, fields, message):
@@ -206,7 +177,7 @@ def test_without_a_result_a_token_or_a_hub_nothing_is_pushed(run, hub, tmp_path,
     for place, value, message in (
         ("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9", "ann/slim could not be pushed.*push_to_hub"),
         ("huggingface_hub.constants.HF_HUB_OFFLINE", True, "unset the `HF_HUB_OFFLINE`"),
-        ("optimum_structprune.saving.push.get_token", lambda: None, "takes a token of the Hub"),
+        ("optimum_structprune.saving.push.get_token", lambda: None, "needs a token of the Hub"),
     ):
         with monkeypatch.context() as patch, pytest.raises(StructPruneError, match=message):
             patch.setattr(place, value)
@@ -231,23 +202,37 @@ def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypat
     assert set(hub.repos["ann/out"]["files"]) == {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, tmp_path, monkeypatch):
-    (tmp_path / "home" / "texts").mkdir(parents=True)
+def test_no_record_names_a_folder_of_this_machine(hub, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / "texts").mkdir(parents=True)
     for name in ("near.jsonl", "texts/far.jsonl"):
-        write_texts(tmp_path / "home" / name, documents(60))
-    build("llama-tied").save_pretrained(tmp_path / "home" / "dense")
-    monkeypatch.chdir(tmp_path / "home")
-    far = str(tmp_path / "home" / "texts" / "far.jsonl")
-    pruner = StructPruner(config(domains=[DomainConfig("a", "near.jsonl"), DomainConfig("b", far)]))
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "home" / "dense")
-    pruner.save(pruner.prune_model(dense, tokenizer()), "out", tokenizer())
-    manifest = json.loads((tmp_path / "home/out/calibration_manifest.json").read_text())
+        write_texts(home / name, documents(60))
+    (home / "keep.txt").write_text("w5\n")
+    build("llama-tied").save_pretrained(home / "dense")
+    monkeypatch.chdir(home)
+    far = str(home / "texts" / "far.jsonl")
+    domains = [DomainConfig("a", "near.jsonl"), DomainConfig("b", far)]
+    pruner = StructPruner(config(domains=domains, keep_tokens=str(home / "keep.txt")))
+    dense = AutoModelForCausalLM.from_pretrained(home / "dense")
+    pruner.save(pruner.prune_model(dense, tokenizer()), home / "out", tokenizer())
+    manifest = json.loads((home / "out" / "calibration_manifest.json").read_text())
     sources = [entry["origin"]["source"] for entry in manifest["domains"] if entry["origin"]]
-    assert sources == ["near.jsonl", far], "as they were given"
-    write_report("out")
-    push_to_hub("out", "ann/out")
+    assert sources == ["near.jsonl", "far.jsonl"]
+    saved = StructPruneConfig.from_pretrained(home / "out")
+    assert [domain.source for domain in saved.domains] == sources and saved.keep_tokens == "keep.txt"
+    write_report(home / "out")
+    push_to_hub(home / "out", "ann/out")
     files = hub.repos["ann/out"]["files"]
     assert {"report.html", "README.md", "structprune_config.json"} <= set(files)
     for name, content in files.items():
         assert str(tmp_path).encode() not in content, name
     assert b"far.jsonl" in files["README.md"] and b"near.jsonl" in files["README.md"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    ("/tmp/a/b.jsonl", "b.jsonl"), ("/tmp/a/*.jsonl", "*.jsonl"), ("preset:/tmp/a.yaml#mine", "preset:a.yaml#mine"),
+    ("a/b.jsonl", "a/b.jsonl"), ("owner/name", "owner/name"), ("/[a-z]+/x", "/[a-z]+/x"), ("self:code", "self:code"),
+    ({"a": ["/tmp/x/y", 1, None]}, {"a": ["y", 1, None]}),
+])  # fmt: skip
+def test_absolute_paths_become_names(value, expected):
+    assert without_folders(value) == expected
