@@ -145,18 +145,19 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
                 seq_length=SEQ_LENGTH,
                 num_samples=SAMPLES,
             )
-            ratios = {domain: of["model"] / of["dense"] for domain, of in evaluation.perplexity.items()}
-            row[name] = round(exp(fmean(map(log, ratios.values()))), 3)
-            row[f"{name}_worst"] = round(max(ratios.values()), 3)
-            row[f"{name}_kl"] = round(fmean(evaluation.divergence.values()), 3)
+            results = evaluation.domains.values()
+            ratios = [result.perplexity.ratio for result in results]
+            row[name] = round(exp(fmean(map(log, ratios))), 3)
+            row[f"{name}_worst"] = round(max(ratios), 3)
+            row[f"{name}_kl"] = round(fmean(result.divergence.pruned for result in results), 3)
 
         if args.answers:
             evaluation = evaluate(
                 model, tokenizer, dense=dense, dense_tokenizer=dense_tokenizer, answers="builtin", limit=QUESTIONS
             )
-            answers = [item["answers"] for item in evaluation.answers]
-            row["right"] = sum(bool(of["model"]["right"]) for of in answers)
-            row["right_of_dense"] = sum(bool(of["dense"]["right"]) for of in answers)
+            questions = evaluation.answers.questions
+            row["right"] = sum(question.answers["pruned"].right for question in questions)
+            row["right_of_dense"] = sum(question.answers["dense"].right for question in questions)
 
         if args.speed:
             torch.set_num_threads(1)
