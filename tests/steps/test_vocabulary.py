@@ -120,7 +120,7 @@ def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_pat
         assert len(keep) == small.config.vocab_size == number and len(pruner.tokenizer) == min(number - 2, 400)
         assert {463, 2, 450} <= {*keep}
         same_as_dense(pruner, small, model)
-        spelled = load_teacher(tmp_path / "dense", small, pruner.tokenizer).parts.spellings
+        spelled = load_teacher(tmp_path / "dense", small, pruner.tokenizer).alignment.spellings
         assert [spelled[token] for token in keep] == [(new,) for new in range(number)] and len(spelled) == 464
         pruner.save(small, tmp_path / str(number), READER)
         assert len(AutoTokenizer.from_pretrained(tmp_path / str(number))) == min(number - 2, 400)
