@@ -47,7 +47,11 @@ def test_later_measurements_are_replaced_with_the_result(folder, tmp_path, capsy
     page = ["evaluate", small, "--against", model, "--html"]
     assert main([*page, *text]) == 0
     assert main([*prune, "--overwrite"]) == 0 and not (tmp_path / "small" / "evaluation.json").exists()
-    for name, flags in (("report.html", []), ("evaluation.json", text), ("speed.json", ["--speed"])):
+    for name, flags in (
+        ("report.html", []),
+        ("evaluation.json", text),
+        ("speed.json", ["--speed", "--prompt", "8", "--new-tokens", "2", "--repeats", "2"]),
+    ):
         (tmp_path / "small" / name).write_text("{}")
         assert main([*page, *flags]) == 0
         assert (tmp_path / "small" / name).read_text() != "{}"

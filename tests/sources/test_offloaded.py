@@ -160,7 +160,7 @@ def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
     whole, away = build("llama-untied"), offloaded("llama-untied", "disk", tmp_path)
     domains = [Domain("a", 1.0, rows["a"], rows["a"])]
     both = (Measure(model, domains, describe(model), 480, unseen=[*rows["b"]]) for model in (whole, away))
-    expected, found = (measure.dense_figures for measure in both)
+    expected, found = (measure.dense_losses for measure in both)
     assert {len(row) for row in rows["b"]} == {40} and expected.keys() == found.keys()
     for name, losses in expected.items():
         torch.testing.assert_close(found[name], losses)
