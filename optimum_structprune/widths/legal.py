@@ -24,8 +24,8 @@ LegalWidths = Mapping[str, Sequence[int]]
 LEAST_KEPT = 0.1
 # The multiple of a number of tokens with `round_to="auto"`.
 TOKEN_MULTIPLE = 64
-# The multiples of a number of channels with `round_to="auto"`. Groups of 128 in GPTQ and AWQ need multiples of 128, and
-# llama.cpp's K-quants need 256.
+# The multiples of a number of channels with `round_to="auto"`. GPTQ and AWQ need 128 for
+# groups of 128, and llama.cpp's K-quants need 256.
 CHANNEL_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The largest distance from a goal, in shares of the layers' parameters, that such a multiple may cause.
 MAX_DISTANCE = 0.01

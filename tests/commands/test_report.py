@@ -45,12 +45,13 @@ def test_later_measurements_are_replaced_with_the_result(folder, tmp_path, capsy
     prune = ["prune", model, small, "--width", "mlp=24", *text]
     assert main(prune) == 0
     page = ["evaluate", small, "--against", model, "--html"]
+    speed = ["--speed", "--prompt", "8", "--new-tokens", "2", "--repeats", "2"]
     assert main([*page, *text]) == 0
     assert main([*prune, "--overwrite"]) == 0 and not (tmp_path / "small" / "evaluation.json").exists()
     for name, flags in (
         ("report.html", []),
         ("evaluation.json", text),
-        ("speed.json", ["--speed", "--prompt", "8", "--new-tokens", "2", "--repeats", "2"]),
+        ("speed.json", speed),
     ):
         (tmp_path / "small" / name).write_text("{}")
         assert main([*page, *flags]) == 0

@@ -251,7 +251,7 @@ def test_odd_models(tmp_path):
     prune_model(fixed, config(), tokenizer())
     with pytest.raises(StructPruneError, match="Pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
-    with pytest.raises(StructPruneError, match="`seq_length` must be at least 2"):
+    with pytest.raises(StructPruneError, match="nothing to predict"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
     for case in ("bert", "t5"):
         with pytest.raises(StructPruneError, match="(Bert|T5)For.* does not predict the next token"):
