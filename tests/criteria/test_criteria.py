@@ -212,7 +212,7 @@ def test_a_registry_takes_a_name_once_and_loads_entry_points_when_asked_for(monk
         pass
 
     assert animals.register("cat")(Cat) is animals.get("cat") is Cat, "registering the same class again is harmless"
-    with pytest.raises(StructPruneError, match=r"animal 'cat' is already registered by .*Cat. Choose another name .*Lion"):
+    with pytest.raises(StructPruneError, match=r"animal 'cat' is already registered by .*Cat. Choose .*Lion"):
         animals.register("cat")(Lion)
     assert animals.get("cat") is Cat
     insects = Registry("insect", "optimum_structprune.test_insects")
