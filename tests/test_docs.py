@@ -33,7 +33,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # Pages that lead from one command to the next: each runs as a whole.
-TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+TOURS = [
+    ROOT / "docs" / "tour.md",
+    ROOT / "docs" / "which_command.md",
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
 # Pages whose outputs are those of today: the same lines and words, whatever the numbers.
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # Lines that depend on the size of the model.
