@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
@@ -144,7 +144,25 @@ class ModelInfo:
         saved = dtype or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, saved) if isinstance(saved, str) else saved
         model = meta_model(config, arch_file, dtype, trust_remote_code)
+        if model.can_generate() and config.name_or_path:
+            model.generation_config = _generation_config(config) or model.generation_config
+        _check_generation(model)
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
+
+
+def _generation_config(config: PretrainedConfig) -> GenerationConfig | None:
+    """Read the generation config beside the config of a model; None if there is none, or it is not JSON.
+
+    Raises:
+        StructPruneError: If a value in it is not legal.
+    """
+    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)
+    try:
+        return GenerationConfig.from_pretrained(name, revision=commit)
+    except OSError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise StructPruneError(f"The generation config of {name!r} cannot be read: {one_line(error)}") from error
 
 
 def _check_generation(model: PreTrainedModel) -> None:
