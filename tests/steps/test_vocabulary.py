@@ -229,7 +229,7 @@ def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
 
 
 def test_ids_and_samples_are_refused():
-    with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
+    with pytest.raises(StructPruneError, match="'vocab' renumbers the token ids, so `inputs` cannot be used"):
         pruned(inputs={"a": torch.randint(400, (8, 12))})
     with pytest.raises(StructPruneError, match="'vocab' needs text and its tokenizer, not samples. Use prune_model"):
         StructPruner(fewer_tokens()).prune_to_(text_model(), [], {"vocab": 320})
