@@ -1,7 +1,7 @@
-"""Free memory of a device, and how much work to give it at a time.
+"""Read the free memory of a device, and choose the number of rows that it computes at a time.
 
-The defaults of a CPU are small, since what fits its caches is computed fastest. A GPU needs larger pieces of work: a
-kernel over a few tokens leaves most of it idle.
+The defaults for a CPU are small, because a CPU is fastest on data that fits its caches. A GPU needs larger pieces of
+work, because a kernel over a few tokens leaves most of it idle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def total_bytes(device: torch.device) -> int | None:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that a device has free for tensors, or None if they are unknown."""
     if device.type == "cuda":
-        # Memory that torch has reserved and does not use is free for tensors of its own.
+        # Memory that torch has reserved and does not use is free for its tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "cpu":

@@ -269,7 +269,7 @@ def test_odd_models(tmp_path):
 def test_odd_criteria_and_names_of_criteria(scores, fields, monkeypatch):
     monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
     register_criterion("odd", judges="layer" if "widths" in fields else "unit")(lambda *_: scores)
-    with pytest.raises(StructPruneError, match=r"'odd' has to give \d+ finite scores, one per unit, at model.layers"):
+    with pytest.raises(StructPruneError, match=r"'odd' must return \d+ finite scores, one per unit, at model.layers"):
         prune_model(build("llama-tied"), config(criterion="odd", **fields), inputs={"a": IDS})
     for name in ("", None, 3):
         with pytest.raises(StructPruneError, match=f"The name of a criterion must be a string, got {name!r}"):
