@@ -186,7 +186,7 @@ def noise_like(hidden: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """The activations of a model, layer by layer. A source derives from this class and overrides the methods that it needs."""
+    """The activations of a model, layer by layer. Sources derive from this class and override methods as needed."""
 
     ranks: OneProcess = OneProcess()
     # Computes the moments of a space inside experts.
