@@ -59,7 +59,7 @@ class ShrinkLayers(Step):
                 masks.undo_(partial(source.at, changes=True))
             raise
         finally:
-            state.changed = state.changed or masks.lost
+            state.changed = state.changed or masks.irreversible
 
         adopt_config_(model, smaller)
         return Plan(arch.model_type, masks.keep)

@@ -140,3 +140,12 @@ def readable_size(size: int) -> str:
     if power == 0:
         return f"{size:,} {SIZE_UNITS[0]}"
     return f"{size / 1000**power:,.1f} {SIZE_UNITS[power]}"
+
+
+def readable_time(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

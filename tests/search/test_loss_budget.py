@@ -131,7 +131,7 @@ def test_a_loss_without_anything_to_remove_is_refused_by_its_own_name(target, fi
 def test_what_measures_no_loss_on_text_is_refused():
     model = build("llama-tied")
     asked = config(widths=None, budget={"loss": 0.02})
-    with pytest.raises(StructPruneError, match="a dry run has none"):
+    with pytest.raises(StructPruneError, match="a dry run has no trials"):
         dry_run(model.config, asked)
     with pytest.raises(StructPruneError, match="which inputs are not"):
         prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})
