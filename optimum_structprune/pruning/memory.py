@@ -228,7 +228,7 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     values += number * tokens.unit_params
     if request.config.rounds == 1:
         # With more rounds, their dense values count as weights already.
-        values += _channels(request) * sum(inputs for inputs, _ in _consumers(request))
+        values += _channels(request) * sum(inputs for inputs, _ in refitted_consumers(request))
     itemsize = request.model_info.plain_model.dtype.itemsize
     return itemsize * values + _refit_bytes(request, trial_size, batch_tokens)
 
