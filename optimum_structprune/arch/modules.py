@@ -199,7 +199,7 @@ def module_files(config: PretrainedConfig) -> dict[str, str]:
         root = str(modules_root(Path(name)))
         own = "" if root == name else Path(name).name
     commit = getattr(config, "_commit_hash", None)
-    options = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
+    options: dict[str, Any] = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
     with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
         modules = json.loads(Path(str(cached_file(root, MODULES, **options))).read_text("utf-8"))
         folders = [module["path"] for module in modules if module["path"] not in ("", own)]
