@@ -12,10 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .arch.load import ModelInfo, describe
 from .arch.meta import model_class
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
-from .config.domains import written_by_model
 from .config.pruning import RunOptions, StructPruneConfig
-from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
+from .pruning.duration import TimeEstimate, estimate_time
 from .pruning.memory import MemoryEstimate, estimate_memory
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
@@ -36,8 +35,6 @@ KERNELS = (
     (128, True, "GPTQ and AWQ in groups of 128"),
     (256, False, "llama.cpp's K-quants, which leave other rows in more bits"),
 )
-# Generating a token takes 1.8 times as long as reading it.
-WRITING_COST = 1.8
 # The labels of the sizes in the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -81,6 +78,7 @@ class DryRun(Record):
             sliding window stores at most its window. It is 0 if the model does not generate, and None if the model
             cannot run without weights.
         need: The peak memory of the pruning itself, or None without `cost`.
+        time: The time of the pruning itself, or None without `cost`.
         recovery: The memory and the time of the recovery, or None if the config has no recovery.
     """
 
@@ -94,6 +92,7 @@ class DryRun(Record):
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
     need: MemoryEstimate | None = None
+    time: TimeEstimate | None = None
     recovery: RecoveryEstimate | None = None
 
     @property
@@ -138,6 +137,8 @@ class DryRun(Record):
         lines += [f"loads with {way}" for way in self.reload]
         if self.need is not None:
             lines.append(f"the pruning takes at its peak\n{self.need}")
+        if self.time is not None:
+            lines.append(str(self.time))
         if self.recovery is not None:
             lines.append(str(self.recovery))
         return "\n".join(lines)
@@ -163,7 +164,7 @@ def dry_run(
         config: The config of the pruning.
         dtype: The dtype in which memory is counted. The default is the dtype in `model_config`.
         trust_remote_code: Whether to run code that comes with the model.
-        cost: Whether to estimate the memory of the pruning too.
+        cost: Whether to estimate the memory and the time of the pruning too.
         offload: The place of the layers between their calls: `cpu`, `disk`, or None for the device.
         options: The runtime options.
         tokenizer: The tokenizer of the model. With it, the number of tokens is checked too.
@@ -183,8 +184,10 @@ def dry_run(
     notes = list(_notes(request, model_config))
     notes += lost_kernels(config, info.arch, request.widths)
     memory = None
+    time = None
     if cost:
         memory = estimate_memory(request, offload)
+        time = estimate_time(request)
 
     return DryRun(
         model_type=info.arch.model_type,
@@ -193,6 +196,7 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
         need=memory,
+        time=time,
         recovery=_recovery(request),
         **changes,
     )
@@ -273,29 +277,6 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
 
     if getattr(model_config, "quantization_config", None):
         yield "the model is quantized; the sizes are after unpacking, which pruning needs for all spaces but tokens"
-    else:
-        yield from _writing_note(request)
-
-
-def _writing_note(request: PruningRequest) -> Iterator[str]:
-    """Yield a remark on the time of writing, if a part of the calibration text is written by the model."""
-    config = request.config
-    arch = request.model_info.arch
-    if not arch.causal:
-        return
-
-    texts = texts_of(with_written_text(config))
-    share = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)
-    if not share:
-        return
-
-    # All weights are used to write, including the head.
-    parameters = request.model_info.plain_model.num_parameters()
-    passes = WRITING_COST * share * (1 + config.holdout) * parameters / sum(arch.layer_params)
-    yield (
-        f"writing: {share:.0%} of the text is written by the model, which takes about as long as {passes:.1f} "
-        "forward passes over all of the text; later runs use the same text"
-    )
 
 
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:

@@ -6,6 +6,8 @@ work, because a kernel over a few tokens leaves most of it idle.
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import psutil
 import torch
 
@@ -49,3 +51,31 @@ def rows_at_once(device: torch.device, bytes_per_row: int, on_cpu: int) -> int:
 
     fitting = int(memory * PIECE_OF_MEMORY) // max(bytes_per_row, 1)
     return min(max(fitting, on_cpu), GPU_FACTOR * on_cpu)
+
+
+def measured_throughput(
+    device: torch.device, dtype: torch.dtype, hidden: int, ffn: int, seconds: float = 0.1
+) -> float:
+    """Measure the multiply-adds per second of a matrix product with the sizes of a model.
+
+    The fastest product counts, so that other work on the machine does not.
+
+    Args:
+        device: The device.
+        dtype: The dtype of both factors.
+        hidden: The number of hidden channels.
+        ffn: The number of FFN channels.
+        seconds: The time of the measurement.
+    """
+    inputs = torch.ones(512, hidden, device=device, dtype=dtype)
+    weight = torch.ones(hidden, ffn, device=device, dtype=dtype)
+
+    (inputs @ weight)[0, 0].item()  # the first product prepares kernels
+
+    fastest = float("inf")
+    start = perf_counter()
+    while perf_counter() - start < seconds:
+        begin = perf_counter()
+        (inputs @ weight)[0, 0].item()
+        fastest = min(fastest, perf_counter() - begin)
+    return 512 * hidden * ffn / fastest

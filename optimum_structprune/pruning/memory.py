@@ -222,7 +222,7 @@ def _weight_values(request: PruningRequest, offload: str | None) -> int:
         count += max(layers) - sum(layers)
     if request.config.rounds > 1:
         # Masked consumers keep their dense values until the last round.
-        count += _channels(request) * sum(size for size, _ in _consumers(request))
+        count += _channels(request) * sum(size for size, _ in refitted_consumers(request))
     return count
 
 
@@ -334,7 +334,7 @@ def _refit_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     The moments of one domain and of the mixture are in memory together. Later, the Gram matrix and its factor are.
     """
     largest = 0
-    for inputs, is_expert in set(_consumers(request)):
+    for inputs, is_expert in set(refitted_consumers(request)):
         largest = max(largest, _consumer_bytes(request, size, batch_tokens, inputs, is_expert))
     return largest
 
@@ -395,7 +395,7 @@ def _expert_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: 
     return per_value * size.tokens * _channels(request) + _activation_bytes(request, batch_tokens)
 
 
-def _consumers(request: PruningRequest) -> list[tuple[int, bool]]:
+def refitted_consumers(request: PruningRequest) -> list[tuple[int, bool]]:
     """List the refitted consumers as pairs of the number of input components and whether an expert holds it."""
     widths = request.widths
     refits_layers = bool(request.config.feedback_share) and LAYER in widths

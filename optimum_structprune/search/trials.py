@@ -158,7 +158,7 @@ class LayerTrials:
         # A trial changes one layer, so no earlier layer has an error for error feedback to correct.
         source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
 
-        for layer in progress(range(arch.num_layers), desc="measuring losses"):
+        for layer in progress(range(arch.num_layers), desc="Measuring losses of single layers", unit="layer"):
             with source.at(layer):
                 for key, spaces in self.spaces.items():
                     if key[0] == layer and key not in losses:

@@ -31,7 +31,7 @@ def temporarily_pruned(
     portion = data.portion(tokens)
     masks = Masks(model, arch)
     source = source_of(model, arch, portion.own_batches, portion.config.feedback_share)
-    layers = progress(range(arch.num_layers), desc="trial", unit="layer")
+    layers = progress(range(arch.num_layers), desc="Pruning on trial", unit="layer")
     try:
         prune_layers_(masks, source, portion.method(model, arch), widths, layers=layers)
         yield
