@@ -120,9 +120,10 @@ class DryRun(Record):
         """Return a table of widths, parameters, memory and cache."""
         rows: list[Row] = []
         for space in self.spaces:
-            new_widths = [space.after]
             if isinstance(space.after, Mapping):
                 new_widths = list(space.after.values())
+            else:
+                new_widths = [space.after]
             rows.append(Row(f"width {space.name}", ([space.before], new_widths), change=PERCENT))
 
         for name, label in SIZES.items():

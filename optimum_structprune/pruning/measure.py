@@ -23,6 +23,7 @@ from ..record.figures import DENSE, PRUNED, Figure, language_costs, perplexity_r
 from ..record.report import Report
 from ..steps.base import RunState
 from ..system.processes import every_process_runs, gather_objects, shard
+from ..system.stages import progress
 
 
 if TYPE_CHECKING:
@@ -239,7 +240,8 @@ class Measure:
             own_losses = layerwise_losses(model, arch, texts)
         else:
             tokens = metrics.tokens_per_pass(model, AT_ONCE)
-            own_losses = [metrics.row_losses(model, text, tokens) for text in texts]
+            bar = progress(texts, desc="Measuring perplexity", unit="text", leave=False, delay=1)
+            own_losses = [metrics.row_losses(model, text, tokens) for text in bar]
         by_process = gather_objects(own_losses)
 
         losses = {}

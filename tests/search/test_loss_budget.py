@@ -138,7 +138,7 @@ def test_what_measures_no_loss_on_text_is_refused():
     speech = random_model(WhisperForConditionalGeneration, "whisper", {**TOKENS, **BART})
     with pytest.raises(StructPruneError, match="which this model does not read alone"):
         prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
-    with pytest.raises(StructPruneError, match=r"needs prunings on trial. Call `prune\("):
+    with pytest.raises(StructPruneError, match=r"needs trial prunings. Call `prune\("):
         StructPruner(asked).prune_model(model, tokenizer())
     with pytest.raises(StructPruneError, match="less than 1"):
         config(widths=None, budget={"loss": 2})
