@@ -52,8 +52,24 @@ def test_a_recovery_of_a_spread_model_trains_the_same(case):
     assert_same_on_gpus(recovered(), lambda: pair_of(case), 2, place, tolerance=1e-3)
 
 
+PLACES = {
+    "teacher on the first": lambda student, teacher: (student.to("cuda:1"), teacher.to("cuda:0")),
+    "teacher on the second": lambda student, teacher: (student.to("cuda:0"), teacher.to("cuda:1")),
+    "teacher on the CPU": lambda student, teacher: (student.to("cuda:0"), teacher),
+    "spread student": lambda student, teacher: (spread(2)(student), teacher.to("cuda:1")),
+}
+
+
 @pytest.mark.slow
-def test_a_trimmed_vocabulary_is_taught_the_same():
+@pytest.mark.parametrize("name", PLACES)
+def test_a_recovery_with_the_teacher_on_a_device_of_its_own_trains_the_same(name):
+    place = lambda pair: PLACES[name](*pair)  # noqa: E731
+    assert_same_on_gpus(recovered(), lambda: pair_of("llama-untied"), 2, place, tolerance=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("put", [on_gpu, spread(2)], ids=["one device", "two devices"])
+def test_a_trimmed_vocabulary_is_taught_the_same(put):
     dense, reader = real_text_model()
     pruner = StructPruner(config(widths={"vocab": 320}, seq_length=48, num_samples=8))
     student = pruner.prune_model(deepcopy(dense), reader)
@@ -63,7 +79,7 @@ def test_a_trimmed_vocabulary_is_taught_the_same():
         recovery = Recovery(settings)
         return weights(recovery.recover_model(pair[0], pruner.tokenizer, pair[1], teacher_tokenizer=reader))
 
-    place = lambda pair: tuple(map(on_gpu, pair))  # noqa: E731
+    place = lambda pair: tuple(map(put, pair))  # noqa: E731
     assert_same_on_gpus(work, lambda: (deepcopy(student), deepcopy(dense)), 2, place, tolerance=1e-3)
 
 
