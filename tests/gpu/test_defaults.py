@@ -130,7 +130,9 @@ def test_a_pruning_on_a_gpu_takes_what_is_estimated():
 @pytest.mark.slow
 def test_trials_of_divisions_on_a_gpu_take_what_is_estimated(monkeypatch):
     """The dense values of all layers are in memory in a trial, and at no other time."""
+    # The text of this test is short.
     monkeypatch.setattr("optimum_structprune.pruning.memory.MEASURED_TOKENS", 256)
+    monkeypatch.setattr("optimum_structprune.steps.division.BATCH_TOKENS", 128)
     reader = real_text_model()[1]
     sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 1024}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}

@@ -65,7 +65,6 @@ THREE = {
     "layers and units": {"widths": {"mlp": 24, "attention": 2, "layer": 2}},
     "residual stream": {"widths": {"hidden": 24, "mlp": 24}},
     "sensitivity": {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1},
-    "search": {"sparsity": 0.2, "allocation": "search", "round_to": 1},
     "three rounds": {"widths": {"mlp": 24}, "rounds": 3},
 }
 
