@@ -53,7 +53,7 @@ class GGUFFile:
 
     @property
     def size(self) -> str:
-        """The size of the file, and the reason if it is larger than its data type suggests."""
+        """Return the size of the file, and the reason if it is larger than its data type suggests."""
         text = f"{self.bytes / 1e6:,.1f} MB"
 
         if self.in_16_bits:
