@@ -1,9 +1,9 @@
-"""The commands and their flags, as tables: `optimum-cli` imports this on every call, and nothing that is heavy."""
+"""The commands and their flags, as tables. `optimum-cli` imports this module, so it imports nothing heavy."""
 
 from __future__ import annotations
 
 from argparse import SUPPRESS
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..saving.gguf_types import GGUF_TYPES
@@ -11,38 +11,42 @@ from .arguments import SOURCES, Command, Flags, domain, positive_int, text_files
 
 
 def switch(text: str) -> dict[str, Any]:
-    """A flag without a value."""
+    """Return a flag without a value."""
     return {"action": "store_true", "help": text}
 
 
-def number(text: str, **more: Any) -> dict[str, Any]:
-    """A flag with a whole number, 1 or more."""
-    return {"help": text, "metavar": "N", "type": positive_int, **more}
+def number(text: str, **options: Any) -> dict[str, Any]:
+    """Return a flag with a whole number, 1 or more."""
+    return _flag(options, help=text, metavar="N", type=positive_int)
 
 
-def choice(text: str, among: Collection[str], **more: Any) -> dict[str, Any]:
-    """A flag whose value is one of some words."""
-    return {"help": text, "choices": among, **more}
+def choice(text: str, choices: Collection[str], **options: Any) -> dict[str, Any]:
+    """Return a flag whose value is one of some words."""
+    return _flag(options, help=text, choices=choices)
 
 
-def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
-    """A flag whose value has a name in the help."""
-    return {"help": text, "metavar": metavar, **more}
+def named(metavar: str, text: str, **options: Any) -> dict[str, Any]:
+    """Return a flag whose value has a name in the help."""
+    return _flag(options, help=text, metavar=metavar)
 
 
-# Flags of several commands; those of `Loading` first.
+def _flag(options: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+    """Return arguments of `add_argument`, with options in their place."""
+    arguments.update(options)
+    return arguments
+
+
+# Flags of several commands. The flags of `Loading` come first.
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
 ARCH = {"--arch": named("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING: Flags = {
-    "--dtype": choice("The dtype; auto is that of the files.", DTYPES, default="auto"),
+    "--dtype": choice("The dtype; auto uses the dtype of the files.", DTYPES, default="auto"),
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
     **TRUST,
 }
 ATTENTION = {
-    "--attn-implementation": named(
-        "NAME", "The attention kernels, as `from_pretrained` takes them, such as sdpa, eager or flash_attention_2."
-    )
+    "--attn-implementation": named("NAME", "The attention implementation, such as sdpa, eager or flash_attention_2.")
 }
 OFFLOADS = ("cpu", "disk")
 OFFLOAD = {
@@ -76,7 +80,8 @@ QUALITY: Flags = {
     },
     "--pairs": named(
         "FILE",
-        "For encoders: a text and its translation in each line of JSON, which look for each other. Repeatable.",
+        "For encoders: a file with a text and its translation in each line of JSON, which are found by each other. "
+        "Repeatable.",
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
@@ -117,7 +122,9 @@ COMMANDS = (
                 type=str.lower,
             ),
             "--base-model": named("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
-            "--license": named("ID", "Its licence, for the model card; by default what the dense model's card says."),
+            "--license": named(
+                "ID", "Its licence, for the model card; by default the licence in the dense model's card."
+            ),
             "--resume": switch(
                 "Remember every finished layer in a folder beside the output, and go on from there if a run with the "
                 "same settings was killed."
@@ -132,8 +139,8 @@ COMMANDS = (
     Command(
         "plan",
         "shapes.plan",
-        "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
-        "weights, and writes no model.",
+        "A dry run: show the widths, parameters and memory of the model that `prune` would save with the same "
+        "settings. It needs no weights and writes no model.",
         {
             "model": "Model id or folder; config.json is enough.",
             "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
@@ -176,7 +183,7 @@ COMMANDS = (
             "--against": named("DENSE", "The dense model to compare with."),
             **QUALITY,
             **SPEED,
-            "--html": switch("Keep the numbers in the folder of the pruned model, and write its report.html anew."),
+            "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),
             **ARCH,
             **LOADING,
             **ATTENTION,
@@ -203,7 +210,7 @@ COMMANDS = (
             **ARCH,
             **LOADING,
             "--dtype": choice(
-                "The dtype; auto is that of the files. A GGUF file also takes llama.cpp's types.",
+                "The dtype; auto uses the dtype of the files. A GGUF file also takes llama.cpp's types.",
                 (*DTYPES, *GGUF_TYPES),
                 default="auto",
             ),

@@ -77,7 +77,7 @@ FLAGS = [
     ),
     (f"{SHARE} --recovery tokens=[1", "argument --recovery: '[1' is not YAML"),
     (f"{PRUNE} --config misspelt.yaml", "Did you mean 'sparsity'"),
-    (f"{SHARE} --base-model mine", "--base-model 'mine' is no id on the Hub"),
+    (f"{SHARE} --base-model mine", "--base-model 'mine' is not an id on the Hub"),
     ("prune model caf\udce9 --sparsity 0.2", "cannot be written: its path is not text in UTF-8"),
     (f"{SHARE} --text caf\udce9.txt", "--domain `source` must be text in UTF-8, got 'caf\\udce9.txt'"),
     (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address; download it"),

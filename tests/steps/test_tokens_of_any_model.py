@@ -203,7 +203,7 @@ def test_code_of_a_models_own_is_refused_with_the_flag_that_runs_it(tmp_path, ca
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": code}))
     for command in (f"prune {tmp_path} {tmp_path / 'small'}", f"plan {tmp_path}"):
         assert main([*command.split(), "--width", "vocab=320"]) != 0
-        assert "runs code of its own; read it, and give --trust-remote-code." in error_line(capsys)
+        assert "runs code of its own. Read it, and pass --trust-remote-code." in error_line(capsys)
 
 
 def test_other_spaces_take_a_description():
