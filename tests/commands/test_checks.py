@@ -88,7 +88,7 @@ FLAGS = [
     ("prune model full --sparsity 0.2 --overwrite", "is not a result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --pad-uniform"),
     ("export model out.gguf --pad-uniform", "for runtimes that take one width"),
-    ("export model out --pad-uniform --dtype q8_0", "name a file OUT.gguf"),
+    ("export model out --pad-uniform --dtype q8_0", "Pass an output OUT.gguf"),
     ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
     ("evaluate model --text a.jsonl none.txt", "there is no file or folder none.txt"),
     ("evaluate model --json /nowhere/x.json", "there is no folder /nowhere"),
