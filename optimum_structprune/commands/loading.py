@@ -137,7 +137,7 @@ class Loading:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
             if not has_files(tokenizer):
-                raise OSError("it has no files there; save the model's own beside it")
+                raise OSError("the folder has no tokenizer files; save the model's own tokenizer there")
             return tokenizer
         except Exception as error:  # the library tokenizers raises a bare Exception
             # If the config is wrong, an error about the config is more exact.

@@ -26,8 +26,8 @@ from ..record.speed import Speed, Spread, Timing
 
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
-COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
-PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
+COUNTED_MEMORY = "weights and cache of keys and values, counted without activations"
+PEAK_MEMORY = "weights and the peak of the memory that CUDA's allocator adds to them in a run"
 
 
 def measure_speed(

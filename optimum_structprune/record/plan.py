@@ -116,7 +116,7 @@ class Plan:
             data: The output of `to_dict`.
 
         Raises:
-            StructPruneError: If the values are not those of a plan.
+            StructPruneError: If the values do not describe a plan.
         """
         keep: dict[tuple[int, str], tuple[int, ...]] = {}
         try:

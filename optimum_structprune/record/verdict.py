@@ -1,4 +1,4 @@
-"""Judge by the measured losses of a pruned model what it can be used for."""
+"""Judge a pruned model by its measured losses."""
 
 from __future__ import annotations
 

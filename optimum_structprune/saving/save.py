@@ -53,7 +53,7 @@ OWN_FILES = re.compile(
 )
 # Heads of other libraries, which read the channels of the model.
 HEAD_FILES = re.compile(r"\w+_linear\.pt")
-# Files that a tokenizer writes beside its vocabulary.
+# Files that a tokenizer writes in addition to its vocabulary.
 TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
 # The vocabulary in other forms, which still have removed tokens.
 VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|(tekken|unigram)\.json")
