@@ -206,7 +206,7 @@ COMMANDS = (
     Command(
         "export",
         "export.export",
-        "Write a model for llama.cpp (OUT.gguf), or pad a non-uniform model to one width in all layers (--pad-uniform).",
+        "Write a model for llama.cpp (OUT.gguf), or pad the layers of a model to one width (--pad-uniform).",
         {
             "model": "Folder or id of the pruned model.",
             "output": "File for llama.cpp, which ends in .gguf; with --pad-uniform, a folder.",
