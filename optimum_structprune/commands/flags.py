@@ -149,8 +149,8 @@ COMMANDS = (
         {
             "model": "Model id or folder; config.json is enough.",
             "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
-            "--cost": switch("Also show the memory that the pruning needs."),
-            "--offload": choice("With --cost: count the memory of a run with this --offload.", OFFLOADS),
+            "--cost": switch("Also show the memory and the time that the pruning needs."),
+            "--offload": choice("With --cost: estimate a run with this --offload.", OFFLOADS),
             "--tokens": switch(
                 "Show the share of the text (--text) and of --languages that keeps its tokens in vocabularies of "
                 "eight sizes. It also needs the tokenizer."

@@ -25,6 +25,7 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
+from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
 
@@ -134,6 +135,7 @@ class Loading:
 
     def _load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """Load a model's tokenizer."""
+        check_regular_files(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
             if not has_files(tokenizer):
@@ -150,6 +152,7 @@ class Loading:
         Raises:
             StructPruneError: If it cannot be read.
         """
+        check_regular_files(name)
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # an unusual value raises errors of many classes

@@ -164,7 +164,7 @@ def _continued(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
 
     with evaluating(model), stage("answers"):
-        for start in progress(range(0, len(order), batch_size), desc="answering"):
+        for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
             batch = order[start : start + batch_size]
             new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
             for number, tokens in zip(batch, new_ids, strict=True):

@@ -330,7 +330,7 @@ def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[l
         heads.append(partial(_head_logits, model.get_output_embeddings()) if is_plain else None)
 
     size = min(tokens_at_once(input_device(model), _vocabulary(model)) for model in models)
-    for ids in progress(batches, desc="predictions", unit="batch", leave=False, delay=1):
+    for ids in progress(batches, desc="Comparing predictions", unit="batch", leave=False, delay=1):
         targets = ids[:, 1:].flatten().split(size)
         pairs = zip(models, heads, strict=True)
         logits_by_model = [_next_token_logits(model, ids, size, head) for model, head in pairs]

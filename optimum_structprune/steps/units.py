@@ -47,7 +47,7 @@ class ShrinkLayers(Step):
                         finished = checkpoint.resume_from(masks, source, smaller)
                     layers = progress(
                         range(finished, arch.num_layers),
-                        desc="pruning" if len(rounds) == 1 else f"round {number + 1}/{len(rounds)}",
+                        desc=f"Pruning, round {number + 1} of {len(rounds)}",
                         # The bar counts the layers of all rounds, for the time that is left.
                         initial=number * arch.num_layers + finished,
                         total=len(rounds) * arch.num_layers,
@@ -59,7 +59,7 @@ class ShrinkLayers(Step):
                 masks.undo_(partial(source.at, changes=True))
             raise
         finally:
-            state.changed = state.changed or masks.lost
+            state.changed = state.changed or masks.irreversible
 
         adopt_config_(model, smaller)
         return Plan(arch.model_type, masks.keep)

@@ -89,7 +89,7 @@ class TrimVocabulary(Step):
         state.tokenizer = choice.tokenizer
         remember_text(state.model, choice.tokenizer)
         report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
-        state.entries += choice.counted
+        state.entries += choice.entries
         return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(kept.tolist())})
 
 

@@ -135,6 +135,20 @@ def test_logs_and_evaluations_have_the_divergence(tmp_path):
     assert after["eval_loss"] > after["eval_kl"]
 
 
+def test_an_evaluation_counts_no_loss_that_was_computed_before(tmp_path):
+    model = build("llama-tied")
+    trainer = trainer_for(model, tmp_path)
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    alone = trainer.evaluate()["eval_kl"]
+
+    # A trial step has other losses in eval mode.
+    model.eval()
+    batch = batch_of(labelled_rows(length=7)[8:])
+    with torch.no_grad():
+        assert trainer.compute_loss(model, batch).item() != pytest.approx(alone)
+    assert trainer.evaluate()["eval_kl"] == alone
+
+
 def trains_six_steps(folder, interrupts=None):
     """A Trainer of six steps with a checkpoint after the third."""
     trainer = trainer_for(build("llama-tied"), folder, max_steps=6, save_strategy="steps", save_steps=3)
