@@ -80,6 +80,7 @@ def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
     """Raise `StructPruneError` if there is no text at the source of a domain, or no file of questions."""
     texts = [getattr(args, "domain", ())]
     texts += [_texts(config) for config in configs]
+
     for domains in texts:
         for domain in resolve(as_domain(domain) for domain in domains):
             check_source(domain)

@@ -91,8 +91,10 @@ def execute(args: Namespace) -> int:
         if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error, args)
-        start = "error" if rank == 0 else f"error in process {rank}"
-        sys.stderr.write(f"structprune: {start}: {visible(one_line(text))}\n")
+        start = "structprune: error"
+        if rank > 0:
+            start += f" in process {rank}"
+        sys.stderr.write(f"{start}: {visible(one_line(text))}\n")
         return code
 
 
@@ -108,7 +110,7 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}."
 
-    text = f"{kind}: {text}" if text else kind
+    text = ": ".join(filter(None, [kind, text]))
     cause = error.__cause__
     if isinstance(cause, Exception) and str(cause) not in text:
         text += f" (because of {type(cause).__name__}: {cause})"

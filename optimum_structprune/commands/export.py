@@ -16,8 +16,12 @@ from .output import Result, note
 
 def export(args: Namespace) -> Result:
     """Write a GGUF file or a padded model, as the flags say."""
-    gguf_type = args.dtype if args.dtype in GGUF_TYPES else None
-    loading = Loading.of(args, dtype="auto" if gguf_type else args.dtype)
+    gguf_type = None
+    loading = Loading.of(args)
+    if args.dtype in GGUF_TYPES:
+        # The model is loaded in its own dtype, and converted when the file is written.
+        gguf_type = args.dtype
+        loading = replace(loading, dtype="auto")
 
     if args.output.endswith(GGUF):
         file = to_gguf(loading, args.model, args.output, gguf_type, args.overwrite)

@@ -234,6 +234,7 @@ def usable_device(name: str | None) -> str:
         devices = ["cpu"]
         devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+
         raise StructPruneError(
             f"--device {name} cannot be used: {reason}; this machine has {', '.join(devices)}."
         ) from error
@@ -288,8 +289,10 @@ def _check_weights(name: str, loading_info: Mapping[str, Collection[Any]]) -> No
     mismatched_keys = sorted(loading_info["mismatched_keys"])
     if mismatched_keys:
         key, file_shape, config_shape = mismatched_keys[0]
-        num_others = len(mismatched_keys) - 1
-        end = f", and {num_others} more" if num_others else ""
+        end = ""
+        if len(mismatched_keys) > 1:
+            end = f", and {len(mismatched_keys) - 1} more"
+
         raise StructPruneError(
             f"{name!r} has weights of other shapes than its config says: {key} is {tuple(file_shape)} in the file and "
             f"{tuple(config_shape)} by the config{end}."

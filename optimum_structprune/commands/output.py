@@ -83,6 +83,7 @@ def show(result: Result, args: Namespace) -> None:
     values: dict[str, Any] = {"structprune": __version__}
     values.update(result.values)
     document = to_json(values)
+
     if isinstance(args.json, str):
         Path(args.json).write_text(document + "\n", encoding="utf-8")
 

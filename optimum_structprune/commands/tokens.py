@@ -130,6 +130,7 @@ def _sizes(
         kept_tokens = torch.tensor(request.keep(order, num_tokens))
         kept_shares = {name: float(frequencies[kept_tokens].sum()) for name, frequencies in shares.items()}
         sizes.append(VocabularySize(num_tokens, parameters, parameters * model.dtype.itemsize, kept_shares))
+
     return sizes
 
 
@@ -137,11 +138,12 @@ def _numbers_of_tokens(request: VocabularyRequest) -> list[int]:
     """Return eight numbers of tokens with about equal ratios between them, the largest first."""
     min_tokens = request.allowed.start
     max_tokens = request.rows
-
     numbers = set()
+
     for step in range(NUM_SIZES):
         number = max_tokens * (min_tokens / max_tokens) ** (step / (NUM_SIZES - 1))
         numbers.add(min(ceil(number / MULTIPLE) * MULTIPLE, max_tokens))
+
     return sorted(numbers, reverse=True)
 
 

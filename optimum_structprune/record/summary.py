@@ -589,7 +589,9 @@ def _shape_line(shape: Mapping[str, object]) -> str:
 
     parts = []
     for kind, width in widths.items():
-        values = list(width.values()) if isinstance(width, Mapping) else [width]
+        values = [width]
+        if isinstance(width, Mapping):
+            values = list(width.values())
         parts.append(f"{UNITS.get(kind, kind)} {number(values)}")
 
     verb = "Chosen" if shape["chosen"] else "Tried"

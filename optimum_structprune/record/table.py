@@ -40,8 +40,7 @@ class Row:
     def cells(self) -> list[str]:
         """Return the label, the values and the change as text."""
         cells = [self.label]
-        for value in self.values:
-            cells.append(number(value, self.digits))
+        cells += [number(value, self.digits) for value in self.values]
         cells.append(self._change())
         return cells
 
@@ -49,6 +48,7 @@ class Row:
         """Return the change from the first value to the last one, or nothing if it is not shown or not known."""
         first = _mean(self.values[0])
         last = _mean(self.values[-1])
+
         if not self.change or not first or last is None:
             return ""
         return percent_change(last / first)
@@ -65,6 +65,7 @@ def number(value: float | Sequence[float] | None, digits: int = 0) -> str:
     """Format a number, or the ends of a range: `1,536`, `1,024-1,536`."""
     if value is None:
         return UNKNOWN
+
     if isinstance(value, Sequence):
         ends = sorted({min(value), max(value)})
         return "-".join(f"{end:,.{digits}f}" for end in ends)

@@ -89,7 +89,9 @@ class DenseCard:
 
         base: Any = report.model.base_model or _base_model(source, fields)
         name = str(base or short_name(source))
-        return cls(name, base if _is_id(base) else None, licence, fields)
+        if not _is_id(base):
+            base = None
+        return cls(name, base, licence, fields)
 
 
 def _base_model(source: str, fields: Mapping[str, Any]) -> Any:
@@ -126,8 +128,9 @@ def _card_fields(source: str) -> dict[str, Any]:
 
 def _is_text(value: Any) -> bool:
     """Return whether a value is a text or a list of texts."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) for item in values)
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:

@@ -217,7 +217,8 @@ def _label(text: str, width: int) -> str:
 
 def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
     """Draw a horizontal axis with its ticks, the line of the original model, and the legend."""
-    ticks = axis.ticks(6 if width >= WIDE else 3)
+    num_ticks = 6 if width >= WIDE else 3
+    ticks = axis.ticks(num_ticks)
     places = 2
     if len(ticks) > 1:
         places = max(0, -floor(log10(ticks[1] - ticks[0]) + 1e-9))
@@ -254,7 +255,8 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
     height = 200
     x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 20)
     y_axis = Axis(0.0, max(point.kl for point in points) * 1.08, height, 12)
-    body = _curve_ticks(x_axis, y_axis, height, 5 if width >= WIDE else 3)
+    num_x_ticks = 5 if width >= WIDE else 3
+    body = _curve_ticks(x_axis, y_axis, height, num_x_ticks)
 
     places = [(x_axis.place(point.tokens), y_axis.place(point.kl)) for point in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)

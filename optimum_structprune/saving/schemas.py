@@ -82,9 +82,9 @@ def schema_of(kind: type, title: str, version: int) -> dict[str, Any]:
     """
     definitions: dict[str, Any] = {}
     schema = _object(kind, definitions)
-
     properties = {VERSION_KEY: {"const": version}}
     properties.update(schema["properties"])
+
     document: dict[str, Any] = {"$schema": DRAFT, "title": title}
     document.update(schema)
     document["properties"] = properties
@@ -128,6 +128,7 @@ def _descriptions(kind: type) -> dict[str, str]:
     for ancestor in reversed(kind.__mro__):
         if not is_dataclass(ancestor):
             continue
+
         for name, text in DESCRIPTION.findall(getdoc(ancestor) or ""):
             descriptions[name] = " ".join(text.split())
     return descriptions
@@ -151,6 +152,7 @@ def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return _union(arguments, definitions)
     if origin is Literal:
         return {"enum": list(arguments)}
+
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(arguments, definitions)
     if isinstance(origin, type) and issubclass(origin, (Sequence, set, frozenset)):
@@ -172,6 +174,7 @@ def _mapping(arguments: tuple[Any, ...], definitions: dict[str, Any]) -> dict[st
     """Return the schema of a mapping, in which JSON writes numeric keys as strings."""
     key, value = arguments
     schema: dict[str, Any] = {"type": "object", "additionalProperties": _type(value, definitions)}
+
     if key is int:
         schema["propertyNames"] = {"pattern": "^-?[0-9]+$"}
     return schema
