@@ -91,7 +91,7 @@ class Command:
             group.add_argument(name, **_arguments_of_flag(name, flag))
 
         self._declare_json(group_of)
-        text = "No progress bars and no notes; warnings stay."
+        text = "Print no progress bars and no notes, only warnings."
         group_of("--quiet").add_argument("--quiet", action="store_true", help=text)
         parser.set_defaults(command=self)
 
@@ -168,7 +168,7 @@ def declare_fields(group_of: Callable[[str], Any], config_class: type, without: 
         group.add_argument(_flag_of(field.name), dest=field.name, default=SUPPRESS, **arguments)
 
         if field.name == "domains":
-            text = "Your own text: files, each of which is a domain of its name. The short form of --domain."
+            text = "Files of your own text. Each file is a domain with its name. The short form of --domain."
             group.add_argument("--text", dest="domains", help=text, default=SUPPRESS, **text_files())
 
 

@@ -185,7 +185,7 @@ def _check_model(name: str) -> None:
         hf_hub_download(name, "config.json")
     except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
         raise StructPruneError(
-            f"{name!r} cannot be loaded: there is no such folder, and as a model of the Hub it gives no config: "
+            f"{name!r} cannot be loaded: there is no such folder, and the Hub has no config of such a model: "
             f"{one_line(error)[:300]}"
         ) from error
 
@@ -199,7 +199,7 @@ def _check_folder(folder: Path, name: str) -> None:
     for index in folder.glob("*.index.json"):
         for file in _files_of_index(index):
             if os.path.basename(file) != file or file == os.pardir:
-                raise StructPruneError(f"{index} names {file!r}, which is no file of its folder and is not read.")
+                raise StructPruneError(f"{index} names {file!r}, which is not a file in its folder.")
 
 
 def _no_model(folder: Path, name: str) -> str:
@@ -207,7 +207,7 @@ def _no_model(folder: Path, name: str) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
             f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
-            f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
+            f"{name!r}).merge_and_unload().save_pretrained(…)` writes a folder for this command."
         )
 
     text = f"{name!r} cannot be loaded: the folder holds no config.json"

@@ -148,7 +148,9 @@ COMMANDS = (
         "settings. It needs no weights and writes no model.",
         {
             "model": "Model id or folder; config.json is enough.",
-            "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
+            "--dtype": choice(
+                "The dtype for the estimate of memory; auto uses the dtype of the model.", DTYPES, default="auto"
+            ),
             "--cost": switch("Also show the memory and the time that the pruning needs."),
             "--offload": choice("With --cost: estimate a run with this --offload.", OFFLOADS),
             "--tokens": switch(

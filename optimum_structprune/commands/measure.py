@@ -17,7 +17,7 @@ from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import check_evaluation
-from ..evaluation.heldout import told_apart
+from ..evaluation.heldout import distinct_names
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import cache_name
 from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
@@ -262,7 +262,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
     A path that occurs more than once is numbered.
     """
-    names = told_apart([Path(path).name for path in paths], paths)
+    names = distinct_names([Path(path).name for path in paths], paths)
     unique_names = []
 
     for number, name in enumerate(names):

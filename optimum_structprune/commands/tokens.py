@@ -119,7 +119,7 @@ def _sizes(
 
     Args:
         request: The request for a smaller vocabulary.
-        order: The tokens in the order in which they are kept.
+        order: The tokens, from the first to keep to the first to remove.
         model: The model, which may be without weights.
         space: The vocabulary of the model.
         shares: The frequency of each token in each text.

@@ -85,7 +85,7 @@ def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     Raises:
         StructPruneError: If a file cannot be read, has no pairs, or a line is not a pair.
     """
-    names = told_apart([Path(path).stem for path in paths], paths)
+    names = distinct_names([Path(path).stem for path in paths], paths)
     texts_by_name: dict[str, list[str]] = {}
 
     for path, name in zip(paths, names, strict=True):
@@ -100,7 +100,7 @@ def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     return texts_by_name
 
 
-def told_apart(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
+def distinct_names(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
     """Return unique names: the path replaces each name that occurs more than once."""
     unique_names = []
     for name, path in zip(names, paths, strict=True):

@@ -21,7 +21,7 @@ from ..forward.metrics import UNSEEN, margin_of_error
 # split words in technical text relative to unseen text. docs/how_much.md has the measurements.
 SPLIT_LOSS = 6.0
 TECHNICAL_SPLITS = 2.0
-# The names of the models in a figure, in the order in which they were made.
+# The names of the models in a figure, from the first model to the last.
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 MODELS = (DENSE, PRUNED, RECOVERED)
 
@@ -144,7 +144,7 @@ class DomainResult:
             and encoder-decoders it is the perplexity of the missing text.
         bits_per_byte: The loss in bits per byte of the text.
         divergence: The mean KL divergence from the original model in nats per token.
-        agreement: The share of tokens for which both models have the same most likely token.
+        agreement: The share of positions where both models predict the same token.
         vectors: For encoders, the similarity of the vectors of sentences to the vectors of the original model.
         tokens: The number of tokens that perplexity was measured on.
         documents: The number of documents of these tokens.
@@ -362,7 +362,7 @@ def perplexity_result(
 
 
 def ratios_of(domains: Mapping[str, DomainResult]) -> dict[str, Figure]:
-    """Return the perplexity of each domain on which at least two models were measured."""
+    """Return the perplexity of each domain where at least two models were measured."""
     figures = {name: domain.perplexity for name, domain in domains.items()}
     return {name: figure for name, figure in figures.items() if figure is not None and figure.ratio is not None}
 

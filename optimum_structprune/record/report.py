@@ -149,7 +149,7 @@ class DenseModel:
 
     Attributes:
         name: Its id on the Hub, or its folder.
-        dtype: The dtype in which it was pruned.
+        dtype: Its dtype during the pruning.
         base_model: Its id on the Hub if the user has given one.
         license: Its license if the user has given one.
     """

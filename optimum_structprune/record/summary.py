@@ -563,7 +563,7 @@ def details(report: Report) -> Iterator[str]:
 
 
 def _trim_details(trimmed: TrimResult) -> Iterator[str]:
-    """Yield the reasons for which tokens were kept, and the scripts of the removed ones."""
+    """Yield the number of kept tokens by reason, and the number of removed tokens by script."""
     reasons = [f"{REASONS.get(reason, reason)} {count:,}" for reason, count in sorted(trimmed.reasons.items())]
     yield f"Tokens were kept because they are: {', '.join(reasons)}."
 

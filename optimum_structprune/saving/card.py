@@ -230,7 +230,8 @@ def _longest_ticks(text: str) -> int:
 def _card_data(records: Records, origin: DenseCard, kind: str) -> ModelCardData:
     """Return the metadata of the card.
 
-    A model of sentence-transformers has the fields of the original model, by which the Hub finds such models.
+    For a model of sentence-transformers, the card has the fields of the original card, because the Hub uses them to
+    find such models.
 
     Args:
         records: The records of the result.

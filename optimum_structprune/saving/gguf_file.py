@@ -69,7 +69,7 @@ class _StoredTensor:
     Attributes:
         name: The name in the file.
         parameters: The names of the parameters, which are concatenated along the rows.
-        module_name: The name that tells the halves of a divided parameter apart.
+        module_name: The name that distinguishes the halves of a divided parameter.
         layer_config: The config of the tensor's layer; None outside the layers.
     """
 

@@ -112,7 +112,7 @@ def _refusals(repo_id: str, state: str) -> Iterator[None]:
 
 
 def _reason(error: Exception, repo_id: str) -> str:
-    """Return the reason for which the Hub refused a request, and how to fix it."""
+    """Return the reason why the Hub refused a request, and how to fix it."""
     # If the upload of weights fails, the error is a RuntimeError whose cause has the reason.
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__

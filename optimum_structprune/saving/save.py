@@ -166,7 +166,7 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
         device_map = declared(model)
 
     if is_quantized(model):
-        # transformers 5 cannot convert bitsandbytes' tensors back from the form in which it runs them.
+        # transformers 5 cannot convert bitsandbytes' tensors back to the original format.
         options["save_original_format"] = False
 
     with heterogeneous(), device_map, warnings.catch_warnings():

@@ -134,7 +134,7 @@ def view_of(records: Records, title: str, dense: str, dense_path: str, folder: s
         lines = [answers_line(answers)]
         lines += answers_warning(answers)
         view.answers_notes = [sentence(line) for line in lines]
-        view.questions = [_shown(question) for question in sample_questions(answers)]
+        view.questions = [_shown_question(question) for question in sample_questions(answers)]
 
     if records.evaluation is not None or records.speed is not None:
         view.evaluation = _evaluation_table(records)
@@ -230,7 +230,7 @@ def _evaluation_notes(records: Records) -> list[str]:
     return [sentence(note) for note in notes]
 
 
-def _shown(question: AnsweredQuestion) -> ShownQuestion:
+def _shown_question(question: AnsweredQuestion) -> ShownQuestion:
     """Return a question as the card and the page show it."""
     answers = []
     for name, answer in question.answers.items():
