@@ -80,8 +80,8 @@ QUALITY: Flags = {
     },
     "--pairs": option(
         "FILE",
-        "For encoders: a file with a text and its translation in each line of JSON, which are found by each other. "
-        "Repeatable.",
+        "For encoders: a file with a text and its translation in each line of JSON, to measure how many translations "
+        "are the nearest text. Repeatable.",
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Maximum number of tokens per answer (120).", default=120),
