@@ -26,7 +26,7 @@ class Records:
         report: The report of the pruning, with the training after it; without sizes where there is none.
         config: The config of the pruning; empty where there is none.
         domains: The text that the model has seen.
-        training: The config of a training with `structprune recover`; empty where there is none.
+        training: The config of a training that was a run of its own; empty where there is none.
         evaluation: The evaluation that `structprune evaluate` added; None where there is none.
         speed: The speed that `structprune evaluate` measured; None where it was not measured.
         dense: The id or the folder of the original model; empty where it is unknown.
