@@ -22,6 +22,7 @@ from ..domains.sources import check_source, resolve
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
+from ..system.modules import transformer_folder
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .output import check_file
 
@@ -35,8 +36,7 @@ def check_flags(args: Namespace) -> None:
 
     if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is not an id on the Hub. Pass OWNER/NAME.")
-    for model in _models(args):
-        _check_model(model)
+    _check_models(args)
     _check_arch_files(args, configs)
     _check_texts(args, configs)
 
@@ -55,16 +55,14 @@ def check_flags(args: Namespace) -> None:
         check_push(args.push_to_hub, args.private)
 
 
-def _models(args: Namespace) -> list[str]:
-    """Return the models that the arguments name."""
-    models = []
+def _check_models(args: Namespace) -> None:
+    """Check the models that the arguments name, and replace a folder of modules by the folder of its transformer."""
     for name in args.command.models:
         value = getattr(args, name)
         if isinstance(value, str):
-            models.append(value)
+            setattr(args, name, _checked_model(value))
         elif value:
-            models += value
-    return models
+            setattr(args, name, [_checked_model(model) for model in value])
 
 
 def _check_arch_files(args: Namespace, configs: Iterable[Any]) -> None:
@@ -174,12 +172,17 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 }
 
 
-def _check_model(name: str) -> None:
-    """Raise `StructPruneError` if a name is neither the folder of a model nor a model of the Hub or its cache."""
+def _checked_model(name: str) -> str:
+    """Return the folder or the id of a model.
+
+    For a folder of sentence-transformers it is the folder of the transformer, which may be inside the named one.
+
+    Raises:
+        StructPruneError: If the name is neither the folder of a model nor a model of the Hub or its cache.
+    """
     folder = Path(name)
     if folder.is_dir():
-        _check_folder(folder, name)
-        return
+        return _checked_folder(folder, name)
 
     try:
         hf_hub_download(name, "config.json")
@@ -188,18 +191,33 @@ def _check_model(name: str) -> None:
             f"{name!r} cannot be loaded: there is no such folder, and the Hub has no config of such a model: "
             f"{one_line(error)[:300]}"
         ) from error
+    return name
 
 
-def _check_folder(folder: Path, name: str) -> None:
-    """Raise `StructPruneError` if a folder holds no model, or an index that names files outside the folder."""
+def _checked_folder(folder: Path, name: str) -> str:
+    """Return the folder of the transformer in a folder.
+
+    Args:
+        folder: The folder.
+        name: The folder as the user has named it.
+
+    Raises:
+        StructPruneError: If there is no model, or an index of weights names files outside the folder.
+    """
     check_regular_files(folder)
+    inside = transformer_folder(folder)
+    if inside != folder:
+        check_regular_files(inside)
+        folder = inside
+        name = str(inside)
+
     if not (folder / "config.json").is_file():
         raise StructPruneError(_no_model(folder, name))
-
     for index in folder.glob("*.index.json"):
         for file in _files_of_index(index):
             if os.path.basename(file) != file or file == os.pardir:
                 raise StructPruneError(f"{index} names {file!r}, which is not a file in its folder.")
+    return name
 
 
 def _no_model(folder: Path, name: str) -> str:

@@ -34,6 +34,7 @@ from ..record.summary import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
+from ..system.modules import MODULES, modules_root
 from ..system.offloading import declared, places
 from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
@@ -328,17 +329,24 @@ def copy_extra_files(
         kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
     """
     source = _source_folder(model)
+    root = modules_root(source)
     sizes = _sizes(source)
     changed_fields = {name for name, _ in sizes ^ _sizes(folder)}
 
+    folder_of_file = {name: source for name in _extra_files(source)}
+    if root != source:
+        for name in _extra_files(root):
+            if not name.startswith(f"{source.name}/"):
+                folder_of_file[name] = root
+
     candidates = []
-    for name in _extra_files(source):
+    for name in folder_of_file:
         is_tokenizers = isinstance(tokenizer, PreTrainedTokenizerBase) and _belongs_to(tokenizer, name)
         is_outdated = "vocab_size" in changed_fields and VOCABULARY_FILES.fullmatch(name)
         if not ((folder / name).exists() or is_tokenizers or is_outdated):
             candidates.append(name)
 
-    copied = [name for name in candidates if (source / name).is_file() and not name.endswith(".py")]
+    copied = [name for name in candidates if (folder_of_file[name] / name).is_file() and not name.endswith(".py")]
     # Files that a user has added to a result are not part of it.
     result_files = written_files(source)
     if result_files:
@@ -348,15 +356,31 @@ def copy_extra_files(
 
     omitted = [name for name in candidates if name not in copied]
     if omitted:
-        logger.warning("Not copied from %s: %s.", source, some_of(omitted))
+        logger.warning("Not copied from %s: %s.", root, some_of(omitted))
 
     for name in copied:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(folder_of_file[name] / name, folder / name)
 
+    if root != source:
+        _move_transformer(folder / MODULES, source.name)
     module_files = [name for name in copied if "/" in name]
     if module_files:
         _fit_modules(model, folder, module_files, sizes, kept_tokens)
+
+
+def _move_transformer(path: Path, dense_folder: str) -> None:
+    """Change the folder of the transformer in a list of modules to the root of the result.
+
+    Args:
+        path: The list of modules.
+        dense_folder: The folder of the transformer in the dense model.
+    """
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    for module in modules:
+        if module["path"] == dense_folder:
+            module["path"] = ""
+    replace_json(path, modules)
 
 
 def _source_folder(model: PreTrainedModel) -> Path:
@@ -453,7 +477,7 @@ def _extra_files(source: Path) -> Iterator[str]:
 def _module_folders(source: Path) -> set[str]:
     """Return the folders with the modules of a model of sentence-transformers; none for other models."""
     try:
-        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        modules = json.loads((source / MODULES).read_text(encoding="utf-8"))
         return {str(module["path"]).partition("/")[0] for module in modules}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

@@ -1,13 +1,11 @@
-"""Divide a budget between tokens and the layers by losses that are measured on held-out text."""
+"""Divide a budget between tokens and layers by losses that are measured on held-out text."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,16 +19,14 @@ from ..arch.meta import positions_of, shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..domains.packing import Domain, Passages
 from ..forward.metrics import evaluating, row_losses
-from ..method.loop import prune_layers_
-from ..method.shrink import Masks
-from ..sources.data import source_of
 from ..system.processes import broadcast_object
-from ..system.stages import progress, say
+from ..system.stages import say
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Ranking, VocabularyRequest
 from ..widths.allocation import widths_of
 from .base import RunState
 from .resize import drop_tokens_
+from .temporary import temporarily_pruned
 
 
 # The numbers of tokens that a trial is calibrated and measured on.
@@ -58,55 +54,56 @@ class Trial:
 
 
 def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking) -> int:
-    """Return the number of tokens to keep where tokens and units inside the layers share a budget.
+    """Return the number of tokens to keep if tokens and units inside the layers share a budget.
 
-    The budget is met by tokens alone first, if that is possible. The second division removes half as large a share of
-    the held-out tokens, and prunes the layers for the rest of the budget. If the second has the smaller loss, so that
-    layers have a part, a third one is where the loss is least at the prices that the second one has measured. The
-    division with the least measured loss is taken.
+    The first division meets the budget by tokens alone, if possible. The second division removes half the share of
+    held-out tokens, and prunes the layers to meet the budget. If the second division has the smaller loss, a third
+    division follows, with the smallest loss that the measured prices of the second division predict. The function
+    returns the division with the smallest measured loss.
 
-    Whole layers and whole experts are not pruned on trial. Tokens then have as large a part as they can.
+    Whole layers and whole experts are not pruned in trials. In this case, as many tokens as possible are removed.
     """
     assert request.budget is not None
     candidates = request.budget.candidates
     removed_shares = ranking.removed_shares
-    first = candidates[0]
-    alone_is_free = float(removed_shares[first]) == 0 and request.budget.is_met_by({VOCAB: first})
-    if len(candidates) == 1 or alone_is_free or not _is_inside_layers(state, request.budget.smallest):
-        return settled(state, request, first).number
+    fewest = candidates[0]
+    costs_nothing = float(removed_shares[fewest]) == 0 and request.budget.is_met_by({VOCAB: fewest})
+    if len(candidates) == 1 or costs_nothing or not _is_inside_layers(state, request.budget.smallest):
+        return settled(state, request, fewest).number
+
+    half_share = float(removed_shares[fewest]) / 2
+    second = next((number for number in candidates[1:] if float(removed_shares[number]) <= half_share), candidates[-1])
 
     with evaluating(state.model):
         division = Division(state, request, ranking)
-        trials = [division.trial(first)]
-        goal = float(removed_shares[first]) / 2
-        fewer_removed = [number for number in candidates[1:] if float(removed_shares[number]) <= goal]
-        trials.append(division.trial(fewer_removed[0] if fewer_removed else candidates[-1]))
+        trials = [division.trial(fewest), division.trial(second)]
         if trials[1].total < trials[0].total:
             cheapest = settled(state, request, division.cheapest(trials[1]))
             if cheapest.number not in [trial.number for trial in trials]:
                 trials.append(division.trial(cheapest.number))
+
     best = min(trials, key=lambda trial: trial.total)
     return best.number
 
 
-def _is_inside_layers(state: RunState, names: Mapping[str, object]) -> bool:
+def _is_inside_layers(state: RunState, names: Collection[str]) -> bool:
     """Return whether all spaces consist of units inside the layers."""
     spaces = [state.arch.of(name)[0] for name in names]
     return all(space.inside and space.layer != MODEL for space in spaces)
 
 
 class Share(NamedTuple):
-    """The widths of a division: the number of tokens, and the widths of the other spaces, none if they are dense."""
+    """The widths of a division: the number of tokens, and the widths of the pruned other spaces."""
 
     number: int
-    others: Widths
+    widths: Widths
 
 
 def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
-    """Return the widths of a division with about so many tokens.
+    """Return the widths of a division with about `number` tokens.
 
-    The other spaces take the largest widths that meet the budget. Their steps are coarser than the steps of tokens, so
-    that more tokens may fit beside them.
+    The other spaces have the largest widths that meet the budget. The steps of these widths are coarse, so the budget
+    may leave room for some further tokens.
     """
     assert request.budget is not None
     if request.budget.is_met_by({VOCAB: number}):
@@ -116,12 +113,12 @@ def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
     assert config is not None
     skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
     arch = describe(skeleton, state.config.arch_file)
-    others = widths_of(replace(config, allocation="uniform"), arch, skeleton)
-    return Share(max(number, request.budget.largest(others)), others)
+    widths = widths_of(replace(config, allocation="uniform"), arch, skeleton)
+    return Share(max(number, request.budget.largest(widths)), widths)
 
 
 class Division:
-    """Trials of divisions on the model of a run, which is dense again after each of them."""
+    """Trials of divisions on the model of a run. The model is dense again after each trial."""
 
     def __init__(self, state: RunState, request: VocabularyRequest, ranking: Ranking):
         self.state = state
@@ -130,70 +127,65 @@ class Division:
         self.text = HeldOutText(state, request.vocabulary.tokenizer)
 
     def trial(self, number: int) -> Trial:
-        """Measure a division with about so many tokens."""
-        number, widths = settled(self.state, self.request, number)
+        """Measure a division with about `number` tokens."""
+        state = self.state
+        number, widths = settled(state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
-        smaller = copy_with_shared_weights(self.state.model)
-        drop_tokens_(smaller, self.state.arch, keep)
+        # The copy shares its weights with the model, so it is pruned with the model.
+        smaller = copy_with_shared_weights(state.model)
+        drop_tokens_(smaller, state.arch, keep)
 
-        of_tokens = total = self.text.loss(smaller, tokenizer)
+        of_tokens = self.text.loss(smaller, tokenizer)
+        total = of_tokens
         if widths:
-            with self._pruned(widths):
+            with temporarily_pruned(state.model, state.arch, state.data, widths, CALIBRATION_TOKENS):
                 total = self.text.loss(smaller, tokenizer)
-        others = "".join(f", {name} {width}" for name, width in widths.items() if isinstance(width, int))
-        say(f"trial: vocab {number:,}{others}: loss {total:.4f} ({of_tokens:.4f} by tokens alone)")
-        return Trial(number, *broadcast_object((of_tokens, total)))
+
+        shape = "".join(f", {name} {width}" for name, width in widths.items() if isinstance(width, int))
+        say(f"trial: vocab {number:,}{shape}: loss {total:.4f} ({of_tokens:.4f} by tokens alone)")
+        of_tokens, total = broadcast_object((of_tokens, total))
+        return Trial(number, of_tokens, total)
 
     def cheapest(self, trial: Trial) -> int:
-        """Return the number of tokens with the least expected loss at the prices of a trial.
+        """Return the number of tokens with the smallest expected loss at the prices of a trial.
 
         The loss of tokens is proportional to the share of held-out tokens that is removed, and the loss of layers to
         their contribution to the budget:
 
             loss(n) = of_tokens · removed(n) / removed(trial) + (total - of_tokens) · excess(n) / excess(trial)
 
-        where excess(n) is what a model with n tokens and dense layers has beyond the limit.
+        where excess(n) is the excess of a model with n tokens and dense layers over the limit.
         """
         assert self.request.budget is not None
         candidates = self.request.budget.candidates
-        removed = self.ranking.removed_shares[torch.tensor(candidates)]
-        cost, limit = self.request.budget.budget.cost, self.request.budget.budget.limit
-        ends = [cost({VOCAB: number}) - limit for number in (candidates[0], candidates[-1])]
+        removed_shares = self.ranking.removed_shares[torch.tensor(candidates)]
+
+        # The cost is linear in the number of tokens.
+        budget = self.request.budget.budget
+        first_excess = budget.cost({VOCAB: candidates[0]}) - budget.limit
+        last_excess = budget.cost({VOCAB: candidates[-1]}) - budget.limit
         position = (torch.tensor(candidates) - candidates[0]) / (candidates[-1] - candidates[0])
-        excess = (ends[0] + position.double() * (ends[1] - ends[0])).clamp(min=0)
+        excess = (first_excess + position.double() * (last_excess - first_excess)).clamp(min=0)
 
-        at = bisect_left(candidates, trial.number)
-        price_of_tokens = trial.of_tokens / max(float(removed[at]), 1e-9)
-        price_of_layers = (trial.total - trial.of_tokens) / max(float(excess[at]), 1.0)
-        losses = price_of_tokens * removed + price_of_layers * excess
+        place = bisect_left(candidates, trial.number)
+        price_of_tokens = trial.of_tokens / max(float(removed_shares[place]), 1e-9)
+        price_of_layers = (trial.total - trial.of_tokens) / max(float(excess[place]), 1.0)
+        losses = price_of_tokens * removed_shares + price_of_layers * excess
         return candidates[int(losses.argmin())]
-
-    @contextmanager
-    def _pruned(self, widths: Widths) -> Iterator[None]:
-        """Prune the layers to some widths, on part of the calibration text, inside `with`."""
-        state = self.state
-        data = state.data.portion(CALIBRATION_TOKENS)
-        masks = Masks(state.model, state.arch)
-        source = source_of(state.model, state.arch, data.own_batches, data.config.feedback_share)
-        layers = progress(range(state.arch.num_layers), desc="Pruning on trial", unit="layer")
-        try:
-            prune_layers_(masks, source, data.method(state.model, state.arch), widths, layers=layers)
-            yield
-        finally:
-            masks.undo_(partial(source.at, changes=True))
 
 
 def copy_with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose parameters share the memory of the model's."""
+    """Return a copy of a model whose parameters share memory with the parameters of the model."""
     return deepcopy(model, {id(parameter): copy(parameter) for parameter in model.parameters()})
 
 
 class HeldOutText:
-    """Held-out text by domain, which models with other tokenizers are compared on.
+    """Held-out text by domain, to compare models with different tokenizers.
 
-    The loss of a causal language model is the increase of its loss in nats per token of the dense model. The loss of
-    another model is 1 less the cosine of its mean last hidden state to the dense model's, in the mean over pieces.
+    The loss of a causal language model is the increase of its loss in nats per token of the dense model. For another
+    model, a piece has the loss 1 - cos, from the mean last hidden states of both models, and the loss is the mean over
+    pieces.
     """
 
     def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
@@ -202,6 +194,7 @@ class HeldOutText:
         tokens = MEASURED_TOKENS // len(state.data.domains)
         self.pieces = [_pieces(domain, tokens) for domain in state.data.domains]
         self.passages = [Passages(list(pieces), tokenizer) for pieces in self.pieces]
+
         self.dense_losses = torch.zeros(len(self.passages))
         self.dense_states: list[Tensor] = []
         if self.causal:
@@ -210,9 +203,10 @@ class HeldOutText:
             self.dense_states = self._states(state.model, tokenizer)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-        """Return the loss of a smaller model, in the mean over the domains."""
+        """Return the mean loss of a smaller model over the domains."""
         if self.causal:
             return float(self.data.mean(self._losses(model, tokenizer) - self.dense_losses))
+
         losses = []
         for states, dense_states in zip(self._states(model, tokenizer), self.dense_states, strict=True):
             losses.append(1 - cosine_similarity(states, dense_states).mean())
@@ -242,7 +236,7 @@ class HeldOutText:
 
 
 def _pieces(domain: Domain, tokens: int) -> Tensor:
-    """Return pieces of the held-out text of a domain, about so many tokens, shape `(pieces, tokens)`."""
+    """Return pieces of the held-out text of a domain with about `tokens` tokens, shape `(pieces, piece length)`."""
     samples = domain.probe_or_heldout
     length = min(PIECE, samples.shape[1])
     per_sample = samples.shape[1] // length
