@@ -15,6 +15,7 @@ from ..domains.manifest import EARLIER, JUDGED, MANIFEST_NAME, Entry, Manifest
 from ..record.evaluation import Evaluation
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..record.speed import Speed
+from ..written import without_folders
 from .names import EVALUATION_NAME, SPEED_NAME
 
 
@@ -108,8 +109,10 @@ class Records:
         command = ["structprune", "recover", output, output, "--overwrite", "--config", config]
 
         if recovery.has_dense:
-            is_dense = recovery.teacher in ("", self.dense)
-            command += ["--teacher", dense if is_dense else recovery.teacher]
+            # The card is published, so it names a folder without its path.
+            teacher = without_folders(recovery.teacher)
+            is_dense = teacher in ("", without_folders(self.dense))
+            command += ["--teacher", dense if is_dense else teacher]
         if self.config.get("arch_file"):
             command += ["--arch", self.config["arch_file"]]
         return join(command)
