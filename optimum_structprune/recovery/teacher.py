@@ -18,8 +18,9 @@ from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
 from ..method.layers import input_device
+from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
-from .placement import check_device, is_sharded, place_teacher, reshard
+from .placement import check_device, check_movable, is_sharded, place_teacher, reshard
 
 
 def load_teacher(
@@ -40,7 +41,8 @@ def load_teacher(
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         dtype: The dtype of the teacher's weights. None keeps the dtype of a model in memory; a teacher that is loaded
-            gets the dtype of `model`, and the attention implementation if it has the same type.
+            gets the dtype of `model`, and the attention implementation if it has the same type. It is spread over
+            several devices if `model` is.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:
@@ -49,7 +51,9 @@ def load_teacher(
     """
     check_device(device)
     if isinstance(teacher, (str, Path)):
-        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+        # Beside a model that one device cannot hold, the teacher needs several devices too.
+        device_map = "auto" if device is None and is_spread(model) else None
+        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code, device_map)
         if teacher.config.model_type == model.config.model_type:
             teacher.set_attn_implementation(model.config._attn_implementation)
     elif dtype is not None and isinstance(teacher, nn.Module):
@@ -61,6 +65,7 @@ def load_teacher(
             f"`teacher` must be a causal language model, or its id or folder, got {type(teacher).__name__}."
         )
 
+    check_movable(teacher, device)
     if teacher is model or _same_weights(teacher, model):
         raise StructPruneError(
             "`teacher` and the trained model are the same model. Pass the dense model, or leave the teacher out."
@@ -70,10 +75,10 @@ def load_teacher(
     return Teacher(teacher, reader, alignment, device)
 
 
-def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
+            name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
