@@ -108,7 +108,7 @@ MODEL = [
     (f"{PRUNE} --budget bytes=75", "a share of the dense model lies below 1"),
     (f"{SHARE} --domain a=columns.jsonl", "(--domain '{name: a, source: columns.jsonl, text_column: …}'). Did"),
     (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
-    (f"{SHARE} --num-samples 2", "num_samples=2 does not give each of the 4 domains a sample; 4 is the least"),
+    (f"{SHARE} --num-samples 2", "`num_samples=2` is too small for 4 domains. Set it to at least 4."),
     (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
     (f"{SHARE} --text a.jsonl --num-samples 200 --seq-length 24", "The domain 'a' has "),
     (f"{RECOVER} --teacher other --tokens 4800 --seq-length 24", "by the same ids they mean other tokens"),

@@ -190,9 +190,9 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
 IDS = token_ids(12, 16)
 WRONG = [
-    ({"model": "some/model"}, "model takes a model of transformers, got str"),
-    ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
-    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
+    ({"model": "some/model"}, "`model` takes a model of transformers, got str"),
+    ({"tokenizer": "some/model"}, "`tokenizer` takes a tokenizer, got str"),
+    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "`tokenizer` takes a tokenizer, got Wav2Vec2FeatureExtractor"),
     ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
     ({"options": {"batch_size": 2}}, "options takes a RunOptions, got dict; .* RunOptions.from_dict"),
     ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
