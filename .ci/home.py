@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         text = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
         first = text.partition("\n")[2].partition("<!-- home: end -->")[0]
         first = first.replace("](docs/README.md)", "](#where-to-read)").replace("](docs/", "](")
-        return markdown.replace(
-            "<!-- home -->", first.replace("[changelog](CHANGELOG.md)", "changelog in the repository")
-        )
+        # The site has no pages for these files.
+        first = first.replace(" · [Changelog](CHANGELOG.md) · [Citation](CITATION.cff)", "")
+        return markdown.replace("<!-- home -->", first)
     return OUTSIDE.sub(r"\1, `\2`", markdown)

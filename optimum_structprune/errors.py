@@ -1,4 +1,4 @@
-"""Says what went wrong in words that a user can act on."""
+"""The errors and warnings of this package, and helpers for their texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_NAMES = 3  # in a message
 
 
 class StructPruneError(ValueError):
-    """A mistake in the input, with the nearest legal choice; only an `InPlaceError` leaves changes."""
+    """A mistake in the input. Nothing has been changed, unless the error is an `InPlaceError`."""
 
 
 class InPlaceError(StructPruneError, RuntimeError):
-    """Pruning stopped after a model that was to be changed in place had begun to change: load the model again."""
+    """An error after a model has begun to change in place. Load the model again."""
 
 
 class SeenTextWarning(UserWarning):
@@ -24,22 +24,28 @@ class SeenTextWarning(UserWarning):
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside of this package that has led here, whatever lies between."""
+    """Warn at the line outside of this package that called it."""
     package = __name__.partition(".")[0]
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe())]
-    outside = 1 + max(level for level, module in enumerate(modules) if module.partition(".")[0] == package)
-    # Context managers that decorate a function lie between it and who calls it.
+    last_inside = 0
+    for level, module in enumerate(modules):
+        if module.partition(".")[0] == package:
+            last_inside = level
+
+    outside = last_inside + 1
+    # A context manager that decorates a function lies between the function and its caller.
     while outside < len(modules) and modules[outside] in ("contextlib", "torch.utils._contextlib"):
         outside += 1
     warnings.warn(message, category, stacklevel=outside + 1)
 
 
 def one_line(message: object) -> str:
-    """Put a message, such as the error of another library, into one line."""
+    """Return a message, such as the error of another library, in one line."""
     return " ".join(str(message).split())
 
 
 def some_of(names: Collection[str]) -> str:
-    """List the first names and how many more there are: `"a, b, c and 4 more"`."""
-    more = len(names) - MAX_NAMES
-    return ", ".join([*names][:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    """Return the first names and the number of the others: `"a, b, c and 4 more"`."""
+    text = ", ".join(list(names)[:MAX_NAMES])
+    num_hidden = len(names) - MAX_NAMES
+    return f"{text} and {num_hidden} more" if num_hidden > 0 else text

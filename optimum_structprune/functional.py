@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
 from math import inf
 from time import perf_counter
@@ -23,6 +23,7 @@ from .pruner import PruneResult, StructPruner
 from .pruning.memory import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
 from .search.loss_budget import expected_loss, largest_cut, losses_in
+from .steps.division import copy_with_shared_weights
 from .system.stages import say
 
 
@@ -233,4 +234,4 @@ def _copy(model: PreTrainedModel, request: PruningRequest) -> PreTrainedModel:
     shares_weights = set(request.widths) == {VOCAB} and not request.model_info.quantized
     if not shares_weights:
         return deepcopy(model)
-    return deepcopy(model, {id(parameter): copy(parameter) for parameter in model.parameters()})
+    return copy_with_shared_weights(model)

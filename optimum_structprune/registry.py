@@ -1,4 +1,4 @@
-"""Registers classes and functions by name, for third parties too: by decorator or by entry point."""
+"""Registries of classes and functions by name, which third parties extend by decorators or entry points."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from .errors import StructPruneError, one_line
 T = TypeVar("T")
 Entry = TypeVar("Entry")
 
-MAX_LISTED_NAMES = 40  # more names hide the message: `prune` has more flags
+MAX_LISTED_NAMES = 40  # a longer list would hide the message
+MAX_NAME_LENGTH = 60  # a CSV file without a header has texts as the names of its columns
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """End an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
+    """Return the end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
     legal = sorted(names)
-    close = get_close_matches(name, legal, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    listed = ", ".join(f"{one_line(name):.60}" for name in legal)  # a table without a head has texts for names
-    known = f"{len(legal):,} names" if len(legal) > MAX_LISTED_NAMES else listed or "none"
+    matches = get_close_matches(name, legal, n=1, cutoff=0.5)
+    hint = f" Did you mean {matches[0]!r}?" if matches else ""
+    if len(legal) > MAX_LISTED_NAMES:
+        known = f"{len(legal):,} names"
+    else:
+        known = ", ".join(one_line(name)[:MAX_NAME_LENGTH] for name in legal) or "none"
     return f"{hint} Known: {known}."
 
 
 class Registry(Generic[T]):
-    """Holds classes or functions of one `kind`, such as "criterion", by name.
+    """Classes or functions of one kind, by name.
 
-    A decorator registers them. Third parties may also declare an entry point in its `group`, which is imported when
-    its name is asked for. The names in `built_in` are legal before the modules that register them are imported.
+    They are registered by a decorator, or declared as entry points, which are imported when they are used.
+
+    Args:
+        kind: The kind in error messages, such as "criterion".
+        group: The group of the entry points.
+        built_in: Names that are legal before the modules that register them are imported.
     """
 
     def __init__(self, kind: str, group: str, built_in: Iterable[str] = ()):
@@ -41,26 +48,32 @@ class Registry(Generic[T]):
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Give a decorator that enters a class or a function under `name`.
+        """Return a decorator that registers a class or a function under `name`.
 
         Raises:
-            StructPruneError: If `name` is no text, or already stands for another one.
+            StructPruneError: If `name` is not a string, or another entry has this name.
         """
-        if not (isinstance(name, str) and name):
-            raise StructPruneError(f"A {self.kind} takes a name, got {name!r}; choose one such as 'mine'.")
+        if not isinstance(name, str) or not name:
+            raise StructPruneError(f"The name of a {self.kind} must be a string, got {name!r}. Choose one.")
 
         def enter(entry: Entry) -> Entry:
             registered = self._entries.get(name)
             if registered is not None and registered is not entry:
-                taken = f"The {self.kind} {name!r} is already registered by {_path(registered)}"
-                raise StructPruneError(f"{taken}; choose another name for {_path(entry)}.")
+                raise StructPruneError(
+                    f"The {self.kind} {name!r} is already registered by {_path(registered)}. Choose another name for "
+                    f"{_path(entry)}."
+                )
             self._entries[name] = entry
             return entry
 
         return enter
 
     def get(self, name: str) -> T:
-        """Give what is registered under `name`; if nothing is, the error proposes the nearest name."""
+        """Return the entry of a name.
+
+        Raises:
+            StructPruneError: If there is none. The message suggests the nearest name.
+        """
         if name not in self._entries:
             points = {point.name: point for point in _declared(self.group)}
             if name not in points:
@@ -69,18 +82,15 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """List all names in order, the built-in ones and those that installed packages declare."""
-        return sorted({*self.built_in, *self._entries, *(point.name for point in _declared(self.group))})
-
-    def check(self, name: str) -> None:
-        """Refuse a name that nothing is registered under with a ValueError, without importing anything."""
-        if name not in self.names():
-            raise ValueError(f"has to name a registered {self.kind}, got {name!r}.{did_you_mean(name, self.names())}")
+        """Return all names in order: the built-in, registered and declared ones."""
+        names = {*self.built_in, *self._entries}
+        names.update(point.name for point in _declared(self.group))
+        return sorted(names)
 
 
 @cache
 def _declared(group: str) -> tuple[EntryPoint, ...]:
-    """Find the entry points of installed packages, once: the search takes long, and a run asks dozens of times."""
+    """Return the entry points of installed packages. The search is slow, so it runs once for a group."""
     return tuple(entry_points(group=group))
 
 

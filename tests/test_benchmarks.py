@@ -2,11 +2,13 @@
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from shlex import split
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from helpers import main_of
 from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
@@ -57,11 +59,37 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     (texts, marks), (texts_now, marks_now) = (drawn(path.read_text()) for path in pictures)
     assert texts == texts_now and len(marks) > 20
     assert marks == pytest.approx(marks_now, abs=0.5), "python examples/benchmarks/draw_quality.py draws it anew"
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    (tmp_path / "page.md").write_text(re.sub(r"\| 1(\.\d+ ±)", r"| 2\1", page))
-    main_of("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
+    figures = (ROOT / "docs" / "figures.yaml").read_text()
+    (tmp_path / "figures.yaml").write_text(figures.replace("heldout: 1.", "heldout: 2."))
+    main_of("draw_quality")(["--figures", str(tmp_path / "figures.yaml"), "--output", str(pictures[1])])
     other_texts, other_marks = drawn(pictures[1].read_text())
     assert other_texts != texts and other_marks != marks
+
+
+def test_pages_show_the_tables_of_the_data_file():
+    """Run `python examples/benchmarks/figures.py render` after a change of `docs/figures.yaml`."""
+    main_of("figures")(["render", "--check"])
+
+
+def test_every_figure_has_a_command_and_is_shown():
+    data = yaml.safe_load((ROOT / "docs" / "figures.yaml").read_text())
+    cells = str(data["tables"])
+    for name, figure in data["figures"].items():
+        assert figure["command"].startswith(("python examples/", "structprune ")), name
+        assert f"{{{name}[" in cells, f"no table shows {name}"
+
+
+def test_a_page_that_differs_from_the_data_file_is_named(monkeypatch, tmp_path):
+    figures = import_module("figures")
+    page = tmp_path / "README.md"
+    page.write_text("<!-- figures: e5 -->\n<!-- figures: end -->\n")
+    monkeypatch.setattr(figures, "pages", lambda: [page])
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="README.md.*render"):
+        main_of("figures")(["render", "--check"])
+    main_of("figures")(["render"])
+    assert "188" in page.read_text()
+    main_of("figures")(["render", "--check"])
 
 
 TINY, DATA = str(SHARED / "models" / "stories260K"), SHARED / "data"

@@ -33,7 +33,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # Pages that lead from one command to the next: each runs as a whole.
-TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+TOURS = [
+    ROOT / "docs" / "tour.md",
+    ROOT / "docs" / "which_command.md",
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
 # Pages whose outputs are those of today: the same lines and words, whatever the numbers.
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # Lines that depend on the size of the model.
@@ -70,10 +74,11 @@ def with_output(page: Path) -> list[tuple[str, str, str]]:
 
 def form(text: str) -> list[str]:
     """The words of each line of an output, with one # for numbers that stand together."""
-    text = re.sub(r" \(few documents\)|; few documents: .*|warning: |; a smaller .*| in steps of \d+", "", text)
+    text = re.sub(
+        r" \(few documents\)|; few documents: fewer than 12|warning: |; a smaller .*| in steps of \d+", "", text
+    )
     text = re.sub(r"Requested|requested", "requested", text).replace("model).", "model)")
     text = re.sub(r"\(sampled from the original model\)|\(built-in\)", "", text)  # by the number of samples
-    text = re.sub(r"documents\.$", "documents", text, flags=re.M)
     text = re.sub(r" in (bfloat16|float32)$", "", text, flags=re.M)
     text = re.sub(r" ± [\d.]+", "", text)  # fewer samples have no standard error
     text = re.sub(r" \((calibration domain|unseen)\)", "", text)  # fewer samples may share no document

@@ -1,5 +1,6 @@
 """About 800 odd inputs, in CI the same in every run: each comes out as a value or as a `StructPruneError`."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -84,7 +85,9 @@ def test_configs_from_mappings_arguments_and_anything(case, data):
     built = handled(config.from_dict, fields)
     if built is not None:
         assert handled(config.from_dict, built.to_dict()) is not None
-    handled(config, **fields)
+    required = {field.name for field in dataclasses.fields(config) if field.default is field.default_factory}
+    if required <= fields.keys():
+        handled(config, **fields)
     for config in CONFIGS:
         handled(config.from_dict, data)
 

@@ -1,4 +1,4 @@
-"""Refuses mistakes in the flags before torch is imported, which takes seconds."""
+"""Check the flags of a command before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,35 +27,49 @@ from .output import check_file
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse illegal values, missing models and files, and existing outputs."""
-    given = vars(args)
-    configs = [*filter(None, CONFIGS[args.command.name](args))] if args.command.config else []
-    if given.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
+    """Raise if a value is not legal, a model or a file is missing, or an output exists."""
+    flags = vars(args)
+    configs: list[Any] = []
+    if args.command.config is not None:
+        configs = [config for config in CONFIGS[args.command.name](args) if config is not None]
+    if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
     for name in args.command.models:
-        for model in [given[name]] if isinstance(given[name], str) else given[name] or ():
+        models = [flags[name]] if isinstance(flags[name], str) else flags[name] or []
+        for model in models:
             _check_model(model)
-    for names in (args, *configs):
-        if arch_file := getattr(names, "arch_file", None):
+    for values in (args, *configs):
+        arch_file = getattr(values, "arch_file", None)
+        if arch_file:
             read_families(arch_file)
-    for texts in [given.get("domain", ()), *map(_texts, configs)]:
-        for domain in resolve(as_domain(text) for text in texts):
-            check_source(domain)
-    if (file := given.get("answers")) not in (None, "builtin") and not Path(file).is_file():
-        raise StructPruneError(f"There is no file {file}.")
-    if isinstance(file := given.get("json"), str):
-        check_file(file, f"--json {file}", args.overwrite)
-    if "pad_uniform" in given:
+
+    _check_texts(args, configs)
+    if isinstance(flags.get("json"), str):
+        check_file(args.json, f"--json {args.json}", args.overwrite)
+    if "pad_uniform" in flags:
         _check_form(args)
-    if given.get("gguf"):
+    if flags.get("gguf"):
         _check_gguf(args)
-    if {"output", "overwrite"} <= given.keys():
-        kind = GGUFOutput if "pad_uniform" in given and args.output.endswith(GGUF) else Output
-        kind(args.output, args.overwrite).check()
-    if given.get("push_to_hub") is not None:
-        from ..saving.push import check_push  # last, as it imports torch
+    if "output" in flags and "overwrite" in flags:
+        is_file = "pad_uniform" in flags and args.output.endswith(GGUF)
+        output = GGUFOutput(args.output, args.overwrite) if is_file else Output(args.output, args.overwrite)
+        output.check()
+    if flags.get("push_to_hub") is not None:
+        from ..saving.push import check_push  # last, because it imports torch
 
         check_push(args.push_to_hub, args.private)
+
+
+def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
+    """Raise if there is no text at the source of a domain, or no file of questions."""
+    texts = [getattr(args, "domain", ())]
+    texts += [_texts(config) for config in configs]
+    for domains in texts:
+        for domain in resolve(as_domain(domain) for domain in domains):
+            check_source(domain)
+    questions = getattr(args, "answers", None)
+    if questions not in (None, "builtin") and not Path(questions).is_file():
+        raise StructPruneError(f"There is no file {questions}.")
 
 
 def _check_form(args: Namespace) -> None:
@@ -81,21 +94,29 @@ def _check_gguf(args: Namespace) -> None:
 
 
 def gguf_file(output: str, kind: str) -> str:
-    """The GGUF file that `--gguf` writes beside an output folder."""
+    """Return the GGUF file that `--gguf` writes beside an output folder."""
     return f"{os.path.normpath(output)}-{kind.upper()}{GGUF}"
 
 
 def _texts(config: Any) -> list[DomainConfig]:
-    """The text that a config names."""
-    general = getattr(config, "general_text", None)
-    return [*(getattr(config, "domains", None) or ()), *([DomainConfig(GENERAL, general)] if general else ())]
+    """Return the domains that a config names, with its general text."""
+    domains = list(getattr(config, "domains", None) or ())
+    general_text = getattr(config, "general_text", None)
+    if general_text:
+        domains.append(DomainConfig(GENERAL, general_text))
+    return domains
 
 
 def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None, RunOptions]:
-    """Read the settings of a pruning and of a training; the model is saved in between, in case of an interruption."""
-    config, options = pruning_config(args), run_options(args)
+    """Return the settings of a pruning and of its recovery.
+
+    They are separate, because `prune` saves the pruned model before the recovery begins.
+    """
+    config = pruning_config(args)
+    options = run_options(args)
     recovery = config.recovery
-    config = config if recovery is None else replace(config, recovery=None)
+    if recovery is not None:
+        config = replace(config, recovery=None)
     if args.resume and options.checkpoint_dir is None:
         options = replace(options, checkpoint_dir=str(progress_folder(args.output)))
     if args.offload is not None and recovery is not None:
@@ -107,12 +128,12 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
 
 
 def progress_folder(output: str) -> Path:
-    """Gives the hidden folder beside the output in which `--resume` remembers a run."""
+    """Return the hidden folder beside the output with the checkpoints of `--resume`."""
     path = Path(output).resolve()
     return path.with_name(f".{path.name}.progress")
 
 
-# How the flags of each command become configs.
+# The functions that read the configs of each command.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
     "plan": lambda args: [tokens_config(args, 1) if args.tokens else pruning_config(args), run_options(args)],
@@ -121,28 +142,37 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 
 
 def _check_model(name: str) -> None:
-    """Refuse a name that is neither a model's folder nor a model of the Hub or its cache."""
-    check_regular_files(name)
-    if not Path(name).is_dir():
+    """Raise if a name is neither the folder of a model nor a model of the Hub or its cache."""
+    folder = Path(name)
+    if not folder.is_dir():
         try:
             hf_hub_download(name, "config.json")
-        except Exception as error:  # of the network, of the Hub, or of the name
+        except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
             raise StructPruneError(
                 f"{name!r} cannot be loaded: there is no such folder, and as a model of the Hub it gives no config: "
                 f"{one_line(error)[:300]}"
             ) from error
-    elif not Path(name, "config.json").is_file():
-        if Path(name, "adapter_config.json").is_file():
+        return
+
+    check_regular_files(folder)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
             raise StructPruneError(
                 f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
                 f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
             )
-        inside = min((f", and {path.parent} does" for path in Path(name).glob("*/config.json")), default="")
-        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{inside}.")
-    for index in Path(name).glob("*.index.json"):
-        outside: list[str] = []
-        with suppress(StructPruneError, LookupError, TypeError, AttributeError):  # loading says what is damaged
-            files = read_mapping(index, json.loads)["weight_map"].values()
-            outside = [file for file in files if os.path.basename(file) != file or file == os.pardir]
-        if outside:
-            raise StructPruneError(f"{index} names {outside[0]!r}, which is no file of its folder and is not read.")
+        folders = sorted(path.parent for path in folder.glob("*/config.json"))
+        hint = f", and {folders[0]} does" if folders else ""
+        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{hint}.")
+    for index in folder.glob("*.index.json"):
+        for file in _files_of_index(index):
+            if os.path.basename(file) != file or file == os.pardir:
+                raise StructPruneError(f"{index} names {file!r}, which is no file of its folder and is not read.")
+
+
+def _files_of_index(index: Path) -> list[str]:
+    """Return the files that an index of weights names, or none if it is damaged, which the loading reports."""
+    try:
+        return list(read_mapping(index, json.loads)["weight_map"].values())
+    except (StructPruneError, LookupError, TypeError, AttributeError):
+        return []

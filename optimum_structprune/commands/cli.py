@@ -1,4 +1,4 @@
-"""The commands of `structprune`, which `optimum-cli structprune` shares."""
+"""The command line, which `structprune` and `optimum-cli structprune` share."""
 
 from __future__ import annotations
 
@@ -21,40 +21,43 @@ from .output import Result, show, visible, working
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
-# With this variable set to 1 in the environment, every error shows its traceback.
+# If this environment variable is 1, errors show their tracebacks.
 DEBUG_VARIABLE = "STRUCTPRUNE_DEBUG"
 
 
 class CommandParser(ArgumentParser):
-    """A parser of one command. It reads its arguments off the configs at its first use, since that is slow."""
+    """The parser of one command. It declares its arguments at its first use, because reading the configs is slow."""
 
     declare: Callable[[ArgumentParser], None] | None = None
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """See `ArgumentParser.parse_known_args`; an unknown flag is refused with the nearest one."""
-        declare, self.declare = self.declare, None
-        if declare is not None:
+        """See `ArgumentParser.parse_known_args`. An unknown flag is an error that suggests the nearest one."""
+        if self.declare is not None:
+            declare = self.declare
+            self.declare = None
             declare(self)
         parsed, others = super().parse_known_args(*args, **kwargs)
-        if flag := next((word.partition("=")[0] for word in others if word.startswith("--")), None):
-            self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
+        for word in others:
+            if word.startswith("--"):
+                flag = word.partition("=")[0]
+                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
         return parsed, others
 
     def format_usage(self) -> str:
-        """The arguments alone, since there are more flags than a mistake in one is worth."""
+        """Return the positional arguments only; the list of flags is too long for a usage error."""
         formatter = self._get_formatter()
         formatter.add_usage(None, self._get_positional_actions(), [])
         return f"{formatter.format_help().rstrip()} [flags]\n"
 
 
 def add_commands(parser: ArgumentParser) -> None:
-    """Add one subparser per command; `execute` runs the one that the arguments choose."""
+    """Add a subparser for each command. `execute` runs the command of the parsed arguments."""
 
-    def help_(args: Namespace) -> int:
+    def print_help(args: Namespace) -> int:
         parser.print_help()
         return 2
 
-    parser.set_defaults(run=help_)
+    parser.set_defaults(run=print_help)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
     for command in COMMANDS:
         subparser = subparsers.add_parser(
@@ -65,18 +68,18 @@ def add_commands(parser: ArgumentParser) -> None:
 
 
 def execute(args: Namespace) -> int:
-    """Run the chosen command, show its result or its error, and return its exit code."""
+    """Run a command, print its result or its error, and return its exit code."""
     if "command" not in args:
         return args.run(args)
-    number = 0
+    rank = 0
     try:
-        number = launched("RANK", 0)
-        from .checks import check_flags  # late, as all that imports a config
+        rank = launched("RANK", 0)
+        from .checks import check_flags  # imported here, because importing the configs is slow
 
         check_flags(args)
-        with working(args, silent=number > 0):
+        with working(args, silent=rank > 0):
             result: Result = args.run(args)
-        if number == 0:
+        if rank == 0:
             show(result, args)
         return 0
     except KeyboardInterrupt:
@@ -85,13 +88,13 @@ def execute(args: Namespace) -> int:
         if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error, args)
-        where = f" in process {number}" if number else ""
+        where = f" in process {rank}" if rank > 0 else ""
         sys.stderr.write(f"structprune: error{where}: {visible(one_line(text))}\n")
         return code
 
 
 def explained(error: Exception, args: Namespace) -> tuple[int, str]:
-    """The exit code of an error, 2 for the input and the machine and 1 for a bug, and the error in words."""
+    """Return the exit code and the text of an error: 2 for bad input or a failing machine, 1 for a bug."""
     text = str(error)
     if isinstance(error, StructPruneError):
         return 2, by_flag(error, args)
@@ -100,7 +103,8 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}."
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if isinstance(cause := error.__cause__, Exception) and str(cause) not in text:
+    cause = error.__cause__
+    if isinstance(cause, Exception) and str(cause) not in text:
         text += f" (because of {type(cause).__name__}: {cause})"
     if isinstance(error, OSError):
         return 2, text
@@ -109,10 +113,13 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script `structprune` and return its exit code."""
-    with suppress(ValueError):  # this is no main thread
-        signal(SIGTERM, default_int_handler)  # as Ctrl-C, so that no lock and no working folder is left
-    # A stream that the shell has closed is None, and what is written to it is lost.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    with suppress(ValueError):  # only the main thread can set a handler
+        signal(SIGTERM, default_int_handler)  # handled as Ctrl-C, so that no lock and no working folder remains
+    # A stream that the shell has closed is None.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     parser = ArgumentParser("structprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser)

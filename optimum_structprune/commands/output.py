@@ -1,4 +1,4 @@
-"""Sends the result to the standard output, and everything else to the standard error."""
+"""Print the result of a command to stdout, and everything else to stderr."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Result:
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:
-    """Refuse a file without a folder, and one that exists and may not be replaced."""
+    """Raise if a file has no folder, or exists and must not be replaced."""
     path = Path(file)
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
@@ -75,7 +75,7 @@ def show(result: Result, args: Namespace) -> None:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader wants no more, as `head` does. Python would complain when it flushes the pipe at its end.
+        # The reader has closed the pipe, as `head` does. Python would raise again when it flushes the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -101,9 +101,11 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
             levels["transformers.training_args"] = logging.ERROR
             if not args.quiet:
                 levels[stages.name] = logging.INFO
-                stages.addHandler(lines := logging.StreamHandler(sys.stderr))
+                lines = logging.StreamHandler(sys.stderr)
+                stages.addHandler(lines)
                 stack.callback(stages.removeHandler, lines)
-        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+        for name, level in levels.items():
+            logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
         stack.enter_context(warnings.catch_warnings())

@@ -108,7 +108,7 @@ class DomainConfig(Config):
         if not is_text:
             kind = type(self.source).__name__
             self.refuse("source", f"must be a path, a name, a dataset or an iterable of strings, got {kind}")
-        if self.source == "":
+        if isinstance(self.source, str) and not self.source:
             self.refuse("source", "must not be empty, got ''")
 
         if self.template is not None and self.template != CHAT:

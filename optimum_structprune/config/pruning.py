@@ -96,8 +96,8 @@ class StructPruneConfig(Config):
         allocation: The distribution of the removal over the layers. `uniform` gives all layers the same width.
             `sensitivity` measures the loss of each layer and gives each layer a width of its own.
         round_to: Channel widths that `sparsity` or `budget` determines are multiples of this number. Explicit
-            widths need not be. `auto` is the largest power of two up to 64 that reaches any target within 1 % of the
-            layers' parameters: 64 in models of usual size, and less in small models.
+            widths need not be. `auto` is the largest power of two up to 256 that reaches any target within 1 % of the
+            layers' parameters: 256 from about 10,000 channels on, and less in smaller models.
         tensor_parallel: The number of devices that will share each matrix of the pruned model, as with vLLM's option
             of this name. Numbers of KV groups and experts that `sparsity` or `budget` determines are multiples of it.
             With `round_to="auto"`, so are widths, which are multiples of 128 times this number in large models.

@@ -304,7 +304,7 @@ def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
 
 def _batches(first: int, count: int) -> list[range]:
     """Divide `count` documents, numbered from `first`, into batches. The last batch may be larger than the rest."""
-    batches = []
+    batches: list[range] = []
 
     while count > 0 or not batches:
         size = MAX_BATCH if count > 1.5 * MAX_BATCH else max(count, MIN_BATCH)

@@ -22,7 +22,7 @@ from ..config.fields import check_types, read_json
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line, some_of
 from ..system.fingerprint import tensor_hash
-from ..written import Record
+from ..written import Record, without_folders
 from .packing import HELDOUT, PROBE, USED, Domain
 
 
@@ -75,7 +75,7 @@ class Entry:
         origin: dict[str, Any] = {}
         place_hash = ""
         if domain.origin is not None:
-            origin = domain.origin.to_dict()
+            origin = without_folders(domain.origin.to_dict())
             place_hash = _place(domain.origin.source)
 
         probe_hash = ""
@@ -159,7 +159,7 @@ class Manifest(Record):
         return cls(
             seed=config.seed,
             seq_length=max(lengths, default=config.seq_length),
-            tokenizer=getattr(tokenizer, "name_or_path", ""),
+            tokenizer=without_folders(getattr(tokenizer, "name_or_path", "")),
             versions=versions,
             domains=[Entry.of(domain) for domain in domains],
         )

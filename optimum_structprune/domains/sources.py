@@ -47,7 +47,9 @@ Write = Callable[[str, int], Iterator[str]] | None  # generates text of a kind w
 def documents(
     domain: DomainConfig, seed: int | None, tokenizer: PreTrainedTokenizerBase | None = None, write: Write = None
 ) -> Iterator[str]:
-    """Yield the documents of a domain that are not blank, in an order that depends on the seed.
+    """Return the documents of a domain that are not blank, in an order that depends on the seed.
+
+    A wrong source raises here. The text is read with the first document.
 
     Args:
         domain: The domain, without presets.
@@ -59,9 +61,14 @@ def documents(
         StructPruneError: If the source cannot be read, or holds no text.
     """
     texts = _texts(domain, seed, lambda row: rendered(row, domain, tokenizer), write)
+    return _readable(texts)
+
+
+def _readable(texts: Iterator[str]) -> Iterator[str]:
+    """Yield texts that are not blank, without halves of surrogate pairs, which no tokenizer reads."""
     for text in _cut_long(texts):
         if text.strip():
-            yield text.encode(errors="replace").decode()  # a tokenizer cannot read half a surrogate pair
+            yield text.encode(errors="replace").decode()
 
 
 def check_source(domain: DomainConfig) -> None:

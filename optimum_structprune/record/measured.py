@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
 from .answers import FIGURES, paired, question_lines, sample_questions
-from .figures import AnswersResult, DomainResult, Figure, VectorResult, mean_figure, mean_ratio, ratios_of
+from .figures import (
+    AnswersResult,
+    DomainResult,
+    Figure,
+    SizeResult,
+    VectorResult,
+    mean_figure,
+    mean_ratio,
+    ratios_of,
+)
 from .summary import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
-from .table import UNKNOWN, aligned, byte_size, number, times, with_margin
+from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, times, with_margin
 
 
 if TYPE_CHECKING:
@@ -17,6 +27,43 @@ if TYPE_CHECKING:
     from .speed import Speed, Timing
 
 Rows = list[list[str]]
+NO_DOMAIN = DomainResult()
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of the table.
+
+    Attributes:
+        model: Its measurements.
+        evaluation: Its evaluation. The original model has the evaluation of a model that is compared with it.
+        is_original: Whether it is the original model, whose figures are called `dense`.
+    """
+
+    model: MeasuredModel
+    evaluation: Evaluation | None
+    is_original: bool
+
+    def domain(self, name: str) -> DomainResult:
+        """Return the result on a domain; it is empty if the model was not measured there."""
+        if self.evaluation is None:
+            return NO_DOMAIN
+        return self.evaluation.domains.get(name, NO_DOMAIN)
+
+    def value(self, figure: Figure | None) -> float | None:
+        """Return the value of this model."""
+        if figure is None:
+            return None
+        return figure.dense if self.is_original else figure.last
+
+    def cell(self, figure: Figure | None) -> str:
+        """Return the value of this model with its margin, if the margin belongs to the value."""
+        value = self.value(figure)
+        if figure is None or value is None:
+            return UNKNOWN
+        if figure.dense is not None:
+            return number(value, MAX_DIGITS)
+        return with_margin(value, figure.margin)
 
 
 def measurement_lines(measurement: Measurement) -> list[str]:
@@ -38,196 +85,193 @@ def measurement_lines(measurement: Measurement) -> list[str]:
 
 def measurement_table(measurement: Measurement) -> Rows:
     """Return the table of all figures, with one column for each model."""
-    columns = measurement.columns()
-    rows = [["", *columns]]
+    models = measurement.columns()
+    columns = _columns(measurement)
+    rows = [_row("", list(models))]
     rows += _size_rows(columns)
-    rows += quality_rows(measurement)
+    rows += _quality_rows(columns)
+    rows += _answer_rows(columns)
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
 
 
-def _size_rows(columns: Mapping[str, MeasuredModel]) -> Rows:
+def _columns(measurement: Measurement) -> list[Column]:
+    """Return the models of the table. A model without an evaluation is the original model of the others."""
+    evaluations = list(measurement.evaluations.values())
+    columns = []
+    for model in measurement.columns().values():
+        is_original = model.evaluation is None
+        evaluation = model.evaluation
+        if is_original and evaluations:
+            evaluation = evaluations[0]
+        columns.append(Column(model, evaluation, is_original))
+    return columns
+
+
+def _row(label: str, cells: Iterable[str]) -> list[str]:
+    """Return a row of the table."""
+    row = [label]
+    row.extend(cells)
+    return row
+
+
+def _size_rows(columns: Sequence[Column]) -> Rows:
     """Return the rows of widths, parameters and bytes."""
     rows: Rows = []
-    kinds = dict.fromkeys(kind for model in columns.values() for kind in model.widths)
+    kinds = dict.fromkeys(kind for column in columns for kind in column.model.widths)
     for kind in kinds:
-        rows.append([UNITS.get(kind, kind), *(number(model.widths.get(kind)) for model in columns.values())])
+        widths = [column.model.widths.get(kind) for column in columns]
+        rows.append(_row(UNITS.get(kind, kind), map(number, widths)))
 
-    sizes = [model.size for model in columns.values()]
-    if not any(sizes):
-        return rows
-    rows.append(["layers", *(number(None if size is None else size.layers) for size in sizes)])
-    rows.append(["parameters", *(UNKNOWN if size is None else f"{size.parameters:,}" for size in sizes)])
-    rows.append(["weights", *(UNKNOWN if size is None else byte_size(size.bytes) for size in sizes)])
-    if any(size is not None and size.cache_per_token is not None for size in sizes):
-        caches = [None if size is None else size.cache_per_token for size in sizes]
-        rows.append(["cache bytes per token", *map(number, caches)])
+    sizes = [column.model.size or SizeResult() for column in columns]
+    if any(size.parameters for size in sizes):
+        rows.append(_row("layers", (number(size.layers) for size in sizes)))
+        rows.append(_row("parameters", (number(size.parameters or None) for size in sizes)))
+        rows.append(_row("weights", (byte_size(size.bytes) for size in sizes)))
+    if any(size.cache_per_token is not None for size in sizes):
+        rows.append(_row("cache bytes per token", (number(size.cache_per_token) for size in sizes)))
     return rows
 
 
-def quality_rows(measurement: Measurement) -> Rows:
-    """Return the rows of perplexity, closeness to the original model, vectors and answers."""
-    columns = measurement.columns()
-    evaluations = [columns[name].evaluation for name in columns]
-    measured = [evaluation for evaluation in evaluations if evaluation is not None]
-    domains = list(dict.fromkeys(name for evaluation in measured for name in evaluation.domains))
+def _quality_rows(columns: Sequence[Column]) -> Rows:
+    """Return the rows of perplexity, closeness to the original model, and vectors."""
+    evaluations = [column.evaluation for column in columns if column.evaluation is not None]
+    domains = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.domains))
 
     rows: Rows = []
     for name in domains:
-        rows.append(_perplexity_row(name, measured, evaluations))
-    rows += _mean_rows(measured, evaluations)
-    rows += _domain_rows(domains, evaluations, "bits per byte", lambda domain: domain.bits_per_byte, mean_alone=True)
-    rows += _domain_rows(domains, evaluations, "KL to the original", lambda domain: domain.divergence)
-    rows += _domain_rows(domains, evaluations, "same most likely token", lambda domain: domain.agreement)
-    vectors: dict[str, Callable[[VectorResult], Figure | None]] = {
-        "cosine": lambda vector: vector.cosine,
-        "cosine, 5th percentile": lambda vector: Figure(pruned=vector.cosine_p5),
-        "cosine, lowest": lambda vector: Figure(pruned=vector.cosine_worst),
-        "neighbours kept": lambda vector: vector.neighbours,
-        "translations found": lambda vector: vector.retrieval,
-    }
-    for label, select in vectors.items():
-        rows += _domain_rows(domains, evaluations, label, _of_vectors(select))
-    rows += _answer_rows(evaluations)
+        label = f"perplexity, {_domain_label(name, evaluations)}"
+        rows.append(_row(label, (_perplexity_cell(column, name) for column in columns)))
+    rows += _mean_rows(columns)
+    rows += _bits_rows(columns, domains)
+    for label, select in FIGURES_OF_DOMAIN.items():
+        for name in domains:
+            cells = [column.cell(select(column.domain(name))) for column in columns]
+            rows.append(_row(f"{label}, {name}", cells))
     return [row for row in rows if any(cell not in ("", UNKNOWN) for cell in row[1:])]
 
 
 def _of_vectors(select: Callable[[VectorResult], Figure | None]) -> Callable[[DomainResult], Figure | None]:
     """Return a function that selects a figure of the vectors of a domain."""
-    return lambda domain: None if domain.vectors is None else select(domain.vectors)
+
+    def select_figure(domain: DomainResult) -> Figure | None:
+        return None if domain.vectors is None else select(domain.vectors)
+
+    return select_figure
+
+
+# The figures that have one row for each domain.
+FIGURES_OF_DOMAIN: dict[str, Callable[[DomainResult], Figure | None]] = {
+    "KL to the original": lambda domain: domain.divergence,
+    "same most likely token": lambda domain: domain.agreement,
+    "cosine": _of_vectors(lambda vectors: vectors.cosine),
+    "cosine, 5th percentile": _of_vectors(lambda vectors: Figure(pruned=vectors.cosine_p5)),
+    "cosine, lowest": _of_vectors(lambda vectors: Figure(pruned=vectors.cosine_worst)),
+    "neighbours kept": _of_vectors(lambda vectors: vectors.neighbours),
+    "translations found": _of_vectors(lambda vectors: vectors.retrieval),
+}
 
 
 def _domain_label(name: str, evaluations: Iterable[Evaluation]) -> str:
     """Return the name of a domain, and whether the model was calibrated on this kind of text."""
     for evaluation in evaluations:
-        if evaluation.calibrated is not None:
-            is_own = evaluation.is_calibration_domain(name)
-            return f"{name} ({'calibration domain' if is_own else 'unseen'})"
+        if evaluation.calibrated is None:
+            continue
+        if evaluation.is_calibration_domain(name):
+            return f"{name} (calibration domain)"
+        return f"{name} (unseen)"
     return name
 
 
-def _perplexity_row(name: str, measured: list[Evaluation], evaluations: list[Evaluation | None]) -> list[str]:
-    """Return the perplexity of the original model, and the ratios of the others to it."""
-    dense = [evaluation.domains[name].perplexity for evaluation in measured if name in evaluation.domains]
-    original = next((figure.dense for figure in dense if figure is not None), None)
-    cells = []
-    for evaluation in evaluations:
-        if evaluation is None:
-            cells.append(number(original, 2))
-            continue
-        domain = evaluation.domains.get(name, DomainResult())
-        figure = domain.perplexity
-        if figure is None:
-            cells.append(UNKNOWN)
-        elif figure.ratio is None:
-            cells.append(with_margin(figure.last or 0.0, figure.margin, 2))
-        else:
-            cells.append(times(figure.ratio, figure.margin, domain.documents))
-    return [f"perplexity, {_domain_label(name, measured)}", *cells]
+def _perplexity_cell(column: Column, name: str) -> str:
+    """Return the perplexity of the original model, or of a model alone, and otherwise the ratio to the original."""
+    domain = column.domain(name)
+    figure = domain.perplexity
+    if figure is None:
+        return UNKNOWN
+    if column.is_original:
+        return number(figure.dense, 2)
+    if figure.ratio is None:
+        return with_margin(figure.last or 0.0, figure.margin, 2)
+    return times(figure.ratio, figure.margin, domain.documents)
 
 
-def _mean_rows(measured: list[Evaluation], evaluations: list[Evaluation | None]) -> Rows:
-    """Return the mean ratios over the domains, apart for calibration domains and unseen ones."""
-    rows = []
-    for label, is_own in (("calibration domains", True), ("unseen domains", False)):
-        cells = []
-        count = 0
-        for evaluation in evaluations:
-            ratios = {} if evaluation is None else ratios_of(evaluation.domains)
-            if evaluation is not None and evaluation.calibrated is not None:
-                ratios = {
-                    name: figure for name, figure in ratios.items() if evaluation.is_calibration_domain(name) == is_own
-                }
-            elif not is_own:
-                ratios = {}
-            count = max(count, len(ratios))
-            cells.append(times(*mean_ratio(ratios.values())) if ratios else "")
-        if count > 1:
-            known = any(evaluation.calibrated is not None for evaluation in measured)
-            rows.append([f"perplexity, mean over the {label if known else 'domains'}", *cells])
+def _mean_rows(columns: Sequence[Column]) -> Rows:
+    """Return the mean ratios over the domains, separately for calibration domains and unseen ones."""
+    evaluations = [column.evaluation for column in columns if column.evaluation is not None]
+    if all(evaluation.calibrated is None for evaluation in evaluations):
+        return _mean_row("domains", columns, lambda evaluation, name: True)
+
+    rows = _mean_row("calibration domains", columns, lambda evaluation, name: evaluation.is_calibration_domain(name))
+    rows += _mean_row("unseen domains", columns, lambda evaluation, name: not evaluation.is_calibration_domain(name))
     return rows
 
 
-def _domain_rows(
-    domains: Iterable[str],
-    evaluations: list[Evaluation | None],
-    label: str,
-    select: Callable[[DomainResult], Figure | None],
-    mean_alone: bool = False,
-) -> Rows:
-    """Return one row for each domain of a figure, or the row of its mean alone."""
-    by_domain: Rows = []
-    for name in domains:
-        figures = [None if item is None else select(item.domains.get(name, DomainResult())) for item in evaluations]
-        original = next((figure.dense for figure in figures if figure is not None), None)
-        cells = []
-        for evaluation, figure in zip(evaluations, figures, strict=True):
-            cells.append(number(original, 3) if evaluation is None else _last(figure))
-        by_domain.append([f"{label}, {name}", *cells])
-    if not mean_alone or len(by_domain) < 2:
-        return by_domain
-
+def _mean_row(label: str, columns: Sequence[Column], counts: Callable[[Evaluation, str], bool]) -> Rows:
+    """Return the mean ratio over the domains that count, or nothing if no model has two of them."""
     cells = []
-    measured = [evaluation for evaluation in evaluations if evaluation is not None]
-    for evaluation in evaluations:
-        source = evaluation or measured[0]
-        selected = [select(domain) for domain in source.domains.values()]
-        mean = mean_figure(figure for figure in selected if figure is not None)
-        cells.append(number(mean.dense if evaluation is None else mean.last, 3))
-    return [[f"{label}, mean", *cells]]
+    largest = 0
+    for column in columns:
+        figures: list[Figure] = []
+        if column.evaluation is not None and not column.is_original:
+            ratios = ratios_of(column.evaluation.domains)
+            figures = [figure for name, figure in ratios.items() if counts(column.evaluation, name)]
+        largest = max(largest, len(figures))
+        cells.append(times(*mean_ratio(figures)) if figures else "")
+    return [_row(f"perplexity, mean over the {label}", cells)] if largest > 1 else []
 
 
-def _last(figure: Figure | None) -> str:
-    """Return the last value of a figure, with its margin where that belongs to the value."""
-    if figure is None or figure.last is None:
-        return UNKNOWN
-    has_own_margin = figure.dense is None
-    return with_margin(figure.last, figure.margin if has_own_margin else None)
+def _bits_rows(columns: Sequence[Column], domains: Sequence[str]) -> Rows:
+    """Return the mean bits per byte over the domains."""
+    cells = []
+    for column in columns:
+        figures = [column.domain(name).bits_per_byte for name in domains]
+        mean = mean_figure(figure for figure in figures if figure is not None)
+        cells.append(number(column.value(mean), MAX_DIGITS))
+    return [_row("bits per byte, mean", cells)]
 
 
-def _answer_rows(evaluations: list[Evaluation | None]) -> Rows:
+def _answer_rows(columns: Sequence[Column]) -> Rows:
     """Return the counts of correct, repetitive and finished answers, and the median length."""
-    measured = [evaluation for evaluation in evaluations if evaluation is not None]
-    answers = [evaluation.answers for evaluation in measured]
-    found = [answer for answer in answers if answer is not None]
-    if not found:
+    answers = [None if column.evaluation is None else column.evaluation.answers for column in columns]
+    if not any(answers):
         return []
 
-    rows: Rows = []
-    for name, word in FIGURES.items():
-        cells = []
-        for evaluation in evaluations:
-            result = found[0] if evaluation is None else evaluation.answers
-            cells.append(UNKNOWN if result is None else _count(result, name, is_original=evaluation is None))
-        rows.append([f"answers {word}", *cells])
-
-    lengths = []
-    for evaluation in evaluations:
-        result = found[0] if evaluation is None else evaluation.answers
-        model = None if result is None else result.models[0 if evaluation is None else -1]
-        lengths.append(UNKNOWN if result is None or model is None else f"{median(result.tokens(model)):,.0f}")
-    rows.append(["median length of an answer (tokens)", *lengths])
-
-    divergences = [
-        None if evaluation is None or evaluation.answers is None else evaluation.answers.divergence
-        for evaluation in evaluations
+    pairs = list(zip(columns, answers, strict=True))
+    rows = [
+        _row(f"answers {word}", (_count(column, result, name) for column, result in pairs))
+        for name, word in FIGURES.items()
     ]
-    rows.append(["KL to the original along its answers", *(number(value, 3) for value in divergences)])
+    rows.append(
+        _row("median length of an answer (tokens)", (_median_length(column, result) for column, result in pairs))
+    )
+    divergences = [None if result is None or column.is_original else result.divergence for column, result in pairs]
+    if any(value is not None for value in divergences):
+        rows.append(_row("KL to the original along its answers", (number(value, MAX_DIGITS) for value in divergences)))
     return rows
 
 
-def _count(answers: AnswersResult, name: str, is_original: bool) -> str:
-    """Return a count of answers of the original or the last model: `10 of 16 (worse, p = 0.030)`."""
+def _count(column: Column, answers: AnswersResult | None, name: str) -> str:
+    """Return a count of answers of one model: `10 of 16 (worse, p = 0.030)`."""
+    if answers is None:
+        return UNKNOWN
     counts = answers.counts(name)
     total = len(answers.questions)
-    if is_original:
+    if column.is_original:
         return f"{counts[0]} of {total}"
-    text = f"{counts[-1]} of {total}"
     if len(counts) < 2:
-        return text
+        return f"{counts[-1]} of {total}"
     comparison = paired(answers, name)
-    return f"{text} ({comparison.verdict}, p = {comparison.p_value:.3f})"
+    return f"{counts[-1]} of {total} ({comparison.verdict}, p = {comparison.p_value:.3f})"
+
+
+def _median_length(column: Column, answers: AnswersResult | None) -> str:
+    """Return the median number of tokens of the answers of one model."""
+    if answers is None:
+        return UNKNOWN
+    model = answers.models[0] if column.is_original else answers.models[-1]
+    return number(median(answers.tokens(model)))
 
 
 def speed_rows(speed: Speed) -> Rows:
@@ -235,14 +279,14 @@ def speed_rows(speed: Speed) -> Rows:
     rows: Rows = []
     for word, stage in (("reading", speed.prefill), ("writing", speed.decode)):
         for shape, timings in stage.items():
-            rows.append(
-                [f"{word}, tokens/s, {shape}", *(f"{item.tokens_per_second:,.1f}" for item in timings.values())]
-            )
-            if len(timings) > 1:
-                first, *others = timings.values()
-                rows.append([f"{word}, speed-up, {shape}", UNKNOWN, *map(_speedup, others)])
+            rates = [number(timing.tokens_per_second, 1) for timing in timings.values()]
+            rows.append(_row(f"{word}, tokens/s, {shape}", rates))
+            speedups = [_speedup(timing) for timing in timings.values()]
+            if len(speedups) > 1:
+                speedups[0] = UNKNOWN
+                rows.append(_row(f"{word}, speed-up, {shape}", speedups))
     for shape, memory in speed.run_memory.items():
-        rows.append([f"memory, {shape}", *map(byte_size, memory.values())])
+        rows.append(_row(f"memory, {shape}", map(byte_size, memory.values())))
     return rows
 
 
@@ -257,7 +301,9 @@ def _speedup(timing: Timing) -> str:
 
 def speed_lines(speed: Speed) -> list[str]:
     """Return the printed form of a measurement of speed."""
-    return [aligned([["", *speed.models], *speed_rows(speed)]), speed_note(speed)]
+    rows = [_row("", speed.models)]
+    rows += speed_rows(speed)
+    return [aligned(rows), speed_note(speed)]
 
 
 def speed_note(speed: Speed) -> str:

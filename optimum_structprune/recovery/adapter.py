@@ -127,12 +127,14 @@ def trainable(model: PreTrainedModel, adapter: PeftConfig | None) -> Iterator[tu
     """
     training = model.training
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+
     trained: Any = model
     if adapter is None:
         for weight in model.parameters():
             weight.requires_grad_(weight.is_floating_point())
     else:
         trained = adapted(model, adapter)
+
     weights = [weight for weight in trained.parameters() if weight.requires_grad]
     start = [weight.detach().to("cpu", copy=True) for weight in weights]
 
@@ -180,10 +182,12 @@ def adapted(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         # It has patterns for the experts of some model types, and does not use all of them.
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match.*")
+
         try:
             with_adapter: PeftModel = get_peft_model(model, adapter)
         except LIBRARY_ERRORS as error:
             raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
+
     _check_tied(with_adapter)
     return with_adapter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -43,16 +44,24 @@ def align_document(
     parts = alignment.align(ids, counted)
     student_ids = [part for part, _, _ in parts]
     rows = [row for _, row, _ in parts]
+
     return {
         "input_ids": student_ids,
-        "labels": [token if row >= 0 else IGNORED for token, row in zip(student_ids, rows, strict=True)],
+        "labels": _labels(student_ids, [row >= 0 for row in rows]),
         "position_ids": list(range(first_position, first_position + len(student_ids))),
         "align_rows": rows,
         "align_nodes": [node for _, _, node in parts],
         "teacher_input_ids": list(ids),
-        "teacher_labels": [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)],
+        "teacher_labels": _labels(ids, counted),
         "teacher_position_ids": list(range(first_position, first_position + len(ids))),
     }
+
+
+def _labels(ids: Sequence[int], counted: Sequence[bool]) -> list[int]:
+    labels = []
+    for token, counts in zip(ids, counted, strict=True):
+        labels.append(token if counts else IGNORED)
+    return labels
 
 
 def join_documents(documents: Sequence[Sample]) -> Sample:
@@ -106,13 +115,16 @@ class AlignedCollator:
         self.alignment = alignment
         self.teacher_tokenizer = teacher_tokenizer
         self.tokenizer = tokenizer
+
         # The teacher's token that each student token is.
         self.own_token: dict[int, int] = {}
         for token, parts in enumerate(alignment.spellings):
             if len(parts) == 1:
                 self.own_token.setdefault(parts[0], token)
-        special = [] if tokenizer is None else tokenizer.all_special_ids
-        self.special = set(special)
+
+        self.special: set[int] = set()
+        if tokenizer is not None:
+            self.special.update(tokenizer.all_special_ids)
 
     def __getattr__(self, name: str) -> Any:
         # Trainers read settings of their collator.
@@ -125,27 +137,27 @@ class AlignedCollator:
         batch: dict[str, Any] = dict(self.collator(features))
         ids = batch["input_ids"]
         labels = batch.get("labels", ids)
-        mask = batch.get("attention_mask", torch.ones_like(ids))
         positions = batch.get("position_ids")
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions
+            mask = torch.ones_like(ids)
+        real = mask.bool()
 
         samples = []
         for row in range(len(ids)):
-            real = mask[row].bool() if mask.shape == ids.shape else torch.ones_like(ids[row], dtype=torch.bool)
-            starts = None if positions is None else (positions[row][real] == 0).tolist()
-            samples.append(self._sample(ids[row][real].tolist(), labels[row][real].tolist(), starts))
-        aligned = pad_samples(samples)
+            starts = None
+            if positions is not None:
+                starts = (positions[row][real[row]] == 0).tolist()
+            samples.append(self._sample(ids[row][real[row]].tolist(), labels[row][real[row]].tolist(), starts))
 
-        # The student's part of the batch keeps the collator's own padding.
-        width = ids.shape[1]
-        left = not bool(mask[:, 0].all()) if mask.shape == ids.shape else False
+        # The student's part of the batch keeps the collator's own padding, which may be on the left.
         for name in ("labels", "align_rows", "align_nodes"):
-            values = aligned[name]
-            rows = torch.full((len(ids), width), PADDING[name], dtype=values.dtype)
-            for number, sample in enumerate(samples):
-                length = len(sample[name])
-                start = width - length if left else 0
-                rows[number, start : start + length] = values[number, :length]
-            batch[name] = rows
+            values = torch.full_like(ids, PADDING[name])
+            for row, sample in enumerate(samples):
+                values[row, real[row]] = torch.tensor(sample[name], dtype=values.dtype)
+            batch[name] = values
+
+        aligned = pad_samples(samples)
         for name in AlignedTargets.INPUTS:
             if name.startswith("teacher_"):
                 batch[name] = aligned[name]
@@ -157,8 +169,7 @@ class AlignedCollator:
         if starts is not None:
             begins = [place for place, is_start in enumerate(starts) if is_start] or [0]
         documents = []
-        for number, begin in enumerate(begins):
-            end = begins[number + 1] if number + 1 < len(begins) else len(ids)
+        for begin, end in pairwise([*begins, len(ids)]):
             documents.append(self._document(ids[begin:end], labels[begin:end]))
         return join_documents(documents)
 
@@ -180,9 +191,11 @@ class AlignedCollator:
             if token is not None and token not in self.special:
                 run.append(token)
                 continue
+
             if run:
                 tokens += self._run(run)
                 run = []
+
             if token is not None:
                 tokens.append(self.own_token[token])
         return tokens

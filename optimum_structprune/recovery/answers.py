@@ -97,6 +97,7 @@ class AnswerFile:
                 raise StructPruneError(
                     f"Answers cannot be kept in {self.path.parent} ({error}). Set HF_HOME to another folder."
                 ) from error
+
         state.wait_for_everyone()
         self._places = {}
         self._read_places()
@@ -140,6 +141,7 @@ class Answers:
         state = PartialState()
         mine = number + state.process_index
         name = f"{length}/{mine}"
+
         digest = sha256(f"{self.seed}/{name}".encode()).hexdigest()
         answers = self.write(self.batch_prompts(length, mine), length, int(digest[:12], 16))
         self.file.add(dict(gather_object([(name, answers)])))
@@ -156,6 +158,7 @@ def write_answers(answers: Answers, packer: SamplePacker, num_samples: int) -> l
     There are fewer samples than asked for if each prompt was answered often enough.
     """
     counts = []
+
     bar = progress(range(num_samples), desc="Generating teacher answers", unit="sample")
     for index, length in enumerate(ANSWER_TOKENS):
         most = num_samples * (index + 1) // len(ANSWER_TOKENS) - num_samples * index // len(ANSWER_TOKENS)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
+from .chunked_loss import device_kind
 
 
 # A training has about this number of steps, as far as the batch size allows.
@@ -61,12 +62,14 @@ def training_arguments(
     own = dict(config.training)
     if own.get("save_strategy") is False:  # YAML reads `no` as False
         own["save_strategy"] = "no"
-    kind = "cpu" if on_cpu else "gpu"
+    device = torch.device("cpu" if on_cpu else "cuda")
+
     settings: dict[str, Any] = dict(TRAINING)
     settings["learning_rate"] = LEARNING_RATES[config.train]
     settings["seed"] = seed
     settings["use_cpu"] = on_cpu
-    settings["bf16"] = not own.get("fp16") and computes_in_bf16("cpu" if on_cpu else "cuda")
+    settings["bf16"] = not own.get("fp16") and computes_in_bf16(device.type)
+
     # The columns of a sample are those of the collator, not of the model.
     settings["remove_unused_columns"] = False
     # Every process reads the stream and takes its part of each batch.
@@ -80,23 +83,28 @@ def training_arguments(
     if "output_dir" not in own:
         # Nothing is resumed from a scratch folder.
         settings.update(output_dir=scratch, save_only_model=True)
+
     settings.update(own)
     if "per_device_train_batch_size" not in own:
         batch = batch_samples(size)
-        settings["per_device_train_batch_size"] = min(batch, SAMPLES_AT_ONCE[kind])
+        settings["per_device_train_batch_size"] = min(batch, SAMPLES_AT_ONCE[device_kind(device)])
     settings.setdefault("per_device_eval_batch_size", min(4, settings["per_device_train_batch_size"] or 1))
 
     epochs = settings.pop("num_train_epochs", 1)
     arguments = build(TrainingArguments, settings)
+
     # `nn.DataParallel` would cut the batches of one process for several GPUs, and cannot train with a teacher.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+
     processes = max(1, arguments.world_size)
     per_step = max(1, arguments.per_device_train_batch_size) * processes
     if "gradient_accumulation_steps" not in own and "per_device_train_batch_size" not in own:
         arguments.gradient_accumulation_steps = max(1, round(batch_samples(size) / per_step))
+
     per_step *= max(1, arguments.gradient_accumulation_steps)
     if arguments.max_steps <= 0:
         arguments.max_steps = max(1, round(epochs * -(-size.num_samples // per_step)))
+
     if "save_steps" not in own:
         arguments.save_steps = arguments.eval_steps = max(1, arguments.max_steps // evaluations(size))
     if "logging_steps" not in own:

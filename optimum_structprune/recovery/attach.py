@@ -95,11 +95,14 @@ def attach_loaded_teacher(
 ) -> TeacherLoss:
     """Attach a teacher that fits the Trainer's model; see `attach_teacher`."""
     loss = TeacherLoss(trainer, teacher, temperature, task_weight)
+
     collator = trainer.data_collator
     if teacher.alignment is not None and not getattr(collator, "aligns_tokens", False):
         trainer.data_collator = AlignedCollator(collator, teacher.alignment, teacher.tokenizer, tokenizer)
+
     trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
     trainer.log = partial(loss.log, trainer.log)  # type: ignore[method-assign]
+
     # The Trainer counts the tokens of an accumulated batch only for losses that use the number.
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
@@ -128,15 +131,16 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
         raise StructPruneError(
             f"`attach_teacher` trains causal language models, and {type(student).__name__} is not one."
         )
-    if isinstance(trainer.compute_loss, partial) or isinstance(
-        getattr(trainer.compute_loss, "__self__", None), TeacherLoss
-    ):
+
+    if isinstance(getattr(trainer.compute_loss, "__self__", None), TeacherLoss):
         raise StructPruneError("The Trainer has a teacher already. Attach one teacher to one Trainer.")
+
     if trainer.compute_loss_func is not None:
         raise StructPruneError(
             "The Trainer has a `compute_loss_func`, and `attach_teacher` replaces the loss. Leave it out; "
             "`task_weight` mixes the cross-entropy with the divergence."
         )
+
     if trainer.args.n_gpu > 1:
         raise StructPruneError(
             f"The Trainer would use `nn.DataParallel` on {trainer.args.n_gpu} GPUs, and a teacher needs one GPU per "
@@ -190,17 +194,22 @@ class TeacherLoss:
             num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
         """
         trainer = self.trainer
-        trainer_accelerator = trainer.accelerator
-        self.teacher.place(trainer_accelerator)
+        accelerator = trainer.accelerator
+        self.teacher.place(accelerator)
 
         targets = next_tokens(inputs).flatten()
         positions = (targets != IGNORED).nonzero()[:, 0]
-        aligned = AlignedTargets.of(inputs, positions) if self.teacher.alignment is not None else None
-        with torch.no_grad(), trainer_accelerator.autocast():
-            if aligned is None:
-                predictions = self.teacher.predict(_without(inputs, LOSS_INPUTS), positions)
-            else:
-                predictions = self.teacher.predict(aligned.teacher_inputs, aligned.teacher_positions)
+
+        aligned = None
+        teacher_inputs = _without(inputs, LOSS_INPUTS)
+        teacher_positions = positions
+        if self.teacher.alignment is not None:
+            aligned = AlignedTargets.of(inputs, positions)
+            teacher_inputs = aligned.teacher_inputs
+            teacher_positions = aligned.teacher_positions
+
+        with torch.no_grad(), accelerator.autocast():
+            predictions = self.teacher.predict(teacher_inputs, teacher_positions)
 
         student_inputs = _without(inputs, (*LOSS_INPUTS, *AlignedTargets.INPUTS))
         student_inputs = accepted_inputs(bare_model(model), student_inputs)
@@ -208,6 +217,7 @@ class TeacherLoss:
         losses = self._losses(model, student_inputs, batch)
         self._add("train" if model.training else "eval", losses)
         loss = self._mean(losses.loss, num_items_in_batch)
+
         if not return_outputs:
             return loss
 
@@ -230,6 +240,7 @@ class TeacherLoss:
         sums = self._sums.pop(mode, None)
         if sums is None:
             return
+
         both = torch.stack([sums.kl, sums.tokens])[None]
         kl, tokens = self.trainer.accelerator.gather(both).sum(0).tolist()
         logs[name] = round(kl / max(tokens, 1.0), 6)
@@ -296,6 +307,7 @@ class TeacherLoss:
         if self._plain_head is None:
             same_shape = len(returned) == 1 and output.shape == returned[0].shape
             self._plain_head = same_shape and torch.equal(output.detach().to(returned[0].device), returned[0].detach())
+
         if not self._plain_head:
             return None
         # The gradient has to pass through the outputs of the wrappers around the model.
@@ -308,13 +320,15 @@ class TeacherLoss:
         vocab_size = size or bare_model(self.trainer.model).config.get_text_config().vocab_size
         targets = batch.targets.to(values.device)
         chunk_size = chunk_tokens(vocab_size, values.device)
+
         if batch.aligned is not None:
             assert self.teacher.alignment is not None
             batch.aligned.split(self.teacher.alignment, chunk_size, values.device)
 
         def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
             logits = project(chunk).float()
-            log_student = (logits / self.temperature).log_softmax(-1)
+            log_student = self._log_probabilities(logits)
+
             if batch.aligned is None:
                 kl = self._divergence(log_student, batch.predictions, start, end)
             else:
@@ -322,6 +336,7 @@ class TeacherLoss:
                 kl = batch.aligned.divergence(
                     self.teacher.alignment, log_student, batch.predictions, self.temperature, start // chunk_size
                 )
+
             loss = (1 - self.task_weight) * self.temperature**2 * kl
             if self.task_weight:
                 loss = loss + self.task_weight * cross_entropy(logits, targets[start:end], reduction="none")
@@ -329,11 +344,16 @@ class TeacherLoss:
 
         return chunked_losses(values, chunk_loss, chunk_size, trains_head)
 
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        if self.temperature != 1:  # a division copies all logits
+            logits = logits / self.temperature
+        return logits.log_softmax(-1)
+
     def _divergence(self, log_student: Tensor, predictions: Predictions, start: int, end: int) -> Tensor:
         """Return the KL divergence in nats for the positions `start` to `end`, shape `(end - start,)`, fp32."""
         with torch.no_grad():
             taught = predictions.logits(start, end, log_student.device).float()
-            log_teacher = (taught / self.temperature).log_softmax(-1)
+            log_teacher = self._log_probabilities(taught)
             probabilities = log_teacher.exp()
             negative_entropy = (probabilities * log_teacher).sum(-1)
         return negative_entropy - (probabilities * log_student).sum(-1)
@@ -353,12 +373,14 @@ def next_tokens(inputs: dict[str, Any]) -> Tensor:
     """Return the next token of each position of a batch, shape `(batch, seq_length)`, or -100 if it does not count."""
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
+
     labels = inputs.get("labels")
     if labels is None:
         labels = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape == labels.shape:
             labels = labels.masked_fill(mask == 0, IGNORED)
+
     last = torch.full_like(labels[:, :1], IGNORED)
     return torch.cat([labels[:, 1:], last], dim=1)
 

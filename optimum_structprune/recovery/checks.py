@@ -75,12 +75,15 @@ def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int
             f"Recovery trains causal language models, and {name} is not one. Train it with a Trainer and its own "
             "loss, as docs/recovery.md does with a classifier."
         )
+
     if is_offloaded(model):
         raise StructPruneError(
             f"Recovery trains weights in memory, and {name} is offloaded. Prune without recovery, save, and recover "
             "the smaller model."
         )
+
     check_positions(model, seq_length, f"The recovery's seq_length={seq_length}")
+
     if config.train == "full" and model.dtype == torch.float16:
         raise StructPruneError(
             f"`train`='full' would change the weights of {name} in float16, which is too coarse for an optimizer. "

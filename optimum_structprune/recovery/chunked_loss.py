@@ -32,10 +32,17 @@ class TokenLosses(NamedTuple):
 ChunkLoss = Callable[[Tensor, int, int], TokenLosses]
 
 
+def device_kind(device: torch.device) -> str:
+    """Return `cpu` or `gpu`, by which defaults are chosen."""
+    if device.type == "cpu":
+        return "cpu"
+    return "gpu"
+
+
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """Return the number of tokens in a chunk for a vocabulary of this size."""
-    kind = "cpu" if device.type == "cpu" else "gpu"
-    return max(MIN_CHUNK_TOKENS, CHUNK_BYTES[kind] // (4 * vocab_size))
+    chunk_bytes = CHUNK_BYTES[device_kind(device)]
+    return max(MIN_CHUNK_TOKENS, chunk_bytes // (4 * vocab_size))
 
 
 def chunked_losses(inputs: Tensor, chunk_loss: ChunkLoss, size: int, trains_head: bool) -> TokenLosses:

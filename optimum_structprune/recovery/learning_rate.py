@@ -26,6 +26,7 @@ def lower_rate_of_token_rows_(trainer: Trainer) -> None:
     model: Any = trainer.model
     optimizer = trainer.create_optimizer()
     rows = {id(weight) for name, weight in model.named_parameters() if "trainable_tokens_delta" in name}
+
     for group in list(optimizer.param_groups):
         in_group = [weight for weight in group["params"] if id(weight) in rows]
         if in_group:
@@ -70,6 +71,7 @@ def lower_learning_rate_(
         for batch in batches:
             loss_of(batch).backward()
         best = broadcast_object_list([min(SHARES, key=loss_after_step)])[0]
+
     model.zero_grad()
     trainer.args.learning_rate *= best
     for group in groups:

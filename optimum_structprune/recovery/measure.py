@@ -16,7 +16,7 @@ from ..record.report import CurvePoint, RecoveryReport
 from ..system.stages import progress
 from .aligned_batches import AlignedTargets
 from .attach import IGNORED, bare_model, next_tokens
-from .chunked_loss import chunk_tokens
+from .chunked_loss import chunk_tokens, device_kind
 from .samples import Sample, SampleCollator
 from .teacher import Teacher, accepted_inputs
 from .text import OTHER_TEXT
@@ -63,17 +63,17 @@ def measure_samples(
     """
     if teacher is not None:
         teacher.place(accelerator)
-    kind = "cpu" if accelerator.device.type == "cpu" else "gpu"
     longest = max(len(sample["input_ids"]) for sample in samples)
-    batch_size = max(1, BATCH_TOKENS[kind] // longest)
+    batch_size = max(1, BATCH_TOKENS[device_kind(accelerator.device)] // longest)
+
     found: dict[str, list[Tensor]] = {}
-    models = [model] if teacher is None else [model, teacher.model]
-    with evaluating(*models), accelerator.autocast():
+    with evaluating(model), accelerator.autocast():
         for start in range(0, len(samples), batch_size):
             batch = collator(samples[start : start + batch_size])
             values = _measure_batch(model, batch, teacher, accelerator.device)
             for name, value in values.items():
                 found.setdefault(name, []).append(value)
+
     # One transfer for all batches, so that the device does not wait in between.
     return {name: torch.cat(parts).double().cpu() for name, parts in found.items()}
 
@@ -82,6 +82,7 @@ def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None
     batch = {name: value.to(device) for name, value in batch.items()}
     targets = next_tokens(batch).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
+
     aligned = None
     predictions = None
     if teacher is not None:
@@ -101,6 +102,7 @@ def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None
     size = chunk_tokens(logits.shape[-1], logits.device)
     if aligned is not None and teacher is not None and teacher.alignment is not None:
         aligned.split(teacher.alignment, size, logits.device)
+
     for start in range(0, max(len(logits), 1), size):
         end = min(start + size, len(logits))
         values = logits[start:end].float()
@@ -131,11 +133,13 @@ def _means(by_position: dict[str, Tensor], rows: Tensor, samples: int, aligned: 
     tokens = torch.zeros(samples, device=rows.device).index_add(
         0, token_rows, torch.ones_like(token_rows, dtype=torch.float32)
     )
+
     means = {"tokens": tokens}
     for name, values in by_position.items():
         value_rows = token_rows if name == "teacher" else rows
         sums = torch.zeros(samples, device=rows.device).index_add(0, value_rows, values.float())
         means[name] = sums / tokens.clamp(min=1)
+
     return means
 
 

@@ -16,7 +16,7 @@ from ..method.devices import free_bytes
 from ..system.stages import readable_size
 from .adapter import adapted, lora_config
 from .arguments import TrainingSize, batch_samples, computes_in_bf16
-from .chunked_loss import chunk_tokens
+from .chunked_loss import chunk_tokens, device_kind
 from .text import SEQ_LENGTHS, sample_length
 
 
@@ -98,26 +98,35 @@ def estimate_recovery(
         flops: Multiply-adds per second; by default they are measured for a tenth of a second.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = "cpu" if device.type == "cpu" else "gpu"
+
     seq_length = sample_length(config, student)
     if config.seq_length is None:
-        seq_length = int(min(seq_length, SEQ_LENGTHS[kind], positions_of(student)))
+        seq_length = int(min(seq_length, SEQ_LENGTHS[device_kind(device)], positions_of(student)))
+
     size = TrainingSize(config.tokens // seq_length, seq_length)
     at_once = int(config.training.get("per_device_train_batch_size") or min(batch_samples(size), 4))
+
     mixed = computes_in_bf16(device.type) and config.training.get("bf16", True)
     itemsize = 2 if mixed else student.dtype.itemsize
 
     text = student.config.get_text_config()
     tokens = at_once * seq_length
     hidden = text.hidden_size
-    ffn = getattr(text, "intermediate_size", None) or 4 * hidden
+    # A config whose layers differ refuses the attribute; its dictionary has the largest width.
+    ffn = text.to_dict().get("intermediate_size") or 4 * hidden
+
     layer = KEPT_HIDDEN * hidden + KEPT_FFN * ffn
     kept = text.num_hidden_layers * layer
     if config.training.get("gradient_checkpointing"):
         kept = text.num_hidden_layers * hidden + layer
+
     chunk = LOGIT_COPIES * FP32_BYTES * text.vocab_size * chunk_tokens(text.vocab_size, device)
+
     teacher_size = dense.num_parameters()
-    backward = BACKWARD * (2 if config.train == "full" else 1)
+
+    backward = BACKWARD
+    if config.train == "full":
+        backward = 2 * BACKWARD
     work = config.tokens * (FORWARD * teacher_size + (FORWARD + backward) * student.num_parameters())
     speed = flops or measured_throughput(device, torch.bfloat16 if mixed else torch.float32, hidden, ffn)
     return RecoveryEstimate(
@@ -155,10 +164,11 @@ def check_recovery_memory(
         student: The trained model.
         loaded: Whether both models are in memory, so that the free memory is without them.
     """
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = free_bytes(device)
     if free is None:
         return
+
     estimate = estimate_recovery(config, dense, student, flops=1.0)
     needed = estimate.trained + estimate.activations
     if not loaded:
@@ -173,6 +183,7 @@ def check_recovery_memory(
     if not config.training.get("gradient_checkpointing"):
         suggestions.append("gradient_checkpointing=True in `training`")
     suggestions.append("several GPUs (docs/recovery_many_gpus.md)")
+
     raise StructPruneError(
         f"The recovery takes at least {readable_size(needed)} on {device.type} (optimizer "
         f"{readable_size(estimate.trained)}, activations {readable_size(estimate.activations)}), and "
@@ -186,7 +197,9 @@ def measured_throughput(
     """Measure the multiply-adds per second of a matrix product with the sizes of a model."""
     inputs = torch.ones(512, hidden, device=device, dtype=dtype)
     weight = torch.ones(hidden, ffn, device=device, dtype=dtype)
+
     (inputs @ weight).sum().item()  # the first product prepares kernels
+
     products = 0
     start = perf_counter()
     while perf_counter() - start < seconds:

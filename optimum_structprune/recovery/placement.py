@@ -63,6 +63,7 @@ def place_teacher(
         StructPruneError: If a sharded teacher gets a device of its own.
     """
     model.eval()
+
     if is_sharded(accelerator):
         if device is not None:
             raise StructPruneError(

@@ -39,6 +39,7 @@ MAX_LIKENESS = 0.7
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the built-in prompts in the languages that a tokenizer spells with few tokens, all kinds in turn."""
     tokens = {language: len(ids) for language, ids in tokens_by_language(tokenizer).items()}
+
     kinds: list[list[str]] = []
     for entry in read_yaml(Path(__file__).with_name("prompts.yaml")).values():
         language = entry.get("language", "en")
@@ -60,6 +61,7 @@ def _filled_templates(entry: dict[str, Any]) -> list[str]:
         names = list(dict.fromkeys(template_fields(template)))
         for values in product(*(entry[name] for name in names)):
             rows.append((template, dict(zip(names, values, strict=True))))
+
     Random(0).shuffle(rows)
     return [template.format(**values) for template, values in rows[:MAX_PROMPTS_PER_KIND]]
 
@@ -80,6 +82,7 @@ def read_prompts(path: str) -> list[Messages]:
 
     message = 'is not a prompt, which has a "prompt" or "messages"'
     conversations = [messages for messages in read_lines(Path(path), conversation, message) if messages]
+
     if len(conversations) < 2:
         count = "no prompts" if not conversations else "one prompt"
         raise StructPruneError(
@@ -125,15 +128,18 @@ def prompts_of(
             candidates.append((text, prompt_ids(messages, text, tokenizer)))
 
     questions = _question_words()
+
     prompts: dict[tuple[int, ...], None] = {}
     for text, ids in candidates:
         if 1 < len(ids) <= longest and not _is_like(_words(text), questions):
             prompts[tuple(ids)] = None
+
     if len(prompts) < 2:
         raise StructPruneError(
             f"Of {len(candidates)} prompts, {len(prompts)} can be used: the others have more than {longest} "
             "tokens or are like the built-in questions. Add other prompts, or set `answer_share` to 0."
         )
+
     shuffled = [list(ids) for ids in prompts]
     Random(seed).shuffle(shuffled)
     return shuffled

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,11 @@ class Recovery:
         self.config = config
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # the amount is not used
+
         self.entries: list[Entry] = []
         self.report: RecoveryReport | None = None
         self._manifest: Manifest | None = None
+
         self._pruned = pruned
         self._records: dict[str, bytes] = {}
         self._earlier: list[dict[str, Any]] = []
@@ -107,39 +110,49 @@ class Recovery:
         check_changeable(model)
         check_recovery(config, self.pruning, model)
         check_tokens(model, tokenizer)
+        dense = teacher if isinstance(teacher, PreTrainedModel) else model
+        check_recovery_memory(config, dense, model, loaded=True)
+
         seq_length = sample_length(config, model)
         size = TrainingSize(config.tokens // seq_length, seq_length)
         seed = self.pruning.seed if config.seed is None else config.seed
         seen = self._seen_by(model)
-        dense = teacher if isinstance(teacher, PreTrainedModel) else model
-        check_recovery_memory(config, dense, model, loaded=True)
-
-        with nullcontext("") if "output_dir" in config.training else tempfile.TemporaryDirectory() as scratch:
+        with ExitStack() as stack:
+            scratch = ""
+            if "output_dir" not in config.training:
+                scratch = stack.enter_context(tempfile.TemporaryDirectory())
             # Making the arguments starts the communication of several processes, which write answers together.
             arguments = training_arguments(config, size, seed, trains_on_cpu(model), scratch)
+
             loaded = None
+            name = None
             if teacher is not None:
+                # A teacher in memory keeps its dtype.
                 dtype = torch.bfloat16 if arguments.bf16 and isinstance(teacher, (str, Path)) else None
                 loaded = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code, dtype)
-            name = None if loaded is None else loaded.model.name_or_path or ""
+                name = loaded.model.name_or_path or ""
+                stack.enter_context(evaluating(loaded.model))
+
             inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
-            folder = broadcast_object_list([arguments.output_dir])[0]  # all processes use the first one's folder
-            checkpoint = inputs.last_checkpoint(str(folder)) if resume else None
+            folder = str(broadcast_object_list([arguments.output_dir])[0])  # all processes use the first one's folder
+            checkpoint = None
+            if resume:
+                checkpoint = inputs.last_checkpoint(folder)
 
             with stage("domains", {}):
                 data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, seen)
+
+            # The number of evaluations depends on the number of validation samples.
             size = replace(size, num_validation=len(data.validation))
-            arguments = training_arguments(config, size, seed, trains_on_cpu(model), str(folder))
+            arguments = training_arguments(config, size, seed, trains_on_cpu(model), folder)
             arguments.output_dir = folder
-            if "output_dir" not in config.training:
-                arguments.save_only_model = True
-            with evaluating(*([] if loaded is None else [loaded.model])):
-                recovered, outcome = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
+            recovered, report = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
             wait_for_everyone()
 
-        self._record(recovered, tokenizer, data, replace(outcome, teacher=name or "", earlier=self._earlier), seen)
-        if outcome.stopped or not outcome.kept_step:
-            warn(outcome.stopped or outcome.kept, NothingGainedWarning)
+        report = replace(report, teacher=name or "", earlier=self._earlier)
+        self._record(recovered, tokenizer, data, report, seen)
+        if report.stopped or not report.kept_step:
+            warn(report.stopped or report.kept, NothingGainedWarning)
         return recovered
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
@@ -159,22 +172,24 @@ class Recovery:
         inputs: TrainingInputs,
         checkpoint: str | None,
     ) -> tuple[PreTrainedModel, RecoveryReport]:
-        """Train a model. In the end it has the weights of the best checkpoint, or its weights before if no checkpoint
-        is better.
-        """
+        """Train a model, and return it with the weights of the best checkpoint, or unchanged if none is better."""
         config = self.config
         alignment = None if teacher is None else teacher.alignment
         collator = SampleCollator(alignment, positions_of(model))
-        adapter = None if config.train == "full" else lora_config(config, model, alignment is not None)
+        adapter = None
+        if config.train == "lora":
+            adapter = lora_config(config, model, alignment is not None)
+
         stopper = StopAtNaN()
         set_seed(seed)  # for the values of the adapter
         with trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, [*self.callbacks, inputs, stopper])
             before = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+
             # Trial steps keep all activations, and activation checkpointing means that there is no room for them.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
-                samples = [sample for sample, _ in zip(data.stream, range(NUM_TRIAL_SAMPLES), strict=False)]
-                lower_learning_rate_(trainer, [collator([sample]) for sample in samples], take_back)
+                batches = [collator([sample]) for sample in islice(data.stream, NUM_TRIAL_SAMPLES)]
+                lower_learning_rate_(trainer, batches, take_back)
             seconds = train(trainer, checkpoint)
 
             after = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
@@ -184,15 +199,19 @@ class Recovery:
             if not gained:  # also if a loss is NaN
                 take_back()
                 after = before
+
         if adapter is not None:
             trained = trained.merge_and_unload()
 
         steps = trainer.state.global_step
+        kept_step = 0
+        if gained:
+            kept_step = trainer.state.best_global_step or steps
         report = RecoveryReport(
             tokens=steps * _samples_per_step(arguments) * data.stream.text.config.seq_length,
             steps=steps,
             seconds=seconds,
-            kept_step=(trainer.state.best_global_step or steps) if gained else 0,
+            kept_step=kept_step,
             stopped=stopper.message,
             learning_rate=arguments.learning_rate,
         )

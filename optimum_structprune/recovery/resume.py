@@ -64,6 +64,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         for name, value in self.inputs.items():
             if stored.get(name) != value:
                 differences.append(f"{name} {stored.get(name)} there and {value} here")
+
         if differences:
             raise StructPruneError(
                 f"{checkpoint} belongs to another training: {'; '.join(differences)}. Resume with the same inputs, or "

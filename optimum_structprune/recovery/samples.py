@@ -42,8 +42,11 @@ class SamplePacker:
         """Yield full samples of prompts and answers as token ids. A conversation that does not fit is cut."""
         sample: Sample = {"input_ids": [], "position_ids": [], "labels": []}
         for prompt, answer in pairs:
-            labels = [IGNORED, *prompt[1:]] if self.counts_prompts else [IGNORED] * len(prompt)
+            labels = [IGNORED] * len(prompt)
+            if self.counts_prompts:
+                labels[1:] = prompt[1:]  # the first token has no prediction
             ids = [*prompt, *answer]
+
             room = self.seq_length - len(sample["input_ids"])
             sample["input_ids"] += ids[:room]
             sample["position_ids"] += list(range(len(ids)))[:room]
@@ -88,7 +91,9 @@ def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Samp
     """Spell a sample of the teacher's tokens in the student's tokens too; see `align_document`."""
     ids = sample["input_ids"]
     counted = [label != IGNORED for label in sample["labels"]]
+
     begins = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+
     documents = []
     for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
         documents.append(align_document(alignment, ids[begin:end], counted[begin:end]))

@@ -58,6 +58,7 @@ def load_teacher(
         raise StructPruneError(
             f"`teacher` must be a causal language model, or its id or folder, got {type(teacher).__name__}."
         )
+
     if teacher is model or _same_weights(teacher, model):
         raise StructPruneError(
             "`teacher` and the trained model are the same model. Pass the dense model, or leave the teacher out."
@@ -116,6 +117,7 @@ def tokens_of_teacher(
             f"The teacher has a vocabulary of {taught_size} tokens and the model one of {size}, and the tokenizer of "
             "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
         )
+
     alignment = TokenAlignment.between(teacher, reader, model, tokenizer)
     if alignment.is_identity():
         return tokenizer, None
@@ -196,6 +198,7 @@ class Teacher:
         """
         caller = self.model if self._placed is None else self._placed
         arguments = self._arguments(inputs)
+
         head: Any = self.model.get_output_embeddings()
         # The weights of a sharded head are only gathered while the model runs.
         if self._sharded or head is None or self._plain_head is False:
@@ -213,6 +216,7 @@ class Teacher:
             self._plain_head = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
             if not self._plain_head:
                 return self._logits(caller, arguments, positions)
+
         states = hidden[0].flatten(0, 1)
         return Predictions(states[positions.to(states.device)], head)
 

@@ -21,6 +21,7 @@ from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
 from ..errors import StructPruneError, warn
+from .chunked_loss import device_kind
 
 
 # The largest number of tokens of each kind of text that a model is measured on.
@@ -43,7 +44,9 @@ def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
     """Return the number of tokens in a sample: as set, or by the device, the positions and the number of tokens."""
     if config.seq_length is not None:
         return config.seq_length
-    kind = "cpu" if model.device.type in ("cpu", "meta") and not torch.cuda.is_available() else "gpu"
+    kind = device_kind(model.device)
+    if model.device.type == "meta" and not torch.cuda.is_available():
+        kind = "cpu"
     length = min(SEQ_LENGTHS[kind], max(MIN_SEQ_LENGTH, config.tokens // MIN_SAMPLES // 32 * 32))
     return int(min(length, positions_of(model)))
 
@@ -59,19 +62,22 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, seq_length: 
     no_general_text: dict[str, Any] = {"general_share": 0.0, "general_text": None}
     if pruning.general_text == WRITTEN:  # the model needs long to write it, and it helped nothing (benchmarks/LOG.md)
         pruning = replace(pruning, **no_general_text)
+
     domains = resolve(config.domains or texts_of(pruning))
+
     if config.validation is None and _is_mixed(domains):
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
-        domains = [
-            replace(domain, source=f"{domain.source}{without}") if _is_mixed([domain]) else domain
-            for domain in domains
-        ]
+        for place, domain in enumerate(domains):
+            if _is_mixed([domain]):
+                domains[place] = replace(domain, source=f"{domain.source}{without}")
+
     samples = config.tokens // seq_length
     if samples < len(domains):
         raise StructPruneError(
             f"`tokens`={config.tokens} gives less than one sample of {seq_length} tokens to each of the "
             f"{len(domains)} domains. Set `tokens` to at least {seq_length * len(domains)}."
         )
+
     # No text is set aside for choices, because nothing is chosen.
     fixed = {**no_general_text, "allocation": "uniform"}
     return replace(pruning, domains=domains, num_samples=samples, seq_length=seq_length, **fixed)
@@ -107,16 +113,20 @@ class TextStream:
         heldout = max(1, min(8, HELDOUT_TOKENS // config.seq_length))
         first = replace(config, num_samples=len(domains))
         self.heldout: list[Domain] = load_domains(first, tokenizer, model, heldout, seen)
+
         assert tokenizer is not None  # or the domains could not be read
         self.config = config
         self.domains = domains
         self.tokenizer = tokenizer
         self.model = model
+
         self.frame = SampleFormat.of(tokenizer, config.seq_length)
         self.vocab_size = model.config.get_text_config().vocab_size
+
         # The hashes of the documents that were read, by domain.
         self.documents: dict[str, dict[str, None]] = {domain.name: {} for domain in domains}
         self._skipped: set[str] = set()
+
         for domain in self.heldout:
             self._skipped.update(domain.heldout_documents)
         if seen is not None:
@@ -148,11 +158,13 @@ class TextStream:
             need = ceil(num_samples * domain.weight / sum(weights))
             if endless(domain) or written_by_model(domain):
                 continue
+
             found = 0
             for _ in self._one_pass(domain, 0):
                 found += 1
                 if found == need:
                     break
+
             if found * MAX_PASSES < need:
                 possible = int(found * MAX_PASSES * sum(weights) / domain.weight) * self.config.seq_length
                 raise StructPruneError(
@@ -231,10 +243,13 @@ def validation_text(
     source = config.validation
     if source is None:
         source = OTHER_KIND if _is_mixed(domains) else builtin_beside(domains)
+
     frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
     unused = (document for document in read if document.hash not in trained)
+
     samples, names = frame.pack(frame.take(unused, num_samples * frame.body), num_samples)
+
     if not len(samples):
         raise StructPruneError(
             f"`validation`={source!r} has less than one sample of {text.seq_length} tokens that is not trained on. "

@@ -77,6 +77,7 @@ def recovery_trainer(
         StructPruneError: If the Trainer refuses the arguments.
     """
     use_cache = getattr(model.config, "use_cache", None)
+
     try:
         trainer = Trainer(
             model=model,
@@ -86,11 +87,13 @@ def recovery_trainer(
             data_collator=collator,
             callbacks=[*callbacks, EvaluateLastStep()],
         )
+
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off for good
         if teacher is not None:
             attach_loaded_teacher(trainer, teacher)
         lower_rate_of_token_rows_(trainer)
+
     except LIBRARY_ERRORS as error:
         if isinstance(error, StructPruneError):
             raise
@@ -113,6 +116,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
     if bare is model:
         # The Trainer loads a checkpoint by the model's own names. The published format has other names for experts.
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+
     try:
         output = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:

@@ -51,6 +51,7 @@ class SampleStream(IterableDataset[Sample]):
         answers: Iterator[Sample] = iter(())
         if self.answers is not None:
             answers = self.answers.samples(self.packer, self.answer_counts)
+
         for number in range(self.num_samples):
             before = number * num_answers // self.num_samples
             after = (number + 1) * num_answers // self.num_samples
@@ -94,9 +95,12 @@ class RecoveryData:
     ):
         text = text_config(config, pruning, seq_length)
         self.teacher = teacher
-        # The teacher reads and writes in its own tokens, also if the student has lost some.
-        reader: Any = model if teacher is None else teacher.model
-        reader_tokenizer = tokenizer if teacher is None else teacher.tokenizer
+        reader: Any = model
+        reader_tokenizer = tokenizer
+        if teacher is not None:
+            # The teacher reads and writes in its own tokens, also if the student has lost some.
+            reader = teacher.model
+            reader_tokenizer = teacher.tokenizer
         stream = TextStream(text, reader_tokenizer, reader, seen)
         self.measured: dict[str, list[Sample]] = {}
         for domain in stream.heldout:
@@ -132,9 +136,11 @@ class RecoveryData:
         tokens = max(MIN_VALIDATION_TOKENS, min(VALIDATION_TOKENS, config.tokens // TRAINING_PER_VALIDATION))
         count = max(2, tokens // text.seq_length)
         self.num_measured_answers = round(config.answer_share * count)
+
         used: set[str] = set()
         for domain in stream.heldout:
             used.update(domain.documents, domain.heldout_documents)
+
         num_texts = max(1, count - self.num_measured_answers)
         samples, names = validation_text(config, text, tokenizer, used, num_texts)
         stream.skip(names)
@@ -154,11 +160,13 @@ class RecoveryData:
         assert self.teacher is not None and self.teacher.tokenizer is not None
         model, tokenizer = self.teacher.model, self.teacher.tokenizer
         num_samples = max(1, round(config.answer_share * text.num_samples))
+
         openings = list(stream.samples(min(num_samples, MAX_OPENING_SAMPLES)))
         max_tokens = min(MAX_PROMPT_TOKENS, text.seq_length // 2)
         prompts = prompts_of(config.prompts, model, tokenizer, openings, text.seed, max_tokens)
         aside_count = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)
         write = writer_of(model, tokenizer)
+
         depends_on = [
             fingerprint(model), ANSWER_TOKENS, TEMPERATURE, PROMPTS_PER_BATCH, text.seed, end_tokens(model, tokenizer)
         ]  # fmt: skip

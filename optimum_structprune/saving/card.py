@@ -69,14 +69,18 @@ class DenseCard:
     fields: Mapping[str, Any]
 
     @classmethod
-    def read(cls, source: str, report: Report) -> DenseCard:
+    def read(cls, source: str, report: Report, folder: str | None = None) -> DenseCard:
         """Read the card of the original model.
 
         Args:
-            source: Its id on the Hub, or its folder.
+            source: Its id on the Hub, or its folder, as the records name it.
             report: The report, in which the user may have named the id and the licence.
+            folder: The folder that the model was loaded from. Records name folders without their path.
         """
         fields = _card_fields(source)
+        if not fields and folder is not None:
+            fields = _card_fields(folder)
+
         licence = {name: value for name, value in fields.items() if name.startswith("license") and value}
         if report.model.license:
             licence = {"license": report.model.license}
@@ -142,7 +146,7 @@ def model_card(
     """
     records = Records.read(folder)
     report = records.report
-    origin = DenseCard.read(records.dense or dense or "", report)
+    origin = DenseCard.read(records.dense or dense or "", report, dense)
     loader = loader_of(folder, config, arch_file)
     kind = loader.removesuffix(".from_pretrained")
     dense_path = origin.base_model or "ORIGINAL"

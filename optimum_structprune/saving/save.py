@@ -268,7 +268,11 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
 def _remove_folders(staging: Path) -> None:
     """Replace the absolute paths in the records of a result by names."""
     for path in staging.glob("*.json"):
-        if RECORDS.fullmatch(path.name):
+        if not RECORDS.fullmatch(path.name):
+            continue
+
+        # A copied record may be of another program.
+        with suppress(ValueError):
             replace_json(path, without_folders(json.loads(path.read_text(encoding="utf-8"))))
 
 

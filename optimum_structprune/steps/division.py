@@ -134,7 +134,7 @@ class Division:
         number, widths = settled(self.state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
-        smaller = _copy_with_shared_weights(self.state.model)
+        smaller = copy_with_shared_weights(self.state.model)
         drop_tokens_(smaller, self.state.arch, keep)
 
         of_tokens = total = self.text.loss(smaller, tokenizer)
@@ -184,7 +184,7 @@ class Division:
             masks.undo_(partial(source.at, changes=True))
 
 
-def _copy_with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+def copy_with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy whose parameters share the memory of the model's."""
     return deepcopy(model, {id(parameter): copy(parameter) for parameter in model.parameters()})
 

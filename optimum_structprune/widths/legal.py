@@ -24,10 +24,9 @@ LegalWidths = Mapping[str, Sequence[int]]
 LEAST_KEPT = 0.1
 # The multiple of a number of tokens with `round_to="auto"`.
 TOKEN_MULTIPLE = 64
-# The multiples of a number of channels with `round_to="auto"`. Kernels with 4 bits need
-# 128 on each of several devices.
-CHANNEL_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
-CHANNEL_MULTIPLES_OF_DEVICES = (*CHANNEL_MULTIPLES, 128)
+# The multiples of a number of channels with `round_to="auto"`. GPTQ and AWQ need 128 for
+# groups of 128, and llama.cpp's K-quants need 256.
+CHANNEL_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The largest distance from a goal, in shares of the layers' parameters, that such a multiple may cause.
 MAX_DISTANCE = 0.01
 
@@ -207,7 +206,7 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     params_per_channel = sum(space.unit_params * space.scale for space in spaces)
     largest = 2 * MAX_DISTANCE * sum(arch.layer_params) / params_per_channel
     multiple = devices
-    for power in CHANNEL_MULTIPLES if devices == 1 else CHANNEL_MULTIPLES_OF_DEVICES:
+    for power in CHANNEL_MULTIPLES:
         if power * devices <= largest:
             multiple = power * devices
     return multiple

@@ -85,7 +85,7 @@ FLAGS = [
     ("recover adapter out", "holds an adapter and no model. In Python, `peft.AutoPeft"),
     ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
     ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is no file of its folder"),
-    ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
+    ("prune model full --sparsity 0.2 --overwrite", "is not a result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --pad-uniform"),
     ("export model out.gguf --pad-uniform", "for runtimes that take one width"),
     ("export model out --pad-uniform --dtype q8_0", "name a file OUT.gguf"),
@@ -101,7 +101,7 @@ FLAGS = [
 ]
 # What the model's config shows.
 MODEL = [
-    ("plan model --width mlp=24 --offload disk", "says where a cost is counted for; add --cost"),
+    ("plan model --width mlp=24 --offload disk", "`--offload` changes the memory that `--cost` counts. Add `--cost`"),
     ("plan other-kind --width mlp=4", "'xglm' is not described"),
     (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),

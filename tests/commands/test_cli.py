@@ -39,7 +39,7 @@ def test_by_the_other_name(folder, capsys, monkeypatch):
 def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
     save_with_tokenizer(build("distilbert"), tmp_path / "model")
     assert main(command(folder, "--width", "mlp=24", at=tmp_path)) == 0
-    assert "it loads with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
+    assert "load it with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_dim == 24
 
 

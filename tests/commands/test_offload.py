@@ -76,7 +76,7 @@ def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, t
 
 def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, capsys, monkeypatch):
     with FileLock(tmp_path / ".out.lock"):
-        words = ("Another run writes to", "name another folder")
+        words = ("Another run writes to", "choose another folder")
         refused(capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out"), *words)
 
 

@@ -1,7 +1,6 @@
 """A model and a tokenizer of other tokens are never taken for a pair, wherever the two come together."""
 
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,9 +162,10 @@ def test_rows_of_other_lengths_are_documents_with_eos_between_them():
 
 def test_text_that_a_model_cannot_read():
     passages = Passages([*samples_of(READER, TEXTS)], READER)
-    short = SimpleNamespace(vocab_size=len(READER), max_position_embeddings=30)
+    settings = deepcopy(MODEL.config)
+    settings.max_position_embeddings = 30
     with pytest.raises(StructPruneError, match="40 tokens of the model's own .* 30 positions. Use `seq_length=30`"):
-        passages.rows(READER, SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: short)))
+        passages.rows(READER, type(MODEL)(settings))
     _, bare = with_tokens(MODEL, READER, list(range(300)))
     bare.bos_token = bare.eos_token = None
     with pytest.raises(StructPruneError, match="neither a BOS nor an EOS token"):

@@ -28,7 +28,7 @@ def test_text_that_does_not_do():
         ("user/name", {}, "'a' .user/name. has no known end"),
         ([], {}, "'a' is empty"),
         (["w5 w6"], {}, "has 2 tokens, and a sample takes 23"),
-        (["w5 w6"], {"seq_length": 1}, "2 is the least"),
+        (["w5 w6"], {"seq_length": 1}, "must be at least 2"),
         ("none.jsonl", {}, "no file or folder none.jsonl"),
     ):
         with pytest.raises(StructPruneError, match=message):

@@ -15,7 +15,8 @@ import pytest
 from gpu.runtime import missing
 
 
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+TESTS = HERE.parent
 CHILD = "gpu.child"
 REPORTS = "SIMULATED_GPU_REPORTS"
 REASON = missing()
@@ -24,15 +25,16 @@ _finished: set[Path] = set()  # the files whose tests have run
 
 
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
     for item in items:
-        if REASON is not None and here in item.path.parents:
+        if REASON is not None and HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=REASON))
 
 
 def pytest_runtest_protocol(item, nextitem):
-    if REASON is not None or CHILD in sys.modules:
+    # pytest calls this hook for the tests of all folders.
+    if REASON is not None or CHILD in sys.modules or HERE not in item.path.parents:
         return None
+
     if item.path not in _finished:
         _run_in_child(item)
 

@@ -30,7 +30,7 @@ def test_it_measures_every_stage_of_every_model(tmp_path):
     for figures in model["stages"].values():
         assert figures["seconds"] > 0 and figures["peak_bytes"] > 0
     assert model["parameters"]["pruned"] < model["parameters"]["dense"]
-    assert model["recovery"]["tokens"] == 992
+    assert model["recovery"]["tokens"] == 1_024
     assert {"dense", "pruned"} <= set(model["evaluation"]["perplexity"])
     assert len(model["speed"]["decode"]) == 2
     assert list(missing["stages"]) == ["load"] and "none" in missing["error"]

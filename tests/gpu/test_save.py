@@ -63,7 +63,8 @@ def test_an_offloaded_model(tmp_path, place):
 @pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_saved_model_is_read_back_where_there_is_room(tmp_path, monkeypatch, count, fits):
-    small = StructPruner(config(widths={"mlp": 24})).prune_model(build("llama-untied"), inputs=INPUTS)
+    pruner = StructPruner(config(widths={"mlp": 24}))
+    small = pruner.prune_model(build("llama-untied"), inputs=INPUTS)
     read = type(small).from_pretrained
     maps = []
 
@@ -76,7 +77,7 @@ def test_a_saved_model_is_read_back_where_there_is_room(tmp_path, monkeypatch, c
         monkeypatch.setattr("optimum_structprune.saving.save.free_bytes", lambda device: 0)
     with simulated_gpus(count):
         small = small.to("cuda") if count == 1 else spread(count)(small)
-        StructPruner(config()).save(small, tmp_path / "small")
+        pruner.save(small, tmp_path / "small")
         if not fits:
             expected = layer_device_map(small.config, "cuda:0", "disk")
         elif count == 1:

@@ -233,7 +233,7 @@ def test_what_may_be_replaced(alike, tmp_path):
     assert file.read_bytes() == before and [*tmp_path.iterdir()] == [file]
     export_gguf(alike, file, tokens, overwrite=True)
     assert file.read_bytes() == before
-    with pytest.raises(StructPruneError, match="is a folder; name a file"):
+    with pytest.raises(StructPruneError, match="is a folder. Choose a file in it"):
         export_gguf(alike, tmp_path, tokens, overwrite=True)
 
 

@@ -97,8 +97,8 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
     for _ in range(2):  # the hooks go on with what has gone back
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
     for name, domain in theirs.report.domains.items():
-        expected = pytest.approx(domain.perplexity.by_model(), rel=1e-4)
-        assert ours.report.domains[name].perplexity.by_model() == expected
+        perplexities = pytest.approx(domain.perplexity.by_model(), rel=1e-4)
+        assert ours.report.domains[name].perplexity.by_model() == perplexities
     assert (ours.report.dense, ours.report.pruned) == (theirs.report.dense, theirs.report.pruned)
     ours.save(small, tmp_path / "small", tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -159,8 +159,8 @@ def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
     rows = {"a": token_ids(4, 24), "b": token_ids(3, 40)}
     whole, away = build("llama-untied"), offloaded("llama-untied", "disk", tmp_path)
     domains = [Domain("a", 1.0, rows["a"], rows["a"])]
-    both = (Measure(model, domains, describe(model), 480, other=[*rows["b"]]) for model in (whole, away))
-    expected, found = (measure.dense_figures for measure in both)
+    both = (Measure(model, domains, describe(model), 480, unseen=[*rows["b"]]) for model in (whole, away))
+    expected, found = (measure.dense_losses for measure in both)
     assert {len(row) for row in rows["b"]} == {40} and expected.keys() == found.keys()
     for name, losses in expected.items():
         torch.testing.assert_close(found[name], losses)

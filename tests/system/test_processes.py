@@ -155,9 +155,17 @@ def test_two_processes_find_what_one_finds(case, together):
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
         report = Report.from_dict(json.loads((part / "report").read_text()))
         for name, domain in pruner.report.domains.items():
+            if domain.perplexity is None:  # an encoder-decoder is measured by its vectors
+                assert report.domains[name].perplexity is None
+                continue
+
             perplexity = report.domains[name].perplexity
             assert perplexity.by_model() == pytest.approx(domain.perplexity.by_model(), rel=1e-5)
-            assert perplexity.margin == pytest.approx(domain.perplexity.margin, rel=1e-3)
+            # The margin of a single document is unknown.
+            if domain.perplexity.margin is None:
+                assert perplexity.margin is None
+            else:
+                assert perplexity.margin == pytest.approx(domain.perplexity.margin, rel=1e-3)
 
 
 def test_one_process_saves_and_all_get_its_outcome(together):
@@ -166,7 +174,7 @@ def test_one_process_saves_and_all_get_its_outcome(together):
         assert sorted(path.name for path in (folder / mode).iterdir()) == names
         assert (folder / mode / "small" / "report.json").is_file()
     assert all(f"rank {rank} saved none: " in said for rank in (0, 1))
-    assert said.count("is no result of structprune") == 2
+    assert said.count("is not a result of structprune") == 2
     assert [path.name for path in (folder / "error" / "small").iterdir()] == ["mine"]
 
 

@@ -55,8 +55,9 @@ def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
     assert abs(removed(arch, widths) - sparsity * sum(arch.layer_params)) <= step / 2 + 1e-6
 
 
-def test_auto_is_64_in_models_of_usual_size():
-    for hidden, channels, expected, shared in ((2048, 5632, 64, 128), (576, 1536, 32, 32), (64, 172, 4, 4)):
+def test_auto_grows_with_the_model():
+    shapes = ((4096, 14336, 256, 256), (2048, 5632, 128, 128), (576, 1536, 32, 32), (64, 172, 4, 4))
+    for hidden, channels, expected, shared in shapes:
         sizes = {"hidden_size": hidden, "intermediate_size": channels, "num_attention_heads": 8}
         with torch.device("meta"):
             fields = LlamaConfig(vocab_size=64, num_key_value_heads=4, num_hidden_layers=5, **sizes)
