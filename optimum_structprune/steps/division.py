@@ -1,4 +1,4 @@
-"""Divide a budget between tokens and the layers by losses that are measured on held-out text."""
+"""Divide a budget between tokens and layers by measured losses on held-out text."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .base import RunState
 from .resize import drop_tokens_
 
 
-# The numbers of tokens that a trial is calibrated and measured on.
+# The number of calibration tokens of a trial, and the number of held-out tokens that measure it.
 CALIBRATION_TOKENS = 8192
 MEASURED_TOKENS = 8192
 # The number of tokens in a piece of held-out text.
 PIECE = 64
-# The number of tokens of short texts that run together.
+# The number of tokens in a batch of short texts.
 BATCH_TOKENS = 512
 
 
@@ -48,44 +48,51 @@ class Trial:
 
     Args:
         number: The number of kept tokens.
-        of_tokens: The loss with fewer tokens and dense layers.
-        total: The loss with fewer tokens and pruned layers.
+        token_loss: The loss with fewer tokens and dense layers.
+        total_loss: The loss with fewer tokens and pruned layers.
     """
 
     number: int
-    of_tokens: float
-    total: float
+    token_loss: float
+    total_loss: float
 
 
 def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking) -> int:
-    """Return the number of tokens to keep where tokens and units inside the layers share a budget.
+    """Return the number of tokens to keep if tokens and units inside the layers share a budget.
 
-    The budget is met by tokens alone first, if that is possible. The second division removes half as large a share of
-    the held-out tokens, and prunes the layers for the rest of the budget. If the second has the smaller loss, so that
-    layers have a part, a third one is where the loss is least at the prices that the second one has measured. The
-    division with the least measured loss is taken.
+    The first trial meets the budget by tokens alone, if that is possible. The second trial removes half of that share
+    of the held-out tokens, and prunes the layers for the remaining budget. If the second trial has the smaller loss, a
+    third trial follows at the number of tokens with the smallest loss, predicted from the second trial. The result is
+    the trial with the smallest measured loss.
 
-    Whole layers and whole experts are not pruned on trial. Tokens then have as large a part as they can.
+    Trials do not prune whole layers or whole experts. In that case, as many tokens are removed as the budget needs.
     """
     assert request.budget is not None
     candidates = request.budget.candidates
-    removed_shares = ranking.removed_shares
-    first = candidates[0]
-    alone_is_free = float(removed_shares[first]) == 0 and request.budget.is_met_by({VOCAB: first})
-    if len(candidates) == 1 or alone_is_free or not _is_inside_layers(state, request.budget.smallest):
-        return settled(state, request, first).number
+    fewest = candidates[0]
+    fewest_share = float(ranking.removed_shares[fewest])
+
+    # Trials are not needed if the number is fixed, or if tokens that do not occur meet the budget.
+    tokens_are_enough = fewest_share == 0 and request.budget.is_met_by({VOCAB: fewest})
+    if len(candidates) == 1 or tokens_are_enough or not _is_inside_layers(state, request.budget.smallest):
+        return division_widths(state, request, fewest).number
+
+    half = candidates[-1]
+    for number in candidates[1:]:
+        if float(ranking.removed_shares[number]) <= fewest_share / 2:
+            half = number
+            break
 
     with evaluating(state.model):
         division = Division(state, request, ranking)
-        trials = [division.trial(first)]
-        goal = float(removed_shares[first]) / 2
-        fewer_removed = [number for number in candidates[1:] if float(removed_shares[number]) <= goal]
-        trials.append(division.trial(fewer_removed[0] if fewer_removed else candidates[-1]))
-        if trials[1].total < trials[0].total:
-            cheapest = settled(state, request, division.cheapest(trials[1]))
+        trials = [division.trial(fewest), division.trial(half)]
+
+        if trials[1].total_loss < trials[0].total_loss:
+            cheapest = division_widths(state, request, division.cheapest(trials[1]))
             if cheapest.number not in [trial.number for trial in trials]:
                 trials.append(division.trial(cheapest.number))
-    best = min(trials, key=lambda trial: trial.total)
+
+    best = min(trials, key=lambda trial: trial.total_loss)
     return best.number
 
 
@@ -95,33 +102,40 @@ def _is_inside_layers(state: RunState, names: Mapping[str, object]) -> bool:
     return all(space.inside and space.layer != MODEL for space in spaces)
 
 
-class Share(NamedTuple):
-    """The widths of a division: the number of tokens, and the widths of the other spaces, none if they are dense."""
+class DivisionWidths(NamedTuple):
+    """The widths of a division.
+
+    Attributes:
+        number: The number of tokens.
+        layer_widths: The widths of the other spaces. Spaces that are not in it keep their full width.
+    """
 
     number: int
-    others: Widths
+    layer_widths: Widths
 
 
-def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
-    """Return the widths of a division with about so many tokens.
+def division_widths(state: RunState, request: VocabularyRequest, number: int) -> DivisionWidths:
+    """Return the widths of a division with `number` tokens or a few more.
 
-    The other spaces take the largest widths that meet the budget. Their steps are coarser than the steps of tokens, so
-    that more tokens may fit beside them.
+    The other spaces get the largest widths that meet the budget. Their steps are coarser than the steps of tokens, so
+    the budget may then allow a few more tokens.
     """
     assert request.budget is not None
     if request.budget.is_met_by({VOCAB: number}):
-        return Share(number, {})
+        return DivisionWidths(number, {})
 
     config = without_tokens(state.config, request.budget.budget.limit)
     assert config is not None
     skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
     arch = describe(skeleton, state.config.arch_file)
-    others = widths_of(replace(config, allocation="uniform"), arch, skeleton)
-    return Share(max(number, request.budget.largest(others)), others)
+    layer_widths = widths_of(replace(config, allocation="uniform"), arch, skeleton)
+
+    number = max(number, request.budget.largest(layer_widths))
+    return DivisionWidths(number, layer_widths)
 
 
 class Division:
-    """Trials of divisions on the model of a run, which is dense again after each of them."""
+    """Trials of divisions on the model of a run. Each trial restores the dense model."""
 
     def __init__(self, state: RunState, request: VocabularyRequest, ranking: Ranking):
         self.state = state
@@ -130,50 +144,63 @@ class Division:
         self.text = HeldOutText(state, request.vocabulary.tokenizer)
 
     def trial(self, number: int) -> Trial:
-        """Measure a division with about so many tokens."""
-        number, widths = settled(self.state, self.request, number)
+        """Measure a division with `number` tokens or a few more."""
+        number, layer_widths = division_widths(self.state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
         smaller = copy_with_shared_weights(self.state.model)
         drop_tokens_(smaller, self.state.arch, keep)
 
-        of_tokens = total = self.text.loss(smaller, tokenizer)
-        if widths:
-            with self._pruned(widths):
-                total = self.text.loss(smaller, tokenizer)
-        others = "".join(f", {name} {width}" for name, width in widths.items() if isinstance(width, int))
-        say(f"trial: vocab {number:,}{others}: loss {total:.4f} ({of_tokens:.4f} by tokens alone)")
-        return Trial(number, *broadcast_object((of_tokens, total)))
+        token_loss = self.text.loss(smaller, tokenizer)
+        total_loss = token_loss
+        if layer_widths:
+            # The copy shares its weights with the model, so it has the pruned layers too.
+            with self._pruned(layer_widths):
+                total_loss = self.text.loss(smaller, tokenizer)
+
+        text = f"vocab {number:,}"
+        for name, width in layer_widths.items():
+            if isinstance(width, int):
+                text += f", {name} {width}"
+        say(f"trial: {text}: loss {total_loss:.4f} ({token_loss:.4f} by tokens alone)")
+
+        token_loss, total_loss = broadcast_object((token_loss, total_loss))
+        return Trial(number, token_loss, total_loss)
 
     def cheapest(self, trial: Trial) -> int:
-        """Return the number of tokens with the least expected loss at the prices of a trial.
+        """Return the number of tokens with the smallest loss, predicted from a trial.
 
-        The loss of tokens is proportional to the share of held-out tokens that is removed, and the loss of layers to
-        their contribution to the budget:
+        The loss of tokens is proportional to the removed share of held-out tokens, and the loss of layers to their
+        contribution to the budget:
 
-            loss(n) = of_tokens · removed(n) / removed(trial) + (total - of_tokens) · excess(n) / excess(trial)
+            loss(n) = token_loss · removed(n) / removed(trial) + (total_loss - token_loss) · excess(n) / excess(trial)
 
-        where excess(n) is what a model with n tokens and dense layers has beyond the limit.
+        where excess(n) is the cost of a model with n tokens and dense layers, minus the limit.
         """
         assert self.request.budget is not None
+        budget = self.request.budget.budget
         candidates = self.request.budget.candidates
         removed = self.ranking.removed_shares[torch.tensor(candidates)]
-        cost, limit = self.request.budget.budget.cost, self.request.budget.budget.limit
-        ends = [cost({VOCAB: number}) - limit for number in (candidates[0], candidates[-1])]
-        position = (torch.tensor(candidates) - candidates[0]) / (candidates[-1] - candidates[0])
-        excess = (ends[0] + position.double() * (ends[1] - ends[0])).clamp(min=0)
 
-        at = bisect_left(candidates, trial.number)
-        price_of_tokens = trial.of_tokens / max(float(removed[at]), 1e-9)
-        price_of_layers = (trial.total - trial.of_tokens) / max(float(excess[at]), 1.0)
-        losses = price_of_tokens * removed + price_of_layers * excess
+        # The cost is linear in the number of tokens.
+        smallest_excess = budget.cost({VOCAB: candidates[0]}) - budget.limit
+        largest_excess = budget.cost({VOCAB: candidates[-1]}) - budget.limit
+        position = (torch.tensor(candidates) - candidates[0]) / (candidates[-1] - candidates[0])
+        excess = smallest_excess + position.double() * (largest_excess - smallest_excess)
+        excess = excess.clamp(min=0)
+
+        index = bisect_left(candidates, trial.number)
+        token_price = trial.token_loss / max(float(removed[index]), 1e-9)
+        layer_price = (trial.total_loss - trial.token_loss) / max(float(excess[index]), 1.0)
+        losses = token_price * removed + layer_price * excess
         return candidates[int(losses.argmin())]
 
     @contextmanager
     def _pruned(self, widths: Widths) -> Iterator[None]:
-        """Prune the layers to some widths, on part of the calibration text, inside `with`."""
+        """Prune the layers to some widths inside `with`, on a part of the calibration text."""
         state = self.state
         data = state.data.portion(CALIBRATION_TOKENS)
+
         masks = Masks(state.model, state.arch)
         source = source_of(state.model, state.arch, data.own_batches, data.config.feedback_share)
         layers = progress(range(state.arch.num_layers), desc="trial", unit="layer")
@@ -185,15 +212,16 @@ class Division:
 
 
 def copy_with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose parameters share the memory of the model's."""
+    """Return a copy of a model that shares the memory of the parameters."""
     return deepcopy(model, {id(parameter): copy(parameter) for parameter in model.parameters()})
 
 
 class HeldOutText:
-    """Held-out text by domain, which models with other tokenizers are compared on.
+    """Held-out text by domain, to compare models with different tokenizers.
 
-    The loss of a causal language model is the increase of its loss in nats per token of the dense model. The loss of
-    another model is 1 less the cosine of its mean last hidden state to the dense model's, in the mean over pieces.
+    The loss of a causal language model is the increase of its cross-entropy over the dense model, in nats per token of
+    the dense model. The loss of another model is 1 - cos(h, h_dense), where h is its mean last hidden state over a
+    piece of text, averaged over pieces.
     """
 
     def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
@@ -210,9 +238,10 @@ class HeldOutText:
             self.dense_states = self._states(state.model, tokenizer)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-        """Return the loss of a smaller model, in the mean over the domains."""
+        """Return the loss of a smaller model, averaged over the domains."""
         if self.causal:
             return float(self.data.mean(self._losses(model, tokenizer) - self.dense_losses))
+
         losses = []
         for states, dense_states in zip(self._states(model, tokenizer), self.dense_states, strict=True):
             losses.append(1 - cosine_similarity(states, dense_states).mean())
@@ -236,15 +265,19 @@ class HeldOutText:
                 states = []
                 for documents in passages.texts:
                     ids = tokenizer("\n".join(documents), verbose=False)["input_ids"][:max_length]
-                    states.append(last_states(model, torch.tensor([ids]))[0].mean(0).double().cpu())
+                    state = last_states(model, torch.tensor([ids]))[0].mean(0)
+                    states.append(state.double().cpu())
                 by_domain.append(torch.stack(states))
+
         return by_domain
 
 
 def _pieces(domain: Domain, tokens: int) -> Tensor:
-    """Return pieces of the held-out text of a domain, about so many tokens, shape `(pieces, tokens)`."""
+    """Return pieces of the held-out text of a domain with about `tokens` tokens in all, shape `(pieces, length)`."""
     samples = domain.probe_or_heldout
     length = min(PIECE, samples.shape[1])
-    per_sample = samples.shape[1] // length
-    pieces = samples[:, : per_sample * length].reshape(-1, length)
-    return pieces[: max(tokens // length, 1)]
+    pieces_per_sample = samples.shape[1] // length
+
+    pieces = samples[:, : pieces_per_sample * length].reshape(-1, length)
+    num_pieces = max(tokens // length, 1)
+    return pieces[:num_pieces]

@@ -57,7 +57,7 @@ REFUSED = [
     ("olmoe", {"widths": {"attention": 2}}, "q_norm and k_norm divide"),
     ("llama-tied", {"widths": {"hidden": 30}}, "= 30 is not legal.*has 32; the nearest legal choice is 24 or 32"),
     ("gpt2-tied", {"widths": {"hidden": 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
-    ("llava", {"widths": {"hidden": 24}}, "what is not text writes to the residual stream too"),
+    ("llava", {"widths": {"hidden": 24}}, "inputs other than text write to the residual stream too"),
     # of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
     ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
