@@ -44,7 +44,7 @@ REFUSED = [
     ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40; the nearest legal choice is 40"),
-    ("llama-tied", {"sparsity": 0.999}, "is more than mlp can give: at most 0."),
+    ("llama-tied", {"sparsity": 0.999}, "is too large. At most 0."),
     ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or give widths"),
     ("llama-tied", {"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
     ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'mlp'"),

@@ -216,7 +216,7 @@ def test_users_keep_tokens_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
-    ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with all that may go from vocab"),
+    ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with the smallest widths of vocab"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
     ({**JOINT, "budget": {"cache_bytes_per_token": 9}}, "Tokens have no part in the cache_bytes_per_token"),
@@ -356,7 +356,7 @@ def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
     """It could be met if all tokens might go; more than half of them have to stay."""
     model, fields = quantized(Reversible(), text_model()), {**JOINT, "budget": {"parameters": 0.4}}
     pruner = StructPruner(fewer_tokens(**fields, domains=[DomainConfig(name="a", source=unread())]))
-    with pytest.raises(StructPruneError, match="with all that may go from vocab, mlp the model still has"):
+    with pytest.raises(StructPruneError, match="with the smallest widths of vocab, mlp the model still has"):
         pruner.prune_model(model, READER, inplace=True)
     assert model.is_quantized and "cannot be met" not in str(dry_run(text_model().config, fewer_tokens(**fields)))
 

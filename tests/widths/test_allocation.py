@@ -93,7 +93,7 @@ def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, spa
     try:
         widths = ranked_widths(chosen, arch, legal, scores)
     except StructPruneError as error:
-        assert "each keeps 10% of its units" in str(error)
+        assert "layer keeps 10% of its units" in str(error)
         return
     steps = []
     for space in arch.spaces:
