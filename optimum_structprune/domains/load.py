@@ -1,4 +1,4 @@
-"""The domains of a config, and their token samples of equal length, some of them held out."""
+"""Load the domains of a config, and divide their token samples into calibration and held-out samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
-# The number of tokens of each document that is held out in addition to the required ones.
+# Documents that are held out in addition to the required tokens are cut to this number of tokens.
 BEGINNING = 64
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,20 @@ def calibration_domains(
     writes: bool = True,
     earlier: Manifest | None = None,
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """Load the domains of a config and general text that the model writes; the new config names this text."""
+    """Load the domains of a config, and general text that the model writes.
+
+    Args:
+        config: The config.
+        model: The dense model.
+        tokenizer: The tokenizer of the dense model.
+        writes: Whether to generate text; see `load_domains`.
+        earlier: The text of earlier runs. By default it is read from the model.
+
+    Returns:
+        The config, which names the general text, and the domains.
+    """
     manifest = earlier or Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=manifest, writes=writes)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, earlier=manifest, writes=writes)
     if not can_write(model, tokenizer):
         return config, load(config)
 
@@ -60,32 +71,33 @@ def load_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | None = None,
     heldout_samples: int | None = None,
-    seen: Manifest | None = None,
+    earlier: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
     writes: bool = True,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; `heldout_samples` of each are held out.
+    """Read, tokenize and pack the domains of a config.
 
-    Documents of the text `seen` by an earlier run keep their use. The model writes domains of its own text, with the
-    tokenizer `writer` if that is another one; such domains are left out unless it `writes`.
+    Args:
+        config: The config.
+        tokenizer: The tokenizer.
+        model: The model, which writes the domains of its own text.
+        heldout_samples: The number of held-out samples of each domain. By default the config determines it.
+        earlier: The text of earlier runs. Its documents keep their use.
+        writer: The tokenizer with which the model writes, by default `tokenizer`.
+        writes: Whether the model writes. If not, domains of its own text are left out.
+
+    Raises:
+        StructPruneError: If there is no tokenizer, or if a domain cannot be read or has too little text.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass the model's own.")
+
     sample_format = SampleFormat.of(tokenizer, config.seq_length)
     domains = resolve(texts_of(config))
-    uses = {}
-    if seen is not None:
-        uses = seen.uses()
-    if config.allocation == "uniform":
-        # Probe documents may be used for calibration, not for evaluation.
-        for document, use in uses.items():
-            if use == PROBE:
-                uses[document] = USED
-
     vocab_size = None
     if model is not None:
         vocab_size = model.config.get_text_config().vocab_size
-    packer = _Packer(config, domains, sample_format, heldout_samples, uses, vocab_size)
+    packer = _Packer(config, domains, sample_format, heldout_samples, _earlier_uses(config, earlier), vocab_size)
 
     write = None
     if model is not None and writes and any(map(written_by_model, domains)):
@@ -93,31 +105,57 @@ def load_domains(
 
         write = partial(self_documents, model, writer or tokenizer)
 
-    loaded: dict[int, Domain] = {}
-    # A model takes long to write, so all other domains are loaded before, where they may fail.
-    for is_written in (False, True):
-        if is_written and not writes:
-            break
-        pools = {}
-        for index, domain in enumerate(domains):
-            if written_by_model(domain) != is_written:
-                continue
-            write_all = None
+    pools = {}
+    written_pools = {}
+    for index, domain in enumerate(domains):
+        if not written_by_model(domain):
+            texts = documents(domain, config.seed, tokenizer)
+            pools[index] = DocumentPool(tokenised(texts, tokenizer))
+        elif writes:
+            write_domain = None
             if write is not None:
-                write_all = partial(write, tokens=packer.tokens(index))
-            texts = documents(domain, config.seed, tokenizer, write_all)
-            batch_size = 1 if is_written else 32
-            pools[index] = DocumentPool(tokenised(texts, tokenizer, batch_size))
-        loaded.update(packer.load(pools))
+                write_domain = partial(write, tokens=packer.tokens(index))
+            texts = documents(domain, config.seed, tokenizer, write_domain)
+            written_pools[index] = DocumentPool(tokenised(texts, tokenizer, batch_size=1))
+
+    # Generation takes long, so all other domains are loaded first, because this may fail.
+    loaded = packer.load(pools)
+    loaded.update(packer.load(written_pools))
     return [loaded[index] for index in sorted(loaded)]
 
 
+def _earlier_uses(config: StructPruneConfig, earlier: Manifest | None) -> dict[str, str]:
+    """Return the use of each document in the text of earlier runs, by its hash."""
+    if earlier is None:
+        return {}
+
+    uses = earlier.uses()
+    if config.allocation == "uniform":
+        # Probe documents may be used for calibration, but not for evaluation.
+        for document, use in uses.items():
+            if use == PROBE:
+                uses[document] = USED
+    return uses
+
+
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
-    """Return domains of inputs that are ready for the model, each of shape `(samples, ...)`, in equal shares."""
+    """Return domains of inputs that a program passes, with equal weights.
+
+    Args:
+        inputs: The samples of each domain as the model reads them, shape `(samples, ...)`.
+        holdout: The share of held-out samples.
+        probe: Whether to set the same number of samples aside for choices.
+
+    Raises:
+        StructPruneError: If a domain has too few samples.
+    """
     domains = []
     for name, samples in inputs.items():
         heldout_end = num_heldout(len(samples), holdout)
-        probe_end = 2 * heldout_end if probe else heldout_end
+        probe_end = heldout_end
+        if probe:
+            probe_end += heldout_end
+
         if len(samples) <= probe_end:
             raise StructPruneError(
                 f"`inputs[{name!r}]` has {len(samples)} samples, and {probe_end} of them are held out. "
@@ -138,7 +176,16 @@ def num_heldout(num_samples: int, holdout: float) -> int:
 
 @dataclass(frozen=True)
 class _Packer:
-    """Divides the text of each domain into held-out and calibration samples."""
+    """Divide the text of each domain into held-out and calibration samples.
+
+    Attributes:
+        config: The config.
+        domains: The configs of the domains.
+        sample_format: The format of the samples.
+        num_heldout: The number of held-out samples of each domain. None uses the share in the config.
+        uses: The uses of documents by their hashes. New uses are added.
+        vocab_size: The number of tokens of the model, if there is a model.
+    """
 
     config: StructPruneConfig
     domains: Sequence[DomainConfig]
@@ -148,12 +195,13 @@ class _Packer:
     vocab_size: int | None
 
     def load(self, pools: Mapping[int, DocumentPool]) -> dict[int, Domain]:
-        """Divide the text of domains, so that no domain uses held-out text of another domain."""
+        """Return the domains of the pools. No domain uses held-out text of another domain."""
         earlier_uses = dict(self.uses)
         texts = self._divided(pools, self.config.num_samples, self.uses)
         for index in pools:
             if not self._suffices(texts[index], self.config.num_samples, index):
                 raise StructPruneError(self._too_little(index, pools, earlier_uses))
+
         return {index: self._packed(index, texts[index]) for index in pools}
 
     def _divided(
@@ -163,83 +211,93 @@ class _Packer:
         needs = {index: self._needs(num_samples, index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
 
-        # The margin of error shrinks with the number of documents, so the beginnings of many more are held out.
+        # The margin of error shrinks with the number of documents, so the beginnings of more documents are held out.
         steps = ((HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING))
-        for step, (use, longest) in enumerate(steps):
+        for step, (use, max_length) in enumerate(steps):
             for index, pool in pools.items():
-                texts[index].append(pool.take(self.sample_format, needs[index][step], use, uses, longest))
+                texts[index].append(pool.take(self.sample_format, needs[index][step], use, uses, max_length))
+
         return texts
 
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
         """Pack the texts of a domain, one list for each use, into samples."""
         domain = self.domains[index]
         needs = self._needs(self.config.num_samples, index)
-        parts = []
+        samples = []
+        hashes = []
         for text, need in zip(texts, needs, strict=True):
-            parts.append(self.sample_format.pack(text, need // self.sample_format.body))
-        check_vocabulary(int(torch.cat([samples for samples, _ in parts]).max()), self.vocab_size)
+            text_samples, text_hashes = self.sample_format.pack(text, need // self.sample_format.body)
+            samples.append(text_samples)
+            hashes.append(text_hashes)
+        check_vocabulary(int(torch.cat(samples).max()), self.vocab_size)
 
-        (heldout, heldout_documents), (samples, documents), (probe, probe_documents), (beginnings, begun) = parts
-        return Domain(
+        heldout, calibration, probe, beginnings = samples
+        heldout_hashes, calibration_hashes, probe_hashes, beginning_hashes = hashes
+        packed = Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
-            samples=samples,
+            samples=calibration,
             heldout=torch.cat([heldout, beginnings]),
             origin=domain,
-            documents=documents,
-            heldout_documents=heldout_documents + begun,
-            probe=None if self.config.allocation == "uniform" else probe,
-            probe_documents=probe_documents,
+            documents=calibration_hashes,
+            heldout_documents=heldout_hashes + beginning_hashes,
+            probe_documents=probe_hashes,
         )
+        if self.config.allocation != "uniform":
+            packed = replace(packed, probe=probe)
+        return packed
 
     def tokens(self, index: int) -> int:
         """Return the number of tokens that a run requires of a domain."""
         return sum(self._needs(self.config.num_samples, index)[:3])
 
     def _needs(self, num_samples: int, index: int) -> tuple[int, ...]:
-        """Return the numbers of tokens of a domain: held out, calibrated on, probed, and held out in addition.
+        """Return the numbers of tokens of a domain: for holdout, calibration and probe, and for additional holdout.
 
-        They are taken in this order, so that the text is the same in all runs. The last is taken as far as text
-        is available.
+        The text is divided in this order, so that it is the same in all runs. The additional text is optional.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         heldout = self.num_heldout or num_heldout(count, self.config.holdout)
-        probe = 0 if self.config.allocation == "uniform" else heldout
+        probe = 0
+        if self.config.allocation != "uniform":
+            probe = heldout
 
         beginnings = 0
         if not written_by_model(self.domains[index]):
             for_tokens = min(ceil(MEASURED_TOKENS / self.sample_format.body), count // 2)
             for_documents = min(ceil(MANY_DOCUMENTS * BEGINNING / self.sample_format.body), count)
             beginnings = max(for_documents, for_tokens - heldout)
+
         return tuple(self.sample_format.body * number for number in (heldout, count, probe, beginnings))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
         """Return whether the texts of a domain have the required lengths."""
         needs = list(self._needs(num_samples, index)[:3])
+        # An earlier run may have used the remaining held-out text.
         if self.num_heldout is not None:
-            # An earlier run may have used the remaining held-out text.
             needs[0] = self.sample_format.body
+
         return all(self.sample_format.length(text) >= need for text, need in zip(texts, needs, strict=False))
 
     def _too_little(self, index: int, pools: Mapping[int, DocumentPool], earlier_uses: Mapping[str, str]) -> str:
         """Return the error message for a domain with too little text."""
         domain = self.domains[index]
-        texts = pools[index].read
+        texts = pools[index].documents
         if not texts:
             cause = ""
             if isinstance(domain.source, Reiterable):
-                cause = "; a generator gives its text only once"
+                cause = "; a generator yields its text only once"
             return f"The domain {domain.name!r} is empty{cause}."
 
         def fails(num_samples: int) -> bool:
-            unused = {number: DocumentPool(pool.read) for number, pool in pools.items()}
-            divided = self._divided(unused, num_samples, dict(earlier_uses))
+            new_pools = {number: DocumentPool(pool.documents) for number, pool in pools.items()}
+            divided = self._divided(new_pools, num_samples, dict(earlier_uses))
             return not self._suffices(divided[index], num_samples, index)
 
-        # The text suffices for the numbers of samples below a limit, which bisection finds.
+        # Find the largest number of samples for which the text is enough.
         numbers = range(len(self.domains), self.config.num_samples)
         num_possible = bisect_left(numbers, True, key=fails)
-        advice = "Give it more documents, or choose a smaller `seq_length`."
+        advice = "Add documents, or choose a smaller `seq_length`."
         if num_possible:
             largest = numbers[num_possible - 1]
             advice = f"Set `num_samples={largest}`, or in a recovery `tokens={largest * self.config.seq_length}`."
@@ -258,19 +316,22 @@ class _Packer:
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Return whether a model can write text: it is causal, and its weights are in memory and not quantized."""
-    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and predicts_next(model)
+    if tokenizer is None or is_offloaded(model) or is_quantized(model):
+        return False
+    return predicts_next(model)
 
 
 def builtin_domains() -> list[DomainConfig]:
-    """Return the default domains, in equal shares; they need no download."""
+    """Return the default domains, with equal weights. They do not need a download."""
     return [DomainConfig(name=name, source=f"{BUILTIN}{name}") for name in ("prose", "code", "math")]
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     """Return the domains of a config, by default the built-in domains, and general text if it has a share."""
     domains = config.domains
-    default_share = 0.2 if config.general_text is not None else 0.0
+    default_share = 0.0
+    if config.general_text is not None:
+        default_share = 0.2
     if domains is None:
         domains = builtin_domains()
         default_share = 0.5
@@ -282,7 +343,7 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
         return domains
 
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains, bool(config.removes_tokens))
+    source = config.general_text or builtin_source_except(domains, bool(config.removes_tokens))
     return domains + [DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
@@ -295,12 +356,15 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
 
     source = WRITTEN
     if config.removes_tokens:
-        source = builtin_beside(domains, True)
+        source = builtin_source_except(domains, trims=True)
     return replace(config, general_text=source)
 
 
-def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
-    """Return the source of built-in text of all kinds except those of the domains, without languages if it `trims`."""
+def builtin_source_except(domains: list[DomainConfig], trims: bool = False) -> str:
+    """Return the source of all kinds of built-in text except the kinds in the domains.
+
+    With `trims`, text in other languages is left out too, because its tokens may be removed.
+    """
     kinds = [GENERAL]
     for domain in domains:
         if isinstance(domain.source, str) and domain.source.startswith(BUILTIN):
@@ -321,12 +385,17 @@ def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
     total = sum(weights)
     quotas = [num_samples * weight / total for weight in weights]
     counts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(num_domains), key=lambda i: counts[i] - quotas[i])
-    for i in by_remainder[: num_samples - sum(counts)]:
-        counts[i] += 1
 
+    def excess(index: int) -> float:
+        return counts[index] - quotas[index]
+
+    by_remainder = sorted(range(num_domains), key=excess)
+    for index in by_remainder[: num_samples - sum(counts)]:
+        counts[index] += 1
+
+    # A domain with more samples than its quota gives one to a domain without samples.
     while 0 in counts:
-        donors = (i for i, count in enumerate(counts) if count > 1)
-        counts[max(donors, key=lambda i: counts[i] - quotas[i])] -= 1
+        donors = [index for index, count in enumerate(counts) if count > 1]
+        counts[max(donors, key=excess)] -= 1
         counts[counts.index(0)] = 1
     return counts

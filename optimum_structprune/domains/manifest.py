@@ -113,6 +113,32 @@ class Entry:
         )
         return bool(self.origin) and self._is_from(source.source) and is_same_split
 
+    def overlap(self, source: str | DomainConfig, hashes: set[str]) -> str | None:
+        """Return a sentence if a text shares documents, or else the name or the source, with this domain.
+
+        Args:
+            source: The name, the source or the config of the text.
+            hashes: The hashes of the documents of the text.
+        """
+        kind = "calibration"
+        if self.use == TRAINED:
+            kind = "training"
+        place = f"the {kind} domain {self.name!r} ({self.origin.get('source', 'given inputs')})"
+
+        documents_by_use = {
+            f"were {self.use}": self.documents,
+            "decided widths or weights": self.probe_documents,
+            "were held out to measure perplexity": self.heldout_documents,
+        }
+        for use, documents in documents_by_use.items():
+            num_shared = len(hashes.intersection(documents))
+            if num_shared:
+                return f"{num_shared} of {len(hashes)} documents {use}, in {place}"
+
+        if self.uses(source):
+            return f"the text has the name or the source of {place}"
+        return None
+
     def _is_from(self, source: str) -> bool:
         """Return whether the domain was read from a source. Local sources are compared by their real path."""
         place = _place(source)
@@ -153,8 +179,10 @@ class Manifest(Record):
 
         lengths = []
         for domain in domains:
-            is_text = domain.samples.dim() == 2
-            lengths.append(domain.samples.shape[1] if is_text else 0)
+            length = 0
+            if domain.samples.dim() == 2:
+                length = domain.samples.shape[1]
+            lengths.append(length)
 
         return cls(
             seed=config.seed,
@@ -214,9 +242,9 @@ class Manifest(Record):
 
         data = read_json(path)
         try:
-            fields = {**data}
-            fields["domains"] = [Entry(**entry) for entry in data["domains"]]
-            return cls(**fields)
+            values = dict(data)
+            values["domains"] = [Entry(**entry) for entry in data["domains"]]
+            return cls(**values)
         except (KeyError, TypeError, StructPruneError) as error:
             raise StructPruneError(f"{path} is not a calibration manifest: {one_line(error)}") from error
 
@@ -230,23 +258,7 @@ class Manifest(Record):
         hashes = set(document_hashes)
         sentences = []
         for entry in self.domains:
-            kind = "training" if entry.use == TRAINED else "calibration"
-            place = f"the {kind} domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
-            documents_by_use = {
-                f"were {entry.use}": entry.documents,
-                "decided widths or weights": entry.probe_documents,
-                "were held out to measure perplexity": entry.heldout_documents,
-            }
-
-            sentence = None
-            for use, documents in documents_by_use.items():
-                num_shared = len(hashes.intersection(documents))
-                if num_shared:
-                    sentence = f"{num_shared} of {len(hashes)} documents {use}, in {place}"
-                    break
-
-            if sentence is None and entry.uses(domain_name_or_source):
-                sentence = f"the text has the name or the source of {place}"
+            sentence = entry.overlap(domain_name_or_source, hashes)
             if sentence is not None:
                 sentences.append(sentence)
 
@@ -321,23 +333,26 @@ def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
 
 
-def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
-    """Map the ids of `tokenizer` below `size` to ids of another tokenizer.
+def ids_in(target: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
+    """Map the ids of `tokenizer` below `size` to ids of a `target` tokenizer.
 
-    A token that the other tokenizer lacks maps to -1. An id without a token in both tokenizers maps to itself.
+    A token that the target lacks maps to -1 if the target uses its id for another token. All other ids without a
+    counterpart map to themselves.
     """
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    ids = other.get_vocab()
-    ids_with_token = set(ids.values())
+    target_ids = target.get_vocab()
+    target_numbers = set(target_ids.values())
 
-    mapped = []
+    ids = []
     for number in range(size):
-        if number not in tokens:
-            mapped.append(number)
-            continue
-        default = -1 if number in ids_with_token else number
-        mapped.append(ids.get(tokens[number], default))
-    return mapped
+        token = tokens.get(number)
+        if token is not None and token in target_ids:
+            ids.append(target_ids[token])
+        elif token is not None and number in target_numbers:
+            ids.append(-1)
+        else:
+            ids.append(number)
+    return ids
 
 
 def check_kinds(model: Any, tokenizer: Any) -> None:
@@ -354,38 +369,36 @@ def check_kinds(model: Any, tokenizer: Any) -> None:
 
 
 def check_tokens(model: Any, tokenizer: Any) -> None:
-    """Raise if the ids of a tokenizer are other tokens than in the model's own, or have no row in the model."""
-    carried = TextRecord.of(model).tokenizer
-    if carried is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
+    """Raise if an id of a tokenizer is another token in the tokenizer of the model, or has no row in the model."""
+    recorded_tokenizer = TextRecord.of(model).tokenizer
+    if recorded_tokenizer is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
 
     num_rows = model.config.get_text_config().vocab_size
-    ids = tokenizer.get_vocab().values()
+    ids = set(tokenizer.get_vocab().values())
     is_from_folder = tokenizer.name_or_path == model.name_or_path
-    if carried is None and is_from_folder and max(ids) < num_rows:
+    if recorded_tokenizer is None and is_from_folder and max(ids) < num_rows:
         return
 
-    own = tokenizer_of(model)
-    if own is None:
+    model_tokenizer = tokenizer_of(model)
+    if model_tokenizer is None:
         return
 
-    own_ids = set(own.get_vocab().values())
-    different = []
-    for number, own_id in enumerate(ids_in(own, tokenizer, num_rows)):
-        if own_id != number:
-            different.append(number)
-    rowless = sorted(number for number in set(ids) if number >= num_rows and number not in own_ids)
-    if not different and not rowless:
+    model_ids = ids_in(model_tokenizer, tokenizer, num_rows)
+    different_ids = [number for number, model_id in enumerate(model_ids) if model_id != number]
+    known_ids = set(model_tokenizer.get_vocab().values())
+    rowless_ids = sorted(number for number in ids if number >= num_rows and number not in known_ids)
+    if not different_ids and not rowless_ids:
         return
 
-    advice = "The model has no rows for these; model.resize_token_embeddings(len(tokenizer)) adds them."
-    if different:
+    advice = "The model has no rows for these tokens. `model.resize_token_embeddings(len(tokenizer))` adds them."
+    if different_ids:
         advice = (
-            "Pass the model's own (after a pruning, pruner.tokenizer); if it was trained with this one, save both to "
-            "one folder and load them."
+            "Pass the model's own tokenizer (after a pruning, `pruner.tokenizer`). If the model was trained with this "
+            "tokenizer, save both to one folder and load them."
         )
-    tokens = some_of(tokenizer.convert_ids_to_tokens(different + rowless))
+    tokens = some_of(tokenizer.convert_ids_to_tokens(different_ids + rowless_ids))
     raise StructPruneError(
-        f"The tokenizer, of {len(tokenizer):,} tokens, is not that of this {type(model).__name__}, which has "
-        f"{len(own):,} tokens and {num_rows:,} rows: {tokens} are others there. {advice}"
+        f"The tokenizer, of {len(tokenizer):,} tokens, does not belong to this {type(model).__name__}, which has "
+        f"{len(model_tokenizer):,} tokens and {num_rows:,} rows. Different tokens: {tokens}. {advice}"
     )

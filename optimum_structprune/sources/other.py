@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
-from ..domains.load import builtin_beside, can_write, texts_of
+from ..domains.load import builtin_source_except, can_write, texts_of
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
@@ -134,7 +134,7 @@ def _sources(
 
     user_texts = [text for text in texts_of(config) if not is_general(text)]
     trims_languages = bool(config.removes_tokens) and not config.languages
-    domain = DomainConfig(name=OTHER, source=builtin_beside(user_texts, trims_languages))
+    domain = DomainConfig(name=OTHER, source=builtin_source_except(user_texts, trims_languages))
     sources[BUILTIN] = partial(documents, domain, config.seed + 1, tokenizer)
     return sources
 

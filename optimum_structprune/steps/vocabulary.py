@@ -74,7 +74,9 @@ class TrimVocabulary(Step):
         data = state.data
         with state.report.timed("domains"):
             seen_text = Manifest.of(data.config, data.domains, state.tokenizer).after(state.manifest())
-            domains = load_domains(data.config, choice.tokenizer, state.model, seen=seen_text, writer=state.tokenizer)
+            domains = load_domains(
+                data.config, choice.tokenizer, state.model, earlier=seen_text, writer=state.tokenizer
+            )
             state.data = replace(data, domains=domains)
         self.on_tokenizer(choice.tokenizer, state.model)
 

@@ -77,7 +77,7 @@ def test_tokens_are_drawn_by_their_probability_among_the_likely():
     shares = torch.tensor([0.5, 0.3, 0.19, 0.009, 0.001]).repeat(4000, 1)
     shares[1::2] = shares[1::2].flip(1)
     torch.manual_seed(0)
-    tokens = generated.drawn(shares.log() + 7)
+    tokens = generated.sample_min_p(shares.log() + 7)
     assert tokens.shape == (4000, 1)
     for rows, expected in ((tokens[::2], shares[0]), (tokens[1::2], shares[1])):
         counts = rows.flatten().bincount(minlength=5) / len(rows)
@@ -127,12 +127,12 @@ def writing(model, rows: list[list[int]], monkeypatch) -> None:
     """Make a model write these tokens after its prompts, over and over where there are more of those."""
     number = itertools.count()
 
-    def drawn(scores, min_p):
+    def sample(scores, min_p):
         at = next(number) % generated.MAX_TOKENS
         column = [(row + [model.config.eos_token_id] * generated.MAX_TOKENS)[at] for row in rows]
         return torch.tensor((column * len(scores))[: len(scores)]).unsqueeze(1)
 
-    monkeypatch.setattr(generated, "drawn", drawn)
+    monkeypatch.setattr(generated, "sample_min_p", sample)
 
 
 @pytest.mark.parametrize("ids", [[5, 6] * 8, [*range(5, 11)]], ids=["repeats itself", "short"])

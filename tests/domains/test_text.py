@@ -371,8 +371,8 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
 @pytest.mark.parametrize(("fields", "message"), [
     ({"source": []}, "The domain 'd' is empty[.]"),
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
-    ({"source": iter(())}, "The domain 'd' is empty; a generator gives its text only once[.]"),
-    ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Give it more documents"),
+    ({"source": iter(())}, "The domain 'd' is empty; a generator yields its text only once[.]"),
+    ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Add documents"),
     ({"source": numbered(), "seq_length": 1}, "`seq_length` must be at least 2, got 1"),
     ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2` .* 3 domains.* at least 3[.]"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip

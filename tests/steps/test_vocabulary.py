@@ -61,7 +61,7 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
     assert model.config.vocab_size == 400 == len(READER)
     ids = same_as_dense(pruner, small, model)
-    with pytest.raises(StructPruneError, match="of 96 tokens, is not that of .*which has 320 tokens"):
+    with pytest.raises(StructPruneError, match="of 96 tokens, does not belong to .*which has 320 tokens"):
         pruner.save(small, tmp_path / "out", tokenizer())
     for number, given in enumerate((None, READER, pruner.tokenizer)):
         pruner.save(small, tmp_path / str(number), given)
