@@ -83,11 +83,11 @@ def load_domains(
         model: The model, which writes the domains of its own text.
         heldout_samples: The number of held-out samples of each domain. By default the config determines it.
         earlier: The text of earlier runs. Its documents keep their use.
-        writer: The tokenizer with which the model writes, by default `tokenizer`.
+        writer: The tokenizer for text that the model writes, by default `tokenizer`.
         writes: Whether the model writes. If not, domains of its own text are left out.
 
     Raises:
-        StructPruneError: If there is no tokenizer, or if a domain cannot be read or has too little text.
+        StructPruneError: If the tokenizer is None, or if a domain cannot be read or has too little text.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass the model's own.")
@@ -144,7 +144,7 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
     Args:
         inputs: The samples of each domain as the model reads them, shape `(samples, ...)`.
         holdout: The share of held-out samples.
-        probe: Whether to set the same number of samples aside for choices.
+        probe: Whether to reserve the same number of samples for choices.
 
     Raises:
         StructPruneError: If a domain has too few samples.
@@ -294,7 +294,7 @@ class _Packer:
             divided = self._divided(new_pools, num_samples, dict(earlier_uses))
             return not self._suffices(divided[index], num_samples, index)
 
-        # Find the largest number of samples for which the text is enough.
+        # Find the largest possible number of samples.
         numbers = range(len(self.domains), self.config.num_samples)
         num_possible = bisect_left(numbers, True, key=fails)
         advice = "Add documents, or choose a smaller `seq_length`."
@@ -393,7 +393,7 @@ def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
     for index in by_remainder[: num_samples - sum(counts)]:
         counts[index] += 1
 
-    # A domain with more samples than its quota gives one to a domain without samples.
+    # Every domain needs a sample, which is taken from the domain that is farthest above its quota.
     while 0 in counts:
         donors = [index for index, count in enumerate(counts) if count > 1]
         counts[max(donors, key=excess)] -= 1

@@ -120,7 +120,7 @@ class SampleFormat:
 
 
 class DocumentPool:
-    """The documents of one domain, each of which is used for one role.
+    """The documents of one domain. Each document has one role.
 
     Attributes:
         documents: The documents that have been read from the stream.

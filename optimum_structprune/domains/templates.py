@@ -81,6 +81,7 @@ def chat_text(
         template = tokenizer.get_chat_template(template, options.get("tools"))
         if "strftime_now" in template:
             template = _with_fixed_date(template, date)
+
         return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
     except Exception as error:
         name = tokenizer.name_or_path or type(tokenizer).__name__

@@ -36,7 +36,7 @@ MEASURED_TOKENS = 4000
 # Margins over fewer documents than `MIN_DOCUMENTS` are wide, and over fewer than `MANY_DOCUMENTS` they are rough.
 MIN_DOCUMENTS = 5
 MANY_DOCUMENTS = 12
-# The quantiles of Student's t at 0.95 for degrees of freedom at which the expansion in `_student_t` is off by over 2 %.
+# The quantiles of Student's t at 0.95 for few degrees of freedom, where `_student_t` would be off by more than 2 %.
 STUDENT_T = {1: 6.31, 2: 2.92}
 # The lower bound of the margin of a ratio, times the number of documents. The sample may miss rare documents.
 UNSEEN = 0.12

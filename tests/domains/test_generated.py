@@ -176,7 +176,7 @@ def test_models_kinds_and_folders_that_will_not_do(cache):
     cache.write_text("")
     with pytest.raises(StructPruneError, match="cannot be kept in .*set HF_HOME"):
         first(WRITER, 1)
-    with pytest.raises(StructPruneError, match="'own' is the model's own text, and none writes here"):
+    with pytest.raises(StructPruneError, match="'own' is text that the model generates, and this command"):
         load_domains(own(), READER)
 
 

@@ -137,7 +137,7 @@ def test_what_is_made_by_rule_is_the_same_again(kind):
 
 def test_unknown_builtin_proposes_the_nearest():
     for name, wrong, near in (("prosa", "prosa", "prose"), ("letters+newz", "newz", "news")):
-        with pytest.raises(StructPruneError, match=f"no built-in text '{wrong}'. Did you mean '{near}'"):
+        with pytest.raises(StructPruneError, match=f"built-in text '{wrong}' does not exist. Did you mean '{near}'"):
             read(f"builtin:{name}")
 
 
@@ -223,7 +223,7 @@ def test_a_relative_path_goes_before_the_hub(tmp_path, monkeypatch):
         assert sorted(read(source)) == sorted(TEXTS)
     monkeypatch.setattr(datasets, "load_dataset", None)  # a file that is not there is not looked for on the Hub
     for source in ("wiki.jsonl", "data/wiki.txt", "./wiki"):
-        with pytest.raises(StructPruneError, match="there is no file or folder"):
+        with pytest.raises(StructPruneError, match="does not exist"):
             read(source)
 
 
@@ -252,16 +252,16 @@ def test_a_hub_dataset(monkeypatch):
     assert hub.call_args_list[0] == call("user/name", "en", split="test", streaming=True, revision="abc")
     gone = datasets.exceptions.DatasetNotFoundError("gone")
     for error in (ConnectionError("no way out"), gone, ValueError("split")):
-        hub.side_effect, message = error, f"'d': 'user/name' is no local .* cannot be read: {error}"
+        hub.side_effect, message = error, f"'d': 'user/name' is not a local .* cannot be read: {error}"
         with pytest.raises(StructPruneError, match=message) as raised:
             read("user/name")
         assert raised.value.__cause__ is error
 
 
 @pytest.mark.parametrize("name, message", [
-    ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
+    ("wikki.jsonl", "'d': the file or folder .* does not exist. Did you mean '.*wiki.jsonl'"),
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
-    ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
+    ("empty", "the folder .*empty contains no file of the kinds .txt, .jsonl"),
     ("other.jsonl", "Set `text_column` .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("chat.jsonl", "Set `template` .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
     ("headless.csv", r"\A.*no column 'text'. Set `text_column`.* Known: One w1 w2 w3 .{47}\.\Z"),
@@ -273,7 +273,7 @@ def test_a_hub_dataset(monkeypatch):
     ("bottomless.jsonl", "bottomless.jsonl cannot be read: line 1 is nested too deeply"),
     ("long.csv", "long.csv cannot be read: line 2 has more fields than the header"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
-    ("link.jsonl", "'d': .*link.jsonl leads to no regular file; write its text to one"),
+    ("link.jsonl", "'d': .*link.jsonl is not a regular file. Write its text to one"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
@@ -306,7 +306,7 @@ def test_patterns_of_a_shell_are_patterns_and_an_address_is_none(tmp_path):
         assert len(read(str(tmp_path / pattern))) == found
         named = used_paths(make(str(tmp_path / pattern)))
         assert len(named) == found and all(map(os.path.exists, named)), "what a run reads is not replaced"
-    with pytest.raises(StructPruneError, match="'d': s3://x/a is an address; download it first"):
+    with pytest.raises(StructPruneError, match="'d': s3://x/a is an address. Download it first"):
         read("s3://x/a")
 
 

@@ -43,7 +43,7 @@ def domain(**fields) -> dict:
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
-    (domain(source="preset:nothing"), "There is no preset 'nothing'"),
+    (domain(source="preset:nothing"), "The preset 'nothing' does not exist"),
     (domain(source="memory:list"), "set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
 ])  # fmt: skip
