@@ -1,8 +1,8 @@
-"""Dry runs: the sizes of a pruned model, from the config of the original model alone."""
+"""Compute the sizes of a pruned model from the config of the original model alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import model_class
-from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Widths
-from .config.domains import written_by_model
+from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from .config.pruning import RunOptions, StructPruneConfig
-from .domains.load import texts_of, with_written_text
 from .forward.generation import cached_values
+from .pruning.duration import TimeEstimate, estimate_time
 from .pruning.memory import MemoryEstimate, estimate_memory
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from .recovery.memory import RecoveryEstimate
 
 
-# The multiples that kernels need: the number, whether tensor parallelism multiplies it because it splits the matrix,
-# and the kernels.
+# The multiples that kernels need for the width of channels. Each entry has the number, whether tensor parallelism
+# multiplies it, because it splits the matrix, and the kernel.
 KERNELS = (
     (8, True, "tensor cores in half precision"),
     (32, False, "llama.cpp's Q8_0 and Q4_0, which leave other rows in 16 bits"),
@@ -36,8 +35,6 @@ KERNELS = (
     (128, True, "GPTQ and AWQ in groups of 128"),
     (256, False, "llama.cpp's K-quants, which leave other rows in more bits"),
 )
-# A token takes 1.8 times as long to write as to read.
-WRITING_COST = 1.8
 # The labels of the sizes in the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -57,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class SpaceChoice:
-    """The width of one space: `after` units of `before` are kept, in each layer where layers differ."""
+    """The width of one space before and after pruning. If layers differ, `after` has one width per layer."""
 
     name: str
     before: int
@@ -76,12 +73,13 @@ class DryRun(Record):
         layer_parameters: The number of parameters in the layers alone.
         memory: The bytes of the saved weights: all parameters, and the buffers that are saved.
         reload: The ways to load the result.
-        notes: What the numbers do not say.
-        cache_per_token: The bytes of keys and values that generation keeps per token, over all layers (a layer with a
-            sliding window keeps no more than its window); None where the model cannot be run without weights, 0
-            where it does not generate.
-        need: The memory that the pruning itself takes at its peak; None where it was not asked for.
-        recovery: The memory and the time of the recovery; None if the config has none.
+        notes: Remarks on the numbers.
+        cache_per_token: The bytes of keys and values per token during generation, over all layers. A layer with a
+            sliding window stores at most its window. It is 0 if the model does not generate, and None if the model
+            cannot run without weights.
+        need: The peak memory of the pruning itself, or None without `cost`.
+        time: The time of the pruning itself, or None without `cost`.
+        recovery: The memory and the time of the recovery, or None if the config has no recovery.
     """
 
     model_type: str
@@ -94,29 +92,37 @@ class DryRun(Record):
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
     need: MemoryEstimate | None = None
+    time: TimeEstimate | None = None
     recovery: RecoveryEstimate | None = None
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
-        """The chosen width of each space: one number, or one per layer."""
+        """Return the chosen width of each space: one number, or one per layer."""
         return {space.name: space.after for space in self.spaces}
 
     @property
     def sparsity(self) -> float:
-        """The share of the layers' parameters that is removed."""
-        before = self.layer_parameters.before  # 0 where the layers are not described
-        return 1 - self.layer_parameters.after / before if before else 0.0
+        """Return the share of the layers' parameters that is removed."""
+        layer_parameters = self.layer_parameters
+        if not layer_parameters.before:  # the layers have no description
+            return 0.0
+        return 1 - layer_parameters.after / layer_parameters.before
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the form that JSON takes."""
-        return {**super().to_dict(), "widths": self.widths, "sparsity": self.sparsity}
+        """Return the fields as values that JSON can store, with the widths and the sparsity."""
+        values = super().to_dict()
+        values["widths"] = self.widths
+        values["sparsity"] = self.sparsity
+        return values
 
     def __str__(self) -> str:
         """Return a table of widths, parameters, memory and cache."""
         rows: list[Row] = []
         for space in self.spaces:
-            after = list(space.after.values()) if isinstance(space.after, Mapping) else [space.after]
-            rows.append(Row(f"width {space.name}", ([space.before], after), change=PERCENT))
+            new_widths = [space.after]
+            if isinstance(space.after, Mapping):
+                new_widths = list(space.after.values())
+            rows.append(Row(f"width {space.name}", ([space.before], new_widths), change=PERCENT))
 
         for name, label in SIZES.items():
             size: Change | None = getattr(self, name)
@@ -130,6 +136,8 @@ class DryRun(Record):
         lines += [f"loads with {way}" for way in self.reload]
         if self.need is not None:
             lines.append(f"the pruning takes at its peak\n{self.need}")
+        if self.time is not None:
+            lines.append(str(self.time))
         if self.recovery is not None:
             lines.append(str(self.recovery))
         return "\n".join(lines)
@@ -145,58 +153,74 @@ def dry_run(
     options: RunOptions | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DryRun:
-    """Return the widths and the numbers of parameters after a pruning, without any weights.
+    """Compute the widths and the numbers of parameters after a pruning, without any weights.
 
-    With another allocation than `uniform`, the widths of single layers follow from calibration. The widths in the
-    result remove as many parameters in all, to within one step of one layer.
+    With an allocation other than `uniform`, calibration chooses the widths of single layers. The widths in the result
+    remove the same number of parameters in all, to within one step of one layer.
 
     Args:
         model_config: The config of the original model.
         config: The config of the pruning.
-        dtype: The dtype in which memory is counted; by default the dtype in `model_config`.
-        trust_remote_code: Whether code that comes with the model is run.
-        cost: Whether the memory that the pruning takes is counted too.
+        dtype: The dtype in which memory is counted. The default is the dtype in `model_config`.
+        trust_remote_code: Whether to run code that comes with the model.
+        cost: Whether to estimate the memory and the time of the pruning too.
         offload: The place of the layers between their calls: `cpu`, `disk`, or None for the device.
         options: The runtime options.
-        tokenizer: The tokenizer of the model. With it, impossible numbers of tokens are refused.
+        tokenizer: The tokenizer of the model. With it, the number of tokens is checked too.
 
     Raises:
-        StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
+        StructPruneError: If a pruning with this config would raise. The message names the nearest legal choice.
     """
     check_config_kind(config, options)
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
     request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
-    arch = info.arch
     dense = info.plain_model
-
-    spaces: list[SpaceChoice] = []
-    for name, width in request.widths.items():
-        after: int | dict[int, int] = {space.layer: space.width_in(request.widths) for space in arch.of(name)}
-        if isinstance(width, int):
-            after = width
-        widest = max(space.width for space in arch.of(name))
-        spaces.append(SpaceChoice(name, widest, after))
 
     sizes = _sizes(request, dense)
     smaller_sizes = _sizes(request, request.smaller)
     changes = {name: Change(sizes[name], smaller_sizes[name]) for name in sizes if name in smaller_sizes}
+
+    notes = list(_notes(request, model_config))
+    notes += lost_kernels(config, info.arch, request.widths)
+    memory = None
+    time = None
+    if cost:
+        memory = estimate_memory(request, offload)
+        time = estimate_time(request)
+
     return DryRun(
-        model_type=arch.model_type,
+        model_type=info.arch.model_type,
         dtype=str(dense.dtype).removeprefix("torch."),
-        spaces=tuple(spaces),
+        spaces=tuple(_space_choices(request)),
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
-        notes=(*_notes(request, model_config), *lost_kernels(config, arch, request.widths)),
-        need=estimate_memory(request, offload) if cost else None,
+        notes=tuple(notes),
+        need=memory,
+        time=time,
         recovery=_recovery(request),
         **changes,
     )
 
 
+def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
+    """Return the widths of the pruned spaces. Spaces with one width for all layers have one number."""
+    choices = []
+    for name, width in request.widths.items():
+        spaces = request.model_info.arch.of(name)
+        original_width = max(space.width for space in spaces)
+        if isinstance(width, int):
+            choices.append(SpaceChoice(name, original_width, width))
+        else:
+            by_layer = {space.layer: space.width_in(request.widths) for space in spaces}
+            choices.append(SpaceChoice(name, original_width, by_layer))
+    return choices
+
+
 def _recovery(request: PruningRequest) -> RecoveryEstimate | None:
-    """Estimate the recovery of the config, if it has one, and refuse what `prune` would refuse."""
+    """Check and estimate the recovery of the config, if it has one."""
     config = request.config
     if config.recovery is None:
         return None
+
     # Training libraries take seconds to import.
     from .recovery.checks import check_recovery
     from .recovery.memory import check_recovery_memory, estimate_recovery
@@ -208,7 +232,7 @@ def _recovery(request: PruningRequest) -> RecoveryEstimate | None:
 
 
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
-    """Return the known sizes of a model, by field of `DryRun`."""
+    """Return the sizes of a model by field of `DryRun`, without sizes that are unknown."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
     sizes = {
@@ -237,62 +261,65 @@ def _saved_bytes(model: PreTrainedModel, itemsize: int) -> int:
 def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield remarks that the numbers do not show."""
     config = request.config
-    arch = request.model_info.arch
     parameters = request.model_info.plain_model.num_parameters()
-    tokens = large_vocabulary(arch, parameters)
+    tokens = large_vocabulary(request.model_info.arch, parameters)
     if tokens is not None and not config.removes_tokens:
         share = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {share:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
+
     if config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None:
         yield "the number of removed tokens depends on the text; the other widths assume that all tokens are kept"
     if config.allocation != "uniform":
-        yield "the widths of single layers follow from calibration; these widths remove as many parameters in all"
+        yield (
+            "calibration chooses the widths of single layers; these widths remove the same number of parameters in all"
+        )
+
     if getattr(model_config, "quantization_config", None):
-        yield "the model is quantized; the sizes are those after unpacking, which all spaces but tokens need"
-    elif arch.causal:
-        share = _written_share(config)
-        # All weights write, those of the head too.
-        passes = WRITING_COST * share * (1 + config.holdout) * parameters / sum(arch.layer_params)
-        if share:
-            yield (
-                f"writing: {share:.0%} of the text is written by the model, which takes about as long as {passes:.1f} "
-                "forward passes over all of the text; later runs use the same text"
-            )
-
-
-def _written_share(config: StructPruneConfig) -> float:
-    """Return the share of the calibration text that the model writes itself."""
-    texts = texts_of(with_written_text(config))
-    written = sum(text.weight for text in texts if written_by_model(text))
-    return written / sum(text.weight for text in texts)
+        yield "the model is quantized; the sizes are after unpacking, which pruning needs for all spaces but tokens"
 
 
 def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[str]:
-    """Yield a warning for each kind of space whose new width rules out a kernel of the original width."""
-    parts = config.tensor_parallel
-    for_channels: list[tuple[int, str]] = []
+    """Yield a warning for each space whose new width rules out a kernel that the original width allows."""
+    num_devices = config.tensor_parallel
+    channel_multiples: list[tuple[int, str]] = []
     for number, is_split, kernel in KERNELS:
-        for_channels.append((number * parts if is_split else number, kernel))
+        if is_split:
+            number *= num_devices
+        channel_multiples.append((number, kernel))
+
     multiples = {
-        CHANNEL: for_channels,
-        GROUP: [(parts, "tensor parallelism")],
+        CHANNEL: channel_multiples,
+        GROUP: [(num_devices, "tensor parallelism")],
         # One router kernel of vLLM refuses some numbers of experts; see its issue 51521.
-        EXPERT: [(parts, "expert parallelism"), (8, "fused router kernels of some engines")],
+        EXPERT: [(num_devices, "expert parallelism"), (8, "fused router kernels of some engines")],
     }
     for name in widths:
-        changes = {(space.width, space.width_in(widths)) for space in arch.of(name)}
-        lost: dict[str, int] = {}
-        for number, kernel in multiples.get(arch.of(name)[0].unit, ()):
-            unfit = [after for before, after in changes if after % number and not before % number]
+        spaces = arch.of(name)
+        kernels: list[str] = []
+        unfit_widths: list[int] = []
+        for number, kernel in multiples.get(spaces[0].unit, ()):
+            unfit = _unfit_widths(spaces, widths, number)
             if unfit:
-                lost[f"{kernel} (multiples of {number})"] = min(unfit)
-        if lost:
-            yield f"warning: {name} {min(lost.values())} has no {', no '.join(lost)}; see round_to and tensor_parallel"
+                kernels.append(f"{kernel} (multiples of {number})")
+                unfit_widths += unfit
+        if kernels:
+            missing = ", no ".join(kernels)
+            yield f"warning: {name} {min(unfit_widths)} has no {missing}; see round_to and tensor_parallel"
 
 
-def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
+def _unfit_widths(spaces: Sequence[Space], widths: Widths, number: int) -> list[int]:
+    """Return the new widths that are not a multiple of a number although the original width is one."""
+    unfit = []
+    for space in spaces:
+        new_width = space.width_in(widths)
+        if new_width % number and not space.width % number:
+            unfit.append(new_width)
+    return unfit
+
+
+def _reload(model: PreTrainedModel, auto: str) -> tuple[str, ...]:
     """Return the ways to load a pruned model."""
-    if not small.config.get_text_config().is_heterogeneous:
+    if not model.config.get_text_config().is_heterogeneous:
         return (f"plain transformers, {auto}.from_pretrained",)
     return (
         f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",

@@ -44,7 +44,7 @@ def test_layers_that_differ():
     small = prune_model(model, wish, tokenizer())
     step = max(space.unit_params for space in describe(model).spaces)
     assert abs(outcome.parameters.after - small.num_parameters()) <= step
-    assert "follow from calibration" in str(outcome)
+    assert "calibration chooses the widths" in str(outcome)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_al
     packed.quantization_config = {"quant_method": "gptq", "bits": 4}
     before = deepcopy(plain.to_dict())
     ours, theirs = (dry_run(one, config()) for one in (packed, plain))
-    assert ours.memory == theirs.memory and "sizes are those after unpacking" in str(ours) and theirs.notes == ()
+    assert ours.memory == theirs.memory and "sizes are after unpacking" in str(ours) and theirs.notes == ()
     assert plain.to_dict() == before and plain._attn_implementation != "eager"
 
 
@@ -108,7 +108,7 @@ def test_it_refuses_the_numbers_of_tokens_and_the_tokenizers_that_pruning_refuse
     model.save_pretrained(tmp_path / "alone")
     save_with_tokenizer(build("llama-tied"), tmp_path / "words", tokenizer())
     for name, width, expected in (
-        ("model", "vocab=3", "vocab=3 is no number of tokens that this model can keep"),
+        ("model", "vocab=3", "vocab=3 is not possible for this model"),
         ("words", "vocab=50", "The tokenizer is of the kind WordLevel"),
     ):
         errors = set()

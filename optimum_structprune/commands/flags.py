@@ -137,7 +137,7 @@ COMMANDS = (
         {
             "model": "Model id or folder; config.json is enough.",
             "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
-            "--cost": switch("Show the memory that the pruning takes as well."),
+            "--cost": switch("Show the memory and the time that the pruning takes as well."),
             "--offload": choice("With --cost: where the layers are while they do not run.", OFFLOADS),
             "--tokens": switch(
                 "Show how much of the text (--text) and of --languages keeps its tokens in a vocabulary of each of "

@@ -25,6 +25,7 @@ from ..errors import StructPruneError, one_line, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
+from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
 
@@ -119,6 +120,7 @@ class Loading:
         Raises:
             StructPruneError: If it cannot be loaded, or the model does not read text.
         """
+        check_regular_files(name)
         try:
             if name not in self.tokenizers:
                 read = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
@@ -137,6 +139,7 @@ class Loading:
         Raises:
             StructPruneError: If it cannot be read.
         """
+        check_regular_files(name)
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # an odd value raises errors of many kinds

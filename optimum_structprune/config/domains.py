@@ -18,7 +18,7 @@ IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
 BUILTIN = "builtin:"
-# Built-in text of all kinds and its domain, and text of any kind that a model generates.
+# General text of all kinds: the name of the built-in text and of its domain, and the kind for a model that generates.
 GENERAL = "general"
 ANY = "any"
 # Text of many kinds that a run evaluates on, but does not calibrate on.
@@ -28,7 +28,7 @@ MAX_WEIGHT = 1e300
 
 
 class Reiterable:
-    """An iterable over an iterator that may be read several times. It keeps the items that have been read."""
+    """An iterable that reads an iterator once and stores its items, so that it can be iterated several times."""
 
     def __init__(self, items: Iterator[Any]):
         self._items = items
@@ -100,6 +100,7 @@ class DomainConfig(Config):
     def validate(self) -> None:
         """Raise `StructPruneError` if a value has another type or is out of range."""
         super().validate()
+
         self.check_not_empty("name")
         if not 0 < self.weight <= MAX_WEIGHT:
             self.refuse("weight", f"must be greater than 0 and at most {MAX_WEIGHT}, got {self.weight}")
@@ -119,15 +120,16 @@ class DomainConfig(Config):
             names = template_fields(template)
         except ValueError as error:
             raise StructPruneError(f"DomainConfig: `template` is not legal: {error}.") from error
+
         if not names:
             self.refuse("template", f"must be 'chat' or hold column names such as {{question}}, got {template!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for JSON. A source in memory becomes the name of its class."""
-        source = self.source
-        if not isinstance(source, str):
-            source = f"{IN_MEMORY}{type(source).__name__}"
-        return {**super().to_dict(), "source": source}
+        values = super().to_dict()
+        if not isinstance(self.source, str):
+            values["source"] = f"{IN_MEMORY}{type(self.source).__name__}"
+        return values
 
 
 def written_by_model(domain: DomainConfig) -> bool:
@@ -136,7 +138,7 @@ def written_by_model(domain: DomainConfig) -> bool:
 
 
 def as_domain(item: Any) -> DomainConfig:
-    """Return the domain of a mapping of its fields, or a domain as it is."""
+    """Convert a mapping of fields to a domain. A domain is returned unchanged."""
     if isinstance(item, DomainConfig):
         return item
     if not isinstance(item, Mapping):
@@ -153,6 +155,7 @@ def check_domains(config: Any) -> None:
     """Raise if the field `domains` of a config is an empty list, or two domains have the same name."""
     if config.domains is None:
         return
+
     config.check_not_empty("domains")
     names = [domain.name for domain in config.domains]
     for name in names:

@@ -22,7 +22,7 @@ from ..written import unversioned
 Item = TypeVar("Item")
 Self = TypeVar("Self", bound="Config")
 
-MAX_COUNT = 10**12  # of samples, tokens or units: larger numbers do not fit into 64 bits once they are multiplied
+MAX_COUNT = 10**12  # of samples, tokens or units; products of larger numbers do not fit into 64 bits
 MAX_SEED = 2**32 - 1
 
 
@@ -77,6 +77,7 @@ class Config:
         """
         if not isinstance(data, Mapping):
             raise StructPruneError(f"{cls.__name__} must be a mapping of fields, got {short_repr(data)}.")
+
         values = {str(name): value for name, value in unversioned(data).items()}
         check_names(cls, values)
         for field in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -84,9 +85,9 @@ class Config:
             if is_required and field.name not in values:
                 raise StructPruneError(f"{cls.__name__} needs the field `{field.name}`. Add it.")
 
-        for name, read in cls.nested.items():
+        for name, convert in cls.nested.items():
             if isinstance(values.get(name), (list, Mapping)):
-                values[name] = read(values[name])
+                values[name] = convert(values[name])
         return cls(**values)
 
     def refuse(self, name: str, reason: str) -> None:
@@ -104,16 +105,21 @@ class Config:
             if value > MAX_COUNT:
                 self.refuse(name, f"must be at most {MAX_COUNT:,}, got {short_repr(value)}")
 
-    def check_share(self, *names: str, zero: bool = False, one: bool = False) -> None:
-        """Raise if a field holds a number outside of 0 to 1. `zero` and `one` tell which bounds are legal."""
+    def check_share(self, *names: str, allow_zero: bool = False, allow_one: bool = False) -> None:
+        """Raise if a field holds a number outside of 0 to 1. The bounds are legal if they are allowed."""
+        lower = "greater than 0"
+        if allow_zero:
+            lower = "at least 0"
+        upper = "less than 1"
+        if allow_one:
+            upper = "at most 1"
+
         for name in names:
             value = getattr(self, name)
-            if value is None:
+            if value is None or 0 < value < 1:
                 continue
-            is_bound = (zero and value == 0) or (one and value == 1)
-            if not (0 < value < 1 or is_bound):
-                lower = "at least 0" if zero else "greater than 0"
-                upper = "at most 1" if one else "less than 1"
+            is_legal_bound = (allow_zero and value == 0) or (allow_one and value == 1)
+            if not is_legal_bound:
                 self.refuse(name, f"must be {lower} and {upper}, got {short_repr(value)}")
 
     def check_seed(self, name: str) -> None:
@@ -166,11 +172,15 @@ def check_types(config: Any) -> None:
 
 
 def _is_instance(value: Any, annotation: Any) -> bool:
-    """Return whether a value has the type of an annotation. As in PEP 484, an int is a float; a bool is not an int."""
-    origin = get_origin(annotation)
-    arguments = get_args(annotation)
+    """Return whether a value has the type of an annotation.
+
+    As in PEP 484, an int is a float. A bool is not an int, and a float must be finite.
+    """
     if annotation is Any:
         return True
+
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin in (Union, UnionType):
         return any(_is_instance(value, member) for member in arguments)
     if origin is Literal:
@@ -180,6 +190,7 @@ def _is_instance(value: Any, annotation: Any) -> bool:
     if origin is dict:
         has_keys = isinstance(value, dict) and all(_is_instance(key, arguments[0]) for key in value)
         return has_keys and all(_is_instance(item, arguments[1]) for item in value.values())
+
     if annotation in (int, float) and isinstance(value, bool):
         return False
     if annotation is float:
@@ -193,17 +204,16 @@ def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin in (Union, UnionType):
-        # A tuple stands for a list in Python code, and None for a field that is not given.
-        names = [
-            _type_name(member) for member in arguments if member is not NoneType and get_origin(member) is not tuple
-        ]
-        return " or ".join(names)
+        # Tuples and None are left out: a tuple is a list in Python code, and None is an unset field.
+        members = [member for member in arguments if member is not NoneType and get_origin(member) is not tuple]
+        return " or ".join(map(_type_name, members))
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (list, tuple):
         return f"a list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"a mapping to {_type_name(arguments[1])}"
+
     words = {int: "a whole number", float: "a number", str: "a string"}
     return words.get(annotation) or annotation.__name__
 
@@ -218,7 +228,8 @@ def by_layer(values: Mapping[Any, Item], name: str) -> dict[int, Item]:
     for key, value in values.items():
         is_index = re.fullmatch("-?[0-9]{1,9}", str(key)) is not None
         if not is_index or int(key) in items:
-            raise StructPruneError(f"{name} must have layer indices as keys, each once, got {short_repr([*values])}.")
+            keys = short_repr(list(values))
+            raise StructPruneError(f"{name} must have layer indices as keys, each once, got {keys}.")
         items[int(key)] = value
     return items
 
@@ -267,7 +278,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
     except (TypeError, LookupError, AttributeError) as error:  # a tag that does not fit its value
-        raise ValueError(f"a value is not what its tag says ({one_line(error)})") from error
+        raise ValueError(f"a value does not match its tag ({one_line(error)})") from error
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
@@ -290,6 +301,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
         data = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StructPruneError(f"{path} cannot be read: {one_line(error)}") from error
+
     if not isinstance(data, Mapping):
         raise StructPruneError(f"{path} must hold a mapping of fields, got {type(data).__name__}.")
     return data

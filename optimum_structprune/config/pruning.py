@@ -17,7 +17,7 @@ from .recovery import RecoveryConfig
 
 
 CONFIG_NAME = "structprune_config.json"
-# The fields that say how much is removed. A config has exactly one of them.
+# The fields that determine how much is removed. A config has exactly one of them.
 AMOUNTS = ("sparsity", "widths", "budget")
 # The built-in refits are in `method/refit.py`.
 REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "least_squares"))
@@ -51,7 +51,7 @@ class RunOptions(Config):
     batch_size: int = field(default=4, metadata={"help": "The number of samples in a forward pass."})
     checkpoint_dir: str | None = field(
         default=None,
-        metadata={"help": "A folder for checkpoints of the run, from which a run that was killed resumes."},
+        metadata={"help": "A folder for checkpoints of the run. A run that was killed resumes from it."},
     )
 
     def validate(self) -> None:
@@ -72,11 +72,11 @@ class StructPruneConfig(Config):
             all layers. A list has one number for each layer, and a mapping one for each layer that it names:
             `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the layers.
         budget: The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the `loss`
-            that pruning may cost. Bytes are those of the parameters in the model's dtype. The cache is the cache of
-            keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
-            smallest model, by a few trial prunings, whose perplexity on the domains and on other text is at most 1.02
-            times that of the dense model, margins of error included. For an encoder, the mean cosine of its vectors
-            to those of the dense model is at least 0.998.
+            that pruning may cost. `bytes` is the size of the parameters in the model's dtype. The cache is the cache
+            of keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
+            smallest model by a few trial prunings. Its perplexity on the domains and on other text is at most 1.02
+            times the perplexity of the dense model, including the margin of error. For an encoder, the mean cosine of
+            its vectors to the vectors of the dense model is at least 0.998.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths. The default is `mlp`,
             and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
             `vocab` is a target too if tokens are a large part of the model. If the allocation measures losses, the
@@ -84,10 +84,10 @@ class StructPruneConfig(Config):
             of the cache it is `attention`.
         keep_tokens: Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or a
             regular expression that matches the text of tokens.
-        languages: Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`. Their words,
-            with the frequencies of the package `wordfreq`, count beside the text. Without languages, only the text
-            counts, and scripts that it does not use are pruned. Calibration also reads built-in text in each language,
-            with a tenth of the weight.
+        languages: Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`. Their words are
+            counted in addition to the text, with the frequencies of the package `wordfreq`. Without languages, only
+            the text counts, and scripts that it does not use are pruned. Calibration also reads built-in text in each
+            language, with a tenth of the weight.
         criterion: The registered criterion that scores the units. The default is `obs_drive` with a least-squares
             refit, and `wanda` otherwise. Whole experts and whole layers have criteria of their own. The default for
             experts is `reap`.
@@ -130,7 +130,7 @@ class StructPruneConfig(Config):
     damping: ClassVar[float] = 0.08
     # The fraction of each domain's samples that is held out, from other documents, to measure perplexity. If these
     # have less than 4,000 tokens, more are held out as far as there is text, at most half of the calibration samples.
-    # An allocation that measures losses sets the same fraction aside a second time as its probe.
+    # An allocation that measures losses reserves the same fraction a second time as its probe.
     holdout: ClassVar[float] = 0.125
     nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         "domains": read_domains,
@@ -227,11 +227,12 @@ class StructPruneConfig(Config):
         """Convert lists to tuples, and raise `StructPruneError` if a value or a combination of values is not legal."""
         if isinstance(self.languages, (list, tuple)) and False in self.languages:
             self.refuse("languages", "has no language 'no', which YAML reads as false. Quote codes in YAML files")
+
         super().validate()
         self.check_count("rounds", "round_to", "tensor_parallel", "num_samples", "seq_length")
         self.check_share("sparsity")
-        self.check_share("general_share", zero=True)
-        self.check_share("error_feedback", zero=True, one=True)
+        self.check_share("general_share", allow_zero=True)
+        self.check_share("error_feedback", allow_zero=True, allow_one=True)
         self.check_seed("seed")
         self.check_not_empty("targets", "languages")
         if self.refit not in REFITS.names():
@@ -247,27 +248,30 @@ class StructPruneConfig(Config):
         self._check_combinations()
 
     def _language_codes(self, languages: Sequence[str]) -> tuple[str, ...]:
-        """Return language codes, each once, without their regions. A string may hold several, divided by commas."""
+        """Return language codes without their regions, each once. A string may have several codes with commas."""
         codes = []
         for language in ",".join(languages).split(","):
             code = re.split("[-_]", language.strip().lower())[0]
             if code not in LANGUAGES:
-                names = [f"{known} ({name})" for known, name in LANGUAGES.items()]
+                names = [f"{language_code} ({name})" for language_code, name in LANGUAGES.items()]
                 self.refuse("languages", f"has no language {code!r}.{did_you_mean(code, names).rstrip('.')}")
             codes.append(code)
         return tuple(dict.fromkeys(codes))
 
     def _check_amount(self) -> None:
-        """Raise unless exactly one amount is given, and its numbers are legal."""
-        given = [f"{name}={getattr(self, name)}" for name in AMOUNTS if getattr(self, name) is not None]
-        if len(given) != 1:
-            example, flags = "budget={'parameters': 0.8}", "--budget parameters=0.8"
+        """Raise unless exactly one amount is set, and its numbers are legal."""
+        amounts = [f"{name}={getattr(self, name)}" for name in AMOUNTS if getattr(self, name) is not None]
+        if len(amounts) != 1:
+            example = "budget={'parameters': 0.8}"
+            flags = "--budget parameters=0.8"
             if self.languages is not None:
-                example, flags = f"targets=['vocab'], {example}", f"--target vocab {flags}"
+                example = f"targets=['vocab'], {example}"
+                flags = f"--target vocab {flags}"
             raise StructPruneError(
                 f"Exactly one of `sparsity`, `widths` and `budget` must say how much to remove, got "
-                f"{', '.join(given) or 'none'}. For example, {example} ({flags}) keeps four fifths of a model."
+                f"{', '.join(amounts) or 'none'}. For example, {example} ({flags}) keeps four fifths of a model."
             )
+
         if self.budget is not None:
             self._check_budget(self.budget)
         if self.widths is not None:
@@ -276,6 +280,7 @@ class StructPruneConfig(Config):
     def _check_budget(self, budget: Mapping[str, float]) -> None:
         if len(budget) != 1:
             self.refuse("budget", f"must name exactly one of {', '.join(BUDGETS)}, got {budget}")
+
         ((name, limit),) = budget.items()
         if name not in BUDGETS:
             self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
@@ -288,32 +293,39 @@ class StructPruneConfig(Config):
         """Return the widths with layer indices as ints, or raise if one is not positive."""
         if not widths:
             self.refuse("widths", "must name at least one space, such as {'mlp': 1152}, got {}")
-        legal = {}
+
+        legal: dict[str, Any] = {}
         for name, width in widths.items():
             if isinstance(width, Mapping):
                 legal[name] = by_layer(width, f"`widths` of {name!r}")
-                numbers = [*legal[name].values()]
+                numbers = list(legal[name].values())
+            elif isinstance(width, int):
+                legal[name] = width
+                numbers = [width]
             else:
                 legal[name] = width
-                numbers = [width] if isinstance(width, int) else width
+                numbers = width
+
             if min(numbers, default=0) < 1 or max(numbers) > MAX_COUNT:
                 self.refuse("widths", f"must be from 1 to {MAX_COUNT:,} for {name!r}, got {width}")
         return legal
 
     def _check_combinations(self) -> None:
-        """Raise if fields contradict each other whatever the model is; see `pruning.request` for the others."""
-        skipped = list(self.skip_layers)
+        """Raise if fields contradict each other for every model. See `pruning.request` for the other checks."""
+        skip_layers = list(self.skip_layers)
         widths_by_layer = any(not isinstance(width, int) for width in (self.widths or {}).values())
-        if widths_by_layer and (self.allocation != "uniform" or skipped):
+        if widths_by_layer and (self.allocation != "uniform" or skip_layers):
             raise StructPruneError(
                 f"widths={self.widths} determines the width of every layer, so allocation={self.allocation!r} and "
-                f"skip_layers={skipped} have no effect. Remove them, or pass one number for each space."
+                f"skip_layers={skip_layers} have no effect. Remove them, or pass one number for each space."
             )
+
         if self.general_text is not None and self.general_share == 0:
             raise StructPruneError(
                 f"general_text={self.general_text!r} has no effect with general_share={self.general_share}. Pass "
                 "general_share=0.2, or remove general_text."
             )
+
         has_general_domain = any(is_general(domain) for domain in self.domains or ())
         if has_general_domain and (self.general_share or self.general_text):
             raise StructPruneError(
@@ -323,34 +335,40 @@ class StructPruneConfig(Config):
 
     @property
     def targets_or_default(self) -> tuple[str, ...]:
-        """The spaces that may shrink where `sparsity` or `budget` determines the widths."""
+        """Return the spaces that may shrink if `sparsity` or `budget` determines the widths."""
         if self.targets is not None:
             return tuple(self.targets)
         if CACHE in (self.budget or {}):
             return ("attention",)
-        return ("mlp",) if self.allocation == "uniform" else ("mlp", "attention")
+        if self.allocation == "uniform":
+            return ("mlp",)
+        return ("mlp", "attention")
 
     @property
     def removes_tokens(self) -> bool:
-        """Whether the config names the vocabulary among the spaces to prune."""
+        """Return whether the config names the vocabulary among the spaces to prune."""
         return "vocab" in (self.widths or self.targets_or_default)
 
     @property
     def may_remove_tokens(self) -> bool:
-        """Whether a budget without targets also takes tokens, if the vocabulary of the model is large."""
+        """Return whether tokens become a target of the budget if the vocabulary of the model is large."""
         return self.targets is None and self.budget is not None and CACHE not in self.budget
 
     @property
     def scored_by(self) -> str:
-        """The criterion, or the default one for the refit."""
+        """Return the criterion, or the default criterion for the refit."""
         if self.criterion is not None:
             return self.criterion
-        return "obs_drive" if self.refit == "least_squares" else "wanda"
+        if self.refit == "least_squares":
+            return "obs_drive"
+        return "wanda"
 
     @property
     def feedback_share(self) -> float:
-        """The fraction of the error of the residual stream that the refit corrects."""
-        return float(self.error_feedback) if self.refit == "least_squares" else 0.0
+        """Return the fraction of the error of the residual stream that the refit corrects."""
+        if self.refit != "least_squares":
+            return 0.0
+        return float(self.error_feedback)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is created if it does not exist."""
@@ -363,15 +381,17 @@ class StructPruneConfig(Config):
         """Return the config in `structprune_config.json` of a folder. Fields of other versions are ignored."""
         path = Path(save_directory) / CONFIG_NAME
         values = _known_fields(cls, read_json(path), path)
+
         if isinstance(values.get("recovery"), Mapping):
             values["recovery"] = _known_fields(RecoveryConfig, values["recovery"], path)
         if isinstance(values.get("domains"), list):
             values["domains"] = [_known_fields(DomainConfig, domain, path) for domain in values["domains"]]
+
         return cls.from_dict(values)
 
 
 def _known_fields(cls: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the values of the fields that a config class has, and warn of others."""
+    """Return the values of the fields that a config class has, and warn of other fields."""
     names = field_names(cls)
     unknown = [name for name in values if name not in names]
     if unknown:

@@ -1,4 +1,4 @@
-"""How a pruned model is trained afterwards: one strict, serialisable dataclass."""
+"""The config of the training after a pruning."""
 
 from __future__ import annotations
 
@@ -24,33 +24,32 @@ LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 @dataclass(kw_only=True)
 class RecoveryConfig(Config):
-    """Holds the settings of a training after pruning, with or without a teacher.
+    """Settings of a training after pruning, with or without a teacher.
 
-    Fields that are None follow the pruning config where there is one, and its defaults otherwise.
+    Fields that are None default to the pruning config, or to its defaults without one.
 
     Args:
-        tokens: The number of tokens to read in all, prompts and answers included. The domains are read by their
-            weights.
+        tokens: The total number of training tokens, including prompts and answers. The domains share them by weight.
         seq_length: The number of tokens in a training sample. By default 512 on a CPU and 1,024 on a GPU; less if the
             model has fewer positions, or if the training would have fewer than 100 samples.
-        domains: The training text, without the documents that the perplexity is measured on. None stands for the
-            domains of the pruning, without what the model wrote beside them.
-        train: What is trained: `lora` trains a low-rank adapter, `full` all weights.
-        lora: Fields of `peft.LoraConfig`, laid over `LORA`.
-        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and `LEARNING_RATES`.
-            With an `output_dir`, checkpoints go there and training can be resumed.
-        answer_share: The share of the tokens that are answers to prompts; the others are text. Without a teacher all
-            are text.
-        prompts: A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line. By default
-            they are built in, and for a model without a chat template, they are openings of the text.
-        validation: The source of the validation text, of a kind that is not trained on, by which checkpoints are
-            compared. By default it is built-in text of other kinds.
-        seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
-            them are held out, follows the seed of the pruning.
+        domains: The training text, without the documents that the perplexity is measured on. The default is the
+            domains of the pruning, without general text that the model wrote for it.
+        train: The weights to train: `lora` trains a low-rank adapter, `full` all weights.
+        lora: Fields of `peft.LoraConfig`, which override `LORA`.
+        training: Fields of `transformers.TrainingArguments`, which override `TRAINING` and `LEARNING_RATES`.
+            With an `output_dir`, checkpoints are saved there, and training can be resumed.
+        answer_share: The fraction of the tokens that is answers to prompts. The others are text. Without a teacher,
+            all tokens are text.
+        prompts: A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line. The default
+            is built-in prompts, or openings of the text for a model without a chat template.
+        validation: The source of the validation text, which compares checkpoints. It should be text of a kind
+            that is not trained on. The default is built-in text of other kinds.
+        seed: The seed of the adapter's values and of the order of the samples. The seed of the pruning determines
+            the documents that are read and held out.
 
     Raises:
-        StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
-            another one. The message names the field and the value.
+        StructPruneError: If a field is unknown, or a value has another type, is out of range, or contradicts another
+            value. The message names the field and the value.
     """
 
     nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"domains": read_domains}
@@ -85,7 +84,7 @@ class RecoveryConfig(Config):
     )
     validation: str | None = field(
         default=None,
-        metadata={"help": "The source of the validation text, by which checkpoints are compared."},
+        metadata={"help": "The source of the validation text that compares checkpoints."},
     )
     seed: int | None = field(
         default=None, metadata={"help": "The seed of the adapter's values and of the order of the samples."}
@@ -94,8 +93,9 @@ class RecoveryConfig(Config):
     def validate(self) -> None:
         """Raise `StructPruneError` if a value or a combination of values is not legal."""
         super().validate()
+
         self.check_count("tokens", "seq_length")
-        self.check_share("answer_share", zero=True, one=True)
+        self.check_share("answer_share", allow_zero=True, allow_one=True)
         self.check_seed("seed")
         self.check_not_empty("prompts", "validation")
         check_domains(self)
@@ -105,5 +105,7 @@ class RecoveryConfig(Config):
             )
 
     def without_output_dir(self) -> RecoveryConfig:
-        """The config for who trains again: where its checkpoints lay is of no use to them."""
-        return replace(self, training={name: value for name, value in self.training.items() if name != "output_dir"})
+        """Return a copy without the `output_dir`, which exists only on this machine."""
+        training = dict(self.training)
+        training.pop("output_dir", None)
+        return replace(self, training=training)

@@ -359,11 +359,11 @@ def check_kinds(model: Any, tokenizer: Any) -> None:
     """Raise if a model or a tokenizer is of another kind, such as its name."""
     if not isinstance(model, Module) or getattr(model, "config", None) is None:
         raise StructPruneError(
-            f"`model` takes a model of transformers, got {type(model).__name__}. Load it with `from_pretrained` first."
+            f"`model` must be a transformers model, got {type(model).__name__}. Load it with `from_pretrained` first."
         )
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise StructPruneError(
-            f"`tokenizer` takes a tokenizer, got {type(tokenizer).__name__}. Load it with "
+            f"`tokenizer` must be a transformers tokenizer, got {type(tokenizer).__name__}. Load it with "
             "`AutoTokenizer.from_pretrained`."
         )
 

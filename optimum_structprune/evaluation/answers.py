@@ -109,7 +109,7 @@ def ask(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     settings = {**GREEDY, "max_new_tokens": max_new_tokens}
     with evaluating(model), stage("answers"):
-        for start in progress(range(0, len(order), batch_size), desc="answering"):
+        for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
             batch = order[start : start + batch_size]
             continued = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
             for number, tokens in zip(batch, continued, strict=True):

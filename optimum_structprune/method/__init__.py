@@ -1,1 +1,1 @@
-"""The method: calibrate, score, choose, refit and shrink, one layer after the other. `loop.py` is where it begins."""
+"""The method: calibrate, score, choose, refit and shrink, one layer after the other. Start reading at `loop.py`."""

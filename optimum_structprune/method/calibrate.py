@@ -12,7 +12,7 @@ from ..errors import StructPruneError
 from .devices import rows_at_once
 
 
-# The least number of rows of a Gram matrix that are computed at a time.
+# The minimum number of rows of a Gram matrix that are computed at a time.
 PANEL_ROWS = 512
 # Whether torch multiplies bf16 matrices on a GPU into an fp32 product. torch 2.8 and later do.
 MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
@@ -49,7 +49,14 @@ class Moments:
 
     @classmethod
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
-        """Return the moments of no tokens; with those of the error if `out`, the number of outputs, is above 0."""
+        """Return moments of no tokens.
+
+        Args:
+            size: The number of inputs n.
+            gram: Whether a Gram matrix is collected.
+            device: The device of the tensors.
+            out: The number of outputs. If it is above 0, moments of the error are collected.
+        """
         mean = torch.zeros(size, dtype=torch.float64, device=device)
         moments = cls(0, mean, torch.zeros_like(mean))
         if gram:
@@ -71,6 +78,7 @@ class Moments:
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
             return self
+
         self.count += len(x)
         share = len(x) / self.count
         x = x.to(self.mean.device)
@@ -78,6 +86,25 @@ class Moments:
         if not (x.is_cuda and x.dtype == torch.bfloat16):
             x = x.float()
 
+        self._update_means(x, share)
+        if self.gram is not None:
+            update_gram_(self.gram, x, share)
+
+        if error is not None and self.error_mean is not None and self.error_cross is not None:
+            error = error.reshape(-1, error.shape[-1]).to(self.mean.device)
+            self.error_mean.lerp_(error.float().mean(0), share)
+            add_product_(self.error_cross, error, x, share)
+
+        if output is not None:
+            energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
+            if self.energy is None:
+                self.energy = energy
+            else:
+                self.energy.lerp_(energy, share)
+        return self
+
+    def _update_means(self, x: Tensor, share: float) -> None:
+        """Add inputs of shape `(tokens, n)` to the mean and the second moments, in fp64 for a part at a time."""
         mean = x.new_zeros(x.shape[1], dtype=torch.float64)
         square = torch.zeros_like(mean)
         for part in x.split(rows_at_once(x.device, FP64_BYTES * x.shape[1], TOKENS_AT_ONCE)):
@@ -85,19 +112,9 @@ class Moments:
             token_weights = precise.new_full((len(part),), 1 / len(x))
             mean.add_(token_weights @ precise)
             square.add_(token_weights @ precise.square_())
+
         self.mean.lerp_(mean, share)
         self.square.lerp_(square, share)
-
-        if self.gram is not None:
-            update_gram_(self.gram, x, share)
-        if error is not None and self.error_mean is not None and self.error_cross is not None:
-            error = error.reshape(-1, error.shape[-1]).to(self.mean.device)
-            self.error_mean.lerp_(error.float().mean(0), share)
-            add_product_(self.error_cross, error, x, share)
-        if output is not None:
-            energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
-            self.energy = energy if self.energy is None else self.energy.lerp_(energy, share)
-        return self
 
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
         """Return the moments of some components."""
@@ -113,7 +130,7 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Var[x], shape `(n,)`, fp64."""
+        """Return Var[x], shape `(n,)`, fp64."""
         return (self.square - self.mean.square()).clamp(min=0)
 
     def full_gram(self) -> Tensor:
@@ -139,7 +156,8 @@ class Moments:
         """
         if not (self.count or may_be_empty):
             raise StructPruneError(f"{module} never ran during calibration in domain {domain}.")
-        # One check of both, since each makes the host wait for a GPU.
+
+        # Both tensors are checked at once, because each check makes the host wait for a GPU.
         if not torch.isfinite(torch.stack([self.mean, self.square])).all():
             raise StructPruneError(
                 f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "
@@ -149,24 +167,25 @@ class Moments:
 
 
 def output_energy(weight: Tensor, moments: Moments) -> float:
-    """Compute E‖W x‖² of a consumer, from its outputs if observed, else from the Gram matrix or the second moments.
+    """Compute E‖W x‖² of a consumer: from its observed outputs, or else from the Gram matrix or the second moments.
 
-    With second moments alone, components are taken to be uncorrelated. `weight` has the shape `(out, n)`.
+    With second moments alone, components are assumed to be uncorrelated. `weight` has the shape `(out, n)`.
     """
     if moments.energy is not None:
         return float(moments.energy)
     if moments.gram is None:
         return float(weight.square().sum(0) @ moments.square.to(weight))
+
     # tr(W H Wᵀ) = ⟨W H, W⟩, 256 rows of W at a time.
     parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(256)]
     return float(torch.stack(parts).sum())
 
 
 class Mixer:
-    """Mixes the moments of one consumer over the domains, one after the other.
+    """The mixture of the moments of one consumer over the domains, which are added one after the other.
 
-    In memory are the moments of the mixture and of the present domain. Each domain is divided by its output energy, so
-    that a domain with large activations does not outweigh the others.
+    The moments of the mixture and of one domain are in memory. Each domain is divided by its output energy, so that a
+    domain with large activations does not outweigh the others.
 
     Args:
         weight: The dense weight of the consumer, shape `(out, n)`.
@@ -179,25 +198,28 @@ class Mixer:
         self._count = 0
         self._energy = 0.0
         # Whether any domain so far had tokens, and whether any had outputs that are not all zero.
-        self._seen = (False, False)
+        self._rank = (False, False)
 
     @torch.no_grad()
     def add(self, moments: Moments, share: float) -> None:
         """Add a domain with its share of the mixture, and free its matrices."""
         energy = output_energy(self.weight, moments)
-        # Not every expert gets tokens of every domain, and a domain without output needs no unit. Such a domain counts
-        # only if all domains are like it.
-        seen = (moments.count > 0, energy > 0)
-        if seen > self._seen:
+
+        # An expert may get no tokens of a domain, or have no output in it. Such a domain counts only if all domains
+        # are like it: the first domain with tokens or outputs replaces the sums so far.
+        rank = (moments.count > 0, energy > 0)
+        if rank > self._rank:
             self._sums = {}
             self._total = 0.0
             self._count = 0
             self._energy = energy
-            self._seen = seen
-        if seen != self._seen:
+            self._rank = rank
+        if rank != self._rank:
             return
 
-        weight = share * self._energy / energy if energy > 0 else share
+        weight = share
+        if energy > 0:
+            weight = share * self._energy / energy
         self._total += weight
         self._count += moments.count
         for name, tensor in moments.tensors().items():
@@ -207,6 +229,7 @@ class Mixer:
                 self._sums[name] = tensor.mul_(weight)
             else:
                 self._sums[name] = tensor * weight
+
         moments.gram = None
         moments.error_cross = None
 
@@ -229,6 +252,7 @@ def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weigh
     for share, all_moments in zip(shares, by_domain, strict=True):
         for mixer, moments in zip(mixers, all_moments, strict=True):
             mixer.add(moments, share)
+
     return [mixer.moments() for mixer in mixers]
 
 
@@ -241,29 +265,36 @@ def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
         x: The inputs, shape `(tokens, n)`.
         share: The share of these tokens among all tokens so far.
     """
-    # The matrix is symmetric, so only the part right of the diagonal is computed, in at most 8 panels.
+    # The matrix is symmetric, so only the part on and above the diagonal is computed, in at most 8 panels.
     step = max(PANEL_ROWS, -(-len(gram) // 8))
     for start in range(0, len(gram), step):
         rows = slice(start, min(start + step, len(gram)))
-        right = slice(start, len(gram))
-        add_product_(gram[rows, right], x[:, rows], x[:, right], share)
+        columns = slice(start, len(gram))
+        add_product_(gram[rows, columns], x[:, rows], x[:, columns], share)
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
 
 
 @torch.no_grad()
-def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
-    """Add `leftᵀ right`, a sum over tokens, to a running mean in fp32, `total` of shape `(m, n)`."""
-    if MM_TAKES_OUT_DTYPE and left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
-        product = torch.mm(left.T, right, out_dtype=torch.float32)
+def add_product_(total: Tensor, x: Tensor, y: Tensor, share: float) -> None:
+    """Add the mean of x yᵀ over tokens to a running mean in fp32.
+
+    Args:
+        total: The running mean, shape `(m, n)`, which changes.
+        x: A tensor of shape `(tokens, m)`.
+        y: A tensor of shape `(tokens, n)`.
+        share: The share of these tokens among all tokens so far.
+    """
+    if MM_TAKES_OUT_DTYPE and x.dtype == y.dtype == torch.bfloat16 and x.is_cuda:
+        product = torch.mm(x.T, y, out_dtype=torch.float32)
     else:
-        product = left.T.float() @ right.float()
+        product = x.T.float() @ y.float()
     # Adding the product directly would lose precision when few tokens follow many.
-    total.lerp_(product.div_(len(left)), share)
+    total.lerp_(product.div_(len(x)), share)
 
 
 @torch.no_grad()
 def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Copy some rows and columns of a matrix, shape `(m, n)`, without a copy of whole rows."""
+    """Copy some rows and columns of a matrix. Complete rows are copied only for a panel at a time."""
     part = matrix.new_empty(len(rows), len(columns))
     for target, panel in zip(part.split(PANEL_ROWS), rows.split(PANEL_ROWS), strict=True):
         target.copy_(matrix[panel].index_select(1, columns))

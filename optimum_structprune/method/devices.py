@@ -1,10 +1,12 @@
-"""Free memory of a device, and how much work to give it at a time.
+"""Read the free memory of a device, and choose the number of rows that it computes at a time.
 
-The defaults of a CPU are small, since what fits its caches is computed fastest. A GPU needs larger pieces of work: a
-kernel over a few tokens leaves most of it idle.
+The defaults for a CPU are small, because a CPU is fastest on data that fits its caches. A GPU needs larger pieces of
+work, because a kernel over a few tokens leaves most of it idle.
 """
 
 from __future__ import annotations
+
+from time import perf_counter
 
 import psutil
 import torch
@@ -26,7 +28,7 @@ def total_bytes(device: torch.device) -> int | None:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that a device has free for tensors, or None if they are unknown."""
     if device.type == "cuda":
-        # Memory that torch has reserved and does not use is free for tensors of its own.
+        # Memory that torch has reserved and does not use is free for its tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "cpu":
@@ -49,3 +51,31 @@ def rows_at_once(device: torch.device, bytes_per_row: int, on_cpu: int) -> int:
 
     fitting = int(memory * PIECE_OF_MEMORY) // max(bytes_per_row, 1)
     return min(max(fitting, on_cpu), GPU_FACTOR * on_cpu)
+
+
+def measured_throughput(
+    device: torch.device, dtype: torch.dtype, hidden: int, ffn: int, seconds: float = 0.1
+) -> float:
+    """Measure the multiply-adds per second of a matrix product with the sizes of a model.
+
+    The fastest product counts, so that other work on the machine does not.
+
+    Args:
+        device: The device.
+        dtype: The dtype of both factors.
+        hidden: The number of hidden channels.
+        ffn: The number of FFN channels.
+        seconds: The time of the measurement.
+    """
+    inputs = torch.ones(512, hidden, device=device, dtype=dtype)
+    weight = torch.ones(hidden, ffn, device=device, dtype=dtype)
+
+    (inputs @ weight)[0, 0].item()  # the first product prepares kernels
+
+    fastest = float("inf")
+    start = perf_counter()
+    while perf_counter() - start < seconds:
+        begin = perf_counter()
+        (inputs @ weight)[0, 0].item()
+        fastest = min(fastest, perf_counter() - begin)
+    return 512 * hidden * ffn / fastest

@@ -1,4 +1,4 @@
-"""Sources of activations: the layers of a model, run one at a time on the stored outputs of the layers before."""
+"""Sources of activations: run the layers of a model one at a time, on the stored outputs of the previous layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..arch import hooks
 from ..arch.inference import input_device as input_device
 from ..arch.inference import run_model
 from ..arch.modules import layer_list
-from ..arch.spec import EXPERT, ArchSpec, Space
+from ..arch.spec import EXPERT, ArchSpec, Axis, Space
 from ..errors import StructPruneError
 from .calibrate import Moments
 from .shrink import check_same
@@ -36,12 +36,14 @@ class Batch:
 
     domain: int
     ids: Tensor
-    counts: bool = True  # False where another process takes these samples into its moments
+    counts: bool = True  # False if another process adds these samples to its moments
 
     def counted(self, x: Tensor) -> Tensor:
-        """Return the tokens of an activation that count, shape `(tokens, n)`. `x` has the shape `(..., n)`."""
+        """Flatten an activation of shape `(..., n)` to `(tokens, n)`. Return no tokens if the batch does not count."""
         x = x.reshape(-1, x.shape[-1])
-        return x if self.counts else x[:0]
+        if not self.counts:
+            return x[:0]
+        return x
 
 
 class OneProcess:
@@ -97,19 +99,19 @@ def equal(first: Tensor, second: Tensor) -> bool:
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool, plain: bool = False
+    model: PreTrainedModel, arch: ArchSpec, ids: Tensor, all_layers: bool, plain: bool = False
 ) -> tuple[Tensor, list[Call], bool]:
     """Run a model on a batch, and record how its layers are called.
 
-    The calls carry masks and rotary embeddings, which may differ by layer type. What follows the last recorded layer
-    does not run.
+    The calls contain masks and rotary embeddings, which may differ by layer type. The forward pass stops at the last
+    recorded layer.
 
     Args:
         model: The model.
-        arch: Its description.
+        arch: The description of the model.
         ids: The batch, shape `(batch, seq_length)`.
-        whole: Whether to record all layers, or the first layer alone.
-        plain: Whether layers are known to return a bare tensor. They need not run then.
+        all_layers: Whether to record all layers instead of the first layer only.
+        plain: Whether layers are known to return a bare tensor. They are skipped then.
 
     Returns:
         The hidden states that enter the first layer, the recorded calls, and whether layers return a bare tensor.
@@ -130,19 +132,23 @@ def capture(
         elif not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
 
-        by_name = "hidden_states" in kwargs
         options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(Call(args if by_name else args[1:], options, by_name))
+        if "hidden_states" in kwargs:
+            calls.append(Call(args, options, by_name=True))
+        else:
+            calls.append(Call(args[1:], options, by_name=False))
         # The logits of a large vocabulary may take more memory than all layers.
-        if not whole or len(calls) == arch.num_layers:
+        if not all_layers or len(calls) == arch.num_layers:
             raise hooks.StopForward
 
     def after(index: int, output: Any) -> None:
         are_bare.append(isinstance(output, Tensor))
         outputs[:] = [hooks.first_of(output)]
 
-    skipped = layers if plain else []
-    with hooks.replaying(skipped), hooks.intercept(layers, before, after), suppress(hooks.StopForward):
+    skipped_layers: Sequence[nn.Module] = []
+    if plain:
+        skipped_layers = layers
+    with hooks.replaying(skipped_layers), hooks.intercept(layers, before, after), suppress(hooks.StopForward):
         run_model(model, ids)
     return first[0], calls, all(are_bare)
 
@@ -151,8 +157,8 @@ def capture(
 def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     """Return the gain of a module's output in the layer's output, or None if it takes another path.
 
-    With noise n added to the module's output, the layer's output changes by g · n + r. The gain is g, if r is far
-    smaller.
+    With noise n added to the module's output, the layer's output changes by g · n + r. The gain is g, if the deviation
+    r is less than a tenth of g · n.
     """
     # The first sample alone, so that neither the batch size nor the number of processes changes the gain.
     hidden = source.hidden[0]
@@ -164,7 +170,9 @@ def gain_of(source: InMemory, layer: int, name: str) -> float | None:
     change = (noisy - plain).to(noise.device)
     gain = float(source.ranks.broadcast((change * noise).sum() / noise.square().sum()))
     deviation = float(source.ranks.broadcast((change - gain * noise).norm() / noise.norm()))
-    return gain if deviation < MAX_DEVIATION * abs(gain) else None
+    if deviation < MAX_DEVIATION * abs(gain):
+        return gain
+    return None
 
 
 def noise_like(hidden: Tensor) -> Tensor:
@@ -178,7 +186,7 @@ def noise_like(hidden: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """The activations of a model, layer by layer. A source derives from this class, and may leave methods out."""
+    """The activations of a model, layer by layer. Sources derive from this class and override methods as needed."""
 
     ranks: OneProcess = OneProcess()
     # Computes the moments of a space inside experts.
@@ -191,9 +199,9 @@ class Source(Protocol):
         return nullcontext()
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Take the dense residual stream through a layer, which has its dense weights.
+        """Run the dense residual stream through a layer, which has its dense weights.
 
-        Error feedback goes off if no consumer of these kinds writes straight to the residual stream, except when
+        Error feedback is disabled if no consumer of these kinds writes directly to the residual stream, except when
         experts are removed.
         """
         return None
@@ -201,7 +209,8 @@ class Source(Protocol):
     def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """Yield the moments of the inputs of a space's consumers, one per consumer, domain by domain.
 
-        A Gram matrix of a large model takes gigabytes, so the moments of a domain are released before the next.
+        A Gram matrix of a large model takes gigabytes, so the moments of a domain are released before the next domain
+        runs.
         """
         ...
 
@@ -210,31 +219,34 @@ class Source(Protocol):
         ...
 
     def advance(self, layer: int) -> None:
-        """Go on to the next layer. `layer` has its final weights."""
+        """Advance to the next layer. `layer` has its final weights."""
         return None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the present hidden states by name, and numbers as JSON takes them; None if nothing is kept."""
+        """Return the hidden states by name and values that JSON can store, or None without any state."""
         return None
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on from the `state` of another source over the same samples."""
+        """Continue from the `state` of another source over the same samples."""
         return None
 
 
 class InMemory(Source):
-    """Runs one layer at a time on the stored outputs of the pruned layers before it.
+    """A source that runs one layer at a time on the stored outputs of the pruned layers before it.
 
-    In memory are the hidden states of the samples, shape `(batch, seq_length, channels)` per batch, in two copies with
-    error feedback or `fixed` layers; the outputs of the parts of a layer that run before its pruned parts, which need
-    not run again; and the moments of one layer.
+    It stores:
+
+    - the hidden states of the samples, shape `(batch, seq_length, channels)` per batch, and a second copy of them with
+      error feedback or `fixed` layers,
+    - the outputs of the parts of a layer that run before its pruned parts, so that they do not run again, and
+    - the moments of one layer.
 
     Args:
         model: The model.
-        arch: Its description.
+        arch: The description of the model.
         batches: The samples.
-        error_feedback: The share of the error of the residual stream that consumers make up for.
-        fixed: Whether layers do not change. Their outputs are kept then, in place of a second pass.
+        error_feedback: The share of the error of the residual stream that consumers correct.
+        fixed: Whether layers do not change. Their outputs are stored then, which saves a second pass.
 
     Raises:
         NotSequentialError: If layers pass on more than hidden states.
@@ -250,30 +262,45 @@ class InMemory(Source):
         error_feedback: float = 0.0,
         fixed: bool = False,
     ):
-        self.model, self.arch, self.batches = model, arch, list(batches)
+        self.model = model
+        self.arch = arch
+        self.batches = list(batches)
         self.num_domains = 1 + max(batch.domain for batch in batches)
-        self.error_feedback, self.fixed = error_feedback, fixed
+        self.error_feedback = error_feedback
+        self.fixed = fixed
+
         self.hidden: list[Tensor] = []
         self.calls: dict[tuple[int, ...], list[Call]] = {}  # by the shape of a batch
-        self.extras: dict[int, tuple[Any, ...] | None] = {}  # outputs of a layer beside hidden states, if it has any
+        self.extras: dict[int, tuple[Any, ...] | None] = {}  # a layer's outputs after the hidden states, by layer
         self.gains: dict[str, float | None] = {}  # by the name of a module, which is the same in all layers
         self.find_other_path: Callable[[InMemory, int, str], ResidualPath | None] | None = None
-        self.outputs: dict[int, Tensor] = {}  # outputs of the present layer by batch, if layers are fixed
-        self.changed: set[str] = set()  # the parts of the present layer that are pruned
-        self.cache: dict[str, dict[int, Any]] = {}  # outputs of other parts of the present layer, by batch
 
-        # A few tokens, by which a layer and its pruned form are compared.
-        self.check_batch = capture(model, arch, batches[0].ids[:1, :16], whole=True)
-        returns_bare = self.check_batch[2]
-        for batch in batches:
-            shape = tuple(batch.ids.shape)
-            hidden, calls, _ = capture(model, arch, batch.ids, whole=shape not in self.calls, plain=returns_bare)
-            recorded = self.calls.setdefault(shape, calls)[0].tensors()
-            present = calls[0].tensors()
-            if len(recorded) != len(present) or not all(map(equal, recorded, present)):
-                raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
-            self.hidden.append(hidden.to(device=self.keep_on))
+        # The state of the current layer:
+        self.outputs: dict[int, Tensor] = {}  # its outputs by batch, if layers are fixed
+        self.changed: set[str] = set()  # its pruned parts
+        self.cache: dict[str, dict[int, Any]] = {}  # the outputs of its other parts, by batch
+
+        # `same_outputs` compares a layer and its pruned version on a few tokens.
+        self.check_batch = capture(model, arch, batches[0].ids[:1, :16], all_layers=True)
+        self._enter_first_layer()
         self.dense = list(self.hidden)
+
+    def _enter_first_layer(self) -> None:
+        """Record the inputs of the first layer for all samples, and the calls of the layers by batch shape."""
+        _, _, returns_bare = self.check_batch
+        for batch in self.batches:
+            shape = tuple(batch.ids.shape)
+            is_new = shape not in self.calls
+            hidden, calls, _ = capture(self.model, self.arch, batch.ids, all_layers=is_new, plain=returns_bare)
+
+            # Calls are stored once per shape, so their tensors must not depend on the samples.
+            stored_tensors = self.calls.setdefault(shape, calls)[0].tensors()
+            tensors = calls[0].tensors()
+            if len(stored_tensors) != len(tensors) or not all(map(equal, stored_tensors, tensors)):
+                raise NotSequentialError(
+                    f"the layers of {self.arch.model_type!r} are called with more than hidden states"
+                )
+            self.hidden.append(hidden.to(device=self.keep_on))
 
     @torch.no_grad()
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
@@ -295,7 +322,10 @@ class InMemory(Source):
                 output = module(hidden_states=hidden, **kwargs)
             else:
                 output = module(hidden, *args, **kwargs)
-        self.extras[layer] = output[1:] if isinstance(output, tuple) else None
+
+        self.extras[layer] = None
+        if isinstance(output, tuple):
+            self.extras[layer] = output[1:]
         return hooks.first_of(output)
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
@@ -325,22 +355,39 @@ class InMemory(Source):
         paths: dict[str, ResidualPath | None] = {}
         if self.error_feedback:
             paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items()}
-        self.changed |= {axis.param.removeprefix(prefix).partition(".")[0] for axis in space.axes}
+
+        # The parts that this space prunes change, so their outputs cannot be cached any longer.
+        self.changed.update(axis.param.removeprefix(prefix).partition(".")[0] for axis in space.axes)
         self.cache = {name: outputs for name, outputs in self.cache.items() if name not in self.changed}
         parts = self._parts_to_cache(layer)
 
-        # A spread model computes each layer on its own device.
-        device = next(self.module(layer).parameters()).device
-        channels = self.hidden[0].shape[-1]
         for domain in range(self.num_domains):
-            moments = {}
-            for name, axis in axes.items():
-                outputs = channels if paths.get(name) else 0
-                moments[name] = Moments.empty(space.size * axis.per_unit, gram, device, outputs)
+            moments = self._empty_moments(layer, space, axes, paths, gram)
             for index, batch in enumerate(self.batches):
                 if batch.domain == domain:
                     self._observe(layer, index, parts, moments, paths)
             yield [self.ranks.sum_(moments[name]).checked(axis.module, domain) for name, axis in axes.items()]
+
+    def _empty_moments(
+        self,
+        layer: int,
+        space: Space,
+        axes: Mapping[str, Axis],
+        paths: Mapping[str, ResidualPath | None],
+        gram: bool,
+    ) -> dict[str, Moments]:
+        """Return moments of no tokens for the consumers of a space, by the name of the module."""
+        # Each layer of a spread model has its own device.
+        device = next(self.module(layer).parameters()).device
+        channels = self.hidden[0].shape[-1]
+
+        moments = {}
+        for name, axis in axes.items():
+            outputs = 0
+            if paths.get(name) is not None:
+                outputs = channels
+            moments[name] = Moments.empty(space.size * axis.per_unit, gram, device, outputs)
+        return moments
 
     def _observe(
         self,
@@ -350,9 +397,10 @@ class InMemory(Source):
         moments: dict[str, Moments],
         paths: Mapping[str, ResidualPath | None],
     ) -> None:
-        """Run a layer on one batch, take the inputs of consumers into their moments, and cache outputs of `parts`."""
-        batch, module = self.batches[index], self.module(layer)
-        # The error of these consumers is known after the layer has run.
+        """Run a layer on one batch, add the inputs of consumers to their moments, and cache the outputs of `parts`."""
+        batch = self.batches[index]
+        module = self.module(layer)
+        # The error of these consumers is only available after the layer has run.
         waiting: list[tuple[str, ResidualPath, Tensor, Tensor | None]] = []
 
         def see(name: str, x: Tensor, product: Tensor | None) -> None:
@@ -379,7 +427,8 @@ class InMemory(Source):
             dense = self.dense[index].to(output.device)
             error = batch.counted(self.error_feedback * (dense.float() - output.float()))
             for name, path, x, product in waiting:
-                moments[name].update(*path.to_fit(x, error, product))
+                inputs, own_error, output = path.to_fit(x, error, product)
+                moments[name].update(inputs, own_error, output)
 
     def advance(self, layer: int) -> None:
         if len(self.outputs) == len(self.hidden):
@@ -392,7 +441,7 @@ class InMemory(Source):
         self.routed = (-1, ())
 
     def pass_through(self, layer: int) -> None:
-        """Take the hidden states of all samples through a layer. Parts with cached outputs do not run again."""
+        """Run the hidden states of all samples through a layer. Parts with cached outputs do not run again."""
         module = self.module(layer)
         device = next(module.parameters()).device
         for index in range(len(self.hidden)):
@@ -418,25 +467,29 @@ class InMemory(Source):
     @torch.no_grad()
     def same_outputs(self, layer: int) -> Iterator[None]:
         hidden, calls, _ = self.check_batch
-        before = self._run(layer, hidden, calls[layer])
+        masked_output = self._run(layer, hidden, calls[layer])
         yield
-        check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
+        check_same(f"Layer {layer}", masked_output, self._run(layer, hidden, calls[layer]))
 
     def _parts_to_cache(self, layer: int) -> list[str]:
-        """List the parts of a layer that are large or change, if outputs of parts before the changes can be kept."""
+        """List the parts of a layer that are large or change, or no parts if no outputs can be cached."""
         parts = dict(self.module(layer).named_children())
         # A hook cannot see when the layer uses a parameter of its own.
         if self.fixed or not self.changed <= set(parts):
             return []
-        sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-        least = 0.02 * sum(sizes.values())
-        return [name for name in parts if name in self.changed or sizes[name] >= least]
+
+        sizes = {}
+        for name, part in parts.items():
+            sizes[name] = sum(parameter.numel() for parameter in part.parameters())
+        min_size = 0.02 * sum(sizes.values())
+        return [name for name in parts if name in self.changed or sizes[name] >= min_size]
 
     def residual_path(self, layer: int, module: str) -> ResidualPath | None:
-        """Return the residual path of a module, which noise finds, or None."""
+        """Find the path from a module's output to the residual stream by adding noise. Return None if it has none."""
         name = module.removeprefix(self.arch.layer_prefix(layer))
         if name not in self.gains:
             self.gains[name] = gain_of(self, layer, name)
+
         gain = self.gains[name]
         if gain is not None:
             return Gain(gain)

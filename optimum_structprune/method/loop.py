@@ -8,10 +8,10 @@
       (calibrate.py).
     - score: the criterion scores the units by the weights that read them and by the moments (`Criterion`).
     - choose: the units with the highest scores are kept.
-    - refit: new values of the kept columns make up for the removed columns and for the error of the layers in front
+    - refit: new values of the kept columns compensate for the removed columns and for the error of the earlier layers
       (refit.py). The removed columns are masked: they become zero.
 - `shrink_layer_` replaces the layer by a smaller one (shrink.py), and `source.same_outputs` compares their outputs. In
-  a round before the last and in a trial, the layer stays masked.
+  a round before the last and in a trial, the layer is only masked.
 - `source.advance` runs the hidden states of the samples through the layer, to the next one.
 - `on_layer` is called. Progress and checkpoints are attached there.
 """
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import Space, Widths
+from ..arch.spec import Axis, Space, Widths
 from ..errors import StructPruneError
 from .calibrate import Moments, mixed
 from .layers import Source
@@ -37,7 +37,7 @@ from .shrink import Masks, Values, read_consumer, shrink_layer_, units_to_column
 
 @dataclass(frozen=True)
 class Method:
-    """The criterion and the refit, with their inputs other than the moments.
+    """The criterion and the refit, with all their inputs except the moments.
 
     Args:
         criterion: The criterion.
@@ -69,24 +69,27 @@ def prune_layers_(
 ) -> None:
     """Prune the layers of a model to their widths.
 
-    Each layer is fitted to its inputs behind the pruned layers in front of it.
+    Each layer is fitted to the outputs of the pruned layers before it.
 
     Args:
         masks: The masks of the model. The kept units are added to them.
         source: The source of activations.
         method: The criterion and the refit.
         widths: The widths after pruning.
-        smaller: The model with these widths and without weights. Its layers replace those of the model. Without it,
+        smaller: The model with these widths and without weights. Its layers replace the dense layers. Without it,
             the removed units are only masked.
-        layers: The indices of the layers; None stands for all layers.
+        layers: The indices of the layers to prune. The default is all layers.
         on_layer: A function that is called with the index of each finished layer.
     """
     arch = masks.arch
     if layers is None:
         layers = range(arch.num_layers)
+
     for layer in layers:
         with source.at(layer, changes=True):
-            consumers = [axis for space in arch.at(layer) for axis in space.consumers]
+            consumers: list[Axis] = []
+            for space in arch.at(layer):
+                consumers += space.consumers
             with masks.lifted(consumers):
                 source.advance_dense(layer, widths.keys())
 
@@ -96,37 +99,40 @@ def prune_layers_(
                     prune_space_(masks, source, method, space, width)
 
             if smaller is not None:
-                masks.lost = True
+                masks.irreversible = True
                 with source.same_outputs(layer):
                     shrink_layer_(masks.model, arch, layer, masks.keep, smaller)
+
             source.advance(layer)
             on_layer(layer)
 
 
 def prune_space_(masks: Masks, source: Source, method: Method, space: Space, width: int) -> None:
-    """Choose units of one space to keep, refit the columns that read them, and mask all others.
+    """Choose the units of one space to keep, refit the columns that read them, and mask the other columns.
 
     Every refit starts from the dense weights, so that the error of an earlier round is not fitted again. Scores are
-    computed from the present weights, in which kept units already make up for the units that an earlier round masked.
+    computed from the current weights, which already compensate for the units that an earlier round masked.
     """
     dense, moments = calibrate(masks, source, method, space)
-    present: Sequence[int] = range(space.size)
-    weights = [weight for weight, _ in dense]
-    present_moments = moments
-    if space.key in masks.keep:
-        present = masks.keep[space.key]
-        weights, present_moments = _present_values(masks, space, moments)
 
-    scores = torch.stack(consumer_scores(method, space, weights, present_moments)).sum(0)
-    keep = tuple(present[unit] for unit in best_units(scores, width))
+    units: Sequence[int] = range(space.size)
+    weights = [weight for weight, _ in dense]
+    unit_moments = moments
+    if space.key in masks.keep:
+        units = masks.keep[space.key]
+        weights, unit_moments = _current_values(masks, space, moments)
+
+    scores = torch.stack(consumer_scores(method, space, weights, unit_moments)).sum(0)
+    keep = tuple(units[index] for index in best_units(scores, width))
+
     refitted = refit_consumers(method, space, keep, dense, moments)
     for axis, (columns, weight, bias) in zip(space.consumers, refitted, strict=True):
         masks.write_(axis, columns, weight, bias)
     masks.keep[space.key] = keep
 
 
-def _present_values(masks: Masks, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
-    """Return the present weights of the consumers of a space, and their moments, without the masked columns."""
+def _current_values(masks: Masks, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
+    """Return the current weights of the consumers of a space, and their moments, without the masked columns."""
     weights = []
     selected = []
     for axis, own_moments in zip(space.consumers, moments, strict=True):
@@ -143,11 +149,14 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
     weights = [weight for weight, _ in dense]
     criterion = method.criterion
 
-    # A refit starts from the dense weights, so that error feedback has to measure the error of the dense weights.
+    # A refit starts from the dense weights, so error feedback must measure their error.
+    prior = None
     with masks.lifted(space.consumers):
         by_domain = source.moments(space.layer, space, method.gram)
         moments = mixed(by_domain, method.shares, weights)
-        prior = None if criterion.prior is None else criterion.prior(masks.model, masks.arch, space)
+        if criterion.prior is not None:
+            prior = criterion.prior(masks.model, masks.arch, space)
+
     for axis, own_moments in zip(space.consumers, moments, strict=True):
         own_moments.prior = method.statistics.get(axis.module, prior)
     return dense, moments
@@ -179,10 +188,10 @@ def refit_consumers(
 
 @dataclass(eq=False)
 class Criterion:
-    """A score function and its needs; `criteria.register_criterion` makes one of a function.
+    """A score function and its requirements. `criteria.register_criterion` creates it from a function.
 
     Args:
-        name: What `StructPruneConfig.criterion` calls it.
+        name: The value of `StructPruneConfig.criterion` that selects it.
         score: For units inside the layers, a function `(weight, moments, columns_per_unit, **parameters)`. Its
             arguments are the weight of a consumer, shape `(out, units * columns_per_unit)`, fp32; the moments of its
             input, with as many components as the weight has columns; the number of columns of a unit; and the
@@ -237,8 +246,11 @@ def check_scores(scores: object, count: int, name: str, where: str) -> None:
     """Raise `StructPruneError` if scores are not one finite number for each unit."""
     if isinstance(scores, Tensor) and scores.shape == (count,) and bool(torch.isfinite(scores).all()):
         return
-    shape = f", of the shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
+
+    result = f"{scores!r:.60}"
+    if isinstance(scores, Tensor):
+        result += f" of shape {tuple(scores.shape)}"
     raise StructPruneError(
-        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a tensor without "
-        f"NaN; it gives {scores!r:.60}{shape}."
+        f"The criterion {name!r} must return {count} finite scores, one per unit, at {where}, as a tensor without "
+        f"NaN. It returned {result}."
     )

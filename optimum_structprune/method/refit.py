@@ -1,4 +1,4 @@
-"""Compute new weights for the kept columns of a layer, so that they make up for the removed columns."""
+"""Compute new weights for the kept columns of a layer, so that they compensate for the removed columns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .calibrate import Moments, submatrix
 
 logger = logging.getLogger(__name__)
 
-# The smallest second moment, relative to the mean one, that the ridge of a component is computed from.
+# The minimum second moment, relative to the mean of all second moments, in the ridge of a component.
 MIN_MOMENT_SHARE = 1e-6
-# The number of rows of a matrix product or of a right side that are in memory a second time.
+# The number of rows of a matrix product or of a right-hand side that are in memory a second time.
 ROWS_AT_ONCE = 1024
-# The number of tokens per column with which the noise of a Gram matrix doubles the ridge.
+# With this number of tokens per column, the noise of a Gram matrix doubles the ridge.
 TOKENS_PER_COLUMN = 20
-# The number of factorisations, each with ten times the ridge of the one before.
+# The number of factorisations. Each has ten times the ridge of the previous one.
 MAX_ATTEMPTS = 6
 
 
@@ -133,9 +133,9 @@ def with_damped_factor(
         use: A function of the factor, shape `(n, n)`.
 
     Raises:
-        StructPruneError: If no attempt gives a finite result.
+        StructPruneError: If no attempt has a finite result.
     """
-    # A component that is always zero would get no ridge, and the matrix would stay singular.
+    # Without a minimum, a component that is always zero would get no ridge, and the matrix would be singular.
     scale = diagonal.clamp(min=MIN_MOMENT_SHARE * float(diagonal.mean()))
     for attempt in range(MAX_ATTEMPTS):
         ridge = max(damping, 1e-8) * 10.0**attempt
@@ -144,45 +144,51 @@ def with_damped_factor(
             if result is not None:
                 return result
         logger.warning("The Gram matrix is not positive definite with damping %g; trying ten times that.", ridge)
+
     raise StructPruneError(
         "The Gram matrix of a consumer's input cannot be inverted even with damping; the activations are broken."
     )
 
 
 def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Factorise a matrix in place, with a ridge; return None if that fails or the result is not finite."""
+    """Factorise a matrix in place, with a ridge. Return None if that fails or the result is not finite."""
     damped.diagonal().add_(scale.to(damped), alpha=ridge)
+
     # LAPACK stores matrices by columns, and would copy a matrix that is stored by rows. This one is symmetric.
     factor = damped.mT
     info = torch.empty((), dtype=torch.int32, device=damped.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     if info != 0:
         return None
+
     result = use(factor)
-    return result if torch.isfinite(result).all() else None
+    if not torch.isfinite(result).all():
+        return None
+    return result
 
 
-def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, right: Tensor, damping: float) -> Tensor:
+def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, target: Tensor, damping: float) -> Tensor:
     """Solve X (M + λ D) = B with the ridge of `with_damped_factor`. The solution is zero if M is zero.
 
     Args:
         matrix: A function that returns a copy of M in a dtype, shape `(n, n)`.
         diagonal: The diagonal of M, shape `(n,)`.
-        right: B, shape `(m, n)`.
+        target: B, shape `(m, n)`.
         damping: The strength λ.
 
     Returns:
         X, shape `(m, n)`.
     """
     if float(diagonal.sum()) <= 0:
-        return torch.zeros_like(right)
+        return torch.zeros_like(target)
 
     def solve(factor: Tensor) -> Tensor:
         # Two triangular solves, because `cholesky_solve` copies the factor.
         solutions = []
-        for rows in right.split(ROWS_AT_ONCE):
-            half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).T, upper=False)
-            solutions.append(torch.linalg.solve_triangular(factor.mT, half, upper=True).T.to(right.dtype))
+        for rows in target.split(ROWS_AT_ONCE):
+            partial = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).T, upper=False)
+            solution = torch.linalg.solve_triangular(factor.mT, partial, upper=True).T
+            solutions.append(solution.to(target.dtype))
         return torch.cat(solutions)
 
     return with_damped_factor(matrix, diagonal, damping, solve)

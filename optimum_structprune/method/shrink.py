@@ -1,4 +1,4 @@
-"""Weights: how consumers are read, written and masked, and how a layer is cut down to the kept units."""
+"""Read, write and mask the weights of consumers, and cut a layer down to the kept units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Keep = Mapping[tuple[int, str], Sequence[int]]
 
 
 def read_consumer(model: nn.Module, axis: Axis, dtype: torch.dtype | None = torch.float32) -> Values:
-    """Copy the weight `(out, n)` and the bias `(out,)` of a consumer; `dtype=None` keeps its own dtype."""
+    """Copy the weight `(out, n)` and the bias `(out,)` of a consumer. `dtype=None` keeps the model's dtype."""
     weight, bias = _views(model, axis)
     return _copies(weight, bias, dtype or weight.dtype)
 
@@ -38,13 +38,13 @@ def _copies(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Values:
 
 @torch.no_grad()
 def write_consumer_(model: nn.Module, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Write new columns of a consumer, `weight` of shape `(out, kept)`, and its bias; all other columns become 0."""
-    present_weight, present_bias = _views(model, axis)
-    present_weight.zero_()
-    present_weight[:, columns] = weight.to(present_weight)
+    """Write new columns of a consumer, `weight` of shape `(out, columns)`, and its bias. Set other columns to 0."""
+    target_weight, target_bias = _views(model, axis)
+    target_weight.zero_()
+    target_weight[:, columns] = weight.to(target_weight)
     if bias is not None:
-        assert present_bias is not None, "a refit has to give a bias only where there is one"
-        present_bias.copy_(bias)
+        assert target_bias is not None, "a refit returned a bias for a consumer without one"
+        target_bias.copy_(bias)
 
 
 def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
@@ -53,70 +53,72 @@ def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> T
 
 
 def _views(model: nn.Module, axis: Axis) -> Values:
-    """Return views of the weight, `(out, n)`, and the bias of a consumer; of one expert if the axis names one."""
+    """Return views of the weight `(out, n)` and the bias of a consumer, or of one expert if the axis has a part."""
     module = model.get_submodule(axis.module)
     leaf = axis.param.rpartition(".")[2]
     weight = module.get_parameter(leaf).detach()
-    bias_name = "bias" if axis.part is None else f"{leaf}_bias"
-    bias = getattr(module, bias_name, None)
-    if bias is not None:
-        bias = bias.detach()
 
     if axis.part is None:
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias = bias.detach()
         return weight.movedim(axis.dim, -1), bias
+
+    bias = getattr(module, f"{leaf}_bias", None)
     if bias is not None:
-        bias = bias[axis.part]
+        bias = bias.detach()[axis.part]
     return weight[axis.part].movedim(axis.dim - 1, -1), bias
 
 
 @dataclass
 class Masks:
-    """The kept units of a model; the columns of all other units are zero.
+    """The kept units of a model. The columns of all other units are zero.
 
-    Consumers that are read or changed have to be in memory.
+    Consumers that are read or changed must be in memory.
 
     Args:
         model: The model.
-        arch: Its description.
-        undoable: Whether to remember the dense values of all consumers that change, in the model's dtype.
+        arch: The description of the model.
+        undoable: Whether to store the dense values of all consumers that change, in the model's dtype.
         keep: The kept units so far.
-        lost: Whether the model has lost values that cannot be restored.
+        irreversible: Whether values of the model have been overwritten that cannot be restored.
     """
 
     model: PreTrainedModel
     arch: ArchSpec
     undoable: bool = True
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
-    lost: bool = False
+    irreversible: bool = False
     _dense: dict[Axis, Values] = field(default_factory=dict)
 
     def dense(self, axis: Axis) -> Values:
         """Copy the values of a consumer before any change, in fp32."""
         if axis not in self._dense:
             return read_consumer(self.model, axis)
-        return _copies(*self._dense[axis], torch.float32)
+        weight, bias = self._dense[axis]
+        return _copies(weight, bias, torch.float32)
 
     def write_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Write the kept columns of a consumer, and mask all others; see `write_consumer_`."""
+        """Write the kept columns of a consumer, and mask all other columns; see `write_consumer_`."""
         if not self.undoable:
-            self.lost = True
+            self.irreversible = True
         elif axis not in self._dense:
             self._dense[axis] = read_consumer(self.model, axis, dtype=None)
         write_consumer_(self.model, axis, columns, weight, bias)
 
-    def present(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
-        """Copy the present values of some consumers, in the model's dtype."""
+    def current(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
+        """Copy the current values of some consumers, in the model's dtype."""
         return {axis: read_consumer(self.model, axis, dtype=None) for axis in axes}
 
     @contextmanager
     def holding(self, values: Mapping[Axis, Values]) -> Iterator[None]:
-        """Replace the values of consumers inside `with`; `values` are in the model's dtype."""
-        present = self.present(values)
+        """Replace the values of consumers inside `with`. `values` are in the model's dtype."""
+        current = self.current(values)
         self._put_(values)
         try:
             yield
         finally:
-            self._put_(present)
+            self._put_(current)
 
     def lifted(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
         """Restore the dense values of consumers inside `with`."""
@@ -126,8 +128,12 @@ class Masks:
         return self.holding(values)
 
     def undo_(self, at: Callable[[int], AbstractContextManager[None]]) -> None:
-        """Restore the dense values of every consumer, unless some are lost; `at` loads the weights of a layer."""
-        if not self.lost:
+        """Restore the dense values of all consumers, unless the masks are irreversible.
+
+        Args:
+            at: A context manager that loads the weights of a layer.
+        """
+        if not self.irreversible:
             for layer in range(self.arch.num_layers):
                 prefix = self.arch.layer_prefix(layer)
                 values = {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}
@@ -155,10 +161,10 @@ def slice_tensors(
     """Cut tensors down to the kept units.
 
     Args:
-        tensors: The tensors by name. A tensor without pruned units is returned as it is.
+        tensors: The tensors by name. A tensor without pruned units is returned unchanged.
         spaces: The spaces whose units are pruned.
         keep: The kept units.
-        device: The device of the results; by default each stays where it is.
+        device: The device of the results. By default, a tensor is cut on its own device.
     """
     cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
@@ -173,9 +179,9 @@ def slice_tensors(
 def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: torch.device | None) -> Tensor:
     """Cut a tensor down to the given indices."""
     cut_by_part = any(cut.part is not None for cut in cuts)
-    # Removed matrices of a stack are not moved to another device in vain.
-    removed_parts = device is not None and tensor.ndim > 2 and Cut(0) in cuts
-    if cut_by_part or removed_parts:
+    # Cut a stack part by part, so that its removed matrices are not moved to the other device.
+    moves_stack = device is not None and tensor.ndim > 2 and Cut(0) in cuts
+    if cut_by_part or moves_stack:
         tensor = _sliced_stack(tensor, cuts, device)
         cuts = {cut: indices for cut, indices in cuts.items() if cut.part is None and cut.dim > 0}
 
@@ -198,16 +204,19 @@ def _sliced_stack(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: tor
 
 @torch.no_grad()
 def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model without weights, filled with the kept units.
+    """Replace one layer by the layer of a `smaller` model without weights, and fill it with the kept units.
 
-    The parameters are the same objects with less data in them, so that an optimizer still holds them. The layer is
-    cut on its device if that has room for both layers. Otherwise it is cut in the CPU's memory, and the device never
-    holds both. An error leaves the whole layer.
+    The parameters are the same objects with less data, so that an optimizer still holds them. The layer is cut on its
+    device if both layers fit there. Otherwise it is cut in CPU memory, and the device never holds both. If an error
+    occurs, the model keeps the dense layer.
     """
     prefix = arch.layer_prefix(layer)
-    whole = layer_list(model, arch)[layer]
-    device = None if _has_room_to_cut(whole) else torch.device("cpu")
-    tensors = {prefix + name: tensor for name, tensor in whole.state_dict().items()}
+    dense_layer = layer_list(model, arch)[layer]
+    device = None
+    if not _has_room_to_cut(dense_layer):
+        device = torch.device("cpu")
+
+    tensors = {prefix + name: tensor for name, tensor in dense_layer.state_dict().items()}
     state = tensors_under(slice_tensors(tensors, list(arch.at(layer)), keep, device), prefix)
     del tensors  # it holds the weights that the replacement frees
     fill_layer_(model, arch, layer, state, smaller)
@@ -221,21 +230,27 @@ def _has_room_to_cut(layer: nn.Module) -> bool:
         return False
 
     device = devices.pop()
-    free = free_bytes(device)
-    if device.type != "cuda" or free is None:
+    available = free_bytes(device)
+    if device.type != "cuda" or available is None:
         return False
+
     sizes = [parameter.nbytes for parameter in parameters]
-    return sum(sizes) + max(sizes) <= free
+    return sum(sizes) + max(sizes) <= available
 
 
 def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model, filled with `state`; see `shrink_layer_`."""
-    old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
-    parameters = dict(old.named_parameters())
+    """Replace one layer by the layer of a `smaller` model, and fill it with `state`; see `shrink_layer_`."""
+    dense_layer = layer_list(model, arch)[layer]
+    small_layer = layer_list(smaller, arch)[layer]
+    parameters = dict(dense_layer.named_parameters())
     device = next(iter(parameters.values())).device
-    # Parameters are moved by `replace_`, once the old ones are freed. Buffers are small.
-    state = {name: tensor if name in parameters else tensor.to(device) for name, tensor in state.items()}
-    replace_(model, arch.layer_prefix(layer)[:-1], new, state, arch)
+
+    # Move only the buffers, which are small. `replace_` moves parameters after it has freed the dense ones.
+    tensors = dict(state)
+    for name, tensor in state.items():
+        if name not in parameters:
+            tensors[name] = tensor.to(device)
+    replace_(model, arch.layer_prefix(layer)[:-1], small_layer, tensors, arch)
 
 
 def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -244,10 +259,10 @@ def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
-    """Check that pruned units were masked before: their removal changes no output.
+    """Check that the removal of masked units changes no output.
 
     The relative error of the median token may be 16 eps of the dtype, and at least 1e-2, which is ten steps of TF32.
-    Tiny models of all families show at most 4 eps. Single tokens may differ more, since rounding may send them to
+    Tiny models of all families show at most 4 eps. Single tokens may differ more, because rounding may route them to
     another expert.
 
     Args:
@@ -256,14 +271,16 @@ def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
         pruned: The outputs without these units, of the same shape.
 
     Raises:
-        StructPruneError: If the outputs differ by more than rounding explains.
+        StructPruneError: If the outputs differ by more than rounding.
     """
     limit = max(1e-2, 16 * torch.finfo(pruned.dtype).eps)
-    masked, pruned = masked.float(), pruned.float()
-    # Two states that are both zero are the same.
+    masked = masked.float()
+    pruned = pruned.float()
+
+    # The minimum avoids a division by zero, so that two states that are both zero are the same.
     norms = masked.norm(dim=-1).clamp(min=torch.finfo(masked.dtype).tiny)
     error = float(((pruned - masked).norm(dim=-1) / norms).median())
-    # An error that is NaN is refused as well, unless the masked outputs were NaN or infinite already.
+    # An error that is NaN raises as well, unless the masked outputs were NaN or infinite already.
     if masked.isfinite().all() and not error <= limit:
         raise StructPruneError(
             f"{what} gives other outputs than with the removed units masked: they differ by {error:.2g} of their "

@@ -1,4 +1,4 @@
-"""Vectors of texts by encoders, compared with the vectors of the original model."""
+"""Compare the text embeddings of a pruned encoder with the embeddings of the original model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from ..vocabulary.languages import texts as language_texts
 
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
-MOST_SENTENCES = 128  # of a domain
+MOST_SENTENCES = 128  # per domain
 SENTENCE_LENGTH = 200  # characters; longer sentences are divided
-SET_ASIDE = 8  # one of 8 documents that nothing else reads is for evaluation
+UNUSED_PER_TEXT = 8  # one of 8 unused documents is for evaluation
 NUM_NEIGHBOURS = 10  # neighbours of a text
-MOST_TOKENS = 256  # of a text
+MOST_TOKENS = 256  # per text
 # A few sentences lose most of the cosine, and the measured sentences may contain none of them. Twice the usual margin,
-# and at least this margin divided by the number of documents, contain 9 of 10 values that were measured on other text.
+# and at least `COSINE_UNSEEN` divided by the number of documents, contain 9 of 10 values measured on other text.
 COSINE_SPREAD = 2
 COSINE_UNSEEN = 0.002
 # The prompt of the texts that are searched, by the usual names.
@@ -68,8 +68,8 @@ def _weighted_mean(states: Tensor, start: int) -> Tensor:
     return weights @ states[:, start:]
 
 
-# From states of shape `(texts, tokens, channels)` and the first token that counts to vectors, by the names of
-# sentence-transformers. Its other names divide the sum over tokens by another number, which changes no cosine.
+# The pooling functions by the names of sentence-transformers, from states of shape `(texts, tokens, channels)` and the
+# first pooled token to vectors. Its other names divide the sum over tokens by another number, which changes no cosine.
 POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "cls": _cls,
     "lasttoken": _last_token,
@@ -79,19 +79,19 @@ POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
 
 
 class Texts(NamedTuple):
-    """Texts, or inputs in their place, and the number of the document of each."""
+    """Texts or other inputs, with the number of the document of each."""
 
     texts: Sequence[str] | Tensor
     documents: Sequence[int]
 
     @classmethod
     def one_each(cls, texts: Sequence[str] | Tensor) -> Texts:
-        """Return texts that are a document each."""
+        """Return texts with a document of its own for each text."""
         return cls(texts, range(len(texts)))
 
 
 class Pooling(NamedTuple):
-    """How sentence-transformers makes the vector of a text.
+    """The settings by which sentence-transformers makes the vector of a text.
 
     Attributes:
         modes: The names of the ways to pool the hidden states; several vectors are concatenated.
@@ -105,7 +105,7 @@ class Pooling(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Pooling:
-        """Read the pooling and the prompt from the files around a model; the mean without a prompt by default."""
+        """Read the pooling and the prompt from the module files of a model. Default to the mean without a prompt."""
         files = module_files(model.config)
         prompt = _prompt_in(files)
         with suppress(Exception):  # of files that are missing, or that somebody has changed
@@ -138,8 +138,9 @@ class Pooling(NamedTuple):
 def _modes_in(config: Mapping[str, Any]) -> list[str]:
     """Return the names of the ways to pool in the config of a pooling module of any version."""
     if "pooling_mode" not in config:
-        older = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
-        return [re.sub("pooling_mode_|_tokens?$", "", key) for key in older]
+        flags = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
+        return [re.sub("pooling_mode_|_tokens?$", "", flag) for flag in flags]
+
     modes = config["pooling_mode"]
     if isinstance(modes, str):
         return [modes]
@@ -151,16 +152,18 @@ def _prompt_in(files: Mapping[str, str]) -> str:
     with suppress(Exception):  # of a file that is missing, or that somebody has changed
         config = json.loads(files[PROMPTS])
         prompts = config["prompts"]
-        for name in (config.get("default_prompt_name"), *DOCUMENT_PROMPTS):
+        names = [config.get("default_prompt_name")]
+        names += DOCUMENT_PROMPTS
+        for name in names:
             if name in prompts:
                 return str(prompts[name])
     return ""
 
 
 class Embeddings:
-    """Compares the vectors of texts with those of the original model, by domain and for one text in 30 languages.
+    """Comparison of the vectors of a pruned and the original encoder, by domain and for one text in 30 languages.
 
-    The vectors of the original model are computed at once, and the model is not kept.
+    The constructor computes the vectors of the original model and does not keep the model.
 
     Args:
         model: The original model.
@@ -197,7 +200,7 @@ class Embeddings:
         self.dense_losses = self._losses(model)
 
     def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
-        """Return the gaps in the texts of each domain, where the model fills gaps."""
+        """Return the gaps in the texts of each domain, if the model fills gaps."""
         if self.tokenizer is None or not fills_gaps(model, self.tokenizer):
             return {}
 
@@ -205,6 +208,7 @@ class Embeddings:
         for name, (texts, _) in self.texts.items():
             if isinstance(texts, Tensor):
                 continue
+
             if model.config.is_encoder_decoder and name in self.pairs:
                 half = len(texts) // 2
                 gaps[name] = Gaps(texts[:half], model, self.tokenizer, texts[half:])
@@ -213,7 +217,7 @@ class Embeddings:
         return gaps
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Read the texts with another tokenizer from now on."""
+        """Encode the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
@@ -221,32 +225,35 @@ class Embeddings:
         self.enter(report, model)
 
     def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
-        """Enter the figures of the pruned model into a record; perplexity only where a head predicts tokens."""
+        """Enter the figures of the pruned model into a record, with perplexity if a head predicts tokens."""
         by_domain, by_language = self.figures(model)
         for name, vectors in by_domain.items():
             record.domains[name] = DomainResult(vectors=vectors)
 
-        for name, losses in self._losses(model).items():
+        for name, pruned_losses in self._losses(model).items():
+            losses = {DENSE: self.dense_losses[name], PRUNED: pruned_losses}
             tokens = int(self.gaps[name].tokens.sum())
-            documents = torch.tensor([*self.texts[name].documents])[: len(losses)]
-            result = perplexity_result({DENSE: self.dense_losses[name], PRUNED: losses}, tokens, documents)
+            documents = torch.tensor(self.texts[name].documents)[: len(pruned_losses)]
+            result = perplexity_result(losses, tokens, documents)
             result.vectors = by_domain[name]
             record.domains[name] = result
+
         for code, language in record.languages.items():
             language.vectors = by_language.get(code)
 
     def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
-        """Compare the vectors of the pruned model with those of the original one, by domain and by language.
+        """Compare the vectors of the pruned and the original model, by domain and by language.
 
-        The neighbours of a text are the texts of all domains, but for its own document.
+        The neighbours of a text are texts of all domains, without the texts of its own document.
         """
         vectors, spoken = self._vectors(model)
         dense_vectors, dense_spoken = self.dense
+
         by_domain = {}
         for name, texts in self.texts.items():
-            others = _vectors_of_other_domains(vectors, name)
-            dense_others = _vectors_of_other_domains(dense_vectors, name)
-            figures = embedding_figures(vectors[name], dense_vectors[name], others, dense_others, texts.documents)
+            further = _vectors_of_other_domains(vectors, name)
+            dense_further = _vectors_of_other_domains(dense_vectors, name)
+            figures = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
             by_domain[name] = VectorResult.of(figures)
             if name in self.pairs:
                 by_domain[name].retrieval = retrieval_figure(vectors[name], dense_vectors[name])
@@ -266,6 +273,8 @@ class Embeddings:
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the vectors of a model by domain and by language, shape `(texts, channels)`."""
         prompt_tokens = self.pooling.prompt_tokens(self.tokenizer)
+
+        # All texts are embedded in one call, which groups rows of the same length.
         rows: list[Tensor] = []
         sizes: list[int] = []
         for group in chain(self.texts.values(), self.spoken.values()):
@@ -282,14 +291,15 @@ class Embeddings:
 
 def _vectors_of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the vectors of all domains but one, shape `(texts, channels)`."""
-    others = [vectors[domain] for domain in vectors if domain != name]
-    return torch.cat([vectors[name][:0], *others])
+    parts = [vectors[name][:0]]
+    parts += [vectors[domain] for domain in vectors if domain != name]
+    return torch.cat(parts)
 
 
 def judged_texts(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
 ) -> tuple[dict[str, Texts], list[Entry]]:
-    """Return the sentences of domains by which a model is judged.
+    """Return the sentences of domains for the evaluation of an encoder.
 
     The held-out text of a domain has few documents, so unused documents of its source are read too.
 
@@ -297,52 +307,56 @@ def judged_texts(
         domains: The domains of the run.
         tokenizer: The tokenizer; None for inputs that are not text.
         seed: The seed of the order of documents.
-        earlier: The text of the runs that the model comes from, which is not used again.
+        earlier: The text of the runs that produced the model, which is not used again.
 
     Returns:
         The sentences by domain, and the entries of the manifest for the documents that were read.
     """
-    used: set[str] = set() if earlier is None else set(earlier.uses())
+    hashes_in_use: set[str] = set()
+    if earlier is not None:
+        hashes_in_use.update(earlier.uses())
     for domain in domains:
-        used.update(domain.documents, domain.heldout_documents, domain.probe_documents)
+        hashes_in_use.update(domain.documents, domain.heldout_documents, domain.probe_documents)
 
     texts: dict[str, Texts] = {}
     entries: list[Entry] = []
     for domain in domains:
         unused: dict[str, str] = {}
         if tokenizer is not None and domain.origin is not None and not written_by_model(domain.origin):
-            unused = _unused_documents(domain.origin, tokenizer, seed, used)
-            none = domain.heldout[:0]
-            aside = Domain(domain.name, 0.0, none, none, origin=domain.origin, heldout_documents=tuple(unused))
-            entries.append(Entry.of(aside, JUDGED))
+            unused = _unused_documents(domain.origin, tokenizer, seed, hashes_in_use)
+            empty = domain.heldout[:0]
+            record = Domain(domain.name, 0.0, empty, empty, origin=domain.origin, heldout_documents=tuple(unused))
+            entries.append(Entry.of(record, JUDGED))
         texts[domain.name] = passages_of(domain.heldout, tokenizer, unused.values())
     return texts, entries
 
 
 def _unused_documents(
-    origin: DomainConfig, tokenizer: PreTrainedTokenizerBase, seed: int, used: Collection[str]
+    origin: DomainConfig, tokenizer: PreTrainedTokenizerBase, seed: int, hashes_in_use: Collection[str]
 ) -> dict[str, str]:
-    """Return one of `SET_ASIDE` documents of a source that nothing else reads, by hash."""
+    """Return every `UNUSED_PER_TEXT`-th document of a source whose hash is not in `hashes_in_use`, by hash."""
     unused: dict[str, str] = {}
-    for text in islice(documents(origin, seed, tokenizer), MOST_SENTENCES * SET_ASIDE):
+    for text in islice(documents(origin, seed, tokenizer), MOST_SENTENCES * UNUSED_PER_TEXT):
         name = document_hash(text)
-        if name not in used:
+        if name not in hashes_in_use:
             unused[name] = text
-    return dict(islice(unused.items(), 0, None, SET_ASIDE))
+    return dict(islice(unused.items(), 0, None, UNUSED_PER_TEXT))
 
 
-def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more: Iterable[str] = ()) -> Texts:
+def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, documents: Iterable[str] = ()) -> Texts:
     """Return the sentences in samples of token ids and in further documents.
 
     Args:
-        samples: Samples of shape `(samples, ...)`; the result has them as they are if they are no text.
+        samples: Samples of shape `(samples, ...)`. If they are not text, they are returned unchanged.
         tokenizer: The tokenizer of the samples; None for inputs that are not text.
-        more: Further documents.
+        documents: Further documents.
     """
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
-    passages = Passages(list(samples), tokenizer).texts
-    texts = sentences(list(chain(chain.from_iterable(passages), more)))
+
+    passages = list(chain.from_iterable(Passages(list(samples), tokenizer).texts))
+    passages += documents
+    texts = sentences(passages)
     if not texts.texts:
         return Texts.one_each(samples)
     return texts
@@ -351,18 +365,19 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, more
 def sentences(documents: Sequence[str]) -> Texts:
     """Return up to `MOST_SENTENCES` sentences, balanced across documents and without repetitions.
 
-    A sentence has at least 20 bytes; a long one is divided into parts of up to 200 characters.
+    A sentence has at least 20 bytes. Longer sentences are divided into parts of up to 200 characters.
     """
-    seen: set[str] = set()
+    unique: set[str] = set()
     by_document: list[list[tuple[int, str]]] = []
     for number, text in enumerate(documents):
-        new: dict[str, None] = {}
+        parts: dict[str, None] = {}
         for sentence in SENTENCE_ENDS.split(text):
             for part in wrap(sentence, SENTENCE_LENGTH):
-                if len(part.encode()) >= 20 and part not in seen:
-                    new[part] = None
-        seen.update(new)
-        shuffled = Random(number).sample(list(new), len(new))
+                if len(part.encode()) >= 20 and part not in unique:
+                    parts[part] = None
+
+        unique.update(parts)
+        shuffled = Random(number).sample(list(parts), len(parts))
         by_document.append([(number, part) for part in shuffled])
 
     Random(0).shuffle(by_document)
@@ -400,9 +415,9 @@ def rows_of(
         return list(texts)
 
     assert tokenizer is not None
-    most = int(min(positions_of(model), MOST_TOKENS))
+    max_tokens = int(min(positions_of(model), MOST_TOKENS))
     encoded = tokenizer([prompt + text for text in texts], verbose=False)
-    return [torch.tensor(row[:most]) for row in encoded["input_ids"]]
+    return [torch.tensor(row[:max_tokens]) for row in encoded["input_ids"]]
 
 
 @torch.no_grad()
@@ -411,7 +426,8 @@ def embed(
 ) -> Tensor:
     """Return the vectors of inputs.
 
-    Rows of the same length run together, so nothing is padded. An encoder-decoder model reads a row on both sides.
+    Rows of the same length run together, so nothing is padded. An encoder-decoder model gets a row as encoder and
+    decoder input.
 
     Args:
         model: The model.
@@ -424,6 +440,7 @@ def embed(
     """
     pooling = pooling or Pooling()
     order = sorted(range(len(rows)), key=lambda number: rows[number].shape)
+
     parts: list[Tensor] = []
     with evaluating(model):
         for _, numbers in groupby(order, lambda number: rows[number].shape):
@@ -436,74 +453,75 @@ def embed(
 
 
 def embedding_figures(
-    vectors: Tensor, dense: Tensor, rest: Tensor, dense_rest: Tensor, documents: Sequence[int] | None = None
+    vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Compare the vectors of texts with those of the original model.
+    """Compare the vectors of texts of the pruned and the original model.
 
     Args:
         vectors: The vectors of the pruned model, shape `(texts, channels)`.
         dense: The vectors of the original model, shape `(texts, original channels)`.
-        rest: The vectors of further texts, among which neighbours are looked for too.
-        dense_rest: The vectors of the same texts by the original model.
-        documents: The number of the document of each text; its neighbours are texts of other documents.
+        further: The vectors of further texts, which can be neighbours too.
+        dense_further: The vectors of the same texts by the original model.
+        documents: The number of the document of each text. Its neighbours are texts of other documents.
 
     Returns:
-        The number of `texts`; their `cosine`, with margin, 5th percentile and the worst, if both have as many
-        channels; the share of the 10 nearest `neighbours` that both have in common, with its margin, if there are at
-        least 20 texts of other documents.
+        The number of `texts`. If both models have the same number of channels, the mean `cosine` of their vectors,
+        with margin, 5th percentile and minimum. With at least 20 texts of other documents, the share of the 10 nearest
+        `neighbours` that both models have in common, with its margin.
     """
     figures: dict[str, float] = {"texts": len(vectors)}
     if documents is None:
         documents = range(len(vectors))
     numbers = torch.tensor(list(documents))
+
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
-        least = COSINE_UNSEEN / len(numbers.unique())
+        min_margin = COSINE_UNSEEN / len(numbers.unique())
         figures["cosine"] = float(cosines.mean())
-        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), least)
+        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
         figures["cosine_p5"] = float(cosines.quantile(0.05))
         figures["cosine_worst"] = float(cosines.min())
 
-    num_others = len(vectors) + len(rest) - int(numbers.bincount().max())
-    if num_others >= 2 * NUM_NEIGHBOURS:
-        near = nearness(vectors, rest, numbers)
-        dense_near = nearness(dense, dense_rest, numbers)
-        figures["neighbours"] = kept_share(near, dense_near)
-        figures["neighbours_margin"] = kept_margin(near, dense_near, numbers)
+    largest_document = int(numbers.bincount().max())
+    if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
+        cosines = nearness(vectors, further, numbers)
+        dense_cosines = nearness(dense, dense_further, numbers)
+        figures["neighbours"] = kept_share(cosines, dense_cosines)
+        figures["neighbours_margin"] = kept_margin(cosines, dense_cosines, numbers)
     return figures
 
 
-def nearness(vectors: Tensor, rest: Tensor, documents: Tensor) -> Tensor:
+def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
     """Return the cosine of each vector to all vectors, and -inf to the vectors of its own document.
 
     Args:
         vectors: Vectors of shape `(texts, channels)`.
-        rest: Vectors of further texts.
+        further: Vectors of further texts.
         documents: The number of the document of each text, shape `(texts,)`.
 
     Returns:
         A tensor of shape `(texts, texts + further texts)`.
     """
-    every = normalize(torch.cat([vectors, rest]).double())
-    cosines = every[: len(vectors)] @ every.T
+    all_vectors = normalize(torch.cat([vectors, further]).double())
+    cosines = all_vectors[: len(vectors)] @ all_vectors.T
     cosines[:, : len(vectors)].masked_fill_(documents[:, None] == documents, -inf)
     return cosines
 
 
-def kept_share(near: Tensor, dense_near: Tensor) -> float:
+def kept_share(cosines: Tensor, dense_cosines: Tensor) -> float:
     """Return the share of the 10 nearest texts that two models have in common.
 
     Args:
-        near: The cosines of one model, shape `(texts, all texts)`.
-        dense_near: The cosines of the other model, of the same shape.
+        cosines: The cosines of one model, shape `(texts, all texts)`.
+        dense_cosines: The cosines of the other model, of the same shape.
     """
-    nearest = near.topk(NUM_NEIGHBOURS).indices
-    dense_nearest = dense_near.topk(NUM_NEIGHBOURS).indices
+    nearest = cosines.topk(NUM_NEIGHBOURS).indices
+    dense_nearest = dense_cosines.topk(NUM_NEIGHBOURS).indices
     is_common = (nearest[:, :, None] == dense_nearest[:, None]).any(2)
     return float(is_common.double().mean())
 
 
-def kept_margin(near: Tensor, dense_near: Tensor, documents: Tensor) -> float:
+def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> float:
     """Estimate the margin of error of `kept_share` by leaving out each document in turn (jackknife).
 
     A text is also a neighbour of other texts, so the shares of texts are not independent.
@@ -512,9 +530,10 @@ def kept_margin(near: Tensor, dense_near: Tensor, documents: Tensor) -> float:
     for number in documents.unique():
         rows = documents != number
         columns = (documents == number).nonzero().flatten()
-        without = near[rows].index_fill(1, columns, -inf)
-        dense_without = dense_near[rows].index_fill(1, columns, -inf)
-        shares.append(kept_share(without, dense_without))
+        reduced = cosines[rows].index_fill(1, columns, -inf)
+        dense_reduced = dense_cosines[rows].index_fill(1, columns, -inf)
+        shares.append(kept_share(reduced, dense_reduced))
+
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
@@ -525,14 +544,17 @@ def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
         dense: The vectors of the original model in the same order.
     """
-    shares = retrieved(*vectors.chunk(2))
-    dense_shares = retrieved(*dense.chunk(2))
+    texts, translations = vectors.chunk(2)
+    shares = retrieved(texts, translations)
+    dense_texts, dense_translations = dense.chunk(2)
+    dense_shares = retrieved(dense_texts, dense_translations)
+
     values = {DENSE: float(dense_shares.mean()), PRUNED: float(shares.mean())}
     return Figure.of(values, margin_of_share(shares))
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
-    """Return for each pair whether one is the nearest to the other: 0, 0.5 for one direction, or 1.
+    """Return for each pair whether its members are nearest to each other: 1, 0.5 for one direction, or 0.
 
     Args:
         texts: Vectors of shape `(pairs, channels)`.

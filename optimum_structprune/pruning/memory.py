@@ -43,7 +43,7 @@ class MemoryEstimate:
 
     @property
     def above(self) -> int:
-        """The bytes on the compute device on top of the model's weights."""
+        """Return the bytes on the compute device on top of the model's weights."""
         return self.hidden + self.working
 
     def __str__(self) -> str:
@@ -70,12 +70,12 @@ class CalibrationSize:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in all samples."""
+        """Return the number of tokens in all samples."""
         return self.samples * self.seq_length
 
     @classmethod
     def of(cls, request: PruningRequest) -> CalibrationSize:
-        """Return the size of the text that a request names, or of its `inputs`."""
+        """Return the size of the calibration text of a request, or of its `inputs`."""
         config = request.config
         if request.inputs is None:
             return cls(config.num_samples, config.seq_length, len(texts_of(config)))
@@ -83,10 +83,12 @@ class CalibrationSize:
         from ..domains.load import given_domains
 
         has_probe = config.allocation != "uniform"
-        domains = [domain.samples for domain in given_domains(request.inputs, config.holdout, has_probe)]
-        # The number of tokens of an image depends on the model, and shapes do not say it.
-        lengths = [rows.shape[1] if rows.ndim == 2 else 1 for rows in domains]
-        return cls(sum(len(rows) for rows in domains), max(lengths), len(request.inputs))
+        samples = [domain.samples for domain in given_domains(request.inputs, config.holdout, has_probe)]
+
+        # The number of tokens of an image depends on the model and cannot be read from the shape of the image.
+        seq_length = max((rows.shape[1] for rows in samples if rows.ndim == 2), default=1)
+        num_samples = sum(len(rows) for rows in samples)
+        return cls(num_samples, seq_length, len(request.inputs))
 
 
 def estimate_memory(request: PruningRequest, offload: str | None = None) -> MemoryEstimate:
@@ -94,7 +96,7 @@ def estimate_memory(request: PruningRequest, offload: str | None = None) -> Memo
 
     Args:
         request: The resolved request.
-        offload: Where layers are kept between their steps, "cpu" or "disk"; None keeps them on the device. A model
+        offload: Where layers are kept between their steps, "cpu" or "disk". None keeps them on the device. A model
             that is offloaded already counts as "disk".
     """
     model = request.model_info.plain_model
@@ -131,8 +133,8 @@ def check_memory(request: PruningRequest, inplace: bool) -> None:
     """Raise `StructPruneError` if a pruning needs more memory than its devices have free.
 
     The hidden states of all samples move with the layers, so each device of a spread model must hold them. A copy of
-    the model has its weights where the model has them. The estimate counts with the lower end of its error, so that no
-    pruning that may fit is refused.
+    the model has its weights on the same devices. The check uses the lower end of the estimate, so that it accepts
+    every pruning that may fit.
     """
     info = request.model_info
     if info.offloaded and not inplace:
@@ -141,40 +143,54 @@ def check_memory(request: PruningRequest, inplace: bool) -> None:
         )
 
     estimate = estimate_memory(request)
-    above = int(estimate.above * (1 - RELATIVE_ERROR))
-    # Recovery learns from a copy of the dense model, where the model itself is pruned.
+    pruning_bytes = int(estimate.above * (1 - RELATIVE_ERROR))
+    # If the model itself is pruned, recovery learns from a copy of the dense model.
     has_copy = not inplace or request.config.recovery is not None
-    for device, weights in _weights_by_device(request).items():
-        free = free_bytes(device)
-        copy = weights if has_copy else 0
-        if free is None or above + copy <= free:
+
+    for device, weight_bytes in _weights_by_device(request).items():
+        required = pruning_bytes
+        copy_bytes = 0
+        if has_copy:
+            copy_bytes = weight_bytes
+            required += weight_bytes
+
+        available = free_bytes(device)
+        if available is None or required <= available:
             continue
+
         advice = " or ".join(_advice(request, estimate, device, can_prune_in_place=not inplace))
         raise StructPruneError(
-            f"Pruning takes at least {readable_size(above + copy)} on {device} above the model (hidden states "
+            f"Pruning takes at least {readable_size(required)} on {device} on top of the model (hidden states "
             f"{readable_size(estimate.hidden)}, working memory {readable_size(estimate.working)}, a copy of the model "
-            f"{readable_size(copy)}), and {readable_size(free)} are free; what helps is {advice}."
+            f"{readable_size(copy_bytes)}), and {readable_size(available)} are free. Use {advice}."
         )
 
 
 def _weights_by_device(request: PruningRequest) -> dict[torch.device, int]:
-    """Return the bytes of the weights on each device. Only a model in memory can be on several."""
+    """Return the bytes of the weights on each device. Only a model in memory can be on several devices."""
     info = request.model_info
-    sizes = {} if info.offloaded else bytes_by_device(info.plain_model)
-    return sizes or {info.device: info.plain_model.dtype.itemsize * info.plain_model.num_parameters()}
+    if not info.offloaded:
+        sizes = bytes_by_device(info.plain_model)
+        if sizes:
+            return sizes
+    return {info.device: info.plain_model.dtype.itemsize * info.plain_model.num_parameters()}
 
 
 def _advice(
     request: PruningRequest, estimate: MemoryEstimate, device: torch.device, can_prune_in_place: bool
 ) -> list[str]:
-    """List changes that take less memory."""
-    config, options = request.config, request.options
+    """List settings that take less memory."""
+    config = request.config
+    options = request.options
     suggestions = []
     if can_prune_in_place:
         suggestions.append("inplace=True")
+
     if not request.model_info.offloaded:
-        place = "disk" if device.type == "cpu" else "cpu or disk"
-        suggestions.append(f"--offload {place}")
+        if device.type == "cpu":
+            suggestions.append("--offload disk")
+        else:
+            suggestions.append("--offload cpu or disk")
 
     if estimate.hidden:
         suggestions.append(f"num_samples below {config.num_samples}")
@@ -197,26 +213,29 @@ def _vocabulary(request: PruningRequest) -> int:
 
 
 def _weight_values(request: PruningRequest, offload: str | None) -> int:
-    """Count the weights on the device; of offloaded layers, the largest alone is there."""
+    """Count the weights on the device. Only one offloaded layer is there at a time."""
     info = request.model_info
     layers = info.arch.layer_params
+
     count = info.plain_model.num_parameters()
     if offload is not None:
         count += max(layers) - sum(layers)
     if request.config.rounds > 1:
-        # Consumers that are masked keep their dense values until the last round.
-        count += _channels(request) * sum(size for size, _ in _consumers(request))
+        # Masked consumers keep their dense values until the last round.
+        count += _channels(request) * sum(size for size, _ in refitted_consumers(request))
     return count
 
 
 def _hidden_state_values(request: PruningRequest, size: CalibrationSize) -> int:
     """Count the hidden states of one process's samples.
 
-    There is one copy of the pruned model, one of the dense model with error feedback, and one that holds the cached
-    outputs of a layer's attention.
+    They are the hidden states of the pruned model, the cached outputs of a layer's attention, and, with error
+    feedback, the hidden states of the dense model.
     """
-    streams = 3 if request.config.feedback_share else 2
-    return _channels(request) * size.tokens * streams // process_count()
+    copies = 2
+    if request.config.feedback_share:
+        copies += 1
+    return _channels(request) * size.tokens * copies // process_count()
 
 
 def _trial_logit_values(request: PruningRequest) -> int:
@@ -227,15 +246,18 @@ def _trial_logit_values(request: PruningRequest) -> int:
 
 
 def _host_values(request: PruningRequest, offload: str | None, hidden_states: int) -> int:
-    """Count the values in CPU memory: hidden states, and all layers or the one that is read from disk."""
+    """Count the values in CPU memory: hidden states, and all layers or, with offloading to disk, the largest layer."""
     if offload is None:
         return 0
+
     layers = request.model_info.arch.layer_params
-    return hidden_states + (sum(layers) if offload == "cpu" else max(layers))
+    if offload == "cpu":
+        return hidden_states + sum(layers)
+    return hidden_states + max(layers)
 
 
 def _loss_bytes(request: PruningRequest, size: CalibrationSize, is_offloaded: bool) -> int:
-    """Return the bytes of logits: once in the model's dtype, and twice in fp32 for few tokens at a time.
+    """Return the bytes of logits: once in the model's dtype, and twice in fp32 for a part of the tokens.
 
     The head of an offloaded model runs on a whole sample.
     """
@@ -243,9 +265,14 @@ def _loss_bytes(request: PruningRequest, size: CalibrationSize, is_offloaded: bo
     pass_tokens = size.seq_length
     if device.type == "cuda":
         pass_tokens = max(pass_tokens, _measured_tokens(request, size))
-    part = min(tokens_at_once(device, _vocabulary(request)), pass_tokens)
-    head_tokens = size.seq_length if is_offloaded else part
-    per_entry = head_tokens * request.model_info.plain_model.dtype.itemsize + 2 * part * FP32_BYTES
+    loss_tokens = min(tokens_at_once(device, _vocabulary(request)), pass_tokens)
+
+    head_tokens = loss_tokens
+    if is_offloaded:
+        head_tokens = size.seq_length
+
+    itemsize = request.model_info.plain_model.dtype.itemsize
+    per_entry = head_tokens * itemsize + 2 * loss_tokens * FP32_BYTES
     return _vocabulary(request) * per_entry
 
 
@@ -253,9 +280,11 @@ def _measured_tokens(request: PruningRequest, size: CalibrationSize) -> int:
     """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
     info = request.model_info
     pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
-    # Samples that a program passes in come without other text.
-    heldout = MEASURED_TOKENS if request.inputs is None else ceil(request.config.holdout * size.tokens)
-    return min(pass_tokens, heldout)
+    if request.inputs is None:
+        return min(pass_tokens, MEASURED_TOKENS)
+
+    # With `inputs` there is no further text to hold out.
+    return min(pass_tokens, ceil(request.config.holdout * size.tokens))
 
 
 def _measuring_bytes(request: PruningRequest, size: CalibrationSize) -> int:
@@ -268,8 +297,11 @@ def _measuring_bytes(request: PruningRequest, size: CalibrationSize) -> int:
 def _activation_bytes(request: PruningRequest, batch_tokens: int) -> int:
     """Return the bytes of the largest activations of a batch: both factors of a gated product, and the product."""
     channels = _channels(request)
-    inputs = [space.size * axis.per_unit for space in request.model_info.arch.spaces for axis in space.consumers]
-    widest = max([channels, *inputs])
+    widest = channels
+    for space in request.model_info.arch.spaces:
+        for axis in space.consumers:
+            widest = max(widest, space.size * axis.per_unit)
+
     itemsize = request.model_info.plain_model.dtype.itemsize
     return itemsize * batch_tokens * (3 * widest + 2 * channels)
 
@@ -278,91 +310,110 @@ def _removed_bytes(request: PruningRequest) -> list[int]:
     """Return the bytes of the removed weights, by layer."""
     arch = request.model_info.arch
     itemsize = request.model_info.plain_model.dtype.itemsize
-    removed = [0] * arch.num_layers
+    sizes = [0] * arch.num_layers
     for space in arch.spaces:
         units = (space.width - space.width_in(request.widths)) * space.scale
-        removed[space.layer] += itemsize * units * space.unit_params
-    return removed
+        sizes[space.layer] += itemsize * units * space.unit_params
+    return sizes
 
 
 def _shrink_bytes(request: PruningRequest) -> int:
-    """Return the bytes of a pruned layer. It is made in CPU memory, so it adds to the dense layer there alone."""
+    """Return the bytes of the largest pruned layer, or 0 on a GPU, because pruned layers are made in CPU memory."""
     info = request.model_info
     if info.device.type != "cpu":
         return 0
+
     itemsize = info.plain_model.dtype.itemsize
     pairs = zip(info.arch.layer_params, _removed_bytes(request), strict=True)
-    return max((itemsize * size - removed for size, removed in pairs), default=0)
+    return max((itemsize * params - removed_bytes for params, removed_bytes in pairs), default=0)
 
 
 def _refit_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
     """Return the bytes of the largest refit: two sets of moments and two fp32 copies of the consumer.
 
-    The moments of one domain and of the mixture are in memory together; later, the Gram matrix and its factor are.
+    The moments of one domain and of the mixture are in memory together. Later, the Gram matrix and its factor are.
     """
-    config, info = request.config, request.model_info
-    channels = _channels(request)
-    itemsize = info.plain_model.dtype.itemsize
-    activations = _activation_bytes(request, batch_tokens)
-    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
-
     largest = 0
-    for inputs, is_expert in set(_consumers(request)):
-        outputs = channels if config.feedback_share and not is_expert else 0
-        moments = Moments.empty(inputs, reads_gram, "meta", outputs).tensors().values()
-        step = 2 * (sum(tensor.nbytes for tensor in moments) + FP32_BYTES * inputs * channels)
-        if info.device.type == "cuda":
-            # A part of a batch in fp64.
-            part = min(rows_at_once(info.device, FP64_BYTES * inputs, TOKENS_AT_ONCE), batch_tokens)
-            step += FP64_BYTES * inputs * part
-        if size.domains > 1:
-            # The moments of the mixture are in memory while the next domain runs.
-            step += activations
-        if is_expert:
-            # The inputs of a layer's experts are kept until all experts are done.
-            step += itemsize * size.tokens * channels
-        if is_expert and EXPERT in request.widths:
-            step += _expert_refit_bytes(request, inputs, size.tokens)
-        largest = max(largest, step)
+    for inputs, is_expert in set(refitted_consumers(request)):
+        largest = max(largest, _consumer_bytes(request, size, batch_tokens, inputs, is_expert))
     return largest
+
+
+def _consumer_bytes(
+    request: PruningRequest, size: CalibrationSize, batch_tokens: int, inputs: int, is_expert: bool
+) -> int:
+    """Return the bytes of the refit of one consumer with `inputs` input components."""
+    config = request.config
+    info = request.model_info
+    channels = _channels(request)
+
+    outputs = 0
+    if config.feedback_share and not is_expert:
+        outputs = channels
+    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
+    moments = Moments.empty(inputs, reads_gram, "meta", outputs).tensors().values()
+    moment_bytes = sum(tensor.nbytes for tensor in moments)
+    total = 2 * (moment_bytes + FP32_BYTES * inputs * channels)
+
+    if info.device.type == "cuda":
+        # A GPU converts a part of a batch to fp64 at a time.
+        fp64_tokens = min(rows_at_once(info.device, FP64_BYTES * inputs, TOKENS_AT_ONCE), batch_tokens)
+        total += FP64_BYTES * inputs * fp64_tokens
+    if size.domains > 1:
+        # The moments of the mixture are in memory while the next domain runs.
+        total += _activation_bytes(request, batch_tokens)
+    if is_expert:
+        # The inputs of a layer's experts are kept until all experts are refitted.
+        total += info.plain_model.dtype.itemsize * size.tokens * channels
+    if is_expert and EXPERT in request.widths:
+        total += _expert_refit_bytes(request, inputs, size.tokens)
+    return total
 
 
 def _expert_refit_bytes(request: PruningRequest, inputs: int, tokens: int) -> int:
     """Return the bytes that the refit of kept experts adds: targets, residuals and inputs, after the layer shrank."""
     info = request.model_info
-    removed = _removed_bytes(request)
-    step = FP32_BYTES * tokens * (2 * _channels(request) + inputs)
-    step -= min((count for count in removed if count), default=0)
+    removed_bytes = _removed_bytes(request)
+
+    total = FP32_BYTES * tokens * (2 * _channels(request) + inputs)
+    total -= min((size for size in removed_bytes if size), default=0)
     if info.device.type == "cpu":
-        # On a CPU the weights that the ridge pulls toward are copies.
-        step += (info.plain_model.dtype.itemsize * max(info.arch.layer_params) - max(removed)) // 3
-    return step
+        # On a CPU, the original weights in the ridge term are copies.
+        layer_bytes = info.plain_model.dtype.itemsize * max(info.arch.layer_params)
+        total += (layer_bytes - max(removed_bytes)) // 3
+    return total
 
 
 def _expert_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
-    """Return the bytes of the inputs and targets of a layer's experts, while all experts are there."""
+    """Return the bytes of the inputs and targets of a layer's experts before experts are removed."""
     if EXPERT not in request.widths:
         return 0
+
     per_value = request.model_info.plain_model.dtype.itemsize
     if request.config.refit == "least_squares":
         per_value += FP32_BYTES
     return per_value * size.tokens * _channels(request) + _activation_bytes(request, batch_tokens)
 
 
-def _consumers(request: PruningRequest) -> list[tuple[int, bool]]:
-    """List the refitted consumers as pairs: the number of input components, and whether an expert holds it."""
-    config, widths = request.config, request.widths
-    refits_layers = bool(config.feedback_share) and LAYER in widths
-    refits_experts = config.refit == "least_squares" and EXPERT in widths
+def refitted_consumers(request: PruningRequest) -> list[tuple[int, bool]]:
+    """List the refitted consumers as pairs of the number of input components and whether an expert holds it."""
+    widths = request.widths
+    refits_layers = bool(request.config.feedback_share) and LAYER in widths
+    refits_experts = request.config.refit == "least_squares" and EXPERT in widths
 
     consumers = []
     for space in request.model_info.arch.spaces:
         if not space.inside:
             continue
-        is_expert = space.experts is not None
-        is_pruned = space.width_in(widths) < space.width
-        # Removed layers and experts leave errors that the others are refitted for. `experts` may be empty.
-        follows = refits_experts if space.experts else refits_layers
-        if is_pruned or follows:
+
+        # A refit of the remaining layers and experts compensates for removed layers and experts.
+        is_refitted = space.width_in(widths) < space.width
+        if space.experts:
+            is_refitted = is_refitted or refits_experts
+        else:
+            is_refitted = is_refitted or refits_layers
+
+        if is_refitted:
+            is_expert = space.experts is not None  # `experts` may be empty
             consumers += [(space.size * axis.per_unit, is_expert) for axis in space.consumers]
     return consumers

@@ -1,8 +1,8 @@
-"""Resolve a config for a model: the widths and tokens that are asked of it, computed once and from shapes alone.
+"""Resolve a config for a model: compute the widths and tokens once, from shapes alone, and check the request.
 
-A request that cannot be met is refused here, before any text is read or any weight is touched. A config that
-contradicts itself, whatever the model, is refused when it is made: see `config.pruning`. Optional parts refuse
-themselves what they cannot do: see `sources.offloaded`, `recovery.recover` and `trainer`.
+This module raises before any text is read or any weight is touched. `config.pruning` checks each config by itself,
+independently of the model. Optional features have their own checks: see `sources.offloaded`, `recovery.recover` and
+`trainer`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from ..vocabulary.choose import VocabularyRequest
 
 
-# What the model is to be used for: pruned, only looked at, or pruned by a Trainer.
+# The uses of a request: a pruning, a dry run, or a pruning by a Trainer.
 PRUNE = "prune"
 DRY_RUN = "dry run"
 TRAINER = "trainer"
-# The budget of a request while prunings on trial have not found the size for a loss.
+# The placeholder for the size budget until trials have found the size that meets a loss budget.
 SIZE_TO_BE_FOUND = {"parameters": 0.999}
 
 
 @dataclass(frozen=True)
 class PruningRequest:
-    """What is asked of a model, from a config and the shapes of the model.
+    """The widths and tokens to prune, resolved from a config and the shapes of a model.
 
     Attributes:
-        config: The resolved config, which also names spaces that the user's config leaves open.
-        model_info: The facts about the model.
-        use: What the model is used for: `PRUNE`, `DRY_RUN` or `TRAINER`.
+        config: The resolved config. Its targets include the vocabulary if a budget takes tokens by default.
+        model_info: The description of the model.
+        use: The use of the request: `PRUNE`, `DRY_RUN` or `TRAINER`.
         tokenizer: The tokenizer of the model.
         inputs: Calibration inputs by domain instead of text.
         options: Runtime options.
@@ -63,126 +63,175 @@ class PruningRequest:
 
     @cached_property
     def widths(self) -> Widths:
-        """The final widths. If calibration chooses them, these are other widths of the same total."""
-        config, arch, model = self.config, self.model_info.arch, self.model_info.plain_model
-        if config.removes_tokens:
+        """Compute the final widths. If calibration chooses the widths, these are other widths of the same total."""
+        arch = self.model_info.arch
+        model = self.model_info.plain_model
+        if self.config.removes_tokens:
             from ..vocabulary.amount import widths_with_tokens  # most runs remove no tokens
 
-            return widths_with_tokens(config, arch, model)
-        return widths_of(config, arch, model)
+            return widths_with_tokens(self.config, arch, model)
+        return widths_of(self.config, arch, model)
 
     @cached_property
     def tokens(self) -> VocabularyRequest | None:
-        """The tokens that may be removed, or None if all are kept or there is no tokenizer."""
+        """Return the tokens that may be removed, or None without a tokenizer or if all tokens are kept."""
         if VOCAB not in self.widths or self.tokenizer is None:
             return None
+
         from ..vocabulary.choose import VocabularyRequest
 
         return VocabularyRequest.of(self.config, self.model_info, self.tokenizer, self.widths)
 
     @cached_property
     def smaller(self) -> PreTrainedModel:
-        """The model with the final widths, without weights."""
-        model, arch = self.model_info.plain_model, self.model_info.arch
-        return shrunk_skeleton(model, arch, self.widths)
+        """Return the model with the final widths, without weights."""
+        return shrunk_skeleton(self.model_info.plain_model, self.model_info.arch, self.widths)
 
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
-        config, info, widths = self.config, self.model_info, self.widths
+        info = self.model_info
         if self.use != DRY_RUN:
-            self._check_model()
+            self._check_weights()
+            self._check_inputs()
+        if self.use == PRUNE:
+            self._check_forward()
+
         if info.offloaded:
             from ..sources.offloaded import check_offloaded
 
-            check_offloaded(config, info, widths)
-        self._check_spaces()
-        if self.use == PRUNE and self.options.checkpoint_dir is not None:
-            _check_folder(self.options.checkpoint_dir, config.rounds)
-        if self.use == PRUNE and config.recovery is not None:
-            from ..recovery.recover import check_recovery  # training libraries take seconds to import
+            check_offloaded(self.config, info, self.widths)
 
-            check_recovery(config.recovery, config, info.plain_model)
+        self._check_criterion()
+        self._check_refit()
+        self._check_allocation()
+        if self.use == PRUNE:
+            self._check_run()
 
-        unused = list(without_effect(config, widths))
-        if unused and self.use != TRAINER:
-            warn(f"These options have no effect here: {'; '.join(unused)}.")
-        ahead = layers_ahead(info.plain_model.config.get_text_config())
-        if ahead:
-            warn(
-                f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so "
-                "the result has none, and its config says 0."
-            )
+        self._warn()
+
         # Last, because it runs the model on a few tokens.
         if is_offloaded(info.plain_model):
             from ..sources.offloaded import check_sequential
 
             check_sequential(info.plain_model, info.arch)
 
-    def _check_model(self) -> None:
-        """Raise if the use does not fit the weights, the text cannot be read, or the model needs more than tokens."""
-        info, model, use = self.model_info, self.model_info.plain_model, self.use
-        if use == TRAINER and info.quantized:
-            raise StructPruneError(f"{info.name} is quantized; prune `model.dequantize()`, or load it unquantized.")
-        if use == TRAINER and info.offloaded:
-            raise StructPruneError(f"{info.name} is offloaded, and a Trainer trains weights in memory; load it there.")
-        if self.inputs is not None and VOCAB in self.widths:
-            raise StructPruneError(
-                f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
-            )
-        if self.inputs is None:
-            check_positions(model, self.config.seq_length, f"seq_length={self.config.seq_length}")
-            # Where only tokens are removed, text is counted and does not run through the model.
-            if use == PRUNE and list(self.widths) != [VOCAB]:
-                check_reads_text(model)
-            if use == PRUNE and self.tokenizer is None:
-                raise StructPruneError("The domains are text; reading them takes a tokenizer: pass the model's own.")
-        if use == PRUNE and not (info.quantized or info.offloaded or model.device.type == "meta"):
-            try:
-                outputs_for(model)
-            except Exception as error:  # every model class raises its own errors
-                raise StructPruneError(
-                    f"{info.name} cannot run on a few tokens or an image alone, as it does before it is saved "
-                    f"({one_line(error)}); if its head asks for more, prune the base model, and give the head the "
-                    "result."
-                ) from error
+    def _check_weights(self) -> None:
+        """Raise if a Trainer cannot train the weights."""
+        if self.use != TRAINER:
+            return
+        info = self.model_info
+        if info.quantized:
+            raise StructPruneError(f"{info.name} is quantized. Prune `model.dequantize()`, or load it unquantized.")
+        if info.offloaded:
+            raise StructPruneError(f"{info.name} is offloaded. Load it into memory, where a Trainer trains it.")
 
-    def _check_spaces(self) -> None:
-        """Raise if the criterion, the refit or the allocation does not fit the spaces or the type of the model."""
-        config, arch, widths = self.config, self.model_info.arch, self.widths
+    def _check_inputs(self) -> None:
+        """Raise if the model cannot read the calibration text, or `inputs` have token ids of another vocabulary."""
+        if self.inputs is not None:
+            if VOCAB in self.widths:
+                raise StructPruneError(
+                    f"{VOCAB!r} renumbers the token ids, so `inputs` cannot be used. Pass text through `domains`."
+                )
+            return
+
+        model = self.model_info.plain_model
+        check_positions(model, self.config.seq_length, f"seq_length={self.config.seq_length}")
+        if self.use != PRUNE:
+            return
+        # If only tokens are removed, text is counted and does not run through the model.
+        if list(self.widths) != [VOCAB]:
+            check_reads_text(model)
+        if self.tokenizer is None:
+            raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass `tokenizer`.")
+
+    def _check_forward(self) -> None:
+        """Raise if the model cannot run on random tokens or images, by which a saved model is checked."""
+        info = self.model_info
+        if info.quantized or info.offloaded or info.plain_model.device.type == "meta":
+            return
+        try:
+            outputs_for(info.plain_model)
+        except Exception as error:  # every model class raises its own errors
+            raise StructPruneError(
+                f"{info.name} cannot run on a few tokens or an image alone, as it does before it is saved "
+                f"({one_line(error)}). If its head needs other inputs, prune the base model and attach the head to "
+                "the result."
+            ) from error
+
+    def _check_run(self) -> None:
+        """Raise if the checkpoint folder or the recovery cannot be used."""
+        if self.options.checkpoint_dir is not None:
+            _check_folder(self.options.checkpoint_dir, self.config.rounds)
+        if self.config.recovery is not None:
+            from ..recovery.recover import check_recovery  # training libraries take seconds to import
+
+            check_recovery(self.config.recovery, self.config, self.model_info.plain_model)
+
+    def _check_criterion(self) -> None:
+        """Raise if the criterion cannot score the spaces, or a Trainer cannot prune them."""
+        config = self.config
+        arch = self.model_info.arch
         criterion = CRITERIA.get(config.scored_by)
         if criterion.check is not None:
             criterion.check(config, arch, self.use)
-        others = [name for name in widths if name not in (criterion.judges, VOCAB)]
-        if criterion.judges in DEFAULT_CRITERIA and others:
-            whole, score = criterion.judges, DEFAULT_CRITERIA[criterion.judges]
+
+        unit = criterion.judges
+        unscored = [name for name in self.widths if name not in (unit, VOCAB)]
+        if unit in DEFAULT_CRITERIA and unscored:
             raise StructPruneError(
-                f"criterion={config.criterion!r} judges whole {whole}s, and nothing else; prune {whole!r} in a run of "
-                f"its own, or choose a criterion for {others[0]!r}: {whole!r} is judged by {score!r} then."
+                f"criterion={config.criterion!r} scores whole {unit}s only. Prune {unit!r} in a separate run, or pass "
+                f"a criterion for {unscored[0]!r}. In that case {DEFAULT_CRITERIA[unit]!r} scores {unit!r}."
             )
-        of_model = [space.name for space in arch.model_spaces if space.name in widths]
-        if self.use == TRAINER and of_model:
+
+        model_spaces = [space.name for space in arch.model_spaces if space.name in self.widths]
+        if self.use == TRAINER and model_spaces:
             raise StructPruneError(
-                f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it "
-                "first (`structprune prune`), then train."
+                f"{model_spaces[0]!r} belongs to the whole model, and a Trainer prunes only inside the layers. Prune "
+                "it first (`structprune prune`), and then train."
             )
-        if HIDDEN in widths and config.refit not in ("none", "least_squares"):
+
+    def _check_refit(self) -> None:
+        """Raise if the refit cannot update all consumers of the hidden channels."""
+        refit = self.config.refit
+        if HIDDEN in self.widths and refit not in ("none", "least_squares"):
             raise StructPruneError(
-                f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the "
-                "model; use refit='least_squares' or 'none'."
+                f"refit={refit!r} is for consumers inside the layers, and the whole model reads {HIDDEN!r}. Use "
+                "refit='least_squares' or 'none'."
             )
-        if config.allocation == "uniform":
+
+    def _check_allocation(self) -> None:
+        """Raise if the allocation cannot choose the widths of the spaces of this model."""
+        allocation = self.config.allocation
+        arch = self.model_info.arch
+        if allocation == "uniform":
             return
         if not arch.causal:
             raise StructPruneError(
-                f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a "
-                f"model of type {arch.model_type!r} makes none; use allocation='uniform'."
+                f"allocation={allocation!r} compares predictions of the next token, and a model of type "
+                f"{arch.model_type!r} makes none. Use allocation='uniform'."
             )
-        for name in [name for name in widths if name != VOCAB] or widths:
-            if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL:
+
+        names = [name for name in self.widths if name != VOCAB]
+        for name in names or self.widths:
+            space = arch.of(name)[0]
+            if not space.inside or space.layer == MODEL:
                 raise StructPruneError(
-                    f"allocation={config.allocation!r} chooses widths inside the layers, and {name!r} is none of "
-                    "them; leave it out of targets and widths."
+                    f"allocation={allocation!r} chooses widths inside the layers, and {name!r} is not inside a layer. "
+                    "Remove it from `targets` and `widths`."
                 )
+
+    def _warn(self) -> None:
+        """Warn of options without effect, and of layers that transformers does not load."""
+        options = list(without_effect(self.config, self.widths))
+        if options and self.use != TRAINER:
+            warn(f"These options have no effect here: {'; '.join(options)}.")
+
+        ahead = layers_ahead(self.model_info.plain_model.config.get_text_config())
+        if ahead:
+            warn(
+                f"transformers does not load the layers that predict tokens farther ahead ({', '.join(ahead)}), so "
+                "the result has none, and its config says 0."
+            )
 
 
 def resolve_request(
@@ -193,14 +242,14 @@ def resolve_request(
     use: str = PRUNE,
     options: RunOptions | None = None,
 ) -> PruningRequest:
-    """Return what is asked of a model. Its config is the one to use from here on.
+    """Resolve a config for a model. Use the config of the returned request from here on.
 
     Args:
         config: The user's config.
-        model_info: The facts about the model.
-        tokenizer: Its tokenizer, which reads the calibration text.
+        model_info: The description of the model.
+        tokenizer: The tokenizer of the model, which reads the calibration text.
         inputs: Calibration inputs by domain instead of text.
-        use: What the model is used for: `PRUNE`, `DRY_RUN` or `TRAINER`.
+        use: The use of the request: `PRUNE`, `DRY_RUN` or `TRAINER`.
         options: Runtime options.
 
     Raises:
@@ -225,42 +274,53 @@ def resolve_request(
 
 
 def _check_loss_budget(model_info: ModelInfo, inputs: Mapping[str, Tensor] | None, use: str) -> None:
-    """Raise if no prunings on trial can find the size of a model with a certain loss."""
+    """Raise if trials cannot find the size of the model with a certain loss."""
     if use != PRUNE:
-        reason = f"a {use} has none"
+        reason = f"a {use} has no trials"
     elif inputs is not None:
-        reason = "they are judged on text, which inputs are not"
+        reason = "trials measure text, which `inputs` are not"
     elif not model_info.arch.causal and not reads_text(model_info.plain_model):
-        reason = "they are judged on text, which this model does not read alone"
+        reason = "trials measure text, and this model needs other inputs too"
     else:
         return
     raise StructPruneError(
-        f"budget {LOSS} is met by prunings on trial, and {reason}; give a size, such as parameters=0.9."
+        f"Trials find the size for the budget {LOSS!r}, and {reason}. Pass a size, such as parameters=0.9."
     )
 
 
 def check_config_kind(config: Any, options: Any = None) -> None:
-    """Refuse objects that are no config and no options, such as a mapping or a tokenizer."""
-    for name, value, kind in (("config", config, StructPruneConfig), ("options", options or RunOptions(), RunOptions)):
-        if not isinstance(value, kind):
-            advice = f"a mapping becomes one with {kind.__name__}.from_dict"
-            raise StructPruneError(f"{name} takes a {kind.__name__}, got {type(value).__name__}; {advice}.")
-        value.validate()  # a field may have been set since
+    """Raise unless the config and the options have the right types, and validate both."""
+    _check_type("config", config, StructPruneConfig)
+    # A field may have been set after the object was made.
+    config.validate()
+    if options:
+        _check_type("options", options, RunOptions)
+        options.validate()
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise StructPruneError(
+            f"`{name}` must be a {expected.__name__}, got {type(value).__name__}. "
+            f"{expected.__name__}.from_dict converts a mapping."
+        )
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: bool = False) -> None:
-    """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
+    """Raise unless a pruning can take the model, the tokenizer and the inputs."""
     check_kinds(model, tokenizer)
     if inputs is not None and not (isinstance(inputs, Mapping) and len(inputs) > 0):
         raise StructPruneError(
-            f"inputs takes a mapping of names to tensors, got {type(inputs).__name__}; pass one or more, such as "
-            "{'text': ids}."
+            f"`inputs` must be a mapping of names to tensors with at least one entry, got {type(inputs).__name__}. "
+            "For example, pass {'text': ids}."
         )
     if "_original_forward" in vars(model):
         raise StructPruneError(
-            "model computes in mixed precision, as accelerate prepared it, and what is saved would not; pass "
-            "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`, of a Trainer `trainer.accelerator`."
+            "`model` computes in mixed precision, as accelerate prepared it, and a saved model would not. Pass "
+            "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`. With a Trainer, the accelerator is "
+            "`trainer.accelerator`."
         )
+
     check_tokens(model, tokenizer)
     if inplace:
         check_changeable(model)
@@ -269,76 +329,89 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: boo
 
 
 def check_reads_text(model: PreTrainedModel) -> None:
-    """Refuse a model that the text of domains cannot calibrate."""
+    """Raise if the text of domains cannot calibrate a model."""
     if not reads_text(model):
         raise StructPruneError(
-            f"{type(model).__name__} reads {model.main_input_name}, and domains are text; prune it from Python with "
-            "samples of what it reads: StructPruner(config).prune_model(model, inputs={'name': samples})."
+            f"{type(model).__name__} reads {model.main_input_name}, and domains are text. Pass samples of its inputs "
+            "in Python: StructPruner(config).prune_model(model, inputs={'name': samples})."
         )
 
 
 def _check_samples(name: Any, samples: Any, model: Any) -> None:
-    """Raise if the inputs of a domain are not what the model reads."""
+    """Raise if the model cannot read the inputs of a domain."""
     if not isinstance(name, str):
-        raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
+        raise StructPruneError(f"The names of domains in `inputs` must be text, got {name!r}. Pass {str(name)!r}.")
     if not isinstance(samples, Tensor):
-        raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
-    if samples.layout != torch.strided or samples.is_meta:
-        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
-        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
+        raise StructPruneError(f"inputs[{name!r}] must be a tensor, got {type(samples).__name__}.")
+    if samples.is_meta:
+        raise StructPruneError(f"inputs[{name!r}] is on the meta device. Pass a tensor with values.")
+    if samples.layout != torch.strided:
+        raise StructPruneError(f"inputs[{name!r}] has the layout {samples.layout}. Pass a dense tensor.")
+
     if reads_images(model):
-        expected = tuple(random_inputs(model).shape[1:])
-        if samples.shape[1:] != expected or not samples.is_floating_point():
-            raise StructPruneError(
-                f"inputs[{name!r}] holds images of shape {tuple(samples.shape[1:])} as {samples.dtype}; pass what the "
-                f"model's image processor gives, {expected} in floating point."
-            )
-        return
+        _check_images(name, samples, model)
+    else:
+        _check_ids(name, samples, model)
+
+
+def _check_images(name: str, samples: Tensor, model: PreTrainedModel) -> None:
+    """Raise unless samples have the shape of the model's images and are floating point."""
+    expected = tuple(random_inputs(model).shape[1:])
+    if samples.shape[1:] != expected or not samples.is_floating_point():
+        raise StructPruneError(
+            f"inputs[{name!r}] has images of shape {tuple(samples.shape[1:])} as {samples.dtype}. Pass the output of "
+            f"the model's image processor, {expected} in floating point."
+        )
+
+
+def _check_ids(name: str, samples: Tensor, model: PreTrainedModel) -> None:
+    """Raise unless samples are token ids of the model, of shape `(samples, tokens)`."""
     if samples.dim() != 2 or samples.dtype != torch.int64 or samples.shape[1] < 2:
         raise StructPruneError(
-            f"inputs[{name!r}] holds {samples.dtype} of the shape {tuple(samples.shape)}; pass (samples, tokens), the "
-            "ids as int64, and 2 tokens or more in each sample."
+            f"inputs[{name!r}] has the shape {tuple(samples.shape)} and the type {samples.dtype}. Pass int64 token "
+            "ids of shape (samples, tokens), with 2 tokens or more in each sample."
         )
     check_positions(model, samples.shape[1], f"A sample of inputs[{name!r}], {samples.shape[1]} tokens,")
+    if not len(samples):
+        return
+
     vocab_size = model.config.get_text_config().vocab_size
-    smallest = int(samples.min()) if len(samples) else 0
-    largest = int(samples.max()) if len(samples) else 0
+    smallest = int(samples.min())
+    largest = int(samples.max())
     if smallest < 0 or largest >= vocab_size:
         raise StructPruneError(
-            f"inputs[{name!r}] holds token ids from {smallest} to {largest}, and those of this model lie between 0 "
-            f"and {vocab_size - 1}."
+            f"inputs[{name!r}] has token ids from {smallest} to {largest}, and the token ids of this model are from 0 "
+            f"to {vocab_size - 1}."
         )
 
 
 def _check_folder(folder: str, rounds: int) -> None:
-    """Refuse a folder for checkpoints that holds a model or cannot be written, and several rounds."""
+    """Raise if a checkpoint folder holds a model or cannot be written, or if there are several rounds."""
     from ..system.disk import check_folder
 
     check_folder(folder)
     if Path(folder, "config.json").is_file():
-        raise StructPruneError(
-            f"{folder} holds a model; what a run remembers takes a folder of its own: name another."
-        )
+        raise StructPruneError(f"{folder} holds a model. Pass another folder as `checkpoint_dir`.")
     if rounds > 1:
         raise StructPruneError(
-            f"checkpoint_dir={folder!r} remembers layers that are finished, and with rounds={rounds} none is "
-            "before the last round; set rounds=1, or leave checkpoint_dir (--resume) out."
+            f"checkpoint_dir={folder!r} stores finished layers, and with rounds={rounds} no layer is finished before "
+            "the last round. Set rounds=1, or remove checkpoint_dir (--resume)."
         )
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
-    """Yield the options that are set and have no effect with the others, each with the reason."""
+    """Yield the options that are set but have no effect with the other options, each with the reason."""
     reasons = {}
     if config.widths is not None:
-        reasons["targets"] = "widths names the spaces"
+        reasons["targets"] = "`widths` names the spaces"
         if config.allocation == "uniform":
-            reasons["round_to"] = "widths are taken as they are"
+            reasons["round_to"] = "`widths` are not rounded"
     if VOCAB not in names:
-        reasons["keep_tokens"] = f"no tokens go; name {VOCAB!r} in targets or widths"
+        reasons["keep_tokens"] = f"no tokens are removed. Add {VOCAB!r} to `targets` or `widths`"
     if set(names) <= {LAYER, EXPERT, HIDDEN}:
-        reasons["languages"] = "neither tokens go nor units inside the layers"
+        reasons["languages"] = "neither tokens nor units inside the layers are removed"
     if config.refit != "least_squares":
-        reasons["error_feedback"] = f"refit={config.refit!r} makes up for no error"
+        reasons["error_feedback"] = f"refit={config.refit!r} corrects no error"
 
     defaults = {field.name: field.default for field in fields(config)}
     for name, reason in reasons.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel
 from ..arch.meta import positions_of, skeleton
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
-from ..method.devices import free_bytes
-from ..system.stages import readable_size
+from ..method.devices import free_bytes, measured_throughput
+from ..system.stages import readable_size, readable_time
 from .adapter import adapted, lora_config
 from .arguments import TrainingSize, batch_samples, computes_in_bf16
 from .chunked_loss import chunk_tokens, device_kind
@@ -72,18 +71,10 @@ class RecoveryEstimate:
             f"the recovery takes {readable_size(self.total)} on each device at its peak: weights "
             f"{readable_size(self.weights)}, teacher {readable_size(self.teacher)}, optimizer "
             f"{readable_size(self.trained)}, activations {readable_size(self.activations)}",
-            f"its steps of {self.batch} samples of {self.seq_length} tokens take about {_duration(self.seconds)} on "
-            "this machine, without writing answers",
+            f"its steps of {self.batch} samples of {self.seq_length} tokens take about "
+            f"{readable_time(self.seconds)} on this machine, without writing answers",
         ]
         return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 5_400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3_600:.1f} hours"
 
 
 def estimate_recovery(
@@ -189,20 +180,3 @@ def check_recovery_memory(
         f"{readable_size(estimate.trained)}, activations {readable_size(estimate.activations)}), and "
         f"{readable_size(free)} are free. Set {', or '.join(suggestions[:-1])}, or use {suggestions[-1]}."
     )
-
-
-def measured_throughput(
-    device: torch.device, dtype: torch.dtype, hidden: int, ffn: int, seconds: float = 0.1
-) -> float:
-    """Measure the multiply-adds per second of a matrix product with the sizes of a model."""
-    inputs = torch.ones(512, hidden, device=device, dtype=dtype)
-    weight = torch.ones(hidden, ffn, device=device, dtype=dtype)
-
-    (inputs @ weight).sum().item()  # the first product prepares kernels
-
-    products = 0
-    start = perf_counter()
-    while perf_counter() - start < seconds:
-        (inputs @ weight)[0, 0].item()
-        products += 1
-    return products * 512 * hidden * ffn / (perf_counter() - start)

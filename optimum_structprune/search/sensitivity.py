@@ -163,7 +163,7 @@ class Search:
         data = self.data.portion(TRIAL_TOKENS)
         masks = Masks(self.model, self.arch)
         source = source_of(self.model, self.arch, data.own_batches, data.config.feedback_share)
-        layers = progress(range(self.arch.num_layers), desc="trial", unit="layer")
+        layers = progress(range(self.arch.num_layers), desc="Pruning on trial", unit="layer")
         try:
             prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)
             total = float(data.mean(probe.losses(self.model)))

@@ -156,7 +156,7 @@ class LayerTrials:
         # A trial changes one layer, so there are no errors of earlier layers for error feedback.
         source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
 
-        for layer in progress(range(arch.num_layers), desc="measuring losses"):
+        for layer in progress(range(arch.num_layers), desc="Measuring losses of single layers", unit="layer"):
             with source.at(layer):
                 for key, spaces in self.spaces.items():
                     if key[0] == layer and key not in losses:
@@ -228,10 +228,10 @@ def values_on_trial(
     masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Mapping[Axis, Values]:
     """Return the values of consumers with refitted columns, in the model's dtype. The model does not change."""
-    with masks.holding(masks.present(space.consumers)):
+    with masks.holding(masks.current(space.consumers)):
         for axis, columns in zip(space.consumers, refitted, strict=True):
             write_consumer_(masks.model, axis, *columns)
-        return masks.present(space.consumers)
+        return masks.current(space.consumers)
 
 
 def trial_losses(masks: Masks, made: Candidates, probe: Probe) -> dict[int, Tensor]:

@@ -44,7 +44,7 @@ class LayerCheckpoint:
             masks.keep.update(Plan.from_dict(saved.values["plan"]).keep)
             passes = dict(saved.values["passes"])
 
-        masks.lost = masks.lost or saved.number > 0
+        masks.irreversible = masks.irreversible or saved.number > 0
         for layer in range(saved.number):
             with source.at(layer, changes=True):
                 fill_layer_(masks.model, masks.arch, layer, self.resume.tensors(layer + 1), smaller)

@@ -203,7 +203,7 @@ class Division:
 
         masks = Masks(state.model, state.arch)
         source = source_of(state.model, state.arch, data.own_batches, data.config.feedback_share)
-        layers = progress(range(state.arch.num_layers), desc="trial", unit="layer")
+        layers = progress(range(state.arch.num_layers), desc="Pruning on trial", unit="layer")
         try:
             prune_layers_(masks, source, data.method(state.model, state.arch), widths, layers=layers)
             yield

@@ -47,7 +47,7 @@ class DropExperts(Step):
             source = source_of(model, arch, state.data.own_batches, state.config.feedback_share)
 
             with rebuilding_(model, shrunk_config(model.config, arch, widths)) as smaller:
-                for layer in progress(range(arch.num_layers), desc="experts", unit="layer"):
+                for layer in progress(range(arch.num_layers), desc="Removing experts", unit="layer"):
                     with source.at(layer, changes=True):
                         source.advance_dense(layer, widths)
                         _remove_from_layer_(state, widths, source, layer, criterion, keep, smaller)

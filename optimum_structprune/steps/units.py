@@ -59,7 +59,7 @@ class ShrinkLayers(Step):
                 masks.undo_(partial(source.at, changes=True))
             raise
         finally:
-            state.changed = state.changed or masks.lost
+            state.changed = state.changed or masks.irreversible
 
         adopt_config_(model, smaller)
         return Plan(arch.model_type, masks.keep)
@@ -70,13 +70,9 @@ def _layers_of_round(num_layers: int, number: int, num_rounds: int, finished_lay
 
     The bar counts the layers of all rounds, so that it shows the remaining time of the run.
     """
-    desc = "pruning"
-    if num_rounds > 1:
-        desc = f"round {number + 1}/{num_rounds}"
-
     return progress(
         range(finished_layers, num_layers),
-        desc=desc,
+        desc=f"Pruning, round {number + 1} of {num_rounds}",
         initial=number * num_layers + finished_layers,
         total=num_rounds * num_layers,
         unit="layer",

@@ -94,7 +94,7 @@ class TrimVocabulary(Step):
         state.tokenizer = choice.tokenizer
         remember_text(state.model, choice.tokenizer)
         state.report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
-        state.entries += choice.counted
+        state.entries += choice.entries
         return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(rows.tolist())})
 
 

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# The announcements of stages, by the names that reports have.
+ANNOUNCEMENTS = {
+    "answers": "Answering questions",
+    "channels": "Removing hidden channels",
+    "domains": "Reading text",
+    "experts": "Removing experts",
+    "languages": "Measuring languages",
+    "layers": "Removing layers",
+    "other text": "Reading unseen text",
+    "perplexity": "Measuring the model",
+    "recovery": "Training",
+    "search": "Choosing widths",
+    "vocabulary": "Choosing tokens",
+    "writing": "Generating text",
+}
 SIZE_UNITS = ("bytes", "kB", "MB", "GB")
 # Logs the beginning of each stage, and its progress where no bar can be drawn.
 logger = logging.getLogger(__name__)
@@ -41,7 +56,8 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     if times is None:
         times = {}
     if name not in times:
-        say(f"{name} …")
+        announcement = ANNOUNCEMENTS.get(name, name.capitalize())
+        say(f"{announcement} …")
 
     token = _enclosing.set(times)
     before = sum(times.values())
@@ -123,3 +139,12 @@ def readable_size(size: int) -> str:
     if power == 0:
         return f"{size:,} {SIZE_UNITS[0]}"
     return f"{size / 1000**power:,.1f} {SIZE_UNITS[power]}"
+
+
+def readable_time(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

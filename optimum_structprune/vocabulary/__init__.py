@@ -1,1 +1,1 @@
-"""The vocabulary: its tokens, which of them stay, and the tokenizer without the others."""
+"""The vocabulary: the tokens of a tokenizer, the choice of the kept tokens, and the smaller tokenizer."""

@@ -1,4 +1,4 @@
-"""The number of tokens that a config and a model without weights allow."""
+"""Compute the numbers of tokens that a config allows, from a model without weights."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def with_tokens(
     config: StructPruneConfig, described: ModelInfo, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> StructPruneConfig:
     """Add the tokens to the targets of a budget without targets, if the vocabulary is large."""
-    arch, model = described.arch, described.plain_model
     if not config.may_remove_tokens or described.offloaded:
         return config
-    if large_vocabulary(arch, model.num_parameters()) is None:
+
+    arch = described.arch
+    if large_vocabulary(arch, described.plain_model.num_parameters()) is None:
         return config
+
     if tokenizer is not None:
         try:
             Vocabulary.of(tokenizer)
@@ -50,12 +52,14 @@ def with_tokens(
             logger.info("No tokens are removed: %s", error)
             return config
 
-    others = tuple(name for name in config.targets_or_default if arch.of(name))
-    return replace(config, targets=(VOCAB, *(others or arch.channels)))
+    targets = [name for name in config.targets_or_default if arch.of(name)]
+    if not targets:
+        targets = list(arch.channels)
+    return replace(config, targets=tuple([VOCAB] + targets))
 
 
 def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
-    """Return the config of the other spaces, or None if there are none. `limit` replaces the limit of the budget."""
+    """Return the config of the other spaces, or None without other spaces. `limit` replaces the budget's limit."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         if not widths:
@@ -67,44 +71,48 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
         return None
     if limit is None:
         return replace(config, targets=targets)
+
     (figure,) = config.budget or {}
     return replace(config, targets=targets, budget={figure: limit})
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
-    """Return the final widths of all spaces, as the config states them, or the largest within its budget.
+    """Return the final widths of all spaces: the widths in the config, or the largest widths within its budget.
 
-    Where tokens share the budget with other spaces, only text can decide how many tokens are removed. Until then, all
-    of them are kept here, and the other spaces meet the budget as far as they can.
+    If tokens share the budget with other spaces, the number of removed tokens depends on text. These widths then keep
+    all tokens, and the other spaces meet the budget as far as they can.
 
     Raises:
         StructPruneError: If the config asks for a share of the layers, or its widths or its budget cannot be met.
     """
     if config.widths is not None:
-        return _given_widths(config, arch, model)
+        return _widths_of_config(config, arch, model)
     if config.budget is None:
         raise StructPruneError(_advice_against_sparsity(config, arch))
 
     budget = VocabBudget.of(config, arch, model)
-    others = without_tokens(config)
-    if others is None:
+    config_without_tokens = without_tokens(config)
+    if config_without_tokens is None:
         return {VOCAB: budget.largest({})}
 
-    undecided: dict[str, Width] = {VOCAB: budget.rows}
+    widths: dict[str, Width] = {VOCAB: budget.rows}
     if budget.is_met_by(budget.smallest):
-        return undecided | dict(widths_of(others, arch, model))
-    return undecided | dict(budget.smallest)
+        widths.update(widths_of(config_without_tokens, arch, model))
+    else:
+        widths.update(budget.smallest)
+    return widths
 
 
-def _given_widths(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
-    """Return the widths that a config states."""
+def _widths_of_config(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
+    """Return the widths that a config names."""
     assert config.widths is not None
     number = cast("int", config.widths[VOCAB])
     legal_widths(replace(config, widths={VOCAB: number}), arch, model.config)  # raises if it is illegal
+
     widths: dict[str, Width] = {VOCAB: number}
-    others = without_tokens(config)
-    if others is not None:
-        widths.update(widths_of(others, arch, model))
+    config_without_tokens = without_tokens(config)
+    if config_without_tokens is not None:
+        widths.update(widths_of(config_without_tokens, arch, model))
     return widths
 
 
@@ -115,9 +123,9 @@ def _advice_against_sparsity(config: StructPruneConfig, arch: ArchSpec) -> str:
         half = arch.of(VOCAB)[0].size // 128 * 64
         example = f"widths={{{VOCAB!r}: {half}}}"
     return (
-        f"targets={list(config.targets_or_default)} has {VOCAB!r}, whose parameters lie outside of the layers, so "
-        f"no share of those says how much of it goes; give {example} or another number, beside the widths of "
-        f"other spaces, or target {VOCAB!r} with a budget."
+        f"targets={list(config.targets_or_default)} has {VOCAB!r}, whose parameters are outside of the layers, so "
+        f"`sparsity` does not determine its width. Pass {example} or another number with the widths of other spaces, "
+        f"or target {VOCAB!r} with a budget."
     )
 
 
@@ -130,10 +138,10 @@ def _with_tokens(widths: Widths, number: int) -> Widths:
 
 @dataclass(frozen=True)
 class VocabBudget:
-    """A budget in which tokens have a part.
+    """A budget that includes tokens.
 
     Args:
-        budget: The limit, and the function from widths to what it limits.
+        budget: The limit, and the function from widths to the limited size.
         numbers: The numbers of tokens to choose from, ascending.
         smallest: The smallest widths of the other spaces that share the budget.
         rows: The number of tokens of the dense model.
@@ -148,14 +156,20 @@ class VocabBudget:
     def of(
         cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, allowed: range | None = None
     ) -> VocabBudget:
-        """Return the budget of a config. `allowed` are the numbers of tokens that the model can keep, if known.
+        """Return the budget of a config.
+
+        Args:
+            config: The config.
+            arch: The description of the model.
+            model: The model.
+            allowed: The numbers of tokens that the model can keep. The default is any number.
 
         Raises:
-            StructPruneError: If the smallest widths do not meet the budget, or it limits what tokens have no part in.
+            StructPruneError: If the smallest widths do not meet the budget, or the budget does not depend on tokens.
         """
         legal = legal_widths(replace(config, targets=(VOCAB,)), arch, model.config)[VOCAB]
         if CACHE in (config.budget or {}):
-            raise StructPruneError(f"Tokens have no part in the {CACHE}. Leave {VOCAB!r} out of `targets`.")
+            raise StructPruneError(f"Tokens have no part in the {CACHE}. Remove {VOCAB!r} from `targets`.")
 
         rows = arch.of(VOCAB)[0].size
         numbers = [number for number in choices(config, arch, VOCAB, legal) if allowed is None or number in allowed]
@@ -163,29 +177,29 @@ class VocabBudget:
             numbers = [rows]
 
         smallest: Widths = {}
-        others = without_tokens(config)
-        if others is not None:
-            legal_others = legal_widths(others, arch, model.config)
-            check_may_differ(others, arch, list(legal_others))
-            smallest = smallest_widths(others, arch, legal_others)
+        config_without_tokens = without_tokens(config)
+        if config_without_tokens is not None:
+            legal_by_space = legal_widths(config_without_tokens, arch, model.config)
+            check_may_differ(config_without_tokens, arch, list(legal_by_space))
+            smallest = smallest_widths(config_without_tokens, arch, legal_by_space)
 
         budget = budget_of(config, arch, model, list(smallest))
-        least = budget.cost(_with_tokens(smallest, numbers[0]))
+        min_cost = budget.cost(_with_tokens(smallest, numbers[0]))
         names = [VOCAB] + list(smallest)
-        check_reach(config, budget, least, names, arch)
+        check_reach(config, budget, min_cost, names, arch)
         return cls(budget, numbers, smallest, rows)
 
     @property
     def is_shared(self) -> bool:
-        """Whether other spaces share the budget, so that text decides how many tokens are removed."""
+        """Return whether other spaces share the budget, so that the number of removed tokens depends on text."""
         return bool(self.smallest)
 
     def is_met_by(self, widths: Widths) -> bool:
-        """Return whether a model with these widths, and all other spaces in full, meets the budget."""
+        """Return whether a model with these widths, and full widths of all other spaces, meets the budget."""
         return self.budget.cost(widths) <= self.budget.limit
 
     def largest(self, widths: Widths) -> int:
-        """Return the largest number of tokens that meets the budget beside other widths, else the smallest number."""
+        """Return the largest number of tokens that meets the budget with the given widths, or the smallest number."""
 
         def cost(number: int) -> float:
             return self.budget.cost(_with_tokens(widths, number))
@@ -195,11 +209,11 @@ class VocabBudget:
 
     @property
     def candidates(self) -> list[int]:
-        """The numbers of tokens that meet the budget beside some widths of the other spaces, ascending.
+        """Return the numbers of tokens that meet the budget with some widths of the other spaces, ascending.
 
-        The first one meets it by tokens alone, if that is possible. With the last one, the other spaces have their
+        The first number meets it by tokens alone, if possible. With the last number, the other spaces have their
         smallest widths.
         """
-        fewest = self.largest({})
-        most = self.largest(self.smallest)
-        return [number for number in self.numbers if fewest <= number <= max(most, fewest)]
+        min_number = self.largest({})
+        max_number = max(self.largest(self.smallest), min_number)
+        return [number for number in self.numbers if min_number <= number <= max_number]

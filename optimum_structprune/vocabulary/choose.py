@@ -1,4 +1,4 @@
-"""Choose the tokens of a smaller vocabulary: the required tokens, and then those that text is expected to use most."""
+"""Choose the tokens of a smaller vocabulary: the required tokens, and then the most frequent tokens."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .languages import script, scripts_in, scripts_of
 from .tokens import Vocabulary, with_dependencies
 
 
-# The total of the prior, relative to the counted text. A few counts say little about rare tokens.
+# The total of the prior, relative to the counted text. Counts of rare tokens are unreliable.
 PRIOR_WEIGHT = 0.3
-# The same where words of languages are counted. They say more than a tokenizer that was made for other languages, too.
-PRIOR_WEIGHT_BESIDE_WORDS = 0.02
-# The total of the prior over scripts that no text shows. Only letters of these scripts have a share of it.
+# The total of the prior if words of languages are counted. A tokenizer for many languages says less than these words.
+PRIOR_WEIGHT_WITH_WORDS = 0.02
+# The total of the prior over scripts that occur in no text. Only letters of these scripts have a share of it.
 PRIOR_WEIGHT_OF_OTHER_SCRIPTS = 0.001
-# The weight of the model's own predictions on the counted text, which know words that the text does not contain.
+# The weight of the model's predictions on the counted text. They include words that the text does not contain.
 EXPECTED_WEIGHT = 0.3
 # Letters with a smaller share of the text of languages are letters of foreign words.
 FOREIGN_LETTER_SHARE = 1e-6
@@ -62,7 +62,7 @@ class VocabularyRequest:
         rows: The number of rows of the embedding.
         required: The ids that are always kept. They include ids of the tokenizer beyond the rows, and rows that only a
             config names.
-        number: The number of rows to keep; None if tokens share a budget with other spaces, so that text decides.
+        number: The number of rows to keep. None if tokens share a budget with other spaces, so that text decides.
         budget: The budget, if the config has one.
     """
 
@@ -80,18 +80,18 @@ class VocabularyRequest:
         """Return the request of a config.
 
         Raises:
-            StructPruneError: If the model cannot keep so few tokens, or the budget cannot be met.
+            StructPruneError: If the number of tokens is too small for the model, or the budget cannot be met.
         """
         model = described.plain_model
         vocabulary = Vocabulary.of(tokenizer)
         rows = described.arch.of(VOCAB)[0].size
         padding = counted_from(model)
 
-        named = _named_tokens(config, described, tokenizer, vocabulary, rows)
-        # The model counts positions from the id of the padding, so that all lower ids have to stay in their places.
-        below_padding = set(range(padding)) - named
+        named_tokens = _named_tokens(config, described, tokenizer, vocabulary, rows)
+        # The model counts positions from the id of the padding, so no lower id may be removed.
+        below_padding = set(range(padding)) - named_tokens
         ids = set(range(max(rows, vocabulary.size)))
-        required = with_dependencies(named | below_padding, vocabulary.dependencies) & ids
+        required = with_dependencies(named_tokens.union(below_padding), vocabulary.dependencies) & ids
 
         number = cast("int", widths[VOCAB])
         request = cls(config, vocabulary, rows, frozenset(required), number)
@@ -106,14 +106,14 @@ class VocabularyRequest:
             if below_padding:
                 reason = f", since it counts positions from the id of its padding, {padding}"
             raise StructPruneError(
-                f"vocab={number:,} is no number of tokens that this model can keep: "
-                f"{request.allowed.start:,} of {rows:,} always stay{reason}."
+                f"vocab={number:,} is not possible for this model: {request.allowed.start:,} of {rows:,} tokens are "
+                f"always kept{reason}."
             )
         return request
 
     @property
     def allowed(self) -> range:
-        """The numbers of rows that the model can keep."""
+        """Return the numbers of rows that the model can keep."""
         return range(len(self.required) - self._num_rowless, self.rows + 1)
 
     def order(self, scores: Tensor) -> list[int]:
@@ -122,7 +122,7 @@ class VocabularyRequest:
         Every token comes after the tokens that it is formed from, so that the order can be cut anywhere.
         """
         by_score = torch.argsort(scores, descending=True, stable=True).tolist()
-        order = dict[int, None]()
+        order: dict[int, None] = {}
         for token in sorted(self.required) + by_score:
             self._append_with_parts(order, token)
 
@@ -132,7 +132,7 @@ class VocabularyRequest:
         return list(order)
 
     def _append_with_parts(self, order: dict[int, None], token: int) -> None:
-        """Append a token to an order, behind the tokens that it is formed from."""
+        """Append a token to an order, after the tokens that it is formed from."""
         stack = [token]
         while stack:
             missing = [part for part in self.vocabulary.dependencies(stack[-1]) if part not in order]
@@ -142,12 +142,12 @@ class VocabularyRequest:
                 order.setdefault(stack.pop())
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """Return the first ids of an order, ascending, of which `number` have rows."""
+        """Return the first ids of an order, ascending, so that `number` of them have rows."""
         return tuple(sorted(order[: number + self._num_rowless]))
 
     @property
     def _num_rowless(self) -> int:
-        """The number of tokens without rows in the model. Their ids are larger than all others."""
+        """Return the number of tokens without rows in the model. They have the largest ids."""
         return max(self.vocabulary.size - self.rows, 0)
 
 
@@ -160,43 +160,48 @@ def _named_tokens(
 ) -> set[int]:
     """Return the ids that the tokenizer, the model, the languages or the user name."""
     model = described.plain_model
-    named = set(range(rows, vocabulary.size))
-    named |= vocabulary.fixed
-    named |= named_ids(model)
-    named |= _letters(config.languages, vocabulary)
+    tokens = set(range(rows, vocabulary.size))
+    tokens.update(vocabulary.fixed)
+    tokens.update(named_ids(model))
+    tokens.update(_letters(config.languages, vocabulary))
 
     prompts = json.loads(module_files(model.config).get(PROMPTS, "{}")).get("prompts") or {}
     for prompt in prompts.values():
-        named.update(tokenizer(prompt)["input_ids"])
+        tokens.update(tokenizer(prompt)["input_ids"])
 
     if config.keep_tokens is not None:
-        named |= _kept_by_user(config.keep_tokens, vocabulary)
-    return named
+        tokens.update(_tokens_of_user(config.keep_tokens, vocabulary))
+    return tokens
 
 
 def _letters(codes: Sequence[str] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """Return the letters of the scripts of languages, Latin letters and symbols; all letters without languages."""
+    """Return the letters of the scripts of languages, Latin letters and symbols. Without languages, all letters."""
     if codes is None:
         return vocabulary.letters
+
     note_missing_words()
-    scripts = {"", "LATIN"} | scripts_in(codes)
+    scripts = scripts_in(codes)
+    scripts.update(("", "LATIN"))
     return frozenset(token for token in vocabulary.letters if script(vocabulary.surface(token)) in scripts)
 
 
-def _kept_by_user(named: str, vocabulary: Vocabulary) -> set[int]:
+def _tokens_of_user(keep_tokens: str, vocabulary: Vocabulary) -> set[int]:
     """Return the tokens in the lines of a file, or all tokens that a regular expression matches."""
-    path = os.path.expanduser(named)
+    path = os.path.expanduser(keep_tokens)
     try:
         if os.path.isfile(path):  # a regular expression may be longer than any file name
             tokens = _tokens_in_file(path, vocabulary)
         else:
-            tokens = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
+            tokens = {token for token in range(vocabulary.size) if re.search(keep_tokens, vocabulary.surface(token))}
     except (OSError, ValueError, re.error) as error:
         raise StructPruneError(
-            f"keep_tokens={named!r} is neither a file in UTF-8 nor a regular expression: {error}"
+            f"keep_tokens={keep_tokens!r} is neither a file in UTF-8 nor a regular expression: {error}"
         ) from error
+
     if not tokens:
-        raise StructPruneError(f"keep_tokens={named!r} names no token, neither as a file nor as a regular expression.")
+        raise StructPruneError(
+            f"keep_tokens={keep_tokens!r} names no token, neither as a file nor as a regular expression."
+        )
     return tokens
 
 
@@ -205,12 +210,14 @@ def _tokens_in_file(path: str, vocabulary: Vocabulary) -> set[int]:
     lines = [line for line in Path(path).read_text("utf-8-sig").splitlines() if line]
     if not lines:
         return set()
-    reader = vocabulary.tokenizer
-    ids = reader.get_vocab()
+
+    tokenizer = vocabulary.tokenizer
+    ids = tokenizer.get_vocab()
     tokens = {ids[line] for line in lines if line in ids}
 
-    # A word has one spelling at the beginning of a text, and another one behind a space.
-    for spelling in reader(lines + [f" {line}" for line in lines], add_special_tokens=False)["input_ids"]:
+    # A word has one spelling at the beginning of a text, and another spelling after a space.
+    texts = lines + [f" {line}" for line in lines]
+    for spelling in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         tokens.update(spelling)
     return tokens
 
@@ -223,7 +230,7 @@ class TokenShares:
         text: The share in the counted text.
         languages: The share in the words of the languages to keep.
         prior: The share that the tokenizer and the model expect in other text.
-        letters: 1 for the letters of the scripts that text shows, and 0 for other tokens.
+        letters: 1 for the letters of the scripts that occur in text, and 0 for other tokens.
     """
 
     text: Tensor
@@ -241,14 +248,14 @@ def wanted_shares(
 ) -> tuple[TokenShares, list[Entry]]:
     """Return the expected share of each token, and the records of the counted text.
 
-    General text beside the named domains, the prior and the predictions of the model count only in scripts that the
-    named domains or the languages show.
+    General text, the prior and the predictions of the model count only in scripts that occur in the named domains or
+    in the languages.
 
     Args:
         request: The tokens that the model may lose.
         domains: The text, the named domains first.
         held_out: The hashes of documents that are not counted.
-        expected: The shares that the model expects, shape `(rows,)`; None if it was not asked.
+        expected: The shares that the model expects, shape `(rows,)`, or None to leave them out.
     """
     vocabulary = request.vocabulary
     codes = request.config.languages or ()
@@ -287,7 +294,8 @@ def _text_shares(
 
     share(token) = Σ over domains of weight(domain) · count(token, domain) / count(domain)
     """
-    config, vocabulary = request.config, request.vocabulary
+    config = request.config
+    vocabulary = request.vocabulary
     num_named = len(resolve(config.domains or builtin_domains()))
     max_tokens = MOST_COUNTED // len(domains)
 
@@ -296,9 +304,12 @@ def _text_shares(
     entries = []
     for index, domain in enumerate(domains):
         shares, entry = text_shares(domain, config.seed, vocabulary.tokenizer, vocabulary.size, held_out, max_tokens)
-        text = named_text if index < num_named else general_text
-        text += domain.weight * shares
         entries.append(entry)
+        if index < num_named:
+            named_text += domain.weight * shares
+        else:
+            general_text += domain.weight * shares
+
     return named_text, general_text, entries
 
 
@@ -307,7 +318,7 @@ def _prior_shares(
 ) -> Tensor:
     """Return the shares that the tokenizer expects in other text, shape `(size,)`.
 
-    For tokens of shown scripts, with q the prior of the tokenizer:
+    For tokens of the scripts that occur in text (`is_shown`), with q the prior of the tokenizer:
 
         share(token) = PRIOR_WEIGHT · q(token) · r(token) / Σ q r
 
@@ -323,7 +334,7 @@ def _prior_shares(
         shares = shares * (script_shares / prior_of_scripts)
     weight = PRIOR_WEIGHT
     if any(has_words(code) for code in codes):
-        weight = PRIOR_WEIGHT_BESIDE_WORDS
+        weight = PRIOR_WEIGHT_WITH_WORDS
     shares = shares * (weight / shares.sum())
 
     is_other_letter = is_letter & ~is_shown
@@ -331,9 +342,9 @@ def _prior_shares(
 
 
 def _letter_shares(is_letter: Tensor, is_shown: Tensor, named_text: Tensor, languages: Tensor) -> Tensor:
-    """Return 1 for each letter of a shown script, of the named text or of a language, else 0; shape `(size,)`."""
-    is_used = (named_text > 0) | (languages > FOREIGN_LETTER_SHARE)
-    return (is_letter & (is_shown | is_used)).double()
+    """Return 1 for each letter of a shown script, of the named text or of a language, else 0. Shape `(size,)`."""
+    occurs = is_shown.logical_or(named_text > 0).logical_or(languages > FOREIGN_LETTER_SHARE)
+    return is_letter.logical_and(occurs).double()
 
 
 def _sum_by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
@@ -354,28 +365,28 @@ def _sum_by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All ids in the order in which they are kept.
+    """All ids by their expected shares.
 
     Args:
-        order: The ids, the first to keep first.
-        shares: The shares of the tokens, which the order follows from.
+        order: The ids. A smaller vocabulary keeps the first of them.
+        shares: The shares of the tokens, which determine the order.
         removed_shares: The share of held-out tokens that is removed, by the number of kept rows, shape `(rows + 1,)`.
-        counted: The records of the counted text.
+        entries: The records of the counted text.
     """
 
     order: list[int]
     shares: TokenShares
     removed_shares: Tensor
-    counted: list[Entry]
+    entries: list[Entry]
 
 
 def rank_tokens(
     request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None
 ) -> Ranking:
     """Rank all tokens by their expected shares; see `wanted_shares` for the arguments."""
-    shares, counted = wanted_shares(request, domains, held_out, expected)
+    shares, entries = wanted_shares(request, domains, held_out, expected)
     order = request.order(shares.total())
-    return Ranking(order, shares, _removed_shares(request, order, domains), counted)
+    return Ranking(order, shares, _removed_shares(request, order, domains), entries)
 
 
 def _removed_shares(request: VocabularyRequest, order: Sequence[int], domains: Sequence[Domain]) -> Tensor:
@@ -384,10 +395,10 @@ def _removed_shares(request: VocabularyRequest, order: Sequence[int], domains: S
     for domain in domains:
         probabilities += domain.weight * shares_of(domain.probe_or_heldout[:, 1:], len(order))
 
-    # removed[n] = Σ of the probabilities of order[n:]
-    removed = probabilities[torch.tensor(order)].flip(0).cumsum(0).flip(0)
-    removed = torch.cat([removed, removed.new_zeros(1)])
-    return removed[len(order) - request.rows :]
+    # shares[n] = Σ of the probabilities of order[n:]
+    shares = probabilities[torch.tensor(order)].flip(0).cumsum(0).flip(0)
+    shares = torch.cat([shares, shares.new_zeros(1)])
+    return shares[len(order) - request.rows :]
 
 
 @dataclass(frozen=True)
@@ -396,9 +407,9 @@ class Choice:
 
     Args:
         keep: The ids of the kept tokens, ascending.
-        number: The number of kept tokens with rows; they come first.
+        number: The number of kept tokens with rows. They come first.
         tokenizer: The tokenizer of the kept tokens.
-        counted: The records of the counted text.
+        entries: The records of the counted text.
         scripts: The number of removed tokens by script.
         trimmed: The figures of the report.
     """
@@ -406,7 +417,7 @@ class Choice:
     keep: tuple[int, ...]
     number: int
     tokenizer: PreTrainedTokenizerFast
-    counted: list[Entry]
+    entries: list[Entry]
     scripts: dict[str, int]
     trimmed: dict[str, Any]
 
@@ -430,9 +441,9 @@ def choose_tokens(request: VocabularyRequest, ranking: Ranking, number: int, dom
         "reason_of_each": "".join(reason[0] for reason in reasons),
         "unreadable": dict(scripts_of(vocabulary, vocabulary.letters.difference(keep))),
     }
-    removed = set(range(vocabulary.size)).difference(keep)
-    scripts = dict(scripts_of(vocabulary, removed))
-    return Choice(keep, number, smaller, ranking.counted, scripts, trimmed)
+    removed_tokens = set(range(vocabulary.size)).difference(keep)
+    scripts = dict(scripts_of(vocabulary, removed_tokens))
+    return Choice(keep, number, smaller, ranking.entries, scripts, trimmed)
 
 
 def _texts(vocabulary: Vocabulary, domains: Sequence[Domain]) -> Iterator[str]:
@@ -449,8 +460,8 @@ def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: TokenShare
     in_languages = (shares.languages > 0).tolist()
     is_shown_letter = (shares.letters > 0).tolist()
 
-    # Parts are kept for the sake of a token that is expected more often.
-    parts = set[int]()
+    # A part is a dependency of a token that is expected more often.
+    parts: set[int] = set()
     for token in keep:
         for part in request.vocabulary.dependencies(token):
             if prior[part] < prior[token]:

@@ -1,4 +1,4 @@
-"""Frequencies of tokens: in the text of a run, and in the words of languages."""
+"""Count tokens in the text of a run and in the words of languages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from .languages import CHOOSING, texts
 
 
 logger = logging.getLogger(__name__)
-# The most tokens that are counted in the text of all domains together. No model reads them.
+# The maximum number of tokens to count in the text of all domains together. No model reads them.
 MOST_COUNTED = 4_000_000
-MOST_WORDS = 100_000  # the most frequent words of a language that are counted
-# The contexts in which words are counted: the text before each word, whether words are capitalized, and the weight. In
-# languages without spaces, a comma stands before words. The parts of Korean words are listed as words.
+MOST_WORDS = 100_000  # the maximum number of words to count per language, the most frequent words first
+# The contexts of counted words: the text before each word, whether words are capitalized, and the weight. In languages
+# without spaces, a comma precedes words. The list of Korean words also contains parts of words.
 FORMS = ((" ", False, 0.6), (" ", True, 0.4))
 OTHER_FORMS = {"ja": (("、", False, 1.0),), "zh": (("、", False, 1.0),), "ko": ((" ", False, 0.5), ("、", False, 0.5))}
 
@@ -37,7 +38,12 @@ def shares_of(ids: Tensor, size: int) -> Tensor:
 
 
 def text_shares(
-    domain: Domain, seed: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: Collection[str], most: int
+    domain: Domain,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    held_out: Collection[str],
+    max_tokens: int,
 ) -> tuple[Tensor, Entry]:
     """Count the tokens in the text of a domain.
 
@@ -47,7 +53,7 @@ def text_shares(
         tokenizer: The tokenizer.
         size: The number of ids.
         held_out: The hashes of the documents that are not counted.
-        most: The number of tokens after which counting ends.
+        max_tokens: The number of tokens after which counting ends.
 
     Returns:
         The share of each token, shape `(size,)`, in fp64, and the entry of the manifest for the counted text.
@@ -63,11 +69,12 @@ def text_shares(
             counts.update(document.ids)
             hashes[document.hash] = None
             tokens += len(document.ids)
-        if tokens >= most:
+        if tokens >= max_tokens:
             break
 
     shares = torch.tensor([counts[token] for token in range(size)], dtype=torch.float64) / max(tokens, 1)
-    return shares, replace(Entry.of(domain, COUNTED), calibration_tokens=tokens, documents=list(hashes))
+    entry = replace(Entry.of(domain, COUNTED), calibration_tokens=tokens, documents=list(hashes))
+    return shares, entry
 
 
 def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
@@ -76,7 +83,9 @@ def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, si
     for code in codes:
         lines = _lines(code)
         rows = tokenizer([text for text, _ in lines], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = torch.tensor([token for row in rows for token in row])
+        ids = torch.tensor(list(chain.from_iterable(rows)))
+
+        # Each token has the frequency of its line.
         lengths = torch.tensor([len(row) for row in rows])
         frequencies = torch.tensor([frequency for _, frequency in lines], dtype=torch.float64)
         counts = torch.bincount(ids, frequencies.repeat_interleave(lengths), size)
@@ -86,18 +95,19 @@ def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, si
 
 @cache
 def note_missing_words() -> None:
-    """Log once that there are no word lists, so that only a few sentences of each language are counted."""
+    """Log once that word lists are missing, so that only a few sentences of each language are counted."""
     if find_spec("wordfreq") is None:
         logger.warning(
-            "languages counts the words of the package wordfreq, which is not installed, and so only a few sentences "
-            "of each: pip install 'optimum-structprune[languages]'"
+            "The package wordfreq is not installed, so `languages` counts only a few sentences of each language. "
+            "Install it: pip install 'optimum-structprune[languages]'"
         )
 
 
 def has_words(code: str) -> bool:
-    """Return whether there is a word list of a language."""
+    """Return whether wordfreq has a word list of a language."""
     if find_spec("wordfreq") is None:
         return False
+
     from wordfreq import available_languages
 
     return code in available_languages()
@@ -108,20 +118,23 @@ def _lines(code: str) -> Sequence[tuple[str, float]]:
     """Return texts of a language with their frequencies: its words in each form, or sample sentences."""
     if not has_words(code):
         return [(texts(CHOOSING)[code], 1.0)]
+
     from wordfreq import get_frequency_list
 
     lines: list[tuple[str, float]] = []
     count = 0
     # The words are grouped by frequency, in steps of a hundredth of its logarithm.
-    for hundredths, listed in enumerate(get_frequency_list(code)):
-        words = list(_unfolded(listed, code))
+    for hundredths, group in enumerate(get_frequency_list(code)):
+        words = list(_unfolded(group, code))
         frequency = 10.0 ** (-hundredths / 100)
-        for between, is_capitalized, weight in OTHER_FORMS.get(code, FORMS):
+
+        for prefix, is_capitalized, weight in OTHER_FORMS.get(code, FORMS):
             forms = words
             if is_capitalized:
                 forms = [word[:1].upper() + word[1:] for word in words]
-            text = "".join(between + form for form in forms)
+            text = "".join(prefix + form for form in forms)
             lines.append((text, weight * frequency))
+
         count += len(words)
         if count >= MOST_WORDS:
             break

@@ -1,4 +1,4 @@
-"""Text in 30 languages, its cost in bits per byte or in tokens, and the scripts of tokens."""
+"""Measure the cost of text in 30 languages, in bits per byte or in tokens, and find the scripts of tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..forward.metrics import row_losses
 from .tokens import Vocabulary
 
 
-# Files with one line of text for each language. Languages are compared on the first file, which has the same text in
-# all of them. Tokens are chosen by the second one.
+# Files with one line of text for each language. The first file has the same text in all languages, to compare them.
+# The second file is for the choice of tokens.
 SAME = "languages"
 CHOOSING = "samples"
-# A model knows a language if the text costs at most so many times the bits of its best language.
+# A model knows a language if the text costs at most this many times the bits of its best language.
 MAX_KNOWN_RATIO = 2.0
-# The number of tokens on which the dense model is measured, all languages together.
+# The number of tokens on which the dense model is measured, in all languages together.
 MEASURED_TOKENS = 4096
-# The number of characters in an opening.
+# The maximum number of characters in an opening.
 OPENING_LENGTH = 16
 SENTENCE_ENDS = re.compile(r"(?<=[.?!。？！।])\s*")
 
@@ -45,7 +45,7 @@ def texts(name: str = SAME) -> dict[str, str]:
 
 
 def openings(codes: Iterable[str]) -> list[str]:
-    """Return the first two words of each sentence in some languages; of Chinese, the first characters."""
+    """Return the first two words of each sentence in some languages, cut to `OPENING_LENGTH` characters."""
     beginnings = []
     for code in codes:
         for sentence in SENTENCE_ENDS.split(texts(CHOOSING)[code]):
@@ -56,7 +56,7 @@ def openings(codes: Iterable[str]) -> list[str]:
 
 
 def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> dict[str, list[int]]:
-    """Return the token ids of the text in each of 30 languages by its code, with the prefix of a text."""
+    """Return the token ids of the text in each of 30 languages by its code, with the prefix of the tokenizer."""
     return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
 
 
@@ -71,9 +71,13 @@ def scripts_in(codes: Iterable[str]) -> set[str]:
 def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest: int) -> torch.Tensor:
     """Return the sample text of languages in rows of at most `longest` tokens, shape `(rows, tokens)`."""
     by_code = tokens_by_language(tokenizer, CHOOSING)
-    ids = torch.tensor([token for code in codes for token in by_code[code]])
+    ids: list[int] = []
+    for code in codes:
+        ids += by_code[code]
+
     rows = ceil(len(ids) / longest)
-    return ids[: len(ids) // rows * rows].view(rows, -1)
+    row_length = len(ids) // rows
+    return torch.tensor(ids[: rows * row_length]).view(rows, row_length)
 
 
 def cost_by_language(
@@ -85,7 +89,7 @@ def cost_by_language(
     """Return the bits per byte of text by language, or its number of tokens if `model` is None.
 
     Languages are measured in the order of `codes`, on at most `max_tokens` tokens in all. Text that is longer than the
-    positions of the model is left out.
+    positions of the model is skipped.
     """
     ids_by_code = tokens_by_language(tokenizer)
     if model is None:
@@ -103,37 +107,49 @@ def cost_by_language(
 
 
 def costs_before(
-    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, wanted: Collection[str]
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, codes: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Measure the dense model by language: the languages to keep, then others, those with few tokens first."""
+    """Measure the dense model by language.
+
+    The languages to keep come first. The other languages follow by their number of tokens, up to `MEASURED_TOKENS`.
+
+    Args:
+        model: The dense model, or None to count tokens instead.
+        tokenizer: Its tokenizer.
+        codes: The codes of the languages to keep.
+    """
     lengths = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
-    codes = sorted(lengths, key=lambda code: (code not in wanted, lengths[code]))
-    max_tokens = max(MEASURED_TOKENS, sum(lengths[code] for code in wanted))
-    costs = cost_by_language(model, tokenizer, codes, max_tokens)
+    order = sorted(lengths, key=lambda code: (code not in codes, lengths[code]))
+    max_tokens = max(MEASURED_TOKENS, sum(lengths[code] for code in codes))
+    costs = cost_by_language(model, tokenizer, order, max_tokens)
 
     languages = {}
-    known_codes = None if model is None else known(costs)
     for code, cost in costs.items():
-        figures: dict[str, Any] = {"before": cost, "wanted": code in wanted}
-        if known_codes is not None:
+        languages[code] = {"before": cost, "wanted": code in codes}
+    if model is not None:
+        known_codes = known_languages(costs)
+        for code, figures in languages.items():
             figures["known"] = code in known_codes
-        languages[code] = figures
     return languages
 
 
 def with_costs_after(
     languages: Mapping[str, Mapping[str, Any]], model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
-    """Add the costs of the smaller model, in the languages to keep and those that the dense model knew."""
+    """Add the costs of the smaller model in the languages to keep and the languages that the dense model knows."""
     codes = [code for code, figures in languages.items() if figures["wanted"] or figures.get("known", True)]
     costs = cost_by_language(model, tokenizer, codes)
-    return {code: {**figures, "after": costs.get(code)} for code, figures in languages.items()}
+
+    with_costs = {}
+    for code, figures in languages.items():
+        with_costs[code] = dict(figures, after=costs.get(code))
+    return with_costs
 
 
-def known(bits: Mapping[str, float]) -> set[str]:
+def known_languages(bits: Mapping[str, float]) -> set[str]:
     """Return the languages whose text costs at most `MAX_KNOWN_RATIO` times the bits of the best language.
 
-    `bits` are the bits per byte by language. The languages have the same text, so that its total bits are compared.
+    `bits` are the bits per byte by language. All languages have the same text, so the total bits are compared.
     """
     totals = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
     limit = MAX_KNOWN_RATIO * min(totals.values())
@@ -141,7 +157,7 @@ def known(bits: Mapping[str, float]) -> set[str]:
 
 
 def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:
-    """Count tokens by script, without the tokens that have no letter."""
+    """Count tokens by script. Tokens without letters are not counted."""
     scripts = Counter(script(vocabulary.surface(token)) for token in tokens)
     del scripts[""]
     return scripts
@@ -161,6 +177,9 @@ def _script_of(character: str) -> str:
     """Return the first word of the Unicode name of a letter, mark or digit, else ""."""
     if not character.isalpha() and unicodedata.category(character) not in ("Mn", "Mc", "Nd"):
         return ""
+
     name = unicodedata.name(character, "").partition(" ")[0]
     # Characters with these names belong to all scripts.
-    return "" if name in ("COMBINING", "DIGIT", "VARIATION") else name
+    if name in ("COMBINING", "DIGIT", "VARIATION"):
+        return ""
+    return name

@@ -1,4 +1,4 @@
-"""The models of `tokenizer.json`, as far as they say which tokens spell a removed token."""
+"""Spell removed tokens by other tokens, as the model in a `tokenizer.json` does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 UNMERGED_RANK = 1 << 62  # the rank of a pair that is not merged
 UNSPELLED_SCORE = -inf  # the score of text that no tokens spell
-UNKNOWN_PENALTY = 10  # the score of an unknown character lies below the lowest score by this much in SentencePiece
+UNKNOWN_PENALTY = 10  # in SentencePiece, the score of an unknown character is the lowest score minus this number
 
 
 class Segmenter:
-    """Spells a piece of text as a model of `tokenizer.json` does.
+    """A model in a `tokenizer.json`, which divides text into tokens.
 
     Args:
         model: The model in `tokenizer.json`.
@@ -35,7 +35,7 @@ class Segmenter:
         self.lowest: int | None = None
 
     def letters(self, piece: str) -> list[str]:
-        """Return the pieces of one character each of which a piece consists."""
+        """Divide a piece into pieces of one character each."""
         if not self.prefix and not self.suffix:
             return list(piece)
 
@@ -48,7 +48,7 @@ class Segmenter:
         return letters
 
     def as_bytes(self, letter: str) -> tuple[int, ...]:
-        """Return the byte tokens of a character; none if the tokenizer has no byte tokens."""
+        """Return the byte tokens of a character, or no tokens if the tokenizer has no byte tokens."""
         if not self.bytes:
             return ()
         return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace"))
@@ -64,15 +64,15 @@ class Segmenter:
         letters = self.letters(self.pieces[token])
         return len(letters) == 1 or any(letter not in self.ids for letter in letters)
 
-    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """Return the tokens that spell a token without itself.
+    def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
+        """Return the other tokens that spell a token.
 
         Args:
             token: The id of the token.
-            kept: The ids of the tokens that may be used; None for all.
+            keep: The ids of the tokens that may be used, or None for all tokens.
 
         Returns:
-            Ids of tokens; none if the tokenizer never yields the token.
+            The ids of tokens, or no ids if the tokenizer never yields the token.
         """
         raise NotImplementedError
 
@@ -94,22 +94,22 @@ class BPESegmenter(Segmenter):
             self.merged.append(ids[first + second[len(self.prefix) :]])
         self.last = cache(self._last)
 
-    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
+    def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
         """Return the two tokens of the last merge, or the kept tokens that spell them."""
-        last = self.last(token)
-        if kept is None:
-            return last
+        pair = self.last(token)
+        if keep is None:
+            return pair
 
         parts: list[int] = []
-        for part in last:
-            if part in kept:
+        for part in pair:
+            if part in keep:
                 parts.append(part)
             else:
-                parts += self.parts(part, kept) or [part]
+                parts += self.parts(part, keep) or [part]
         return tuple(parts)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
-        """Return the tokens of the last merge; a character has none, because it is read before any merge."""
+        """Return the tokens of the last merge. A character has none, because it is read before any merge."""
         is_character = len(self.letters(self.pieces.get(token, ""))) <= 1
         if is_character:
             return ()
@@ -133,11 +133,17 @@ class BPESegmenter(Segmenter):
             ranks = [self.ranks.get(neighbours, UNMERGED_RANK) for neighbours in pairwise(symbols)]
             rank = min(ranks)
             if rank == UNMERGED_RANK:
-                return tuple(symbols) if self.whole_words else ()
+                if self.whole_words:
+                    return tuple(symbols)
+                return ()
+
             place = ranks.index(rank)
             pair = symbols[place : place + 2]
             symbols[place : place + 2] = [self.merged[rank]]
-        return tuple(pair) if symbols == [token] else ()
+
+        if symbols != [token]:
+            return ()
+        return tuple(pair)
 
 
 class UnigramSegmenter(Segmenter):
@@ -155,29 +161,33 @@ class UnigramSegmenter(Segmenter):
         """Return the probability of a token, whose logarithm is its score."""
         return exp(self.scores[token])
 
-    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """Return the tokens of the best division; none if other tokens have a higher score than the token."""
+    def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
+        """Return the tokens of the best division, or no tokens if it has a higher score than the token itself."""
         score, parts = self._best(token, None)
         if token < len(self.scores) and score > self.scores[token]:
             return ()
-        if kept is not None:
-            _, parts = self._best(token, kept)
+        if keep is not None:
+            _, parts = self._best(token, keep)
         return parts
 
-    def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
-        """Return the highest score of a division of a token into other tokens, and these tokens."""
+    def _best(self, token: int, keep: Container[int] | None) -> tuple[float, tuple[int, ...]]:
+        """Return the highest score of a division of a token into other tokens, and these tokens (Viterbi)."""
         piece = self.pieces[token]
-        unknown_score = self.unknown_score if self.bytes else UNSPELLED_SCORE
-        best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # of each beginning of the piece
+        unknown_score = UNSPELLED_SCORE
+        if self.bytes:
+            unknown_score = self.unknown_score
+
+        # best[n] is the best division of the first n characters of the piece.
+        best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for end in range(1, len(piece) + 1):
             score, parts = best[end - 1]
             divisions = [(score + unknown_score, parts + self.as_bytes(piece[end - 1]))]
             for start in range(max(0, end - self.longest), end):
                 part = self.ids.get(piece[start:end])
-                if part is None or part == token or (kept is not None and part not in kept):
+                if part is None or part == token or (keep is not None and part not in keep):
                     continue
                 score, parts = best[start]
-                divisions.append((score + self.scores[part], (*parts, part)))
+                divisions.append((score + self.scores[part], parts + (part,)))
             best.append(max(divisions, key=lambda division: division[0]))
 
         score, parts = best[-1]
@@ -189,12 +199,12 @@ class UnigramSegmenter(Segmenter):
 class WordPieceSegmenter(Segmenter):
     """WordPiece: a word is divided from its start, each time after the longest token."""
 
-    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
-        """Return the longest tokens from the start of a token; none if they do not spell it."""
+    def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
+        """Return the longest tokens from the start of a token, or no tokens if they do not spell it."""
         letters = self.letters(self.pieces[token])
         parts: list[int] = []
         while letters:
-            part, length = self._longest(letters, token, kept)
+            part, length = self._longest(letters, token, keep)
             if part is None:
                 return ()
             parts.append(part)
@@ -202,13 +212,13 @@ class WordPieceSegmenter(Segmenter):
         return tuple(parts)
 
     def _longest(
-        self, letters: list[str], token: int, kept: Container[int] | None
+        self, letters: list[str], token: int, keep: Container[int] | None
     ) -> tuple[int, int] | tuple[None, None]:
         """Return the longest token at the start of letters, other than `token`, and its number of letters."""
         for end in range(len(letters), 0, -1):
             piece = letters[0] + "".join(letter.removeprefix(self.prefix) for letter in letters[1:end])
             part = self.ids.get(piece)
-            if part is not None and part != token and (kept is None or part in kept):
+            if part is not None and part != token and (keep is None or part in keep):
                 return part, end
         return None, None
 

@@ -1,4 +1,4 @@
-"""Aligns the tokens of a dense model, and its predictions, with the tokens of a smaller vocabulary."""
+"""Align the tokens and the predictions of a dense model with the tokens of a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ..method.layers import input_device
 from .tokens import Vocabulary
 
 
-# On a CPU, the number of positions whose probabilities are computed together, and of texts in a forward pass.
-POSITIONS_AT_ONCE, TEXTS_AT_ONCE = 64, 1
+# On a CPU, the number of positions whose probabilities are computed together.
+POSITIONS_AT_ONCE = 64
+# On a CPU, the number of texts in a forward pass.
+TEXTS_AT_ONCE = 1
 FP32_BYTES = 4
 
 
@@ -29,10 +31,10 @@ class AlignedToken(NamedTuple):
 
     Attributes:
         token: The token id in the smaller vocabulary.
-        row: The number of the dense token that it belongs to, among the counted ones; -1 if that is not counted.
-        node: The node of the prefix in front of it, or -1 if no dense prediction applies to that prefix. Inside a
-            dense token, the prefix is the beginning of that token. For the first part of a dense token, the prefix is
-            the dense token before, because the dense model may have expected a longer token there.
+        row: The index of its dense token among the counted dense tokens, or -1 if the dense token is not counted.
+        node: The node of the prefix before it, or -1 if no dense prediction applies to that prefix. Inside a dense
+            token, the prefix is the beginning of that token. For the first part of a dense token, the prefix is the
+            previous dense token, because the dense model may have expected a longer token there.
     """
 
     token: int
@@ -43,31 +45,33 @@ class AlignedToken(NamedTuple):
 class AlignedChunk(NamedTuple):
     """Consecutive positions of `TokenAlignment.divergence`, with index tensors on the device of the logits."""
 
-    dense: slice  # the counted dense tokens that the positions belong to, with the token before them
-    rows: Tensor  # the dense token of each position, counted from the beginning of `dense`, shape `(positions,)`
-    first: Tensor  # 1 where a dense token begins, else 0, shape `(positions,)`
+    dense: slice  # the counted dense tokens of the positions, with the token before them
+    rows: Tensor  # the dense token of each position, relative to the start of `dense`, shape `(positions,)`
+    first: Tensor  # 1 at the first part of a dense token, else 0, shape `(positions,)`
     inner: Tensor  # the positions that have a node, shape `(inner,)`
-    ends: Tensor  # the number of branches of their nodes, added up, shape `(inner,)`
-    offsets: Tensor  # the first branch of their nodes, less the branches of those before, shape `(inner,)`
-    num_branches: int  # the number of all branches
+    ends: Tensor  # the cumulative number of branches of their nodes, shape `(inner,)`
+    offsets: Tensor  # the first branch of each node minus the branches of earlier inner positions, shape `(inner,)`
+    num_branches: int  # the number of branches of all inner positions
 
 
 class TokenAlignment:
-    """Spells each token of a dense model by one or more tokens of a smaller vocabulary.
+    """The spelling of each token of a dense model by one or more tokens of a smaller vocabulary.
 
     The spellings form a tree. Its nodes are the proper prefixes of spellings. The branches of a node are the dense
-    tokens whose spelling begins with the prefix. Each branch has the part that follows the prefix, or `size` where the
-    spelling ends.
+    tokens whose spelling begins with the prefix. Each branch has the part after the prefix, or `size` at the end of
+    the spelling.
 
     Args:
-        spellings: The token ids in the smaller vocabulary by dense token id; empty where nothing spells a token.
+        spellings: The token ids in the smaller vocabulary by dense token id. They are empty if nothing spells a token.
         size: The number of tokens in the smaller vocabulary.
     """
 
     def __init__(self, spellings: Sequence[tuple[int, ...]], size: int):
         self.spellings = spellings
         self.size = size
-        first_parts = torch.tensor([parts[0] if parts else size for parts in spellings])
+
+        # `size` stands for the end of a spelling.
+        first_parts = torch.tensor([(parts + (size,))[0] for parts in spellings])
 
         self.nodes: dict[tuple[int, ...], int] = {}
         for parts in spellings:
@@ -76,16 +80,16 @@ class TokenAlignment:
 
         branches: list[tuple[int, int, int]] = []
         for token, parts in enumerate(spellings):
+            with_end = parts + (size,)
             for end in range(1, len(parts) + 1):
                 if parts[:end] in self.nodes:
-                    following = parts[end] if end < len(parts) else size
-                    branches.append((self.nodes[parts[:end]], token, following))
+                    branches.append((self.nodes[parts[:end]], token, with_end[end]))
         table = torch.tensor(sorted(branches), dtype=torch.long).view(-1, 3)
         node_of_branch, token_of_branch, part_of_branch = table.unbind(1)
 
         self._counts = node_of_branch.bincount(minlength=len(self.nodes))
         self._starts = self._counts.cumsum(0) - self._counts
-        # They have the size of a vocabulary, and each device gets one copy.
+        # The tables are as large as a vocabulary, so each device gets only one copy.
         self._tables = {torch.device("cpu"): (first_parts, token_of_branch, part_of_branch)}
 
     @classmethod
@@ -96,7 +100,7 @@ class TokenAlignment:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> TokenAlignment:
-        """Align the tokens of a dense model with those of a model that has lost some of them, or none.
+        """Align the tokens of a dense model with the tokens of a pruned model.
 
         Raises:
             StructPruneError: If the model has tokens that the dense model lacks, or the same tokens in another order.
@@ -107,11 +111,13 @@ class TokenAlignment:
         own_tokens = 1 + max(tokenizer.get_vocab().values())
 
         keep = ids_in(dense_tokenizer, tokenizer, min(own_tokens, size))
-        # Of the rows without a token, pruning keeps those that the configs name, and then the first ones.
-        named = named_ids(dense)
-        spare_rows = sorted(range(dense_tokens, dense_size), key=lambda row: row not in named)
+        # Among the rows without a token, pruning first keeps the rows that the model's configs name.
+        config_ids = named_ids(dense)
+        spare_rows = sorted(range(dense_tokens, dense_size), key=lambda row: row not in config_ids)
         keep += sorted(spare_rows[: max(size - own_tokens, 0)])
-        in_order = keep == sorted({*keep} - {-1})
+
+        # `ids_in` returns -1 for tokens that the dense tokenizer lacks.
+        in_order = keep == sorted(set(keep) - {-1})
         if not in_order or keep[-1] >= dense_size:
             raise StructPruneError(
                 f"The dense model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
@@ -122,51 +128,60 @@ class TokenAlignment:
         spellings: list[tuple[int, ...]] = [() for _ in range(dense_size)]
         for old, new in new_ids.items():
             spellings[old] = (new,)
-        removed = {*range(min(dense_tokens, dense_size))} - new_ids.keys()
-        if removed:
+
+        removed_tokens = set(range(min(dense_tokens, dense_size))).difference(new_ids)
+        if removed_tokens:
             vocabulary = Vocabulary.of(dense_tokenizer)
             unknown = new_ids.get(dense_tokenizer.unk_token_id)
-            for token in removed:
+            for token in removed_tokens:
                 spellings[token] = _spelling(vocabulary, token, new_ids, unknown)
         return cls(spellings, size)
 
     def is_identity(self) -> bool:
-        """Return whether each token is spelled by itself alone, under the same id."""
-        return all(parts == (token,) for token, parts in enumerate(self.spellings)) and self.size == len(
-            self.spellings
-        )
+        """Return whether both vocabularies have the same tokens with the same ids."""
+        if self.size != len(self.spellings):
+            return False
+        return all(parts == (token,) for token, parts in enumerate(self.spellings))
 
-    def align(self, ids: Sequence[int], counted: Sequence[bool], seen: int = 0) -> list[AlignedToken]:
+    def align(self, ids: Sequence[int], is_counted: Sequence[bool], first_row: int = 0) -> list[AlignedToken]:
         """Spell a text of dense token ids in the smaller vocabulary.
 
         Args:
             ids: The dense token ids.
-            counted: Whether the prediction of each dense token counts.
-            seen: The number of counted dense tokens in earlier texts of the same sample.
+            is_counted: Whether the prediction of each dense token counts.
+            first_row: The number of counted dense tokens in earlier texts of the same sample.
 
         Raises:
             StructPruneError: If a token has no spelling.
         """
         aligned: list[AlignedToken] = []
-        row = seen
-        previous = -1
-        for token, counts in zip(ids, counted, strict=True):
+        next_row = first_row
+        node = -1
+        for token, counts in zip(ids, is_counted, strict=True):
             parts = self.spellings[token]
             if not parts:
                 raise StructPruneError(f"The token {token} of the dense model cannot be spelled without itself.")
 
-            for position, part in enumerate(parts):
-                node = previous if position == 0 else self.nodes[parts[:position]]
-                aligned.append(AlignedToken(part, row if counts else -1, node))
-            previous = self.nodes.get(parts, -1) if counts else -1
-            row += counts
+            row = -1
+            if counts:
+                row = next_row
+                next_row += 1
+
+            # The node of the first part belongs to the previous dense token.
+            aligned.append(AlignedToken(parts[0], row, node))
+            for position in range(1, len(parts)):
+                aligned.append(AlignedToken(parts[position], row, self.nodes[parts[:position]]))
+
+            node = -1
+            if counts:
+                node = self.nodes.get(parts, -1)
         return aligned
 
     def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """Compute the KL divergence from a dense model's next-token distribution to that of a smaller model.
+        """Compute the KL divergence from the next-token distribution of a dense model to that of a smaller model.
 
-        The divergence is summed over the parts of each dense token. Where the dense distribution does not say which
-        token follows, the smaller model is taken to be right.
+        The divergence is summed over the parts of each dense token. Where a shorter dense token may have ended, a part
+        is weighted by the probability that it did not end, because the dense model has no prediction after its end.
 
         Args:
             logits: The logits of the smaller model, shape `(positions, size)`.
@@ -178,9 +193,10 @@ class TokenAlignment:
             The divergence of each counted dense token in nats, shape `(tokens,)`, fp32.
         """
         device = logits.device
-        # The probabilities of a large vocabulary take much memory, so that only some positions are computed together.
+        # The probabilities of a large vocabulary take much memory, so only some positions are computed together.
         positions = rows_at_once(device, FP32_BYTES * (self.size + dense.shape[1]), POSITIONS_AT_ONCE)
         all_rows, chunks = self.chunks(rows, nodes, positions, device)
+
         divergences: list[Tensor] = []
         for values, chunk in zip(logits.split(positions), chunks, strict=True):
             probabilities = dense[chunk.dense].to(device).float().softmax(-1)
@@ -188,15 +204,19 @@ class TokenAlignment:
             log_probabilities = values.float().log_softmax(-1)
             terms = torch.special.xlogy(target, target) - target * log_probabilities
             divergences.append(weight * terms.sum(-1))
+
         total = logits.new_zeros(len(dense), dtype=torch.float32)
         return total.index_add(0, all_rows, torch.cat(divergences))
 
     def chunks(
         self, rows: Tensor, nodes: Tensor, positions: int, device: torch.device
     ) -> tuple[Tensor, list[AlignedChunk]]:
-        """Split positions into chunks; return the rows of all of them, and the chunks.
+        """Split positions into chunks.
 
         All sizes are computed on the CPU and all indices are copied at once, so that no chunk waits for the device.
+
+        Returns:
+            The rows of all positions on the device, and the chunks.
         """
         rows, nodes = torch.stack([rows, nodes]).cpu()
         first = (rows.diff(prepend=rows.new_tensor([-1])) != 0).long()
@@ -232,23 +252,23 @@ class TokenAlignment:
 
         Returns:
             The distribution over the smaller vocabulary, shape `(positions, size)`; and its weight, `(positions,)`.
-            The weight is less than 1 inside a dense token where a shorter dense token may have ended, for which the
-            dense model has no next-token distribution.
+            The weight is less than 1 inside a dense token if a shorter dense token may have ended there, because the
+            dense model has no next-token distribution after the shorter token.
         """
         device = probabilities.device
         first_parts, token_of_branch, part_of_branch = self._tables_on(device)
 
-        # The distribution where a dense token begins: the first parts of all dense tokens.
+        # The distribution at the start of a dense token: the first parts of all dense tokens.
         begins = probabilities.new_zeros(len(probabilities), self.size + 1)
         begins = begins.scatter_add_(1, first_parts.expand_as(probabilities), probabilities)[:, : self.size]
         begins = begins / begins.sum(1, keepdim=True)
 
-        # The probability of what follows the prefix of each inner position, where the column `size` is its end.
+        # The probability of each part after the prefix of each inner position. The column `size` is the end.
         number = torch.arange(chunk.num_branches, device=device)
         owner = torch.searchsorted(chunk.ends, number, right=True)
         branch = number + chunk.offsets[owner]
         position = chunk.inner[owner]
-        # The prefix of a first part is the dense token before.
+        # The prefix of a first part is the previous dense token.
         prediction = (chunk.rows - chunk.first)[position]
         following = probabilities.new_zeros(len(chunk.rows), self.size + 1)
         index = (position, part_of_branch[branch])
@@ -256,7 +276,7 @@ class TokenAlignment:
 
         continues = following[:, : self.size].sum(1)
         ends = following[:, self.size]
-        # 0 / 0 where the prefix has no probability at all.
+        # A prefix without any probability results in 0 / 0.
         continuing = (continues / (continues + ends)).nan_to_num()
         inside = following[:, : self.size] / continues.clamp_min(1e-38)[:, None]
 
@@ -274,10 +294,11 @@ class TokenAlignment:
 
 
 def _spelling(vocabulary: Vocabulary, token: int, new_ids: dict[int, int], unknown: int | None) -> tuple[int, ...]:
-    """Spell a removed token by kept ones, or by the unknown token where its script has been removed."""
+    """Spell a removed token by kept tokens, or by the unknown token if its script has been removed."""
     parts = vocabulary.parts(token, new_ids)
-    if parts and new_ids.keys() >= {*parts}:
+    if parts and all(part in new_ids for part in parts):
         return tuple(new_ids[part] for part in parts)
+
     occurs_in_text = token in vocabulary.letters or vocabulary.parts(token)
     if occurs_in_text and unknown is not None:
         return (unknown,)
@@ -299,36 +320,51 @@ def divergence_from_dense(
         dense: The dense model.
         model: The model with fewer tokens.
         texts: The dense token ids of each text.
-        contexts: The number of tokens at the beginning of each text that are context, and not predicted.
+        contexts: The number of tokens at the beginning of each text that are context only.
 
     Returns:
         The sums in nats, shape `(texts,)`, fp64, on the CPU.
     """
     pairs = list(zip(texts, contexts, strict=True))
-    # Texts are padded at the end, which a causal model does not see.
     bytes_of_text = FP32_BYTES * max(map(len, texts)) * (alignment.size + len(alignment.spellings))
-    size = rows_at_once(input_device(model), bytes_of_text, TEXTS_AT_ONCE)
+    batch_size = rows_at_once(input_device(model), bytes_of_text, TEXTS_AT_ONCE)
+
     sums: list[Tensor] = []
-    for start in range(0, len(pairs), size):
-        batch = pairs[start : start + size]
-        aligned = [
-            torch.tensor(alignment.align(ids, [place >= context for place in range(len(ids))]))
-            for ids, context in batch
-        ]
-        read = pad_sequence([tokens[:, 0] for tokens in aligned], batch_first=True)
-        dense_read = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
-        logits = outputs_for(model, read)
-        dense_logits = outputs_for(dense, dense_read)
-        for number, (ids, context) in enumerate(batch):
-            # The logits at a position predict the next token.
-            following = aligned[number][1:]
-            counted = following[:, 1] >= 0
-            places = counted.nonzero()[:, 0].to(logits.device)
-            divergence = alignment.divergence(
-                logits[number, places],
-                dense_logits[number, context - 1 : len(ids) - 1],
-                following[counted, 1],
-                following[counted, 2],
-            )
-            sums.append(divergence.double().sum())
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        sums += _batch_divergences(alignment, dense, model, batch)
     return torch.stack(sums).cpu()
+
+
+def _batch_divergences(
+    alignment: TokenAlignment,
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    batch: Sequence[tuple[Sequence[int], int]],
+) -> list[Tensor]:
+    """Return the divergence of each text of a batch of dense token ids and numbers of context tokens."""
+    aligned: list[Tensor] = []
+    for ids, context in batch:
+        is_counted = [place >= context for place in range(len(ids))]
+        aligned.append(torch.tensor(alignment.align(ids, is_counted)))
+
+    # Texts are padded at the end, which does not change the predictions of a causal model.
+    inputs = pad_sequence([tokens[:, 0] for tokens in aligned], batch_first=True)
+    dense_inputs = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+    logits = outputs_for(model, inputs)
+    dense_logits = outputs_for(dense, dense_inputs)
+
+    sums: list[Tensor] = []
+    for number, (ids, context) in enumerate(batch):
+        # The logits at a position predict the next token.
+        targets = aligned[number][1:]
+        targets_counted = targets[:, 1] >= 0
+        places = targets_counted.nonzero()[:, 0].to(logits.device)
+        divergence = alignment.divergence(
+            logits[number, places],
+            dense_logits[number, context - 1 : len(ids) - 1],
+            targets[targets_counted, 1],
+            targets[targets_counted, 2],
+        )
+        sums.append(divergence.double().sum())
+    return sums

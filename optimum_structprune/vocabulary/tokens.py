@@ -1,4 +1,4 @@
-"""The tokens of a fast tokenizer, the tokens that spell each of them, and the tokenizer without some tokens."""
+"""Read the tokens of a fast tokenizer and the tokens that spell each of them, and make smaller tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .segmenters import KINDS, BPESegmenter, Segmenter, WordPieceSegmenter
 
 SPACE = "▁"  # SentencePiece writes it for a space
 DIGITS = frozenset("0123456789")
-# Conversations on which a chat template is tried, by the roles of their messages, and a tool.
+# The roles in the conversations that a chat template is checked on, and a tool.
 ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
 TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}]
@@ -65,21 +65,22 @@ class Vocabulary:
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
-                f"The tokenizer is a {type(tokenizer).__name__}, which is slow: it has no tokenizer.json to take "
-                "tokens out of; load its fast form by AutoTokenizer, if it has one."
+                f"The tokenizer is a {type(tokenizer).__name__}, which is slow: it has no tokenizer.json to remove "
+                "tokens from. Load a fast tokenizer with AutoTokenizer, if the model has one."
             )
+
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         kind = described["model"]["type"]
         if kind not in KINDS:
             raise StructPruneError(
-                f"The tokenizer is of the kind {kind}, where no token is spelled by others; tokens can be taken out "
-                f"of {', '.join(KINDS)}."
+                f"The tokenizer is of the kind {kind}, where no token is spelled by other tokens. Tokens can be "
+                f"removed from {', '.join(KINDS)}."
             )
         return cls(tokenizer, described)
 
     @cached_property
     def fixed(self) -> frozenset[int]:
-        """The ids of the tokens that any text needs, and of all their parts.
+        """Return the ids of the tokens that any text needs, and of all their parts.
 
         These are added and special tokens, bytes, digits, the mark of a space, the unknown token, and the tokens of
         chat templates.
@@ -100,7 +101,7 @@ class Vocabulary:
 
     @cached_property
     def letters(self) -> frozenset[int]:
-        """The ids of the tokens that single letters need; none if bytes spell all letters."""
+        """Return the ids of the tokens that single letters need, or no ids if bytes spell all letters."""
         if self._irreplaceable_are_bytes:
             return frozenset()
         return frozenset(filter(self._segmenter.is_irreplaceable, self._names.keys() - self._added))
@@ -109,11 +110,19 @@ class Vocabulary:
         """Return whether the model of the tokenizer forms a token: it has a name, and is not an added token."""
         return token in self._names and token not in self._added
 
-    def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
-        """Return the tokens that spell a removed token, out of `kept` if given; none if the token is never read."""
+    def parts(self, token: int, keep: Container[int] | None = None) -> tuple[int, ...]:
+        """Return the tokens that spell a removed token.
+
+        Args:
+            token: The id of the token.
+            keep: The ids of the tokens that may be used. The default is all other tokens.
+
+        Returns:
+            The ids of tokens, or no ids if the tokenizer never yields the token.
+        """
         if not self._is_formed(token):
             return ()
-        return self._segmenter.parts(token, kept)
+        return self._segmenter.parts(token, keep)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
         """Return the tokens without which a token cannot be formed."""
@@ -122,13 +131,13 @@ class Vocabulary:
         return self._segmenter.dependencies(token)
 
     def prior(self, token: int) -> float:
-        """Estimate the relative frequency of a token in text of all kinds."""
+        """Estimate the relative frequency of a token in general text."""
         if not self._is_formed(token):
             return 0.0
         return self._segmenter.prior(token)
 
     def surface(self, token: int) -> str:
-        """Return the text of a token in decoded text, with its space."""
+        """Return the text that a token decodes to, with its space."""
         name = self._names.get(token, "")
         if token in self._added:
             return name
@@ -142,6 +151,7 @@ class Vocabulary:
             if name.startswith(segmenter.prefix):
                 return name.removeprefix(segmenter.prefix)
             return f" {name}"
+
         if self._marks_space:
             name = name.replace(SPACE, " ")
         if segmenter.suffix and name.endswith(segmenter.suffix):
@@ -155,7 +165,7 @@ class Vocabulary:
             keep: The ids of the kept tokens, ascending. The new id of a token is its place in `keep`.
 
         Raises:
-            StructPruneError: If the class of the tokenizer does not keep to its `tokenizer.json`.
+            StructPruneError: If the class of the tokenizer changes the contents of `tokenizer.json` when it loads it.
         """
         new_ids = {old: new for new, old in enumerate(keep)}
         if hasattr(self.tokenizer, "legacy"):  # LlamaTokenizer reads it and does not write it
@@ -176,8 +186,8 @@ class Vocabulary:
         for part in described.keys() - {"truncation", "padding"}:
             if loaded[part] != described[part]:
                 raise StructPruneError(
-                    f"The tokenizer class {type(smaller).__name__} makes another {part} than its tokenizer.json says, "
-                    "so that no tokens can be taken out; load the tokenizer as a PreTrainedTokenizerFast."
+                    f"The tokenizer class {type(smaller).__name__} replaces the {part} of its tokenizer.json, so no "
+                    "tokens can be removed. Load the tokenizer as a PreTrainedTokenizerFast."
                 )
         return smaller
 
@@ -194,7 +204,7 @@ class Vocabulary:
         """
         chat_texts = list(chats(self.tokenizer))
         if list(chats(smaller)) != chat_texts:
-            raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
+            raise StructPruneError("The chat template of the smaller tokenizer renders other text.")
 
         new_ids = {old: new for new, old in enumerate(keep)}
         for text in chain(chat_texts, texts):
@@ -202,7 +212,7 @@ class Vocabulary:
             ids = smaller(text, verbose=False).input_ids
             if all(token in new_ids for token in dense) and [new_ids[token] for token in dense] != ids:
                 raise StructPruneError(
-                    f"All tokens of a text stay, and the smaller tokenizer gives other tokens for it: {text!r:.200}"
+                    f"All tokens of a text are kept, but the smaller tokenizer returns other tokens: {text!r:.200}"
                 )
             # A letter of a removed script is unknown.
             is_spelled = all(token in new_ids or self.parts(token, new_ids) for token in dense)
@@ -231,13 +241,13 @@ def rewritten(described: dict[str, Any], segmenter: Segmenter, new_ids: Mapping[
         new_ids: The new ids of the kept tokens, by their old ids.
     """
     model = described["model"]
-    for token in described["added_tokens"]:
-        token["id"] = new_ids[token["id"]]
+    for added_token in described["added_tokens"]:
+        added_token["id"] = new_ids[added_token["id"]]
 
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {piece: new_ids[old] for piece, old in model["vocab"].items() if old in new_ids}
+        model["vocab"] = {piece: new_ids[old_id] for piece, old_id in model["vocab"].items() if old_id in new_ids}
     else:
-        model["vocab"] = [entry for old, entry in enumerate(model["vocab"]) if old in new_ids]
+        model["vocab"] = [entry for old_id, entry in enumerate(model["vocab"]) if old_id in new_ids]
         model["unk_id"] = new_ids.get(model["unk_id"])
 
     if isinstance(segmenter, BPESegmenter):
@@ -250,7 +260,7 @@ def rewritten(described: dict[str, Any], segmenter: Segmenter, new_ids: Mapping[
         model["merges"] = merges
 
     renumber(described["post_processor"], new_ids)
-    described["padding"] = None  # that of the last call; transformers sets it for each call
+    described["padding"] = None  # the padding of the last call; transformers sets it for each call
     return described
 
 
@@ -274,9 +284,15 @@ def renumber(step: Any, new_ids: Mapping[int, int]) -> None:
 def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the texts that chat templates write for conversations of the usual roles, in each month."""
     templates: Any = tokenizer.chat_template or {}
-    templates = templates.values() if isinstance(templates, dict) else [templates]
-    for template, roles, tools in product(templates, ROLES, (None, TOOLS)):
+    if not isinstance(templates, dict):
+        templates = {"": templates}
+
+    for template, roles, tools in product(templates.values(), ROLES, (None, TOOLS)):
         chat = [{"role": role, "content": "0"} for role in roles]
-        for date in DATES if "strftime_now" in template else DATES[:1]:
+        dates = DATES
+        if "strftime_now" not in template:
+            dates = DATES[:1]
+
+        for date in dates:
             with suppress(StructPruneError):  # a template may refuse some of the conversations
                 yield chat_text(tokenizer, chat, template, date, tools=tools, add_generation_prompt=True)

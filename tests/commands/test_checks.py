@@ -113,7 +113,7 @@ MODEL = [
     (f"{SHARE} --text a.jsonl --num-samples 200 --seq-length 24", "The domain 'a' has "),
     (f"{RECOVER} --teacher other --tokens 4800 --seq-length 24", "by the same ids they mean other tokens"),
     (f"{SHARE} --checkpoint-dir model", "model holds a model"),
-    (f"{SHARE} --offload disk --target hidden", "changes weights all over"),
+    (f"{SHARE} --offload disk --target hidden", "changes weights of all layers"),
     (f"{SHARE} --device warp", "--device warp cannot be used"),
     (f"{SHARE} --attn-implementation fast", "'model' cannot use --attn-implementation fast: Specified `attn_impl"),
     (f"{RECOVER} --attn-implementation fast", "'model' cannot use --attn-implementation fast: Specified"),

@@ -59,7 +59,7 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         assert main([*line, *to_file]) == 0, name
         text = capsys.readouterr()
         assert text.out.strip() and "%|" not in text.err and not text.out.startswith("{"), name
-        assert ("round 1 …" in text.err) == (name == "prune")
+        assert ("Round 1 …" in text.err) == (name == "prune")
         assert main([*line, "--json", "--quiet", *(["--overwrite"] if name in again else [])]) == 0, name
         shown = capsys.readouterr()
         values = json.loads(shown.out)

@@ -192,11 +192,11 @@ def test_pruned_on_what_it_wrote_itself(caplog):
     entry, seconds = pruner.manifest.domains[0], pruner.report.seconds
     assert (entry.origin["source"], entry.calibration_tokens) == ("self:math", 2 * 32)
     assert min(seconds["writing"], seconds["domains"]) > 0, "writing is announced and timed apart from reading"
-    stages = ["domains …", "writing …", "perplexity …", "other text …", "round 1 …"]
+    stages = ["Reading text …", "Generating text …", "Measuring the model …", "Reading unseen text …", "Round 1 …"]
     assert [line for line in caplog.messages if "…" in line] == stages
     caplog.clear()
     pruner.prune_model(*WRITER)
-    assert "writing" not in pruner.report.seconds and "writing …" not in caplog.messages
+    assert "writing" not in pruner.report.seconds and "Generating text …" not in caplog.messages
 
 
 def test_no_more_is_written_than_is_needed(cache):

@@ -77,7 +77,7 @@ def test_a_model_that_works_between_its_layers_is_pruned():
     model = build("llama-tied")
     model.model.layers = Between(model.model.layers)
     with pytest.raises(NotSequentialError, match="between layers 0 and 1"):
-        capture(model, describe(model), batches()[0].ids, whole=True)
+        capture(model, describe(model), batches()[0].ids, all_layers=True)
     small = pruned_on(data_of(config(rounds=2)), model, {"mlp": 24}).model
     assert small.config.intermediate_size == 24 and count_hooks(small) == 0
     both = (pruned_on(data_of(config(refit=refit)), model, {"mlp": 24}) for refit in ("least_squares", "none"))

@@ -71,7 +71,7 @@ def test_a_criterion_that_fails_before_a_layer_is_cut(rounds, number, monkeypatc
 
     monkeypatch.setattr(wanda, "score", scores)
     prune = in_place(criterion="wanda", rounds=rounds, refit="none")
-    assert_refused(prune, build("llama-tied"), "'wanda' has to give 40 finite scores.*NaN", tmp_path)
+    assert_refused(prune, build("llama-tied"), "'wanda' must return 40 finite scores.*NaN", tmp_path)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])

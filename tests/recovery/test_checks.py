@@ -58,7 +58,7 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     for model, message in (
         (torch.compile(build("llama-tied"), backend="eager"), "model is compiled; pass `model._orig_mod`"),
         (fixed, "inside torch.inference_mode.*pass copy.deepcopy"),
-        ("a/folder", "`model` takes a model of transformers, got str"),
+        ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):
             recover(model, tokenizer(), recovery_config(**domain(source=unread())))

@@ -117,7 +117,7 @@ def test_text_of_one_document_meets_no_small_wish():
 def test_what_measures_no_loss_on_text_is_refused():
     model = build("llama-tied")
     asked = config(widths=None, budget={"loss": 0.02})
-    with pytest.raises(StructPruneError, match="a dry run has none"):
+    with pytest.raises(StructPruneError, match="a dry run has no trials"):
         dry_run(model.config, asked)
     with pytest.raises(StructPruneError, match="which inputs are not"):
         prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})

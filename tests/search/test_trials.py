@@ -88,7 +88,7 @@ def test_trials_prune_as_masks_do_and_lose_more_with_more_gone():
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
     values = cut_on_trial(masks, method, space, source, 20)
     assert_untouched(model, before)
-    assert masks.keep == {} and not masks.lost
+    assert masks.keep == {} and not masks.irreversible
     prune_layers_(masks, source_of(model, arch, data.own_batches), method, {"mlp": 20})
     ((axis, (weight, _)),) = values.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20

@@ -152,5 +152,5 @@ def test_error_feedback_reaches_the_experts_where_layers_run_by_themselves():
 
 def test_a_criterion_of_whole_experts_judges_nothing_else():
     for widths in ({"mlp": 24}, {"expert": 3, "mlp": 24}):
-        with pytest.raises(StructPruneError, match="judges whole experts.*'mlp'.*'reap'"):
+        with pytest.raises(StructPruneError, match="scores whole experts only.*'mlp'.*'reap'"):
             prune_model(build("mixtral"), config(criterion="reap", widths=widths), tokenizer())

@@ -33,7 +33,7 @@ def shown(monkeypatch):
 
 
 def test_without_a_terminal_a_line_comes_after_ten_seconds(shown):
-    assert shown(terminal=False).splitlines() == ["pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
+    assert shown(terminal=False).splitlines() == ["Pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
 
 
 def test_no_line_breaks_up_a_bar_that_is_being_drawn(shown):
@@ -44,6 +44,6 @@ def test_no_line_breaks_up_a_bar_that_is_being_drawn(shown):
 
 def test_a_terminal_has_bars_and_who_wants_none_has_neither(shown):
     text = shown(terminal=True)
-    assert text.startswith("pruning …") and "layers: 100%" in text and "of 10 layers" not in text
+    assert text.startswith("Pruning …") and "layers: 100%" in text and "of 10 layers" not in text
     logging.disable_progress_bar()
     assert shown(terminal=False) == shown(terminal=True) == ""

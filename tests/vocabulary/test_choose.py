@@ -144,7 +144,7 @@ def test_the_same_text_takes_few_tokens_and_bits_where_a_model_knows_the_languag
     assert tokens["en"] < tokens["fi"] < tokens["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
     bits = cost_by_language(MODEL, READER, ["en", "de", "ta"])
     assert [*bits] == ["en", "de"]  # that in Tamil is longer than the model reads
-    assert languages.known(bits) >= {"en"} == languages.known({"en": 1.0, "de": 3.0})
+    assert languages.known_languages(bits) >= {"en"} == languages.known_languages({"en": 1.0, "de": 3.0})
     assert [*cost_by_language(MODEL, READER, ["en", "de"], max_tokens=len(tokens_by_language(READER)["en"]) + 1)] == [
         "en"
     ]

@@ -293,7 +293,7 @@ def test_what_reads_otherwise_is_not_proved():
     vocabulary, reader = dense("byte level")
     keep, every = some(vocabulary, 0, 0.5), list(range(vocabulary.size))
     less = vocabulary.smaller(keep)
-    with pytest.raises(StructPruneError, match="All tokens of a text stay, .* gives other tokens for it: '<s>system"):
+    with pytest.raises(StructPruneError, match="All tokens of a text are kept, .* returns other tokens: '<s>system"):
         vocabulary.check(less, every, [TEXT[0]])
     other = copy.deepcopy(less)
     other.backend_tokenizer.normalizer = normalizers.Replace("Ü", "U")
@@ -301,7 +301,7 @@ def test_what_reads_otherwise_is_not_proved():
         vocabulary.check(other, keep, TEXT[1:])
     other = copy.deepcopy(less)
     other.chat_template += "."
-    with pytest.raises(StructPruneError, match="chat template of the smaller tokenizer writes something else"):
+    with pytest.raises(StructPruneError, match="chat template of the smaller tokenizer renders other text"):
         vocabulary.check(other, keep, [])
 
 
@@ -311,7 +311,7 @@ def test_slow_tokenizers_and_a_class_that_ignores_its_file_are_refused():
     reader = of_class("Qwen2Tokenizer")
     reader.backend_tokenizer.normalizer = normalizers.Lowercase()
     vocabulary = Vocabulary.of(reader)
-    with pytest.raises(StructPruneError, match="Qwen2Tokenizer makes another normalizer than its tokenizer.json says"):
+    with pytest.raises(StructPruneError, match="Qwen2Tokenizer replaces the normalizer of its tokenizer.json"):
         vocabulary.smaller(range(vocabulary.size))
 
 
