@@ -315,7 +315,7 @@ def test_what_is_no_text():
         with pytest.raises(StructPruneError, match=f"'d' must contain strings, and {message}"):
             read(source)
     saved = DomainConfig("d", TEXTS).to_dict()
-    with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*set its source again"):
+    with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*Set its source again"):
         list(documents(DomainConfig.from_dict(saved), 0))
 
 

@@ -44,7 +44,7 @@ def domain(**fields) -> dict:
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
     (domain(source="preset:nothing"), "The preset 'nothing' does not exist"),
-    (domain(source="memory:list"), "set its source again"),
+    (domain(source="memory:list"), "Set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
 ])  # fmt: skip
 def test_mistakes(fields, message):

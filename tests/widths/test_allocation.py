@@ -160,7 +160,7 @@ def test_steps_of_removal():
         (("0.5", None, None), "got '0.5'"),
         ((2, 8, 0), "every is a number of steps, 1 or more, got 0"),
         ((2, None, 3), "every=3 divides the removal up to end; name end, or leave every out"),
-        ((2, 11, 3), "go after step 11, but training has 10 steps"),
+        ((2, 11, 3), "is after step 11, but training has 10 steps"),
     ):
         with pytest.raises(StructPruneError, match=message):
             removal_steps(config(), *schedule, 10)
