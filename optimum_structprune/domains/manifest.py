@@ -284,7 +284,7 @@ class TextRecord:
 
 
 def remember_text(model: Any, tokenizer: Any = None, manifest: Manifest | None = None) -> None:
-    """Set the tokenizer and the manifest in the record of a model. None leaves the present value."""
+    """Set the tokenizer and the manifest in the record of a model. None does not change the value."""
     record = TextRecord.of(model)
     model.text_record = TextRecord(tokenizer or record.tokenizer, manifest or record.manifest)
 

@@ -133,9 +133,9 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
     if bias_name in dict(experts.named_parameters()):
         rows = rows + experts.get_parameter(bias_name)[axis.part]
 
-    activate: Any = experts.act_fn
-    if getattr(experts, "has_gate", True):
-        activate = experts._apply_gate
+    # Experts without a gate have only an activation function.
+    has_gate = getattr(experts, "has_gate", True)
+    activate: Any = getattr(experts, "_apply_gate" if has_gate else "act_fn")
     return activate(rows)
 
 
