@@ -1,4 +1,4 @@
-"""The errors and warnings of this package, and helpers for their texts."""
+"""Define the errors and warnings of this package, and format their messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_NAMES = 3  # in a message
 
 
 class StructPruneError(ValueError):
-    """A mistake in the input. Nothing has been changed, unless the error is an `InPlaceError`."""
+    """An error in the input. Nothing has been changed, unless the error is an `InPlaceError`."""
 
 
 class InPlaceError(StructPruneError, RuntimeError):
@@ -24,7 +24,7 @@ class SeenTextWarning(UserWarning):
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside of this package that called it."""
+    """Issue a warning at the line of the caller outside of this package."""
     package = __name__.partition(".")[0]
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe())]
     last_inside = 0
@@ -33,7 +33,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
             last_inside = level
 
     outside = last_inside + 1
-    # A context manager that decorates a function lies between the function and its caller.
+    # The frame of a context manager that decorates a function is between the function and its caller.
     while outside < len(modules) and modules[outside] in ("contextlib", "torch.utils._contextlib"):
         outside += 1
     warnings.warn(message, category, stacklevel=outside + 1)
@@ -45,7 +45,9 @@ def one_line(message: object) -> str:
 
 
 def some_of(names: Collection[str]) -> str:
-    """Return the first names and the number of the others: `"a, b, c and 4 more"`."""
+    """Return the first names and the number of further names, such as `"a, b, c and 4 more"`."""
     text = ", ".join(list(names)[:MAX_NAMES])
     num_hidden = len(names) - MAX_NAMES
-    return f"{text} and {num_hidden} more" if num_hidden > 0 else text
+    if num_hidden > 0:
+        text += f" and {num_hidden} more"
+    return text

@@ -1,4 +1,4 @@
-"""Prune a model in one call, to a size or within a loss."""
+"""Prune a model in one call, to a size or within a loss budget."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from .forward.metrics import UNSEEN
 from .pruner import PruneResult, StructPruner
 from .pruning.memory import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
+from .record.report import Report
 from .search.loss_budget import expected_loss, largest_cut, losses_in
 from .steps.division import copy_with_shared_weights
 from .system.stages import say
 
 
-# Calibration tokens of a trial at most.
+# The maximum number of calibration tokens of a trial.
 TRIAL_TOKENS = 2**14
-# About as many tokens spell the text of a few languages.
+# The approximate number of tokens in the text of a few languages.
 FEW_LANGUAGES = 2**16
 
 
@@ -43,7 +44,7 @@ def prune(
 ) -> PruneResult:
     """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`.
 
-    With `budget={"loss": …}`, prunings on trial find the smallest model within this loss first.
+    With `budget={"loss": …}`, trial prunings first find the smallest model within this loss.
     """
     check_config_kind(config, options)
     if LOSS in (config.budget or {}):
@@ -59,7 +60,7 @@ def prune_model(
     inputs: Mapping[str, Tensor] | None = None,
     options: RunOptions | None = None,
 ) -> PreTrainedModel:
-    """Prune a model in one call, and return the model alone; `prune` returns its tokenizer and its records too."""
+    """Prune a model in one call, and return only the model. `prune` also returns its tokenizer and its records."""
     result = prune(model, config, tokenizer, inplace, inputs, options)
     if result.tokenizer is not tokenizer:
         warn("The pruned model has a smaller vocabulary and needs a new tokenizer. Call `prune`, which returns both.")
@@ -74,29 +75,30 @@ def prune_within_loss(
     inputs: Mapping[str, Tensor] | None = None,
     options: RunOptions | None = None,
 ) -> PruneResult:
-    """Prune a model as far as the loss in trials stays within the budget, and measure the loss on other text.
+    """Prune a model to the smallest size whose loss in trials is within the budget, and measure it on other text.
 
     Raises:
-        StructPruneError: If the model is offloaded, or if no cut stays within the budget.
+        StructPruneError: If the model is offloaded, or if no cut is within the budget.
     """
     start = perf_counter()
     check_arguments(model, tokenizer, inputs, inplace)
     options = options or RunOptions()
     info = ModelInfo.of(model, config.arch_file)
     request = resolve_request(config, info, tokenizer, inputs, options=options)
+
     trials = CutTrials(config, options, request, model, tokenizer)
     limit = float((config.budget or {})[LOSS])
     losses = largest_cut(trials.loss, limit, trials.first_cut(limit))
-    met = max(removed for removed, loss in losses.items() if loss <= limit)
-    if not met:
+    cut = max(removed for removed, loss in losses.items() if loss <= limit)
+    if not cut:
         removed, loss = min(trials.upper_losses.values())
         raise StructPruneError(
             f"budget {LOSS}={limit} cannot be met: the smallest cut that was tried, {removed:.2%} of the parameters, "
-            f"may lose {loss:.2g}. Allow this loss, give more text, or target other spaces."
+            f"may lose {loss:.2g}. Allow this loss, pass more text, or target other spaces."
         )
 
     seconds = perf_counter() - start
-    pruner = StructPruner(trials.config_for(met), options)
+    pruner = StructPruner(trials.config_for(cut), options)
     result = pruner.prune(model, tokenizer, inplace, earlier=trials.text_of_trials())
     report = result.report
     report.seconds["trials"] = seconds
@@ -110,17 +112,17 @@ def prune_within_loss(
 
 
 class TrialPruner(StructPruner):
-    """Prunes on trial. Only languages that the config names are measured."""
+    """A pruner for trials, which measures only languages that the config names."""
 
     measures_any_language = False
 
 
 class CutTrials:
-    """Prunings on trial of copies of a model.
+    """Trial prunings of copies of a model.
 
     Attributes:
         measured_losses: The measured loss by the removed share of the parameters.
-        upper_losses: The removed share and the upper bound of its loss, by what was tried.
+        upper_losses: The removed share and the upper bound of its loss, by the shape of the trial.
         records: The figures of each trial, for the report.
     """
 
@@ -134,16 +136,18 @@ class CutTrials:
     ):
         if request.model_info.offloaded:
             raise StructPruneError(
-                f"budget {LOSS} prunes copies on trial, and {request.model_info.name} is offloaded, which leaves no "
-                "memory for a copy. Give a size, such as parameters=0.9."
+                f"The budget {LOSS!r} prunes copies of the model in trials, and {request.model_info.name} is "
+                "offloaded, so there is no memory for a copy. Pass a size, such as parameters=0.9."
             )
         check_memory(request, inplace=False)
+
         self.config = config
         self.options = replace(options, checkpoint_dir=None)
         self.request = request
         self.model = model
         self.tokenizer = tokenizer
         self.parameters = request.model_info.plain_model.num_parameters()
+
         self.measured_losses = {0.0: 0.0}
         self.upper_losses: dict[str, tuple[float, float]] = {}
         self.records: list[dict[str, Any]] = []
@@ -154,14 +158,14 @@ class CutTrials:
         return replace(self.config, budget={"parameters": int((1 - removed) * self.parameters)})
 
     def first_cut(self, limit: float) -> float:
-        """Return the share of the first trial: the limit itself, or all tokens that few languages do not need."""
+        """Return the share of the first trial: the limit itself, or all tokens except those of a few languages."""
         if not self.request.config.removes_tokens:
             return limit
         tokens = self.request.model_info.arch.of(VOCAB)[0]
         return max(limit, (tokens.size - FEW_LANGUAGES) * tokens.unit_params / self.parameters)
 
     def loss(self, removed: float) -> float:
-        """Return the upper bound of the loss with a share removed, or infinity if so much cannot be removed."""
+        """Return the upper bound of the loss with a share removed, or infinity if the share is too large to remove."""
         config = self._trial_config(removed)
         with warnings.catch_warnings():
             # The last pruning repeats these warnings.
@@ -172,23 +176,32 @@ class CutTrials:
                 return inf
 
             # Two shares can lead to the same widths, unless text or measurements choose some of them.
-            is_chosen_by_text = config.allocation != "uniform" or (VOCAB in widths and len(widths) > 1)
-            key = str(removed if is_chosen_by_text else widths)
+            key = str(widths)
+            if config.allocation != "uniform" or (VOCAB in widths and len(widths) > 1):
+                key = str(removed)
             if key in self.upper_losses:
                 return self.upper_losses[key][1]
+
             pruner = TrialPruner(config, self.options)
             result = pruner.prune(_copy(self.model, self.request), self.tokenizer, inplace=True)
 
         self._manifests.append(result.manifest)
-        losses = losses_in(result.report)
-        share = result.report.removed
-        measured = max(loss for loss, _ in losses.values())
-        upper = max(_upper_bound(loss, margin) for loss, margin in losses.values())
-        self.measured_losses[share] = measured
-        self.upper_losses[key] = (share, upper)
-        self.records.append({"removed": share, **losses})
-        say(f"on trial: {share:.2%} smaller, which loses {measured:.4f}, at most {upper:.4f}")
-        return upper
+        return self._enter(key, result.report)
+
+    def _enter(self, key: str, report: Report) -> float:
+        """Enter the losses in the report of a trial, and return the upper bound of the largest loss."""
+        losses = losses_in(report)
+        measured_loss = max(loss for loss, _ in losses.values())
+        upper_loss = max(_upper_bound(loss, margin) for loss, margin in losses.values())
+
+        share = report.removed
+        self.measured_losses[share] = measured_loss
+        self.upper_losses[key] = (share, upper_loss)
+        record: dict[str, Any] = {"removed": share}
+        record.update(losses)
+        self.records.append(record)
+        say(f"trial: {share:.2%} smaller, with a loss of {measured_loss:.4f}, at most {upper_loss:.4f}")
+        return upper_loss
 
     def _trial_config(self, removed: float) -> StructPruneConfig:
         """Return the config of a trial, which calibrates on less text."""
@@ -196,25 +209,25 @@ class CutTrials:
         num_samples = min(config.num_samples, TRIAL_TOKENS // config.seq_length)
         # Each domain needs a sample.
         num_samples = max(num_samples, len(config.domains or ()))
-        # With another seed, the model writes other text than for the last pruning.
+        # Another seed, so that the model writes other text than for the final pruning.
         return replace(config, num_samples=num_samples, seed=config.seed + 1, recovery=None)
 
     def text_of_trials(self) -> Manifest:
-        """Return the record of the text that judged the trials, and of the text that the model had seen before.
+        """Return the record of the text on which the trials were measured, and of the text of earlier runs.
 
-        The text of the trials counts as text of choices, so that the last pruning is not judged on it.
+        The text of the trials becomes probe text, so that the final pruning is not measured on it.
         """
         entries: list[Entry] = []
+        probed: set[str] = set()
         for manifest in self._manifests:
             for entry in manifest.domains:
-                if entry.use != EARLIER:
-                    chosen_by = replace(
-                        entry, documents=[], heldout_documents=[], probe_documents=entry.heldout_documents
-                    )
-                    if chosen_by not in entries:
-                        entries.append(chosen_by)
+                if entry.use == EARLIER:
+                    continue
+                probe = replace(entry, documents=[], heldout_documents=[], probe_documents=entry.heldout_documents)
+                probed.update(probe.probe_documents)
+                if probe not in entries:
+                    entries.append(probe)
 
-        probed = {name for entry in entries for name in entry.probe_documents}
         manifest = replace(self._manifests[0], domains=entries).after(Manifest.seen_by(self.model))
         # An earlier run may have held out the same text.
         for entry in manifest.domains:
@@ -223,14 +236,14 @@ class CutTrials:
 
 
 def _upper_bound(loss: float, margin: float | None) -> float:
-    """Return the upper bound of a loss. A single document says nothing about the margin, so the loss may double."""
+    """Return the upper bound of a loss. A loss without a margin, from a single document, may be twice as large."""
     if margin is None:
         return loss + max(loss, UNSEEN)
     return loss + margin
 
 
 def _copy(model: PreTrainedModel, request: PruningRequest) -> PreTrainedModel:
-    """Return a copy of a model, which shares the weights if only tokens are removed: no trial changes them then."""
+    """Return a copy of a model. It shares the weights if only tokens are removed, because no trial changes them."""
     shares_weights = set(request.widths) == {VOCAB} and not request.model_info.quantized
     if not shares_weights:
         return deepcopy(model)

@@ -1,4 +1,4 @@
-"""The main path: a model in, a smaller model of the same class out."""
+"""Prune a model, and return a smaller model of the same class. This module is the main path of the package."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from .widths.schedule import round_widths
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned model with everything that belongs to it.
+    """A pruned model with its tokenizer and its records.
 
     Attributes:
         model: The pruned model.
-        tokenizer: Its tokenizer. It is a new one if the vocabulary has become smaller, and None if `prune` got none.
-        records: The config, the plan, the report and the manifest, which `save` writes beside the model.
+        tokenizer: Its tokenizer. It is a new tokenizer if the vocabulary has become smaller, and None if `prune` got
+            no tokenizer.
+        records: The config, the plan, the report and the manifest. `save` writes them into the folder of the model.
     """
 
     model: PreTrainedModel
@@ -52,22 +53,22 @@ class PruneResult:
 
     @property
     def config(self) -> StructPruneConfig:
-        """The config, with the general text that was read."""
+        """Return the config, with the general text that was read."""
         return self.records.config
 
     @property
     def plan(self) -> Plan:
-        """The kept units of the dense model."""
+        """Return the kept units of the dense model."""
         return self.records.plan
 
     @property
     def report(self) -> Report:
-        """The figures of the run."""
+        """Return the figures of the run."""
         return self.records.report
 
     @property
     def manifest(self) -> Manifest:
-        """The text of the run, and of the runs that the dense model comes from."""
+        """Return the record of the text of this run and of earlier runs of the model."""
         return self.records.manifest
 
     def save(
@@ -83,22 +84,22 @@ class PruneResult:
 
         Args:
             save_directory: The folder to write to. It is created if it does not exist.
-            tokenizer: Another tokenizer to save than the one of this result. It may have additional tokens, as long
-                as the model has rows for them. The dense model's tokenizer stands for the new one if the vocabulary
-                has become smaller.
+            tokenizer: A tokenizer to save instead of the tokenizer of this result. It may have additional tokens if
+                the model has rows for them. If it is the tokenizer of the dense model and the vocabulary has become
+                smaller, the new tokenizer is saved.
             overwrite: Whether an existing folder is replaced.
-            model: The pruned model after further training, if that is another object.
+            model: The pruned model after further training, if it is another object.
 
         Raises:
-            StructPruneError: If the model has other shapes, the tokenizer has other tokens than the one of the run,
-                the folder exists, or the saved model does not load with the same outputs.
+            StructPruneError: If the model has other shapes, the tokenizer has other tokens than the tokenizer of the
+                run, the folder exists, or the saved model does not load with the same outputs.
         """
         model = model or self.model
         self._check_shapes(model)
         save_pruned(model, save_directory, self.records, self._tokenizer_to_save(tokenizer), overwrite)
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
-        """Raise if a model does not have the shapes of the pruned one."""
+        """Raise if a model does not have the shapes of the pruned model."""
         shapes = {name: checksum[1] for name, checksum in self.records.checksums.items()}
         if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
             raise StructPruneError(
@@ -110,26 +111,29 @@ class PruneResult:
         """Return the tokenizer that fits the model."""
         if tokenizer is None:
             return self.tokenizer
-        kept = self.plan.keep.get((MODEL, VOCAB))
-        if kept is None or self.tokenizer is None:
+
+        keep = self.plan.keep.get((MODEL, VOCAB))
+        if keep is None or self.tokenizer is None:
             return tokenizer
 
         # The ids of the new tokenizer's tokens in the dense model. Rows that only a config names have no tokens.
         tokens = self.tokenizer.get_vocab()
-        dense_ids = {token: kept[number] for token, number in tokens.items() if number < len(kept)}
-        is_dense = dense_ids.items() <= tokenizer.get_vocab().items()
-        return self.tokenizer if is_dense else tokenizer
+        dense_ids = {token: keep[number] for token, number in tokens.items() if number < len(keep)}
+        is_dense_tokenizer = dense_ids.items() <= tokenizer.get_vocab().items()
+        if is_dense_tokenizer:
+            return self.tokenizer
+        return tokenizer
 
 
 class StructPruner:
-    """Prunes a model by calibration, scoring, removal and refit, in one step or several.
+    """A pruner that calibrates, scores, removes and refits units of a model.
 
     Args:
-        config: What is removed, and how.
-        options: Runtime options. None stands for the defaults.
+        config: The settings of the pruning.
+        options: Runtime options. The default is `RunOptions()`.
 
     Attributes:
-        result: The result of the last run, or None before the first one.
+        result: The result of the last run, or None before the first run.
 
     Raises:
         StructPruneError: If `config` is not a `StructPruneConfig`, or `options` are not `RunOptions`.
@@ -157,12 +161,11 @@ class StructPruner:
 
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
-                model is unpacked first, where transformers can, unless only tokens are removed.
+                model is unpacked first if transformers supports it, unless only tokens are removed.
             tokenizer: The tokenizer of the model, which reads the calibration domains.
-            inplace: Whether `model` itself is changed, layer by layer, which saves the memory of a copy. Otherwise
-                `model` stays as it is.
+            inplace: Whether `model` itself is changed, layer by layer, which saves the memory of a copy.
             inputs: Calibration inputs by domain instead of the text of the config: pixels, or samples of token ids,
-                shape `(samples, ...)`. A part of each is held out.
+                shape `(samples, ...)`. A part of them is held out.
             earlier: The text that earlier runs of the model have used. By default it is read from the model's folder.
 
         Returns:
@@ -171,14 +174,14 @@ class StructPruner:
         Raises:
             StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little free
                 memory. Nothing has changed then.
-            InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
+            InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
         if LOSS in (self.config.budget or {}):
             raise StructPruneError(
-                f"`budget={{{LOSS!r}: …}}` needs prunings on trial. Call `prune(model, config, tokenizer)`, or give a "
+                f"`budget={{{LOSS!r}: …}}` needs trial prunings. Call `prune(model, config, tokenizer)`, or pass a "
                 "size, such as `budget={'parameters': 0.9}`."
             )
         check_memory(request, inplace)
@@ -194,12 +197,14 @@ class StructPruner:
             report.start(state.model, state.arch)
             comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
             teacher = self._teacher(state)
+
             if request.tokens is not None:
                 TrimVocabulary(request.tokens, comparison.set_tokenizer).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
             comparison.finish()
+
             if teacher is not None:
                 recover_(state, teacher)
             if report.languages:
@@ -214,34 +219,44 @@ class StructPruner:
         inplace: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
-        """Prune a model and return it; `result` has its tokenizer and its records. See `prune`."""
+        """Prune a model and return the pruned model. `result` has its tokenizer and its records; see `prune`."""
         return self.prune(model, tokenizer, inplace, inputs).model
 
     @property
     def report(self) -> Report | None:
-        """The report of the last run."""
-        return None if self.result is None else self.result.report
+        """Return the report of the last run, or None before the first run."""
+        if self.result is None:
+            return None
+        return self.result.report
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the last run."""
-        return None if self.result is None else self.result.plan
+        """Return the plan of the last run, or None before the first run."""
+        if self.result is None:
+            return None
+        return self.result.plan
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest of the last run."""
-        return None if self.result is None else self.result.manifest
+        """Return the manifest of the last run, or None before the first run."""
+        if self.result is None:
+            return None
+        return self.result.manifest
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of the model that the last run returned."""
-        return None if self.result is None else self.result.tokenizer
+        """Return the tokenizer of the last pruned model, or None before the first run."""
+        if self.result is None:
+            return None
+        return self.result.tokenizer
 
     def _teacher(self, state: RunState) -> PreTrainedModel | None:
-        """Return the dense model if the pruned one is trained afterwards."""
+        """Return the dense model if the pruned model will be trained, or else None."""
         if state.config.recovery is None:
             return None
-        return state.dense_model if state.dense_model is not None else deepcopy(state.model)
+        if state.dense_model is not None:
+            return state.dense_model
+        return deepcopy(state.model)
 
     def _finish(self, state: RunState) -> PruneResult:
         """Complete the records of a run, and warn if the target was missed."""
@@ -249,7 +264,7 @@ class StructPruner:
         report.finish(state.model, state.arch, state.dense_arch, state.plan)
         report.target = state.config.sparsity
         manifest = state.manifest()
-        # Evaluations and later runs ask the models for these.
+        # Evaluations and later runs read the text from the models.
         if state.dense_model is not None:
             remember_text(state.dense_model, state.dense_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
@@ -257,7 +272,7 @@ class StructPruner:
         request = request_line(report)
         if request.startswith("warning: "):
             warn(request.removeprefix("warning: "))
-        # The record names tokens as a target only where the caller did.
+        # The record names tokens as a target only if the user's config does.
         config = replace(state.config, targets=self.config.targets)
         records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))
         return PruneResult(state.model, state.tokenizer, records)
@@ -266,7 +281,7 @@ class StructPruner:
         """Return the steps to the final widths: layers first, then experts, hidden channels, and units in the layers.
 
         Args:
-            arch: The description of the dense model. If tokens were removed, it describes the model without them.
+            arch: The description of the dense model. If tokens were removed, it describes the smaller model.
             model: The model that `arch` describes. Only steps of subclasses may depend on it.
             widths: The final widths.
         """
@@ -278,6 +293,7 @@ class StructPruner:
             steps.append(DropExperts({EXPERT: widths[EXPERT]}))
         if HIDDEN in widths:
             steps.append(NarrowHidden({HIDDEN: widths[HIDDEN]}))
+
         inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
         if inside:
             steps.append(ShrinkLayers(inside))
@@ -292,6 +308,7 @@ class StructPruner:
         """Prune a model in place to legal widths, without measurements and recovery, and return the plan."""
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} needs text and its tokenizer, not samples. Use prune_model.")
+
         arch = describe(model, self.config.arch_file)
         state = RunState.start(model, arch, CalibrationData(self.config, domains, self.options))
         with refusing_half_pruned(state):
@@ -311,7 +328,7 @@ class StructPruner:
         Args:
             model: The model that the last run returned. It may have been trained since.
             save_directory: The folder to write to.
-            tokenizer: The tokenizer to save, by default the one of the result.
+            tokenizer: The tokenizer to save. The default is the tokenizer of the result.
             overwrite: Whether an existing folder is replaced.
 
         Raises:
@@ -319,15 +336,15 @@ class StructPruner:
         """
         if self.result is None or model is not self.result.model:
             raise StructPruneError(
-                f"This {type(model).__name__} is not what prune_model returned last. Pass that model, or save a copy "
-                "of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
+                f"This {type(model).__name__} is not the model that prune_model returned last. Pass that model, or "
+                "save a copy of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
             )
         self.result.save(save_directory, tokenizer, overwrite)
 
 
 def recover_(state: RunState, teacher: PreTrainedModel) -> None:
-    """Train the pruned model with the dense model as its teacher, as the config says."""
-    # Training libraries take seconds to import, and most runs do without.
+    """Train the pruned model with the dense model as its teacher, by the `recovery` of the config."""
+    # Training libraries take seconds to import, and most runs have no recovery.
     from .recovery.recover import Recovery
     from .system.processes import unshared
 

@@ -1,4 +1,4 @@
-"""Registries of classes and functions by name, which third parties extend by decorators or entry points."""
+"""Register classes and functions by name. Third parties extend registries by decorators or entry points."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ MAX_NAME_LENGTH = 60  # a CSV file without a header has texts as the names of it
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
     legal = sorted(names)
+    hint = ""
     matches = get_close_matches(name, legal, n=1, cutoff=0.5)
-    hint = f" Did you mean {matches[0]!r}?" if matches else ""
-    if len(legal) > MAX_LISTED_NAMES:
-        known = f"{len(legal):,} names"
+    if matches:
+        hint = f" Did you mean {matches[0]!r}?"
+
+    if not legal:
+        listing = "none"
+    elif len(legal) > MAX_LISTED_NAMES:
+        listing = f"{len(legal):,} names"
     else:
-        known = ", ".join(one_line(name)[:MAX_NAME_LENGTH] for name in legal) or "none"
-    return f"{hint} Known: {known}."
+        listing = ", ".join(one_line(name)[:MAX_NAME_LENGTH] for name in legal)
+    return f"{hint} Known: {listing}."
 
 
 class Registry(Generic[T]):
@@ -72,7 +77,7 @@ class Registry(Generic[T]):
         """Return the entry of a name.
 
         Raises:
-            StructPruneError: If there is none. The message suggests the nearest name.
+            StructPruneError: If no entry has the name. The message suggests the nearest name.
         """
         if name not in self._entries:
             points = {point.name: point for point in _declared(self.group)}
@@ -82,8 +87,9 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """Return all names in order: the built-in, registered and declared ones."""
-        names = {*self.built_in, *self._entries}
+        """Return the sorted names of the built-in, registered and declared entries."""
+        names = set(self.built_in)
+        names.update(self._entries)
         names.update(point.name for point in _declared(self.group))
         return sorted(names)
 

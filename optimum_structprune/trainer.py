@@ -1,4 +1,4 @@
-"""Pruning inside `transformers.Trainer`, while the model is fine-tuned."""
+"""Prune a model inside `transformers.Trainer` while it is fine-tuned."""
 
 from __future__ import annotations
 
@@ -31,78 +31,109 @@ from .system.processes import across_processes, broadcast_, broadcast_object, ga
 from .widths.schedule import legal_round_widths, removal_steps
 
 
-# The key of the plan in the state of a Trainer. It is not the name of a callback, because transformers would replace
-# that callback by a new one without its text. Of other names transformers warns that it ignores them.
+# The key of the plan in the state of a Trainer. It must not be the name of the callback, because transformers would
+# replace the callback by a new one without its text. transformers warns that it ignores any other key.
 PLAN = "plan of structprune, which its callback reads itself"
+# The number of tokens, also of padding, that stay on the device until they are copied to the CPU together.
+MAX_PENDING_TOKENS = 2**20
 
 
 @dataclass
 class RecentText:
-    """The latest training tokens, as many as `num_samples` calibration samples of `seq_length` tokens need."""
+    """The latest training tokens, enough for `num_samples` calibration samples of `seq_length` tokens.
+
+    Token ids stay on their device at first, because the host waits for the device in each copy to the CPU.
+    """
 
     num_samples: int
     seq_length: int
     _rows: deque[Tensor] = field(default_factory=deque)
+    _pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the token ids of a call of the model, without masked tokens."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("input_ids")
+        if "input_ids" not in kwargs and args:
+            ids = args[0]
         if ids is None:
             return
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape == ids.shape:
-            ids = ids[mask.bool()]
-        self._rows.append(ids.detach().flatten().cpu())
 
-        needed = self.num_samples * self.seq_length
-        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= needed:
-            self._rows.popleft()
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.shape != ids.shape:
+            mask = torch.ones_like(ids)
+        self._pending.append((ids.detach().flatten(), mask.detach().flatten()))
+        if sum(len(row) for row, _ in self._pending) > MAX_PENDING_TOKENS:
+            self._copy_pending()
+
+    def _copy_pending(self) -> None:
+        """Copy the pending tokens to the CPU, without masked tokens, and release the oldest tokens."""
+        if not self._pending:
+            return
+
+        device = self._pending[0][0].device
+        ids = torch.cat([row.to(device) for row, _ in self._pending]).cpu()
+        masks = torch.cat([mask.to(device).bool() for _, mask in self._pending]).cpu()
+        sizes = [len(row) for row, _ in self._pending]
+        self._pending.clear()
+        for row, mask in zip(ids.split(sizes), masks.split(sizes), strict=True):
+            self._rows.append(row[mask])
+
+        max_tokens = self.num_samples * self.seq_length
+        total = sum(map(len, self._rows))
+        while len(self._rows) > 1 and total - len(self._rows[0]) >= max_tokens:
+            total -= len(self._rows.popleft())
 
     def __len__(self) -> int:
         """Return the number of tokens."""
+        self._copy_pending()
         return sum(map(len, self._rows))
 
     def of_all_processes(self) -> RecentText:
-        """Return the text of all processes, call by call, in the order in which one process would have seen it."""
+        """Return the text of all processes, call by call, in the order of a run with one process."""
+        self._copy_pending()
         by_process = gather_objects(list(self._rows))
         num_calls = min(len(rows) for rows in by_process)
         ordered: deque[Tensor] = deque()
         for call in range(-num_calls, 0):
             ordered.extend(rows[call] for rows in by_process)
-        return replace(self, _rows=ordered)
+        return replace(self, _rows=ordered, _pending=[])
 
     def domain(self) -> Domain:
         """Return the tokens as one domain without held-out text."""
-        tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
+        self._copy_pending()
+        tokens = torch.zeros(0, dtype=torch.long)
+        if self._rows:
+            tokens = torch.cat(list(self._rows))
         incomplete = len(tokens) % self.seq_length
         samples = tokens[incomplete:].view(-1, self.seq_length)[-self.num_samples :]
+
         if len(samples) < self.num_samples:
             warn(
-                f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
-                f"training has shown, where num_samples={self.num_samples} were asked for; start later, or use "
+                f"Units are scored and refitted on only {len(samples)} samples of {self.seq_length} tokens instead of "
+                f"num_samples={self.num_samples}, because training has read no more text so far. Start later, or use "
                 "calibration='domains'."
             )
         return Domain("training", 1.0, samples, samples[:0])
 
 
 class StructPruneCallback(TrainerCallback):
-    """Prunes the model that a Trainer trains, at some of its steps, with its optimizer's state.
+    """A callback that prunes the model of a Trainer, and the state of its optimizer, at some steps of the training.
 
-    A checkpoint is an ordinary checkpoint with the widths of its step. When a run is resumed, the model takes the
-    widths of the checkpoint before weights are loaded. With `load_best_model_at_end`, only models since the last
+    A checkpoint is an ordinary checkpoint with the widths of its step. When a run is resumed, the model is resized to
+    the widths of the checkpoint before weights are loaded. With `load_best_model_at_end`, only models since the last
     removal compete, because wider models are nearly always better. After training, `plan` has the kept units.
 
-    Use `attach_pruner`, which puts this callback before all others. A Trainer calls callbacks in order, and callbacks
-    of `report_to` come before the callbacks in `callbacks=[…]`, so TensorBoard would miss the widths. `attach_pruner`
-    also adapts DDP or torch.compile, which a Trainer puts around a model, at each removal.
+    Use `attach_pruner`, which puts this callback before all other callbacks. A Trainer calls callbacks in order, and
+    callbacks of `report_to` come before the callbacks in `callbacks=[…]`, so TensorBoard would miss the widths.
+    `attach_pruner` also adapts the DDP or torch.compile wrapper of a Trainer at each removal.
 
     Args:
-        config: The widths to prune to, and the method. `rounds` is the number of removals, unless `every` is given.
+        config: The widths to prune to, and the method. `rounds` is the number of removals, unless `every` is set.
         start: The step after which the first units are removed. A float from 0.0 to 1.0 is a share of all steps.
         end: The step after which the last units are removed, or a share. None removes all units at `start`.
         every: The number of steps between two removals. No removal comes after `end`.
         calibration: "batches" scores units on the latest training text, "domains" on the domains of `config`.
-        options: The settings of the machine. None stands for the defaults.
+        options: Runtime options. The default is `RunOptions()`.
 
     Raises:
         StructPruneError: If a Trainer does not support the config.
@@ -119,11 +150,16 @@ class StructPruneCallback(TrainerCallback):
     ):
         check_config_kind(config)
         if calibration not in ("batches", "domains"):
-            raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
+            raise StructPruneError(f"`calibration` must be 'batches' or 'domains', got {calibration!r}.")
         _check_config(config, options)
-        self.config, self.options = config, options
-        self.start, self.end, self.every = start, end, every
+
+        self.config = config
+        self.options = options
+        self.start = start
+        self.end = end
+        self.every = every
         self.calibration = calibration
+
         self.plan: Plan | None = None
         self.steps: dict[int, Widths] = {}
         self.text = RecentText(config.num_samples, config.seq_length)
@@ -134,7 +170,7 @@ class StructPruneCallback(TrainerCallback):
         self.trainer: Trainer | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
+        """Record the dense widths, and resize the model when a checkpoint with other widths is loaded into it."""
         self.begin(model)
         self.hooks.close()
         self.hooks.enter_context(self.resizing(model))
@@ -154,11 +190,13 @@ class StructPruneCallback(TrainerCallback):
         assert self._dense is not None and self.plan is not None
 
         dense, widths = self._dense
-        numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
-        in_rounds = replace(self.config, rounds=len(numbers))
-        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, dense, model.config, widths), strict=True))
+        removals = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
+        round_config = replace(self.config, rounds=len(removals))
+        widths_of_rounds = legal_round_widths(round_config, dense, model.config, widths)
+        self.steps = dict(zip(removals, widths_of_rounds, strict=True))
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
+
         if self.calibration == "domains":
             tokenizer = kwargs["processing_class"]
             check_arguments(model, tokenizer)
@@ -175,7 +213,7 @@ class StructPruneCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Prune, if a removal is due. It waits until training has shown enough text for one sample."""
+        """Prune if a removal is due and training has read enough text for one sample."""
         self.hooks.close()
 
         for step in [step for step in self._due if step <= state.global_step]:
@@ -192,15 +230,15 @@ class StructPruneCallback(TrainerCallback):
                 control.should_log = True
 
     def _has_sample(self, is_first: bool, step: int) -> bool:
-        """Return whether training has shown a whole sample. If not, warn at the step of a removal."""
+        """Return whether training has read a complete sample. If not, warn at the step of a removal."""
         text = self.text.of_all_processes()
         if len(text) >= self.config.seq_length:
             return True
 
         if is_first:
             warn(
-                f"The removal at step {step} is put off: it takes a sample of seq_length={self.config.seq_length} "
-                f"tokens, and training has shown {len(text)} so far; start later, lower seq_length, or use "
+                f"The removal at step {step} is postponed: it needs a sample of seq_length={self.config.seq_length} "
+                f"tokens, and training has read {len(text)} so far. Start later, lower seq_length, or use "
                 "calibration='domains'."
             )
         return False
@@ -230,7 +268,7 @@ class StructPruneCallback(TrainerCallback):
             )
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Give a model the widths of every state dict that is loaded into it inside `with`."""
+        """Resize a model to the widths of every state dict that is loaded into it inside `with`."""
 
         def adapt(module: Any, state: Any) -> None:
             resize_(module, describe(module, self.config.arch_file), state)
@@ -244,30 +282,31 @@ class StructPruneCallback(TrainerCallback):
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """Return the plan of a checkpoint: the units kept of the model that its run began with."""
-        here = f"The checkpoint of step {state.global_step}"
+        """Return the plan of a checkpoint: the kept units of the model with which its run began."""
+        checkpoint = f"The checkpoint of step {state.global_step}"
         plan = Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
-                f"{here} is of a run that began with a model of widths {dict(plan.sizes)}, and this model has "
-                f"{dict(self.plan.sizes)}; resume with the model that the run began with, not with a checkpoint's."
+                f"{checkpoint} is from a run that began with a model of widths {dict(plan.sizes)}, and this model has "
+                f"{dict(self.plan.sizes)}. Resume with the model with which the run began, not with the model of a "
+                "checkpoint."
             )
         if self.calibration == "batches" and not len(self.text):
-            warn(f"{here} holds no text, so that removals are calibrated on what is trained on after it.")
+            warn(f"{checkpoint} holds no text, so removals are calibrated on the training text after it.")
         return plan
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Prune a model and the state of its optimizer in place. Return whether units were removed."""
         arch = describe(model, self.config.arch_file)
-        wider = {space.kind for space in arch.spaces if space.width_in(widths) < space.width}
-        smaller = {name: width for name, width in widths.items() if name in wider}
-        if not smaller:
+        shrinking = {space.kind for space in arch.spaces if space.width_in(widths) < space.width}
+        new_widths = {name: width for name, width in widths.items() if name in shrinking}
+        if not new_widths:
             return False
 
         pruner = StructPruner(replace(self.config, rounds=1), self.options)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         domains = self._domains or [self.text.of_all_processes().domain()]
-        plan = broadcast_object(pruner.prune_to_(model, domains, smaller))
+        plan = broadcast_object(pruner.prune_to_(model, domains, new_widths))
         for tensor in model.state_dict().values():
             # Devices may round differently, and DDP does not compare weights again.
             broadcast_(tensor)
@@ -276,21 +315,26 @@ class StructPruneCallback(TrainerCallback):
         has_state = cut_state_(optimizer, model, arch, plan, shapes)
         if is_first and not has_state:
             warn(
-                f"The state of {type(optimizer).__name__} cannot be cut, so it starts again for each parameter that "
-                "is pruned; optim='adamw_torch' keeps it for the kept weights."
+                f"The state of {type(optimizer).__name__} cannot be pruned, so it is reset for each pruned parameter. "
+                "Use optim='adamw_torch' to keep the state of the kept weights."
             )
-        self.plan = plan if self.plan is None else self.plan.then(plan)
+
+        if self.plan is not None:
+            plan = self.plan.then(plan)
+        self.plan = plan
         return True
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
-        """Return the model inside DDP or torch.compile, as the Trainer holds it, or the model without a Trainer."""
-        return model if self.trainer is None else self.trainer.model_wrapped
+        """Return the DDP or torch.compile wrapper of the model in the Trainer, or the model without a Trainer."""
+        if self.trainer is None:
+            return model
+        return self.trainer.model_wrapped
 
 
 def attach_pruner(
     trainer: Trainer, config: StructPruneConfig, start: int | float = 0.1, **schedule: Any
 ) -> StructPruneCallback:
-    """Make a Trainer prune while it trains, by a callback in front of all others, so that they log the widths.
+    """Make a Trainer prune while it trains. The callback is called before all others, so that they log the widths.
 
     Args:
         trainer: Any Trainer, before `train`.
@@ -305,7 +349,8 @@ def attach_pruner(
     callback.trainer = trainer
     callback.begin(cast("PreTrainedModel", trainer.model))
     trainer.callback_handler.callbacks.insert(0, callback)
-    train, model_init = trainer.train, trainer.model_init
+    train = trainer.train
+    model_init = trainer.model_init
 
     @wraps(train)
     def resizing_train(*args: Any, **kwargs: Any) -> Any:
@@ -329,12 +374,13 @@ def attach_pruner(
 
 
 def _adapt_(wrapped: nn.Module) -> None:
-    """Adapt the torch.compile or DDP around a model to the present shapes of its parameters."""
+    """Adapt the torch.compile or DDP wrapper of a model to the new shapes of its parameters."""
     if hasattr(wrapped, "_orig_mod"):
         torch.compiler.reset()  # torch.compile stops compiling after a few shapes
     elif isinstance(wrapped, DistributedDataParallel):
-        # A static graph is recorded again. Otherwise the processes would not exchange their gradients.
-        state = {**wrapped.__getstate__(), "_static_graph_delay_allreduce_enqueued": False}
+        state = dict(wrapped.__getstate__())
+        # A static graph is recorded again. Otherwise, the processes would not exchange their gradients.
+        state["_static_graph_delay_allreduce_enqueued"] = False
         # Autograd uses the old shapes as long as the old reducer waits for gradients.
         del wrapped.reducer, wrapped.logger
         wrapped.__setstate__(state)
@@ -349,41 +395,45 @@ def _check_run(args: TrainingArguments, model: PreTrainedModel, trainer: Trainer
             f"{error} Or prune first (`structprune prune`), then train an adapter with `attach_teacher`."
         ) from error
 
-    several = args.parallel_mode != ParallelMode.NOT_PARALLEL
-    ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
-    reasons = {
+    is_parallel = args.parallel_mode != ParallelMode.NOT_PARALLEL
+    is_compiled = hasattr(model, "_orig_mod") or (args.torch_compile and is_parallel)
+    wrappers = {
         "FSDP": bool(args.fsdp),
         "DeepSpeed": bool(args.deepspeed),
-        "torch.compile before the Trainer, or on several devices,": hasattr(model, "_orig_mod")
-        or (args.torch_compile and several),
+        "torch.compile before the Trainer, or on several devices,": is_compiled,
     }
-    for what, present in reasons.items():
-        if present:
+    for name, is_active in wrappers.items():
+        if is_active:
             raise StructPruneError(
-                f"{what} fixes the shapes of the parameters, so a model cannot be pruned under it. Prune first "
+                f"{name} fixes the shapes of the parameters, so a model cannot be pruned under it. Prune first "
                 "(`structprune prune`), then train the pruned model with `attach_teacher`, see "
                 "docs/recovery_many_gpus.md."
             )
-    if several and not ddp:
+
+    has_ddp = trainer is None or isinstance(trainer.model_wrapped, DistributedDataParallel)
+    if is_parallel and not has_ddp:
         raise StructPruneError(
             "The Trainer uses several devices without DDP, and a model cannot be pruned under `nn.DataParallel`. "
             "Start the script with `torchrun`, or set CUDA_VISIBLE_DEVICES to one device. Under `torchrun`, call "
             "`train` before `evaluate`."
         )
-    if trainer is None and (args.torch_compile or several):
+
+    if trainer is None and (args.torch_compile or is_parallel):
         raise StructPruneError(
-            "A callback does not reach what torch.compile or DDP puts around the model; use attach_pruner(trainer, "
-            "config) in its place."
+            "A callback does not reach the wrapper of torch.compile or DDP around the model. Use "
+            "attach_pruner(trainer, config) instead."
         )
 
 
 def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None:
-    """Raise `StructPruneError` if a Trainer does not support a config, whatever the model."""
-    checkpoints = options is not None and options.checkpoint_dir is not None
-    for name, is_set, reason in (
-        ("checkpoint_dir", checkpoints, "spans the layers of one pruning, and a Trainer prunes in steps of its own"),
-        (f"allocation={config.allocation!r}", config.allocation != "uniform", "measures what the dense model loses"),
-        ("recovery", config.recovery is not None, "is training after a pruning, and a Trainer trains already"),
-    ):
-        if is_set:
-            raise StructPruneError(f"{name} {reason}; leave it out, or prune first (`structprune prune`).")
+    """Raise `StructPruneError` if a Trainer does not support a config, independently of the model."""
+    if options is not None and options.checkpoint_dir is not None:
+        raise _unsupported("checkpoint_dir", "spans the layers of one pruning, and a Trainer prunes at several steps")
+    if config.allocation != "uniform":
+        raise _unsupported(f"allocation={config.allocation!r}", "measures losses of the dense model")
+    if config.recovery is not None:
+        raise _unsupported("recovery", "is training after a pruning, and a Trainer trains already")
+
+
+def _unsupported(name: str, reason: str) -> StructPruneError:
+    return StructPruneError(f"{name} {reason}. Remove it, or prune first (`structprune prune`).")

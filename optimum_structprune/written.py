@@ -18,16 +18,17 @@ LIST_NAME = "written_files.json"
 FORMAT_VERSION = 1
 RECORD_VERSION = 2
 VERSION_KEY = "format_version"
-PRESET = "preset:"  # before the file of a preset
+PRESET = "preset:"  # the prefix of a source that names a preset
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by a text in one step. The file becomes part of the result that it lies in."""
+    """Replace a file by a text in one step. The file becomes part of the result in its folder."""
     _replace(path, text)
     add_to_result(path)
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write a text to a temporary file, and rename it."""
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8")
@@ -43,6 +44,8 @@ def written_files(folder: Path) -> list[str]:
         names = list(json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
+
+    # A changed list must not name files outside of the folder.
     return [name for name in names if isinstance(name, str) and not {"/", ".."} & set(Path(name).parts)]
 
 
@@ -68,16 +71,18 @@ def foreign_files(folder: Path) -> list[str]:
 
 @contextmanager
 def warn_on_error(output: str | Path, name: str) -> Iterator[None]:
-    """Warn of an error inside `with`, which makes a file beside a result."""
+    """Warn instead of raising an error inside `with`, for a file that a result can do without."""
     try:
         yield
-    except Exception as error:  # hours of work are not given up for a page about them
-        warn(f"{output} gets no {name}: {one_line(error)}")
+    except Exception as error:  # a page about a result is not worth losing hours of work
+        warn(f"{name} of {output} is missing: {one_line(error)}")
 
 
 def versioned(values: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[str, Any]:
-    """Return fields with the schema version in front of them."""
-    return {VERSION_KEY: version, **values}
+    """Return fields with the schema version as the first field."""
+    fields: dict[str, Any] = {VERSION_KEY: version}
+    fields.update(values)
+    return fields
 
 
 def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict[str, Any]:
@@ -89,23 +94,28 @@ def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict
     version = values.get(VERSION_KEY, 1)
     if type(version) is not int or not 1 <= version <= latest:
         raise StructPruneError(
-            f"{VERSION_KEY} {version!r} is not known here, where {latest} is the latest; a newer optimum-structprune "
-            "reads it."
+            f"{VERSION_KEY} {version!r} is unknown, and the latest known version is {latest}. Install a newer "
+            "optimum-structprune."
         )
     return {name: value for name, value in values.items() if name != VERSION_KEY}
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to the types of JSON: sets to sorted lists, numbers that are not finite to null."""
+    """Convert a value to the types of JSON. Sets become sorted lists, and NaN and infinity become null."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        if not isfinite(value):
+            return None
+        return float(value)
+
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted(map(str, value))
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence):
         return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if isfinite(value) else None
-    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+    return str(value)
 
 
 def replace_json(path: str | Path, value: Any) -> None:
@@ -114,38 +124,44 @@ def replace_json(path: str | Path, value: Any) -> None:
 
 
 def without_folders(value: Any) -> Any:
-    """Return plain values with every absolute path replaced by its last part, since records may be published."""
+    """Replace every absolute path in plain values by its last part, because records may be published."""
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    prefix = PRESET if value.startswith(PRESET) else ""
-    parts = Path(value.removeprefix(prefix)).parts
+
+    if value.startswith(PRESET):
+        return PRESET + without_folders(value.removeprefix(PRESET))
+    parts = Path(value).parts
     is_path = len(parts) > 2 and Path(parts[0]).is_absolute() and Path(parts[0], parts[1]).exists()
-    return f"{prefix}{parts[-1]}" if is_path else value
+    if not is_path:
+        return value
+    return parts[-1]
 
 
 def to_json(value: Any) -> str:
-    """Write a value as a JSON document; see `plain`."""
+    """Return the JSON document of a value; see `plain`."""
     return json.dumps(plain(value), indent=2, allow_nan=False)
 
 
 def whole_lines(path: Path) -> Iterator[Any]:
-    """Read the values in a file of JSON lines, without those cut short; a missing file has none."""
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    """Yield the values in a file of JSON lines. Skip incomplete lines, and yield nothing if there is no file."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
         with suppress(ValueError):
             yield json.loads(line)
 
 
 class Record:
-    """Saves a dataclass as a JSON document."""
+    """Base class of dataclasses that are saved as JSON documents."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain values."""
+        """Return the fields as plain values."""
         return asdict(cast("Any", self))
 
     def save(self, path: str | Path) -> None:
-        """Write JSON; a number that is not finite becomes null."""
+        """Write the fields as JSON. NaN and infinity become null."""
         replace_json(path, versioned(self.to_dict()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
+from ..system.modules import MODULES, modules_root
 from .spec import ArchSpec
 
 
-# The files of sentence-transformers: the list of modules, the task of the first module, and the prompts before texts.
-MODULES = "modules.json"
+# The files of sentence-transformers with the task of the first module, and with the prompts before texts.
 TASK = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
 
@@ -202,20 +201,28 @@ def embedding_of(model: PreTrainedModel) -> Any:
 def module_files(config: PretrainedConfig) -> dict[str, str]:
     """Return the texts of the files of sentence-transformers around a model, by path; none for other models."""
     name = config.name_or_path or ""
+    root = name
+    model_folder = ""
+    # The files may lie in the parent folder of the model.
+    if name and Path(name).is_dir():
+        root = str(modules_root(Path(name)))
+        if root != name:
+            model_folder = Path(name).name
+
     commit = getattr(config, "_commit_hash", None)
-    find = partial(cached_file, name, revision=commit, _raise_exceptions_for_missing_entries=False)
+    options: dict[str, Any] = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
 
     # The network, the Hub, or a file that a user has changed may cause an error.
     with suppress(Exception):
-        modules = json.loads(Path(str(find(MODULES))).read_text("utf-8"))
-        files = [MODULES, TASK, PROMPTS]
+        modules = json.loads(Path(str(cached_file(root, MODULES, **options))).read_text("utf-8"))
+        files = [(root, MODULES), (name, TASK), (root, PROMPTS)]
         for module in modules:
-            if module["path"]:
-                files.append(f"{module['path']}/config.json")
+            if module["path"] not in ("", model_folder):
+                files.append((root, f"{module['path']}/config.json"))
 
         texts: dict[str, str] = {}
-        for file in files:
-            path = find(file)
+        for folder, file in files:
+            path = cached_file(folder, file, **options)
             if path:
                 texts[file] = Path(path).read_text("utf-8")
         return texts

@@ -38,7 +38,7 @@ REFIT_PRODUCTS = 2
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Holds the estimated seconds of each stage of a pruning.
+    """The estimated seconds of each stage of a pruning.
 
     Attributes:
         writing: The model writes calibration text and unseen text.
@@ -81,7 +81,7 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
 
     Args:
         request: The resolved request.
-        throughput: The multiply-adds per second of a matrix product; by default they are measured on the device.
+        throughput: The multiply-adds per second of a matrix product. By default they are measured on the device.
     """
     info = request.model_info
     config = request.config
@@ -100,7 +100,9 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
         if size.tokens >= MIN_TOKENS_READ:
             written += unseen
 
-    passes = CALIBRATION_PASSES if config.feedback_share else CALIBRATION_PASSES_WITHOUT_FEEDBACK
+    passes = CALIBRATION_PASSES_WITHOUT_FEEDBACK
+    if config.feedback_share:
+        passes = CALIBRATION_PASSES
     products_per_token = passes * layer_parameters
     refit_products = 0
     for inputs, _ in refitted_consumers(request):
@@ -108,8 +110,10 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
         refit_products += REFIT_PRODUCTS * inputs**3
 
     device = info.device
-    if device.type == "meta":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    elif device.type == "meta":
+        device = torch.device("cpu")
     if throughput is None:
         throughput = measured_throughput(device, model.dtype, channels or 512, 4 * (channels or 512))
 

@@ -102,6 +102,7 @@ def attach_loaded_teacher(
 
     trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
     trainer.log = partial(loss.log, trainer.log)  # type: ignore[method-assign]
+    trainer.evaluation_loop = partial(loss.evaluation_loop, trainer.evaluation_loop)  # type: ignore[method-assign]
 
     # The Trainer counts the tokens of an accumulated batch only for losses that use the number.
     trainer.model_accepts_loss_kwargs = True
@@ -226,6 +227,11 @@ class TeacherLoss:
             with torch.no_grad():
                 outputs["logits"] = model(**student_inputs).logits
         return loss, outputs
+
+    def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate without the losses that the model had in eval mode before, such as in trial steps."""
+        self._sums.pop("eval", None)
+        return evaluation_loop(*args, **kwargs)
 
     def log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean KL divergence to the Trainer's logs as `kl`, and to evaluations as `eval_kl`."""

@@ -40,7 +40,7 @@ def load_teacher(
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         dtype: The dtype of the teacher's weights. None keeps the dtype of a model in memory; a teacher that is loaded
-            gets the dtype of `model`.
+            gets the dtype of `model`, and the attention implementation if it has the same type.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:
@@ -50,6 +50,8 @@ def load_teacher(
     check_device(device)
     if isinstance(teacher, (str, Path)):
         teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+        if teacher.config.model_type == model.config.model_type:
+            teacher.set_attn_implementation(model.config._attn_implementation)
     elif dtype is not None and isinstance(teacher, nn.Module):
         teacher = teacher.to(dtype)  # type: ignore[arg-type]
 

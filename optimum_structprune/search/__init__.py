@@ -1,1 +1,1 @@
-"""Widths that follow from measurements: losses of single layers, and shapes."""
+"""Choose widths by measured losses: losses of single layers, of shapes, and of prunings within a loss budget."""

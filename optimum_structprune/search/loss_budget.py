@@ -1,4 +1,4 @@
-"""The largest cut within a loss: which cuts to try, and what a report says about a loss."""
+"""Search for the largest cut within a loss: choose the cuts to try, and read losses from reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import Report
 
 
-# The number of trials, and the number if the next larger cut that was tried is far larger than the best one.
+# The maximum number of trials, and the maximum while no tried cut is only a little too large.
 TRIALS = 4
 MOST_TRIALS = 6
-LOSS_OF_COSINE = 10  # multilingual-e5-small misses 0 to 11 translations of 1,000 for 0.001 of it
+# The loss per difference of the cosine from 1. multilingual-e5-small misses 0 to 11 of 1,000 translations per 0.001.
+LOSS_OF_COSINE = 10
 KINDS = "your domains"
 OTHER = "unseen text"
 LANGUAGES = "the wanted languages"
@@ -28,9 +29,9 @@ Loss = tuple[float, float | None]
 def losses_in(report: Report) -> dict[str, Loss]:
     """Return the losses in a report, with the margins of their confidence intervals, by text.
 
-    The loss of a language model is its perplexity relative to the original model, less 1, as the geometric mean over
-    the domains. The loss of an encoder is ten times the difference of the mean cosine from 1, which is at least the
-    share of translations that it no longer finds.
+    The loss of a language model is its perplexity relative to the original model minus 1, as the geometric mean over
+    the domains. The loss of an encoder is ten times the difference of the mean cosine from 1. It is about the largest
+    measured share of translations that the encoder no longer finds.
     """
     vectors = [domain.vectors for domain in report.domains.values()]
     if any(vectors):
@@ -38,9 +39,10 @@ def losses_in(report: Report) -> dict[str, Loss]:
 
     mean, margin = mean_ratio(ratios_of(report.domains).values())
     losses: dict[str, Loss] = {KINDS: (mean - 1, margin)}
-    unseen = None if report.unseen is None else report.unseen.perplexity
-    if unseen is not None and unseen.ratio is not None:
-        losses[OTHER] = (unseen.ratio - 1, unseen.margin)
+    if report.unseen is not None:
+        perplexity = report.unseen.perplexity
+        if perplexity is not None and perplexity.ratio is not None:
+            losses[OTHER] = (perplexity.ratio - 1, perplexity.margin)
     return losses
 
 
@@ -61,8 +63,11 @@ def _encoder_losses(report: Report) -> dict[str, Loss]:
 def _cosine_loss(cosines: list[Figure]) -> Loss:
     """Return the loss of an encoder by the cosines of its domains, with its margin."""
     values = [figure.last or 0.0 for figure in cosines]
+    loss = LOSS_OF_COSINE * (1 - fmean(values))
     margin = margin_of_mean(values, [figure.margin for figure in cosines])
-    return LOSS_OF_COSINE * (1 - fmean(values)), None if margin is None else LOSS_OF_COSINE * margin
+    if margin is None:
+        return loss, None
+    return loss, LOSS_OF_COSINE * margin
 
 
 def largest_cut(measure: Callable[[float], float], limit: float, first: float) -> dict[float, float]:
@@ -84,44 +89,59 @@ def largest_cut(measure: Callable[[float], float], limit: float, first: float) -
         losses[share] = measure(share)
         if losses[share] < inf:
             trials += 1
-        met = max(removed for removed, loss in losses.items() if loss <= limit)
-        above = min((removed for removed in losses if removed > met), default=inf)
-        gap = above - met
-        most_trials = TRIALS if gap < met / 2 else MOST_TRIALS
-        if losses[met] >= 0.6 * limit or gap < max(met / 20, 1e-3) or trials >= most_trials:
+
+        # The largest cut lies between `lower` and `upper`.
+        lower = max(removed for removed, loss in losses.items() if loss <= limit)
+        upper = min((removed for removed in losses if removed > lower), default=inf)
+        gap = upper - lower
+        max_trials = MOST_TRIALS
+        if gap < lower / 2:
+            max_trials = TRIALS
+
+        is_close = losses[lower] >= 0.6 * limit or gap < max(lower / 20, 1e-3)
+        if is_close or trials >= max_trials:
             return losses
-        share = _next_share(losses, limit, met, above)
+        share = _next_share(losses, limit, lower, upper)
 
 
-def _next_share(losses: Mapping[float, float], limit: float, met: float, above: float) -> float:
-    """Return the share to try next, between the largest that `met` the limit and the smallest `above` it."""
-    gap = above - met
-    if losses.get(above) == inf:
-        return met + gap / 2
+def _next_share(losses: Mapping[float, float], limit: float, lower: float, upper: float) -> float:
+    """Return the share to try next, between a share within the limit and a share beyond it, which may be infinite."""
+    gap = upper - lower
+    if losses.get(upper) == inf:
+        return lower + gap / 2
 
     # Aim a little below the limit, because measurements are noisy.
-    near, loss, power = _power_law(losses, above)
-    share = near * (0.85 * limit / loss) ** (1 / power)
-    if above < inf:
-        lowest = met + gap / 5 if met else 0
-        return min(max(share, lowest), met + gap * 4 / 5)
-    return min(max(share, 1.2 * met), 3 * met, (1 + met) / 2)
+    nearest, loss, power = _power_law(losses, upper)
+    share = nearest * (0.85 * limit / loss) ** (1 / power)
+    if upper == inf:
+        return min(max(share, 1.2 * lower), 3 * lower, (1 + lower) / 2)
+
+    share = min(share, lower + gap * 4 / 5)
+    if lower:
+        share = max(share, lower + gap / 5)
+    return share
 
 
 def expected_loss(losses: Mapping[float, float], share: float) -> float:
     """Return the loss with this share removed, by a power law through the nearest measured losses."""
-    near, loss, power = _power_law(losses, share)
-    return float(loss * (share / near) ** power)
+    nearest, loss, power = _power_law(losses, share)
+    return float(loss * (share / nearest) ** power)
 
 
 def _power_law(losses: Mapping[float, float], share: float) -> tuple[float, float, float]:
-    """Return a measured share at or above `share`, or else the largest one, with its loss and the exponent there."""
+    """Return the power law near a share.
+
+    Returns:
+        The smallest measured share that is at least `share`, or else the largest measured share, with its loss and
+        the exponent there.
+    """
     # Losses below 1e-4 are noise, and losses above 1 follow no power law.
     clamped = {removed: min(max(loss, 1e-4), 1.0) for removed, loss in losses.items() if removed and loss < inf}
     pairs = list(pairwise(sorted(clamped)))
     if not pairs:
         removed, loss = clamped.popitem()
         return removed, loss, FIRST_POWER
-    left, right = next((pair for pair in pairs if pair[1] >= share), pairs[-1])
-    power = log(clamped[right] / clamped[left]) / log(right / left)
-    return right, clamped[right], max(power, 1.0)
+
+    start, end = next((pair for pair in pairs if pair[1] >= share), pairs[-1])
+    power = log(clamped[end] / clamped[start]) / log(end / start)
+    return end, clamped[end], max(power, 1.0)

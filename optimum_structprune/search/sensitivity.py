@@ -1,10 +1,9 @@
-"""The allocation `sensitivity`: a width for each layer, chosen by measured losses and short prunings."""
+"""The allocation `sensitivity`: choose a width for each layer by measured losses and short prunings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import inf, isnan
 from typing import NamedTuple
 
@@ -15,13 +14,12 @@ from transformers import PreTrainedModel
 from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..forward.metrics import evaluating
-from ..method.loop import prune_layers_
 from ..method.shrink import Masks
 from ..pruning.request import PruningRequest
-from ..sources.data import CalibrationData, source_of
+from ..sources.data import CalibrationData
 from ..steps.base import RunState
+from ..steps.temporary import temporarily_pruned
 from ..system.processes import broadcast_object
-from ..system.stages import progress
 from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
@@ -31,34 +29,33 @@ from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
 class Candidate(NamedTuple):
     """A shape that may be chosen."""
 
-    name: str  # where it comes from
+    name: str  # the origin, for the report
     widths: Widths
     predicted_loss: float | None = None  # the sum of the measured losses of single layers
 
 
 def final_widths(request: PruningRequest, state: RunState) -> Widths:
-    """Return the final widths of all spaces but the tokens, after tokens have been removed."""
-    config = state.config
-    if request.tokens is not None:
-        from ..steps.vocabulary import config_of_the_rest  # most runs remove no tokens
+    """Return the final widths of all spaces except the tokens, after tokens have been removed."""
+    if request.tokens is None:
+        if state.config.allocation == "uniform":
+            return request.widths
+        return choose_shape(state, state.config)
 
-        rest = config_of_the_rest(request.tokens, state)
-        if rest is None:
-            return {}
-        config = rest
+    from ..steps.vocabulary import config_of_the_rest  # most runs remove no tokens
 
-    if config.allocation != "uniform":
-        return choose_shape(state, config)
-    if request.tokens is not None:
+    config = config_of_the_rest(request.tokens, state)
+    if config is None:
+        return {}
+    if config.allocation == "uniform":
         return widths_of(config, state.arch, state.model)
-    return request.widths
+    return choose_shape(state, config)
 
 
 def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
     """Return the candidate with the smallest loss, and record all candidates in the report.
 
-    Each candidate is pruned in a short trial, all layers together. The loss is KL(dense‖pruned) on the probe, text
-    that is neither calibrated on nor held out.
+    A short trial prunes all layers to each candidate. The loss is KL(dense‖pruned) on the probe, which is text that is
+    neither calibrated on nor held out.
     """
     with evaluating(state.model), state.report.timed("search"):
         search = Search(state.model, state.arch, state.data, config)
@@ -86,7 +83,7 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
 
 
 class Search:
-    """Proposes shapes that meet a config, and measures their losses.
+    """A search for the shape with the smallest loss among shapes that meet a config.
 
     Attributes:
         plain: The widths of `allocation="uniform"`.
@@ -99,9 +96,12 @@ class Search:
         self.data = data
         self.config = config
         self.legal = legal_widths(config, arch, model.config)
-        # The default targets depend on the allocation, so they are named here.
-        named = config if config.widths else replace(config, targets=tuple(self.legal))
-        self.plain = widths_of(replace(named, allocation="uniform"), arch, model)
+
+        uniform_config = replace(config, allocation="uniform")
+        if not config.widths:
+            # The default targets depend on the allocation.
+            uniform_config = replace(uniform_config, targets=tuple(self.legal))
+        self.plain = widths_of(uniform_config, arch, model)
 
         self.spaces: dict[Key, list[Space]] = {}
         for name in self.plain:
@@ -120,6 +120,7 @@ class Search:
         scores = {key: self._unit_scores(key, curve) for key, curve in curves.items()}
         by_layer = widths_of(self.config, self.arch, self.model, scores)
         halfway = widths_of(self.config, self.arch, self.model, self._halfway_scores(scores, by_layer))
+
         proposed = [
             Candidate("each layer", by_layer, predicted_loss(curves, by_layer)),
             Candidate("halfway", halfway, predicted_loss(curves, halfway)),
@@ -131,7 +132,7 @@ class Search:
         return list(different.values())
 
     def _unit_scores(self, key: Key, curve: Sequence[float]) -> Tensor:
-        """Return the loss by each unit per parameter, or per unit of what a budget limits, shape `(width,)`."""
+        """Return the loss by each removed unit, shape `(width,)`, per parameter or per unit of the budget."""
         params = sum(space.unit_params * space.scale for space in self.spaces[key])
         saved_per_parameter = 1.0
         if self.config.budget is not None:
@@ -143,9 +144,10 @@ class Search:
         return torch.tensor(curve, dtype=torch.float64).diff() / (saved_per_parameter * params)
 
     def _halfway_scores(self, scores: dict[Key, Tensor], by_layer: Widths) -> dict[Key, Tensor]:
-        """Return scores by which units above the middle of two shapes are removed first.
+        """Return scores with which units above the middle of two shapes are removed first.
 
-        The losses of single layers do not add up where much is removed, so the best ranking may go too far.
+        The losses of single layers do not add up for large cuts, so the best ranking may differ too much from one
+        width.
         """
         highest = max(float(unit_scores.max()) for unit_scores in scores.values())
         halfway: dict[Key, Tensor] = {}
@@ -159,25 +161,21 @@ class Search:
         return halfway
 
     def loss(self, widths: Widths, probe: Probe) -> float:
-        """Return the loss of a shape after a pruning on a few samples, which is undone. NaN counts as infinite."""
-        data = self.data.portion(TRIAL_TOKENS)
-        masks = Masks(self.model, self.arch)
-        source = source_of(self.model, self.arch, data.own_batches, data.config.feedback_share)
-        layers = progress(range(self.arch.num_layers), desc="Pruning on trial", unit="layer")
-        try:
-            prune_layers_(masks, source, data.method(self.model, self.arch), widths, layers=layers)
-            total = float(data.mean(probe.losses(self.model)))
-        finally:
-            masks.undo_(partial(source.at, changes=True))
-        return inf if isnan(total) else total
+        """Return the loss of a shape after a temporary pruning on a few samples, or infinity instead of NaN."""
+        with temporarily_pruned(self.model, self.arch, self.data, widths, TRIAL_TOKENS):
+            total = float(self.data.mean(probe.losses(self.model)))
+        if isnan(total):
+            return inf
+        return total
 
 
 def predicted_loss(curves: Curves, widths: Widths) -> float:
     """Return the sum of the measured losses of the removed units over layers and kinds of space."""
     total = 0.0
     for (layer, name), curve in curves.items():
+        dense_width = len(curve) - 1
         width = widths[name]
-        full = len(curve) - 1
-        kept = width if isinstance(width, int) else width.get(layer, full)
-        total += curve[max(full - kept, 0)]
+        if not isinstance(width, int):
+            width = width.get(layer, dense_width)
+        total += curve[max(dense_width - width, 0)]
     return total

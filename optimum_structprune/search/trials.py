@@ -1,4 +1,4 @@
-"""Measure the loss of a model when units of one layer alone are removed, on trial."""
+"""Measure the loss of a model in trials that remove units of one layer alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ..system.resume import Resume
 from ..system.stages import progress
 
 
-# The shares of a space that are removed in the trials. The loss is measured at the larger share, and follows from the
-# errors of the outputs at the smaller one. A third trial, at a half, changes the predicted loss by 2 %.
+# The shares of a space that are removed in the trials. The loss is measured at the larger share, and estimated from
+# the error of the outputs at the smaller share. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
-# The most calibration tokens of a trial that prunes several layers.
+# The maximum number of calibration tokens of a trial that prunes several layers.
 TRIAL_TOKENS = 2048
 # The held-out tokens of a trial of one layer. A trial that prunes all layers runs on `PROBE_TOKENS`.
 LAYER_TOKENS = PROBE_TOKENS // 2
@@ -46,10 +46,10 @@ Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
 
 
 class Probe:
-    """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
+    """Held-out text that runs through the model from one layer on, and the predictions of the dense model for it.
 
-    Where layers pass on hidden states alone, the layers before the present one do not run again. In memory are the
-    hidden states and the dense logits of one token in four. Each process holds all of the text.
+    If layers pass on hidden states alone, the layers before the current layer do not run again. The probe stores the
+    hidden states, and the dense logits of one token in four. Each process has all of the text.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
@@ -66,8 +66,8 @@ class Probe:
         """Return a probe of about `tokens` tokens: the beginnings of samples, equally many of each domain."""
         per_domain = ceil(tokens / len(data.domains))
         # A sample has 128 tokens, because the first tokens of a text have little context.
-        wanted = max(per_domain // 128, 1)
-        counts = [min(wanted, len(domain.probe_or_heldout)) for domain in data.domains]
+        num_samples = max(per_domain // 128, 1)
+        counts = [min(num_samples, len(domain.probe_or_heldout)) for domain in data.domains]
         # All samples have one length, because calls of layers are recorded for each length.
         length = ceil(per_domain / max(counts))
 
@@ -77,7 +77,7 @@ class Probe:
         return cls(model, arch, batches_of(domains, data.options.batch_size))
 
     def advance(self) -> None:
-        """Go on to the next layer."""
+        """Advance to the next layer."""
         self.source.advance(self.layer)
         self.layer += 1
 
@@ -86,6 +86,7 @@ class Probe:
         num_domains = 1 + max(batch.domain for batch in self.batches)
         total = torch.zeros(num_domains)
         count = torch.zeros(num_domains)
+
         for index in range(process_index(), len(self.batches), process_count()):
             domain = self.batches[index].domain
             logits = self._logits(index, model)
@@ -94,6 +95,7 @@ class Probe:
             for part, dense_part in pairs:
                 total[domain] += float(divergence(part, dense_part)) * len(dense_part)
                 count[domain] += len(dense_part)
+
         all_reduce_([total, count])
         return total / count
 
@@ -117,7 +119,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class LayerTrials:
-    """Measures the model's loss when units of one layer alone are removed."""
+    """Trials that measure the loss of the model when units of one layer alone are removed."""
 
     masks: Masks  # each trial sets them and restores them
     data: CalibrationData
@@ -127,11 +129,9 @@ class LayerTrials:
     def losses(self) -> Losses:
         """Return the losses of all trials. Losses that an earlier run has saved are not measured again."""
         store = self._store()
-        saved = None if store is None else store.load()
         losses: Losses = {}
-        if saved is not None:
-            for layer, name, by_units in saved.values["losses"]:
-                losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+        if store is not None:
+            losses = _saved_losses(store)
 
         if not losses.keys() >= self.spaces.keys():
             self._measure_(losses, store)
@@ -140,9 +140,11 @@ class LayerTrials:
 
     def _store(self) -> Resume | None:
         """Return the file of losses of this model and text, or None without a `checkpoint_dir`."""
-        config, folder = self.data.config, self.data.options.checkpoint_dir
+        config = self.data.config
+        folder = self.data.options.checkpoint_dir
         if folder is None:
             return None
+
         refit = (config.refit, config.damping, config.error_feedback)
         settings = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
         key = self.data.key(self.masks.model, settings, self.data.shares)
@@ -153,7 +155,7 @@ class LayerTrials:
         masks = self.masks
         arch = masks.arch
         method = self.data.method(masks.model, arch)
-        # A trial changes one layer, so there are no errors of earlier layers for error feedback.
+        # A trial changes one layer, so no earlier layer has an error for error feedback to correct.
         source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
 
         for layer in progress(range(arch.num_layers), desc="Measuring losses of single layers", unit="layer"):
@@ -167,32 +169,51 @@ class LayerTrials:
                 store.save(layer + 1, {"losses": _rows(losses)})
 
     def curves(self, losses: Losses) -> Curves:
-        """Return the loss of the model, the mean over domains, by the number of units removed from a layer."""
-        config = self.data.config
+        """Return the mean loss of the model over the domains, by the number of units removed from a layer."""
         shares = torch.tensor(self.data.shares)
-        # Error feedback in later layers makes up for part of an error, and for more of an error in an early layer. A
-        # trial does not see this, because it prunes one layer alone. No correction and twice the slope both measured
-        # worse (benchmarks/LOG.md).
-        last = max(self.masks.arch.num_layers - 1, 1)
-        prices = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
+        last_layer = max(self.masks.arch.num_layers - 1, 1)
 
         loss_by_unit: dict[Key, Tensor] = {}
         for key, by_units in losses.items():
-            remaining = 1 - config.feedback_share * (1 - key[0] / last)
+            layer, _ = key
+            # Error feedback in later layers corrects part of an error, and a larger part of an error in an early
+            # layer. A trial does not show this, because it prunes one layer alone. No correction and twice the slope
+            # both measured worse (benchmarks/LOG.md).
+            remaining = 1 - self.data.config.feedback_share * (1 - layer / last_layer)
             totals = {units: remaining * float(by_domain @ shares) for units, by_domain in by_units.items()}
             loss_by_unit[key] = unit_losses(self.spaces[key][0].width, totals)
 
         # Units beyond the last trial cost more than all measured units, so that they are removed last.
-        per_parameter = [float((values / prices[key]).max()) for key, values in loss_by_unit.items()]
-        highest = max(per_parameter, default=0.0)
+        highest = 0.0
         for key, values in loss_by_unit.items():
-            measured = max(losses[key], default=len(values))
-            values[measured:] += highest * prices[key]
-        return {key: [0.0, *values.double().cumsum(0).tolist()] for key, values in loss_by_unit.items()}
+            highest = max(highest, float((values / self._unit_params(key)).max()))
+        for key, values in loss_by_unit.items():
+            num_measured = max(losses[key], default=len(values))
+            values[num_measured:] += highest * self._unit_params(key)
+
+        curves = {}
+        for key, values in loss_by_unit.items():
+            curves[key] = [0.0] + values.double().cumsum(0).tolist()
+        return curves
+
+    def _unit_params(self, key: Key) -> int:
+        """Return the number of parameters of a unit of a kind of space in one layer."""
+        return sum(space.unit_params * space.scale for space in self.spaces[key])
+
+
+def _saved_losses(store: Resume) -> Losses:
+    """Return the losses that an earlier run has saved."""
+    losses: Losses = {}
+    saved = store.load()
+    if saved is None:
+        return losses
+    for layer, name, by_units in saved.values["losses"]:
+        losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+    return losses
 
 
 def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
-    """Return losses as JSON takes them."""
+    """Return losses as values that JSON can store; see `_saved_losses`."""
     rows = []
     for (layer, name), by_units in losses.items():
         rows.append((layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()}))
@@ -201,7 +222,7 @@ def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
 
 def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> Candidates:
     """Return consumers with units of one kind of space in one layer removed. Experts of a layer share their width."""
-    made: dict[int, tuple[Mapping[Axis, Values], float]] = {}
+    by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
     for space in spaces:
         dense, moments = calibrate(masks, source, method, space)
         weights = [weight for weight, _ in dense]
@@ -210,12 +231,14 @@ def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Me
         for units in _trial_units(space.width):
             keep = best_units(scores, (space.width - units) * space.scale)
             values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
-            earlier_values, error = made.get(units, ({}, 0.0))
+
+            all_values, error = by_units.get(units, ({}, 0.0))
+            all_values.update(values)
             for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
                 change = weight - values[axis][0].float()
                 error += output_energy(change, replace(own_moments, energy=None)) * own_moments.count
-            made[units] = {**earlier_values, **values}, error
-    return made
+            by_units[units] = (all_values, error)
+    return by_units
 
 
 def _trial_units(width: int) -> list[int]:
@@ -229,36 +252,39 @@ def values_on_trial(
 ) -> Mapping[Axis, Values]:
     """Return the values of consumers with refitted columns, in the model's dtype. The model does not change."""
     with masks.holding(masks.current(space.consumers)):
-        for axis, columns in zip(space.consumers, refitted, strict=True):
-            write_consumer_(masks.model, axis, *columns)
+        for axis, (columns, weight, bias) in zip(space.consumers, refitted, strict=True):
+            write_consumer_(masks.model, axis, columns, weight, bias)
         return masks.current(space.consumers)
 
 
-def trial_losses(masks: Masks, made: Candidates, probe: Probe) -> dict[int, Tensor]:
+def trial_losses(masks: Masks, by_units: Candidates, probe: Probe) -> dict[int, Tensor]:
     """Return the losses by domain, shape `(domains,)`, by the number of units removed.
 
-    The loss is measured with the most units removed. With fewer it is in proportion to the energy of the outputs'
-    error, because the divergence is quadratic in small changes.
+    The loss is measured with the largest number of units removed. With a smaller number, it is proportional to the
+    energy of the outputs' error, because the divergence is quadratic in small changes.
     """
-    largest = max(made, default=0)
+    largest = max(by_units, default=0)
     if not largest:
         return {}
 
-    values, largest_error = made[largest]
+    values, largest_error = by_units[largest]
     with masks.holding(values):
-        measured = probe.losses()
+        largest_loss = probe.losses()
+
     losses = {}
-    for units, (_, error) in made.items():
-        share = error / largest_error if largest_error else 1.0
-        losses[units] = measured * share
+    for units, (_, error) in by_units.items():
+        share = 1.0
+        if largest_error:
+            share = error / largest_error
+        losses[units] = largest_loss * share
     return losses
 
 
 def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
     """Return the loss that each unit of a space adds, shape `(width,)`, the cheapest units first.
 
-    The loss as a function of the units removed is a power law between two trials. Beyond the last trial it goes on
-    with the last exponent. Up to the first trial the exponent is at least 1, or the first units would cost most. Units
+    The loss as a function of the units removed is a power law between two trials. The last exponent also applies
+    beyond the last trial. Up to the first trial the exponent is at least 1, or the first units would cost most. Units
     are sorted up to the last trial, and again beyond it.
 
     Args:
@@ -267,18 +293,21 @@ def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
     """
     if not losses:
         return torch.zeros(width)
+
     x = torch.tensor([float(units) for units in losses]).log()
-    # A loss that falls with more units removed is noise.
+    # A loss that falls with a growing number of removed units is noise.
     y = torch.tensor(list(losses.values())).clamp(min=1e-9).cummax(0).values.log()
-    slopes = y.diff() / x.diff() if len(x) > 1 else torch.ones(1)
+    slopes = torch.ones(1)
+    if len(x) > 1:
+        slopes = y.diff() / x.diff()
     slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
 
     units = torch.arange(1, width + 1).log()
-    segment = torch.bucketize(units, x)  # the first trial with as many units or more
-    left = (segment - 1).clamp(min=0)
+    segment = torch.bucketize(units, x)  # the first trial with at least this number of units
+    start = (segment - 1).clamp(min=0)
     exponent = slopes[segment.clamp(max=len(slopes) - 1)]
-    total = (y[left] + exponent * (units - x[left])).exp()
+    total = (y[start] + exponent * (units - x[start])).exp()
 
     increments = total.diff(prepend=torch.zeros(1))
-    measured = max(losses)
-    return torch.cat([increments[:measured].sort().values, increments[measured:].sort().values])
+    num_measured = max(losses)
+    return torch.cat([increments[:num_measured].sort().values, increments[num_measured:].sort().values])

@@ -133,9 +133,11 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
     if bias_name in dict(experts.named_parameters()):
         rows = rows + experts.get_parameter(bias_name)[axis.part]
 
-    # Experts without a gate have only an activation function.
-    has_gate = getattr(experts, "has_gate", True)
-    activate: Any = getattr(experts, "_apply_gate" if has_gate else "act_fn")
+    activate: Any
+    if getattr(experts, "has_gate", True):
+        activate = experts._apply_gate
+    else:
+        activate = experts.act_fn
     return activate(rows)
 
 

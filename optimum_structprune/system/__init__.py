@@ -1,1 +1,1 @@
-"""Serves what lies below the models: processes, folders on the disk, offloaded weights, and hashes."""
+"""Processes, folders on the disk, offloaded weights, and hashes."""

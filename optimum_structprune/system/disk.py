@@ -1,6 +1,6 @@
 """Write an output in one step, from one run at a time, and never over the files of a user.
 
-A lock and working folders lie beside an output. The next run removes those that a killed run left behind.
+A lock and working folders are next to an output. The next run removes the working folders of a killed run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from glob import escape, glob
 from pathlib import Path
@@ -30,30 +30,29 @@ logger = logging.getLogger(__name__)
 
 GGUF = ".gguf"
 CARD = "README.md"
-# The fields of configs that name files which a run reads, besides the sources of text.
+# The fields of configs that name files to read, in addition to the sources of text.
 READ_FIELDS = ("arch_file", "keep_tokens", "prompts", "validation")
-# The working folders beside an output: for the files being written, and for weights that do not fit into memory.
+# The working folders next to an output: for the new files, and for weights that do not fit into memory.
 SAVING = "saving"
 OFFLOAD = "offload"
-# Inside a working folder for saving: the new result, and for a moment the result that it replaces.
+# The folders in a working folder for saving: the new result, and for a moment the result that it replaces.
 NEW = "new"
 FORMER = "former"
 
 
 class Output:
-    """The folder that a run writes. With several processes, the first one checks and writes it.
+    """The folder that a run writes. With several processes, the first process checks and writes it.
 
     Args:
         target: The folder. A link is followed.
         overwrite: Whether an earlier result is replaced. Any other folder with files is refused.
-        used: Files and folders that the run reads. An output that contains one of them, or lies inside one, is
-            refused.
+        inputs: Files and folders that the run reads. The output must not contain one of them or be inside one.
     """
 
-    def __init__(self, target: str | Path, overwrite: bool = False, used: Iterable[str | Path | None] = ()):
+    def __init__(self, target: str | Path, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()):
         self.target = target
         self.overwrite = overwrite
-        self.used = [path for path in used if path]
+        self.inputs = [path for path in inputs if path]
         self.path = resolved(target)
 
     def check(self, need_bytes: int = 0) -> None:
@@ -64,8 +63,12 @@ class Output:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs from the same output inside `with`, and remove what killed runs left behind."""
-        with self._locked() if is_first_rank() else nullcontext():
+        """Lock the output against other runs inside `with`, and remove the working folders of killed runs."""
+        lock: AbstractContextManager[None] = nullcontext()
+        if is_first_rank():
+            lock = self._locked()
+
+        with lock:
             wait_for_all()  # a working folder of another process must not be removed
             yield
 
@@ -87,12 +90,12 @@ class Output:
                 except Exception as error:
                     if not is_write_error(error):
                         raise
-                    reason = f"{self.path} could not be written, and what was there is as it was: {one_line(error)}"
+                    reason = f"{self.path} could not be written and is unchanged: {one_line(error)}"
                     raise StructPruneError(reason) from error
 
     @contextmanager
     def sibling(self, purpose: str) -> Iterator[Path]:
-        """Yield a working folder beside the output, inside `locked`."""
+        """Yield a working folder next to the output. Call it inside `locked`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.{purpose}.", dir=self.path.parent))
         try:
@@ -112,10 +115,10 @@ class Output:
         new.rename(self.path)  # if this fails, `_clear` moves the former result back
 
     def _clear(self, folder: Path) -> None:
-        """Remove a working folder. A former result in it moves back if nothing has taken its place."""
-        former = folder / FORMER
-        if former.exists() and not self.path.exists():
-            former.rename(self.path)
+        """Remove a working folder. Restore the former result in it if the output is missing."""
+        former_result = folder / FORMER
+        if former_result.exists() and not self.path.exists():
+            former_result.rename(self.path)
             logger.warning("%s is restored; a run that did not finish had been replacing it.", self.path)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -138,12 +141,13 @@ class Output:
         """Raise if the place is not writable, or lacks the bytes."""
         if os.path.ismount(self.path):
             raise StructPruneError(f"{self.target} is a mount point, which cannot be replaced. Choose a folder in it.")
+
         place = _writable_folder(self.target, self.path.parents)
-        free = shutil.disk_usage(place).free
-        if need_bytes > free:
+        available = shutil.disk_usage(place).free
+        if need_bytes > available:
             raise StructPruneError(
-                f"{self.target} takes about {readable_size(need_bytes)}, and {place} has {readable_size(free)} left. "
-                "Choose another output folder, or free some space."
+                f"{self.target} takes about {readable_size(need_bytes)}, and {place} has {readable_size(available)} "
+                "left. Choose another output folder, or free some space."
             )
 
     def _check(self, need_bytes: int) -> None:
@@ -155,22 +159,26 @@ class Output:
 
     def _check_replaceable(self) -> None:
         folder = self.path
-        if folder.exists() and not folder.is_dir():
+        if not folder.exists():
+            return
+        if not folder.is_dir():
             raise StructPruneError(f"{self.target} is a file. Choose a folder.")
-        if folder in (Path.cwd(), *Path.cwd().parents) and folder.exists():
+        if folder == Path.cwd() or folder in Path.cwd().parents:
             raise StructPruneError(
                 f"{self.target} is or holds the working directory, {os.getcwd()}. Choose another output folder."
             )
-        if not folder.exists() or not any(folder.iterdir()):
+        if not any(folder.iterdir()):
             return
         if not self.overwrite:
             raise StructPruneError(f"{self.target} exists and is not empty. Choose another folder, or --overwrite it.")
 
-        for path in self.used:
+        for path in self.inputs:
             if _overlaps(folder, path):
                 raise StructPruneError(f"{folder} overlaps with {path}, which this run reads. Choose another folder.")
+
         if not written_files(folder):
             raise StructPruneError(f"{folder} is not a result of structprune. Choose another output folder.")
+
         foreign = foreign_files(folder)
         if foreign:
             raise StructPruneError(
@@ -199,12 +207,13 @@ class GGUFOutput(Output):
 
 @contextmanager
 def _lock(path: Path, target: str | Path) -> Iterator[bool]:
-    """Lock an output inside `with`. Yield whether it was not locked before by this process."""
+    """Lock an output inside `with`. Yield False if this process already has the lock."""
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file, timeout=0.2, is_singleton=True)
     if lock.is_locked:
         yield False
         return
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -216,11 +225,12 @@ def _lock(path: Path, target: str | Path) -> Iterator[bool]:
         if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
             raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
         logger.warning("%s cannot be locked (%s), so other runs into the same output are not noticed.", file, error)
+
     try:
         yield lock.is_locked
     finally:
         with suppress(OSError):
-            file.unlink()  # before the release, after which another run may hold it
+            file.unlink()  # after the release, another run may have locked it
         lock.release()
 
 
@@ -237,14 +247,14 @@ def resolved(target: str | Path) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise if no file could be written into a folder, which need not exist."""
+    """Raise if a folder is not writable. It need not exist."""
     if is_first_rank():
         path = resolved(folder)
-        _writable_folder(folder, (path, *path.parents))
+        _writable_folder(folder, [path] + list(path.parents))
 
 
 def _writable_folder(target: str | Path, places: Iterable[Path]) -> Path:
-    """Return the first of some folders that exists, or raise if it is not writable."""
+    """Return the first existing folder of `places`, or raise if it is not writable."""
     try:
         place = next(path for path in places if path.exists())
         if not place.is_dir():
@@ -263,20 +273,22 @@ def check_regular_files(folder: str | Path) -> None:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Return whether an error says that a file could not be written. torch and tokenizers say so in their texts."""
+    """Return whether an error means that a file could not be written."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
+    # torch and tokenizers have no error types for this.
     texts = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "(os error ")
     return type(error) in (RuntimeError, Exception) and any(text in str(error) for text in texts)
 
 
 def used_paths(*configs: Any) -> list[str]:
-    """Return the files and folders that configs name, for `Output.used`."""
+    """Return the files and folders that configs name, for `Output.inputs`."""
     names: list[Any] = []
     for config in _with_recoveries(configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
         names += [getattr(config, name, None) for name in READ_FIELDS]
         names += _working_folders(config).values()
+
     paths: list[str] = []
     for name in names:
         if isinstance(name, (str, Path)):
@@ -290,9 +302,10 @@ def check_apart(target: str | Path, *configs: Any) -> None:
     folder = resolved(target)
     for config in _with_recoveries(configs):
         for field, path in _working_folders(config).items():
-            if folder in (resolved(path), *resolved(path).parents):
+            working_folder = resolved(path)
+            if folder == working_folder or folder in working_folder.parents:
                 raise StructPruneError(
-                    f"{field} {path} lies in the output folder {target}. Choose a folder beside it."
+                    f"{field} {path} is inside the output folder {target}. Choose a folder outside of it."
                 )
 
 
@@ -305,14 +318,14 @@ def _with_recoveries(configs: Iterable[Any]) -> Iterator[Any]:
 
 
 def _working_folders(config: Any) -> dict[str, Any]:
-    """Return the folders that a run with this config writes checkpoints to, by the names of their fields."""
+    """Return the folders for the checkpoints of a run, by the names of the config's fields."""
     training = getattr(config, "training", None) or {}
     folders = {"checkpoint_dir": getattr(config, "checkpoint_dir", None), "output_dir": training.get("output_dir")}
     return {field: path for field, path in folders.items() if path}
 
 
 def remove_checkpoints(folder: str | Path) -> None:
-    """Remove the checkpoints of a training from a folder, and the folder if it is empty then."""
+    """Remove the checkpoints of a training from a folder. Remove the folder too if it has no other files."""
     for path in Path(folder).glob("checkpoint-*"):
         if (path / "trainer_state.json").is_file() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -321,13 +334,15 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 
 def _overlaps(folder: Path, name: str | Path) -> bool:
-    """Return whether a folder contains an input path, is it, or lies inside it. The input need not be a path."""
+    """Return whether a folder contains an input path, equals it, or is inside it. The input may be no path at all."""
     try:
         path = Path(os.path.abspath(os.path.expanduser(name)))
         if not path.exists():
             return False
+
         real_path = path.resolve()
-        is_inside = real_path in folder.parents and real_path.is_dir() and real_path != Path(real_path.anchor)
-        return is_inside or any(folder in (place, *place.parents) for place in (path, real_path))
+        if real_path in folder.parents and real_path.is_dir() and real_path != Path(real_path.anchor):
+            return True
+        return any(folder == place or folder in place.parents for place in (path, real_path))
     except (OSError, ValueError, RuntimeError):
         return False

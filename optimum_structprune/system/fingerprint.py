@@ -1,4 +1,4 @@
-"""Hashes models, samples and vocabularies, and keeps text in files named by such hashes."""
+"""Hash models, samples and vocabularies, and store text in files that are named by such hashes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     """Return the dtype, the shape and two checksums of every weight by name.
 
     Equal weights have equal checksums on every device. Each device adds up its own weights, so that only the checksums
-    are copied to the CPU. They find changes such as a training; against an attacker use a `fingerprint`.
+    are copied to the CPU. Checksums detect changes such as a training. Use `fingerprint` against an attacker.
     """
     tensors = dict(_weights(model))
     names_by_device: dict[torch.device, list[str]] = {}
@@ -50,8 +50,13 @@ def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     sums: dict[str, list[int]] = {}
     for names in names_by_device.values():
         stacked = torch.stack([_checksum(tensors[name]) for name in names])
-        sums |= dict(zip(names, stacked.tolist(), strict=True))
-    return {name: (tensor.dtype, tensor.shape, *sums[name]) for name, tensor in tensors.items()}
+        sums.update(zip(names, stacked.tolist(), strict=True))
+
+    identities = {}
+    for name, tensor in tensors.items():
+        first_sum, second_sum = sums[name]
+        identities[name] = (tensor.dtype, tensor.shape, first_sum, second_sum)
+    return identities
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -63,9 +68,10 @@ def _checksum(tensor: Tensor) -> Tensor:
     if len(flat) % WORD_BYTES or flat.storage_offset() % WORD_BYTES:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % WORD_BYTES))
     words = flat.view(torch.int64)
-    num_rows = tensor.shape[0] if tensor.ndim > 1 else 1
-    if num_rows == 0 or len(words) % num_rows:
-        num_rows = 1
+
+    num_rows = 1
+    if tensor.ndim > 1 and tensor.shape[0] > 0 and len(words) % tensor.shape[0] == 0:
+        num_rows = tensor.shape[0]
     matrix = words.view(num_rows, -1)
     return torch.stack([_numbered_sum(matrix.sum(1)), _numbered_sum(matrix.sum(0))])
 
@@ -76,9 +82,11 @@ def _numbered_sum(values: Tensor) -> Tensor:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights of a model by name; offloaded ones are read."""
+    """Yield the names and the weights of a model. Offloaded weights are read one by one."""
     for name, tensor in model.state_dict().items():
-        yield name, weight_of(model, name) if tensor.is_meta else tensor
+        if tensor.is_meta:
+            tensor = weight_of(model, name)
+        yield name, tensor
 
 
 def computing(config: PretrainedConfig) -> dict[str, Any]:
@@ -97,11 +105,11 @@ def json_hash(value: Any) -> str:
 
 
 class KeptText:
-    """Keeps batches of text for later runs, in a file whose name is a hash of all dependencies.
+    """A cache of batches of text for later runs, in a file whose name is a hash of all dependencies.
 
     Args:
         kind: The kind of text, which begins the file's name.
-        depends_on: All values that the text depends on, as JSON takes them.
+        depends_on: All values that the text depends on. They must be JSON values.
     """
 
     def __init__(self, kind: str, *depends_on: Any):
@@ -121,11 +129,11 @@ class KeptText:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                # A process that was killed may have left half a line, so each value begins a new line.
+                # A process that was killed may have written only a part of a line, so each value begins a new line.
                 file.write(f"\n{json.dumps([name, batch])}\n")
         except OSError as error:
             raise StructPruneError(
-                f"Self-written text cannot be kept in {self.path.parent} ({error}); set HF_HOME to another folder."
+                f"Self-written text cannot be kept in {self.path.parent} ({error}). Set HF_HOME to another folder."
             ) from error
 
 

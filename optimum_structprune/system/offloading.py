@@ -23,51 +23,68 @@ from ..errors import StructPruneError, one_line, some_of
 def places(model: nn.Module) -> dict[str, str]:
     """Return the `device_map` of a model: the device of each module, or "disk" for offloaded modules.
 
-    It names the topmost modules whose tensors are in one place. accelerate moves inputs to the device of every module
-    that a map names, so a map of leaf modules separates tensors that a layer uses together.
+    It names the largest modules whose tensors are all in one place. accelerate moves inputs to the device of every
+    module in the map, so a map of leaf modules would separate tensors that a layer uses together.
     """
-    found: dict[str, str] = {}
+    device_map: dict[str, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        inside = {place for part in module.modules() for place in _own_places(part).values()}
-        if not inside:
+        module_places: set[str] = set()
+        for submodule in module.modules():
+            module_places.update(_own_places(submodule).values())
+        if not module_places:
             return
-        if name and len(inside) == 1:
-            found[name] = inside.pop()
+        if name and len(module_places) == 1:
+            device_map[name] = module_places.pop()
             return
-        prefix = f"{name}." if name else ""
-        found.update({f"{prefix}{leaf}": place for leaf, place in _own_places(module).items()})
-        for child, part in module.named_children():
-            walk(f"{prefix}{child}", part)
+
+        for leaf, place in _own_places(module).items():
+            device_map[_joined(name, leaf)] = place
+        for child_name, child in module.named_children():
+            walk(_joined(name, child_name), child)
 
     walk("", model)
-    return found
+    return device_map
+
+
+def _joined(module_name: str, name: str) -> str:
+    """Return the full name of a part of a module. The name of the whole model is empty."""
+    if not module_name:
+        return name
+    return f"{module_name}.{name}"
 
 
 def _own_places(module: nn.Module) -> dict[str, str]:
     """Return the place of each tensor that a module holds itself."""
     is_offloaded = any(hook.offload for hook in _hooks_of(module))
-    return {name: "disk" if is_offloaded else str(tensor.device) for name, tensor in named_module_tensors(module)}
+
+    own_places = {}
+    for name, tensor in named_module_tensors(module):
+        own_places[name] = str(tensor.device)
+        if is_offloaded:
+            own_places[name] = "disk"
+    return own_places
 
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
     """Set the `hf_device_map` of an offloaded model inside `with`, as transformers reads it."""
-    former: Any = getattr(model, "hf_device_map", None)
-    if former is not None and not {"cpu", "disk"}.isdisjoint(former.values()):
+    original_map: Any = getattr(model, "hf_device_map", None)
+    if original_map is not None and not {"cpu", "disk"}.isdisjoint(original_map.values()):
         yield
         return
+
     model.hf_device_map = places(model)  # type: ignore[assignment]  # typed as Tensor | Module
     try:
         yield
     finally:
         del model.hf_device_map
-        if former is not None:
-            model.hf_device_map = former
+        if original_map is not None:
+            model.hf_device_map = original_map
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's first weights, or the device that accelerate brings them to."""
+    """Return the device of a model's first weights, or the device to which accelerate moves them."""
     for module in model.modules():
         for hook in _hooks_of(module):
             if hook.offload and hook.execution_device is not None:
@@ -82,9 +99,8 @@ def check_reachable(model: nn.Module) -> None:
     """Raise `StructPruneError` if weights of a model are neither in memory nor offloaded."""
     offloaded = set()
     for name, module, hook in _offloading(model):
-        prefix = f"{name}." if name else ""
         for leaf, _ in named_module_tensors(module, recurse=hook.place_submodules):
-            offloaded.add(f"{prefix}{leaf}")
+            offloaded.add(_joined(name, leaf))
 
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in offloaded]
     if missing:
@@ -93,25 +109,28 @@ def check_reachable(model: nn.Module) -> None:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer of a model. An offloaded tensor is read from where accelerate keeps it."""
+    """Return a parameter or buffer of a model. An offloaded tensor is read from the store of accelerate."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     if not tensor.is_meta:
         return tensor
 
+    # The hook is on the tensor's module, or on a module around it.
     parts = path.split(".")
     for length in range(len(parts), -1, -1):
         owner = ".".join(parts[:length])
         for hook in _hooks_of(model.get_submodule(owner)):
             if hook.offload:
-                return hook.weights_map[name.removeprefix(f"{owner}.") if owner else name]
+                return hook.weights_map[name.removeprefix(f"{owner}.")]
     raise StructPruneError(f"{name} is on the meta device and has no values.")
 
 
 def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
-    """Return the hooks by which accelerate places a module."""
+    """Return the hooks of accelerate that place a module."""
     hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    hooks = [hook]
+    if isinstance(hook, SequentialHook):
+        hooks = hook.hooks
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
@@ -148,18 +167,18 @@ def _read(weights: Any, name: str) -> Tensor:
 
 
 def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Load the offloaded weights of a layer, and return their hooks, which keep the weights in memory from now on."""
+    """Load the offloaded weights of a layer into memory until `put_back`. Return the hooks of the layer."""
     offloading = [(module, hook) for _, module, hook in _offloading(layer)]
 
-    # All weights are read before the first is set, so that an error leaves the layer as it was.
+    # All weights are read before the first is set, so that an error does not change the layer.
     fetched = []
     for module, hook in offloading:
         for name in _tensors_of(module, hook):
             stored = _read(hook.weights_map, name)
-            # On the CPU the layer gets a copy, because it may change and the stored weights must not. A tensor that
-            # accelerate has read from the disk onto another device is a copy already, and may be large.
-            copied = stored.to(hook.execution_device, copy=stored.device.type == "cpu")
-            fetched.append((module, name, copied))
+            # On the CPU the layer gets a copy, because the layer may change and the stored weights must not. A tensor
+            # that accelerate has read from the disk to another device is a copy already, and may be large.
+            weight = stored.to(hook.execution_device, copy=stored.device.type == "cpu")
+            fetched.append((module, name, weight))
 
     for module, name, value in fetched:
         set_module_tensor_to_device(module, name, value.device, value=value)
@@ -169,7 +188,7 @@ def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
-    """Offload a layer again. With `store`, its present weights replace the stored weights."""
+    """Offload a layer again. With `store`, its current weights replace the stored weights."""
     on_disk: dict[str, Tensor] = {}
     loaders: dict[str, OffloadedWeightsLoader] = {}
     for module in layer.modules():
@@ -191,16 +210,21 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Replace a stored tensor. One that is read from a file is added to `on_disk`, and its reader is returned."""
+    """Replace a stored tensor.
+
+    A tensor in a file is added to `on_disk` instead, to be written later. Its loader is returned by name.
+    """
     weights, name = _unprefixed(weights, name)
     if not isinstance(weights, OffloadedWeightsLoader):
         weights[name] = tensor
         return {}
+
     if name not in weights.all_keys:
         weights.all_keys.append(name)
     if name in weights.state_dict or not weights.index:
         weights.state_dict[name] = tensor
         return {}
+
     on_disk[name] = tensor.contiguous()
     return {name: weights}
 

@@ -1,4 +1,4 @@
-"""The devices that hold the weights of a model, and whether they can compute a pruning."""
+"""Find the devices that hold the weights of a model, and check that they can compute a pruning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bytes_by_device(model: nn.Module) -> dict[torch.device, int]:
 
 
 def check_float64(device: torch.device | str) -> None:
-    """Raise `StructPruneError` if a device does not compute in float64, as Apple's MPS."""
+    """Raise `StructPruneError` if a device does not compute in float64, such as Apple's MPS."""
     if torch.device(device).type == "mps":
         raise StructPruneError(
             "MPS does not compute in float64, which calibration and losses need. Use the CPU: `--device cpu`, or "

@@ -1,4 +1,4 @@
-"""Share one pruning among several processes inside `across_processes`. Each runs a part of the samples."""
+"""Share one pruning among several processes inside `across_processes`. Each process runs a part of the samples."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
 DONE = "done"  # the outcome of the first process, if it raised no error
-_together = False
-# The number of outcomes of the first process, by name. It is part of their keys in the store, so all processes count.
+_shares_work = False
+# The number of outcomes of the first process, by name. All processes count, because it is part of a key in the store.
 _decisions: Counter[str] = Counter()
 
 
 @contextmanager
-def _sharing(together: bool) -> Iterator[None]:
-    global _together
-    before = _together
-    _together = together
+def _sharing(shares_work: bool) -> Iterator[None]:
+    """Set whether the processes share the work inside `with`."""
+    global _shares_work
+    outer = _shares_work
+    _shares_work = shares_work
     try:
         yield
     finally:
-        _together = before
+        _shares_work = outer
 
 
 @contextmanager
@@ -47,7 +48,9 @@ def across_processes() -> Iterator[None]:
     """
     check_launch()
     if launched("WORLD_SIZE", 1) > 1:  # a single process may still choose its device
-        import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
+        has_gpu = import_module("torch").cuda.is_available()
+        import_module("accelerate").PartialState(cpu=not has_gpu)
+
     with _sharing(_initialized() and _dist().get_world_size() > 1):
         yield
 
@@ -56,16 +59,16 @@ def launched(variable: str, default: int) -> int:
     """Return a number from the environment of a launched process, such as `RANK`."""
     text = os.environ.get(variable, str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number; unset it.")
+        raise StructPruneError(f"The environment has {variable}={text!r}, where a launcher sets a number. Unset it.")
     return int(text)
 
 
 def check_launch() -> None:
-    """Raise `StructPruneError` if the launch shards models. transformers loads weights in one process alone then."""
-    for variable, flag in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+    """Raise `StructPruneError` if the launch shards models, because then only one process loads weights."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
-                f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
+                f"accelerate is set to use {name}, with which a process has only a part of the weights. Launch with "
                 "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU)."
             )
 
@@ -77,12 +80,16 @@ def unshared() -> AbstractContextManager[None]:
 
 def process_count() -> int:
     """Return the number of processes that share the work."""
-    return _dist().get_world_size() if _together else 1
+    if not _shares_work:
+        return 1
+    return _dist().get_world_size()
 
 
 def process_index() -> int:
-    """Return the number of this process, from 0."""
-    return _dist().get_rank() if _together else 0
+    """Return the index of this process, from 0."""
+    if not _shares_work:
+        return 0
+    return _dist().get_rank()
 
 
 def every_process_runs(samples: Sized) -> bool:
@@ -91,7 +98,7 @@ def every_process_runs(samples: Sized) -> bool:
 
 
 def shard(samples: T) -> T:
-    """Return the samples that this process runs: every N-th, or all if there are fewer samples than processes."""
+    """Return the samples that this process runs: every N-th sample, or all with fewer samples than N processes."""
     if every_process_runs(samples):
         return samples
     return samples[process_index() :: process_count()]
@@ -99,41 +106,42 @@ def shard(samples: T) -> T:
 
 def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes. The processes wait for each other here."""
-    if not _together:
+    if not _shares_work:
         return
     for tensor in tensors:
-        with _on_backend(tensor) as carried:
-            _dist().all_reduce(carried)
+        with _on_backend(tensor) as buffer:
+            _dist().all_reduce(buffer)
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor with its values in the first process, and return it."""
-    if _together:
-        with _on_backend(tensor) as carried:
-            _dist().broadcast(carried, 0)
+    if _shares_work:
+        with _on_backend(tensor) as buffer:
+            _dist().broadcast(buffer, 0)
     return tensor
 
 
 @contextmanager
 def _on_backend(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor that the backend can send, and take its values over afterwards.
+    """Yield a tensor that the backend can send, and copy its values back at the end of `with`.
 
-    NCCL sends tensors of GPUs alone, so a tensor on the CPU is sent as a copy on the GPU of the process.
+    NCCL only sends tensors on GPUs, so a tensor on the CPU is sent as a copy on the GPU of the process.
     """
     tensor = tensor.detach()
     if tensor.device.type != "cpu" or _dist().get_backend() != "nccl":
         yield tensor
         return
+
     device = import_module("torch").cuda.current_device()
-    carried = tensor.to(f"cuda:{device}")
-    yield carried
-    tensor.copy_(carried)
+    buffer = tensor.to(f"cuda:{device}")
+    yield buffer
+    tensor.copy_(buffer)
 
 
 def broadcast_object(value: V) -> V:
     """Return the value of the first process in every process."""
     values = [value]
-    if _together:
+    if _shares_work:
         _dist().broadcast_object_list(values, 0)
     return values[0]
 
@@ -141,14 +149,14 @@ def broadcast_object(value: V) -> V:
 def gather_objects(value: V) -> list[V]:
     """Return the values of all processes, in order, in every process."""
     values = [value] * process_count()
-    if _together:
+    if _shares_work:
         _dist().all_gather_object(values, value)
     return values
 
 
 def wait_for_all() -> None:
     """Wait for all processes."""
-    if _together:
+    if _shares_work:
         _dist().barrier()
 
 
@@ -160,7 +168,7 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def rank_zero_first(name: str) -> Iterator[bool]:
-    """Yield True in the first process, and raise its error in all other processes, which wait for its outcome.
+    """Yield True in the first process. The other processes wait for its outcome and raise its error.
 
     The outcome is in the store of the launch, so the first process need not wait for the others.
     """
@@ -168,9 +176,11 @@ def rank_zero_first(name: str) -> Iterator[bool]:
     if count == 1:
         yield True
         return
+
     _decisions[name] += 1
     key = f"structprune/{name}/{_decisions[name]}"
     store = _store()
+
     if rank == 0:
         try:
             yield True
@@ -187,8 +197,9 @@ def rank_zero_first(name: str) -> Iterator[bool]:
     try:
         store.wait([key], timedelta(hours=2))
         outcome = store.get(key).decode()
-    except RuntimeError as error:  # the store is gone, or the wait has timed out
-        raise StructPruneError(f"The first process did not say what came of {name}.") from error
+    except RuntimeError as error:  # the store is closed, or the wait has timed out
+        raise StructPruneError(f"The first process did not report the outcome of {name}.") from error
+
     if outcome != DONE:
         raise StructPruneError(outcome)
 
@@ -216,7 +227,9 @@ def _store() -> Any:
     dist = _dist()
     if _initialized():
         return dist.distributed_c10d._get_default_store()
-    # No part of this run has needed the other processes so far, but `torchrun` has a store for them.
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    # torch.distributed is not initialized yet, but `torchrun` has a store for its processes.
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     run = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return dist.PrefixStore(f"structprune/{run}", dist.TCPStore(address, port, is_master=False))

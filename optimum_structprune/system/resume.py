@@ -1,4 +1,4 @@
-"""Checkpoints of a run, from which the same call resumes after a kill."""
+"""Save checkpoints of a run, so that the same call resumes after the run was killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """Hold the state of a checkpoint.
+    """The state of a checkpoint.
 
     Attributes:
         number: The number of finished layers.
@@ -36,7 +36,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resume:
-    """Save and load the checkpoints of one stage of a run.
+    """The checkpoints of one stage of a run.
 
     Attributes:
         folder: The checkpoint directory.
@@ -61,7 +61,7 @@ class Resume:
             number: The number of finished layers.
             values: JSON values.
             tensors: The tensors of the last layer. The main process saves them, and they are kept.
-            local: The tensors of each process. They replace those of the previous checkpoint.
+            local: The tensors of each process. They replace the tensors of the previous checkpoint.
 
         Raises:
             StructPruneError: If the checkpoint cannot be written. The previous checkpoint is intact.
@@ -136,7 +136,7 @@ class Resume:
 
     @property
     def state(self) -> Path:
-        """The file that describes the last checkpoint."""
+        """Return the path of the file that describes the last checkpoint."""
         return self.folder / f"{self.kind}.json"
 
     @contextmanager
@@ -151,8 +151,9 @@ class Resume:
 
     def _write_state(self, number: int, values: Mapping[str, Any], has_local: bool) -> None:
         """Write the description of a checkpoint, which makes it valid."""
-        processes = process_count() if has_local else None
-        state = {"key": self.key, "number": number, "values": values, "processes": processes}
+        state: dict[str, Any] = {"key": self.key, "number": number, "values": values, "processes": None}
+        if has_local:
+            state["processes"] = process_count()
         # `replace_json` refuses infinity, and a loss may be infinite.
         replace_text(self.state, json.dumps(state))
 

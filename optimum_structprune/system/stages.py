@@ -1,4 +1,4 @@
-"""Announces and times the stages of a run, shows their progress, and measures and frees memory."""
+"""Announce and time the stages of a run, show their progress, and measure and free memory."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ANNOUNCEMENTS = {
     "writing": "Generating text",
 }
 SIZE_UNITS = ("bytes", "kB", "MB", "GB")
-# Logs the beginning of each stage, and its progress where no bar can be drawn.
+# The logger gets the beginning of each stage, and its progress if no bar can be drawn.
 logger = logging.getLogger(__name__)
-# Where no bar can be drawn, progress is logged when this many seconds have passed without a line.
+# If no bar can be drawn, progress is logged when this many seconds have passed without a line.
 MAX_SILENT_SECONDS = 10.0
 _last_line = [perf_counter()]
 # The seconds by stage of the enclosing stages.
@@ -47,8 +47,8 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
     Args:
         name: The name of the stage.
-        seconds: The seconds by stage, to which the time is added without that of stages inside this one; by default
-            those of the enclosing stage.
+        seconds: The seconds by stage. The time is added to them, without the time of inner stages. The default is the
+            seconds of the enclosing stage.
     """
     times = seconds
     if times is None:
@@ -60,18 +60,18 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         say(f"{announcement} …")
 
     token = _enclosing.set(times)
-    before = sum(times.values())
+    total_at_start = sum(times.values())
     start = perf_counter()
     try:
         yield
     finally:
         _enclosing.reset(token)
-        inner = sum(times.values()) - before
+        inner = sum(times.values()) - total_at_start
         times[name] = times.get(name, 0.0) + perf_counter() - start - inner
 
 
 def say(line: str) -> None:
-    """Log a line, or write it to standard error if bars are enabled and none is drawn now."""
+    """Log a line. If logging is off, write it to standard error unless bars are disabled or one is drawn now."""
     _last_line[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
@@ -83,10 +83,10 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any], **options: Any) -> Iterator[Any]:
-    """Iterate with the progress bar of transformers, or with lines where there is no terminal.
+    """Iterate with the progress bar of transformers, or with lines of progress if there is no terminal.
 
     Args:
-        iterable: What to iterate over.
+        iterable: The items.
         options: Options of tqdm.
     """
     bars = _bars()
@@ -110,7 +110,10 @@ def _lines(
 ) -> Iterator[Any]:
     """Iterate, and log the number of finished steps after `MAX_SILENT_SECONDS` without a line."""
     total = total or len(iterable)
-    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+    units = f"{unit}s"
+    if unit.endswith("ch"):
+        units = f"{unit}es"
+
     for done, item in enumerate(iterable, start=initial + 1):
         yield item
         silent = perf_counter() - _last_line[0]
@@ -119,9 +122,10 @@ def _lines(
 
 
 def give_back_free_memory() -> None:
-    """Return free memory of the C library to the system; otherwise it keeps blocks of up to 32 MB."""
+    """Return free memory of the C library to the system. Otherwise, it keeps blocks of up to 32 MB."""
     if sys.platform != "linux":
         return
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -133,8 +137,25 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def saved_bytes(model: nn.Module, itemsize: int) -> int:
+    """Return the bytes of the parameters and buffers that a model saves, also of a model without weights.
+
+    Args:
+        model: The model.
+        itemsize: The bytes of a floating-point number.
+    """
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    size = 0
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            size += tensor.numel() * itemsize
+        else:
+            size += tensor.numel() * tensor.element_size()
+    return size
+
+
 def readable_size(size: int) -> str:
-    """Format a number of bytes in the largest unit of which it has at least one."""
+    """Format a number of bytes in the largest unit that does not exceed it."""
     power = min((len(str(size)) - 1) // 3, len(SIZE_UNITS) - 1)
     if power == 0:
         return f"{size:,} {SIZE_UNITS[0]}"

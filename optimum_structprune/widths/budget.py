@@ -11,6 +11,20 @@ from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
+from ..system.stages import saved_bytes
+
+
+class UnreachableBudgetError(StructPruneError):
+    """A budget that no widths of the targets meet.
+
+    Args:
+        message: The message.
+        advice: The changes that would help.
+    """
+
+    def __init__(self, message: str, advice: str):
+        super().__init__(message)
+        self.advice = advice
 
 
 class Budget(NamedTuple):
@@ -53,20 +67,26 @@ def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collectio
     if name == CACHE:
         return _cache_of(name, arch, model)
 
-    itemsize = 1
-    if name == "bytes":
-        itemsize = model.dtype.itemsize
+    itemsize = model.dtype.itemsize
+
+    def size(model: PreTrainedModel) -> int:
+        if name == "bytes":
+            return saved_bytes(model, itemsize)
+        return model.num_parameters()
 
     # The `unit_params` of such a space do not include parameters outside of the layers.
     kinds_of_model = {space.kind for space in arch.model_spaces if space.layer == MODEL}
     if not kinds_of_model.isdisjoint(names):
-        return lambda widths: itemsize * shrunk_skeleton(model, arch, widths).num_parameters()
+        return lambda widths: size(shrunk_skeleton(model, arch, widths))
 
     # The tied parameters of an offloaded model are separate tensors, and would count twice.
     if is_offloaded(model):
         model = shrunk_skeleton(model, arch, {})
-    dense_params = model.num_parameters()
-    return lambda widths: itemsize * (dense_params - removed_parameters(arch, widths))
+    dense_size = size(model)
+    size_per_parameter = 1
+    if name == "bytes":
+        size_per_parameter = itemsize
+    return lambda widths: dense_size - size_per_parameter * removed_parameters(arch, widths)
 
 
 def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
@@ -113,18 +133,23 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
         advice = "budget something else"
         if untargeted:
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
-        raise StructPruneError(
+        raise UnreachableBudgetError(
             f"{label} is not met by the dense model, which has {budget.dense:,}, and targets="
-            f"{list(config.targets_or_default)} do not change that; {advice}."
+            f"{list(config.targets_or_default)} do not change that; {advice}.",
+            advice,
         )
 
     if budget.limit < smallest:
-        advice = _advice(untargeted)
+        advice = ", or ".join(_advice(untargeted))
+        suggestion = ""
+        if advice:
+            suggestion = f", or {advice}"
         if budget.limit < 101:
-            advice += "; a share of the dense model lies below 1"
-        raise StructPruneError(
+            suggestion += "; a share of the dense model lies below 1"
+        raise UnreachableBudgetError(
             f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-            f"{smallest:,} of {budget.dense:,}; allow that{advice}."
+            f"{smallest:,} of {budget.dense:,}; allow that{suggestion}.",
+            advice,
         )
 
 
@@ -138,13 +163,13 @@ def _untargeted_spaces(config: StructPruneConfig, name: str, names: list[str], a
     return [kind for kind in kinds if kind in arch.offered and kind not in targeted]
 
 
-def _advice(untargeted: list[str]) -> str:
-    """Return the targets that would help to meet a budget."""
-    advice = ""
+def _advice(untargeted: list[str]) -> list[str]:
+    """Return the changes of the targets that would help to meet a budget."""
+    advice = []
     targets = [repr(kind) for kind in untargeted if kind != LAYER]
     if targets:
-        advice += f", or add targets: {', '.join(targets)}"
+        advice.append(f"add targets: {', '.join(targets)}")
     # Whole layers cannot share a budget with other spaces.
     if LAYER in untargeted:
-        advice += f", or target {LAYER!r} alone"
+        advice.append(f"target {LAYER!r} alone")
     return advice

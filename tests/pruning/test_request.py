@@ -108,7 +108,7 @@ def test_the_text_is_what_a_run_reads_next():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "sensitivity"}, "measures what the dense model loses"),
+    ({"allocation": "sensitivity"}, "measures losses of the dense model"),
     ({"recovery": training()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -194,7 +194,10 @@ IDS = token_ids(12, 16)
 WRONG = [
     ({"model": "some/model"}, "`model` must be a transformers model, got str"),
     ({"tokenizer": "some/model"}, "`tokenizer` must be a transformers tokenizer, got str"),
-    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "`tokenizer` must be a transformers tokenizer, got Wav2Vec2FeatureExtractor"),
+    (
+        {"tokenizer": Wav2Vec2FeatureExtractor()},
+        "`tokenizer` must be a transformers tokenizer, got Wav2Vec2FeatureExtractor",
+    ),
     ({"config": {"sparsity": 0.2}}, "`config` must be a StructPruneConfig, got dict"),
     ({"options": {"batch_size": 2}}, "`options` must be a RunOptions, got dict. RunOptions.from_dict"),
     ({"inputs": [IDS]}, "`inputs` must be a mapping .*, got list"),

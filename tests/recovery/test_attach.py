@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from optimum_structprune import StructPruneError, attach_teacher
+from optimum_structprune.recovery.teacher import load_teacher
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -99,6 +100,18 @@ def test_loss_and_gradients_are_those_of_the_formula(case, lora, tmp_path, monke
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
+def test_a_teacher_that_is_loaded_computes_attention_as_the_model_does(tmp_path):
+    build("llama-tied", seed=1).save_pretrained(tmp_path / "teacher")
+    build("bloom", seed=1).save_pretrained(tmp_path / "other")
+    model = build("llama-tied")
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        teacher = load_teacher(tmp_path / "teacher", model)
+        assert teacher.model.config._attn_implementation == implementation
+    # A teacher of another type may not support this implementation.
+    assert load_teacher(tmp_path / "other", model).model.config._attn_implementation == "eager"
+
+
 def test_accumulated_batches_train_like_one_batch(tmp_path):
     """Samples count different numbers of tokens, so a mean of means would differ."""
     models = []
@@ -133,6 +146,20 @@ def test_logs_and_evaluations_have_the_divergence(tmp_path):
     assert after["eval_kl"] < before["eval_kl"]
     # The divergence is logged alone, and the loss has the cross-entropy too.
     assert after["eval_loss"] > after["eval_kl"]
+
+
+def test_an_evaluation_counts_no_loss_that_was_computed_before(tmp_path):
+    model = build("llama-tied")
+    trainer = trainer_for(model, tmp_path)
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    alone = trainer.evaluate()["eval_kl"]
+
+    # A trial step has other losses in eval mode.
+    model.eval()
+    batch = batch_of(labelled_rows(length=7)[8:])
+    with torch.no_grad():
+        assert trainer.compute_loss(model, batch).item() != pytest.approx(alone)
+    assert trainer.evaluate()["eval_kl"] == alone
 
 
 def trains_six_steps(folder, interrupts=None):

@@ -130,9 +130,9 @@ def test_only_causal_language_models_in_memory_are_trained():
 def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
     """Pruning in it would see empty weights in all processes but one."""
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}.*torchrun"):
+    with pytest.raises(StructPruneError, match=f"accelerate is set to use {name}.*torchrun"):
         check_recovery(recovery_config(), config(), build("llama-tied"))
-    with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}"), across_processes():
+    with pytest.raises(StructPruneError, match=f"accelerate is set to use {name}"), across_processes():
         pass
 
 

@@ -102,7 +102,7 @@ def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
     document = json.loads((saved[1] / f"{name}.json").read_text())
     for version in (2, "1", 0, None):
         (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
-        with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
+        with pytest.raises(StructPruneError, match="format_version .* is unknown, and the latest known version is 1"):
             LOADERS[name](tmp_path)
 
 
@@ -113,7 +113,7 @@ RECORDS = "report structprune_config calibration_manifest recovery_report recove
 def test_a_page_says_which_record_is_of_a_later_version(name, tmp_path):
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / f"{name}.json").write_text('{"format_version": 99}')
-    with pytest.raises(StructPruneError, match=f"{name}.json: format_version 99 is not known here"):
+    with pytest.raises(StructPruneError, match=f"{name}.json: format_version 99 is unknown"):
         write_report(tmp_path)
 
 

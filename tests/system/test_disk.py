@@ -120,9 +120,9 @@ def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_p
     assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
     out = tmp_path / "out"
     for folder in (out, f"{out}/steps"):
-        with pytest.raises(StructPruneError, match="output_dir .*lies in the output folder"):
+        with pytest.raises(StructPruneError, match="output_dir .*is inside the output folder"):
             check_apart(out, config(recovery=RecoveryConfig(training={"output_dir": str(folder)})))
-    with pytest.raises(StructPruneError, match="checkpoint_dir .*lies in the output folder"):
+    with pytest.raises(StructPruneError, match="checkpoint_dir .*is inside the output folder"):
         check_apart(out, None, RunOptions(checkpoint_dir=f"{out}/rounds"))
     beside = RunOptions(checkpoint_dir=f"{out}.rounds")
     check_apart(out, beside, RecoveryConfig(training={"output_dir": str(tmp_path)}))
