@@ -188,8 +188,8 @@ def _generation_config(config: PretrainedConfig) -> GenerationConfig | None:
     Raises:
         StructPruneError: If a value is not legal.
     """
-    name = config.name_or_path
-    revision = getattr(config, "_commit_hash", None)
+    name: Any = config.name_or_path
+    revision: Any = getattr(config, "_commit_hash", None)
 
     # A value that is not legal may cause an error of any kind.
     try:

@@ -360,7 +360,7 @@ def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[l
     test_ids = batches[0][:1, :HEAD_TOKENS]
     heads: list[Callable[[Tensor], Tensor] | None] = []
     for model in models:
-        head = None
+        head: Callable[[Tensor], Tensor] | None = None
         if plain_head(model, test_ids):
             head = partial(_head_logits, model.get_output_embeddings())
         heads.append(head)
