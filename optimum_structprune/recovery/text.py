@@ -16,7 +16,7 @@ from ..arch.meta import positions_of
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_beside, load_domains, split_samples, texts_of
+from ..domains.load import WRITTEN, builtin_source_except, load_domains, split_samples, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
@@ -242,7 +242,7 @@ def validation_text(
     domains = text.domains or []
     source = config.validation
     if source is None:
-        source = OTHER_KIND if _is_mixed(domains) else builtin_beside(domains)
+        source = OTHER_KIND if _is_mixed(domains) else builtin_source_except(domains)
 
     frame = SampleFormat.of(tokenizer, text.seq_length)
     read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
