@@ -18,6 +18,7 @@ from .pruning.duration import TimeEstimate, estimate_time
 from .pruning.memory import MemoryEstimate, estimate_memory
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 from .record.table import PERCENT, Row, aligned, cells
+from .system.stages import saved_bytes
 from .vocabulary.amount import large_vocabulary
 from .written import Record
 
@@ -239,24 +240,12 @@ def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     sizes = {
         "parameters": model.num_parameters(),
         "layer_parameters": sum(describe(model, request.config.arch_file).layer_params),
-        "memory": _saved_bytes(model, itemsize),
+        "memory": saved_bytes(model, itemsize),
     }
     cached = cached_values(model, arch)
     if cached is not None:
         sizes["cache_per_token"] = cached * itemsize
     return sizes
-
-
-def _saved_bytes(model: PreTrainedModel, itemsize: int) -> int:
-    """Return the bytes of the saved weights of a model whose floating-point numbers have `itemsize` bytes."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    size = 0
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            size += tensor.numel() * itemsize
-        else:
-            size += tensor.numel() * tensor.element_size()
-    return size
 
 
 def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:

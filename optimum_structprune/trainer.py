@@ -34,15 +34,21 @@ from .widths.schedule import legal_round_widths, removal_steps
 # The key of the plan in the state of a Trainer. It must not be the name of the callback, because transformers would
 # replace the callback by a new one without its text. transformers warns that it ignores any other key.
 PLAN = "plan of structprune, which its callback reads itself"
+# The number of tokens, also of padding, that stay on the device until they are copied to the CPU together.
+MAX_PENDING_TOKENS = 2**20
 
 
 @dataclass
 class RecentText:
-    """The latest training tokens, enough for `num_samples` calibration samples of `seq_length` tokens."""
+    """The latest training tokens, enough for `num_samples` calibration samples of `seq_length` tokens.
+
+    Token ids stay on their device at first, because the host waits for the device in each copy to the CPU.
+    """
 
     num_samples: int
     seq_length: int
     _rows: deque[Tensor] = field(default_factory=deque)
+    _pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the token ids of a call of the model, without masked tokens."""
@@ -53,29 +59,48 @@ class RecentText:
             return
 
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape == ids.shape:
-            ids = ids[mask.bool()]
-        self._rows.append(ids.detach().flatten().cpu())
+        if mask is None or mask.shape != ids.shape:
+            mask = torch.ones_like(ids)
+        self._pending.append((ids.detach().flatten(), mask.detach().flatten()))
+        if sum(len(row) for row, _ in self._pending) > MAX_PENDING_TOKENS:
+            self._copy_pending()
+
+    def _copy_pending(self) -> None:
+        """Copy the pending tokens to the CPU, without masked tokens, and release the oldest tokens."""
+        if not self._pending:
+            return
+
+        device = self._pending[0][0].device
+        ids = torch.cat([row.to(device) for row, _ in self._pending]).cpu()
+        masks = torch.cat([mask.to(device).bool() for _, mask in self._pending]).cpu()
+        sizes = [len(row) for row, _ in self._pending]
+        self._pending.clear()
+        for row, mask in zip(ids.split(sizes), masks.split(sizes), strict=True):
+            self._rows.append(row[mask])
 
         max_tokens = self.num_samples * self.seq_length
-        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= max_tokens:
-            self._rows.popleft()
+        total = sum(map(len, self._rows))
+        while len(self._rows) > 1 and total - len(self._rows[0]) >= max_tokens:
+            total -= len(self._rows.popleft())
 
     def __len__(self) -> int:
         """Return the number of tokens."""
+        self._copy_pending()
         return sum(map(len, self._rows))
 
     def of_all_processes(self) -> RecentText:
         """Return the text of all processes, call by call, in the order of a run with one process."""
+        self._copy_pending()
         by_process = gather_objects(list(self._rows))
         num_calls = min(len(rows) for rows in by_process)
         ordered: deque[Tensor] = deque()
         for call in range(-num_calls, 0):
             ordered.extend(rows[call] for rows in by_process)
-        return replace(self, _rows=ordered)
+        return replace(self, _rows=ordered, _pending=[])
 
     def domain(self) -> Domain:
         """Return the tokens as one domain without held-out text."""
+        self._copy_pending()
         tokens = torch.zeros(0, dtype=torch.long)
         if self._rows:
             tokens = torch.cat(list(self._rows))

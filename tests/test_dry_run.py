@@ -120,6 +120,29 @@ def test_it_refuses_the_numbers_of_tokens_and_the_tokenizers_that_pruning_refuse
     assert main(["plan", str(tmp_path / "alone"), "--width", "vocab=3"]) == 0, "a config alone has no tokenizer"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"suppress_tokens": [*range(200, 400)]}, "vocab=350 is no number of tokens that this model can keep"),
+        ({"temperature": 0.5, "do_sample": False, "num_beams": 1, "early_stopping": "x"}, "generation config"),
+    ],
+)
+def test_it_reads_the_generation_config_that_pruning_reads(tmp_path, capsys, fields, expected):
+    """Tokens that it names always stay."""
+    model, reader = real_text_model()
+    save_with_tokenizer(model, tmp_path / "model", reader)
+    write = ["--width", "vocab=350", "--seq-length", "48", "--quiet"]
+    assert main(["plan", str(tmp_path / "model"), *write]) == 0
+
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(fields))
+    capsys.readouterr()
+    errors = set()
+    for command in (["plan", str(tmp_path / "model")], ["prune", str(tmp_path / "model"), str(tmp_path / "out")]):
+        assert main([*command, *write]) == 2
+        errors.add(error_line(capsys))
+    assert len(errors) == 1 and expected in errors.pop()
+
+
 def test_buffers_that_are_saved_count_as_bytes():
     model = build("bart")
     outcome = dry_run(config_of(model), config(widths={"vocab": model.config.vocab_size - 10}))

@@ -380,7 +380,10 @@ TOGETHER = {
     "accumulation": ({}, {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}),
     "static graph": ({}, {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
     "adafactor": ({}, {"optim": "adafactor"}),
+    "mixture": ({}, {}),
 }
+# What is trained other than a Llama, and the widths that it is pruned to.
+MODELS = {"mixture": ("olmoe", {"mlp": 24, "expert": 3})}
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -421,8 +424,9 @@ dist.destroy_process_group()
 def trained_together(folder, case, processes, callbacks=()):
     """A Trainer that has pruned in two steps, with batches of 4 over all processes, and what it held at each step."""
     schedule, fields = TOGETHER[case]
-    run = trainer(folder, per_device_train_batch_size=4 // processes, logging_steps=1, **fields)
-    callback = attach_pruner(run, config(widths={"mlp": 24, "attention": 2}, rounds=2), 2, end=5, **schedule)
+    model, widths = MODELS.get(case, ("llama-tied", {"mlp": 24, "attention": 2}))
+    run = trainer(folder, build(model), per_device_train_batch_size=4 // processes, logging_steps=1, **fields)
+    callback = attach_pruner(run, config(widths=widths, rounds=2), 2, end=5, **schedule)
     noted = {"weights": {}, "state": {}}
 
     class Note(TrainerCallback):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device
@@ -144,7 +145,34 @@ class ModelInfo:
         saved = dtype or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, saved) if isinstance(saved, str) else saved
         model = meta_model(config, arch_file, dtype, trust_remote_code)
+        if model.can_generate() and config.name_or_path:
+            generation_config = _generation_config(config)
+            if generation_config is not None:
+                model.generation_config = generation_config
+                _check_generation(model)
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
+
+
+def _generation_config(config: PretrainedConfig) -> GenerationConfig | None:
+    """Read the generation config of a model as `from_pretrained` does; None if the model has no files.
+
+    A model without a readable `generation_config.json` may have its settings in `config.json`.
+
+    Raises:
+        StructPruneError: If a value is not legal.
+    """
+    name = config.name_or_path
+    revision = getattr(config, "_commit_hash", None)
+    try:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(name, revision=revision)
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(
+                name, config_file_name="config.json", _from_model_config=True, revision=revision
+            )
+    except Exception as error:  # an odd value raises errors of many kinds
+        raise StructPruneError(f"The generation config of {name!r} cannot be read: {one_line(error)}") from error
+    return None
 
 
 def _check_generation(model: PreTrainedModel) -> None:

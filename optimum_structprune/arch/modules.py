@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
+from ..system.modules import MODULES, modules_root
 from .spec import ArchSpec
 
 
-# The files of sentence-transformers: the list of modules, the task of the first module, and the prompts before texts.
-MODULES = "modules.json"
+# The files of sentence-transformers beside its modules: the task of the first one, and the prompts before texts.
 TASK = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
 
@@ -194,16 +193,21 @@ def embedding_of(model: PreTrainedModel) -> Any:
 def module_files(config: PretrainedConfig) -> dict[str, str]:
     """Return the texts of the files of sentence-transformers around a model, by path; none for other models."""
     name = config.name_or_path or ""
+    root = name
+    own = ""
+    if name and Path(name).is_dir():
+        root = str(modules_root(Path(name)))
+        own = "" if root == name else Path(name).name
     commit = getattr(config, "_commit_hash", None)
-    find = partial(cached_file, name, revision=commit, _raise_exceptions_for_missing_entries=False)
+    options: dict[str, Any] = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
     with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
-        modules = json.loads(Path(str(find(MODULES))).read_text("utf-8"))
-        folders = [module["path"] for module in modules if module["path"]]
+        modules = json.loads(Path(str(cached_file(root, MODULES, **options))).read_text("utf-8"))
+        folders = [module["path"] for module in modules if module["path"] not in ("", own)]
+        files = [(root, MODULES), (name, TASK), (root, PROMPTS)]
+        files += [(root, f"{folder}/config.json") for folder in folders]
         texts: dict[str, str] = {}
-        files = [MODULES, TASK, PROMPTS]
-        files += [f"{folder}/config.json" for folder in folders]
-        for file in files:
-            path = find(file)
+        for place, file in files:
+            path = cached_file(place, file, **options)
             if path:
                 texts[file] = Path(path).read_text("utf-8")
         return texts

@@ -22,6 +22,7 @@ from ..domains.sources import check_source, resolve
 from ..errors import StructPruneError, one_line
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
+from ..system.modules import transformer_folder
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .output import check_file
 
@@ -35,9 +36,10 @@ def check_flags(args: Namespace) -> None:
     if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
     for name in args.command.models:
-        models = [flags[name]] if isinstance(flags[name], str) else flags[name] or []
-        for model in models:
-            _check_model(model)
+        if isinstance(flags[name], str):
+            setattr(args, name, _checked_model(flags[name]))
+        elif flags[name]:
+            setattr(args, name, [_checked_model(model) for model in flags[name]])
     for values in (args, *configs):
         arch_file = getattr(values, "arch_file", None)
         if arch_file:
@@ -141,8 +143,12 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 }
 
 
-def _check_model(name: str) -> None:
-    """Raise if a name is neither the folder of a model nor a model of the Hub or its cache."""
+def _checked_model(name: str) -> str:
+    """Return the folder or the id of a model, which may be a folder inside the named one.
+
+    Raises:
+        StructPruneError: If a name is neither the folder of a model nor a model of the Hub or its cache.
+    """
     folder = Path(name)
     if not folder.is_dir():
         try:
@@ -152,9 +158,13 @@ def _check_model(name: str) -> None:
                 f"{name!r} cannot be loaded: there is no such folder, and as a model of the Hub it gives no config: "
                 f"{one_line(error)[:300]}"
             ) from error
-        return
+        return name
 
     check_regular_files(folder)
+    inside = transformer_folder(folder)
+    if inside != folder:
+        check_regular_files(inside)
+        folder, name = inside, str(inside)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise StructPruneError(
@@ -168,6 +178,7 @@ def _check_model(name: str) -> None:
         for file in _files_of_index(index):
             if os.path.basename(file) != file or file == os.pardir:
                 raise StructPruneError(f"{index} names {file!r}, which is no file of its folder and is not read.")
+    return name
 
 
 def _files_of_index(index: Path) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import last_states
 from ..arch.meta import positions_of
-from ..arch.modules import MODULES, PROMPTS, module_files
+from ..arch.modules import PROMPTS, module_files
 from ..arch.spec import ArchSpec
 from ..config.domains import DomainConfig, written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
@@ -30,6 +30,7 @@ from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin
 from ..record.evaluation import Evaluation
 from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
 from ..record.report import Report
+from ..system.modules import MODULES
 from ..vocabulary.languages import texts as language_texts
 
 

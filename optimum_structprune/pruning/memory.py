@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..arch.spec import EXPERT, LAYER
+from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB
 from ..criteria import CRITERIA
 from ..domains.load import texts_of
 from ..errors import StructPruneError
@@ -120,6 +120,9 @@ def estimate_memory(request: PruningRequest, offload: str | None = None) -> Memo
         _refit_bytes(request, size, batch_tokens),
         _expert_bytes(request, size, batch_tokens),
     )
+    if offload is None and _tries_divisions(request):
+        # The text of a trial has fewer hidden states than the text of the run.
+        working = max(working, _trial_bytes(request, size, batch_tokens) - itemsize * hidden)
 
     return MemoryEstimate(
         weights=itemsize * _weight_values(request, offload),
@@ -199,6 +202,35 @@ def _advice(
     if config.refit == "least_squares":
         suggestions.append("criterion='wanda' with refit='none', which take no Gram matrix")
     return suggestions or ["a device with more memory"]
+
+
+def _tries_divisions(request: PruningRequest) -> bool:
+    """Return whether divisions of a budget between tokens and layers may be tried; see `steps.division`."""
+    config, arch = request.config, request.model_info.arch
+    others = [arch.of(name)[0] for name in request.widths if name != VOCAB]
+    is_shared = VOCAB in request.widths and config.budget is not None and len(others) > 0
+    return is_shared and all(space.inside and space.layer != MODEL for space in others)
+
+
+def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
+    """Return the bytes of a trial above the dense model: hidden states, kept token rows and masked consumers."""
+    from ..steps.division import CALIBRATION_TOKENS  # most runs try no division
+
+    per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
+    samples = min(per_domain * size.domains, size.samples)
+    trial_size = replace(size, samples=samples)
+    values = _hidden_state_values(request, trial_size)
+
+    tokens = request.model_info.arch.of(VOCAB)[0]
+    number = tokens.size
+    if request.tokens is not None and request.tokens.budget is not None:
+        number = request.tokens.budget.candidates[-1]
+    values += number * tokens.unit_params
+    if request.config.rounds == 1:
+        # With more rounds, their dense values count as weights already.
+        values += _channels(request) * sum(inputs for inputs, _ in refitted_consumers(request))
+    itemsize = request.model_info.plain_model.dtype.itemsize
+    return itemsize * values + _refit_bytes(request, trial_size, batch_tokens)
 
 
 def _channels(request: PruningRequest) -> int:

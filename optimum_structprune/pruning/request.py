@@ -27,6 +27,7 @@ from ..domains.manifest import check_kinds, check_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
+from ..widths.budget import UnreachableBudgetError
 
 
 if TYPE_CHECKING:
@@ -255,7 +256,8 @@ def resolve_request(
     Raises:
         StructPruneError: If the request cannot be met; see `PruningRequest.check`.
     """
-    if LOSS in (config.budget or {}):
+    loss = (config.budget or {}).get(LOSS)
+    if loss is not None:
         _check_loss_budget(model_info, inputs, use)
         config = replace(config, budget=SIZE_TO_BE_FOUND)
 
@@ -266,10 +268,19 @@ def resolve_request(
         config = with_tokens(config, model_info, tokenizer)
 
     request = PruningRequest(config, model_info, use, tokenizer, inputs, options or RunOptions())
-    request.check()
-    if use != TRAINER:
-        # Computed now, because it raises if the number of tokens is not possible.
-        _ = request.tokens
+    try:
+        request.check()
+        if use != TRAINER:
+            # Computed now, because it raises if the number of tokens is not possible.
+            _ = request.tokens
+    except UnreachableBudgetError as error:
+        if loss is None:
+            raise
+        targets = list(config.targets_or_default)
+        raise StructPruneError(
+            f"budget {LOSS}={loss} finds nothing to remove: no smaller widths of targets={targets} remove a "
+            f"thousandth of the parameters; {error.advice or 'prune another model'}."
+        ) from error
     return request
 
 

@@ -40,7 +40,8 @@ def load_teacher(
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         dtype: The dtype of the teacher's weights. By default a model in memory keeps its dtype, and a teacher is
-            loaded in the dtype of `model`.
+            loaded in the dtype of `model`. It also gets the attention implementation of `model` if both models have
+            the same type.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:
@@ -50,6 +51,8 @@ def load_teacher(
     check_device(device)
     if isinstance(teacher, (str, Path)):
         teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+        if teacher.config.model_type == model.config.model_type:
+            teacher.set_attn_implementation(model.config._attn_implementation)
     elif dtype is not None and isinstance(teacher, nn.Module):
         teacher = teacher.to(dtype)  # type: ignore[arg-type]
 

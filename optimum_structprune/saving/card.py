@@ -24,6 +24,7 @@ from ..domains.sources import FORMATS
 from ..record import table
 from ..record.report import Report
 from ..system.disk import CARD, resolved
+from ..system.modules import modules_root
 from ..written import replace_text, warn_on_error, written_files
 from .chart import loss_chart
 from .names import CHART_NAME
@@ -125,7 +126,10 @@ def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Pat
 def leave_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
     """Write the card of a result and its chart in the working folder; an error only causes a warning."""
     with warn_on_error(output, CARD):
-        text = model_card(folder, resolved(output).name, model.config, model.name_or_path, arch_file)
+        dense = model.name_or_path
+        if dense and Path(dense).is_dir():
+            dense = str(modules_root(Path(dense)))
+        text = model_card(folder, resolved(output).name, model.config, dense, arch_file)
         replace_text(folder / CARD, text)
         chart = loss_chart(Records.read(folder).report)
         if chart:

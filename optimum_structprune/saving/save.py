@@ -34,6 +34,7 @@ from ..record.summary import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
+from ..system.modules import MODULES, modules_root
 from ..system.offloading import declared, places
 from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
@@ -291,14 +292,20 @@ def copy_extra_files(
     sizes = _sizes(source)
     changed = {name for name, _ in sizes ^ _sizes(folder)}
 
+    root = modules_root(source)
+    files = {name: source for name in _extra_files(source)}
+    if root != source:
+        inside = f"{source.name}/"
+        files.update({name: root for name in _extra_files(root) if not name.startswith(inside)})
+
     candidates = []
-    for name in _extra_files(source):
+    for name in files:
         is_tokenizers = isinstance(tokenizer, PreTrainedTokenizerBase) and _belongs_to(tokenizer, name)
         is_outdated = "vocab_size" in changed and VOCABULARY_FILES.fullmatch(name)
         if not ((folder / name).exists() or is_tokenizers or is_outdated):
             candidates.append(name)
 
-    copied = [name for name in candidates if (source / name).is_file() and not name.endswith(".py")]
+    copied = [name for name in candidates if (files[name] / name).is_file() and not name.endswith(".py")]
     # Files that a user has added to a result are not part of it.
     written = written_files(source)
     if written:
@@ -308,13 +315,24 @@ def copy_extra_files(
 
     omitted = [name for name in candidates if name not in copied]
     if omitted:
-        logger.warning("Not copied from %s: %s.", source, some_of(omitted))
+        logger.warning("Not copied from %s: %s.", root, some_of(omitted))
     for name in copied:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(files[name] / name, folder / name)
+    if root != source:
+        _move_transformer(folder / MODULES, source.name)
     modules = [name for name in copied if "/" in name]
     if modules:
         _fit_modules(model, folder, modules, sizes, kept_tokens)
+
+
+def _move_transformer(path: Path, former: str) -> None:
+    """Write the root of a result as the folder of the transformer into its list of modules."""
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    for module in modules:
+        if module["path"] == former:
+            module["path"] = ""
+    replace_json(path, modules)
 
 
 def _source_folder(model: PreTrainedModel) -> Path:
@@ -384,7 +402,7 @@ def _extra_files(source: Path) -> Iterator[str]:
         return
     modules: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError):  # only sentence-transformers has such a file
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        listed = json.loads((source / MODULES).read_text(encoding="utf-8"))
         modules = {str(module["path"]).partition("/")[0] for module in listed}
 
     for path in sorted(source.iterdir()):

@@ -137,6 +137,23 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def saved_bytes(model: nn.Module, itemsize: int) -> int:
+    """Return the bytes of the parameters and buffers that a model saves, also of a model without weights.
+
+    Args:
+        model: The model.
+        itemsize: The bytes of a floating-point number.
+    """
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    size = 0
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            size += tensor.numel() * itemsize
+        else:
+            size += tensor.numel() * tensor.element_size()
+    return size
+
+
 def readable_size(size: int) -> str:
     """Format a number of bytes in the largest unit that does not exceed it."""
     power = min((len(str(size)) - 1) // 3, len(SIZE_UNITS) - 1)

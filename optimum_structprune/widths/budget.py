@@ -11,6 +11,20 @@ from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
+from ..system.stages import saved_bytes
+
+
+class UnreachableBudgetError(StructPruneError):
+    """A budget that no widths of the targets meet.
+
+    Args:
+        message: The message.
+        advice: The changes that would help.
+    """
+
+    def __init__(self, message: str, advice: str):
+        super().__init__(message)
+        self.advice = advice
 
 
 class Budget(NamedTuple):
@@ -46,18 +60,21 @@ def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collectio
     if name == CACHE:
         return _cache_of(name, arch, model)
 
-    size = 1
-    if name == "bytes":
-        size = model.dtype.itemsize
+    itemsize = model.dtype.itemsize
+
+    def size(model: PreTrainedModel) -> int:
+        if name == "bytes":
+            return saved_bytes(model, itemsize)
+        return model.num_parameters()
+
     if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
         # The parameters of such a space outside of the layers are not in its `unit_params`.
-        return lambda widths: size * shrunk_skeleton(model, arch, widths).num_parameters()
+        return lambda widths: size(shrunk_skeleton(model, arch, widths))
 
     # Tied parameters of an offloaded model are apart, and would count twice.
-    if is_offloaded(model):
-        model = shrunk_skeleton(model, arch, {})
-    dense = model.num_parameters()
-    return lambda widths: size * (dense - removed_parameters(arch, widths))
+    dense = size(shrunk_skeleton(model, arch, {}) if is_offloaded(model) else model)
+    per_parameter = itemsize if name == "bytes" else 1
+    return lambda widths: dense - per_parameter * removed_parameters(arch, widths)
 
 
 def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
@@ -99,17 +116,20 @@ def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: 
         advice = "budget something else"
         if others:
             advice = f"target {' or '.join(repr(kind) for kind in others)}"
-        raise StructPruneError(
+        raise UnreachableBudgetError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.targets_or_default)} leave that as it is; {advice}."
+            f"{list(config.targets_or_default)} leave that as it is; {advice}.",
+            advice,
         )
     if limit < least:
-        advice = _advice(others)
+        advice = ", or ".join(_advice(others))
+        longer = f", or {advice}" if advice else ""
         if limit < 101:
-            advice += "; a share of the dense model lies below 1"
-        raise StructPruneError(
+            longer += "; a share of the dense model lies below 1"
+        raise UnreachableBudgetError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that{advice}."
+            f"{least:,} of {dense:,}; allow that{longer}.",
+            advice,
         )
 
 
@@ -122,12 +142,12 @@ def _other_spaces(config: StructPruneConfig, name: str, names: list[str], arch: 
     return [kind for kind in kinds if kind in arch.offered and kind not in targeted]
 
 
-def _advice(others: list[str]) -> str:
-    """Return the targets that would help to meet a budget."""
-    advice = ""
+def _advice(others: list[str]) -> list[str]:
+    """List the changes of the targets that would help to meet a budget."""
+    advice = []
     beside = [repr(kind) for kind in others if kind != LAYER]
     if beside:
-        advice += f", or add targets: {', '.join(beside)}"
+        advice.append(f"add targets: {', '.join(beside)}")
     if LAYER in others:
-        advice += f", or target {LAYER!r} alone"
+        advice.append(f"target {LAYER!r} alone")
     return advice

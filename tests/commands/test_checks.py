@@ -5,7 +5,7 @@ import sys
 from shlex import split
 
 import pytest
-from helpers import ran, save_desk, save_with_tokenizer, with_tokens
+from helpers import put_into, ran, save_desk, save_with_tokenizer, with_tokens
 from models import build, tokenizer
 from transformers import XGLMConfig
 
@@ -29,6 +29,11 @@ def folder(tmp_path_factory):
     for name in ("adapter/adapter_config.json", "outside/config.json", "parts/0_Transformer/config.json"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
+    router = [{"path": "", "type": "sentence_transformers.models.Router"}]
+    for name in ("query_0_SparseStaticEmbedding", "document_0_MLMTransformer"):
+        model_type = {"model_type": "bert"} if name.startswith("document") else {}
+        put_into(folder / "routed" / name, {"config.json": json.dumps(model_type)})
+    put_into(folder / "routed", {"modules.json": json.dumps(router)})
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
     (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "run.yaml").write_text("num_samples: many\n")
@@ -44,6 +49,10 @@ FLAGS = [
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
     ("prune full out --sparsity 0.2", "the folder holds no config.json."),
     ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),
+    (
+        "prune routed out --sparsity 0.2",
+        "Prune a copy of one of them (document_0_MLMTransformer) without removing tok",
+    ),
     ("evaluate model no/where", "'no/where' cannot be loaded"),
     (PRUNE, "how much to remove, got none. For example, budget={'parameters': 0.8} (--budget parameters=0.8) keeps"),
     (f"{SHARE} --budget bytes=0.8", "how much to remove, got sparsity=0.2, budget={'bytes': 0.8}"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu.compare import assert_same
 from gpu.simulator import simulated_gpus
-from models import build, token_ids
+from models import build, fewer_tokens, real_text_model, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_structprune import StructPruneConfig, prune_model
@@ -16,7 +16,7 @@ from optimum_structprune.forward.metrics import compare, expected_shares, perple
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
 from optimum_structprune.pruning.memory import RELATIVE_ERROR, UNCOUNTED_BYTES, estimate_memory
-from optimum_structprune.pruning.request import PruningRequest
+from optimum_structprune.pruning.request import PruningRequest, resolve_request
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
@@ -125,3 +125,25 @@ def test_a_pruning_on_a_gpu_takes_what_is_estimated():
         taken = gpus.peak() - before
     gram = 4 * 3072**2
     assert 2 * gram < expected and abs(taken - expected) < RELATIVE_ERROR * expected + 0.5 * gram
+
+
+@pytest.mark.slow
+def test_trials_of_divisions_on_a_gpu_take_what_is_estimated():
+    """The dense values of all layers are in memory in a trial, and at no other time."""
+    reader = real_text_model()[1]
+    sizes = {"num_hidden_layers": 16, "hidden_size": 32, "intermediate_size": 1024}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(reader), **sizes, **heads)).eval()
+    budget = {"widths": None, "targets": ("vocab", "mlp"), "budget": {"parameters": 0.6}}
+    settings = fewer_tokens(**budget, num_samples=4, criterion="wanda", refit="none")
+    with simulated_gpus() as gpus:
+        model.cuda()
+        request = resolve_request(settings, ModelInfo.of(model), reader)
+        expected = estimate_memory(request).above - UNCOUNTED_BYTES
+        gpus.reset_peak()
+        before = gpus.allocated()
+        prune_model(model, settings, reader, inplace=True)
+        taken = gpus.peak() - before
+    masked = 4 * 16 * 32 * 1024
+    assert masked < expected
+    assert abs(taken - expected) < RELATIVE_ERROR * expected + 4 * len(reader) * 32

@@ -9,10 +9,10 @@ import torch
 from gpu.compare import assert_same
 from gpu.simulator import simulated_gpus
 from helpers import batches, random_plan, shrunk
-from models import build, config, tokenizer
+from models import build, config, token_ids, tokenizer
 
 import optimum_structprune
-from optimum_structprune import StructPruner
+from optimum_structprune import StructPruner, trainer
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
@@ -26,6 +26,7 @@ from optimum_structprune.sources.experts import contributions, expert_moments
 from optimum_structprune.steps import experts as steps_experts
 from optimum_structprune.system import fingerprint
 from optimum_structprune.system.fingerprint import checksums
+from optimum_structprune.trainer import RecentText
 from optimum_structprune.vocabulary import token_alignment
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
@@ -38,6 +39,7 @@ def file_of(module):
 
 ALIGNMENT, EXPERTS, EXPERT_REFIT = map(file_of, (token_alignment, sources_experts, steps_experts))
 FINGERPRINT, CALIBRATE, SHRINK = map(file_of, (fingerprint, calibrate, shrink))
+TRAINER = file_of(trainer)
 SIZE = 50
 
 
@@ -134,6 +136,28 @@ def test_moments_are_checked_with_one_wait():
         assert not gpus.waits
         moments.checked("mlp.down_proj", 0)
         assert sum(gpus.waits.values()) == 1
+
+
+def test_training_text_is_copied_to_the_cpu_once():
+    ids = [token_ids(2, 12, seed=call) for call in range(30)]
+    masks = [rows > 10 for rows in ids]
+    expected = torch.cat([rows[mask] for rows, mask in zip(ids, masks, strict=True)])[-48:].view(4, 12)
+    with simulated_gpus() as gpus:
+        text = RecentText(num_samples=4, seq_length=12)
+        for rows, mask in zip(ids, masks, strict=True):
+            text.add_call((rows.cuda(),), {"attention_mask": mask.cuda()})
+        assert gpus.waits_in(TRAINER) == 0
+        assert torch.equal(text.domain().samples, expected)
+        assert gpus.waits_in(TRAINER) == 2
+
+
+def test_training_text_on_a_gpu_is_bounded(monkeypatch):
+    monkeypatch.setattr(trainer, "MAX_PENDING_TOKENS", 100)
+    with simulated_gpus() as gpus:
+        text = RecentText(num_samples=4, seq_length=12)
+        for call in range(30):
+            text.add_call((token_ids(2, 12, seed=call).cuda(),), {})
+        assert gpus.waits_in(TRAINER) == 2 * 30 // 5
 
 
 @pytest.mark.parametrize(("case", "name"), [("llama-tied", "mlp"), ("olmoe", "expert"), ("gpt_oss", "mlp")])

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from optimum_structprune import StructPruneError, attach_teacher
+from optimum_structprune.recovery.teacher import load_teacher
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -97,6 +98,18 @@ def test_loss_and_gradients_are_those_of_the_formula(case, lora, tmp_path, monke
     assert found.keys() == gradients(student).keys() and found
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_a_teacher_that_is_loaded_computes_attention_as_the_model_does(tmp_path):
+    build("llama-tied", seed=1).save_pretrained(tmp_path / "teacher")
+    build("bloom", seed=1).save_pretrained(tmp_path / "other")
+    model = build("llama-tied")
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        teacher = load_teacher(tmp_path / "teacher", model)
+        assert teacher.model.config._attn_implementation == implementation
+    # A teacher of another type may not support this implementation.
+    assert load_teacher(tmp_path / "other", model).model.config._attn_implementation == "eager"
 
 
 def test_accumulated_batches_train_like_one_batch(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import (
     BART,
+    GROUPED,
     TOKENS,
     build,
     config,
@@ -20,7 +21,7 @@ from models import (
     token_ids,
     tokenizer,
 )
-from transformers import WhisperForConditionalGeneration
+from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from optimum_structprune import (
     DomainConfig,
@@ -112,6 +113,19 @@ def test_text_of_one_document_meets_no_small_wish():
     texts = [DomainConfig(name="a", source=[" ".join(documents(40, seed=seed)) for seed in (0, 1)])]
     with pytest.raises(StructPruneError, match="loss=0.05 cannot be met.*more text"):
         pruned(build("llama-tied"), 0.05, domains=texts)
+
+
+@pytest.mark.parametrize(
+    ("target", "fields"), [("mlp", {"intermediate_size": 1}), ("attention", {"num_key_value_heads": 1})]
+)
+def test_a_loss_without_anything_to_remove_is_refused_by_its_own_name(target, fields):
+    """The size that a search begins with is no setting of the user."""
+    model = random_model(AutoModelForCausalLM, "llama", {**GROUPED, **fields})
+    asked = config(widths=None, budget={"loss": 0.02}, targets=(target,))
+    with pytest.raises(StructPruneError) as refusal:
+        prune_model(model, asked, tokenizer())
+    assert "budget loss=0.02" in str(refusal.value) and "parameters=" not in str(refusal.value)
+    assert "target 'layer' alone" in str(refusal.value)
 
 
 def test_what_measures_no_loss_on_text_is_refused():

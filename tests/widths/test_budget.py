@@ -12,8 +12,10 @@ from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.forward.generation import cached_values
+from optimum_structprune.system.stages import model_bytes
 from optimum_structprune.vocabulary.amount import with_tokens
 from optimum_structprune.widths.allocation import widths_of
+from optimum_structprune.widths.budget import budget_of
 from optimum_structprune.widths.legal import legal_widths
 
 
@@ -68,6 +70,20 @@ def test_pruning_keeps_to_it(fields):
         saved = config_of(model)
         saved.dtype = model.dtype
         assert dry_run(saved, wish).parameters.after == small.num_parameters()
+
+
+@pytest.mark.parametrize(("case", "targets"), [("bart", ("vocab",)), ("bart", ("decoder_mlp",))])
+def test_bytes_are_those_of_the_saved_weights_with_their_buffers(case, targets):
+    """BART saves a bias of the logits as a buffer."""
+    model = build(case)
+    arch = describe(model)
+    dense = model_bytes(model)
+    assert dense > 4 * model.num_parameters()
+    budget = budget_of(asking("bytes", 0.9, targets=targets), arch, model, targets)
+    assert budget.dense == dense and budget.limit == int(0.9 * dense)
+    for width in (1, 10):
+        widths = {name: arch.of(name)[0].size - width for name in targets}
+        assert budget.cost(widths) == model_bytes(skeleton(model, shrunk_config(model.config, arch, widths)))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])

@@ -1,0 +1,72 @@
+"""The folders of sentence-transformers: a transformer among other modules, in the root or in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import StructPruneError
+
+
+# The list of modules in the root of a folder, and the config of every model and module.
+MODULES = "modules.json"
+CONFIG = "config.json"
+# The classes that pass texts to one of several models.
+ROUTERS = ("Router", "Asym")
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Return the folder of the transformer in a folder of sentence-transformers; other folders are returned.
+
+    Raises:
+        StructPruneError: If the folder holds several models.
+    """
+    modules = _modules(folder)
+    if any(str(module.get("type")).rpartition(".")[2] in ROUTERS for module in modules):
+        parts = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}")) if _is_model(path.parent)]
+        raise StructPruneError(
+            f"{folder} holds several models behind a Router of sentence-transformers. Prune a copy of one of them "
+            f"({', '.join(parts) or 'its folder'}) without removing tokens, which the others number alike, and put "
+            "the result in its place."
+        )
+    if (folder / CONFIG).is_file():
+        return folder
+    for path in _paths(folder):
+        if path and _is_model(folder / path):
+            return folder / path
+    return folder
+
+
+def modules_root(folder: Path) -> Path:
+    """Return the folder of sentence-transformers that has its transformer in `folder`; by default `folder` itself."""
+    resolved = folder.resolve()
+    if not (folder / MODULES).is_file() and resolved.name in _paths(resolved.parent):
+        return resolved.parent
+    return folder
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether the config in a folder is the config of a model."""
+    with suppress(OSError, ValueError):
+        return "model_type" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return False
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of the modules of a folder; none if there is no list of them."""
+    with suppress(OSError, ValueError):
+        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        if isinstance(modules, list):
+            return [module for module in modules if isinstance(module, dict)]
+    return []
+
+
+def _paths(folder: Path) -> Iterator[str]:
+    """Yield the folders of the modules that lie inside a folder."""
+    for module in _modules(folder):
+        path = str(module.get("path", ""))
+        if Path(path).name == path:
+            yield path
