@@ -101,6 +101,7 @@ def prune_within_loss(
     pruner = StructPruner(trials.config_for(cut), options)
     result = pruner.prune(model, tokenizer, inplace, earlier=trials.text_of_trials())
     report = result.report
+
     report.seconds["trials"] = seconds
     report.wish = {
         "loss": limit,
@@ -197,9 +198,11 @@ class CutTrials:
         share = report.removed
         self.measured_losses[share] = measured_loss
         self.upper_losses[key] = (share, upper_loss)
+
         record: dict[str, Any] = {"removed": share}
         record.update(losses)
         self.records.append(record)
+
         say(f"trial: {share:.2%} smaller, with a loss of {measured_loss:.4f}, at most {upper_loss:.4f}")
         return upper_loss
 
@@ -223,6 +226,7 @@ class CutTrials:
             for entry in manifest.domains:
                 if entry.use == EARLIER:
                     continue
+
                 probe = replace(entry, documents=[], heldout_documents=[], probe_documents=entry.heldout_documents)
                 probed.update(probe.probe_documents)
                 if probe not in entries:

@@ -62,6 +62,7 @@ class RecentText:
         if mask is None or mask.shape != ids.shape:
             mask = torch.ones_like(ids)
         self._pending.append((ids.detach().flatten(), mask.detach().flatten()))
+
         if sum(len(row) for row, _ in self._pending) > MAX_PENDING_TOKENS:
             self._copy_pending()
 
@@ -93,6 +94,7 @@ class RecentText:
         self._copy_pending()
         by_process = gather_objects(list(self._rows))
         num_calls = min(len(rows) for rows in by_process)
+
         ordered: deque[Tensor] = deque()
         for call in range(-num_calls, 0):
             ordered.extend(rows[call] for rows in by_process)
@@ -104,6 +106,7 @@ class RecentText:
         tokens = torch.zeros(0, dtype=torch.long)
         if self._rows:
             tokens = torch.cat(list(self._rows))
+
         incomplete = len(tokens) % self.seq_length
         samples = tokens[incomplete:].view(-1, self.seq_length)[-self.num_samples :]
 
@@ -291,6 +294,7 @@ class StructPruneCallback(TrainerCallback):
                 f"{dict(self.plan.sizes)}. Resume with the model with which the run began, not with the model of a "
                 "checkpoint."
             )
+
         if self.calibration == "batches" and not len(self.text):
             warn(f"{checkpoint} holds no text, so removals are calibrated on the training text after it.")
         return plan

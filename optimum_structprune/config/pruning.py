@@ -255,6 +255,7 @@ class StructPruneConfig(Config):
             if code not in LANGUAGES:
                 names = [f"{language_code} ({name})" for language_code, name in LANGUAGES.items()]
                 self.refuse("languages", f"has no language {code!r}.{did_you_mean(code, names).rstrip('.')}")
+
             codes.append(code)
         return tuple(dict.fromkeys(codes))
 
@@ -267,6 +268,7 @@ class StructPruneConfig(Config):
             if self.languages is not None:
                 example = f"targets=['vocab'], {example}"
                 flags = f"--target vocab {flags}"
+
             raise StructPruneError(
                 f"Exactly one of `sparsity`, `widths` and `budget` must say how much to remove, got "
                 f"{', '.join(amounts) or 'none'}. For example, {example} ({flags}) keeps four fifths of a model."

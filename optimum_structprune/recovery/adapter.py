@@ -92,6 +92,7 @@ def _expert_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         stacked = [leaf for leaf, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
         if isinstance(module, nn.Conv1d) or not stacked:
             continue
+
         inside = re.sub(r"^.*?\.\d+\.", "", name)
         experts.update(f"{inside}.{leaf}" for leaf in stacked)
 
@@ -168,6 +169,7 @@ def check_fits(model: PreTrainedModel, adapter: LoraConfig) -> None:
         empty = skeleton(model, deepcopy(model.config))
     except Exception:
         return  # the constructor of this class needs more than a config, so nothing can be tried
+
     with torch.device("meta"):
         adapted(empty, adapter)
 
@@ -211,6 +213,7 @@ def _check_tied(model: PeftModel) -> None:
         for short, full in zip(plain, names, strict=True):
             if short != full and ".token_adapter." not in full:
                 wrapped.append(short)
+
         if len(names) > 1 and wrapped:
             tied = ", ".join(name for name in plain if name != wrapped[0])
             raise StructPruneError(

@@ -64,6 +64,7 @@ class AnswerFile:
             return
 
         place = 0
+
         with self.path.open("rb") as file:
             for line in file:
                 with suppress(ValueError):
