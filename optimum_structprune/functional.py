@@ -159,7 +159,7 @@ class CutTrials:
         return replace(self.config, budget={"parameters": int((1 - removed) * self.parameters)})
 
     def first_cut(self, limit: float) -> float:
-        """Return the share of the first trial: the limit itself, or all tokens except those of a few languages."""
+        """Return the share of the first trial: the limit itself, or all tokens but a few languages' tokens."""
         if not self.request.config.removes_tokens:
             return limit
         tokens = self.request.model_info.arch.of(VOCAB)[0]
@@ -216,7 +216,7 @@ class CutTrials:
         return replace(config, num_samples=num_samples, seed=config.seed + 1, recovery=None)
 
     def text_of_trials(self) -> Manifest:
-        """Return the record of the text on which the trials were measured, and of the text of earlier runs.
+        """Return the record of the measured text of the trials, and of the text of earlier runs.
 
         The text of the trials becomes probe text, so that the final pruning is not measured on it.
         """

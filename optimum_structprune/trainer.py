@@ -34,7 +34,7 @@ from .widths.schedule import legal_round_widths, removal_steps
 # The key of the plan in the state of a Trainer. It must not be the name of the callback, because transformers would
 # replace the callback by a new one without its text. transformers warns that it ignores any other key.
 PLAN = "plan of structprune, which its callback reads itself"
-# The number of tokens, also of padding, that stay on the device until they are copied to the CPU together.
+# The maximum number of tokens, including padding, on the device before they are copied to the CPU together.
 MAX_PENDING_TOKENS = 2**20
 
 
@@ -42,7 +42,7 @@ MAX_PENDING_TOKENS = 2**20
 class RecentText:
     """The latest training tokens, enough for `num_samples` calibration samples of `seq_length` tokens.
 
-    Token ids stay on their device at first, because the host waits for the device in each copy to the CPU.
+    Token ids are copied to the CPU in groups, because the host waits for the device in each copy.
     """
 
     num_samples: int
@@ -285,13 +285,13 @@ class StructPruneCallback(TrainerCallback):
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """Return the plan of a checkpoint: the kept units of the model with which its run began."""
+        """Return the plan of a checkpoint: the kept units of the dense model of its run."""
         checkpoint = f"The checkpoint of step {state.global_step}"
         plan = Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
                 f"{checkpoint} is from a run that began with a model of widths {dict(plan.sizes)}, and this model has "
-                f"{dict(self.plan.sizes)}. Resume with the model with which the run began, not with the model of a "
+                f"{dict(self.plan.sizes)}. Resume with the model that the run began with, not with the model of a "
                 "checkpoint."
             )
 

@@ -171,7 +171,7 @@ def enter_measurements(
         report: The report.
         pruned: The measurements of the pruned model.
         recovered: The measurements of the recovered model.
-        chosen: The kinds of text on which checkpoints were compared. They have no perplexity in the report.
+        chosen: The kinds of text that compared checkpoints. They have no perplexity in the report.
     """
     for kind, pruned_values in pruned.items():
         result = DomainResult()

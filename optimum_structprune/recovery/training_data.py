@@ -77,7 +77,7 @@ class RecoveryData:
     Attributes:
         stream: The training samples.
         measured: The samples that measure the model, by kind of text. No training step reads them.
-        validation: The samples on which checkpoints are compared: validation text and answers, in the proportions of
+        validation: The samples that compare checkpoints: validation text and answers, in the proportions of
             the training, or held-out text without a teacher.
         other: Unseen text, which has no influence on the training.
     """

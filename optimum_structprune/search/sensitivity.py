@@ -148,7 +148,7 @@ class Search:
         return torch.tensor(curve, dtype=torch.float64).diff() / (saved_per_parameter * params)
 
     def _halfway_scores(self, scores: dict[Key, Tensor], by_layer: Widths) -> dict[Key, Tensor]:
-        """Return scores with which units above the middle of two shapes are removed first.
+        """Return scores that remove the units above the middle of two shapes first.
 
         The losses of single layers do not add up for large cuts, so the best ranking may differ too much from one
         width.

@@ -69,7 +69,7 @@ def check_launch() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
-                f"accelerate is set to use {name}, with which a process has only a part of the weights. Launch with "
+                f"accelerate is set to use {name}, so every process has only a part of the weights. Launch with "
                 "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU)."
             )
 

@@ -26,7 +26,7 @@ SAME = "languages"
 CHOOSING = "samples"
 # A model knows a language if the text costs at most this many times the bits of its best language.
 MAX_KNOWN_RATIO = 2.0
-# The number of tokens on which the dense model is measured, in all languages together.
+# The number of tokens in all languages together that measure the dense model.
 MEASURED_TOKENS = 4096
 # The maximum number of characters in an opening.
 OPENING_LENGTH = 16

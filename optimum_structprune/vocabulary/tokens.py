@@ -61,7 +61,7 @@ class Vocabulary:
         """Read the vocabulary of a tokenizer.
 
         Raises:
-            StructPruneError: If the tokenizer is slow, or of a kind from which no tokens can be removed.
+            StructPruneError: If the tokenizer is slow, or no tokens can be removed from its kind.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
