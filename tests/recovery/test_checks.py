@@ -35,7 +35,7 @@ def domain(**fields) -> dict:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"tokens": 40}, "`tokens`=40 gives less than one sample of 24 tokens to each of the 2 domains. Set .* least 48"),
+    ({"tokens": 40}, "`tokens`=40 is less than one sample of 24 tokens for each of the 2 domains. Set .* least 48"),
     ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
