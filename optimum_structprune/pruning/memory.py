@@ -206,19 +206,24 @@ def _advice(
 
 def _tries_divisions(request: PruningRequest) -> bool:
     """Return whether divisions of a budget between tokens and layers may be tried; see `steps.division`."""
-    config, arch = request.config, request.model_info.arch
-    others = [arch.of(name)[0] for name in request.widths if name != VOCAB]
-    is_shared = VOCAB in request.widths and config.budget is not None and len(others) > 0
-    return is_shared and all(space.inside and space.layer != MODEL for space in others)
+    if request.config.budget is None or VOCAB not in request.widths:
+        return False
+
+    arch = request.model_info.arch
+    spaces = [arch.of(name)[0] for name in request.widths if name != VOCAB]
+    return bool(spaces) and all(space.inside and space.layer != MODEL for space in spaces)
 
 
 def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
-    """Return the bytes of a trial above the dense model: hidden states, kept token rows and masked consumers."""
-    from ..steps.division import CALIBRATION_TOKENS  # most runs try no division
+    """Return the bytes of a trial on top of the dense model.
+
+    They are the hidden states, the kept token rows, the dense values of masked consumers, and the larger of a refit
+    and a forward pass over held-out text.
+    """
+    from ..steps.division import BATCH_TOKENS, CALIBRATION_TOKENS  # most runs try no division
 
     per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
-    samples = min(per_domain * size.domains, size.samples)
-    trial_size = replace(size, samples=samples)
+    trial_size = replace(size, samples=min(per_domain * size.domains, size.samples))
     values = _hidden_state_values(request, trial_size)
 
     tokens = request.model_info.arch.of(VOCAB)[0]
@@ -229,8 +234,14 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     if request.config.rounds == 1:
         # With more rounds, their dense values count as weights already.
         values += _channels(request) * sum(inputs for inputs, _ in refitted_consumers(request))
+
     itemsize = request.model_info.plain_model.dtype.itemsize
-    return itemsize * values + _refit_bytes(request, trial_size, batch_tokens)
+    working = max(
+        _refit_bytes(request, trial_size, batch_tokens),
+        _activation_bytes(request, BATCH_TOKENS),
+        _loss_bytes(request, trial_size, is_offloaded=False),
+    )
+    return itemsize * values + working
 
 
 def _channels(request: PruningRequest) -> int:

@@ -1,4 +1,4 @@
-"""Place a teacher beside the model that a Trainer trains: on a device, offloaded, or sharded over processes."""
+"""Place a teacher for a Trainer: on a device, offloaded, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..arch.meta import is_offloaded
 from ..errors import StructPruneError
 
 
@@ -29,9 +31,24 @@ def check_device(device: str | torch.device | int | None) -> None:
     )
 
 
-def is_placed(model: PreTrainedModel) -> bool:
-    """Return whether accelerate has placed the model already, by a `device_map` or as offloaded weights."""
-    return hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook")
+def check_movable(model: nn.Module, device: str | torch.device | int | None) -> None:
+    """Raise `StructPruneError` if accelerate would move the inputs of a teacher back from `teacher_device`."""
+    is_moved = device is not None and not (device == OFFLOAD and is_offloaded(model))
+    if is_moved and _has_hooks(model):
+        raise StructPruneError(
+            f"`teacher_device`={device!r} cannot be used with a teacher that accelerate has spread over devices or "
+            "offloaded. Load the teacher without `device_map`, or leave `teacher_device` out."
+        )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether accelerate moves the inputs of modules of a model to their devices."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _is_placed(model: PreTrainedModel) -> bool:
+    """Return whether a model has been placed by a `device_map` or offloaded."""
+    return hasattr(model, "hf_device_map") or _has_hooks(model)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -52,15 +69,15 @@ def place_teacher(
     Args:
         model: The teacher. It is changed in place.
         accelerator: The Accelerator that trains the student.
-        device: A device; `"offload"` keeps the weights in CPU memory and moves each layer to the Accelerator's device
-            while it runs; None stands for the Accelerator's device, or for the present place of a model that
-            accelerate has placed.
+        device: A device. `"offload"` keeps the weights in CPU memory and moves each layer to the Accelerator's device
+            while it runs. By default a model that accelerate has placed is not moved, and any other model is moved to
+            the Accelerator's device.
 
     Returns:
         The teacher to call.
 
     Raises:
-        StructPruneError: If a sharded teacher gets a device of its own.
+        StructPruneError: If the teacher is sharded and `device` is set.
     """
     model.eval()
 
@@ -68,18 +85,22 @@ def place_teacher(
         if device is not None:
             raise StructPruneError(
                 f"`teacher_device`={device!r} cannot be used with {accelerator.distributed_type}, which shards the "
-                "teacher over the processes. Leave `teacher_device` out."
+                "teacher over the processes. Remove `teacher_device`."
             )
         model.requires_grad_(False)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             return _zero_3(model, accelerator)
         return _fsdp(model, accelerator)
 
-    if device == OFFLOAD:
-        return model if is_placed(model) else cpu_offload(model, execution_device=accelerator.device)
-    if device is None and is_placed(model):
+    if device == OFFLOAD and _has_hooks(model):
         return model
-    return model.to(accelerator.device if device is None else device)  # type: ignore[arg-type]
+    if device is None and _is_placed(model):
+        return model
+    if device == OFFLOAD:
+        return cpu_offload(model, execution_device=accelerator.device)
+    if device is None:
+        device = accelerator.device
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def _fsdp(model: PreTrainedModel, accelerator: Accelerator) -> Any:

@@ -35,7 +35,7 @@ def domain(**fields) -> dict:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"tokens": 40}, "`tokens`=40 gives less than one sample of 24 tokens to each of the 2 domains. Set .* least 48"),
+    ({"tokens": 40}, "`tokens`=40 is less than one sample of 24 tokens for each of the 2 domains. Set .* least 48"),
     ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
@@ -165,6 +165,8 @@ def test_a_teacher_is_refused_where_an_id_means_another_token(data):
     teacher, theirs = with_tokens(dense, tokenizer(), taught)
     model, own = with_tokens(dense, tokenizer(), learnt)
     before = deepcopy(teacher)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)  # a teacher with the weights of the student is refused
     if learnt == taught:
         assert load_teacher(teacher, model, own, theirs).alignment is None
     else:  # a token that is no word of others cannot be spelled by them
