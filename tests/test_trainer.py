@@ -479,7 +479,7 @@ class TestTwoProcesses:
     def test_what_is_not_reached_is_refused(self, of_two_ranks):
         for found in of_two_ranks:
             assert "attach_pruner(trainer, config) instead" in found["alone"]
-            assert "without DDP (which `evaluate` before `train` keeps away)" in found["evaluated"]
+            assert "without DDP, and a model cannot be pruned under `nn.DataParallel`" in found["evaluated"]
 
 
 def test_bad_input(tmp_path):

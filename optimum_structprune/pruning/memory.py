@@ -215,8 +215,12 @@ def _tries_divisions(request: PruningRequest) -> bool:
 
 
 def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
-    """Return the bytes of a trial above the dense model: hidden states, kept token rows and masked consumers."""
-    from ..steps.division import CALIBRATION_TOKENS  # most runs try no division
+    """Return the bytes of a trial on top of the dense model.
+
+    They are the hidden states, the kept token rows, the dense values of masked consumers, and the larger of a refit
+    and a forward pass over held-out text.
+    """
+    from ..steps.division import BATCH_TOKENS, CALIBRATION_TOKENS  # most runs try no division
 
     per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
     trial_size = replace(size, samples=min(per_domain * size.domains, size.samples))
@@ -232,7 +236,12 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
         values += _channels(request) * sum(inputs for inputs, _ in refitted_consumers(request))
 
     itemsize = request.model_info.plain_model.dtype.itemsize
-    return itemsize * values + _refit_bytes(request, trial_size, batch_tokens)
+    working = max(
+        _refit_bytes(request, trial_size, batch_tokens),
+        _activation_bytes(request, BATCH_TOKENS),
+        _loss_bytes(request, trial_size, is_offloaded=False),
+    )
+    return itemsize * values + working
 
 
 def _channels(request: PruningRequest) -> int:

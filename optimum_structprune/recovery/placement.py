@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..arch.meta import is_offloaded
 from ..errors import StructPruneError
 
 
@@ -29,9 +31,24 @@ def check_device(device: str | torch.device | int | None) -> None:
     )
 
 
-def is_placed(model: PreTrainedModel) -> bool:
-    """Return whether accelerate has placed the model already, by a `device_map` or as offloaded weights."""
-    return hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook")
+def check_movable(model: nn.Module, device: str | torch.device | int | None) -> None:
+    """Raise `StructPruneError` if accelerate would move the inputs of a teacher back from `teacher_device`."""
+    is_moved = device is not None and not (device == OFFLOAD and is_offloaded(model))
+    if is_moved and _has_hooks(model):
+        raise StructPruneError(
+            f"`teacher_device`={device!r} cannot be used with a teacher that accelerate has spread over devices or "
+            "offloaded. Load the teacher without `device_map`, or remove `teacher_device`."
+        )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether accelerate moves the inputs of modules of a model to their devices."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _is_placed(model: PreTrainedModel) -> bool:
+    """Return whether a model has been placed by a `device_map` or offloaded."""
+    return hasattr(model, "hf_device_map") or _has_hooks(model)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -75,10 +92,12 @@ def place_teacher(
             return _zero_3(model, accelerator)
         return _fsdp(model, accelerator)
 
-    if is_placed(model) and device in (None, OFFLOAD):
+    if device == OFFLOAD and _has_hooks(model):
         return model
     if device == OFFLOAD:
         return cpu_offload(model, execution_device=accelerator.device)
+    if device is None and _is_placed(model):
+        return model
     if device is None:
         device = accelerator.device
     return model.to(device)  # type: ignore[arg-type]

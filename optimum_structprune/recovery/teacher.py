@@ -18,8 +18,9 @@ from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
 from ..method.layers import input_device
+from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
-from .placement import check_device, is_sharded, place_teacher, reshard
+from .placement import check_device, check_movable, is_sharded, place_teacher, reshard
 
 
 def load_teacher(
@@ -41,7 +42,7 @@ def load_teacher(
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         dtype: The dtype of the teacher's weights. By default a model in memory keeps its dtype, and a teacher is
             loaded in the dtype of `model`. It also gets the attention implementation of `model` if both models have
-            the same type.
+            the same type, and is spread over several devices if `model` is.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:
@@ -50,7 +51,11 @@ def load_teacher(
     """
     check_device(device)
     if isinstance(teacher, (str, Path)):
-        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code)
+        device_map = None
+        if device is None and is_spread(model):
+            # One device cannot hold the model, so the teacher needs several devices too.
+            device_map = "auto"
+        teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code, device_map)
         if teacher.config.model_type == model.config.model_type:
             teacher.set_attn_implementation(model.config._attn_implementation)
     elif dtype is not None and isinstance(teacher, nn.Module):
@@ -62,6 +67,7 @@ def load_teacher(
             f"`teacher` must be a causal language model, or its id or folder, got {type(teacher).__name__}."
         )
 
+    check_movable(teacher, device)
     if teacher is model or _same_weights(teacher, model):
         raise StructPruneError(
             "`teacher` and the trained model are the same model. Pass the dense model, or remove `teacher`."
@@ -71,10 +77,10 @@ def load_teacher(
     return Teacher(teacher, reader, alignment, device)
 
 
-def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
+            name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error

@@ -70,7 +70,7 @@ def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, t
     for path in [*pickled.glob("*.safetensors"), *pickled.glob("*.index.json")]:
         path.unlink()
     torch.save(build("llama-untied").state_dict(), pickled / "pytorch_model.bin")
-    words = ("pytorch_model.bin is no safetensors file", "save_pretrained(")
+    words = ("pytorch_model.bin is not a safetensors file", "save_pretrained(")
     refused(capsys, monkeypatch, tmp_path, command(desk, pickled, tmp_path / "out"), *words)
 
 

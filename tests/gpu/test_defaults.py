@@ -128,10 +128,13 @@ def test_a_pruning_on_a_gpu_takes_what_is_estimated():
 
 
 @pytest.mark.slow
-def test_trials_of_divisions_on_a_gpu_take_what_is_estimated():
+def test_trials_of_divisions_on_a_gpu_take_what_is_estimated(monkeypatch):
     """The dense values of all layers are in memory in a trial, and at no other time."""
+    # The text of this test is short.
+    monkeypatch.setattr("optimum_structprune.pruning.memory.MEASURED_TOKENS", 256)
+    monkeypatch.setattr("optimum_structprune.steps.division.BATCH_TOKENS", 128)
     reader = real_text_model()[1]
-    sizes = {"num_hidden_layers": 16, "hidden_size": 32, "intermediate_size": 1024}
+    sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 1024}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(reader), **sizes, **heads)).eval()
     budget = {"widths": None, "targets": ("vocab", "mlp"), "budget": {"parameters": 0.6}}
@@ -144,6 +147,6 @@ def test_trials_of_divisions_on_a_gpu_take_what_is_estimated():
         before = gpus.allocated()
         prune_model(model, settings, reader, inplace=True)
         taken = gpus.peak() - before
-    masked = 4 * 16 * 32 * 1024
-    assert masked < expected
-    assert abs(taken - expected) < RELATIVE_ERROR * expected + 4 * len(reader) * 32
+    masked = 4 * 24 * 64 * 1024
+    assert expected > masked
+    assert abs(taken - expected) < 2 * RELATIVE_ERROR * expected

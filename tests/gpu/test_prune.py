@@ -61,9 +61,18 @@ def test_a_gpu_or_two_compute_what_the_cpu_computes(name, count):
     assert len(gpus.products) == count
 
 
+THREE = {
+    "layers and units": {"widths": {"mlp": 24, "attention": 2, "layer": 2}},
+    "residual stream": {"widths": {"hidden": 24, "mlp": 24}},
+    "sensitivity": {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1},
+    "three rounds": {"widths": {"mlp": 24}, "rounds": 3},
+}
+
+
 @pytest.mark.slow
-def test_three_gpus():
-    gpus = assert_same_on_gpus(pruned(config(widths={"mlp": 24, "attention": 2, "layer": 2})), three_layers, 3)
+@pytest.mark.parametrize("name", THREE)
+def test_three_gpus(name):
+    gpus = assert_same_on_gpus(pruned(config(**THREE[name])), three_layers, 3)
     assert len(gpus.products) == 3
 
 

@@ -1,9 +1,11 @@
 """A recovery trains on one GPU of several, on a spread model and on a trimmed vocabulary what it trains on the CPU."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from gpu.compare import assert_same_on_gpus, on_gpu, spread, weights
 from gpu.simulator import simulated_gpus
 from helpers import recovery_config
@@ -11,6 +13,8 @@ from models import build, config, real_text_model, token_ids, tokenizer
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from optimum_structprune import Recovery, StructPruneError, StructPruner, attach_teacher, prune_model
+from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.system.placement import devices_of
 
 
 # Adam enlarges the rounding of the first steps, because it divides by the size of the gradients.
@@ -52,8 +56,37 @@ def test_a_recovery_of_a_spread_model_trains_the_same(case):
     assert_same_on_gpus(recovered(), lambda: pair_of(case), 2, place, tolerance=1e-3)
 
 
+PLACES = {
+    "teacher on the first": lambda student, teacher: (student.to("cuda:1"), teacher.to("cuda:0")),
+    "teacher on the second": lambda student, teacher: (student.to("cuda:0"), teacher.to("cuda:1")),
+    "teacher on the CPU": lambda student, teacher: (student.to("cuda:0"), teacher),
+    "spread student": lambda student, teacher: (spread(2)(student), teacher.to("cuda:1")),
+}
+
+
 @pytest.mark.slow
-def test_a_trimmed_vocabulary_is_taught_the_same():
+@pytest.mark.parametrize("name", PLACES)
+def test_a_recovery_with_the_teacher_on_a_device_of_its_own_trains_the_same(name):
+    place = lambda pair: PLACES[name](*pair)  # noqa: E731
+    assert_same_on_gpus(recovered(), lambda: pair_of("llama-untied"), 2, place, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_teacher_that_is_loaded_is_on_as_many_devices_as_the_student(tmp_path, count):
+    """A model that takes two GPUs does not fit on the first GPU beside another one."""
+    build("llama-untied", seed=1).save_pretrained(tmp_path / "teacher")
+    with simulated_gpus(2):
+        student = build("llama-untied")
+        student = spread(2)(student) if count == 2 else student.to("cuda:1")
+        teacher = load_teacher(tmp_path / "teacher", student)
+        teacher.place(SimpleNamespace(device=student.device, distributed_type=DistributedType.NO))
+        assert len(devices_of(teacher.model)) == count
+        assert torch.device("cpu") not in devices_of(teacher.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("put", [on_gpu, spread(2)], ids=["one device", "two devices"])
+def test_a_trimmed_vocabulary_is_taught_the_same(put):
     dense, reader = real_text_model()
     pruner = StructPruner(config(widths={"vocab": 320}, seq_length=48, num_samples=8))
     student = pruner.prune_model(deepcopy(dense), reader)
@@ -63,7 +96,7 @@ def test_a_trimmed_vocabulary_is_taught_the_same():
         recovery = Recovery(settings)
         return weights(recovery.recover_model(pair[0], pruner.tokenizer, pair[1], teacher_tokenizer=reader))
 
-    place = lambda pair: tuple(map(on_gpu, pair))  # noqa: E731
+    place = lambda pair: tuple(map(put, pair))  # noqa: E731
     assert_same_on_gpus(work, lambda: (deepcopy(student), deepcopy(dense)), 2, place, tolerance=1e-3)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset, IterableDataset
 from helpers import on_two_ranks, ran, same_weights
 from models import build, documents, token_ids, tokenizer
@@ -13,9 +14,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from optimum_structprune import StructPruneError, attach_teacher
+from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.recovery.teacher import load_teacher
 
 
@@ -242,6 +250,25 @@ def test_a_teacher_in_bfloat16_or_offloaded_predicts_nearly_the_same(tmp_path):
         losses.append(trainer.compute_loss(model, dict(batch)).item())
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
     assert losses[2] == losses[0]
+
+
+def test_a_teacher_that_accelerate_has_placed_stays_in_its_place(tmp_path):
+    """accelerate moves the inputs of each module to its first device, wherever the weights are by then."""
+    batch = batch_of(labelled_rows(4))
+    for options in ({}, {"teacher_device": "offload"}):
+        trainer = trainer_for(build("llama-tied").eval(), tmp_path)
+        attach_teacher(trainer, cpu_offload(build("llama-tied", seed=1)), **options)
+        assert trainer.compute_loss(trainer.model, dict(batch)).item() > 0
+    trainer = trainer_for(build("llama-tied"), tmp_path)
+    with pytest.raises(StructPruneError, match="`teacher_device`='cpu' cannot be used with a teacher that accelerate"):
+        attach_teacher(trainer, cpu_offload(build("llama-tied", seed=1)), teacher_device="cpu")
+
+    # A `device_map` of one device puts no hooks into the model.
+    build("llama-tied", seed=1).save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", device_map={"": "cpu"})
+    attach_teacher(trainer, teacher, teacher_device="offload")
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert is_offloaded(teacher)
 
 
 @pytest.mark.parametrize(("options", "message"), [
