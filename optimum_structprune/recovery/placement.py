@@ -37,7 +37,7 @@ def check_movable(model: nn.Module, device: str | torch.device | int | None) -> 
     if is_moved and _has_hooks(model):
         raise StructPruneError(
             f"`teacher_device`={device!r} cannot be used with a teacher that accelerate has spread over devices or "
-            "offloaded. Load the teacher without `device_map`, or leave `teacher_device` out."
+            "offloaded. Load the teacher without `device_map`, or remove `teacher_device`."
         )
 
 
@@ -96,8 +96,6 @@ def place_teacher(
         return model
     if device is None and _is_placed(model):
         return model
-    if device == OFFLOAD:
-        return cpu_offload(model, execution_device=accelerator.device)
     if device is None:
         device = accelerator.device
     return model.to(device)  # type: ignore[arg-type]

@@ -51,8 +51,10 @@ def load_teacher(
     """
     check_device(device)
     if isinstance(teacher, (str, Path)):
-        # Beside a model that one device cannot hold, the teacher needs several devices too.
-        device_map = "auto" if device is None and is_spread(model) else None
+        device_map = None
+        if device is None and is_spread(model):
+            # One device cannot hold the model, so the teacher needs several devices too.
+            device_map = "auto"
         teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code, device_map)
         if teacher.config.model_type == model.config.model_type:
             teacher.set_attn_implementation(model.config._attn_implementation)
