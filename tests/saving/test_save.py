@@ -348,7 +348,7 @@ def test_a_model_of_another_run_is_not_saved(tmp_path):
     last = pruner.prune_model(dense, tokenizer())
     assert pruner.result.model is last
     for saver, other in ((pruner, dense), (pruner, first), (pruner, deepcopy(last)), (StructPruner(config()), last)):
-        with pytest.raises(StructPruneError, match="not what prune_model returned last"):
+        with pytest.raises(StructPruneError, match="is not the model that prune_model returned last"):
             saver.save(other, tmp_path / "out")
     with pytest.raises(StructPruneError, match="does not have the shapes of the pruned model"):
         pruner.result.save(tmp_path / "out", model=dense)
