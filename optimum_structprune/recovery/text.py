@@ -16,7 +16,7 @@ from ..arch.meta import positions_of
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_beside, load_domains, split_samples, texts_of
+from ..domains.load import WRITTEN, builtin_source_except, load_domains, split_samples, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
@@ -253,7 +253,7 @@ def validation_text(
     if source is None and _is_mixed(domains):
         source = OTHER_KIND
     elif source is None:
-        source = builtin_beside(domains)
+        source = builtin_source_except(domains)
 
     frame = SampleFormat.of(tokenizer, text.seq_length)
     texts = documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer)

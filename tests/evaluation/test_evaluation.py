@@ -218,9 +218,9 @@ def test_what_evaluate_refuses(encoders):
     (encoders / "odd.jsonl").write_text('{"en": "alone"}\n')
     (encoders / "half.jsonl").write_text('["\\ud800", "b"]\n')
     for model, fields, message in (
-        (str(encoders), {}, "model takes a model of transformers, got str"),
-        (other, {"dense": str(encoders)}, "model takes a model of transformers, got str"),
-        (other, {"dense_tokenizer": str(encoders)}, "tokenizer takes a tokenizer, got str"),
+        (str(encoders), {}, "`model` must be a transformers model, got str"),
+        (other, {"dense": str(encoders)}, "`model` must be a transformers model, got str"),
+        (other, {"dense_tokenizer": str(encoders)}, "`tokenizer` must be a transformers tokenizer, got str"),
         (other, {"domains": []}, "nothing to evaluate"),
         (other, {"domains": [text, text]}, "Two domains are named 'a'"),
         (other, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),

@@ -43,8 +43,8 @@ def domain(**fields) -> dict:
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
-    (domain(source="preset:nothing"), "There is no preset 'nothing'"),
-    (domain(source="memory:list"), "set its source again"),
+    (domain(source="preset:nothing"), "The preset 'nothing' does not exist"),
+    (domain(source="memory:list"), "Set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
 ])  # fmt: skip
 def test_mistakes(fields, message):
@@ -58,7 +58,7 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     for model, message in (
         (torch.compile(build("llama-tied"), backend="eager"), "model is compiled; pass `model._orig_mod`"),
         (fixed, "inside torch.inference_mode.*pass copy.deepcopy"),
-        ("a/folder", "model takes a model of transformers, got str"),
+        ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):
             recover(model, tokenizer(), recovery_config(**domain(source=unread())))
