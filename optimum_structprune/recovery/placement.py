@@ -94,6 +94,8 @@ def place_teacher(
 
     if device == OFFLOAD and _has_hooks(model):
         return model
+    if device == OFFLOAD:
+        return cpu_offload(model, execution_device=accelerator.device)
     if device is None and _is_placed(model):
         return model
     if device == OFFLOAD:

@@ -42,7 +42,7 @@ def load_teacher(
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         dtype: The dtype of the teacher's weights. By default a model in memory keeps its dtype, and a teacher is
             loaded in the dtype of `model`. It also gets the attention implementation of `model` if both models have
-            the same type, and is spread over several devices if `model` is.
+            the same type, and it is spread over several devices if `model` is.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:

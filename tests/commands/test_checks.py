@@ -130,7 +130,7 @@ MODEL = [
     (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),
     (f"{RECOVER} --tokens 3", "at least 96"),
     ("evaluate model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
-    ("evaluate model --speed --prompt 64", "prompt=64 is longer than the model's 64 positions, of which"),
+    ("evaluate model --speed --prompt 64", "prompt=64 is longer than the model's 64 positions (32 of them are taken)"),
     ("evaluate model --speed --device auto", "--device auto spreads a model"),
     ("evaluate model --html", "has no report.json"),
     ("evaluate model model --html", "--html writes the page of one result, and 2 models are named"),
